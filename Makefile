@@ -1,0 +1,44 @@
+# `make train` and `make test` set up all they need in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test test-all check lock clean
+
+train: .venv/run.stamp
+	$(BIN)/python -m lit_jax.train --config=configs/vit_bert.py --workdir=runs/demo
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest
+
+# Also the long tests, and those that compare with a live PyTorch.
+test-all: .venv/oracle.stamp
+	$(BIN)/python -m pytest -m "long or oracle"
+
+check: .venv/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+# Moves the locked versions to the newest that requirements*.txt admit; run the tests before committing them.
+lock:
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet -r requirements-oracle.txt
+	.venv-lock/bin/pip freeze --exclude lit_jax | sed 's/+cpu$$//' > requirements.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv .venv-lock
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/run.stamp: .venv/bin/pip requirements.txt requirements.lock
+	$(BIN)/pip install --quiet -c requirements.lock -r requirements.txt
+	touch $@
+
+.venv/%.stamp: .venv/run.stamp requirements-%.txt
+	$(BIN)/pip install --quiet -c requirements.lock -r requirements-$*.txt
+	touch $@

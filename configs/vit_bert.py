@@ -1,0 +1,89 @@
+"""LiT: a locked ViT and a BERT text tower (Zhai et al., 2111.07991).
+
+    configs/vit_bert.py          the demo: everything is in this repository, two CPU cores suffice
+    configs/vit_bert.py:base     ViT-B/16 and BERT-base from the Hugging Face Hub, the paper's recipe
+    configs/vit_bert.py:large    ViT-L/16 and BERT-large
+
+base and large take data=FOLDER (captions.jsonl or prepared TFDS data) and batch=N:
+`--config=configs/vit_bert.py:base,data=/data/cc12m,batch=4096`.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from lit_jax.config import default, parse_arg
+
+DEMO = Path(__file__).resolve().parent / "demo"
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    variant, options = parse_arg(
+        arg, variants=("demo", "base", "large"), options={"data": str, "batch": int}
+    )
+    config = {"demo": demo, "base": base, "large": large}[variant]()
+    config.data.train.path = options.get("data", config.data.train.path)
+    config.batch_size = options.get("batch", config.batch_size)
+    return config
+
+
+def demo() -> ConfigDict:
+    """Two-digit numbers of real handwritten digits; 16 of the 80 never appear in a caption."""
+    config = default()
+    config.batch_size = 128
+    config.duration = "400 steps"
+    config.policy.lock = "Lu"
+    config.model.image.model = str(DEMO / "vit")
+    config.model.image.pooling = "cls"
+    config.model.text.model = str(DEMO / "bert")
+    config.model.projection_dim = 64
+    config.optimizer.weight_decay = 0.01
+    config.schedule.learning_rate = 2e-3
+    config.schedule.warmup = "50 steps"
+    config.data.train.path = "demo"
+    config.data.train.split = "train"
+    config.data.max_text_length = 24
+    config.checkpoint.every = "100 steps"
+    config.log.every = "5 steps"
+    for name, classes in (("unseen16", "unseen16.json"), ("all80_on_unseen", "all80.json")):
+        config.evals[name] = {
+            "kind": "zero_shot",
+            "data": {"path": "demo", "split": "unseen"},
+            "classes": str(DEMO / classes),
+        }
+    config.report = "demo"
+    return config
+
+
+def base() -> ConfigDict:
+    """The paper's section 4 and appendix: no image head, Adafactor, 901M pairs seen in batches of 16,384."""
+    config = default()
+    config.batch_size = 16_384
+    config.duration = "901e6 examples"
+    config.policy.lock = "LU"
+    config.model.image.model = "google/vit-base-patch16-224-in21k"
+    config.model.image.pooling = "cls"
+    config.model.image.projection = "none"
+    config.model.text.model = "google-bert/bert-base-uncased"
+    config.model.projection_dim = 768
+    config.model.dtype = "bfloat16"
+    config.optimizer.name = "adafactor"
+    config.optimizer.momentum_dtype = "bfloat16"
+    config.optimizer.weight_decay = (
+        0.1  # the paper's 1e-4, which is not multiplied by the rate of 1e-3
+    )
+    config.schedule.learning_rate = 1e-3
+    config.schedule.warmup = "10000 steps"
+    config.data.max_text_length = 16
+    config.data.crop_min_area = 0.5
+    config.data.flip = True
+    config.data.workers = 16
+    return config
+
+
+def large() -> ConfigDict:
+    config = base()
+    config.model.image.model = "google/vit-large-patch16-224-in21k"
+    config.model.text.model = "google-bert/bert-large-uncased"
+    config.model.projection_dim = 1024
+    return config

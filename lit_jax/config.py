@@ -1,0 +1,279 @@
+"""What a run is: frozen dataclasses, and the one door through which a ConfigDict becomes them.
+
+`configs/*.py` start from `default()`, a ConfigDict with every key, change some of them and return it.
+`parse()` turns it into a `Config`; after that nothing in the code sees a ConfigDict.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ml_collections import config_dict
+
+from lit_jax.errors import UserError
+
+Pooling = Literal["pooler", "cls", "mean"]
+Rules = tuple[tuple[str, Any], ...]
+
+
+def _free(default: Any) -> Any:
+    """A field that may change when a run is resumed: it does not change the result."""
+    return dataclasses.field(default=default, metadata={"changes_result": False})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    model: str = ""  # Hub id or local folder: config.json, weights, tokenizer or preprocessor
+    pooling: Pooling = "pooler"
+    projection: Literal["none", "linear", "linear_bias"] = "linear"
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # of config.json's fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    image: TowerConfig = TowerConfig()
+    text: TowerConfig = TowerConfig()
+    projection_dim: int = 512
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of the computation, and of locked parameters
+    )
+    logit_scale_init: float = (
+        2.6592  # log(1 / 0.07), CLIP section 2.5; the logits are scaled by its exp
+    )
+    logit_bias_init: float | None = (
+        None  # a number adds a trainable bias to the logits (SigLIP: -10)
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Which parameters train, and how: ordered (regex, value) rules, the first match wins.
+
+    `lock` names the trainable rules (LiT section 3.2): first letter image, second text;
+    L locked pretrained, U unlocked pretrained, u from scratch. Rules below are tried before its own.
+    """
+
+    lock: Literal["Lu", "LU", "uu", "Uu", "UU", "uL", "UL"] = "LU"
+    trainable: Rules = ()  # (regex, bool)
+    learning_rate: Rules = ()  # (regex, multiplier)
+    weight_decay: Rules = ()  # (regex, multiplier)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    name: Literal["adamw", "adafactor", "lion"] = "adamw"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    weight_decay: float = (
+        0.0  # decoupled: each step takes away learning_rate * weight_decay * parameter
+    )
+    clip_norm: float | None = 1.0  # of the gradient of the trainable parameters
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    name: Literal["cosine", "rsqrt", "linear", "constant"] = "cosine"
+    learning_rate: float = 1e-3  # at the end of the warm-up
+    warmup: str = "0 steps"
+    cooldown: str = "0 steps"  # linear to zero at the end
+    timescale: str = "10000 steps"  # of rsqrt alone
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    path: str = ""  # "demo", a folder with captions.jsonl, or a folder of prepared TFDS data
+    split: str | None = None
+    image_key: str = "image"  # the three keys are names of TFDS features
+    caption_key: str = "caption"
+    label_key: str = "label"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: SourceConfig = SourceConfig()
+    max_text_length: int = 32  # tokens, special ones included
+    image_size: int | None = None  # pixels; None: what the image processor says
+    crop_min_area: float | None = None  # random resized crop of at least this part; None: no crop
+    flip: bool = False  # left-right, half of the time
+    max_bad_fraction: float = _free(0.01)  # of samples that cannot be decoded, then the run stops
+    workers: int = _free(0)  # processes; 0: threads of this one
+    threads: int = _free(8)  # of each worker
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    data: int = -1  # -1: all devices that fsdp leaves
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: str = "1000 steps"
+    keep_last: int = 2
+    keep_every: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    every: str = "50 steps"
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    kind: Literal["zero_shot", "retrieval"] = "zero_shot"
+    data: SourceConfig = SourceConfig()
+    classes: str | None = None  # zero_shot: JSON file with "classnames" and "templates"
+    batch_size: int = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    seed: int = 0
+    batch_size: int = 128  # pairs a step, over all devices and processes
+    duration: str = "1000 steps"
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    model: ModelConfig = ModelConfig()
+    policy: PolicyConfig = PolicyConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = _free(MeshConfig())
+    checkpoint: CheckpointConfig = _free(CheckpointConfig())
+    log: LogConfig = _free(LogConfig())
+    evals: dict[str, EvalConfig] = dataclasses.field(
+        default_factory=dict, metadata={"changes_result": False}
+    )
+    report: Literal["none", "demo"] = _free("none")
+
+
+def default() -> config_dict.ConfigDict:
+    """A ConfigDict with every key of `Config` at its default, so that every key can be overridden."""
+    return as_config_dict(Config())
+
+
+def as_config_dict(value: Any) -> config_dict.ConfigDict:
+    """The ConfigDict of a config dataclass; None becomes a placeholder that knows its type."""
+    result = config_dict.ConfigDict()
+    hints = get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if dataclasses.is_dataclass(item):
+            result[field.name] = as_config_dict(item)
+        elif isinstance(item, dict):
+            result[field.name] = config_dict.ConfigDict(item)
+        elif item is None:
+            (kind,) = (t for t in get_args(hints[field.name]) if t is not types.NoneType)
+            result[field.name] = config_dict.placeholder(kind)
+        else:
+            result[field.name] = item
+    return result
+
+
+def parse(raw: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
+    """The `Config` that `raw` (a ConfigDict, or config.json of a run) describes.
+
+    Raises UserError on an unknown key, with the nearest known one, and on a value of the wrong type.
+    """
+    if isinstance(raw, config_dict.ConfigDict):
+        raw = raw.to_dict()
+    return _convert(Config, raw, "config")
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return _convert_dataclass(kind, value, where)
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin is Literal:
+        if value not in args:
+            raise UserError(
+                f"{where} is {value!r}; it must be one of {', '.join(map(repr, args))}."
+            )
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        (inner,) = (t for t in args if t is not types.NoneType)
+        return _convert(inner, value, where)
+    if origin is dict and isinstance(value, Mapping):
+        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if args[-1] is Ellipsis:
+            return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        if len(args) == len(value):
+            return tuple(_convert(t, v, where) for t, v in zip(args, value, strict=True))
+    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif origin is None and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+        return value
+    name = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
+    raise UserError(f"{where} is {value!r}; it must be of type {name}.")
+
+
+def _convert_dataclass(kind: type, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} is {value!r}; it must be a group of keys.")
+    hints = get_type_hints(kind)
+    for key in value:
+        if key not in hints:
+            raise UserError(f"{where}.{key} is not a config key; {nearest(key, hints)}.")
+    return kind(
+        **{key: _convert(hints[key], item, f"{where}.{key}") for key, item in value.items()}
+    )
+
+
+def parse_arg(
+    arg: str, *, variants: tuple[str, ...], options: Mapping[str, type]
+) -> tuple[str, dict[str, Any]]:
+    """Reads what stands behind the colon of --config=file.py:base,batch=1024.
+
+    Returns the variant (the first of `variants` if none is named) and the options that are given.
+    Raises UserError on anything else.
+    """
+    variant, given = variants[0], {}
+    for part in filter(None, arg.split(",")):
+        key, equals, text = part.partition("=")
+        if not equals and key in variants:
+            variant = key
+        elif equals and key in options:
+            try:
+                given[key] = options[key](text)
+            except ValueError:
+                raise UserError(
+                    f"{part!r}: {key} must be of type {options[key].__name__}."
+                ) from None
+        else:
+            known = (*variants, *(f"{name}=..." for name in options))
+            raise UserError(f"{part!r} is no variant of this config; known are {', '.join(known)}.")
+    return variant, given
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "did you mean 'x'" for a mistyped name, or the list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}" if close else f"known are {', '.join(known)}"
+
+
+def steps(duration: str, *, batch_size: int, examples_per_epoch: int) -> int:
+    """Converts "300 steps", "2.5 epochs" or "900e6 examples" to a number of steps, rounded down.
+
+    Raises UserError if the text is none of these.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s+(step|epoch|example)s?\s*", duration)
+    if not match:
+        raise UserError(
+            f"{duration!r} is no duration; write for example '300 steps', '2.5 epochs' or '9e8 examples'."
+        )
+    amount, unit = float(match[1]), match[2]
+    examples = {"step": batch_size, "epoch": examples_per_epoch, "example": 1}[unit]
+    return int(amount * examples / batch_size + 1e-9)

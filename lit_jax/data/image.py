@@ -1,0 +1,262 @@
+"""Image files to the numbers that the image tower expects.
+
+For evaluation the result equals, bit for bit, that of the model's own image processor (transformers, PIL
+backend) on the decoded image. It is computed from uint8 pixels with Pillow and one table look-up, since
+the processor itself copies every image several times and rescales in float64.
+"""
+
+import dataclasses
+import io
+import math
+import textwrap
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+
+from lit_jax.data.example import BadSampleError
+from lit_jax.errors import UserError
+
+# Pillow only warns about images of more than 89 megapixels; as an error they become bad samples.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+WHITE = (255, 255, 255, 255)
+
+
+def decode(image: Path | bytes | np.ndarray) -> Image.Image:
+    """The first frame of an image as upright RGB.
+
+    The EXIF orientation is applied, transparency is put on white and 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        BadSampleError: there is no such file, or it holds no complete image of a sane size.
+    """
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
+    try:
+        content = image.read_bytes() if isinstance(image, Path) else image
+    except OSError as error:
+        raise BadSampleError(error.strerror or str(error)) from error
+    if not content:
+        raise BadSampleError("0 bytes")
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            return _to_rgb(ImageOps.exif_transpose(opened))
+    except Image.UnidentifiedImageError as error:
+        raise BadSampleError("not an image") from error
+    except (
+        Exception
+    ) as error:  # Pillow's parsers let through whatever a broken file makes them raise
+        raise BadSampleError(str(error) or type(error).__name__) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadSampleError(f"pixels of mode {image.mode} have no known range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
+    return image.convert("RGB")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ImageTransform:
+    """Pixels for the image tower; plain values, so that it can be sent to worker processes.
+
+    Attributes:
+        height, width: of the result, pixels.
+        resize: (height, width) to resize to; one number: the shorter edge; None: no resizing.
+        center_crop: whether the result is cut out of the middle of what was resized.
+        resample: Pillow's number of the interpolation.
+        table_3x256: float32; what each channel's pixel values become (rescaled and normalised).
+        crop_min_area, flip: augmentations of `train`, see `DataConfig`.
+    """
+
+    height: int
+    width: int
+    resize: tuple[int, int] | int | None
+    center_crop: bool
+    resample: int
+    table_3x256: np.ndarray
+    crop_min_area: float | None = None
+    flip: bool = False
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: Path,
+        *,
+        image_size: int | None = None,
+        crop_min_area: float | None = None,
+        flip: bool = False,
+    ) -> "ImageTransform":
+        """The transform that the image processor in `folder` describes.
+
+        Args:
+            folder: has preprocessor_config.json (or processor_config.json).
+            image_size: overrides the height and width of the result.
+
+        Raises:
+            UserError: no such processor, or one that does more than resize, crop, rescale, normalise.
+        """
+        if crop_min_area is not None and not 0 < crop_min_area <= 1:
+            raise UserError(
+                f"config.data.crop_min_area is {crop_min_area}; it must be above 0 and at most 1."
+            )
+        processor = load_processor(folder, image_size=image_size)
+        transform = cls(
+            **_geometry(processor, folder),
+            resample=int(processor.resample),
+            table_3x256=_table(processor),
+            crop_min_area=crop_min_area,
+            flip=flip,
+        )
+        _check(transform, processor, folder)
+        return transform
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        return self.height, self.width, 3
+
+    def eval(self, image: Path | bytes | np.ndarray) -> Float[np.ndarray, "H W 3"]:
+        """float32; raises BadSampleError."""
+        return self._normalise(self._resize_and_crop(decode(image)))
+
+    def train(
+        self, image: Path | bytes | np.ndarray, rng: np.random.Generator
+    ) -> Float[np.ndarray, "H W 3"]:
+        """float32, with random crop and flip if the config says so; raises BadSampleError."""
+        picture = decode(image)
+        if self.crop_min_area is None:
+            pixels_HxWx3 = self._resize_and_crop(picture)
+        else:
+            box = random_box(picture.size, self.crop_min_area, rng)
+            pixels_HxWx3 = np.asarray(
+                picture.resize((self.width, self.height), self.resample, box=box)
+            )
+        if self.flip and rng.random() < 0.5:
+            pixels_HxWx3 = pixels_HxWx3[:, ::-1]
+        return self._normalise(pixels_HxWx3)
+
+    def _resize_and_crop(self, image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+        if self.resize is not None:
+            height, width = _target(self.resize, image)
+            image = image.resize((width, height), self.resample)
+        if self.center_crop:
+            # Of an odd rest the larger part goes to the right and the bottom, of an odd lack to the left
+            # and the top (filled with zeros), as the processor does it: // rounds down in both.
+            left = (image.width - self.width) // 2
+            top = (image.height - self.height) // 2
+            image = image.crop((left, top, left + self.width, top + self.height))
+        return np.asarray(image)
+
+    def _normalise(self, pixels_HxWx3: np.ndarray) -> np.ndarray:
+        channels = (self.table_3x256[c][pixels_HxWx3[..., c]] for c in range(3))
+        return np.stack(tuple(channels), axis=-1)
+
+
+def random_box(
+    size: tuple[int, int], min_area: float, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Inception's crop (Szegedy et al., 1409.4842, section 6): (left, top, right, bottom) in an image of
+    `size` (width, height), of at least `min_area` of it and an aspect ratio of 3/4 to 4/3.
+
+    An image too long for any such crop gives the largest one of the nearest ratio, at a random place.
+    """
+    width, height = size
+    for _ in range(10):
+        area = rng.uniform(min_area, 1) * width * height
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            break
+    else:
+        w = min(width, max(1, round(height * 4 / 3)))
+        h = min(height, max(1, round(width * 4 / 3)))
+    left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+    return left, top, left + w, top + h
+
+
+def load_processor(folder: Path, *, image_size: int | None = None) -> Any:
+    """The transformers image processor (PIL backend) of a folder, with its size overridden.
+
+    With a centre crop the ratio of resized to cropped size is kept. Raises UserError if there is none.
+    """
+    # Slow to import, and worker processes do not need it.
+    from transformers import AutoImageProcessor
+
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        raise UserError(
+            f"{folder} has no image processor; put the image model's {PROCESSOR_FILES[0]} there."
+        )
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    except Exception as error:  # of a broken file transformers lets through whatever it raises
+        raise UserError(
+            f"The image processor in {folder} cannot be loaded ({textwrap.shorten(str(error), 150)}); "
+            f"put the image model's own {PROCESSOR_FILES[0]} there."
+        ) from error
+    if image_size is None:
+        return processor
+    square = {"height": image_size, "width": image_size}
+    if processor.do_center_crop:
+        crop = processor.crop_size["height"]
+        size = {
+            name: round(edge * image_size / crop) for name, edge in dict(processor.size).items()
+        }
+        processor.size, processor.crop_size = size, square
+    else:
+        processor.size = square
+    return processor
+
+
+def _geometry(processor: Any, folder: Path) -> dict[str, Any]:
+    size = dict(processor.size or {})
+    resize = size.get("shortest_edge") or (size.get("height"), size.get("width"))
+    resize = resize if processor.do_resize else None
+    crop = dict(processor.crop_size) if processor.do_center_crop else None
+    result = (crop["height"], crop["width"]) if crop else resize
+    if not isinstance(result, tuple) or None in result:
+        raise UserError(
+            f"The image processor in {folder} gives images of different sizes; "
+            "set config.data.image_size to the height and width that the model is to get."
+        )
+    height, width = result
+    return {"height": height, "width": width, "resize": resize, "center_crop": crop is not None}
+
+
+def _table(processor: Any) -> np.ndarray:
+    """What the processor makes of the values 0..255 in each channel: float32 3x256."""
+    ramp_16x16x3 = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    as_is = {"do_resize": False, "do_center_crop": False, "do_pad": False}
+    result = processor(ramp_16x16x3, **as_is, return_tensors="np")
+    return result["pixel_values"].reshape(3, 256).astype(np.float32)
+
+
+def _check(transform: ImageTransform, processor: Any, folder: Path) -> None:
+    """Raises UserError unless `transform` does on three noise images what `processor` does."""
+    rng = np.random.default_rng(0)
+    height, width = transform.height, transform.width
+    for shape in ((2 * height + 1, width + 4), (height + 3, 2 * width), (height // 2 + 1, width)):
+        noise = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        expected = processor(Image.fromarray(noise), return_tensors="np")["pixel_values"][0]
+        if not np.array_equal(transform.eval(noise), expected.transpose(1, 2, 0)):
+            raise UserError(
+                f"The image processor in {folder} ({type(processor).__name__}) does more than to resize, "
+                "crop, rescale and normalise; use the preprocessor_config.json of a ViT or CLIP processor."
+            )
+
+
+def _target(resize: tuple[int, int] | int, image: Image.Image) -> tuple[int, int]:
+    """(height, width) after resizing. The longer edge is rounded down, as the processor does it."""
+    if isinstance(resize, tuple):
+        return resize
+    if image.width <= image.height:
+        return int(resize * image.height / image.width), resize
+    return resize, int(resize * image.width / image.height)

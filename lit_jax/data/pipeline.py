@@ -1,0 +1,262 @@
+"""Batches for training and for evaluation.
+
+The order of the training data is a function of seed and step alone: the same with any number of threads,
+workers and processes. So the position in the data is one number, and a run can go on with other hardware.
+"""
+
+import dataclasses
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from transformers import PreTrainedTokenizerBase
+
+from lit_jax.config import DataConfig
+from lit_jax.data.example import BadSampleError
+from lit_jax.data.image import ImageTransform
+from lit_jax.data.sources import Source
+from lit_jax.data.text import tokenize
+from lit_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, np.ndarray]
+Skipped = tuple[tuple[str, str], ...]  # (key, reason) of each bad sample
+
+MAX_TRIES = 100  # for one element of a batch; so many bad samples in a row are no accident
+JUDGE_AFTER = 1000  # samples read, before a fraction of bad ones means anything
+
+
+class TrainStream:
+    """Endless batches of this process, shuffled anew in every epoch.
+
+    A batch has 'pixel_values' float32 (rows, height, width, 3), and int32 (rows, max_text_length)
+    'input_ids', 'attention_mask' and, if the tokenizer makes them, 'token_type_ids'. Of several captions,
+    each epoch draws one. A bad sample is replaced by another one, drawn at random.
+
+    Attributes:
+        bad_samples: how many this process has met since it started.
+
+    Raises:
+        UserError: the batch cannot be split evenly, or (from `next`) too many samples are bad.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        image_transform: ImageTransform,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        config: DataConfig,
+        seed: int,
+        batch_size: int,
+        process_index: int,
+        process_count: int,
+    ):
+        rows = local_rows(batch_size, process_count)
+        self.bad_samples = 0
+        self._config = config
+        self._judge_after = min(JUDGE_AFTER, len(source))
+        self._samples_read = 0
+        self._reasons: dict[str, str] = {}
+        # random_map seeds its generator by the element's position here, before the slice: augmentations
+        # depend on neither the number of processes nor that of workers.
+        self._batches = (
+            grain.MapDataset.range(len(source))
+            .seed(seed)
+            .shuffle()
+            .repeat()
+            .random_map(_LoadPair(source, image_transform))
+            .slice(slice(process_index, None, process_count))
+            # Endless, so there is no remainder; but if kept, Grain overflows for batches of one row.
+            .batch(
+                rows,
+                drop_remainder=True,
+                batch_fn=_CollatePairs(tokenizer, config.max_text_length),
+            )
+        )
+        self._rows = rows
+        self._open(0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        self._next_batch += 1
+        self._account(batch.pop("skipped"))
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """The position: of the batch that `next` would give, counted from the start of the run."""
+        return {"next_batch": self._next_batch}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes to a position that `get_state` gave, with these or other workers and processes."""
+        self.close()
+        self._open(state["next_batch"])
+
+    def close(self) -> None:
+        """Stops threads and worker processes."""
+        self._iterator.close()
+
+    def _open(self, start: int) -> None:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # mp_prefetch reads absl flags also where no absl.app runs
+        # Each thread prepares a batch of its own; a longer queue would only cost memory.
+        threads = grain.ReadOptions(
+            num_threads=self._config.threads, prefetch_buffer_size=self._config.threads
+        )
+        batches = self._batches.slice(slice(start, None)).to_iter_dataset(threads)
+        workers = grain.multiprocessing.MultiprocessingOptions(num_workers=self._config.workers)
+        self._iterator = iter(batches.mp_prefetch(workers, _start_worker))
+        self._next_batch = start
+
+    def _account(self, skipped: Skipped) -> None:
+        self._samples_read += self._rows + len(skipped)
+        self.bad_samples += len(skipped)
+        for key, reason in skipped:
+            if key not in self._reasons:
+                self._reasons[key] = reason
+                log.warning("Bad sample %s is replaced by another: %s.", key, reason)
+        fraction = self.bad_samples / self._samples_read
+        if self._samples_read >= self._judge_after and fraction > self._config.max_bad_fraction:
+            key, reason = next(reversed(self._reasons.items()))
+            raise UserError(
+                f"{self.bad_samples} of {self._samples_read} samples are bad ({fraction:.1%}), for example "
+                f"{key}: {reason}; mend the data or raise config.data.max_bad_fraction."
+            )
+
+
+def _start_worker(_index: int, _count: int) -> None:
+    """Leaves it to the training process to end a worker, and ends the worker if that process is gone."""
+    # SIGTERM (preemption) and Ctrl-C often reach the whole process group; training then still needs data
+    # until its checkpoint is written.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def local_rows(batch_size: int, process_count: int) -> int:
+    """The rows of a batch that each process reads; UserError if they cannot be the same for all."""
+    if batch_size % process_count:
+        raise UserError(
+            f"A batch size of {batch_size} does not divide by {process_count} processes; "
+            "make it a multiple of the number of processes."
+        )
+    return batch_size // process_count
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoadPair:
+    """From a position in the source to one image and one caption."""
+
+    source: Source
+    image_transform: ImageTransform
+
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        skipped = []
+        while len(skipped) < MAX_TRIES:
+            example = self.source[index]
+            try:
+                captions = [text for text in example["captions"] if text.strip()]
+                if not captions:
+                    raise BadSampleError("no caption")
+                caption = captions[rng.integers(len(captions))]
+                pixels = self.image_transform.train(example["image"], rng)
+                return {"pixel_values": pixels, "caption": caption, "skipped": skipped}
+            except BadSampleError as reason:
+                skipped.append((example["key"], str(reason)))
+                index = int(rng.integers(len(self.source)))
+        key, reason = skipped[0]
+        raise UserError(
+            f"{MAX_TRIES} samples in a row are bad, the first is {key}: {reason}; mend the data set."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _CollatePairs:
+    tokenizer: PreTrainedTokenizerBase
+    max_text_length: int
+
+    def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        captions = [pair["caption"] for pair in pairs]
+        return {
+            "pixel_values": np.stack([pair["pixel_values"] for pair in pairs]),
+            **tokenize(self.tokenizer, captions, length=self.max_text_length),
+            "skipped": tuple(item for pair in pairs for item in pair["skipped"]),
+        }
+
+
+def eval_batches(
+    source: Source,
+    image_transform: ImageTransform,
+    *,
+    batch_size: int,
+    process_index: int,
+    process_count: int,
+    threads: int = 8,
+) -> Iterator[Batch]:
+    """All images once, in order, this process's share of them.
+
+    Every process gets the same number of equally large batches.
+
+    Args:
+        batch_size: over all processes.
+
+    Yields:
+        'pixel_values' float32 (rows, height, width, 3); 'index' int32 (rows): the image's position in the
+        source, or -1 for padding and for an image that cannot be decoded (its key is logged).
+    """
+    rows = local_rows(batch_size, process_count)
+    load = _LoadImages(source, image_transform, rows, process_index, process_count)
+    batches = grain.MapDataset.range(math.ceil(len(source) / batch_size)).map(load)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    bad = 0
+    for batch in batches.to_iter_dataset(options):
+        for key, reason in batch.pop("skipped"):
+            log.warning("Bad sample %s is left out of the evaluation: %s.", key, reason)
+            bad += 1
+        yield batch
+    if bad:
+        log.warning("%d of %d samples are left out of the evaluation.", bad, len(source))
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoadImages:
+    """One process's rows of the n-th batch of an evaluation."""
+
+    source: Source
+    image_transform: ImageTransform
+    rows: int
+    process_index: int
+    process_count: int
+
+    def __call__(self, n: int) -> dict[str, Any]:
+        pixels = np.zeros((self.rows, *self.image_transform.output_shape), np.float32)
+        index_B = np.full(self.rows, -1, np.int32)
+        skipped = []
+        first = (n * self.process_count + self.process_index) * self.rows
+        for row, index in enumerate(range(first, min(first + self.rows, len(self.source)))):
+            example = self.source[index]
+            try:
+                pixels[row] = self.image_transform.eval(example["image"])
+                index_B[row] = index
+            except BadSampleError as reason:
+                skipped.append((example["key"], str(reason)))
+        return {"pixel_values": pixels, "index": index_B, "skipped": tuple(skipped)}

@@ -1,0 +1,78 @@
+"""Texts to token ids, with the text model's own tokenizer."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lit_jax.errors import UserError
+
+
+def load_tokenizer(folder: Path, *, max_length: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; `tokenize` cuts texts to its `model_max_length`, here `max_length`.
+
+    Raises UserError if there is none, or if it cannot pad.
+    """
+    try:
+        # Encoders count positions from the left, so whatever is not text has to be on the right.
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, model_max_length=max_length, padding_side="right"
+        )
+    except Exception as error:  # of a broken file transformers lets through whatever it raises
+        raise UserError(
+            f"The tokenizer in {folder} cannot be loaded ({textwrap.shorten(str(error), 150)}); "
+            "put the text model's own tokenizer files there."
+        ) from error
+    # Of a folder with a config but no vocabulary transformers makes a tokenizer that knows no word.
+    names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if not any((folder / name).is_file() for name in names):
+        raise UserError(
+            f"{folder} has no tokenizer; put the text model's there ({', '.join(sorted(names))})."
+        )
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"The tokenizer in {folder} has no padding token; set pad_token in tokenizer_config.json."
+        )
+    # The first call sets truncation and padding inside the tokenizer. As `tokenize` always asks for the
+    # same, later calls change nothing there, and threads can share the tokenizer.
+    tokenize(tokenizer, ["a"])
+    return tokenizer
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, length: int | None = None
+) -> dict[str, np.ndarray]:
+    """Token ids of N texts, each cut to `tokenizer.model_max_length` with its special tokens kept.
+
+    Args:
+        length: of the result, at least that of the longest text (`model_max_length` always is).
+            None: that of the longest text, rounded up to a multiple of 8.
+
+    Returns:
+        int32 arrays, N x length: 'input_ids', 'attention_mask', and 'token_type_ids' if the tokenizer
+        makes them.
+    """
+    tokens = tokenizer(
+        list(texts),
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_attention_mask=True,
+        return_tensors="np",
+    )
+    if length is None:
+        longest = int(tokens["attention_mask"].sum(axis=1).max())
+        length = -(-longest // 8) * 8
+    return {name: array[:, :length].astype(np.int32) for name, array in tokens.items()}
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, config_key: str) -> None:
+    """Raises UserError if the tokenizer makes ids for which a model of `vocab_size` has no embedding."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise UserError(
+            f"The tokenizer makes token ids up to {largest} but the text model knows only {vocab_size} "
+            f"tokens; point {config_key} to a folder whose tokenizer and weights belong together."
+        )

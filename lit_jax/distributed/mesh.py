@@ -1,0 +1,59 @@
+"""The device mesh, and the one sharding rule for everything that has a batch axis."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lit_jax.config import MeshConfig
+from lit_jax.errors import UserError
+
+BATCH = PartitionSpec(("data", "fsdp"))
+REPLICATED = PartitionSpec()
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all (or the given) devices over the axes ('data', 'fsdp').
+
+    Raises UserError if the two sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    data = len(devices) // config.fsdp if config.data == -1 else config.data
+    if config.fsdp < 1 or data * config.fsdp != len(devices):
+        raise UserError(
+            f"A mesh of data={config.data} x fsdp={config.fsdp} does not match {len(devices)} devices; "
+            "set config.mesh.data=-1 and let config.mesh.fsdp divide the number of devices."
+        )
+    # Auto is written out: the default, Explicit, rejects stock layers (gather, convolution).
+    return jax.make_mesh(
+        (data, config.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, REPLICATED)
+
+
+def global_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """The batch over all devices of which this process gives its `rows`."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in rows.items()
+    }
+
+
+def shard_batch(x: jax.Array) -> jax.Array:
+    """Keeps the leading (batch) axis of an activation split over the mesh of `jax.set_mesh`, if one is set.
+
+    Inside every scanned block: without it the compiler was seen to replicate the batch.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH)

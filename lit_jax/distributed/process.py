@@ -1,0 +1,51 @@
+"""Process set-up: the one place where a command joins the other processes of its run."""
+
+import os
+import re
+
+import jax
+
+from lit_jax.errors import UserError
+
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def initialize() -> None:
+    """Joins the run's processes; call before anything touches a device.
+
+    Connects to JAX_COORDINATOR_ADDRESS (host:port) as number JAX_PROCESS_ID of JAX_NUM_PROCESSES if these are
+    in the environment. Else JAX looks for a TPU slice, Slurm, Open MPI or Kubernetes job; if it finds
+    none, this process is the only one.
+    """
+    _give_simulated_devices_threads()
+    given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
+    if given:
+        if missing := set(_VARIABLES) - set(given):
+            raise UserError(
+                f"{' and '.join(given)} set without {' and '.join(sorted(missing))}; set all three or none."
+            )
+        address, count, index = (given[name] for name in _VARIABLES)
+        jax.distributed.initialize(address, int(count), int(index))
+        return
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        if "coordinator_address" not in str(error):  # what JAX says where it finds no cluster
+            raise
+
+
+def _give_simulated_devices_threads() -> None:
+    """XLA's CPU client starts one thread a device, but a device can wait in several collectives at once.
+
+    With several simulated CPU devices these threads then wait for each other for ever. NPROC is what the
+    client takes for the number of threads if it is set.
+    """
+    flag = re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    devices = max(jax.config.jax_num_cpu_devices, int(flag[1]) if flag else 1)
+    if devices > 1:
+        os.environ.setdefault("NPROC", str(8 * devices))
+
+
+def is_primary() -> bool:
+    """Whether this process writes what is written once: logs, results, reports."""
+    return jax.process_index() == 0

@@ -1,0 +1,129 @@
+"""Embeddings of a whole data set, on all devices and processes, for every evaluation."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float
+from transformers import PreTrainedTokenizerBase
+
+from lit_jax.data.image import ImageTransform
+from lit_jax.data.pipeline import eval_batches
+from lit_jax.data.sources import Source
+from lit_jax.data.text import tokenize
+from lit_jax.distributed.mesh import REPLICATED, global_batch
+from lit_jax.errors import UserError
+from lit_jax.models.dual_encoder import DualEncoder, normalize
+
+Params = Mapping[str, Any]
+Batch = Mapping[str, np.ndarray]
+
+_INPUTS = {
+    "encode_image": ("pixel_values",),
+    "encode_text": ("input_ids", "attention_mask", "token_type_ids"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Embeds images and texts with parameters that are given call by call.
+
+    One for all evaluations of a run: images compile once, texts once for each length (the longest
+    text, rounded up to a multiple of 8). All processes must make the same calls.
+
+    Attributes:
+        batch_size: over all devices and processes; rounded up to a multiple of the devices.
+    """
+
+    module: DualEncoder
+    mesh: jax.sharding.Mesh
+    image_transform: ImageTransform
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int = 256
+
+    @property
+    def rows(self) -> int:
+        """The rows of every batch: `batch_size` rounded up to a multiple of the devices."""
+        return -(-self.batch_size // self.mesh.size) * self.mesh.size
+
+    def images(
+        self, params: Params, source: Source
+    ) -> tuple[Float[np.ndarray, "N E"], Bool[np.ndarray, " N"]]:
+        """Embeds all N images of `source`; the result is the same on every process.
+
+        Args:
+            params: the merged tree of the dual encoder, placed on the mesh.
+
+        Returns:
+            Embeddings of unit length, float32, and which rows are valid: the row of an image that
+            cannot be decoded is zero and not valid.
+
+        Raises UserError if no image can be decoded.
+        """
+        batches = eval_batches(
+            source,
+            self.image_transform,
+            batch_size=self.rows,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        embeds_NxE, valid_N = self._embed("encode_image", params, batches, len(source))
+        if not valid_N.any():
+            raise UserError(f"None of the {len(source)} images of an evaluation can be decoded.")
+        return embeds_NxE, valid_N
+
+    def texts(self, params: Params, texts: Sequence[str]) -> Float[np.ndarray, "M E"]:
+        """Embeds M texts to unit length, float32; the result is the same on every process."""
+        embeds_MxE, _ = self._embed("encode_text", params, self._text_batches(texts), len(texts))
+        return embeds_MxE
+
+    def _text_batches(self, texts: Sequence[str]) -> Iterator[Batch]:
+        tokens = tokenize(self.tokenizer, texts)
+        share = self.rows // jax.process_count()
+        index = np.full(-(-len(texts) // self.rows) * self.rows, -1, np.int32)
+        index[: len(texts)] = np.arange(len(texts))
+        for rows in index.reshape(-1, jax.process_count(), share)[:, jax.process_index()]:
+            # Padding, -1, repeats the last text: its embedding is not kept.
+            yield {name: array[rows] for name, array in tokens.items()} | {"index": rows}
+
+    def _embed(
+        self, method: str, params: Params, batches: Iterable[Batch], count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        embeds_NxE = np.zeros((count, self.module.projection_dim), np.float32)
+        valid_N = np.zeros(count, bool)
+        with jax.set_mesh(self.mesh):
+            outputs = (
+                _encode(params, global_batch(b, self.mesh), self.module, method) for b in batches
+            )
+            for z_BxE, index_B in _fetch_one_late(outputs):
+                real_B = index_B >= 0
+                embeds_NxE[index_B[real_B]] = z_BxE[real_B]
+                valid_N[index_B[real_B]] = True
+        return embeds_NxE, valid_N
+
+
+# Compiled functions belong to the module, not to an Encoder: those of one module share them.
+@functools.partial(jax.jit, static_argnames=("module", "method"))
+def _encode(
+    params: Params, batch: Mapping[str, jax.Array], module: DualEncoder, method: str
+) -> tuple[jax.Array, jax.Array]:
+    """Embeddings of unit length and the index they came with, both whole on every process.
+
+    The index takes the same way as the rows: the devices of a mesh may interleave the processes.
+    """
+    inputs = [batch.get(name) for name in _INPUTS[method]]
+    embeds_BxE: Any = module.apply({"params": params}, *inputs, deterministic=True, method=method)
+    return jax.lax.with_sharding_constraint((normalize(embeds_BxE), batch["index"]), REPLICATED)
+
+
+def _fetch_one_late(outputs: Iterable[Any]) -> Iterator[Any]:
+    """Each output as NumPy arrays, fetched when the next one has been started.
+
+    So the devices do not wait for the host, and no more than two batches are in memory.
+    """
+    for output, _ in itertools.pairwise(itertools.chain(outputs, [None])):
+        yield jax.device_get(output)

@@ -1,0 +1,138 @@
+"""Measures a model: python -m lit_jax.evaluate --workdir=DIR, or --model=FOLDER_OR_HUB_ID
+
+    --workdir=DIR                       the evaluations of the run's own config, at its latest checkpoint
+    --data=FOLDER --classes=FILE.json   zero-shot classification of other data, with either model
+    --data=FOLDER                       image-text retrieval on other data, with either model
+
+Prints a table, and writes the numbers to --output as flat JSON: for a run's own evaluations into its
+results.json if not told otherwise.
+Exit codes: 0 done, 2 bad input.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+
+from lit_jax.config import EvalConfig, MeshConfig, SourceConfig
+from lit_jax.data.image import ImageTransform
+from lit_jax.data.text import load_tokenizer
+from lit_jax.distributed import process
+from lit_jax.distributed.mesh import make_mesh, replicated
+from lit_jax.errors import UserError, command
+from lit_jax.evals.encode import Encoder, Params
+from lit_jax.evals.runner import open_evals, run, table
+from lit_jax.training.run import load_run, read_config, write_json
+from lit_jax.weights.hub import local_folder
+from lit_jax.weights.load import load_dual_encoder
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parse(argv)
+    process.initialize()
+    evals = _evals_of_flags(args) if args.data else _evals_of_run(args.workdir)
+    if args.batch_size:
+        evals = {
+            name: dataclasses.replace(config, batch_size=args.batch_size)
+            for name, config in evals.items()
+        }
+    prepared = open_evals(evals)  # before the weights: its errors should not take minutes
+    encoder, params = _load_run(args.workdir) if args.workdir else _load_folder(args.model)
+    metrics = run(prepared, encoder, params)
+    if process.is_primary():
+        print(table(metrics))
+        if args.output:
+            write_json(args.output, metrics)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m lit_jax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", type=Path, help="folder of a training run")
+    model.add_argument("--model", help="folder or Hub id of a VisionTextDualEncoder")
+    parser.add_argument("--data", help="folder with captions.jsonl, or with prepared TFDS data")
+    parser.add_argument("--split", help="of --data, if it has splits")
+    for key in ("image_key", "caption_key", "label_key"):
+        parser.add_argument(f"--{key}", help="name of the feature in prepared TFDS data")
+    parser.add_argument("--classes", help='JSON file with "classnames" and "templates"')
+    parser.add_argument("--batch_size", type=int, help="over all devices and processes")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args(argv)
+    _check(args)
+    if args.workdir and not args.data:
+        args.output = args.output or args.workdir / "results.json"
+    return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UserError where flags that are right one by one do not fit each other."""
+    about_data = ("split", "image_key", "caption_key", "label_key", "classes")
+    if alone := [f"--{name}" for name in about_data if getattr(args, name) and not args.data]:
+        raise UserError(f"{' and '.join(alone)} tell about --data, which is missing; give both.")
+    if args.model and not args.data:
+        raise UserError("--model has no evaluations of its own; give --data (and --classes) too.")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch_size={args.batch_size} is no batch; give 1 or more.")
+    if args.output and not args.output.parent.is_dir():
+        raise UserError(f"--output={args.output}: there is no folder {args.output.parent}.")
+
+
+def _evals_of_flags(args: argparse.Namespace) -> dict[str, EvalConfig]:
+    given = {key: getattr(args, key) for key in ("split", "image_key", "caption_key", "label_key")}
+    source = SourceConfig(path=args.data, **{key: value for key, value in given.items() if value})
+    kind = "zero_shot" if args.classes else "retrieval"
+    return {Path(args.data).name: EvalConfig(kind=kind, data=source, classes=args.classes)}
+
+
+def _evals_of_run(workdir: Path) -> dict[str, EvalConfig]:
+    config = read_config(workdir)
+    if config is None:
+        raise UserError(f"{workdir} is not a run folder: it has no config.json.")
+    if not config.evals:
+        raise UserError(f"The config of {workdir} has no evaluations; give --data to choose one.")
+    return config.evals
+
+
+def _load_run(workdir: Path) -> tuple[Encoder, Params]:
+    trained = load_run(workdir)
+    encoder = Encoder(
+        module=trained.module,
+        mesh=trained.mesh,
+        image_transform=trained.setup.image_transform,
+        tokenizer=trained.setup.tokenizer,
+    )
+    return encoder, trained.params
+
+
+def _load_folder(model: str) -> tuple[Encoder, Params]:
+    folder = local_folder(model, config_key="--model")
+    module, params, hf_config, _ = load_dual_encoder(folder, dtype="float32")
+    mesh = make_mesh(MeshConfig())
+    encoder = Encoder(
+        module=module,
+        mesh=mesh,
+        image_transform=ImageTransform.from_folder(folder),
+        tokenizer=load_tokenizer(folder, max_length=_text_length(folder, hf_config)),
+    )
+    return encoder, jax.device_put(params, replicated(mesh))
+
+
+def _text_length(folder: Path, hf_config: Mapping) -> int:
+    """As many tokens as the tokenizer was saved with, and no more than the text model has positions."""
+    positions = hf_config["text_config"]["max_position_embeddings"]
+    path = folder / "tokenizer_config.json"
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return min(positions, saved.get("model_max_length", positions))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Writes a run for others: python -m lit_jax.export --workdir=DIR --output=FOLDER
+
+The folder loads in PyTorch with VisionTextDualEncoderModel.from_pretrained and
+VisionTextDualEncoderProcessor.from_pretrained of transformers, and in lit_jax.evaluate --model.
+Exit codes: 0 done, 2 bad input.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from transformers import VisionTextDualEncoderProcessor
+
+from lit_jax.data.image import load_processor
+from lit_jax.errors import command
+from lit_jax.training.run import load_run, model_folder
+from lit_jax.weights.save import save_dual_encoder
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m lit_jax.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of a training run")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--step", type=int, help="of the checkpoint; the latest if not given")
+    args = parser.parse_args(argv)
+    # Locked parameters are on disk as they were read; float32 gives them away unrounded.
+    run = load_run(args.workdir, step=args.step, dtype="float32")
+    processor = Processor(model_folder(args.workdir), run.setup.tokenizer)
+    params = jax.device_get(run.params)
+    save_dual_encoder(args.output, run.setup.hf_config, run.module, params, processor)
+    print(f"step {run.step} of {args.workdir} is in {args.output}")
+
+
+class Processor:
+    """Both halves of a VisionTextDualEncoderProcessor, as transformers 5 and as 4 read them."""
+
+    def __init__(self, folder: Path, tokenizer: Any):
+        self._image_processor, self._tokenizer = load_processor(folder), tokenizer
+
+    def save_pretrained(self, save_directory: str) -> None:
+        both = VisionTextDualEncoderProcessor(self._image_processor, self._tokenizer)
+        both.save_pretrained(save_directory)
+        self._image_processor.save_pretrained(save_directory)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

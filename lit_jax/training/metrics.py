@@ -1,0 +1,140 @@
+"""Where the numbers of a run go: progress bar, metrics.jsonl, TensorBoard, Weights & Biases."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from lit_jax.config import LogConfig
+from lit_jax.distributed.process import is_primary
+from lit_jax.errors import UserError
+from lit_jax.training.step import Metrics
+
+
+class Reporter:
+    """Reads the metrics of each step one step late, when reading them no longer holds up the device."""
+
+    def __init__(
+        self,
+        workdir: Path,
+        config: LogConfig,
+        *,
+        every: int,
+        batch_size: int,
+        start: int,
+        total: int,
+        last_saved: Callable[[], int | None],
+    ):
+        self._every, self._batch_size, self._total = every, batch_size, total
+        self._last_saved = last_saved
+        self._writer = MetricsWriter(workdir, config, start=start) if is_primary() else None
+        self._pending: tuple[int, Metrics, int] | None = None
+        self._bar = tqdm(
+            total=total * batch_size,
+            initial=start * batch_size,
+            unit=" pairs",
+            unit_scale=True,
+            desc="train",
+            disable=not is_primary(),
+            mininterval=0.5,
+        )
+        self._last_row = (start, time.perf_counter())
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._bar.close()
+        if self._writer:
+            self._writer.close()
+
+    def add(self, step: int, metrics: Metrics, *, bad_samples: int) -> None:
+        """Reports the step before this one, and keeps this one's metrics, still being computed."""
+        self.flush()
+        self._pending = step, metrics, bad_samples
+
+    def flush(self) -> None:
+        """Reports what `add` kept. Raises UserError if a value is not finite."""
+        if self._pending is None:
+            return
+        step, metrics, bad_samples = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        check_finite(values, step, self._last_saved())
+        self._bar.update(self._batch_size)
+        self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        if self._writer and (step % self._every == 0 or step in (1, self._total)):
+            last_step, last_time = self._last_row
+            self._last_row = step, time.perf_counter()
+            rate = (step - last_step) * self._batch_size / (self._last_row[1] - last_time)
+            row = {"examples": step * self._batch_size, "pairs_per_second": rate}
+            self._writer.write(step, values | row | {"bad_samples": bad_samples})
+
+
+class MetricsWriter:
+    """Appends rows {"step": n, name: number, ...} to metrics.jsonl of a run folder, and to the others.
+
+    Rows after `start`, which a killed run left behind, are dropped first: the resumed run writes them again.
+    """
+
+    def __init__(self, workdir: Path, config: LogConfig, *, start: int):
+        path = workdir / "metrics.jsonl"
+        rows = [row for row in read_metrics(workdir) if row["step"] <= start]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self._file = path.open("a", buffering=1)
+        self._tensorboard = _tensorboard(workdir, start) if config.tensorboard else None
+        self._wandb = _wandb(workdir, config.wandb_project) if config.wandb_project else None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The complete rows of metrics.jsonl; a last line cut by a kill is left out."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def check_finite(values: Mapping[str, float], step: int, last_saved: int | None) -> None:
+    """Raises UserError if a value is NaN or infinite; `last_saved` is the latest checkpoint's step."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        saved = "no checkpoint" if last_saved is None else f"the checkpoint of step {last_saved}"
+        raise UserError(
+            f"{' and '.join(bad)} became non-finite at step {step} ({saved} is there to go on from); lower "
+            "config.schedule.learning_rate, lengthen its warmup, or look at the data around that step."
+        )
+
+
+def _tensorboard(workdir: Path, start: int) -> Any:
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+
+
+def _wandb(workdir: Path, project: str) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError(
+            "config.log.wandb_project is set but wandb is not installed; pip install wandb, or unset it."
+        ) from None
+    return wandb.init(project=project, dir=str(workdir), id=workdir.name, resume="allow")

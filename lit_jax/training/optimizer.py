@@ -1,0 +1,107 @@
+"""Schedules and optimizers. Everything here sees the trainable parameters alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lit_jax.config import OptimizerConfig, ScheduleConfig
+from lit_jax.errors import UserError
+from lit_jax.training.policy import Policy
+from lit_jax.trees import unflatten
+
+Steps = Callable[[str], int]  # converts a duration such as "2 epochs"
+
+
+def make_schedule(config: ScheduleConfig, *, total: int, steps: Steps) -> optax.Schedule:
+    """The learning rate by step: linear warm-up from 0, the named curve, linear cool-down to 0.
+
+    'cosine' and 'linear' end at 0 after `total` steps; 'rsqrt' is sqrt(timescale / (timescale + step)),
+    an inverse square root (Zhai et al., Scaling Vision Transformers, 2106.04560, section 3.4).
+    """
+    warmup, cooldown = steps(config.warmup), steps(config.cooldown)
+    if warmup + cooldown > total:
+        raise UserError(
+            f"config.schedule.warmup and cooldown take {warmup + cooldown} steps of the run's {total}; "
+            "shorten them or lengthen config.duration."
+        )
+    decay = max(total - warmup, 1)
+    timescale = max(steps(config.timescale), 1)
+    curves = {
+        "cosine": optax.cosine_decay_schedule(1.0, decay),
+        "linear": optax.linear_schedule(1.0, 0.0, decay),
+        "constant": optax.constant_schedule(1.0),
+        "rsqrt": lambda step: jnp.sqrt(timescale / (timescale + step)),
+    }
+    curve = curves[config.name]
+
+    def schedule(step: Any) -> Any:
+        step = jnp.asarray(step, jnp.float32)
+        ramp_up = jnp.minimum(1.0, step / max(warmup, 1)) if warmup else 1.0
+        ramp_down = jnp.clip((total - step) / cooldown, 0.0, 1.0) if cooldown else 1.0
+        return config.learning_rate * ramp_up * ramp_down * curve(jnp.maximum(step - warmup, 0.0))
+
+    return schedule
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, policy: Policy
+) -> optax.GradientTransformation:
+    """Clip by global norm, the optimizer's direction, decoupled weight decay, learning rate.
+
+    A step subtracts rate * lr_multiplier * (direction + weight_decay * wd_multiplier * parameter), where
+    rate is that of the schedule.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        _DIRECTIONS[config.name](config),
+        _add_weight_decay(config.weight_decay, policy),
+        _scale_by_multipliers(policy),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.momentum_dtype)
+
+
+def _lion(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.scale_by_lion(config.b1, config.b2, mu_dtype=config.momentum_dtype)
+
+
+def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adafactor for vision (2106.04560, section 3.4; big_vision's settings).
+
+    The second moment is factored and its decay 1 - t^-0.8 is capped at b2; no update clipping and no
+    scaling by the parameter; momentum b1 is added, without bias correction, in `momentum_dtype`.
+    """
+
+    def decay_rate(step: Any, exponent: Any) -> Any:
+        t = jnp.asarray(step, jnp.float32) + 1.0
+        return jnp.minimum(config.b2, 1.0 - t ** (-exponent))
+
+    return optax.chain(
+        optax.scale_by_factored_rms(
+            decay_rate=0.8, min_dim_size_to_factor=32, epsilon=1e-30, decay_rate_fn=decay_rate
+        ),
+        optax.ema(config.b1, debias=False, accumulator_dtype=jnp.dtype(config.momentum_dtype)),
+    )
+
+
+_DIRECTIONS = {"adamw": _adamw, "adafactor": _adafactor, "lion": _lion}
+
+
+def _add_weight_decay(weight_decay: float, policy: Policy) -> optax.GradientTransformation:
+    rates = unflatten(policy.weight_decay)
+
+    def update(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda u, p, m: u + weight_decay * m * p, updates, params, rates)
+
+    return optax.stateless(update)
+
+
+def _scale_by_multipliers(policy: Policy) -> optax.GradientTransformation:
+    rates = unflatten(policy.learning_rate)
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, rates))

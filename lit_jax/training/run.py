@@ -1,0 +1,175 @@
+"""The run folder: what makes a run the same run when its command is given again.
+
+config.json            the resolved config
+model/                 config, tokenizer and image processor of the model
+parameters.txt         what trains, how fast, and how it lies on the mesh
+frozen/, checkpoints/  see checkpoints.py
+metrics.jsonl, tensorboard/  what was measured
+results.json, report/  the final evaluations, and pictures of them
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from lit_jax.config import Config, MeshConfig, parse
+from lit_jax.data.image import load_processor
+from lit_jax.distributed.mesh import make_mesh
+from lit_jax.distributed.process import is_primary
+from lit_jax.errors import UserError
+from lit_jax.models.dual_encoder import DualEncoder
+from lit_jax.training.checkpoints import Checkpoints, restore_frozen
+from lit_jax.training.policy import merge
+from lit_jax.training.setup import Setup, Towers, prepare
+from lit_jax.trees import flatten
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A trained run, read back: the whole tree of parameters on the mesh."""
+
+    config: Config
+    setup: Setup
+    params: Mapping[str, Any]
+    step: int
+
+    @property
+    def module(self) -> DualEncoder:
+        return self.setup.module
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.setup.mesh
+
+
+def load_run(workdir: Path, *, step: int | None = None, dtype: str | None = None) -> Run:
+    """Reads a checkpoint (the latest) of a run onto all devices of this machine; the run stays as it is.
+
+    `dtype` replaces the run's own: that of the computation and of the locked parameters.
+
+    Raises UserError if `workdir` is no run or has no complete checkpoint.
+    """
+    config = read_config(workdir)
+    if config is None:
+        raise UserError(f"{workdir} is not a run folder: it has no config.json.")
+    if dtype is not None:
+        model = dataclasses.replace(config.model, dtype=dtype)
+        config = dataclasses.replace(config, model=model)
+    setup = prepare(config, saved_towers(workdir), make_mesh(MeshConfig()))
+    with Checkpoints(workdir) as checkpoints:
+        step, trainable = checkpoints.restore_params(setup.abstract_trainable, step)
+    params = merge(trainable, restore_frozen(workdir, setup.abstract_frozen))
+    return Run(config=config, setup=setup, params=params, step=step)
+
+
+def model_folder(workdir: Path) -> Path:
+    """Config, tokenizer and image processor of a run's model."""
+    return workdir / "model"
+
+
+def saved_towers(workdir: Path) -> Towers:
+    """The towers of a run from its own folder: no Hub needed."""
+    folder = model_folder(workdir)
+    hf_config = json.loads((folder / "config.json").read_text())
+    return Towers(image_folder=folder, text_folder=folder, hf_config=hf_config)
+
+
+def has_model_files(workdir: Path) -> bool:
+    return (model_folder(workdir) / "config.json").exists()
+
+
+def save_model_files(workdir: Path, config: Config, towers: Towers, setup: Setup) -> None:
+    """Writes config, tokenizer and image processor into the run: all but the weights."""
+    folder = model_folder(workdir)
+    if not is_primary() or has_model_files(workdir):
+        return
+    folder.mkdir(exist_ok=True)
+    setup.tokenizer.save_pretrained(folder)
+    processor = load_processor(towers.image_folder, image_size=config.data.image_size)
+    processor.save_pretrained(folder)
+    write_json(folder / "config.json", setup.hf_config)  # last: its presence says all are there
+
+
+def save_parameter_table(workdir: Path, setup: Setup) -> None:
+    """Writes parameters.txt: what trains, how fast, and how it lies on the mesh."""
+    sizes = {path: math.prod(leaf.shape) for path, leaf in flatten(setup.abstract).items()}
+    trained = sum(size for path, size in sizes.items() if setup.policy.trainable[path])
+    log.info(
+        "%.2fM of %.2fM parameters train, on %d devices.",
+        trained / 1e6,
+        sum(sizes.values()) / 1e6,
+        setup.mesh.size,
+    )
+    if is_primary():
+        (workdir / "parameters.txt").write_text(setup.policy.table(setup.abstract))
+
+
+def read_config(workdir: Path) -> Config | None:
+    """The resolved config that a run folder holds, None in a folder without one."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return parse(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is damaged ({error}); restore it, or choose another --workdir."
+        ) from None
+
+
+def open_workdir(workdir: Path, config: Config, allowed_changes: Collection[str]) -> None:
+    """Creates or reopens a run folder and writes the resolved config into it.
+
+    Raises UserError if the folder cannot be written, and if `config` differs from the run's own in keys
+    that would change the result and are not in `allowed_changes`.
+    """
+    previous = read_config(workdir)
+    if previous is not None:
+        changes = changed_keys(previous, config)
+        refused = {key: text for key, text in changes.items() if key not in allowed_changes}
+        if refused:
+            raise UserError(
+                f"{workdir} holds a run with another config ({'; '.join(refused.values())}); choose another "
+                f"--workdir, or go on with the change by --allow_changes={','.join(refused)}."
+            )
+    if not is_primary():
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "config.json", dataclasses.asdict(config))
+    except OSError as error:
+        raise UserError(
+            f"The run folder {workdir} cannot be written ({error.strerror}); choose another --workdir."
+        ) from None
+
+
+def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, str]:
+    """The keys that change the result and differ: dotted key -> "key: old -> new"."""
+    changes = {}
+    for field in dataclasses.fields(old):
+        key, before, after = prefix + field.name, getattr(old, field.name), getattr(new, field.name)
+        if not field.metadata.get("changes_result", True) or before == after:
+            continue
+        if dataclasses.is_dataclass(before):
+            changes |= changed_keys(before, after, key + ".")
+        else:
+            changes[key] = f"{key}: {before!r} -> {after!r}"
+    return changes
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+    os.replace(file.name, path)

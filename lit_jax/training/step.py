@@ -1,0 +1,81 @@
+"""The train step: one pure function of the state, the locked parameters and a batch."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lit_jax.training.losses import Loss
+from lit_jax.training.policy import merge
+from lit_jax.trees import Tree
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class State(NamedTuple):
+    """All that training changes. `step` counts the steps taken, int32."""
+
+    step: jax.Array
+    params: Any  # the trainable ones, a nested dict
+    opt_state: optax.OptState
+
+
+def named_key(seed: int, name: str, step: int | jax.Array) -> jax.Array:
+    """The random key of one use at one step. None is ever stored: a resumed run draws the same ones."""
+    return jax.random.fold_in(
+        jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), step
+    )
+
+
+def train_step(
+    state: State,
+    frozen: Tree,
+    batch: Batch,
+    *,
+    embed: Callable[..., Any],
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    seed: int,
+) -> tuple[State, Metrics]:
+    """One step on the global batch: gradient of the trainable parameters, update, metrics.
+
+    `embed` is `DualEncoder.apply`. A tower without trainable parameters is a constant to the gradient and
+    runs without dropout.
+    """
+    dropout_key = named_key(seed, "dropout", state.step)
+
+    def loss_fn(params: Tree) -> tuple[jax.Array, Metrics]:
+        zimg_BxE, ztxt_BxE, logit_scale, logit_bias = embed(
+            {"params": merge(params, frozen)},
+            batch,
+            deterministic_image="vision_model" not in params,
+            deterministic_text="text_model" not in params,
+            rngs={"dropout": dropout_key},
+        )
+        value = loss(zimg_BxE, ztxt_BxE, logit_scale, logit_bias)
+        return value, {"loss": value, "logit_scale": jnp.exp(logit_scale)}
+
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics |= {
+        "grad_norm": optax.tree.norm(grads),
+        "update_norm": optax.tree.norm(updates),
+        "learning_rate": schedule(state.step),
+    }
+    return State(state.step + 1, params, opt_state), metrics
+
+
+def jit_train_step(
+    step: Callable[[State, Tree, Batch], tuple[State, Metrics]], state_shardings: State
+) -> Callable[[State, Tree, Batch], tuple[State, Metrics]]:
+    """The one place where the step is compiled.
+
+    The old state's buffers are given to the new one, which keeps its shardings. Inputs carry theirs.
+    """
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))

@@ -1,0 +1,18 @@
+"""Nested dicts of parameters by path: 'vision_model/encoder/layer/output/dense/kernel'."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import traverse_util
+
+Tree = Mapping[str, Any]
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Path -> leaf, in the tree's order."""
+    return traverse_util.flatten_dict(tree, sep="/")  # pyright: ignore[reportReturnType]
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict of which `flatten` made `flat`."""
+    return traverse_util.unflatten_dict(flat, sep="/")

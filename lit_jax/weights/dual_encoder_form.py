@@ -1,0 +1,176 @@
+"""Says in VisionTextDualEncoder's words what it has no words for, and takes it back.
+
+transformers' VisionTextDualEncoder always computes projection(tanh(pooler(first token))), with no
+bias in the projection. lit_jax also trains towers without a pooler, and other projections. Where the
+same function can be had with other weights, `express` finds them and `restore` undoes it.
+
+A tower without a pooler (pooling 'cls') gets the pooler z * 2^-14 and a projection that is 2^14 times
+as large. tanh(x) = x (1 - x^2 / 3 + ...), so for |z| < 8 the tanh between them is nothing that float32
+could resolve, and a power of two loses no bit. A smaller factor would not survive float16, where
+2^-14 is the smallest number of full precision. ('pooler_act' 'linear' would be simpler, but only
+transformers' PyTorch ViT has it.)
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lit_jax.config import Pooling
+from lit_jax.errors import UserError
+from lit_jax.models.dual_encoder import DualEncoder, Projection
+
+Params = dict[str, Any]  # nested; the leaves are arrays
+_SCALE = np.float32(2.0**-14)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What config.json keeps under 'lit_jax', for `restore`. The defaults are VisionTextDualEncoder."""
+
+    image_pooling: Pooling = "pooler"
+    image_projection: Projection = "linear"
+    text_pooling: Pooling = "pooler"
+    text_projection: Projection = "linear"
+
+    @classmethod
+    def of_module(cls, module: DualEncoder) -> "Settings":
+        return cls(
+            image_pooling=module.vision_model.pooling,
+            image_projection=module.image_projection,
+            text_pooling=module.text_model.pooling,
+            text_projection=module.text_projection,
+        )
+
+    @classmethod
+    def of_config(cls, hf_config: Mapping[str, Any]) -> "Settings":
+        try:
+            return cls(**hf_config.get("lit_jax", {}))
+        except TypeError as error:
+            raise UserError(
+                "The model's config.json was written by another version of lit_jax, whose settings "
+                f"this one does not know ({hf_config['lit_jax']}); load it with that version."
+            ) from error
+
+
+PLAIN = Settings()
+
+
+class _Side(NamedTuple):
+    name: str  # in config keys
+    tower: str
+    head: str  # the projection
+
+
+_SIDES = (
+    _Side("image", "vision_model", "visual_projection"),
+    _Side("text", "text_model", "text_projection"),
+)
+
+
+def express(params: Params, settings: Settings, projection_dim: int) -> Params:
+    """The parameters of the VisionTextDualEncoder that computes the same embeddings.
+
+    `params` and the result are NumPy trees; the result has two poolers and two projections without
+    bias. Raises UserError for what cannot be expressed, naming the setting to train with instead.
+    """
+    result = {"logit_scale": params["logit_scale"]}
+    for side in _SIDES:
+        tower, head = dict(params[side.tower]), params.get(side.head)
+        pooling = getattr(settings, f"{side.name}_pooling")
+        _check_expressible(side.name, pooling, tower, head)
+        if pooling == "cls":
+            tower["pooler"], kernel = _pooler_and_kernel(head, projection_dim)
+        else:
+            kernel = _identity(projection_dim) if head is None else head["kernel"]
+        result |= {side.tower: tower, side.head: {"kernel": kernel}}
+    return result
+
+
+def restore(params: Params, settings: Settings, projection_dim: int) -> Params | None:
+    """The inverse of `express`, bit by bit.
+
+    None if `express` cannot have made these parameters: the model was trained on after the export.
+    """
+    result = {"logit_scale": params["logit_scale"]}
+    for side in _SIDES:
+        tower, head = dict(params[side.tower]), params[side.head]
+        if getattr(settings, f"{side.name}_pooling") == "cls":
+            head = _head(
+                getattr(settings, f"{side.name}_projection"), tower.pop("pooler"), head["kernel"]
+            )
+        elif getattr(settings, f"{side.name}_projection") == "none":
+            head = None
+        result |= {side.tower: tower} | ({} if head is None else {side.head: head})
+    if not jax.tree.all(
+        jax.tree.map(np.array_equal, express(result, settings, projection_dim), params)
+    ):
+        return None
+    return result
+
+
+def _check_expressible(side: str, pooling: Pooling, tower: Params, head: Params | None) -> None:
+    key = f"config.model.{side}"
+    if pooling == "mean":
+        raise UserError(
+            f"VisionTextDualEncoder has no mean pooling, so a model with {key}.pooling='mean' cannot "
+            f"be exported; train with {key}.pooling='cls' or 'pooler'."
+        )
+    if pooling == "pooler":
+        width, pooled_width = tower["pooler"]["dense"]["kernel"].shape
+        if head and "bias" in head:
+            raise UserError(
+                "VisionTextDualEncoder has no bias in its projections, so a model with "
+                f"{key}.pooling='pooler' and {key}.projection='linear_bias' cannot be exported; train "
+                f"with {key}.projection='linear'."
+            )
+        if width != pooled_width:
+            raise UserError(
+                f"VisionTextDualEncoder needs a pooler as wide as its tower, and that of the {side} "
+                f"tower is {pooled_width} wide, not {width}; train with {key}.pooling='cls'."
+            )
+    elif head and "bias" in head and head["kernel"].shape[0] < head["kernel"].shape[1]:
+        raise UserError(
+            "VisionTextDualEncoder can hold the bias of a projection only where config.model."
+            f"projection_dim is at most the width of the tower, {head['kernel'].shape[0]}; train "
+            f"with {key}.projection='linear'."
+        )
+
+
+def _pooler_and_kernel(head: Params | None, projection_dim: int) -> tuple[Params, np.ndarray]:
+    """The pooler and the projection, without bias, that do what `head` does to a CLS token."""
+    if head and "bias" in head:
+        # The pooler projects, the rest of its width stays zero, and the projection cuts that off.
+        width = head["kernel"].shape[0]
+        dense = {
+            "kernel": _padded(head["kernel"], (width, width)),
+            "bias": _padded(head["bias"], (width,)),
+        }
+        kernel = _identity(width)[:, :projection_dim]
+    else:
+        kernel = _identity(projection_dim) if head is None else head["kernel"]
+        width = kernel.shape[0]
+        dense = {"kernel": _identity(width), "bias": np.zeros(width, np.float32)}
+    return {"dense": {name: array * _SCALE for name, array in dense.items()}}, kernel / _SCALE
+
+
+def _head(projection: Projection, pooler: Params, kernel: np.ndarray) -> Params | None:
+    """The inverse of `_pooler_and_kernel`."""
+    if projection == "none":
+        return None
+    if projection == "linear":
+        return {"kernel": kernel * _SCALE}
+    return {
+        "kernel": pooler["dense"]["kernel"][:, : kernel.shape[1]] / _SCALE,
+        "bias": pooler["dense"]["bias"][: kernel.shape[1]] / _SCALE,
+    }
+
+
+def _identity(width: int) -> np.ndarray:
+    return np.eye(width, dtype=np.float32)
+
+
+def _padded(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return np.pad(array, [(0, n - m) for n, m in zip(shape, array.shape, strict=True)])

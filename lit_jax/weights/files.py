@@ -1,0 +1,136 @@
+"""The tensors of a Hugging Face folder as NumPy arrays, whichever of its file formats it uses."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from flax import serialization
+
+from lit_jax.errors import UserError
+from lit_jax.weights import torch_pickle
+from lit_jax.weights.names import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    values: Mapping[str, np.ndarray]  # by dotted name, in the dtypes of the file
+    layout: Layout
+    file: pathlib.Path  # the file, or the index of a sharded one
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    stem: str
+    suffix: str
+    read: Callable[[pathlib.Path], dict[str, np.ndarray]]
+
+    @property
+    def file(self) -> str:
+        return self.stem + self.suffix
+
+    @property
+    def index(self) -> str:
+        return self.file + ".index.json"
+
+    @property
+    def shards(self) -> str:
+        """A glob pattern of the files that the index names."""
+        return f"{self.stem}-*{self.suffix}"
+
+
+def read_tensors(folder: str | pathlib.Path) -> Tensors:
+    """Reads every tensor of the folder's weights: safetensors, else Flax msgpack, else torch's bin.
+
+    Raises UserError if there is none of them, or if it is damaged or incomplete.
+    """
+    folder = pathlib.Path(folder)
+    for format_ in FORMATS:
+        file, index = folder / format_.file, folder / format_.index
+        if file.exists():
+            values = _parsed(file, format_.read)
+        elif index.exists():
+            file, values = index, _read_shards(index, format_)
+        else:
+            continue
+        # transformers' Flax classes wrote safetensors files too, with their own names and axes.
+        layout = "flax" if any(name.endswith(".kernel") for name in values) else "torch"
+        return Tensors(values, layout, file)
+    raise UserError(
+        f"{folder} has no weights; it must hold {', '.join(f.file for f in FORMATS[:-1])} or "
+        f"{FORMATS[-1].file}, or the shards of one and their index ({FORMATS[0].index} ...)."
+    )
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, short enough to stand in a sentence."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(".: ")
+
+
+def _parsed(file: pathlib.Path, parse: Callable[[pathlib.Path], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return parse(file)
+    except UserError:
+        raise
+    except Exception as error:  # a parser that meets arbitrary bytes may raise anything
+        raise UserError(
+            f"{file} is damaged or not what its name says ({one_line(error)}); download it again."
+        ) from error
+
+
+def _read_shards(index: pathlib.Path, format_: Format) -> dict[str, np.ndarray]:
+    shard_of = _parsed(index, _read_index)
+    values: dict[str, np.ndarray] = {}
+    for shard in sorted(set(shard_of.values())):
+        file = index.parent / shard
+        if not file.is_file():
+            raise UserError(f"{file} is missing, which {index.name} names; download it again.")
+        tensors = _parsed(file, format_.read)
+        belonging = {name for name, its_shard in shard_of.items() if its_shard == shard}
+        if belonging != set(tensors):
+            odd = sorted(belonging ^ set(tensors))
+            raise UserError(
+                f"{file} and {index.name} disagree about {len(odd)} tensors ({odd[0]} ...); "
+                "they are of different versions, download both again."
+            )
+        values |= tensors
+    return values
+
+
+def _read_index(index: pathlib.Path) -> dict[str, str]:
+    """{tensor: name of the file that has it}."""
+    shard_of = json.loads(index.read_bytes())["weight_map"]
+    for shard in shard_of.values():
+        # A shard lies beside the index: a path that leads elsewhere is not ours to follow.
+        if shard != pathlib.PurePath(shard).name:
+            raise ValueError(f"{shard!r} is no name of a file beside it")
+    return {name.replace("/", "."): shard for name, shard in shard_of.items()}
+
+
+def _read_msgpack(file: pathlib.Path) -> dict[str, np.ndarray]:
+    tree: Any = serialization.msgpack_restore(file.read_bytes())
+    if "params" in tree:  # models with BatchNorm: {'params': ..., 'batch_stats': ...}
+        return {name: array for part in tree.values() for name, array in _flatten(part).items()}
+    return _flatten(tree)
+
+
+def _flatten(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    flat: dict[str, np.ndarray] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{rest}": array for rest, array in _flatten(value).items()}
+        elif isinstance(value, np.ndarray | np.generic):
+            flat[name] = np.asarray(value)
+        else:
+            raise TypeError(f"{name} is a {type(value).__name__}, not an array")
+    return flat
+
+
+FORMATS = (
+    Format("model", ".safetensors", safetensors.numpy.load_file),
+    Format("flax_model", ".msgpack", _read_msgpack),
+    Format("pytorch_model", ".bin", torch_pickle.read),
+)

@@ -1,0 +1,76 @@
+"""Where a model's files are: a local folder, or a copy of a Hugging Face Hub repository."""
+
+import json
+import pathlib
+from typing import Any
+
+import huggingface_hub
+from transformers import AutoConfig
+
+from lit_jax.errors import UserError
+from lit_jax.weights.files import FORMATS, one_line
+
+# Configs, tokenizers, image processors, indices of sharded weights.
+_SMALL_FILES = ("*.json", "*.txt", "*.model")
+_TIMEOUT = 10  # seconds
+
+
+def local_folder(model: str, *, config_key: str) -> pathlib.Path:
+    """The folder that `model` names, or a copy of the Hub repository it names: what is in the cache of
+    huggingface_hub is not fetched again, and is taken as it is when the Hub cannot be reached.
+
+    Raises UserError, naming `config_key`, if `model` is neither or cannot be had.
+    """
+    if not model:
+        raise UserError(f"{config_key} is empty; give a local folder or the id of a Hub model.")
+    folder = pathlib.Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return _download(model)
+    except Exception as error:  # no network, no such model, no permission: every cause has a class
+        reason = error
+    try:
+        cached = huggingface_hub.snapshot_download(
+            model, allow_patterns=list(_SMALL_FILES), local_files_only=True
+        )
+    except (OSError, ValueError):  # not in the cache; not the form of an id
+        raise UserError(
+            f"{config_key} is {model!r}, which is no folder here and cannot be had from the Hugging "
+            f"Face Hub ({one_line(reason)}); set {config_key} to a local folder with the model's files."
+        ) from reason
+    return pathlib.Path(cached)
+
+
+def _download(model: str) -> pathlib.Path:
+    """Fetches the small files and the weights in the first format that the repository has."""
+    info = huggingface_hub.HfApi().model_info(model, timeout=_TIMEOUT)
+    files = {sibling.rfilename for sibling in info.siblings or ()}
+    patterns = [*_SMALL_FILES]
+    for format_ in FORMATS:
+        if files & {format_.file, format_.index}:
+            patterns += [format_.file, format_.shards]
+            break
+    return pathlib.Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns))
+
+
+def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
+    """The content of config.json, completed with transformers' defaults for its `model_type`.
+
+    Raises UserError if there is none, or none that transformers understands.
+    """
+    file = pathlib.Path(folder) / "config.json"
+    try:
+        model_type = json.loads(file.read_bytes())["model_type"]
+        # Never code of the repository: towers are ours, only their numbers come from the folder.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; give the folder of a Hugging Face model.") from None
+    except Exception as error:  # each of transformers' configs checks its fields in its own way
+        raise UserError(
+            f"{file} is not a config.json that transformers understands ({one_line(error)}); take the one "
+            "that belongs to the model."
+        ) from error
+    content = config.to_dict()
+    content.pop("_name_or_path", None)  # where it was read from, no part of the model
+    return {**content, "model_type": model_type}

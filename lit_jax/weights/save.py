@@ -1,0 +1,189 @@
+"""Writes a tower or a dual encoder as a Hugging Face folder.
+
+The folder is written beside its place under another name and then renamed, so that what has the right
+name is complete. A former export is replaced; any other folder that is not empty is left alone.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import serialization, traverse_util
+
+from lit_jax.errors import UserError
+from lit_jax.models.dual_encoder import DualEncoder
+from lit_jax.models.families import Tower
+from lit_jax.weights import dual_encoder_form, names
+from lit_jax.weights.dual_encoder_form import Params
+from lit_jax.weights.load import DUAL_ENCODER, model_type
+
+
+@runtime_checkable
+class Saveable(Protocol):
+    """A transformers processor, tokenizer or image processor."""
+
+    def save_pretrained(self, save_directory: str) -> Any: ...
+
+
+def save_tower(
+    folder: str | pathlib.Path,
+    hf_config: Mapping[str, Any],
+    module: Tower,
+    params: Params,
+    processor: Saveable | None = None,
+) -> None:
+    """Writes config.json, model.safetensors with torch's names, and the processor's files, of one tower.
+
+    A tower without pooler is written without one: torch loads it with add_pooling_layer=False.
+    Raises UserError if `folder` cannot be written or holds something else.
+    """
+    family = names.FAMILIES[model_type(module)]
+    config = {
+        **hf_config,
+        "architectures": [family.architecture],
+        "dtype": "float32",
+        "lit_jax": {"pooling": module.pooling},
+    }
+    with _new_folder(pathlib.Path(folder)) as new:
+        _write_json(new / "config.json", config)
+        _write_torch(new, _as_in_files(params, [family.stack]))
+        if processor is not None:
+            processor.save_pretrained(str(new))
+
+
+def save_dual_encoder(
+    folder: str | pathlib.Path,
+    hf_config: Mapping[str, Any],
+    module: DualEncoder,
+    params: Params,
+    processor: Saveable | None = None,
+) -> None:
+    """Writes a folder that VisionTextDualEncoderModel of transformers loads, in PyTorch and in Flax.
+
+    config.json, model.safetensors (torch's names), flax_model.msgpack, and the files of the
+    processor. `hf_config` is what `load_dual_encoder` returns, or has its 'vision_config' and
+    'text_config'. Raises UserError if `folder` cannot be written or holds something else, and for a
+    pooling or projection that VisionTextDualEncoder cannot express (`dual_encoder_form`).
+    """
+    settings = dual_encoder_form.Settings.of_module(module)
+    plain = dual_encoder_form.express(_float32(params), settings, module.projection_dim)
+    stacks = [
+        f"{part}/{names.FAMILIES[model_type(tower)].stack}"
+        for part, tower in (
+            ("vision_model", module.vision_model),
+            ("text_model", module.text_model),
+        )
+    ]
+    tensors = _as_in_files(plain, stacks)
+    with _new_folder(pathlib.Path(folder)) as new:
+        _write_json(new / "config.json", _dual_encoder_config(hf_config, module, params))
+        _write_torch(new, tensors)
+        _write_flax(new, tensors)
+        if processor is not None:
+            processor.save_pretrained(str(new))
+
+
+def _dual_encoder_config(
+    hf_config: Mapping[str, Any], module: DualEncoder, params: Params
+) -> dict[str, Any]:
+    settings = dual_encoder_form.Settings.of_module(module)
+    vision_config = {**hf_config["vision_config"], "dtype": "float32"}
+    if settings.image_pooling == "cls":  # the pooler that `express` made
+        vision_config["pooler_act"] = "tanh"
+        vision_config["pooler_output_size"] = vision_config["hidden_size"]
+    config = {
+        **hf_config,
+        "model_type": DUAL_ENCODER,
+        "architectures": ["VisionTextDualEncoderModel"],
+        "dtype": "float32",
+        "vision_config": vision_config,
+        "text_config": {**hf_config["text_config"], "dtype": "float32"},
+        "projection_dim": module.projection_dim,
+        "logit_scale_init_value": module.logit_scale_init,
+        "lit_jax": dataclasses.asdict(settings),
+    }
+    config.pop("logit_bias", None)
+    if "logit_bias" in params:  # transformers has none: it moves every logit by as much
+        config["logit_bias"] = float(params["logit_bias"])
+    return config
+
+
+def _float32(params: Params) -> Params:
+    return jax.tree.map(lambda array: np.asarray(array).astype(np.float32, copy=False), params)
+
+
+def _as_in_files(params: Params, stacks: Iterable[str]) -> dict[str, np.ndarray]:
+    """The tensors of a Flax file: one a layer, by dotted names."""
+    flat: dict[str, Any] = traverse_util.flatten_dict(_float32(params), sep="/")
+    tensors = {}
+    for path, array in flat.items():
+        parts, shape = names.parts(path, array.shape, stacks)
+        for part, value in zip(parts, array.reshape(len(parts), *shape), strict=True):
+            tensors[part] = np.asarray(value)
+    return tensors
+
+
+def _write_torch(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    in_torch = {
+        # safetensors writes the memory of an array as it lies, so a transposed view must be copied.
+        names.spelled(name, "torch"): np.asarray(names.to_file(name, array, "torch"), order="C")
+        for name, array in tensors.items()
+    }
+    safetensors.numpy.save_file(in_torch, folder / "model.safetensors", {"format": "pt"})
+
+
+def _write_flax(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    tree = traverse_util.unflatten_dict(tensors, sep=".")
+    (folder / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize(tree))
+
+
+def _write_json(file: pathlib.Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder beside `target` that takes its name when the block ends well, and else is removed."""
+    new = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+    old = new.with_suffix(".old")
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if target.exists():
+            _check_replaceable(target, new)
+            target.rename(old)
+        new.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"{target} cannot be written ({error}); give a folder with permission and space to write."
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _check_replaceable(target: pathlib.Path, new: pathlib.Path) -> None:
+    """Raises UserError unless `target` is empty, or an export with no file that `new` has not."""
+    present = {file.name for file in target.iterdir()}
+    foreign = sorted(present - {file.name for file in new.iterdir()})
+    if present and (foreign or not _is_export(target)):
+        raise UserError(
+            f"{target} holds {foreign[0] if foreign else 'a model'}, which is not of an export by "
+            "lit_jax; give another folder."
+        )
+
+
+def _is_export(folder: pathlib.Path) -> bool:
+    try:
+        return "lit_jax" in json.loads((folder / "config.json").read_bytes())
+    except ValueError:
+        return False

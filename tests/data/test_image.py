@@ -1,0 +1,284 @@
+import contextlib
+import io
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.image_transforms import convert_to_rgb
+
+from lit_jax.data.example import BadSampleError
+from lit_jax.data.image import ImageTransform, decode, load_processor, random_box
+from lit_jax.errors import UserError
+
+EDGE = st.integers(1, 40)
+THREE = st.lists(st.floats(0.1, 0.9), min_size=3, max_size=3)
+SQUARE_OR_NOT = st.fixed_dictionaries({"height": EDGE, "width": EDGE})
+PROCESSORS = st.fixed_dictionaries(
+    {
+        "image_processor_type": st.sampled_from(
+            [
+                "ViTImageProcessor",
+                "CLIPImageProcessor",
+                "BeitImageProcessor",
+                "SiglipImageProcessor",
+            ]
+        ),
+        "size": SQUARE_OR_NOT | st.fixed_dictionaries({"shortest_edge": EDGE}),
+        "crop_size": SQUARE_OR_NOT,
+        "do_center_crop": st.booleans(),
+        "do_resize": st.booleans(),
+        "do_rescale": st.booleans(),
+        "do_normalize": st.booleans(),
+        "resample": st.sampled_from([0, 1, 2, 3, 4, 5]),
+        "rescale_factor": st.sampled_from([1 / 255, 1 / 127.5, 0.01]),
+        "image_mean": THREE,
+        "image_std": THREE,
+    }
+).filter(lambda p: p["do_center_crop"] or (p["do_resize"] and "height" in p["size"]))
+
+FAMILIES = {
+    "vit": {"image_processor_type": "ViTImageProcessor"},
+    "clip": {"image_processor_type": "CLIPImageProcessor"},
+    "siglip": {"image_processor_type": "SiglipImageProcessor"},
+    "dinov2": {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 256},
+        "crop_size": {"height": 224, "width": 224},
+    },
+    "deit": {"image_processor_type": "DeiTImageProcessor"},
+    "beit": {"image_processor_type": "BeitImageProcessor"},
+    "align": {
+        "image_processor_type": "EfficientNetImageProcessor",
+        "do_center_crop": True,
+        "include_top": False,
+        "rescale_factor": 1 / 127.5,
+        "rescale_offset": True,
+    },
+    "efficientnet": {"image_processor_type": "EfficientNetImageProcessor", "include_top": True},
+    "old ViT": {"feature_extractor_type": "ViTFeatureExtractor", "size": 224},
+    "old CLIP": {"feature_extractor_type": "CLIPFeatureExtractor", "size": 224, "crop_size": 224},
+}
+
+
+def assert_equal_to_processor(folder: Path, image: np.ndarray, image_size: int | None = None):
+    transform = ImageTransform.from_folder(folder, image_size=image_size)
+    processor = load_processor(folder, image_size=image_size)
+    expected = processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
+    result = transform.eval(image)
+    assert result.dtype == np.float32
+    assert result.shape == transform.output_shape
+    np.testing.assert_array_equal(result, expected.transpose(1, 2, 0))
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    processor=PROCESSORS,
+    height=st.integers(1, 60),
+    width=st.integers(1, 60),
+    seed=st.integers(0, 99),
+)
+def test_eval_is_the_processor_bit_for_bit(processor_folder, noise, processor, height, width, seed):
+    assert_equal_to_processor(processor_folder(**processor), noise(height, width, 3, seed=seed))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("image_size", [None, 112])
+def test_families_of_image_models(processor_folder, noise, family, image_size):
+    folder = processor_folder(**FAMILIES[family])
+    assert_equal_to_processor(folder, noise(301, 256, 3), image_size)
+
+
+def test_image_size_keeps_the_ratio_of_resize_to_crop(processor_folder):
+    transform = ImageTransform.from_folder(processor_folder(**FAMILIES["dinov2"]), image_size=112)
+    assert transform.output_shape == (112, 112, 3)
+    assert transform.resize == 128
+
+
+def test_varying_sizes_are_refused_until_image_size_is_set(processor_folder):
+    folder = processor_folder(**FAMILIES["clip"], do_center_crop=False)
+    with pytest.raises(UserError, match=r"different sizes; set config\.data\.image_size"):
+        ImageTransform.from_folder(folder)
+    assert ImageTransform.from_folder(folder, image_size=20).output_shape == (20, 20, 3)
+
+
+def test_a_processor_that_does_more_is_refused(processor_folder):
+    folder = processor_folder(
+        image_processor_type="ViTImageProcessor",
+        size={"height": 4, "width": 4},
+        do_pad=True,
+        pad_size={"height": 9, "width": 9},
+    )
+    with pytest.raises(UserError, match=r"ViTImageProcessorPil\) does more than to resize"):
+        ImageTransform.from_folder(folder)
+
+
+def test_a_missing_or_broken_processor_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no image processor; put .*preprocessor_config\.json"):
+        ImageTransform.from_folder(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        ImageTransform.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("area", [0.0, -0.5, 1.5])
+def test_crop_min_area_must_be_a_part(processor_folder, area):
+    with pytest.raises(UserError, match=r"config\.data\.crop_min_area is"):
+        ImageTransform.from_folder(processor_folder(**FAMILIES["vit"]), crop_min_area=area)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "CMYK", "YCbCr"])
+def test_decode_converts_as_pillow_does(noise, encode, mode):
+    image = Image.fromarray(noise(6, 7, 3)).convert(mode)
+    decoded = decode(encode(image, "TIFF"))
+    assert decoded.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(decoded), np.asarray(image.convert("RGB")))
+
+
+def test_decode_puts_transparency_on_white(noise, encode):
+    palette = Image.fromarray(noise(6, 7, 3)).quantize(8)
+    contents = {
+        "RGBA": encode(noise(6, 7, 4)),
+        "LA": encode(Image.fromarray(noise(6, 7, 4)).convert("LA")),
+        "P": encode(palette, transparency=bytes([0, 99, 255, 255, 0, 255, 255, 255])),
+        "RGB": encode(noise(6, 7, 3), transparency=(1, 2, 3)),
+    }
+    for mode, content in contents.items():
+        image = Image.open(io.BytesIO(content))
+        assert image.mode == mode
+        np.testing.assert_array_equal(
+            np.asarray(decode(content)), convert_to_rgb(image, return_numpy=True), err_msg=mode
+        )
+
+
+def test_decode_scales_16_bit_grey(encode):
+    grey = np.array([[0, 255, 256], [32768, 65279, 65535]], np.uint16)
+    expected = np.array([[0, 0, 1], [128, 254, 255]], np.uint8)
+    assert Image.open(io.BytesIO(encode(grey))).mode == "I;16"
+    np.testing.assert_array_equal(np.asarray(decode(encode(grey)))[..., 0], expected)
+
+
+def test_decode_applies_the_exif_orientation(noise, encode):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate clockwise
+    pixels = noise(4, 9, 3)
+    decoded = decode(encode(pixels, exif=exif))
+    np.testing.assert_array_equal(np.asarray(decoded), np.rot90(pixels, -1))
+
+
+def test_decode_takes_paths_and_pixels(noise, encode, tmp_path):
+    (tmp_path / "a.png").write_bytes(encode(noise(3, 4, 3)))
+    for image in (tmp_path / "a.png", noise(3, 4, 3)):
+        np.testing.assert_array_equal(np.asarray(decode(image)), noise(3, 4, 3))
+
+
+def test_bad_images_have_a_reason(noise, encode, tmp_path, monkeypatch):
+    def reason(image) -> str:
+        with pytest.raises(BadSampleError) as error:
+            decode(image)
+        return str(error.value)
+
+    jpeg = encode(noise(40, 40, 3), "JPEG")
+    assert reason(b"") == "0 bytes"
+    assert reason(b"<html>404</html>") == "not an image"
+    assert "truncated" in reason(jpeg[: len(jpeg) // 2])
+    assert reason(tmp_path / "missing.png") == "No such file or directory"
+    assert reason(tmp_path) == "Is a directory"
+    assert "mode F" in reason(encode(Image.fromarray(noise(3, 3)).convert("F"), "TIFF"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert "decompression bomb" in reason(jpeg)
+    assert "decompression bomb" in reason(encode(noise(80, 80, 3)))
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_a_broken_file_is_a_bad_sample_or_an_image(noise, encode, data):
+    kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"]))
+    content = bytearray(encode(noise(8, 9, 3), kind))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = bytes(content[: data.draw(st.integers(0, len(content)))])
+    with contextlib.suppress(BadSampleError):
+        assert decode(content).mode == "RGB"
+
+
+def test_train_without_augmentation_is_eval(processor_folder, noise):
+    folder = processor_folder(**FAMILIES["dinov2"])
+    transform = ImageTransform.from_folder(folder, image_size=8)
+    image = noise(30, 20, 3)
+    trained = transform.train(image, np.random.default_rng(0))
+    np.testing.assert_array_equal(trained, transform.eval(image))
+
+
+def test_flip_mirrors_half_of_the_images(processor_folder, noise):
+    transform = ImageTransform.from_folder(
+        processor_folder(**FAMILIES["vit"]), image_size=6, flip=True
+    )
+    image, rng = noise(9, 9, 3), np.random.default_rng(0)
+    flips = 0
+    for _ in range(100):
+        result = transform.train(image, rng)
+        flipped = not np.array_equal(result, transform.eval(image))
+        np.testing.assert_array_equal(result[:, ::-1] if flipped else result, transform.eval(image))
+        flips += flipped
+    assert 35 <= flips <= 65
+
+
+@given(
+    size=st.tuples(st.integers(1, 500), st.integers(1, 500)),
+    min_area=st.floats(0.05, 1),
+    seed=st.integers(0, 999),
+)
+def test_random_box_is_inside_and_large_enough(size, min_area, seed):
+    left, top, right, bottom = random_box(size, min_area, np.random.default_rng(seed))
+    w, h = right - left, bottom - top
+    assert 0 <= left < right <= size[0]
+    assert 0 <= top < bottom <= size[1]
+    assert 3 / 4 * (h - 0.5) - 0.5 <= w <= 4 / 3 * (h + 0.5) + 0.5  # up to rounding
+    if (
+        3 / 4 <= size[0] / size[1] <= 4 / 3 and min_area < 0.5
+    ):  # such a crop exists, and is soon found
+        assert (w + 0.5) * (h + 0.5) >= min_area * size[0] * size[1]
+
+
+def test_crop_cuts_a_box_out_and_resizes_it(processor_folder, noise):
+    folder = processor_folder(**FAMILIES["vit"], resample=0)  # others look beyond the box
+    transform = ImageTransform.from_folder(folder, image_size=10, crop_min_area=0.2)
+    image = noise(40, 30, 3)
+    box = random_box((30, 40), 0.2, np.random.default_rng(5))
+    cut = np.asarray(Image.fromarray(image).crop(box).resize((10, 10), 0))
+    np.testing.assert_array_equal(
+        transform.train(image, np.random.default_rng(5)), transform.eval(cut)
+    )
+
+
+def test_transform_needs_no_heavy_library_in_a_worker(image_transform, noise, tmp_path):
+    (tmp_path / "transform").write_bytes(pickle.dumps(image_transform))
+    np.save(tmp_path / "image.npy", noise(9, 8, 3))
+    code = """if True:
+        import json, pickle, sys, numpy as np
+        import lit_jax.data.sources
+        transform = pickle.load(open("transform", "rb"))
+        print(json.dumps(transform.eval(np.load("image.npy")).tolist()))
+        heavy = {"jax", "torch", "transformers", "tensorflow", "tensorflow_datasets", "sklearn"}
+        assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+    """
+    root = str(Path(__file__).parents[2])
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_array_equal(
+        np.array(json.loads(result.stdout), np.float32), image_transform.eval(noise(9, 8, 3))
+    )

@@ -1,0 +1,326 @@
+import dataclasses
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lit_jax.config import DataConfig
+from lit_jax.data import pipeline
+from lit_jax.data.pipeline import TrainStream, eval_batches
+from lit_jax.data.sources import JsonlSource
+from lit_jax.errors import UserError
+
+EXAMPLES = 22
+WORDS = ("one", "two", "three")
+CONFIG = DataConfig(max_text_length=24, threads=2)
+
+
+@pytest.fixture
+def source(jsonl_folder) -> JsonlSource:
+    """Example i has the captions "i one", "i two" and "i three"."""
+    return JsonlSource(
+        jsonl_folder(
+            {"image": f"{i}.png", "captions": [f"{i} {word}" for word in WORDS]}
+            for i in range(EXAMPLES)
+        )
+    )
+
+
+@pytest.fixture
+def open_stream(image_transform, tokenizer):
+    """Opens a TrainStream; all are closed after the test."""
+    streams = []
+
+    def open_stream(source, config=CONFIG, seed=0, batch_size=4, process=0, processes=1, **changes):
+        stream = TrainStream(
+            source,
+            image_transform,
+            tokenizer,
+            config=dataclasses.replace(config, **changes),
+            seed=seed,
+            batch_size=batch_size,
+            process_index=process,
+            process_count=processes,
+        )
+        streams.append(stream)
+        return stream
+
+    yield open_stream
+    for stream in streams:
+        stream.close()
+
+
+@pytest.fixture
+def captions(tokenizer):
+    """The captions in batches, as (example, word)."""
+
+    def captions(*batches):
+        texts = tokenizer.batch_decode(
+            np.concatenate([batch["input_ids"] for batch in batches]), skip_special_tokens=True
+        )
+        # Digits are tokens of their own, and tokens are joined by blanks.
+        return [(int("".join(text.split()[:-1])), text.split()[-1]) for text in texts]
+
+    return captions
+
+
+def take(stream, count):
+    return [next(stream) for _ in range(count)]
+
+
+def assert_equal(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
+
+
+def test_batch_has_what_the_model_takes(source, open_stream):
+    batch = next(open_stream(source, batch_size=6))
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
+        "pixel_values": ((6, 6, 5, 3), np.float32),
+        "input_ids": ((6, 24), np.int32),
+        "attention_mask": ((6, 24), np.int32),
+        "token_type_ids": ((6, 24), np.int32),
+    }
+
+
+def test_an_epoch_has_every_example_once_in_a_new_order(source, open_stream, captions):
+    stream = open_stream(source, batch_size=EXAMPLES)
+    epochs = [[example for example, _ in captions(next(stream))] for _ in range(4)]
+    other_seed = [
+        example for example, _ in captions(next(open_stream(source, seed=1, batch_size=22)))
+    ]
+    assert all(sorted(epoch) == list(range(EXAMPLES)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, other_seed]}) == 5
+
+
+def test_each_epoch_draws_one_of_the_captions(source, open_stream, captions):
+    drawn = captions(*take(open_stream(source, batch_size=EXAMPLES), 20))
+    for i in range(EXAMPLES):
+        assert {word for example, word in drawn if example == i} == set(WORDS)
+
+
+def test_each_epoch_augments_anew(source, open_stream, captions):
+    seen = set()
+    for batch in take(open_stream(source, batch_size=EXAMPLES), 5):
+        index = [example for example, _ in captions(batch)].index(7)
+        seen.add(batch["pixel_values"][index].tobytes())
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("threads", [0, 1, 8])
+def test_threads_change_nothing(source, open_stream, threads):
+    assert_equal(take(open_stream(source, threads=threads), 12), take(open_stream(source), 12))
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_same_batches(source, open_stream, processes):
+    whole = take(open_stream(source), 12)
+    shares = [
+        take(open_stream(source, process=p, processes=processes), 12) for p in range(processes)
+    ]
+    for n, batch in enumerate(whole):
+        for p in range(processes):
+            assert_equal([shares[p][n]], [{k: array[p::processes] for k, array in batch.items()}])
+
+
+def test_stream_goes_on_from_every_position(source, open_stream):
+    batches, states, stream = [], [], open_stream(source)
+    for _ in range(8):
+        states.append(stream.get_state())
+        batches.append(next(stream))
+    other = open_stream(source, threads=1)
+    for n in (3, 0, 7, 5, 1, 6, 2, 4):
+        other.set_state(states[n])
+        assert other.get_state() == states[n] == {"next_batch": n}
+        assert_equal(take(other, 8 - n), batches[n:])
+
+
+def test_a_small_data_set_is_repeated_within_a_batch(jsonl_folder, open_stream, captions):
+    folder = jsonl_folder({"image": f"{i}.png", "caption": f"{i} one"} for i in range(3))
+    examples = [
+        example for example, _ in captions(next(open_stream(JsonlSource(folder), batch_size=8)))
+    ]
+    assert {i: examples[:6].count(i) for i in range(3)} == {0: 2, 1: 2, 2: 2}
+
+
+def test_a_batch_that_does_not_divide_is_refused(source, image_transform, open_stream):
+    refused = pytest.raises(UserError, match="batch size of 6 does not divide by 4 processes")
+    with refused:
+        open_stream(source, batch_size=6, processes=4)
+    batches = eval_batches(source, image_transform, batch_size=6, process_index=0, process_count=4)
+    with refused:
+        next(batches)
+
+
+@pytest.fixture
+def spoilt(jsonl_folder) -> JsonlSource:
+    """24 examples, four of them bad: 0, 6, 12, 18."""
+    rows = [{"image": f"{i}.png", "caption": f"{i} one"} for i in range(24)]
+    rows[0] = {"image": "missing.png", "caption": "0 one"}
+    rows[6] = {"image": "6.png", "captions": ["", " \n"]}
+    rows[12] = {"image": "12.png"}
+    folder = jsonl_folder(rows)
+    (folder / "18.png").write_bytes(b"<html>404</html>")
+    return JsonlSource(folder)
+
+
+def test_bad_samples_are_replaced_counted_and_logged_once(spoilt, open_stream, captions, caplog):
+    stream = open_stream(spoilt, max_bad_fraction=0.9)
+    drawn = captions(*take(stream, 18))  # three epochs
+    assert len(drawn) == 72
+    assert {example for example, _ in drawn} == set(range(24)) - {0, 6, 12, 18}
+    assert stream.bad_samples >= 12  # a replacement may be bad, too
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        "Bad sample 12.png is replaced by another: no caption.",
+        "Bad sample 18.png is replaced by another: not an image.",
+        "Bad sample 6.png is replaced by another: no caption.",
+        "Bad sample missing.png is replaced by another: No such file or directory.",
+    ]
+
+
+def test_replacements_are_the_same_everywhere(spoilt, open_stream):
+    whole = take(open_stream(spoilt, max_bad_fraction=0.9), 12)
+    for p in range(2):
+        share = take(
+            open_stream(spoilt, max_bad_fraction=0.9, process=p, processes=2, threads=8), 12
+        )
+        assert_equal(share, [{k: array[p::2] for k, array in batch.items()} for batch in whole])
+
+
+def test_too_many_bad_samples_stop_the_run_after_an_epoch(spoilt, open_stream):
+    stream = open_stream(spoilt, batch_size=6, max_bad_fraction=0.1)
+    take(stream, 3)
+    with pytest.raises(UserError, match=r"\d of \d+ samples are bad .*png.*max_bad_fraction"):
+        next(stream)
+
+
+def test_bad_samples_are_judged_early_in_a_large_data_set(spoilt, open_stream, monkeypatch):
+    monkeypatch.setattr(pipeline, "JUDGE_AFTER", 10)
+    stream = open_stream(spoilt, batch_size=1, max_bad_fraction=0.0)
+    with pytest.raises(UserError, match="samples are bad"):
+        take(stream, 16)
+
+
+@pytest.mark.parametrize("threads", [0, 4])
+def test_nothing_but_bad_samples_stops_the_run(jsonl_folder, open_stream, threads):
+    source = JsonlSource(jsonl_folder([{"image": "missing.png", "caption": "a"}]))
+    with pytest.raises(
+        UserError, match=r"in a row are bad, the first is missing\.png: No such file"
+    ):
+        next(open_stream(source, max_bad_fraction=1.0, threads=threads))
+
+
+@pytest.mark.long
+def test_workers_change_nothing_and_outlive_sigterm(spoilt, open_stream):
+    expected = take(open_stream(spoilt, max_bad_fraction=0.9), 12)
+    stream = open_stream(spoilt, max_bad_fraction=0.9, workers=2)
+    stream.set_state({"next_batch": 5})  # odd, so the workers change their turns
+    batches = take(stream, 2)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    assert_equal(batches + take(stream, 5), expected[5:])
+    stream.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.long
+def test_an_error_of_a_worker_is_the_error_of_the_stream(jsonl_folder, open_stream):
+    folder = jsonl_folder({"image": "a.png", "caption": "a"} for _ in range(3))
+    with (folder / "captions.jsonl").open("a") as file:
+        file.write("{\n")
+    stream = open_stream(JsonlSource(folder), workers=1)
+    with pytest.raises(UserError, match=r"Line 4 of .*captions\.jsonl is no example"):
+        next(stream)
+
+
+@pytest.mark.long
+def test_workers_end_when_training_is_killed(source, demo_folder, tmp_path):
+    code = """if True:
+        import multiprocessing, os, signal, sys
+        from pathlib import Path
+        from lit_jax.config import DataConfig
+        from lit_jax.data.demo import DemoSource
+        from lit_jax.data.image import ImageTransform
+        from lit_jax.data.pipeline import TrainStream
+        from lit_jax.data.text import load_tokenizer
+        if __name__ == "__main__":
+            demo = Path(sys.argv[1])
+            stream = TrainStream(
+                DemoSource("unseen"),
+                ImageTransform.from_folder(demo / "vit"),
+                load_tokenizer(demo / "bert", max_length=24),
+                config=DataConfig(max_text_length=24, workers=1, threads=1),
+                seed=0, batch_size=4, process_index=0, process_count=1,
+            )
+            next(stream)
+            print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    (tmp_path / "script.py").write_text(code)
+    result = subprocess.run(
+        [sys.executable, tmp_path / "script.py", demo_folder],
+        env=os.environ | {"PYTHONPATH": str(demo_folder.parents[1])},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == -signal.SIGKILL
+    worker = Path("/proc") / result.stdout.strip()
+    assert worker.name.isdigit()
+    deadline = time.monotonic() + 20
+    while worker.exists() and "zombie" not in (worker / "status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [4, 8, 40])
+def test_eval_batches_have_every_image_once(source, image_transform, processes, batch_size):
+    shares = [
+        list(
+            eval_batches(
+                source,
+                image_transform,
+                batch_size=batch_size,
+                process_index=p,
+                process_count=processes,
+            )
+        )
+        for p in range(processes)
+    ]
+    assert {len(share) for share in shares} == {-(-EXAMPLES // batch_size)}
+    index = np.concatenate([[b["index"] for b in share] for share in shares], axis=1)
+    assert index.dtype == np.int32
+    assert index.shape[1] == batch_size
+    assert index.ravel().tolist() == list(range(EXAMPLES)) + [-1] * (index.size - EXAMPLES)
+    for batch in (batch for share in shares for batch in share):
+        assert batch["pixel_values"].shape == (batch_size // processes, 6, 5, 3)
+        for pixels, i in zip(batch["pixel_values"], batch["index"], strict=True):
+            expected = image_transform.eval(source[int(i)]["image"]) if i >= 0 else 0
+            np.testing.assert_array_equal(pixels, expected)
+
+
+def test_eval_batches_mask_and_report_bad_images(spoilt, image_transform, caplog):
+    caplog.set_level(logging.WARNING)
+    batches = list(
+        eval_batches(spoilt, image_transform, batch_size=10, process_index=0, process_count=1)
+    )
+    index = np.concatenate([batch["index"] for batch in batches])
+    # Examples 6 and 12 lack no more than a caption, which an image's embedding does not need.
+    assert set(range(24)) - set(index.tolist()) == {0, 18}
+    assert [record.getMessage() for record in caplog.records] == [
+        "Bad sample missing.png is left out of the evaluation: No such file or directory.",
+        "Bad sample 18.png is left out of the evaluation: not an image.",
+        "2 of 24 samples are left out of the evaluation.",
+    ]

@@ -1,0 +1,250 @@
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tensorflow_datasets.core.dataset_info import DatasetIdentity
+
+from lit_jax.config import SourceConfig
+from lit_jax.data.demo import DemoSource
+from lit_jax.data.image import decode
+from lit_jax.data.sources import JsonlSource, TfdsSource, line_offsets, open_source
+from lit_jax.errors import UserError
+
+CAPTIONS = ["ein Hund läuft", "犬が走る", "كلب يجري", "un café", "un cafe\u0301", "👩‍👧 and a dog"]
+
+
+def captions_of(source) -> list[tuple[str, ...]]:
+    return [source[i]["captions"] for i in range(len(source))]
+
+
+def test_demo_is_a_source():
+    source = open_source(SourceConfig(path="demo", split="unseen"))
+    assert isinstance(source, DemoSource)
+    assert len(source) == 16 * 50
+
+
+@pytest.mark.parametrize("path", ["", "no/such/folder", "."])
+def test_a_missing_data_set_is_refused(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"no data set in .*'demo'.*captions\.jsonl.*features\.json"
+    ):
+        open_source(SourceConfig(path=path))
+
+
+def test_jsonl_rows_become_examples(jsonl_folder, noise):
+    folder = jsonl_folder(
+        [
+            {"image": "a.png", "caption": CAPTIONS[0]},
+            {"image": "b.png", "captions": CAPTIONS[1:], "label": "犬", "key": "second"},
+            {"image": "a.png", "caption": "first", "captions": ["then"]},
+            {"image": "a.png", "label": "dog", "caption": None},
+        ]
+    )
+    first, second, both, labelled = open_source(SourceConfig(path=str(folder)))
+    assert (first["key"], first["captions"], first["label"]) == ("a.png", (CAPTIONS[0],), None)
+    assert second["captions"] == tuple(CAPTIONS[1:])
+    assert (second["key"], second["label"]) == ("second", "犬")
+    assert both["captions"] == ("first", "then")
+    assert (labelled["captions"], labelled["label"]) == ((), "dog")
+    np.testing.assert_array_equal(np.asarray(decode(second["image"])), noise(4, 7, 3, seed=1))
+
+
+def test_jsonl_image_may_be_an_absolute_path(tmp_path, jsonl_folder):
+    folder = jsonl_folder([{"image": str(tmp_path / "elsewhere.png"), "caption": "a"}])
+    assert decode(JsonlSource(folder)[0]["image"]).size == (7, 4)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    captions=st.lists(st.text(), min_size=1, max_size=5),
+    blanks=st.lists(st.sampled_from(["", " ", "\t ", "\r"]), min_size=6, max_size=6),
+    mark=st.sampled_from(["", "\ufeff"]),
+    line_break=st.sampled_from(["\n", "\r\n"]),
+    ended=st.booleans(),
+    block_bytes=st.integers(1, 80),
+)
+def test_lines_are_found_in_any_layout(
+    tmp_path, captions, blanks, mark, line_break, ended, block_bytes
+):
+    lines = [json.dumps({"image": "a", "caption": c}, ensure_ascii=True) for c in captions]
+    spread = [line for pair in zip(blanks, lines, strict=False) for line in pair]
+    text = mark + line_break.join(spread) + (line_break if ended else "")
+    (tmp_path / "captions.jsonl").write_bytes(text.encode())
+    source = JsonlSource(tmp_path)
+    assert captions_of(source) == [(c,) for c in captions]
+    np.testing.assert_array_equal(
+        line_offsets(tmp_path / "captions.jsonl", block_bytes),
+        line_offsets(tmp_path / "captions.jsonl"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"image": "a.png", "caption": ', "Expecting value"),
+        ('["a.png", "a dog"]', "not a JSON object"),
+        ('{"caption": "a dog"}', '"image" is missing'),
+        ('{"image": 7}', '"image" is 7'),
+        ('{"image": "a.png", "caption": ["a"]}', r"\"caption\" is \['a'\]"),
+        ('{"image": "a.png", "captions": "a"}', "\"captions\" is 'a'"),
+        ('{"image": "a.png", "captions": ["a", 7]}', "item that is no text"),
+        (b'{"image": "a.png", "caption": "\xff"}', "codec can't decode"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, reason):
+    good = b'{"image": "a.png", "caption": "a dog"}\n'
+    line = line.encode() if isinstance(line, str) else line
+    (tmp_path / "captions.jsonl").write_bytes(good + b"\n" + line + b"\n" + good)
+    source = JsonlSource(tmp_path)
+    with pytest.raises(UserError, match=rf"Line 3 of .*captions\.jsonl is no example \(.*{reason}"):
+        source[1]
+    assert source[2]["captions"] == ("a dog",)
+
+
+def test_a_file_of_another_format_is_refused_at_once(tmp_path):
+    (tmp_path / "captions.jsonl").write_text("image,caption\na.png,a dog\n")
+    with pytest.raises(UserError, match="Line 1 of"):
+        JsonlSource(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n\n", "\ufeff"])
+def test_an_empty_file_is_refused(tmp_path, content):
+    (tmp_path / "captions.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match="is empty"):
+        JsonlSource(tmp_path)
+
+
+def test_jsonl_has_no_splits(jsonl_folder):
+    folder = jsonl_folder([{"image": "a.png", "caption": "a"}])
+    with pytest.raises(UserError, match="no split 'train'"):
+        open_source(SourceConfig(path=str(folder), split="train"))
+
+
+FEATURES = {
+    "image": tfds.features.Image(shape=(None, None, 3)),
+    "caption": tfds.features.Text(),
+    "several": tfds.features.Sequence(tfds.features.Text()),
+    "captions": tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()}),
+    "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+    "name": tfds.features.Text(),
+}
+
+
+@pytest.fixture(scope="session")
+def tfds_folder(tmp_path_factory, noise, encode) -> Path:
+    """Five examples in 'train', one in 'test', none in 'empty', as `tfds build` would prepare them."""
+    folder = tmp_path_factory.mktemp("made") / "1.0.0"
+    folder.mkdir()
+    features = tfds.features.FeaturesDict(FEATURES)
+    splits = []
+    for split, count in (("train", 5), ("test", 1), ("empty", 0)):
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name="made", split=split, filetype_suffix="array_record"
+        )
+        writer = ArrayRecordWriter(
+            str(template.sharded_filepath(shard_index=0, num_shards=1)), "group_size:1"
+        )
+        for i in range(count):
+            example = {
+                "image": encode(noise(4, 7, 3, seed=i)),
+                "caption": CAPTIONS[i],
+                "several": CAPTIONS[:i],
+                "captions": [{"id": n, "text": text} for n, text in enumerate(CAPTIONS[:i])],
+                "label": i % 2,
+                "name": f"number {i}",
+            }
+            writer.write(features.serialize_example(features.encode_example(example)))
+        writer.close()
+        splits.append(
+            tfds.core.SplitInfo(
+                name=split, shard_lengths=[count], num_bytes=1, filename_template=template
+            )
+        )
+    identity = DatasetIdentity(
+        name="made", version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name="made"
+    )
+    info = tfds.core.DatasetInfo(builder=identity, features=features)
+    info.set_file_format("array_record")
+    info.set_splits(tfds.core.SplitDict(splits))
+    info.write_to_directory(folder)
+    return folder
+
+
+@pytest.fixture
+def tfds_config(tfds_folder) -> SourceConfig:
+    return SourceConfig(path=str(tfds_folder), split="train")
+
+
+def test_tfds_rows_become_examples(tfds_config, noise):
+    source = open_source(tfds_config)
+    assert isinstance(source, TfdsSource)
+    assert len(source) == 5
+    example = source[3]
+    assert (example["key"], example["label"]) == ("train/3", "dog")
+    assert example["captions"] == (CAPTIONS[3],)
+    np.testing.assert_array_equal(np.asarray(decode(example["image"])), noise(4, 7, 3, seed=3))
+
+
+@pytest.mark.parametrize("key", ["several", "captions/text"])
+def test_tfds_captions_may_be_several(tfds_config, key):
+    source = open_source(dataclasses.replace(tfds_config, caption_key=key))
+    assert captions_of(source) == [tuple(CAPTIONS[:i]) for i in range(5)]
+
+
+def test_tfds_labels_and_captions_are_optional(tfds_config):
+    named = open_source(dataclasses.replace(tfds_config, caption_key="", label_key="name"))
+    assert (named[2]["captions"], named[2]["label"]) == ((), "number 2")
+    captioned = open_source(dataclasses.replace(tfds_config, label_key=""))
+    assert captioned[2]["label"] is None
+
+
+def test_tfds_split_may_be_a_part(tfds_config):
+    source = open_source(dataclasses.replace(tfds_config, split="train[3:]"))
+    assert captions_of(source) == [(CAPTIONS[3],), (CAPTIONS[4],)]
+
+
+@pytest.mark.parametrize("split", [None, "valid"])
+def test_tfds_splits_are_listed(tfds_config, split):
+    with pytest.raises(UserError, match=rf"no split {split!r}; its splits are empty, test, train"):
+        open_source(dataclasses.replace(tfds_config, split=split))
+
+
+def test_tfds_empty_split_is_refused(tfds_config):
+    with pytest.raises(UserError, match=r"'empty' of .* is empty"):
+        open_source(dataclasses.replace(tfds_config, split="empty"))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"image_key": "picture"}, {"image_key": "label"}, {"caption_key": "x", "label_key": "y"}],
+)
+def test_tfds_features_are_listed(tfds_config, keys):
+    with pytest.raises(
+        UserError, match=r"needs an image feature .* has caption, captions, image, label"
+    ):
+        open_source(dataclasses.replace(tfds_config, **keys))
+
+
+def test_tfds_needs_array_record(tfds_folder, tmp_path):
+    for name in ("features.json", "label.labels.txt"):
+        (tmp_path / name).write_bytes((tfds_folder / name).read_bytes())
+    info = (tfds_folder / "dataset_info.json").read_text()
+    (tmp_path / "dataset_info.json").write_text(info.replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match=r"no ArrayRecord files.*--file_format=array_record"):
+        open_source(SourceConfig(path=str(tmp_path), split="train"))
+
+
+def test_sources_can_be_sent_to_workers(tfds_config, jsonl_folder):
+    jsonl = jsonl_folder({"image": "a.png", "caption": text} for text in CAPTIONS)
+    for source in (open_source(tfds_config), JsonlSource(jsonl), DemoSource("unseen")):
+        copy = pickle.loads(pickle.dumps(source))
+        assert len(copy) == len(source)
+        assert copy[4]["captions"] == source[4]["captions"]

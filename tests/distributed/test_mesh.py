@@ -1,0 +1,37 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from lit_jax.config import MeshConfig
+from lit_jax.distributed.mesh import global_batch, make_mesh, shard_batch
+from lit_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "shape"), [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (4, 2, (4, 2))]
+)
+def test_a_mesh_takes_all_devices(data, fsdp, shape):
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp))
+    assert (mesh.shape["data"], mesh.shape["fsdp"]) == shape
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (-1, 3), (4, 4), (-1, 0), (16, 1)])
+def test_sizes_that_do_not_fit_are_refused(data, fsdp):
+    with pytest.raises(UserError, match="8 devices; set config.mesh.data=-1"):
+        make_mesh(MeshConfig(data=data, fsdp=fsdp))
+
+
+def test_rows_are_split_over_both_axes():
+    mesh = make_mesh(MeshConfig(fsdp=2))
+    rows = np.arange(16).reshape(16, 1)
+    placed = global_batch({"x": rows}, mesh)["x"]
+    np.testing.assert_array_equal(placed, rows)
+    assert [shard.data.shape for shard in placed.addressable_shards] == [(2, 1)] * 8
+
+
+def test_shard_batch_needs_no_mesh_and_keeps_to_one():
+    x = np.ones((8, 2), np.float32)
+    np.testing.assert_array_equal(jax.jit(shard_batch)(x), x)
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        assert jax.jit(shard_batch)(x).sharding.spec == PartitionSpec(("data", "fsdp"))

@@ -1,0 +1,27 @@
+"""What test_encode.py runs in each of two processes: a zero-shot evaluation, its result into argv[1]."""
+
+import dataclasses
+import sys
+
+import jax
+import numpy as np
+from conftest import make_encoder, make_params, make_pictures_with_bad
+
+from lit_jax.config import MeshConfig
+from lit_jax.distributed import process
+from lit_jax.distributed.mesh import make_mesh
+from lit_jax.evals.zero_shot import Classes, label_ids, zero_shot
+
+process.initialize()
+assert [device.process_index for device in jax.devices()] == [0] * 4 + [1] * 4
+# Neighbours in the mesh belong to different processes, as they may on a pod.
+interleaved = [
+    device for pair in zip(jax.devices()[:4], jax.devices()[4:], strict=True) for device in pair
+]
+encoder = dataclasses.replace(make_encoder(), mesh=make_mesh(MeshConfig(), interleaved))
+source = make_pictures_with_bad()
+classes = Classes(names=tuple("abc"), templates=("{}",))
+result = zero_shot(encoder, make_params(encoder), source, classes, label_ids(source, classes))
+arrays = dataclasses.asdict(result)
+del arrays["metrics"]
+np.savez(sys.argv[1], **arrays)

@@ -1,0 +1,149 @@
+"""Zero-shot classification against results known by hand or computed one by one."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from lit_jax.errors import UserError
+from lit_jax.evals.encode import Encoder
+from lit_jax.evals.zero_shot import Classes, embed_classes, label_ids, load_classes, zero_shot
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannedEncoder(Encoder):
+    """Gives out planned embeddings: a model whose results are known."""
+
+    image_embeds: np.ndarray
+    valid: np.ndarray
+    text_embeds: dict[str, np.ndarray]
+
+    def images(self, params, source):
+        return self.image_embeds, self.valid
+
+    def texts(self, params, texts):
+        return np.stack([self.text_embeds[text] for text in texts])
+
+
+def plan(encoder: Encoder, image_embeds, text_embeds, valid=None) -> PlannedEncoder:
+    fields = {field.name: getattr(encoder, field.name) for field in dataclasses.fields(encoder)}
+    image_embeds = np.asarray(image_embeds, np.float32)
+    valid = np.ones(len(image_embeds), bool) if valid is None else np.asarray(valid)
+    text_embeds = {text: np.asarray(embed, np.float32) for text, embed in text_embeds.items()}
+    return PlannedEncoder(**fields, image_embeds=image_embeds, valid=valid, text_embeds=text_embeds)
+
+
+def write(folder, content) -> str:
+    path = folder / "classes.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_classes_fill_both_kinds_of_placeholder(tmp_path):
+    path = write(tmp_path, {"classnames": ["cat", "d{}\\1"], "templates": ["a {}", "{c}, a {c}"]})
+    classes = load_classes(path)
+    assert classes.names == ("cat", "d{}\\1")
+    assert classes.texts() == ["a cat", "cat, a cat", "a d{}\\1", "d{}\\1, a d{}\\1"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ([], "must be"),
+        ({"templates": ["{}"]}, "'classnames' a list of one text or more"),
+        ({"classnames": [], "templates": ["{}"]}, "'classnames' a list"),
+        ({"classnames": [1], "templates": ["{}"]}, "'classnames' a list"),
+        ({"classnames": "cat", "templates": ["{}"]}, "'classnames' a list"),
+        ({"classnames": ["cat"], "templates": []}, "'templates' a list"),
+        ({"classnames": ["cat"], "templates": ["a photo"]}, r"'a photo' .* needs '\{\}'"),
+        ({"classnames": ["cat", "dog", "cat"], "templates": ["{}"]}, "'cat' is 2 times"),
+    ],
+)
+def test_a_bad_class_file_is_refused(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        load_classes(write(tmp_path, content))
+
+
+def test_a_missing_class_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.json cannot be read: No such file"):
+        load_classes(str(tmp_path / "nowhere.json"))
+
+
+def test_labels_become_positions_in_the_class_list(pictures):
+    classes = Classes(names=("c", "a", "b", "unused"), templates=("{}",))
+    assert label_ids(pictures, classes)[:4].tolist() == [1, 2, 0, 1]
+
+
+def test_an_unknown_label_is_named_with_the_nearest(pictures):
+    classes = Classes(names=("a", "bb", "c"), templates=("{}",))
+    with pytest.raises(UserError, match=r"picture1 has the label 'b', .* did you mean 'bb'"):
+        label_ids(pictures, classes)
+
+
+def test_a_missing_label_is_an_error(pictures):
+    unlabelled = type(pictures)([pictures[0], {**pictures[1], "label": None}])
+    with pytest.raises(UserError, match="picture1 has no label"):
+        label_ids(unlabelled, Classes(names=("a", "b"), templates=("{}",)))
+
+
+def test_class_embeddings_are_the_normalised_mean_over_templates(encoder, params):
+    classes = Classes(names=("forty two", "seven"), templates=("{}", "a photo of {}", "number {}"))
+    embeds_CxE = embed_classes(encoder, params, classes)
+    for name, embed_E in zip(classes.names, embeds_CxE, strict=True):
+        texts = [template.replace("{}", name) for template in classes.templates]
+        each = [encoder.texts(params, [text])[0] for text in texts]
+        mean_E = sum(each)
+        np.testing.assert_allclose(embed_E, mean_E / np.linalg.norm(mean_E), atol=1e-6)
+
+
+def test_metrics_by_hand(encoder, params, pictures):
+    """Six classes along six axes; class "a" has four images, "b" has one, and one image is bad."""
+    names = tuple("abcdef")
+    classes = Classes(names=names, templates=("{}",))
+    a, b, c, d, e, _ = np.eye(6)
+    images = [
+        a,  # "a": right
+        0.8 * b + 0.6 * a,  # "a": second, so right among five
+        5 * a + 4 * b + 3 * c + 2 * d + 1 * e,  # "f", which is last: wrong even among five
+        a,  # cannot be decoded
+        a + 0.5 * d,  # "a": right
+        a,  # "b": wrong, ties for the second place
+    ]
+    label_N = np.array([0, 0, 5, 0, 0, 1], np.int32)
+    planned = plan(
+        encoder,
+        images,
+        dict(zip(names, np.eye(6), strict=True)),
+        [True, True, True, False, True, True],
+    )
+    result = zero_shot(planned, params, type(pictures)(pictures[:6]), classes, label_N)
+    assert result.index.tolist() == [0, 1, 2, 4, 5]
+    assert result.label.tolist() == [0, 0, 5, 0, 1]
+    assert result.top[:, 0].tolist() == [0, 1, 0, 0, 0]
+    assert result.top[2].tolist() == [0, 1, 2, 3, 4]
+    assert result.metrics["n"] == 5
+    assert result.metrics["top1"] == pytest.approx(2 / 5)
+    assert result.metrics["mean_per_class_recall"] == pytest.approx((2 / 3 + 0 + 0) / 3)
+
+
+def test_a_perfect_model_is_always_right(encoder, params, pictures):
+    classes = Classes(names=("a", "b", "c"), templates=("{}",))
+    label_N = label_ids(pictures, classes)
+    planned = plan(encoder, np.eye(3)[label_N], dict(zip("abc", np.eye(3), strict=True)))
+    result = zero_shot(planned, params, pictures, classes, label_N)
+    assert result.metrics == {"top1": 1.0, "mean_per_class_recall": 1.0, "n": 21.0}  # no top5
+
+
+def test_predictions_match_logits_computed_one_by_one(encoder, params, pictures):
+    classes = Classes(names=("a", "b", "c", "d", "e", "f", "g"), templates=("the number {}", "{}"))
+    result = zero_shot(encoder, params, pictures, classes, label_ids(pictures, classes))
+    scale = np.exp(float(params["logit_scale"]))
+    images_NxE, _ = encoder.images(params, pictures)
+    for image_E, top, probability in zip(images_NxE, result.top, result.probability, strict=True):
+        logits_C = scale * (embed_classes(encoder, params, classes) @ image_E)
+        softmax_C = np.exp(logits_C) / np.exp(logits_C).sum()
+        assert top.tolist() == np.argsort(-logits_C)[:5].tolist()
+        np.testing.assert_allclose(probability, softmax_C[top], rtol=1e-4)
+    assert set(result.metrics) == {"top1", "top5", "mean_per_class_recall", "n"}

@@ -1,0 +1,116 @@
+"""What holds for a tower of any family."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lit_jax.models.families import TEXT, VISION, build_tower
+
+SMALL = {
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 16,
+    "patch_size": 8,
+    "vocab_size": 20,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
+
+
+def build(model_type, *, depth=2, dtype="float32"):
+    hf = {"model_type": model_type, "num_hidden_layers": depth, **SMALL}
+    return build_tower(hf, pooling="pooler", dtype=dtype)
+
+
+def example(tower):
+    random = np.random.default_rng(0)
+    if tower.example_input.dtype == jnp.float32:
+        shape = (2, *tower.example_input.shape[1:])
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
+    return jnp.asarray(random.integers(0, 20, (2, 5)), jnp.int32)
+
+
+def key(seed):
+    return jax.random.key(seed, impl="rbg")  # the default takes seconds to compile
+
+
+@pytest.fixture(scope="module", params=[*VISION, *TEXT])
+def case(request, random_variables):
+    """model_type, module, input, variables."""
+    tower = build(request.param)
+    x = example(tower)
+    return request.param, tower, x, random_variables(tower, x)
+
+
+@pytest.mark.parametrize("model_type", [*VISION, *TEXT])
+def test_initialisation_is_hugging_faces(model_type):
+    tower = build(model_type)
+    params = jax.jit(tower.init)(key(0), example(tower))["params"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert leaf.dtype == jnp.float32, name
+        if name.endswith("bias"):
+            np.testing.assert_array_equal(leaf, 0, err_msg=name)
+        elif name.endswith("scale"):
+            np.testing.assert_array_equal(leaf, 1, err_msg=name)
+        elif leaf.size > 200:
+            np.testing.assert_allclose(leaf.std(), 0.02, rtol=0.2, err_msg=name)
+    kernel = params["encoder"]["layer"]["output"]["dense"]["kernel"]
+    assert kernel.shape == (2, 24, 16)
+    assert np.abs(kernel[0] - kernel[1]).max() > 0.01, "layers are initialised alike"
+
+
+def test_gradients_reach_every_parameter_and_are_finite(case):
+    _, tower, x, variables = case
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, weights, rng):
+        output = tower.apply(params, x, deterministic=False, rngs={"dropout": rng})
+        return (output.pooled * weights).sum()
+
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16)), jnp.float32)
+    gradients = gradient(variables, weights, key(0))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        name = jax.tree_util.keystr(path)
+        assert np.isfinite(leaf).all(), name
+        assert np.abs(leaf).max() > 0, name
+
+
+def test_dropout_is_on_only_when_asked_for(case):
+    _, tower, x, variables = case
+    run = jax.jit(
+        lambda key, deterministic: (
+            tower.apply(variables, x, deterministic=deterministic, rngs={"dropout": key}).pooled
+        ),
+        static_argnums=1,
+    )
+    np.testing.assert_array_equal(run(key(0), True), run(key(1), True))
+    np.testing.assert_array_equal(run(key(0), False), run(key(0), False))
+    assert np.abs(run(key(0), False) - run(key(1), False)).max() > 1e-4
+
+
+def test_bfloat16_computation_is_close(case):
+    """Under strict dtype promotion, with float32 parameters and with those of a locked tower."""
+    model_type, tower, x, variables = case
+    expected = jax.jit(tower.apply)(variables, x).last_hidden_state
+    apply = jax.jit(build(model_type, dtype="bfloat16").apply)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        output = apply(jax.tree.map(lambda leaf: leaf.astype(dtype), variables), x)  # noqa: B023
+        assert output.last_hidden_state.dtype == output.pooled.dtype == jnp.bfloat16
+        error = np.abs(output.last_hidden_state.astype(jnp.float32) - expected).mean()
+        assert 0 < error < 0.02 * np.abs(expected).mean()
+
+
+@pytest.mark.parametrize("model_type", [*VISION, *TEXT])
+def test_the_program_does_not_grow_with_depth(model_type):
+    def operations(depth):
+        tower = build(model_type, depth=depth)
+        x = example(tower)
+        variables = jax.eval_shape(tower.init, jax.random.key(0), x)
+        gradient = jax.jit(jax.grad(lambda variables, x: tower.apply(variables, x).pooled.sum()))
+        return gradient.lower(variables, x).as_text().count(" = ")
+
+    assert operations(2) == operations(8)

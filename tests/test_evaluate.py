@@ -1,0 +1,141 @@
+"""The command lit_jax.evaluate, on a real run and on a real folder."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lit_jax.config import default, parse
+from lit_jax.errors import BAD_INPUT
+from lit_jax.evaluate import main
+from lit_jax.training.loop import train
+from lit_jax.weights.save import save_dual_encoder
+
+DEMO = Path(__file__).parents[1] / "configs" / "demo"
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+UNSEEN = ["--data=demo", "--split=unseen"]
+CLASSES = f"--classes={DEMO / 'unseen16.json'}"
+
+
+@pytest.fixture(autouse=True)
+def _joined(monkeypatch):
+    """JAX runs already in the process of the tests, so the command may not set it up again."""
+    monkeypatch.setattr("lit_jax.distributed.process.initialize", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of one step from scratch, and its folder."""
+    tower = tmp_path_factory.mktemp("vit")
+    vit = {"model_type": "vit", "image_size": 32, "patch_size": 16, **TINY}
+    (tower / "config.json").write_text(json.dumps(vit))
+    shutil.copy(DEMO / "vit" / "preprocessor_config.json", tower)
+    config = default()
+    config.batch_size = 8
+    config.duration = "1 step"
+    config.policy.lock = "uu"
+    config.model.image.model = str(tower)
+    config.model.text.model = str(DEMO / "bert")
+    config.model.text.overrides = TINY
+    config.model.projection_dim = 8
+    config.data.train.path = "demo"
+    config.data.train.split = "train"
+    config.data.max_text_length = 16
+    config.log.tensorboard = False
+    config.evals.unseen = {
+        "data": {"path": "demo", "split": "unseen"},
+        "classes": str(DEMO / "unseen16.json"),
+    }
+    workdir = tmp_path_factory.mktemp("run")
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 power
+        return train(parse(config), workdir), workdir
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory) -> Path:
+    """The trained model as a folder for transformers."""
+    trained, workdir = run
+    folder = tmp_path_factory.mktemp("exported")
+    params = jax.tree.map(np.asarray, trained.params)
+    save_dual_encoder(folder, trained.setup.hf_config, trained.module, params)
+    for file in (workdir / "model").iterdir():
+        if file.name != "config.json":
+            shutil.copy(file, folder)
+    return folder
+
+
+def test_a_run_is_measured_by_its_own_evaluations(run, capsys):
+    _, workdir = run
+    assert main([f"--workdir={workdir}"]) == 0
+    metrics = json.loads((workdir / "results.json").read_text())
+    assert metrics["zero_shot/unseen/n"] == 800
+    assert 0 <= metrics["zero_shot/unseen/top1"] <= 1
+    assert "zero_shot/unseen/mean_per_class_recall" in capsys.readouterr().out
+
+
+def test_an_exported_folder_measures_as_its_run(run, exported, tmp_path):
+    _, workdir = run
+    for name, model in (("run", f"--workdir={workdir}"), ("folder", f"--model={exported}")):
+        output = f"--output={tmp_path / name}.json"
+        assert main([model, *UNSEEN, CLASSES, "--batch_size=100", output]) == 0
+    of_run = json.loads((tmp_path / "run.json").read_text())
+    of_folder = json.loads((tmp_path / "folder.json").read_text())
+    assert of_folder == pytest.approx(of_run, abs=2 / 800)  # a near tie may fall either way
+
+
+def test_without_classes_it_is_retrieval(exported, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    from PIL import Image
+
+    with (tmp_path / "captions.jsonl").open("w") as file:
+        for i in range(3):
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / f"{i}.png")
+            file.write(json.dumps({"image": f"{i}.png", "caption": f"the number {i}"}) + "\n")
+    assert main([f"--model={exported}", f"--data={tmp_path}"]) == 0
+    assert f"retrieval/{tmp_path.name}/text_to_image_recall_at_5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model=x"], "--model has no evaluations of its own; give --data"),
+        (["--model=x", "--split=test"], "--split tell about --data, which is missing"),
+        (["--model=x", "--split=a", "--classes=b"], "--split and --classes tell about --data"),
+        (["--model=x", *UNSEEN, "--batch_size=0"], "--batch_size=0 is no batch"),
+        (["--model=x", *UNSEEN, "--output=/nowhere/a.json"], "there is no folder /nowhere"),
+        (["--model=x", "--data=/nowhere"], "/nowhere"),
+        (["--model=x", *UNSEEN, "--classes=/nowhere.json"], "/nowhere.json cannot be read"),
+        (["--model=/nowhere", *UNSEEN, CLASSES], "--model"),
+        (["--workdir=/nowhere"], "/nowhere is not a run folder"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, message, capsys):
+    assert main(flags) == BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_run_without_evaluations_says_so(run, tmp_path, capsys):
+    trained, _ = run
+    config = dataclasses.asdict(dataclasses.replace(trained.config, evals={}))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main([f"--workdir={tmp_path}"]) == BAD_INPUT
+    assert "has no evaluations; give --data" in capsys.readouterr().err
+
+
+def test_one_of_the_two_models_is_required(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == BAD_INPUT
+    assert "--workdir --model is required" in capsys.readouterr().err

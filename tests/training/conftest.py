@@ -1,0 +1,70 @@
+"""Tiny runs on the demo's data. Optax itself mixes dtypes, so promotion is not strict in this room."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs.vit_bert import get_config
+from lit_jax.config import parse
+from lit_jax.models.families import build_tower
+from lit_jax.weights.save import save_tower
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo"
+WIDTHS = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def towers(tmp_path_factory) -> dict[str, str]:
+    """Folders of a ViT and a BERT with random weights, as from the Hub: {"image": ..., "text": ...}."""
+    root = tmp_path_factory.mktemp("towers")
+    vit = {"model_type": "vit", "image_size": 32, "patch_size": 16, **WIDTHS}
+    bert = json.loads((DEMO / "bert" / "config.json").read_text()) | WIDTHS
+    bert["hidden_dropout_prob"] = 0.1
+    for name, hf, example in (
+        ("image", vit, jnp.zeros((1, 32, 32, 3))),
+        ("text", bert, jnp.ones((1, 8), jnp.int32)),
+    ):
+        module = build_tower(hf, pooling="pooler", dtype=jnp.float32)
+        params = jax.jit(module.init)(jax.random.key(len(name)), example)["params"]
+        save_tower(root / name, hf, module, params)
+    for source, target in (("vit", "image"), ("bert", "text")):
+        for file in (DEMO / source).iterdir():
+            if file.name not in ("config.json", "model.safetensors"):
+                (root / target / file.name).write_bytes(file.read_bytes())
+    return {name: str(root / name) for name in ("image", "text")}
+
+
+@pytest.fixture
+def tiny(towers):
+    """Makes a config of six steps of batch 16; keywords override dotted keys."""
+
+    def make(**changes):
+        raw = get_config("demo")
+        raw.model.image.model, raw.model.text.model = towers["image"], towers["text"]
+        raw.model.image.pooling = "pooler"
+        raw.model.projection_dim = 8
+        raw.policy.lock = "LU"
+        raw.batch_size, raw.duration, raw.seed = 16, "6 steps", 3
+        raw.schedule.warmup = "2 steps"
+        raw.checkpoint.every, raw.log.every = "2 steps", "1 step"
+        raw.log.tensorboard = False
+        raw.evals = {}
+        raw.report = "none"
+        raw.update_from_flattened_dict(changes)
+        return parse(raw)
+
+    return make

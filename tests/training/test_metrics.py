@@ -1,0 +1,70 @@
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from lit_jax.config import LogConfig
+from lit_jax.errors import UserError
+from lit_jax.training.metrics import Reporter, check_finite, read_metrics
+
+
+def report(workdir, steps, *, start=0, total=6, every=2, **config):
+    with Reporter(
+        workdir,
+        LogConfig(**config),
+        every=every,
+        batch_size=4,
+        start=start,
+        total=total,
+        last_saved=lambda: None,
+    ) as reporter:
+        for step in steps:
+            reporter.add(step, {"loss": jnp.float32(step / 10)}, bad_samples=0)
+        reporter.flush()
+
+
+def test_first_last_and_every_nth_step_are_written(tmp_path):
+    report(tmp_path, range(1, 7), every=4)
+    assert [(row["step"], round(row["loss"], 6)) for row in read_metrics(tmp_path)] == [
+        (1, 0.1),
+        (4, 0.4),
+        (6, 0.6),
+    ]
+
+
+def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
+    report(tmp_path, range(1, 6), every=1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    report(tmp_path, range(4, 7), start=3, every=1)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_tensorboard_shows_each_value(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    report(tmp_path, range(1, 4), every=1, total=3)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    assert "pairs_per_second" in events.Tags()["scalars"]
+
+
+def test_non_finite_values_are_named():
+    check_finite({"loss": 1.0}, 3, None)
+    with pytest.raises(UserError, match=r"loss became non-finite at step 3 \(no checkpoint"):
+        check_finite({"loss": float("nan"), "grad_norm": 1.0}, 3, None)
+    with pytest.raises(UserError, match="loss and grad_norm became .* checkpoint of step 2"):
+        check_finite({"loss": float("nan"), "grad_norm": float("inf")}, 3, 2)
+
+
+def test_wandb_is_asked_for_but_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        report(tmp_path, [], wandb_project="lit")
+
+
+def test_rows_are_json(tmp_path):
+    report(tmp_path, [1], total=1)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["examples"] == 4

@@ -1,0 +1,119 @@
+"""Writes the folders beside this file: tiny models as transformers 4 saves them, and their outputs.
+
+The last transformers with Flax classes, in an environment of its own:
+
+    pip install transformers==4.57.6 jax==0.10.2 jaxlib==0.10.2 flax==0.12.8 torch==2.13.0
+    python tests/weights/golden/make.py
+
+All folders named after one model (vit, bert, dual) have the same weights in another file format.
+outputs.npz holds what PyTorch computes with them. tensors.bin and legacy.bin are plain torch.save files.
+"""
+
+import collections
+import pathlib
+
+import numpy as np
+import torch
+import transformers as tr
+
+HERE = pathlib.Path(__file__).parent
+SIZES = {
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "initializer_range": 0.3,  # so that an error in any tensor shows
+}
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    vit = tr.ViTModel(tr.ViTConfig(image_size=8, patch_size=4, **SIZES)).eval()
+    bert = tr.BertModel(tr.BertConfig(vocab_size=20, max_position_embeddings=16, **SIZES)).eval()
+    config = tr.VisionTextDualEncoderConfig.from_vision_text_configs(
+        vit.config, bert.config, projection_dim=6
+    )
+    dual = tr.VisionTextDualEncoderModel(config, vit, bert).eval()
+    # Biases and scales are 0 and 1 at the start; no parameter may be like another one.
+    for parameter in dual.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    save_vit(vit)
+    save_bert(bert)
+    save_dual(dual)
+    save_outputs(vit, bert, dual)
+    save_tensors()
+
+
+def save_vit(vit: tr.ViTModel) -> None:
+    vit.save_pretrained(HERE / "vit_torch")
+    vit.save_pretrained(HERE / "vit_torch_sharded", max_shard_size="3KB")
+    vit.save_pretrained(HERE / "vit_bin", safe_serialization=False)
+    vit.save_pretrained(HERE / "vit_bin_sharded", safe_serialization=False, max_shard_size="3KB")
+    flax = tr.FlaxViTModel.from_pretrained(HERE / "vit_torch", from_pt=True)
+    flax.save_pretrained(HERE / "vit_flax_sharded", max_shard_size="3KB")
+    flax.save_pretrained(HERE / "vit_flax_safetensors", safe_serialization=True)
+
+
+def save_bert(bert: tr.BertModel) -> None:
+    bert.save_pretrained(HERE / "bert_torch")
+    head = tr.BertForPreTraining(bert.config)
+    head.bert = bert
+    head.save_pretrained(HERE / "bert_head_torch")
+    tr.FlaxBertForPreTraining.from_pretrained(
+        HERE / "bert_head_torch", from_pt=True
+    ).save_pretrained(HERE / "bert_head_flax")
+
+
+def save_dual(dual: tr.VisionTextDualEncoderModel) -> None:
+    dual.save_pretrained(HERE / "dual_torch")
+    tr.FlaxVisionTextDualEncoderModel.from_pretrained(
+        HERE / "dual_torch", from_pt=True
+    ).save_pretrained(HERE / "dual_flax")
+
+
+@torch.no_grad()
+def save_outputs(vit: tr.ViTModel, bert: tr.BertModel, dual: tr.VisionTextDualEncoderModel) -> None:
+    pixels = torch.randn(3, 3, 8, 8)
+    batch = {
+        "input_ids": torch.randint(1, 20, (3, 7)),
+        "attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] * 6 + [0]]),
+        "token_type_ids": torch.tensor([[0] * 7, [0] * 2 + [1] * 5, [0] * 7]),
+    }
+    np.savez(
+        HERE / "outputs.npz",
+        pixel_values=pixels.permute(0, 2, 3, 1).numpy(),
+        **{name: array.numpy().astype(np.int32) for name, array in batch.items()},
+        vit=vit(pixel_values=pixels).pooler_output.numpy(),
+        bert=bert(**batch).pooler_output.numpy(),
+        dual=dual(pixel_values=pixels, **batch).logits_per_image.numpy(),
+    )
+
+
+def save_tensors() -> None:
+    base = torch.randn(4, 6)
+    tensors = {
+        "whole": base,
+        "tied": base,
+        "transposed": base.T,
+        "row": base[2],
+        "column": base[:, 3],
+        "block": base[1:3, 2:5],
+        "steps": base[::2, ::3],
+        "expanded": base[:, :1].expand(4, 5),
+        "scalar": torch.tensor(1.5),
+        "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(torch.randn(3)),
+        "bfloat16": base.bfloat16(),
+        "float16": base.half(),
+        "float64": base.double(),
+        "int64": torch.arange(5),
+        "bool": torch.tensor([True, False]),
+    }
+    torch.save(collections.OrderedDict(tensors), HERE / "tensors.bin")
+    torch.save({"w": torch.ones(2)}, HERE / "legacy.bin", _use_new_zipfile_serialization=False)
+    tensors["bfloat16"] = tensors["bfloat16"].float()  # NumPy has no bfloat16 of its own
+    np.savez(HERE / "tensors.npz", **{n: t.detach().numpy() for n, t in tensors.items()})
+
+
+if __name__ == "__main__":
+    main()

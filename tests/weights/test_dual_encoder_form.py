@@ -1,0 +1,122 @@
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_jax.errors import UserError
+from lit_jax.weights.dual_encoder_form import Settings, express, restore
+
+WIDTH, DIM = 5, 3  # of a tower, of the embedding
+SIDES = ("image", "vision_model", "visual_projection"), ("text", "text_model", "text_projection")
+
+EXPRESSIBLE = [("pooler", "linear"), ("pooler", "none"), ("cls", "linear"), ("cls", "none")]
+EXPRESSIBLE += [("cls", "linear_bias")]
+
+
+def make_params(image, text, projection_dim, rng):
+    params = {"logit_scale": np.float32(1)}
+    for (pooling, projection), (_, tower, head) in zip((image, text), SIDES, strict=True):
+        width = projection_dim if projection == "none" else WIDTH
+        params[tower] = {"layernorm": {"scale": rng.normal(size=width).astype(np.float32)}}
+        if pooling == "pooler":
+            params[tower]["pooler"] = {"dense": dense(width, width, True, rng)}
+        if projection != "none":
+            params[head] = dense(width, projection_dim, projection == "linear_bias", rng)
+    return params
+
+
+def dense(inputs, outputs, bias, rng):
+    kernel = rng.normal(size=(inputs, outputs)).astype(np.float32)
+    return {"kernel": kernel} | (
+        {"bias": rng.normal(size=outputs).astype(np.float32)} if bias else {}
+    )
+
+
+def settings(image, text):
+    return Settings(
+        image_pooling=image[0],
+        image_projection=image[1],
+        text_pooling=text[0],
+        text_projection=text[1],
+    )
+
+
+def apply(dense, x):
+    return x @ dense["kernel"] + dense.get("bias", np.float32(0))
+
+
+def embed(params, tower, head, x):
+    """The embedding of CLS tokens `x`, with only the parts that there are."""
+    if "pooler" in params[tower]:
+        x = np.tanh(apply(params[tower]["pooler"]["dense"], x))
+    return apply(params[head], x) if head in params else x
+
+
+def same(a, b):
+    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(
+        jax.tree.map(lambda x, y: x.tobytes() == y.tobytes(), a, b)
+    )
+
+
+@given(
+    image=st.sampled_from(EXPRESSIBLE),
+    text=st.sampled_from(EXPRESSIBLE),
+    projection_dim=st.integers(1, WIDTH),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_same_embeddings_in_other_words_and_back(image, text, projection_dim, seed):
+    rng = np.random.default_rng(seed)
+    params = make_params(image, text, projection_dim, rng)
+    expressed = express(params, settings(image, text), projection_dim)
+    for _, tower, head in SIDES:
+        assert set(expressed[tower]) == {"layernorm", "pooler"}
+        assert set(expressed[head]) == {"kernel"}
+        width = params[tower]["layernorm"]["scale"].size
+        x = rng.normal(size=(4, width)).astype(np.float32)
+        np.testing.assert_allclose(
+            embed(expressed, tower, head, x), embed(params, tower, head, x), rtol=1e-6, atol=1e-5
+        )
+    restored = restore(expressed, settings(image, text), projection_dim)
+    assert restored is not None
+    assert same(restored, params)
+
+
+@pytest.mark.parametrize(
+    ("image", "projection_dim", "advice"),
+    [
+        (("mean", "linear"), DIM, r"no mean pooling.*config\.model\.image\.pooling='cls'"),
+        (("pooler", "linear_bias"), DIM, r"no bias.*config\.model\.image\.projection='linear'"),
+        (("cls", "linear_bias"), WIDTH + 1, r"at most .* tower, 5; train .*projection='linear'"),
+    ],
+)
+def test_what_cannot_be_expressed(image, projection_dim, advice):
+    text = ("pooler", "linear")
+    params = make_params(image, text, projection_dim, np.random.default_rng(0))
+    with pytest.raises(UserError, match=advice):
+        express(params, settings(image, text), projection_dim)
+
+
+def test_a_pooler_of_another_width_cannot_be_expressed():
+    plain = ("pooler", "linear")
+    params = make_params(plain, plain, DIM, np.random.default_rng(0))
+    params["vision_model"]["pooler"]["dense"] = dense(
+        WIDTH, WIDTH + 2, True, np.random.default_rng(1)
+    )
+    with pytest.raises(
+        UserError, match=r"is 7 wide, not 5; train with config\.model\.image\.pooling"
+    ):
+        express(params, Settings(), DIM)
+
+
+@pytest.mark.parametrize("image", EXPRESSIBLE[1:])
+def test_a_model_that_was_trained_on_is_not_restored(image):
+    text = ("pooler", "linear")
+    params = make_params(image, text, DIM, np.random.default_rng(0))
+    expressed = express(params, settings(image, text), DIM)
+    changed = "pooler" if image[0] == "cls" else "visual_projection"
+    dense = (
+        expressed["vision_model"]["pooler"]["dense"] if changed == "pooler" else expressed[changed]
+    )
+    dense["kernel"][-1, -1] += np.float32(1e-3)
+    assert restore(expressed, settings(image, text), DIM) is None

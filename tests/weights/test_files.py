@@ -1,0 +1,163 @@
+import json
+import re
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import serialization
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lit_jax.errors import UserError
+from lit_jax.weights.files import read_tensors
+
+
+def error_of(folder) -> str:
+    with pytest.raises(UserError) as error:
+        read_tensors(folder)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+def test_dtypes_of_safetensors_are_kept(tmp_path):
+    tensors = {
+        "bf16": np.array([1.5, -2], ml_dtypes.bfloat16),
+        "f16": np.array([1.5, -2], np.float16),
+        "i64": np.array([3]),
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    read = read_tensors(tmp_path)
+    assert read.layout == "torch"
+    for name, array in tensors.items():
+        assert read.values[name].dtype == array.dtype
+        np.testing.assert_array_equal(read.values[name], array)
+
+
+@pytest.mark.parametrize(
+    "tree", [{"a": {"kernel": np.ones(2)}, "scale": np.float32(2)}, {"a": {"kernel": np.ones(2)}}]
+)
+def test_msgpack_is_flattened(tmp_path, tree):
+    (tmp_path / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize(tree))
+    read = read_tensors(tmp_path)
+    assert read.layout == "flax"
+    assert set(read.values) == {"a.kernel", "scale"} & ({"a.kernel"} | set(tree))
+    np.testing.assert_array_equal(read.values["a.kernel"], np.ones(2))
+
+
+def test_collections_of_msgpack_are_merged(tmp_path):
+    tree = {"params": {"bn": {"scale": np.ones(2)}}, "batch_stats": {"bn": {"mean": np.zeros(2)}}}
+    (tmp_path / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize(tree))
+    assert set(read_tensors(tmp_path).values) == {"bn.scale", "bn.mean"}
+
+
+def test_msgpack_with_something_else_is_an_error(tmp_path):
+    for content in ({"a": "text"}, {"a": [np.ones(2)]}, 5, []):
+        (tmp_path / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize(content))
+        assert "damaged or not what its name says" in error_of(tmp_path)
+
+
+def test_safetensors_is_preferred_to_msgpack_to_bin(golden, tmp_path):
+    names = ["model.safetensors", "flax_model.msgpack", "pytorch_model.bin"]
+    shutil.copy(golden / "dual_torch" / names[0], tmp_path)
+    shutil.copy(golden / "dual_flax" / names[1], tmp_path)
+    shutil.copy(golden / "vit_bin" / names[2], tmp_path)
+    for name in names:
+        assert read_tensors(tmp_path).file == tmp_path / name
+        (tmp_path / name).unlink()
+    assert "has no weights" in error_of(tmp_path)
+    assert "has no weights" in error_of(tmp_path / "no_folder")
+
+
+@pytest.mark.parametrize("name", ["vit_torch_sharded", "vit_flax_sharded", "vit_bin_sharded"])
+def test_broken_sets_of_shards_are_an_error(copied, name):
+    folder = copied(name)
+    (index,) = folder.glob("*.index.json")
+    assert read_tensors(folder).file == index
+    first, second, _ = sorted(folder.glob("*-of-*"))
+
+    content = first.read_bytes()
+    shutil.copy(second, first)
+    assert f"{first} and {index.name} disagree about" in error_of(folder)
+    first.write_bytes(content[: len(content) // 2])
+    assert f"{first} is damaged" in error_of(folder)
+    first.unlink()
+    assert f"{first} is missing, which {index.name} names" in error_of(folder)
+
+
+@pytest.mark.parametrize("shard", ["../a.safetensors", "/a.safetensors", "..", "", 3, None])
+def test_index_leads_nowhere_else(tmp_path, shard):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for place in (folder, tmp_path):
+        safetensors.numpy.save_file({"a": np.ones(2)}, place / "a.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "a.safetensors"}}))
+    assert list(read_tensors(folder).values) == ["a"]
+    index.write_text(json.dumps({"weight_map": {"a": shard}}))
+    assert re.search("index.json is damaged|is missing", error_of(folder))
+
+
+# --- damaged files ------------------------------------------------------------------------------
+
+DAMAGED = {
+    "safetensors": ("vit_torch", "model.safetensors"),
+    "msgpack": ("dual_flax", "flax_model.msgpack"),
+    "bin": ("vit_bin", "pytorch_model.bin"),
+    "index": ("vit_torch_sharded", "model.safetensors.index.json"),
+}
+fuzzed = settings(
+    max_examples=120,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.fixture(params=DAMAGED)
+def file(request, copied):
+    name, file = DAMAGED[request.param]
+    return copied(name) / file
+
+
+@fuzzed
+@given(part=st.floats(0, 1, exclude_max=True))
+def test_cut_files_are_a_user_error(file, part):
+    content = file.with_suffix(".whole")
+    if not content.exists():
+        content.write_bytes(file.read_bytes())
+    whole = content.read_bytes().rstrip()
+    file.write_bytes(whole[: int(part * len(whole))])
+    error_of(file.parent)
+
+
+@fuzzed
+@given(data=st.data())
+def test_changed_files_are_read_or_a_user_error(file, data):
+    """No checksum protects the numbers themselves: other numbers are all that may come out."""
+    content = file.with_suffix(".whole")
+    if not content.exists():
+        content.write_bytes(file.read_bytes())
+    damaged = bytearray(content.read_bytes())
+    head = min(len(damaged), 3000)  # where the structure of most formats is
+    for _ in range(data.draw(st.integers(1, 8))):
+        end = data.draw(st.sampled_from([head, len(damaged)]))
+        damaged[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(damaged)
+    try:
+        read = read_tensors(file.parent)
+    except UserError:
+        return
+    assert all(isinstance(array, np.ndarray) for array in read.values.values())
+
+
+@fuzzed
+@given(content=st.binary(max_size=300))
+def test_arbitrary_files_are_a_user_error(file, content):
+    file.write_bytes(content)
+    try:
+        read = read_tensors(file.parent)
+    except UserError:
+        return
+    assert not read.values  # an empty msgpack map is a valid file

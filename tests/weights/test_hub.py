@@ -1,0 +1,200 @@
+import http.server
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import threading
+from typing import ClassVar
+
+import pytest
+
+from lit_jax.errors import UserError
+from lit_jax.weights import hub
+
+KEY = "config.model.image.model"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ASK = f"""
+import sys
+from lit_jax.weights import hub
+from lit_jax.errors import UserError
+for model in sys.argv[1:]:
+    try:
+        print(hub.local_folder(model, config_key="{KEY}"))
+    except UserError as error:
+        print("UserError", error)
+"""
+
+
+def test_a_folder_is_itself(tmp_path):
+    assert hub.local_folder(str(tmp_path), config_key=KEY) == tmp_path
+
+
+@pytest.mark.parametrize(
+    "model", ["", "google/no-such-model", "a/b/c", "/no/such/folder", "./no such folder", "x" * 200]
+)
+def test_what_is_neither_folder_nor_model_is_a_user_error(model):
+    with pytest.raises(UserError, match=KEY) as error:  # the tests' environment is offline
+        hub.local_folder(model, config_key=KEY)
+    assert "local folder" in str(error.value)
+    assert repr(model) in str(error.value) or not model
+    assert len(str(error.value).splitlines()) == 1
+
+
+SMALL = ["config.json", "vocab.txt", "tokenizer.model"]
+SHARDS = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+INDEX = "pytorch_model.bin.index.json"
+WEIGHTS = {  # model: (weights that the Hub has, those that are needed)
+    "org/all": (
+        ["model.safetensors", "flax_model.msgpack", "pytorch_model.bin", "onnx/model.onnx"],
+        ["model.safetensors"],
+    ),
+    "org/flax": (
+        ["flax_model.msgpack", "pytorch_model.bin", "tf_model.h5"],
+        ["flax_model.msgpack"],
+    ),
+    "org/shards": ([INDEX, *SHARDS], [INDEX, *SHARDS]),
+}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as a download needs: listings of repositories, and files."""
+
+    fetched: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        match = re.match(r"/(api/models/)?(org/\w+)(/(tree|resolve)/\w+/?)?([^?]*)", self.path)
+        assert match
+        model, action, file = match[2], match[4], match[5]
+        if model not in WEIGHTS:
+            self.answer(b"", 401, {"X-Error-Code": "RepoNotFound"})
+            return
+        files = [*SMALL, *WEIGHTS[model][0], "README.md"]
+        if action == "tree":
+            tree = [{"type": "file", "path": f, "size": len(f), "oid": f} for f in files]
+            self.answer(json.dumps(tree).encode())
+        elif action == "resolve":
+            if self.command == "GET":
+                self.fetched.append(f"{model}/{file}")
+            self.answer(file.encode(), 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{file}"'})
+        else:
+            siblings = [{"rfilename": file} for file in files]
+            self.answer(json.dumps({"id": model, "sha": COMMIT, "siblings": siblings}).encode())
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def answer(self, content: bytes, status=200, headers=None):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory):
+    """Asks for models with a cache of its own and in a process of its own: huggingface_hub reads its
+    environment when it is imported.
+    """
+    cache = tmp_path_factory.mktemp("cache")
+
+    def ask(models, **environment) -> list[str]:
+        result = subprocess.run(
+            [sys.executable, "-c", ASK, *models],
+            env={**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return result.stdout.splitlines()
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def downloaded(ask) -> list[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        return ask([*WEIGHTS, "org/other"], HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_only_what_is_needed_is_downloaded(downloaded):
+    for (model, (_, needed)), folder in zip(WEIGHTS.items(), downloaded, strict=False):
+        assert sorted(path.name for path in pathlib.Path(folder).iterdir()) == sorted(
+            SMALL + needed
+        )
+        assert {f"{model}/{file}" for file in SMALL + needed} <= set(Hub.fetched)
+    assert len(Hub.fetched) == sum(len(SMALL + needed) for _, needed in WEIGHTS.values())
+
+
+def test_a_model_that_the_hub_does_not_have_is_a_user_error(downloaded):
+    assert downloaded[-1].startswith(f"UserError {KEY} is 'org/other', which is no folder")
+    assert len(downloaded) == len(WEIGHTS) + 1
+
+
+def test_what_was_downloaded_is_there_offline(ask, downloaded):
+    assert ask(WEIGHTS, HF_HUB_OFFLINE="1") == downloaded[: len(WEIGHTS)]
+
+
+@pytest.mark.long
+def test_what_was_downloaded_is_there_without_network(ask, downloaded):
+    nothing_listens_here = "http://127.0.0.1:9"
+    assert ask(WEIGHTS, HF_ENDPOINT=nothing_listens_here) == downloaded[: len(WEIGHTS)]
+
+
+def test_config_has_defaults_and_extra_keys(copied):
+    folder = copied("dual_torch")
+    content = json.loads((folder / "config.json").read_text())
+    del content["vision_config"]["layer_norm_eps"]
+    content |= {"logit_bias": -9.75, "lit_jax": {"image_pooling": "cls"}}
+    (folder / "config.json").write_text(json.dumps(content))
+    config = hub.read_config(folder)
+    assert config["model_type"] == "vision-text-dual-encoder"
+    assert config["vision_config"]["model_type"] == "vit"
+    assert config["vision_config"]["layer_norm_eps"] == 1e-12
+    assert config["text_config"]["hidden_size"] == 8
+    assert config["logit_bias"] == -9.75
+    assert config["lit_jax"] == {"image_pooling": "cls"}
+    assert str(folder) not in json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "{}",
+        '{"model_type": "no-such-type"}',
+        '{"model_type": 5}',
+        '{"model_type": "vit", "hidden_size": "wide"}',
+        '{"model_type": "my-own", "auto_map": {"AutoConfig": "code.MyConfig"}}',
+        b"\xff\xfe",
+    ],
+)
+def test_a_bad_config_is_a_user_error(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
+    (tmp_path / "code.py").write_text("raise SystemExit('this code must not run')")
+    with pytest.raises(
+        UserError, match=r"config\.json is not a config\.json that transformers"
+    ) as error:
+        hub.read_config(tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_missing_config_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        hub.read_config(tmp_path)

@@ -1,0 +1,266 @@
+import re
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lit_jax.errors import UserError
+from lit_jax.weights import load
+
+VIT_FOLDERS = [
+    "vit_torch_sharded",
+    "vit_bin",
+    "vit_bin_sharded",
+    "vit_flax_sharded",
+    "vit_flax_safetensors",
+]
+BERT_FOLDERS = ["bert_head_torch", "bert_head_flax"]
+
+# What transformers 5 calls them with save_original_format=False.
+NEW_NAMES = {
+    "encoder.layer.": "layers.",
+    ".attention.attention.query.": ".attention.q_proj.",
+    ".attention.attention.key.": ".attention.k_proj.",
+    ".attention.attention.value.": ".attention.v_proj.",
+    ".attention.output.dense.": ".attention.o_proj.",
+    ".intermediate.dense.": ".mlp.fc1.",
+    ".output.dense.": ".mlp.fc2.",
+}
+
+
+def renamed(names: dict[str, str], under: str = ""):
+    def new_name(name: str) -> str:
+        for old, new in names.items() if name.startswith(under) else ():
+            name = name.replace(old, new)
+        return name
+
+    return lambda tensors: {new_name(name): array for name, array in tensors.items()}
+
+
+def without(pattern: str):
+    return lambda tensors: {n: a for n, a in tensors.items() if not re.search(pattern, n)}
+
+
+def assert_same_tree(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.fixture(scope="module")
+def vit(golden, tower):
+    return load.load_tower(golden / "vit_torch", tower(golden / "vit_torch"))[0]
+
+
+@pytest.fixture(scope="module")
+def bert(golden, tower):
+    return load.load_tower(golden / "bert_torch", tower(golden / "bert_torch"))[0]
+
+
+def test_vit_computes_what_torch_computes(golden, tower, vit, outputs):
+    module = tower(golden / "vit_torch")
+    pooled = module.apply({"params": vit}, outputs["pixel_values"]).pooled
+    np.testing.assert_allclose(pooled, outputs["vit"], atol=1e-5)
+
+
+def test_bert_computes_what_torch_computes(golden, tower, bert, outputs):
+    inputs = [outputs[name] for name in ("input_ids", "attention_mask", "token_type_ids")]
+    pooled = tower(golden / "bert_torch").apply({"params": bert}, *inputs).pooled
+    np.testing.assert_allclose(pooled, outputs["bert"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dual_torch", "dual_flax"])
+def test_dual_encoder_computes_what_torch_computes(golden, outputs, name):
+    module, params, hf_config, report = load.load_dual_encoder(golden / name, dtype="float32")
+    out = module.apply({"params": params}, outputs)
+    logits = np.exp(out.logit_scale) * out.image_embeds @ out.text_embeds.T
+    np.testing.assert_allclose(logits, outputs["dual"], atol=1e-4)
+    assert hf_config["projection_dim"] == 6
+    assert report.tensors == 82
+    assert not report.ignored
+
+
+def test_layers_are_stacked_and_kernels_transposed(golden, vit):
+    tensors = safetensors.numpy.load_file(golden / "vit_torch/model.safetensors")
+    kernel = vit["encoder"]["layer"]["output"]["dense"]["kernel"]
+    assert kernel.shape == (2, 12, 8)
+    np.testing.assert_array_equal(kernel[1], tensors["encoder.layer.1.output.dense.weight"].T)
+    patches = vit["embeddings"]["patch_embeddings"]["projection"]["kernel"]
+    weight_OxIxHxW = tensors["embeddings.patch_embeddings.projection.weight"]
+    np.testing.assert_array_equal(patches, weight_OxIxHxW.transpose(2, 3, 1, 0))
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(vit))
+
+
+@pytest.mark.parametrize("name", VIT_FOLDERS)
+def test_every_format_of_vit_is_the_same_tree(golden, tower, vit, name):
+    params, report = load.load_tower(golden / name, tower(golden / name))
+    assert_same_tree(params, vit)
+    assert report.tensors == 40
+    assert report.layout == ("flax" if "flax" in name else "torch")
+
+
+@pytest.mark.parametrize("name", BERT_FOLDERS)
+def test_every_format_of_bert_is_the_same_tree(golden, tower, bert, name):
+    params, report = load.load_tower(golden / name, tower(golden / name))
+    assert_same_tree(params, bert)
+    assert report.ignored
+    assert all(ignored.startswith("cls.") for ignored in report.ignored)
+
+
+def test_names_of_transformers_5(changed, tower, vit):
+    folder = changed("vit_torch", renamed(NEW_NAMES))
+    assert "layers.0.mlp.fc2.weight" in safetensors.numpy.load_file(folder / "model.safetensors")
+    assert_same_tree(load.load_tower(folder, tower(folder))[0], vit)
+
+
+def test_names_of_2018(changed, tower, bert):
+    names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    folder = changed("bert_torch", renamed(names))
+    assert_same_tree(load.load_tower(folder, tower(folder))[0], bert)
+
+
+def test_buffers_are_ignored(changed, tower, bert):
+    buffer = {"embeddings.position_ids": np.arange(16)[None]}
+    folder = changed("bert_torch", lambda tensors: tensors | buffer)
+    params, report = load.load_tower(folder, tower(folder))
+    assert_same_tree(params, bert)
+    assert report.ignored == ("embeddings.position_ids",)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_head_model_without_pooler(changed, tower, vit, pooling):
+    def with_head(tensors):
+        tower = {f"vit.{n}": a for n, a in tensors.items() if not n.startswith("pooler.")}
+        return tower | {"classifier.weight": np.zeros((2, 8)), "classifier.bias": np.zeros(2)}
+
+    folder = changed("vit_torch", with_head)
+    params, report = load.load_tower(folder, tower(folder, pooling))
+    assert_same_tree(params, {name: part for name, part in vit.items() if name != "pooler"})
+    assert report.ignored == ("classifier.bias", "classifier.weight")
+
+    with pytest.raises(UserError, match=r"no pooler .* set config\.model\.image\.pooling to 'cls'"):
+        load.load_tower(folder, tower(folder, "pooler"))
+
+
+def test_pooler_that_is_not_wanted_is_named_in_the_report(golden, tower):
+    folder = golden / "bert_head_torch"
+    params, report = load.load_tower(folder, tower(folder, "mean"))
+    assert "pooler" not in params
+    assert "bert.pooler.dense.weight" in report.ignored
+    line = str(report)
+    assert line.startswith(f"37 float32 tensors with torch names from {folder}/model.safetensors; ")
+    assert "bert.pooler.dense.bias" in line
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64])
+def test_other_float_dtypes_become_float32(changed, tower, vit, dtype):
+    folder = changed("vit_torch", lambda tensors: {n: a.astype(dtype) for n, a in tensors.items()})
+    params, report = load.load_tower(folder, tower(folder))
+    assert_same_tree(params, jax.tree.map(lambda a: a.astype(dtype).astype(np.float32), vit))
+    assert report.dtypes == (np.dtype(dtype).name,)
+
+
+def bad_weights(changed, tower, name, change, **config) -> str:
+    folder = changed(name, change, **config)
+    with pytest.raises(UserError) as error:
+        load.load_tower(folder, tower(folder))
+    return str(error.value)
+
+
+def test_missing_and_unexpected_weights_are_one_error(changed, tower):
+    names = {"output.dense.weight": "output.dense.w", "layernorm.bias": "norm.bias"}
+    message = bad_weights(changed, tower, "vit_torch", renamed(names))
+    assert "lacks encoder.layer.*.attention.output.dense.weight (2 times)" in message
+    assert "layernorm.bias" in message
+    assert "has, beyond that, encoder.layer.*.attention.output.dense.w (2 times)" in message
+    assert "norm.bias" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_long_list_is_cut(changed, tower):
+    message = bad_weights(changed, tower, "vit_torch", without(r"^encoder\."))
+    assert " and 10 more" in message
+    assert len(message) < 1000
+
+
+def test_other_shapes_are_an_error(changed, tower):
+    message = bad_weights(changed, tower, "vit_torch", lambda tensors: tensors, image_size=12)
+    assert "embeddings.position_embeddings is float32[1, 5, 8], not float[1, 10, 8]" in message
+
+
+def test_shapes_are_those_of_the_file(changed, tower):
+    message = bad_weights(
+        changed, tower, "bert_torch", lambda tensors: tensors, intermediate_size=9
+    )
+    assert "encoder.layer.*.intermediate.dense.weight is float32[12, 8], not float[9, 8]" in message
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_another_depth_is_an_error(changed, tower, depth):
+    message = bad_weights(
+        changed, tower, "bert_torch", lambda tensors: tensors, num_hidden_layers=depth
+    )
+    assert ("it lacks" in message) == (depth == 3)
+    assert ("beyond that" in message) == (depth == 1)
+
+
+def test_quantised_weights_are_an_error(changed, tower):
+    message = bad_weights(
+        changed,
+        tower,
+        "bert_torch",
+        lambda tensors: tensors | {"pooler.dense.weight": np.zeros((8, 8), np.int8)},
+    )
+    assert "pooler.dense.weight is int8[8, 8], not float[8, 8]" in message
+
+
+def test_two_names_of_one_parameter_are_an_error(changed, tower):
+    message = bad_weights(
+        changed,
+        tower,
+        "bert_torch",
+        lambda tensors: tensors | {"embeddings.LayerNorm.gamma": np.ones(8, np.float32)},
+    )
+    assert "embeddings.LayerNorm.gamma and embeddings.LayerNorm.weight, two names" in message
+
+
+def test_wrong_family_is_an_error(golden, tower):
+    module = tower(golden / "vit_torch")
+    with pytest.raises(
+        UserError, match=r"type bert, where config\.model\.image\.model needs vit\."
+    ):
+        load.load_tower(golden / "bert_torch", module)
+    with pytest.raises(UserError, match="a dual encoder is no tower"):
+        load.load_tower(golden / "dual_torch", module)
+    with pytest.raises(UserError, match="of type vit, not vision-text-dual-encoder"):
+        load.load_dual_encoder(golden / "vit_torch", dtype="float32")
+
+
+def test_dual_encoder_accounts_for_both_sides(changed):
+    names = {"text_projection": "text_head", "vision_model.layernorm": "vision_model.norm"}
+    folder = changed("dual_torch", renamed(names))
+    with pytest.raises(UserError) as error:
+        load.load_dual_encoder(folder, dtype="float32")
+    for name in (
+        "text_projection.weight",
+        "text_head.weight",
+        "vision_model.layernorm.bias",
+        "vision_model.norm.bias",
+    ):
+        assert name in str(error.value)
+
+
+def test_dual_encoder_with_names_of_transformers_5(changed, golden):
+    folder = changed("dual_torch", renamed(NEW_NAMES, under="vision_model."))
+    content = safetensors.numpy.load_file(folder / "model.safetensors")
+    assert "vision_model.layers.1.mlp.fc1.bias" in content
+    assert "text_model.encoder.layer.1.output.dense.bias" in content
+    params = load.load_dual_encoder(folder, dtype="float32")[1]
+    assert_same_tree(params, load.load_dual_encoder(golden / "dual_torch", dtype="float32")[1])
+
+
+def test_the_computation_has_the_dtype_that_was_asked_for(golden):
+    module, params, _, _ = load.load_dual_encoder(golden / "dual_torch", dtype="bfloat16")
+    assert module.vision_model.dtype == module.text_model.dtype == "bfloat16"
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))

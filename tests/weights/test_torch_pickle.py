@@ -1,0 +1,115 @@
+import builtins
+import collections
+import os
+import pickle
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lit_jax.errors import UserError
+from lit_jax.weights import torch_pickle
+
+
+def write(file, program: bytes, **storages: bytes):
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        for key, data in storages.items():
+            archive.writestr(f"archive/data/{key.removeprefix('s')}", data)
+    return file
+
+
+def pickled(value) -> bytes:
+    """`value` as a part of a larger pickle."""
+    return pickle.dumps(value, protocol=2)[2:-1]
+
+
+def one_tensor(*, offset=0, shape=(2,), strides=(1,), storage="FloatStorage", size=8) -> bytes:
+    """The pickle of {'w': a tensor in storage 0}, opcode by opcode, as torch.save writes it."""
+    storage = b"(" + pickled("storage") + f"ctorch\n{storage}\n".encode() + pickled("0")
+    storage += pickled("cpu") + pickled(size) + b"tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage
+    tensor += b"".join(map(pickled, (offset, shape, strides, False))) + b"tR"
+    return b"\x80\x02}" + pickled("w") + tensor + b"s."
+
+
+def test_views_dtypes_and_shared_storages_are_those_of_torch(golden):
+    tensors = torch_pickle.read(golden / "tensors.bin")
+    with np.load(golden / "tensors.npz") as expected:
+        assert set(tensors) == set(expected)
+        for name, array in expected.items():
+            dtype = ml_dtypes.bfloat16 if name == "bfloat16" else array.dtype
+            assert tensors[name].dtype == dtype
+            np.testing.assert_array_equal(tensors[name].astype(array.dtype), array)
+    assert np.shares_memory(tensors["whole"], tensors["tied"])
+    assert tensors["expanded"].strides[1] == 0
+    assert not tensors["whole"].flags.writeable
+
+
+def test_the_old_format_is_refused_with_advice(golden):
+    with pytest.raises(UserError, match=r"torch before 1\.6; load the model .* safetensors"):
+        torch_pickle.read(golden / "legacy.bin")
+
+
+class Call:
+    """Pickled as a call of a function with arguments."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda marker: Call(os.system, f"touch {marker}"),
+        lambda marker: {"w": Call(os.mkdir, marker)},
+        lambda marker: Call(builtins.eval, f"open({marker!r}, 'w')"),
+        lambda marker: Call(builtins.getattr, collections.OrderedDict, "__class__"),
+        lambda marker: Call(np.memmap, marker, "u1", "w+", 0, (3,)),
+    ],
+)
+def test_nothing_that_a_file_asks_for_is_run(tmp_path, attack):
+    marker = tmp_path / "marker"
+    program = pickle.dumps(attack(str(marker)), protocol=2)
+    with pytest.raises(UserError, match=r"asks to run .* lit_jax does not run it"):
+        torch_pickle.read(write(tmp_path / "model.bin", program))
+    assert not marker.exists()
+
+
+def test_the_opcodes_of_this_test_are_valid(tmp_path):
+    data = np.arange(8, dtype=np.float32)
+    program = one_tensor(offset=1, shape=(2, 3), strides=(3, 1))
+    tensors = torch_pickle.read(write(tmp_path / "model.bin", program, s0=data.tobytes()))
+    np.testing.assert_array_equal(tensors["w"], data[1:7].reshape(2, 3))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"offset": 7},
+        {"offset": -1},
+        {"shape": (9,)},
+        {"strides": (8,)},
+        {"strides": (-1,)},
+        {"shape": (-2,)},
+        {"shape": (2, 2)},
+        {"shape": (2**40, 2), "strides": (1, 1)},
+        {"offset": "1"},
+        {"storage": "NoStorage"},
+    ],
+)
+def test_a_tensor_stays_within_its_storage(tmp_path, wrong):
+    program = one_tensor(**wrong)
+    file = write(tmp_path / "model.bin", program, s0=bytes(32))
+    with pytest.raises((ValueError, TypeError, UserError)):
+        torch_pickle.read(file)
+
+
+def test_something_else_than_tensors_is_refused(tmp_path):
+    program = pickle.dumps({"epoch": 3}, protocol=2)
+    with pytest.raises(UserError, match="'epoch' is a int; save the model as safetensors"):
+        torch_pickle.read(write(tmp_path / "model.bin", program))
