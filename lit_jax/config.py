@@ -155,26 +155,8 @@ class Config:
 
 
 def default() -> config_dict.ConfigDict:
-    """A ConfigDict with every key of `Config` at its default, so that every key can be overridden."""
-    return as_config_dict(Config())
-
-
-def as_config_dict(value: Any) -> config_dict.ConfigDict:
-    """The ConfigDict of a config dataclass; None becomes a placeholder that knows its type."""
-    result = config_dict.ConfigDict()
-    hints = get_type_hints(type(value))
-    for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
-        if dataclasses.is_dataclass(item):
-            result[field.name] = as_config_dict(item)
-        elif isinstance(item, dict):
-            result[field.name] = config_dict.ConfigDict(item)
-        elif item is None:
-            (kind,) = (t for t in get_args(hints[field.name]) if t is not types.NoneType)
-            result[field.name] = config_dict.placeholder(kind)
-        else:
-            result[field.name] = item
-    return result
+    """A ConfigDict with every key of `Config` at its default."""
+    return config_dict.ConfigDict(dataclasses.asdict(Config()))
 
 
 def parse(raw: Mapping[str, Any] | config_dict.ConfigDict) -> Config:

@@ -19,11 +19,12 @@ from pathlib import Path
 import jax
 
 from lit_jax.config import EvalConfig, MeshConfig, SourceConfig
+from lit_jax.console import command
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.text import load_tokenizer
 from lit_jax.distributed import process
 from lit_jax.distributed.mesh import make_mesh, replicated
-from lit_jax.errors import UserError, command
+from lit_jax.errors import UserError
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.evals.runner import open_evals, run, table
 from lit_jax.training.run import load_run, read_config, write_json

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from transformers import VisionTextDualEncoderProcessor
 
+from lit_jax.console import command
 from lit_jax.data.image import load_processor
-from lit_jax.errors import command
 from lit_jax.training.run import load_run, model_folder
 from lit_jax.weights.save import save_dual_encoder
 

@@ -5,16 +5,15 @@ be overridden (--config.schedule.learning_rate=3e-4). Given again, the command g
 checkpoint. Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM with all saved (run it again to go on).
 """
 
-import logging
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
-from ml_collections import config_flags
-
-from lit_jax.config import Config, parse
+from lit_jax.config import Config
+from lit_jax.config_file import load_config, split_overrides
+from lit_jax.console import command
 from lit_jax.distributed import process
-from lit_jax.errors import command
 from lit_jax.evals import runner
 from lit_jax.evals.encode import Encoder
 from lit_jax.evals.report import write_demo_report
@@ -22,24 +21,29 @@ from lit_jax.training.loop import train
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.run import Run, write_json
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file[:argument].")
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder: created, or gone on with.")
-ALLOW_CHANGES = flags.DEFINE_list(
-    "allow_changes", [], "Config keys that may differ from those that the run was started with."
-)
-flags.mark_flags_as_required(["config", "workdir"])
-
 
 @command
-def main(_: list[str]) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m lit_jax.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="file.py or file.py:argument")
+    parser.add_argument("--workdir", type=Path, required=True, help="run folder")
+    parser.add_argument(
+        "--allow_changes",
+        default="",
+        help="config keys, joined by commas, that may differ from those the run was started with",
+    )
+    args, rest = parser.parse_known_args(argv)
+    config = load_config(args.config, split_overrides(rest))
     process.initialize()
-    config, workdir = parse(CONFIG.value), Path(WORKDIR.value)
-    evals = runner.open_evals(
-        config.evals
-    )  # before training: a mistake there should not cost a run
-    run = train(config, workdir, allowed_changes=ALLOW_CHANGES.value)
-    finish(config, workdir, run, evals)
+    # Opened before training: a mistake in an evaluation should not cost a run.
+    evals = runner.open_evals(config.evals)
+    run = train(config, args.workdir, allowed_changes=args.allow_changes.split(","))
+    finish(config, args.workdir, run, evals)
 
 
 def finish(config: Config, workdir: Path, run: Run, evals: list[runner.PreparedEval]) -> None:
@@ -62,4 +66,4 @@ def finish(config: Config, workdir: Path, run: Run, evals: list[runner.PreparedE
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main())

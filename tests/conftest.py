@@ -3,19 +3,29 @@
 import os
 import tempfile
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["NPROC"] = "64"  # see lit_jax/distributed/process.py
-os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network fails at once
-
-# Within a session, and in the processes it starts, the same program is compiled once.
-_CACHE = tempfile.TemporaryDirectory()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-
 import hypothesis
 import jax
 
+_COMPILATION_CACHE = tempfile.TemporaryDirectory()
+
+# For this process, whose plugins have imported JAX already, and for those that tests start.
+_SETTINGS = {
+    "jax_platforms": "cpu",
+    # Within a session the same program is compiled once; most of the time of most tests is compilation.
+    "jax_compilation_cache_dir": _COMPILATION_CACHE.name,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_disable_most_optimizations": True,
+}
+for _name, _value in _SETTINGS.items():
+    jax.config.update(_name, _value)
+    os.environ[_name.upper()] = str(_value)
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network fails at once
+
+# See lit_jax/distributed/process.py, which does the same in the commands.
+os.environ["NPROC"] = "256"
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_num_cpu_devices", 8)
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lit_jax.config import default, parse
-from lit_jax.errors import BAD_INPUT
+from lit_jax.console import BAD_INPUT
 from lit_jax.evaluate import main
 from lit_jax.training.loop import train
 from lit_jax.weights.save import save_dual_encoder

@@ -17,7 +17,7 @@ def initialize() -> None:
     in the environment. Else JAX looks for a TPU slice, Slurm, Open MPI or Kubernetes job; if it finds
     none, this process is the only one.
     """
-    _give_simulated_devices_threads()
+    _steady_simulated_devices()
     given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
     if given:
         if missing := set(_VARIABLES) - set(given):
@@ -34,16 +34,18 @@ def initialize() -> None:
             raise
 
 
-def _give_simulated_devices_threads() -> None:
-    """XLA's CPU client starts one thread a device, but a device can wait in several collectives at once.
+def _steady_simulated_devices() -> None:
+    """Keeps several simulated CPU devices from waiting for each other for ever.
 
-    With several simulated CPU devices these threads then wait for each other for ever. NPROC is what the
-    client takes for the number of threads if it is set.
+    XLA's CPU client starts one thread a device, but a device waits in several collectives at once, and
+    in those of two steps when dispatch is asynchronous: then devices without a thread never arrive.
+    NPROC is what the client takes for the number of threads if it is set.
     """
     flag = re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     devices = max(jax.config.jax_num_cpu_devices, int(flag[1]) if flag else 1)
     if devices > 1:
-        os.environ.setdefault("NPROC", str(8 * devices))
+        os.environ.setdefault("NPROC", str(32 * devices))
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def is_primary() -> bool:

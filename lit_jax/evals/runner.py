@@ -54,7 +54,7 @@ def run(prepared: Sequence[PreparedEval], encoder: Encoder, params: Params) -> M
 def table(metrics: Metrics) -> str:
     """A line for each metric: its name and its value."""
     width = max(map(len, metrics), default=0)
-    return "\n".join(f"{name:{width}}  {value:10.4f}" for name, value in metrics.items())
+    return "\n".join(f"{name:{width}}  {value:8.4g}" for name, value in metrics.items())
 
 
 def _open_zero_shot(config: EvalConfig, name: str) -> Callable[[Encoder, Params], Metrics]:

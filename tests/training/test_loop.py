@@ -11,25 +11,33 @@ import numpy as np
 import optax
 import pytest
 
+from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import Preempted, UserError
 from lit_jax.training import loop
+from lit_jax.training.checkpoints import Checkpoints
 from lit_jax.training.losses import LOSSES
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.optimizer import make_optimizer
 from lit_jax.training.preemption import StopSignal
 from lit_jax.training.run import load_run
 from lit_jax.training.setup import example_batch, find_towers, prepare
-from lit_jax.training.state import abstract_state
+from lit_jax.training.state import abstract_state, first_or_latest_state
 from lit_jax.trees import flatten
 from lit_jax.weights.load import load_tower
 
 
 @pytest.fixture
 def train(monkeypatch):
-    """The real loop; a second trace of the step in one run is an error."""
+    """The real loop on some devices; a second trace of the step in one run is an error.
 
-    def run(config, workdir, **kwargs):
+    One device if not told otherwise: XLA's CPU client now and then lets many simulated devices, on few
+    cores, wait for each other for ever.
+    """
+
+    def run(config, workdir, *, devices=1, **kwargs):
+        some = functools.partial(make_mesh, devices=jax.devices()[:devices])
+        monkeypatch.setattr(loop, "make_mesh", some)
         step = chex.assert_max_traces(UNPATCHED_STEP, n=1)
         monkeypatch.setattr(loop, "train_step", step)
         chex.clear_trace_counter()
@@ -115,9 +123,9 @@ def test_the_locked_tower_is_bit_equal_and_the_rest_moves(train, tiny, towers, t
 
 @pytest.mark.parametrize("lock", ["Lu", "uu", "Uu", "UU", "uL", "UL"])
 def test_every_other_preset_trains(train, tiny, tmp_path, lock):
-    run = train(tiny(**{"policy.lock": lock, "duration": "1 step"}), tmp_path)
+    run = train(tiny(**{"policy.lock": lock, "duration": "2 steps"}), tmp_path)
     assert np.isfinite(read_metrics(tmp_path)[-1]["loss"])
-    assert run.step == 1
+    assert run.step == 2
 
 
 @pytest.mark.parametrize(
@@ -144,7 +152,7 @@ def test_other_losses_optimizers_and_dtypes_resume_exactly(
 @pytest.mark.parametrize("fsdp", [2, 4])
 def test_parameters_split_over_fsdp_train_the_same(train, tiny, tmp_path, fsdp):
     train(tiny(), tmp_path / "1")
-    run = train(tiny(**{"mesh.fsdp": fsdp}), tmp_path / "split")
+    run = train(tiny(**{"mesh.fsdp": fsdp}), tmp_path / "split", devices=4)
     kernel = run.params["text_model"]["encoder"]["layer"]["intermediate"]["dense"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (2, 16, 32 // fsdp)
     for ours, theirs in zip(numbers(tmp_path / "split"), numbers(tmp_path / "1"), strict=True):
@@ -153,7 +161,7 @@ def test_parameters_split_over_fsdp_train_the_same(train, tiny, tmp_path, fsdp):
 
 
 def test_non_finite_values_stop_the_run_and_name_the_last_checkpoint(train, tiny, tmp_path):
-    config = tiny(**{"schedule.learning_rate": 1e38, "optimizer.weight_decay": 1e38})
+    config = tiny(**{"schedule.learning_rate": 1e15})
     with pytest.raises(UserError, match=r"non-finite at step [34].*checkpoint of step 2"):
         train(config, tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
@@ -181,7 +189,7 @@ def test_a_run_goes_on_only_with_the_config_it_was_started_with(train, tiny, tmp
 )
 def test_bad_input_leaves_no_run_folder(train, tiny, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        train(tiny(**changes), tmp_path / "run")
+        train(tiny(**changes), tmp_path / "run", devices=8)
     assert not (tmp_path / "run").exists()
 
 
@@ -197,8 +205,8 @@ def test_locking_costs_no_gradient_and_no_optimizer_state(tiny):
     image_bytes = unlocked["params"] - locked["params"]
     assert image_bytes > 10_000
     assert unlocked["opt_state"] - locked["opt_state"] == 2 * image_bytes  # Adam's two moments
-    # Backward costs two forwards; the scan over layers is counted once in both.
-    assert unlocked["flops"] - locked["flops"] > 1.5 * locked["image_forward_flops"]
+    # What is saved is the backward pass, about two forward ones; a scan is counted once in all three.
+    assert unlocked["flops"] - locked["flops"] > 1.2 * locked["image_forward_flops"]
 
 
 def step_costs(config):
@@ -232,3 +240,23 @@ def size(tree):
 
 def flops(function, *args):
     return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(("first", "second"), [(8, 1), (8, 2), (8, 4), (1, 8), (2, 8), (4, 8)])
+def test_a_checkpoint_moves_to_other_devices(tiny, tmp_path, first, second):
+    config = tiny(**{"policy.lock": "UU"})
+    states = []
+    for devices, fsdp in ((first, min(first, 2)), (second, min(second, 4))):
+        mesh = make_mesh(MeshConfig(fsdp=fsdp), jax.devices()[:devices])
+        setup = prepare(config, find_towers(config.model), mesh)
+        optimizer = make_optimizer(config.optimizer, optax.constant_schedule(0.1), setup.policy)
+        with Checkpoints(tmp_path) as checkpoints:
+            state, _, position = first_or_latest_state(
+                config, setup, find_towers(config.model), optimizer, tmp_path, checkpoints
+            )
+            if position is None:
+                checkpoints.save(1, state, {"next_batch": 1}, {})
+        states.append(state)
+    assert position == {"next_batch": 1}
+    assert states[1].params["logit_scale"].sharding.mesh.size == second
+    assert_same(states[1].params, states[0].params)

@@ -54,7 +54,7 @@ def test_non_finite_values_are_named():
     check_finite({"loss": 1.0}, 3, None)
     with pytest.raises(UserError, match=r"loss became non-finite at step 3 \(no checkpoint"):
         check_finite({"loss": float("nan"), "grad_norm": 1.0}, 3, None)
-    with pytest.raises(UserError, match="loss and grad_norm became .* checkpoint of step 2"):
+    with pytest.raises(UserError, match=r"loss and grad_norm became .* checkpoint of step 2"):
         check_finite({"loss": float("nan"), "grad_norm": float("inf")}, 3, 2)
 
 

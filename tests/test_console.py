@@ -1,4 +1,5 @@
-from lit_jax.errors import BAD_INPUT, PREEMPTED, Preempted, UserError, command
+from lit_jax.console import BAD_INPUT, PREEMPTED, command
+from lit_jax.errors import Preempted, UserError
 
 
 @command
