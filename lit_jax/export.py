@@ -16,6 +16,7 @@ from transformers import VisionTextDualEncoderProcessor
 
 from lit_jax.console import command
 from lit_jax.data.image import load_processor
+from lit_jax.data.text import without_state
 from lit_jax.training.run import load_run, model_folder
 from lit_jax.weights.save import save_dual_encoder
 
@@ -43,7 +44,7 @@ class Processor:
     """Both halves of a VisionTextDualEncoderProcessor, as transformers 5 and as 4 read them."""
 
     def __init__(self, folder: Path, tokenizer: Any):
-        self._image_processor, self._tokenizer = load_processor(folder), tokenizer
+        self._image_processor, self._tokenizer = load_processor(folder), without_state(tokenizer)
 
     def save_pretrained(self, save_directory: str) -> None:
         both = VisionTextDualEncoderProcessor(self._image_processor, self._tokenizer)

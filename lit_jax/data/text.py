@@ -1,8 +1,10 @@
 """Texts to token ids, with the text model's own tokenizer."""
 
+import copy
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -39,6 +41,15 @@ def load_tokenizer(folder: Path, *, max_length: int) -> PreTrainedTokenizerBase:
     # same, later calls change nothing there, and threads can share the tokenizer.
     tokenize(tokenizer, ["a"])
     return tokenizer
+
+
+def without_state(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy to save for others: what `tokenize` asked for last would go into tokenizer.json, too."""
+    plain = copy.deepcopy(tokenizer)
+    backend: Any = plain.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return plain
 
 
 def tokenize(

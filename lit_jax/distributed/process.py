@@ -2,6 +2,7 @@
 
 import os
 import re
+from typing import Any
 
 import jax
 
@@ -42,7 +43,8 @@ def _steady_simulated_devices() -> None:
     NPROC is what the client takes for the number of threads if it is set.
     """
     flag = re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    devices = max(jax.config.jax_num_cpu_devices, int(flag[1]) if flag else 1)
+    configured: Any = jax.config.values["jax_num_cpu_devices"]
+    devices = max(configured, int(flag[1]) if flag else 1)
     if devices > 1:
         os.environ.setdefault("NPROC", str(32 * devices))
         jax.config.update("jax_cpu_enable_async_dispatch", False)

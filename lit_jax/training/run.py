@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from lit_jax.config import Config, MeshConfig, parse
 from lit_jax.data.image import load_processor
+from lit_jax.data.text import without_state
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
@@ -92,7 +93,7 @@ def save_model_files(workdir: Path, config: Config, towers: Towers, setup: Setup
     if not is_primary() or has_model_files(workdir):
         return
     folder.mkdir(exist_ok=True)
-    setup.tokenizer.save_pretrained(folder)
+    without_state(setup.tokenizer).save_pretrained(folder)
     processor = load_processor(towers.image_folder, image_size=config.data.image_size)
     processor.save_pretrained(folder)
     write_json(folder / "config.json", setup.hf_config)  # last: its presence says all are there
