@@ -20,8 +20,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Raises UserError if the two sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    data = len(devices) // config.fsdp if config.data == -1 else config.data
-    if config.fsdp < 1 or data * config.fsdp != len(devices):
+    fsdp = max(config.fsdp, 1)
+    data = len(devices) // fsdp if config.data == -1 else config.data
+    if config.fsdp < 1 or data * fsdp != len(devices):
         raise UserError(
             f"A mesh of data={config.data} x fsdp={config.fsdp} does not match {len(devices)} devices; "
             "set config.mesh.data=-1 and let config.mesh.fsdp divide the number of devices."

@@ -137,6 +137,11 @@ class Checkpoints:
             ) from error
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run has a complete checkpoint; Orbax gives it its step as a name when it is."""
+    return any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*"))
+
+
 def save_frozen(workdir: Path, frozen: Mapping[str, Any]) -> None:
     """Writes the locked parameters of a run, unless they are there."""
     path = _folder(workdir / "frozen")
@@ -144,10 +149,6 @@ def save_frozen(workdir: Path, frozen: Mapping[str, Any]) -> None:
         return
     with ocp.StandardCheckpointer() as writer:
         writer.save(path, frozen)
-
-
-def has_frozen(workdir: Path) -> bool:
-    return (workdir / "frozen").exists()
 
 
 def restore_frozen(workdir: Path, abstract_frozen: Mapping[str, Any]) -> Any:

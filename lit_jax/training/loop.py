@@ -14,7 +14,7 @@ from lit_jax.data.pipeline import TrainStream
 from lit_jax.data.sources import open_source
 from lit_jax.distributed.mesh import global_batch, make_mesh
 from lit_jax.errors import Preempted, UserError
-from lit_jax.training.checkpoints import Checkpoints
+from lit_jax.training.checkpoints import Checkpoints, has_checkpoint
 from lit_jax.training.losses import LOSSES
 from lit_jax.training.metrics import Reporter
 from lit_jax.training.optimizer import make_optimizer, make_schedule
@@ -22,7 +22,6 @@ from lit_jax.training.policy import merge
 from lit_jax.training.preemption import StopSignal
 from lit_jax.training.run import (
     Run,
-    has_model_files,
     open_workdir,
     save_model_files,
     save_parameter_table,
@@ -48,7 +47,8 @@ def train(config: Config, workdir: Path, *, allowed_changes: Collection[str] = (
     total, save_every = to_steps(config.duration), to_steps(config.checkpoint.every)
     keep_every = to_steps(config.checkpoint.keep_every) if config.checkpoint.keep_every else None
     schedule = make_schedule(config.schedule, total=total, steps=to_steps)
-    towers = saved_towers(workdir) if has_model_files(workdir) else find_towers(config.model)
+    # The run folder has configs and tokenizer, but the first step needs the weights, too.
+    towers = saved_towers(workdir) if has_checkpoint(workdir) else find_towers(config.model)
     setup = prepare(config, towers, mesh)
     optimizer = make_optimizer(config.optimizer, schedule, setup.policy)
 

@@ -83,12 +83,12 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, config: LogConfig, *, start: int):
+        self._wandb = _wandb(workdir, config.wandb_project) if config.wandb_project else None
         path = workdir / "metrics.jsonl"
         rows = [row for row in read_metrics(workdir) if row["step"] <= start]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", buffering=1)
         self._tensorboard = _tensorboard(workdir, start) if config.tensorboard else None
-        self._wandb = _wandb(workdir, config.wandb_project) if config.wandb_project else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")

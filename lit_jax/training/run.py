@@ -83,14 +83,10 @@ def saved_towers(workdir: Path) -> Towers:
     return Towers(image_folder=folder, text_folder=folder, hf_config=hf_config)
 
 
-def has_model_files(workdir: Path) -> bool:
-    return (model_folder(workdir) / "config.json").exists()
-
-
 def save_model_files(workdir: Path, config: Config, towers: Towers, setup: Setup) -> None:
     """Writes config, tokenizer and image processor into the run: all but the weights."""
     folder = model_folder(workdir)
-    if not is_primary() or has_model_files(workdir):
+    if not is_primary() or (folder / "config.json").exists():
         return
     folder.mkdir(exist_ok=True)
     without_state(setup.tokenizer).save_pretrained(folder)

@@ -81,7 +81,7 @@ def test_committed_files_are_what_the_script_writes(demo_folder, tmp_path):
     spec.loader.exec_module(script)
     script.write(tmp_path)
     made = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
-    assert len(made) == 6
+    assert len(made) == 5
     for name in made:
         assert (tmp_path / name).read_text() == (demo_folder / name).read_text(), (
             f"{name} is out of date: run python {path}"

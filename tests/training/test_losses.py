@@ -109,4 +109,4 @@ def test_split_over_devices_it_is_the_same_loss(name, mesh_config):
     np.testing.assert_allclose(split, expected, rtol=2e-6)
     np.testing.assert_allclose(split, alone, rtol=1e-6)
     for ours, theirs in zip(split_grads, alone_grads, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
