@@ -17,7 +17,7 @@ test-all: .venv/oracle.stamp
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 # Moves the locked versions to the newest that requirements*.txt admit; run the tests before committing them.

@@ -1,11 +1,9 @@
-"""The train command as users run it: killed, stopped, out of space, on other devices, with two processes."""
+"""The train command as users run it: killed, stopped, mistyped, on other devices."""
 
 import json
 import os
 import random
-import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def command(towers):
     """Starts the train command on the tiny towers; keywords are flags, `devices` that many CPU devices."""
 
-    def start(workdir, *flags, devices=1, env=None, **kwargs):
+    def start(workdir, *flags, devices=1, env=None):
         tiny = {
             "model.image.model": towers["image"],
             "model.image.pooling": "pooler",
@@ -52,7 +50,6 @@ def command(towers):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            **kwargs,
         )
 
     return start
@@ -131,62 +128,6 @@ def test_a_checkpoint_goes_on_with_other_devices(command, tmp_path, first, secon
     finish(one, PREEMPTED)
     for ours, theirs in zip(losses(tmp_path / "run"), losses(tmp_path / "one"), strict=False):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3)
-
-
-def test_two_processes_train_as_one_and_stop_together(command, tmp_path, whole):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-
-    def start_both():
-        return [
-            command(
-                tmp_path / "run",
-                devices=1,
-                env={
-                    "JAX_COORDINATOR_ADDRESS": address,
-                    "JAX_NUM_PROCESSES": "2",
-                    "JAX_PROCESS_ID": str(index),
-                },
-            )
-            for index in (0, 1)
-        ]
-
-    both = start_both()
-    wait_for_step(both[0], tmp_path / "run", 3)
-    for process in both:
-        process.send_signal(signal.SIGTERM)
-    for process in both:
-        finish(process, PREEMPTED)
-    outputs = [finish(process) for process in start_both()]
-    assert "zero_shot/unseen16/top1" in outputs[0]
-    assert "zero_shot/unseen16/top1" not in outputs[1]
-    finish(command(whole))
-    for ours, theirs in zip(losses(tmp_path / "run"), losses(whole), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3)
-
-
-def test_a_full_disk_ends_with_one_sentence_and_keeps_the_last_checkpoint(command, tmp_path):
-    workdir = tmp_path / "run"
-    process = command(workdir, "--config.duration=20 steps")
-    finish(process)
-    before = losses(workdir)
-
-    def no_file_above_20_kb():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    full = command(
-        workdir,
-        "--config.duration=40 steps",
-        "--allow_changes=duration",
-        preexec_fn=no_file_above_20_kb,
-    )
-    output = finish(full, BAD_INPUT)
-    assert output.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in output
-    finish(command(workdir, "--config.duration=40 steps", "--allow_changes=duration"))
-    assert losses(workdir)[:20] == before
-    assert len(losses(workdir)) == 40
 
 
 @pytest.mark.parametrize(
