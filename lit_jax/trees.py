@@ -1,4 +1,4 @@
-"""Nested dicts of parameters by path: 'vision_model/encoder/layer/output/dense/kernel'."""
+"""Nested dicts of parameters by path: 'vision_model/encoder/layer/mlp/fc2/kernel'."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,27 +1,34 @@
 """BERT (https://arxiv.org/abs/1810.04805), numerically Hugging Face's BertModel.
 
-Dims: B batch, L tokens, D width, F width of the MLP, P pooled width.
+Dims: B batch, L tokens, D width, P pooled width.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lit_jax.config import Pooling
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
-from lit_jax.models.layers import DenseAct, Encoder, LayerNorm, SelfAttention, TowerOutput, dense
+from lit_jax.models.layers import (
+    DenseAct,
+    LayerNorm,
+    TowerOutput,
+    attention_bias,
+    mean_of_attended,
+)
+from lit_jax.models.transformer import BlockConfig, Encoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertConfig:
     """The fields of config.json that change a number; names and defaults are Hugging Face's."""
 
+    model_type: str = "bert"
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -35,6 +42,22 @@ class BertConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     is_decoder: bool = False  # a token then attends to itself and to earlier tokens only
+
+    @property
+    def block(self) -> BlockConfig:
+        return BlockConfig(
+            depth=self.num_hidden_layers,
+            width=self.hidden_size,
+            num_heads=self.num_attention_heads,
+            mlp_width=self.intermediate_size,
+            activation=self.hidden_act,
+            norm_epsilon=self.layer_norm_eps,
+            norm_first=False,
+            init_std=self.initializer_range,
+            attention_dropout=self.attention_probs_dropout_prob,
+            output_dropout=self.hidden_dropout_prob,
+            mlp_dropout=self.hidden_dropout_prob,
+        )
 
 
 class Bert(nn.Module):
@@ -68,10 +91,8 @@ class Bert(nn.Module):
         x_BxLxD = Embeddings(cfg, self.dtype, name="embeddings")(
             input_ids_BxL, token_type_ids_BxL, position_ids_BxL, deterministic
         )
-        make_layer = functools.partial(Layer, cfg, self.dtype)
-        x_BxLxD = Encoder(make_layer, cfg.num_hidden_layers, name="encoder")(
-            x_BxLxD, _attention_bias(attended_BxL, causal=cfg.is_decoder), deterministic
-        )
+        bias = attention_bias(attended_BxL, causal=cfg.is_decoder)
+        x_BxLxD = Encoder(cfg.block, self.dtype, name="encoder")(x_BxLxD, bias, deterministic)
         if self.pooling == "pooler":
             pooled_BxP = DenseAct(
                 cfg.hidden_size, "tanh", cfg.initializer_range, self.dtype, name="pooler"
@@ -79,32 +100,13 @@ class Bert(nn.Module):
         elif self.pooling == "cls":
             pooled_BxP = x_BxLxD[:, 0]
         else:
-            pooled_BxP = _mean_of_attended(x_BxLxD, attended_BxL)
+            pooled_BxP = mean_of_attended(x_BxLxD, attended_BxL)
         return TowerOutput(x_BxLxD, pooled_BxP)
 
     @property
     def example_input(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of an input, to initialise with."""
         return jax.ShapeDtypeStruct((1, 1), jnp.int32)
-
-
-def _attention_bias(attended_BxL: Bool[Array, "B L"], *, causal: bool) -> Float[Array, "B 1 #L L"]:
-    """0 where a token may attend, else float32's lowest number.
-
-    Not -inf: a text without any attended token then attends everywhere, where -inf gives NaN.
-    """
-    mask_Bx1xLxL = attended_BxL[:, None, None, :]
-    if causal:
-        mask_Bx1xLxL &= nn.make_causal_mask(attended_BxL, dtype=bool)
-    return jnp.where(mask_Bx1xLxL, 0.0, jnp.finfo(jnp.float32).min)
-
-
-def _mean_of_attended(
-    x_BxLxD: Float[Array, "B L D"], attended_BxL: Bool[Array, "B L"]
-) -> Float[Array, "B D"]:
-    weight_BxLx1 = attended_BxL[..., None].astype(jnp.float32)
-    count_Bx1 = jnp.maximum(weight_BxLx1.sum(1), 1)  # an empty text has the embedding 0, not NaN
-    return ((x_BxLxD.astype(jnp.float32) * weight_BxLx1).sum(1) / count_Bx1).astype(x_BxLxD.dtype)
 
 
 class Embeddings(nn.Module):
@@ -144,72 +146,3 @@ class Embeddings(nn.Module):
         x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="LayerNorm")(x_BxLxD)
         x_BxLxD = nn.Dropout(cfg.hidden_dropout_prob)(x_BxLxD, deterministic=deterministic)
         return shard_batch(x_BxLxD)
-
-
-class Layer(nn.Module):
-    """One post-norm transformer block."""
-
-    config: BertConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BxLxD: Float[Array, "B L D"],
-        bias_Bx1xLxL: Float[Array, "B 1 #L L"] | None,
-        deterministic: bool,
-    ) -> Float[Array, "B L D"]:
-        cfg = self.config
-        x_BxLxD = Attention(cfg, self.dtype, name="attention")(x_BxLxD, bias_Bx1xLxL, deterministic)
-        h_BxLxF = DenseAct(
-            cfg.intermediate_size,
-            cfg.hidden_act,
-            cfg.initializer_range,
-            self.dtype,
-            name="intermediate",
-        )(x_BxLxD)
-        return Output(cfg, self.dtype, name="output")(h_BxLxF, x_BxLxD, deterministic)
-
-
-class Attention(nn.Module):
-    config: BertConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BxLxD: Float[Array, "B L D"],
-        bias_Bx1xLxL: Float[Array, "B 1 #L L"] | None,
-        deterministic: bool,
-    ) -> Float[Array, "B L D"]:
-        cfg = self.config
-        context_BxLxD = SelfAttention(
-            cfg.num_attention_heads,
-            True,
-            cfg.attention_probs_dropout_prob,
-            cfg.initializer_range,
-            self.dtype,
-            name="self",
-        )(x_BxLxD, bias_Bx1xLxL, deterministic)
-        return Output(cfg, self.dtype, name="output")(context_BxLxD, x_BxLxD, deterministic)
-
-
-class Output(nn.Module):
-    """The end of either half of a block: dense, dropout, residual sum, normalisation."""
-
-    config: BertConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BxLxF: Float[Array, "B L F"],
-        residual_BxLxD: Float[Array, "B L D"],
-        deterministic: bool,
-    ) -> Float[Array, "B L D"]:
-        cfg = self.config
-        x_BxLxD = dense(
-            cfg.hidden_size, name="dense", init_std=cfg.initializer_range, dtype=self.dtype
-        )(x_BxLxF)
-        x_BxLxD = nn.Dropout(cfg.hidden_dropout_prob)(x_BxLxD, deterministic=deterministic)
-        return LayerNorm(cfg.layer_norm_eps, self.dtype, name="LayerNorm")(x_BxLxD + residual_BxLxD)

@@ -9,13 +9,16 @@ import jax.numpy as jnp
 from lit_jax.config import Pooling
 from lit_jax.errors import UserError
 from lit_jax.models.bert import Bert, BertConfig
-from lit_jax.models.vit import ViT, ViTConfig
+from lit_jax.models.vit import DeiTConfig, ViT, ViTConfig
 
 TowerConfig = ViTConfig | BertConfig
 Tower = ViT | Bert
 
 # model_type -> (config class, module class)
-VISION: Mapping[str, tuple[type[ViTConfig], type[ViT]]] = {"vit": (ViTConfig, ViT)}
+VISION: Mapping[str, tuple[type[ViTConfig], type[ViT]]] = {
+    "vit": (ViTConfig, ViT),
+    "deit": (DeiTConfig, ViT),
+}
 TEXT: Mapping[str, tuple[type[BertConfig], type[Bert]]] = {"bert": (BertConfig, Bert)}
 
 # Options of config.json that change the numbers and that no tower here has, with the one value that

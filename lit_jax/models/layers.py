@@ -1,4 +1,4 @@
-"""What the transformer towers share: activations, normalisation, attention, stacked layers.
+"""What the towers share: activations, normalisation, attention, masks, pooling.
 
 Dims: B batch, L tokens (Q as queries, S as keys), D width, H heads, K width of a head,
 P width of the output. Parameters are float32 when initialised, and may be given in another dtype.
@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from lit_jax.config import nearest
-from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 
 
@@ -91,7 +90,7 @@ def attend(
     q_BxHxQxK: Float[Array, "B H Q K"],
     k_BxHxSxK: Float[Array, "B H S K"],
     v_BxHxSxK: Float[Array, "B H S K"],
-    bias_Bx1xQxS: Float[Array, "B 1 #Q S"] | None,
+    bias: Float[Array, "#B #H #Q S"] | None,
     dropout: Callable[[Array], Array],
 ) -> Float[Array, "B H Q K"]:
     """Scaled dot-product attention; `bias` is added to the logits, `dropout` is of the probabilities.
@@ -103,8 +102,8 @@ def attend(
     logits_BxHxQxS = scale * jnp.einsum(
         "bhqk,bhsk->bhqs", q_BxHxQxK, k_BxHxSxK, preferred_element_type=jnp.float32
     )
-    if bias_Bx1xQxS is not None:
-        logits_BxHxQxS += bias_Bx1xQxS
+    if bias is not None:
+        logits_BxHxQxS += bias
     top_BxHxQx1 = jax.lax.stop_gradient(logits_BxHxQxS.max(-1, keepdims=True))
     weights_BxHxQxS = jnp.exp(logits_BxHxQxS - top_BxHxQx1)
     sum_BxHxQx1 = weights_BxHxQxS.sum(-1, keepdims=True)
@@ -118,6 +117,28 @@ def attend(
     return (context_BxHxQxK / sum_BxHxQx1).astype(v_BxHxSxK.dtype)
 
 
+def attention_bias(
+    attended_BxL: Bool[Array, "B L"], *, causal: bool = False
+) -> Float[Array, "B 1 #L L"]:
+    """0 where a token may attend, else float32's lowest number.
+
+    Not -inf: a text without any attended token then attends everywhere, where -inf gives NaN.
+    """
+    mask_Bx1xLxL = attended_BxL[:, None, None, :]
+    if causal:
+        mask_Bx1xLxL &= nn.make_causal_mask(attended_BxL, dtype=bool)
+    return jnp.where(mask_Bx1xLxL, 0.0, jnp.finfo(jnp.float32).min)
+
+
+def mean_of_attended(
+    x_BxLxD: Float[Array, "B L D"], attended_BxL: Bool[Array, "B L"]
+) -> Float[Array, "B D"]:
+    """The mean over the attended tokens, computed in float32; 0 for a text without any."""
+    weight_BxLx1 = attended_BxL[..., None].astype(jnp.float32)
+    count_Bx1 = jnp.maximum(weight_BxLx1.sum(1), 1)
+    return ((x_BxLxD.astype(jnp.float32) * weight_BxLx1).sum(1) / count_Bx1).astype(x_BxLxD.dtype)
+
+
 def dense(
     features: int, *, name: str, init_std: float, dtype: Any, use_bias: bool = True
 ) -> nn.Dense:
@@ -126,48 +147,8 @@ def dense(
     return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=init, name=name)
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention without its output projection."""
-
-    num_heads: int
-    use_bias: bool
-    dropout_rate: float
-    init_std: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BxLxD: Float[Array, "B L D"],
-        bias_Bx1xLxL: Float[Array, "B 1 #L L"] | None,
-        deterministic: bool,
-    ) -> Float[Array, "B L D"]:
-        batch, length, width = x_BxLxD.shape
-        if width % self.num_heads:
-            raise UserError(
-                f"The model's config.json has hidden_size {width}, which is no multiple of its "
-                f"num_attention_heads {self.num_heads}; correct it."
-            )
-
-        def heads(name: str) -> Array:
-            y_BxLxD = dense(
-                width,
-                name=name,
-                init_std=self.init_std,
-                dtype=self.dtype,
-                use_bias=self.use_bias,
-            )(x_BxLxD)
-            return y_BxLxD.reshape(batch, length, self.num_heads, -1).swapaxes(1, 2)
-
-        dropout = nn.Dropout(self.dropout_rate, deterministic=deterministic)
-        context_BxHxLxK = attend(
-            heads("query"), heads("key"), heads("value"), bias_Bx1xLxL, dropout
-        )
-        return context_BxHxLxK.swapaxes(1, 2).reshape(batch, length, width)
-
-
 class DenseAct(nn.Module):
-    """A dense layer and an activation: the first half of an MLP, and the pooler."""
+    """A dense layer and an activation: the pooler of ViT and BERT."""
 
     features: int
     activation: str
@@ -178,33 +159,3 @@ class DenseAct(nn.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B P"]:
         y = dense(self.features, name="dense", init_std=self.init_std, dtype=self.dtype)(x)
         return activation(self.activation)(y)
-
-
-class Encoder(nn.Module):
-    """`depth` layers as one scanned `layer`, whose parameters have a leading depth axis.
-
-    Neither the time to compile nor the size of the program grows with depth. `make_layer` takes a
-    name; the layer it makes is called as layer(x, bias, deterministic).
-    """
-
-    make_layer: Callable[..., nn.Module]
-    depth: int
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BxLxD: Float[Array, "B L D"],
-        bias_Bx1xLxL: Float[Array, "B 1 #L L"] | None,
-        deterministic: bool,
-    ) -> Float[Array, "B L D"]:
-        def step(layer: nn.Module, x_BxLxD: Array, _: None) -> tuple[Array, None]:
-            return shard_batch(layer(x_BxLxD, bias_Bx1xLxL, deterministic)), None
-
-        scan = nn.scan(
-            step,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            length=self.depth,
-        )
-        x_BxLxD, _ = scan(self.make_layer(name="layer"), x_BxLxD, None)
-        return x_BxLxD

@@ -1,6 +1,6 @@
 """Which parameters train, and how fast: ordered regex rules over parameter paths.
 
-A path is the tree's keys joined by '/', such as 'vision_model/encoder/layer/output/dense/kernel'. In each
+A path is the tree's keys joined by '/', such as 'vision_model/encoder/layer/mlp/fc2/kernel'. In each
 list of rules the first whose regex matches the whole path wins. The result is one `Policy`: gradient,
 optimizer state, clipping and checkpoints see only what it calls trainable.
 """

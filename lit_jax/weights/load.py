@@ -15,12 +15,12 @@ import flax.linen as nn
 import jax
 import ml_dtypes
 import numpy as np
-from flax import traverse_util
 
 from lit_jax.config import ModelConfig, TowerConfig
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import DualEncoder, build_dual_encoder
-from lit_jax.models.families import TEXT, VISION, Tower
+from lit_jax.models.families import VISION, Tower
+from lit_jax.trees import Tree, flatten, unflatten
 from lit_jax.weights import dual_encoder_form, files, hub, names
 from lit_jax.weights.dual_encoder_form import Params
 
@@ -47,15 +47,10 @@ class LoadReport:
         return f"{text}; {self.note}" if self.note else text
 
 
-def model_type(module: nn.Module) -> str:
-    """The `model_type` that config.json has for this kind of tower."""
-    (name,) = (n for n, (_, kind) in {**VISION, **TEXT}.items() if isinstance(module, kind))
-    return name
-
-
 def config_key(module: nn.Module) -> str:
     """The group of config keys that describes this tower of a run."""
-    return "config.model.image" if model_type(module) in VISION else "config.model.text"
+    side = "image" if module.config.model_type in VISION else "text"
+    return f"config.model.{side}"
 
 
 def load_tower(folder: str | pathlib.Path, module: Tower) -> tuple[Params, LoadReport]:
@@ -65,24 +60,23 @@ def load_tower(folder: str | pathlib.Path, module: Tower) -> tuple[Params, LoadR
     `module` one to one, or if they cannot be read.
     """
     folder, key = pathlib.Path(folder), config_key(module)
-    found = hub.read_config(folder)["model_type"]
-    if found != model_type(module):
+    found, wanted = hub.read_config(folder)["model_type"], module.config.model_type
+    if found != wanted:
         raise UserError(
-            f"{folder} holds a model of type {found}, where {key}.model needs {model_type(module)}"
+            f"{folder} holds a model of type {found}, where {key}.model needs {wanted}"
             + (", and a dual encoder is no tower." if found == DUAL_ENCODER else ".")
         )
-    family = names.FAMILIES[found]
-    tensors = files.read_tensors(folder)
+    family = names.FAMILIES[wanted]
+    account = _Account(files.read_tensors(folder))
+    shapes = shapes_of(module, module.example_input)
     has_pooler = module.pooling == "pooler"
-    recognised = names.recognise(tensors.values, family, has_pooler=has_pooler)
-    if has_pooler and not any(name.startswith("pooler.") for name in recognised.names):
+    params = account.take(shapes, family, account.left(), has_pooler=has_pooler)
+    if pooler := [name for name in account.missing if re.match(family.pooler, name)]:
         raise UserError(
-            f"{tensors.file} has no pooler weights, and a random pooler would be worse than none; set "
-            f"{key}.pooling to 'cls' or 'mean'."
+            f"{account.file} has no pooler weights ({pooler[0]}), and a random pooler would be worse "
+            f"than none; set {key}.pooling to 'cls' or 'mean'."
         )
-    expected = _expected(module, module.example_input)
-    params = _fill(expected, tensors, recognised.names, [family.stack])
-    return params, _report(tensors, recognised)
+    return params, account.close()
 
 
 def load_dual_encoder(
@@ -100,13 +94,8 @@ def load_dual_encoder(
             f"{folder} holds a model of type {hf_config['model_type']}, not {DUAL_ENCODER}; give the "
             "folder of a dual encoder, such as lit_jax.export writes."
         )
-    tensors = files.read_tensors(folder)
     plain = _build(hf_config, dual_encoder_form.PLAIN, dtype)
-    recognised, stacks = _recognise_dual_encoder(tensors, plain)
-    batch = {"pixel_values": plain.vision_model.example_input}
-    batch |= dict.fromkeys(("input_ids", "attention_mask"), plain.text_model.example_input)
-    params = _fill(_expected(plain, batch), tensors, recognised.names, stacks)
-    report = _report(tensors, recognised)
+    params, report = _take_dual_encoder(plain, files.read_tensors(folder))
 
     settings = dual_encoder_form.Settings.of_config(hf_config)
     original = dual_encoder_form.restore(params, settings, plain.projection_dim)
@@ -137,85 +126,107 @@ def _build(
     return build_dual_encoder(hf_config["vision_config"], hf_config["text_config"], config)
 
 
-def _recognise_dual_encoder(
-    tensors: files.Tensors, module: DualEncoder
-) -> tuple[names.Recognised, list[str]]:
-    """As `names.recognise`, for each tower on its own; and the stacks of both."""
-    towers = {"vision_model": module.vision_model, "text_model": module.text_model}
-    result = names.Recognised({}, [])
-    stacks = []
-    outside = set(tensors.values)
-    for part, tower in towers.items():
-        inside = {name for name in tensors.values if name.startswith(f"{part}.")}
-        outside -= inside
-        family = names.FAMILIES[model_type(tower)]
+def _take_dual_encoder(module: DualEncoder, tensors: files.Tensors) -> tuple[Params, LoadReport]:
+    """The parameters of both towers and of what joins them, from names such as 'text_model.pooler...'."""
+    batch = {"pixel_values": module.vision_model.example_input}
+    batch |= dict.fromkeys(("input_ids", "attention_mask"), module.text_model.example_input)
+    shapes = shapes_of(module, batch)
+    account = _Account(tensors)
+    params = {}
+    for part, tower in (("vision_model", module.vision_model), ("text_model", module.text_model)):
+        family = names.FAMILIES[tower.config.model_type]
+        params[part] = account.take(
+            shapes.pop(part), family, account.left(f"{part}."), under=f"{part}."
+        )
+    params |= account.take(shapes, names.HEADS, account.left())
+    return params, account.close()
+
+
+def shapes_of(module: nn.Module, example: Any) -> dict[str, Any]:
+    """The tree of parameters as jax.ShapeDtypeStructs; nothing is computed."""
+    return dict(jax.eval_shape(module.init, jax.random.key(0), example)["params"])
+
+
+class _Account:
+    """The tensors of a folder, taken one by one; what is missing, unfit or left at the end is an error."""
+
+    def __init__(self, tensors: files.Tensors):
+        self._tensors = tensors
+        self._left = set(tensors.values)
+        self._used: set[str] = set()
+        self._ignored: list[str] = []
+        self._unfit: list[str] = []
+        self.missing: list[str] = []
+
+    @property
+    def file(self) -> pathlib.Path:
+        return self._tensors.file
+
+    def left(self, under: str = "") -> list[str]:
+        """What of the names that start with `under` has not been taken."""
+        return [name for name in self._left if name.startswith(under)]
+
+    def take(
+        self,
+        shapes: Tree,
+        family: names.Family,
+        inside: Iterable[str],
+        *,
+        under: str = "",
+        has_pooler: bool = True,
+    ) -> Params:
+        """Fills `shapes` with the tensors named `inside`, whose names without `under` are of `family`."""
+        layout = self._tensors.layout
         known, ignored = names.recognise(
-            (name.removeprefix(f"{part}.") for name in inside), family, has_pooler=True
+            (name.removeprefix(under) for name in inside), family, has_pooler=has_pooler
         )
-        result.names.update({f"{part}.{usual}": f"{part}.{name}" for usual, name in known.items()})
-        result.ignored.extend(f"{part}.{name}" for name in ignored)
-        stacks.append(f"{part}/{family.stack}")
-    result.names.update({name: name for name in outside})
-    return result, stacks
+        self._left -= {under + name for name in ignored}
+        self._ignored += [under + name for name in ignored]
+        params: dict[str, np.ndarray] = {}
+        for path, leaf in flatten(shapes).items():
+            places, shape = names.places(path, leaf.shape, family, layout)
+            value = np.zeros((len(places), *shape), np.float32)
+            for i, place in enumerate(places):
+                if place.name in known:
+                    self._read(value[i : i + 1], path, place, under, under + known[place.name])
+                else:
+                    self.missing.append(under + place.name)
+            params[path] = value.reshape(leaf.shape)
+        return unflatten(params)
 
+    def _read(self, out: np.ndarray, path: str, place: names.Place, under: str, name: str) -> None:
+        """Fills the one row of `out` with what the tensor `name` has for it."""
+        layout, array = self._tensors.layout, self._tensors.values[name]
+        self._left.discard(name)
+        self._used.add(name)
+        wanted = names.in_file(path, out.shape[1:], place, layout)
+        if array.dtype in _FLOATS and array.shape == wanted:
+            out[0] = names.from_file(path, array, place, layout)
+        else:
+            found = f"{array.dtype}{[*array.shape]}"
+            self._unfit.append(f"{under}{place.name} is {found}, not float{[*wanted]}")
 
-def _expected(module: nn.Module, example: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path, shape and dtype of every parameter; nothing is computed."""
-    variables: Any = jax.eval_shape(module.init, jax.random.key(0), example)
-    flat: dict[str, Any] = traverse_util.flatten_dict(variables["params"], sep="/")
-    return flat
-
-
-def _fill(
-    expected: Mapping[str, jax.ShapeDtypeStruct],
-    tensors: files.Tensors,
-    name_in_file: Mapping[str, str],
-    stacks: list[str],
-) -> Params:
-    """The expected parameters from the tensors, each used exactly once, else a UserError that lists
-    what differs.
-    """
-    params: dict[str, np.ndarray] = {}
-    unused = dict(name_in_file)
-    missing: list[str] = []
-    unfit: list[str] = []
-    for path, leaf in expected.items():
-        parts, shape = names.parts(path, leaf.shape, stacks)
-        value = np.empty((len(parts), *shape), np.float32)
-        for i, part in enumerate(parts):
-            usual = names.spelled(part, tensors.layout)
-            if usual not in unused:
-                missing.append(usual)
-                continue
-            array = tensors.values[unused.pop(usual)]
-            view = names.from_file(part, array, tensors.layout)
-            if view.shape == shape and array.dtype in _FLOATS:
-                value[i] = view
-            else:
-                wanted = names.to_file(part, np.broadcast_to(0, shape), tensors.layout).shape
-                unfit.append(f"{usual} is {array.dtype}{[*array.shape]}, not float{[*wanted]}")
-        params[path] = value.reshape(leaf.shape)
-    _check_differences(tensors.file, missing, list(unused.values()), unfit)
-    return traverse_util.unflatten_dict(params, sep="/")
-
-
-def _check_differences(
-    file: pathlib.Path, missing: list[str], unexpected: list[str], unfit: list[str]
-) -> None:
-    found = {"it lacks": missing, "it has, beyond that,": unexpected, "of another kind": unfit}
-    texts = [f"{what} {_listed(listed)}" for what, listed in found.items() if listed]
-    if texts:
-        raise UserError(
-            f"The weights of {file} are not those of the model that config.json describes "
-            f"({'; '.join(texts)}); take both from one model, without overrides that change a shape."
+    def close(self) -> LoadReport:
+        """What was read. Raises UserError if the tensors were not those that were asked for."""
+        found = {
+            "it lacks": self.missing,
+            "it has, beyond that,": self._left,
+            "of another kind": self._unfit,
+        }
+        texts = [f"{what} {_listed(listed)}" for what, listed in found.items() if listed]
+        if texts:
+            raise UserError(
+                f"The weights of {self.file} are not those of the model that config.json describes "
+                f"({'; '.join(texts)}); take both from one model, without overrides that change a shape."
+            )
+        dtypes = {self._tensors.values[name].dtype.name for name in self._used}
+        return LoadReport(
+            self.file,
+            self._tensors.layout,
+            len(self._used),
+            tuple(sorted(dtypes)),
+            tuple(sorted(self._ignored)),
         )
-
-
-def _report(tensors: files.Tensors, recognised: names.Recognised) -> LoadReport:
-    used = [tensors.values[name] for name in recognised.names.values()]
-    dtypes = tuple(sorted({array.dtype.name for array in used}))
-    ignored = tuple(sorted(recognised.ignored))
-    return LoadReport(tensors.file, tensors.layout, len(used), dtypes, ignored)
 
 
 def _listed(names_: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ import json
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -22,9 +22,10 @@ from flax import serialization, traverse_util
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import DualEncoder
 from lit_jax.models.families import Tower
+from lit_jax.trees import flatten
 from lit_jax.weights import dual_encoder_form, names
 from lit_jax.weights.dual_encoder_form import Params
-from lit_jax.weights.load import DUAL_ENCODER, model_type
+from lit_jax.weights.load import DUAL_ENCODER
 
 
 @runtime_checkable
@@ -46,7 +47,7 @@ def save_tower(
     A tower without pooler is written without one: torch loads it with add_pooling_layer=False.
     Raises UserError if `folder` cannot be written or holds something else.
     """
-    family = names.FAMILIES[model_type(module)]
+    family = names.FAMILIES[module.config.model_type]
     config = {
         **hf_config,
         "architectures": [family.architecture],
@@ -55,7 +56,7 @@ def save_tower(
     }
     with _new_folder(pathlib.Path(folder)) as new:
         _write_json(new / "config.json", config)
-        _write_torch(new, _as_in_files(params, [family.stack]))
+        _write_torch(new, names.tensors_of(flatten(_float32(params)), family, "torch"))
         if processor is not None:
             processor.save_pretrained(str(new))
 
@@ -76,18 +77,10 @@ def save_dual_encoder(
     """
     settings = dual_encoder_form.Settings.of_module(module)
     plain = dual_encoder_form.express(_float32(params), settings, module.projection_dim)
-    stacks = [
-        f"{part}/{names.FAMILIES[model_type(tower)].stack}"
-        for part, tower in (
-            ("vision_model", module.vision_model),
-            ("text_model", module.text_model),
-        )
-    ]
-    tensors = _as_in_files(plain, stacks)
     with _new_folder(pathlib.Path(folder)) as new:
         _write_json(new / "config.json", _dual_encoder_config(hf_config, module, params))
-        _write_torch(new, tensors)
-        _write_flax(new, tensors)
+        _write_torch(new, _dual_encoder_tensors(module, plain, "torch"))
+        _write_flax(new, _dual_encoder_tensors(module, plain, "flax"))
         if processor is not None:
             processor.save_pretrained(str(new))
 
@@ -121,24 +114,22 @@ def _float32(params: Params) -> Params:
     return jax.tree.map(lambda array: np.asarray(array).astype(np.float32, copy=False), params)
 
 
-def _as_in_files(params: Params, stacks: Iterable[str]) -> dict[str, np.ndarray]:
-    """The tensors of a Flax file: one a layer, by dotted names."""
-    flat: dict[str, Any] = traverse_util.flatten_dict(_float32(params), sep="/")
+def _dual_encoder_tensors(
+    module: DualEncoder, params: Params, layout: names.Layout
+) -> dict[str, np.ndarray]:
+    heads = dict(params)
     tensors = {}
-    for path, array in flat.items():
-        parts, shape = names.parts(path, array.shape, stacks)
-        for part, value in zip(parts, array.reshape(len(parts), *shape), strict=True):
-            tensors[part] = np.asarray(value)
-    return tensors
+    for part, tower in (("vision_model", module.vision_model), ("text_model", module.text_model)):
+        family = names.FAMILIES[tower.config.model_type]
+        of_tower = names.tensors_of(flatten(heads.pop(part)), family, layout)
+        tensors |= {f"{part}.{name}": array for name, array in of_tower.items()}
+    return tensors | names.tensors_of(flatten(heads), names.HEADS, layout)
 
 
 def _write_torch(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-    in_torch = {
-        # safetensors writes the memory of an array as it lies, so a transposed view must be copied.
-        names.spelled(name, "torch"): np.asarray(names.to_file(name, array, "torch"), order="C")
-        for name, array in tensors.items()
-    }
-    safetensors.numpy.save_file(in_torch, folder / "model.safetensors", {"format": "pt"})
+    # safetensors writes the memory of an array as it lies, so a transposed view must be copied.
+    whole = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+    safetensors.numpy.save_file(whole, folder / "model.safetensors", {"format": "pt"})
 
 
 def _write_flax(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:

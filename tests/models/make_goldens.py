@@ -1,16 +1,19 @@
 """Writes goldens/: tiny random models as Hugging Face saves them, and what PyTorch computes with them.
 
-    python tests/models/make_goldens.py        (with the packages of requirements-oracle.txt)
+    python tests/models/make_goldens.py [name ...]     (with the packages of requirements-oracle.txt)
 
+Without names all are written.
 goldens/versions.json records what they were made with. The `oracle` tests use the functions here too,
 for models that they draw at random.
 """
 
 import copy
+import inspect
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ import transformers
 from transformers.activations import ACT2FN
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
+SPECIAL_TOKENS = {"deit": 2}  # in front of the patches, where there is not one
 
 
 def write_tower(
@@ -35,9 +39,10 @@ def write_tower(
     arrays.npz: inputs, outputs, cotangents, the gradient of the pixels. Images are BxHxWxC.
     """
     torch.manual_seed(seed)
-    model = transformers.AutoModel.from_config(
-        config, attn_implementation="eager", add_pooling_layer=pooling == "pooler"
-    ).eval()
+    kind = transformers.MODEL_MAPPING[type(config)]
+    optional = inspect.signature(kind.__init__).parameters.keys() & {"add_pooling_layer"}
+    config._attn_implementation = "eager"
+    model = kind(config, **dict.fromkeys(optional, pooling == "pooler")).eval()
     _draw_parameters(model)
     tensors = {name: torch.tensor(value) for name, value in inputs.items()}
     extra = {}
@@ -45,14 +50,15 @@ def write_tower(
         tensors["pixel_values"].requires_grad_()
         shape = inputs["pixel_values"].shape[1:3]
         extra = {"interpolate_pos_encoding": shape != _pair(config.image_size)}
-    outputs = _run_tower(model, tensors, extra, pooling)
+    outputs = _run_tower(model, tensors, extra, pooling, SPECIAL_TOKENS.get(config.model_type, 1))
     cotangents = {name: torch.randn_like(value) for name, value in outputs.items()}
     sum((outputs[name] * cotangents[name]).sum() for name in outputs).backward()
 
     model.save_pretrained(folder)
     gradients = copy.deepcopy(model)
     for parameter, own in zip(gradients.parameters(), model.parameters(), strict=True):
-        parameter.data = own.grad
+        # Of a parameter that no output depends on.
+        parameter.data = torch.zeros_like(own) if own.grad is None else own.grad
     gradients.save_pretrained(folder / "gradients")
     arrays = {"pooling": np.array(pooling)}
     arrays |= {f"input.{name}": value for name, value in inputs.items()}
@@ -104,7 +110,11 @@ def _draw_parameters(model: torch.nn.Module) -> None:
 
 
 def _run_tower(
-    model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], extra: Mapping, pooling: str
+    model: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    extra: Mapping,
+    pooling: str,
+    special_tokens: int,
 ) -> dict[str, torch.Tensor]:
     given = dict(tensors)
     if "pixel_values" in given:
@@ -116,7 +126,7 @@ def _run_tower(
     elif pooling == "cls":
         pooled = hidden[:, 0]
     elif "pixel_values" in given:
-        pooled = hidden[:, 1:].mean(1)
+        pooled = hidden[:, special_tokens:].mean(1)
     else:
         weight = given["attention_mask"][..., None].float()
         pooled = (hidden * weight).sum(1) / weight.sum(1)
@@ -153,6 +163,7 @@ SMALL = {
     "intermediate_size": 12,
 }
 VIT = transformers.ViTConfig(**SMALL, image_size=12, patch_size=4)
+DEIT = transformers.DeiTConfig(**SMALL, image_size=12, patch_size=4)
 UNUSUAL_VIT = transformers.ViTConfig(
     **SMALL,
     image_size=[6, 12],
@@ -187,15 +198,19 @@ TOWERS = {
         "pooler",
     ),
     "bert_mean": (BERT, random_texts(5, BERT, length=7), "mean"),
+    "deit": (DEIT, random_images(8, 2, 12, 12, 3), "pooler"),
+    "deit_interpolated": (DEIT, random_images(9, 2, 17, 8, 3), "mean"),
 }
 
 
-def main() -> None:
-    shutil.rmtree(GOLDENS, ignore_errors=True)
+def main(wanted: Sequence[str]) -> None:
     for seed, (name, (config, inputs, pooling)) in enumerate(TOWERS.items()):
-        write_tower(GOLDENS / name, config, inputs, pooling=pooling, seed=seed)
-    inputs = random_images(6, 2, 12, 12, 3) | random_texts(7, BERT, length=7, optional=(TYPES,))
-    write_dual_encoder(GOLDENS / "dual_encoder", VIT, BERT, inputs, seed=0)
+        if not wanted or name in wanted:
+            shutil.rmtree(GOLDENS / name, ignore_errors=True)
+            write_tower(GOLDENS / name, config, inputs, pooling=pooling, seed=seed)
+    if not wanted or "dual_encoder" in wanted:
+        inputs = random_images(6, 2, 12, 12, 3) | random_texts(7, BERT, length=7, optional=(TYPES,))
+        write_dual_encoder(GOLDENS / "dual_encoder", VIT, BERT, inputs, seed=0)
     write_functions()
     versions = {package.__name__: package.__version__ for package in (torch, transformers)}
     (GOLDENS / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
@@ -206,7 +221,7 @@ def write_functions() -> None:
     x = torch.linspace(-8, 8, 65)
     names = [name for name in ACT2FN if name not in ("prelu", "xielu")]  # those have parameters
     np.savez(GOLDENS / "activations.npz", x=x, **{name: ACT2FN[name](x).numpy() for name in names})
-    grid = torch.randn(1, 1, 5, 7)
+    grid = torch.randn(1, 1, 5, 7, generator=torch.Generator().manual_seed(0))
     resized = {
         f"{size[0]}x{size[1]}": torch.nn.functional.interpolate(grid, size, mode="bicubic")[0, 0]
         for size in ((5, 7), (8, 7), (3, 16), (1, 2))
@@ -215,4 +230,4 @@ def write_functions() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,6 +1,5 @@
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_jax.errors import UserError
-from lit_jax.models.layers import ACTIVATIONS, Encoder, LayerNorm, activation, attend
+from lit_jax.models.layers import ACTIVATIONS, LayerNorm, activation, attend
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -59,18 +58,3 @@ def test_layer_norm_does_not_cancel_far_from_zero():
     x = x.astype(np.float64)
     expected = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
     np.testing.assert_allclose(actual, expected, atol=1e-3)
-
-
-class AddDropout(nn.Module):
-    """Adds 0 or 2 to every element."""
-
-    @nn.compact
-    def __call__(self, x, bias, deterministic):
-        return x + nn.Dropout(0.5)(jnp.ones_like(x), deterministic=deterministic)
-
-
-def test_dropout_differs_between_layers():
-    encoder = Encoder(AddDropout, depth=2)
-    x = encoder.apply({}, jnp.zeros((1, 8, 8)), None, False, rngs={"dropout": jax.random.key(0)})
-    # One mask for both layers would give 0 and 4 alone.
-    assert set(np.unique(x)) == {0, 2, 4}

@@ -57,7 +57,7 @@ def test_initialisation_is_hugging_faces(model_type):
             np.testing.assert_array_equal(leaf, 1, err_msg=name)
         elif leaf.size > 200:
             np.testing.assert_allclose(leaf.std(), 0.02, rtol=0.2, err_msg=name)
-    kernel = params["encoder"]["layer"]["output"]["dense"]["kernel"]
+    kernel = params["encoder"]["layer"]["mlp"]["fc2"]["kernel"]
     assert kernel.shape == (2, 24, 16)
     assert np.abs(kernel[0] - kernel[1]).max() > 0.01, "layers are initialised alike"
 

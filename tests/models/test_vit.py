@@ -9,7 +9,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from lit_jax.errors import UserError
-from lit_jax.models.vit import ViT, ViTConfig, bicubic_matrix
+from lit_jax.models.patches import bicubic_matrix
+from lit_jax.models.vit import ViT, ViTConfig
 
 TINY = ViTConfig(
     hidden_size=8,
@@ -21,7 +22,9 @@ TINY = ViTConfig(
 )
 
 
-@pytest.mark.parametrize("name", ["vit", "vit_unusual", "vit_interpolated"])
+@pytest.mark.parametrize(
+    "name", ["vit", "vit_unusual", "vit_interpolated", "deit", "deit_interpolated"]
+)
 def test_parity_with_pytorch(check_tower, goldens, name):
     check_tower(goldens / name)
 
@@ -54,15 +57,20 @@ def configs(draw):
 @pytest.mark.oracle
 # Without shrinking: a failure would try hundreds of models.
 @settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
-@given(configs(), st.sampled_from(["pooler", "cls", "mean"]), st.integers(0, 1000))
-def test_parity_with_live_pytorch(check_tower, reference, config, pooling, seed):
+@given(
+    st.sampled_from(["ViTConfig", "DeiTConfig"]),
+    configs(),
+    st.sampled_from(["pooler", "cls", "mean"]),
+    st.integers(0, 1000),
+)
+def test_parity_with_live_pytorch(check_tower, reference, kind, config, pooling, seed):
     import transformers
 
     fields, shape = config
     images = reference.random_images(seed, 2, *shape, fields["num_channels"])
     with tempfile.TemporaryDirectory() as folder:
         reference.write_tower(
-            Path(folder), transformers.ViTConfig(**fields), images, pooling=pooling, seed=seed
+            Path(folder), getattr(transformers, kind)(**fields), images, pooling=pooling, seed=seed
         )
         check_tower(Path(folder))
 

@@ -83,7 +83,7 @@ def test_dual_encoder_computes_what_torch_computes(golden, outputs, name):
 
 def test_layers_are_stacked_and_kernels_transposed(golden, vit):
     tensors = safetensors.numpy.load_file(golden / "vit_torch/model.safetensors")
-    kernel = vit["encoder"]["layer"]["output"]["dense"]["kernel"]
+    kernel = vit["encoder"]["layer"]["mlp"]["fc2"]["kernel"]
     assert kernel.shape == (2, 12, 8)
     np.testing.assert_array_equal(kernel[1], tensors["encoder.layer.1.output.dense.weight"].T)
     patches = vit["embeddings"]["patch_embeddings"]["projection"]["kernel"]

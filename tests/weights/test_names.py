@@ -1,12 +1,12 @@
-import re
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_jax.models.families import TEXT, VISION
+from lit_jax.models.families import TEXT, VISION, build_tower
+from lit_jax.trees import flatten
 from lit_jax.weights import names
+from lit_jax.weights.load import shapes_of
 
 shapes = st.lists(st.integers(1, 4), max_size=4).map(tuple)
 
@@ -16,49 +16,93 @@ def test_every_tower_family_has_an_entry():
 
 
 @given(
-    name=st.sampled_from(["a.kernel", "a.bias", "a.scale", "a.embedding", "cls_token"]),
+    path=st.sampled_from(["a/kernel", "a/bias", "a/scale", "a/embedding", "cls_token"]),
     shape=shapes,
     layout=st.sampled_from(["torch", "flax"]),
 )
-def test_axes_of_a_file_and_back(name, shape, layout):
+def test_axes_of_a_file_and_back(path, shape, layout):
     array = np.arange(np.prod(shape, dtype=int)).reshape(shape)
-    there_and_back = names.from_file(name, names.to_file(name, array, layout), layout)
-    np.testing.assert_array_equal(there_and_back, array)
+    place = names.Place("name")
+    in_file = names.to_file(path, array, layout)
+    assert in_file.shape == names.in_file(path, shape, place, layout)
+    np.testing.assert_array_equal(names.from_file(path, in_file, place, layout), array)
 
 
 def test_axes_of_torch():
     linear_IxO, conv_HxWxIxO = np.zeros((2, 3)), np.zeros((2, 3, 4, 5))
-    assert names.to_file("a.kernel", linear_IxO, "torch").shape == (3, 2)
-    assert names.to_file("a.kernel", conv_HxWxIxO, "torch").shape == (5, 4, 2, 3)
-    assert names.to_file("a.embedding", linear_IxO, "torch").shape == (2, 3)
+    assert names.to_file("a/kernel", linear_IxO, "torch").shape == (3, 2)
+    assert names.to_file("a/kernel", conv_HxWxIxO, "torch").shape == (5, 4, 2, 3)
+    assert names.to_file("a/embedding", linear_IxO, "torch").shape == (2, 3)
 
 
-def test_parts():
-    stacks = ["vision_model/encoder/layer"]
-    path = "vision_model/encoder/layer/output/dense/kernel"
-    assert names.parts(path, (2, 5, 6), stacks) == (
-        ["vision_model.encoder.layer.0.output.dense.kernel",
-         "vision_model.encoder.layer.1.output.dense.kernel"],
-        (5, 6),
-    )  # fmt: skip
-    assert names.parts("logit_scale", (), stacks) == (["logit_scale"], ())
+def name_of(path, family, layout="torch", shape=()):
+    (place, *_), _ = names.places(path, shape, family, layout)
+    return place.name
 
 
-def test_spelled():
-    assert names.spelled("layernorm.scale", "torch") == "layernorm.weight"
-    assert names.spelled("layernorm.scale", "flax") == "layernorm.scale"
-    assert names.spelled("logit_scale", "torch") == "logit_scale"
-    assert names.spelled("embeddings.cls_token", "torch") == "embeddings.cls_token"
-
-
-@pytest.mark.parametrize("family", names.FAMILIES.values(), ids=names.FAMILIES)
-def test_usual_names_are_left_alone(family):
-    """An alias that touched a usual name would make the usual files unreadable."""
-    usual = [
-        f"{family.stack.replace('/', '.')}.3.attention.output.dense.weight",
-        "embeddings.LayerNorm.bias",
-        "pooler.dense.weight",
+def test_a_stack_has_a_place_for_each_layer():
+    path = "encoder/layer/mlp/fc2/kernel"
+    places, shape = names.places(path, (2, 5, 6), names.FAMILIES["bert"], "torch")
+    assert shape == (5, 6)
+    assert [place.name for place in places] == [
+        "encoder.layer.0.output.dense.weight",
+        "encoder.layer.1.output.dense.weight",
     ]
-    assert names.recognise(usual, family, has_pooler=True).names == {n: n for n in usual}
-    for pattern in family.ignore:
-        assert not any(re.match(pattern, name) for name in usual)
+    assert name_of(path, names.FAMILIES["bert"], "flax", (2, 5, 6)).endswith("dense.kernel")
+
+
+def test_leaves_of_torch():
+    vit = names.FAMILIES["vit"]
+    assert name_of("layernorm/scale", vit) == "layernorm.weight"
+    assert name_of("layernorm/scale", vit, "flax") == "layernorm.scale"
+    assert name_of("embeddings/cls_token", vit) == "embeddings.cls_token"
+    assert name_of("logit_scale", names.HEADS) == "logit_scale"
+
+
+JOINED = names.Family(
+    architecture="",
+    joined=(names.Joined(r"\.(query|key|value)\.(\w+)$", r".qkv.\2", ("query", "key", "value")),),
+)
+
+
+@pytest.mark.parametrize("layout", ["torch", "flax"])
+def test_joined_parameters_are_one_tensor_of_the_file(layout):
+    rng = np.random.default_rng(0)
+    params = {
+        f"encoder/layer/{name}/{leaf}": rng.normal(size=(2, *shape))
+        for name in ("key", "query", "value")
+        for leaf, shape in (("kernel", (4, 3)), ("bias", (3,)))
+    }
+    tensors = names.tensors_of(params, JOINED, layout)
+    weight = "weight" if layout == "torch" else "kernel"
+    assert set(tensors) == {
+        f"encoder.layer.{i}.qkv.{leaf}" for i in (0, 1) for leaf in (weight, "bias")
+    }
+    kernels = [params[f"encoder/layer/{name}/kernel"][1] for name in ("query", "key", "value")]
+    joined = tensors[f"encoder.layer.1.qkv.{weight}"]
+    np.testing.assert_array_equal(joined.T if layout == "torch" else joined, np.hstack(kernels))
+    for path, array in params.items():
+        places, shape = names.places(path, array.shape, JOINED, layout)
+        for layer, place in enumerate(places):
+            tensor = tensors[place.name]
+            assert tensor.shape == names.in_file(path, shape, place, layout)
+            np.testing.assert_array_equal(
+                names.from_file(path, tensor, place, layout), array[layer]
+            )
+
+
+@pytest.mark.parametrize("name", names.FAMILIES)
+def test_usual_names_are_left_alone(name):
+    """An alias that touched a usual name would make the usual files unreadable."""
+    family = names.FAMILIES[name]
+    module = build_tower({"model_type": name}, pooling="pooler", dtype="float32")
+    shapes = flatten(shapes_of(module, module.example_input))
+    usual = [
+        place.name
+        for path, leaf in shapes.items()
+        for place in names.places(path, leaf.shape, family, "torch")[0]
+    ]
+    recognised = names.recognise(usual, family, has_pooler=True)
+    assert recognised.names == {n: n for n in usual}
+    assert not recognised.ignored
+    assert not any(name.startswith(family.prefix) for name in usual if family.prefix)
