@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lit_jax.config import Pooling
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models.layers import (
     DenseAct,
     LayerNorm,
+    Tower,
     TowerOutput,
     attention_bias,
     mean_of_attended,
@@ -60,14 +60,10 @@ class BertConfig:
         )
 
 
-class Bert(nn.Module):
-    """The text tower. `pooling`: 'pooler' is the trained head on the first token, 'cls' that token,
-    'mean' the mean of the attended tokens.
-    """
+class Bert(Tower):
+    """The text tower. Its pooler is a trained head on the first token."""
 
     config: BertConfig
-    pooling: Pooling = "pooler"
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -105,7 +101,6 @@ class Bert(nn.Module):
 
     @property
     def example_input(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of an input, to initialise with."""
         return jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
 

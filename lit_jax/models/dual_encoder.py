@@ -15,6 +15,7 @@ from lit_jax.config import ModelConfig
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models.families import TEXT, VISION, build_tower
+from lit_jax.models.layers import Tower
 
 Projection = Literal["none", "linear", "linear_bias"]
 
@@ -35,8 +36,8 @@ class DualEncoder(nn.Module):
     nothing, and rounding an embedding to bfloat16 would show in the logits.
     """
 
-    vision_model: nn.Module
-    text_model: nn.Module
+    vision_model: Tower
+    text_model: Tower
     projection_dim: int
     image_projection: Projection = "linear"
     text_projection: Projection = "linear"

@@ -9,24 +9,25 @@ import jax.numpy as jnp
 from lit_jax.config import Pooling
 from lit_jax.errors import UserError
 from lit_jax.models.bert import Bert, BertConfig
+from lit_jax.models.layers import Tower
 from lit_jax.models.vit import DeiTConfig, ViT, ViTConfig
 
-TowerConfig = ViTConfig | BertConfig
-Tower = ViT | Bert
-
 # model_type -> (config class, module class)
-VISION: Mapping[str, tuple[type[ViTConfig], type[ViT]]] = {
+Families = Mapping[str, tuple[type[Any], type[Tower]]]
+VISION: Families = {
     "vit": (ViTConfig, ViT),
     "deit": (DeiTConfig, ViT),
 }
-TEXT: Mapping[str, tuple[type[BertConfig], type[Bert]]] = {"bert": (BertConfig, Bert)}
+TEXT: Families = {
+    "bert": (BertConfig, Bert),
+}
 
 # Options of config.json that change the numbers and that no tower here has, with the one value that
 # means "not used".
 _UNUSED_VALUE = {"add_cross_attention": False, "position_embedding_type": "absolute"}
 
 
-def tower_config(hf: Mapping[str, Any]) -> TowerConfig:
+def tower_config(hf: Mapping[str, Any]) -> Any:
     """The config of the tower that `hf`, the content of a config.json, describes.
 
     Raises UserError for an unknown `model_type`, and for an option that changes the numbers and
@@ -44,12 +45,20 @@ def tower_config(hf: Mapping[str, Any]) -> TowerConfig:
 
 
 def build_tower(hf: Mapping[str, Any], *, pooling: Pooling, dtype: Any) -> Tower:
-    """The module of the tower that `hf` describes; `dtype` is that of its computation."""
+    """The module of the tower that `hf` describes; `dtype` is that of its computation.
+
+    Raises UserError if that family has no such pooling.
+    """
     _, module_class = _family(hf)
+    if pooling not in module_class.poolings:
+        raise UserError(
+            f"A model of type {hf['model_type']} has no pooling {pooling!r}; set the tower's pooling to "
+            f"{' or '.join(map(repr, module_class.poolings))}."
+        )
     return module_class(tower_config(hf), pooling=pooling, dtype=jnp.dtype(dtype))
 
 
-def _family(hf: Mapping[str, Any]) -> tuple[type, type]:
+def _family(hf: Mapping[str, Any]) -> tuple[type[Any], type[Tower]]:
     families = {**VISION, **TEXT}
     model_type = hf.get("model_type")
     if model_type not in families:

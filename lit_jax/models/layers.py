@@ -7,14 +7,14 @@ P width of the output. Parameters are float32 when initialised, and may be given
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lit_jax.config import nearest
+from lit_jax.config import Pooling, nearest
 from lit_jax.errors import UserError
 
 
@@ -23,6 +23,30 @@ class TowerOutput(NamedTuple):
 
     last_hidden_state: Float[Array, "B L D"]
     pooled: Float[Array, "B P"]
+
+
+class Tower(nn.Module):
+    """What the towers of all families have in common.
+
+    Attributes:
+        config: a frozen dataclass with the fields of config.json that change a number, and `model_type`.
+        pooling: what stands for the input: 'pooler' is what the family itself calls the pooled output,
+            'cls' the first token of the last hidden state, 'mean' the mean of its patches or attended
+            tokens.
+        dtype: of the computation.
+        poolings: those that the family has.
+    """
+
+    config: Any
+    pooling: Pooling = "pooler"
+    dtype: Any = jnp.float32
+
+    poolings: ClassVar[tuple[Pooling, ...]] = ("pooler", "cls", "mean")
+
+    @property
+    def example_input(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of an input, to initialise with."""
+        raise NotImplementedError
 
 
 def _gelu(x: Array) -> Array:

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lit_jax.config import Pooling
 from lit_jax.distributed.mesh import shard_batch
-from lit_jax.models.layers import DenseAct, LayerNorm, TowerOutput
+from lit_jax.models.layers import DenseAct, LayerNorm, Tower, TowerOutput
 from lit_jax.models.patches import PatchEmbeddings, Size, pair, patch_grid, resize_positions
 from lit_jax.models.transformer import BlockConfig, Encoder
 
@@ -73,14 +72,10 @@ class DeiTConfig(ViTConfig):
         return ("cls_token", "distillation_token")
 
 
-class ViT(nn.Module):
-    """The image tower. `pooling`: 'pooler' is the trained head on the CLS token, 'cls' that token,
-    'mean' the mean of the patch tokens, each after the final normalisation.
-    """
+class ViT(Tower):
+    """The image tower. Its pooler is a trained head on the CLS token, after the last normalisation."""
 
     config: ViTConfig
-    pooling: Pooling = "pooler"
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -113,7 +108,6 @@ class ViT(nn.Module):
 
     @property
     def example_input(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of an input, to initialise with."""
         shape = (1, *pair(self.config.image_size), self.config.num_channels)
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 

@@ -19,7 +19,8 @@ import numpy as np
 from lit_jax.config import ModelConfig, TowerConfig
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import DualEncoder, build_dual_encoder
-from lit_jax.models.families import VISION, Tower
+from lit_jax.models.families import VISION
+from lit_jax.models.layers import Tower
 from lit_jax.trees import Tree, flatten, unflatten
 from lit_jax.weights import dual_encoder_form, files, hub, names
 from lit_jax.weights.dual_encoder_form import Params
@@ -47,7 +48,7 @@ class LoadReport:
         return f"{text}; {self.note}" if self.note else text
 
 
-def config_key(module: nn.Module) -> str:
+def config_key(module: Tower) -> str:
     """The group of config keys that describes this tower of a run."""
     side = "image" if module.config.model_type in VISION else "text"
     return f"config.model.{side}"

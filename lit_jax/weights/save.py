@@ -21,7 +21,7 @@ from flax import serialization, traverse_util
 
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import DualEncoder
-from lit_jax.models.families import Tower
+from lit_jax.models.layers import Tower
 from lit_jax.trees import flatten
 from lit_jax.weights import dual_encoder_form, names
 from lit_jax.weights.dual_encoder_form import Params
