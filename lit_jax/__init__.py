@@ -1,6 +1,8 @@
 """Locked-image tuning and other contrastive image-text training in JAX and Flax."""
 
+import importlib
 import logging
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -8,3 +10,12 @@ __version__ = "0.1.0"
 logging.getLogger("transformers").addFilter(
     lambda record: not record.getMessage().startswith("PyTorch was not found")
 )
+
+_PUBLIC = ("DualEncoder", "TextModel", "VisionModel")
+
+
+def __getattr__(name: str) -> Any:
+    # Looked up when asked for: the processes that decode images should not have to import JAX.
+    if name in _PUBLIC:
+        return getattr(importlib.import_module("lit_jax.api"), name)
+    raise AttributeError(f"module 'lit_jax' has no attribute {name!r}")

@@ -35,6 +35,9 @@ class TowerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """Two towers, or a whole dual encoder: Hub id or folder of a CLIP, SigLIP, ALIGN ..."""
+
+    dual_encoder: str = ""  # then image and text stay as they are here, but for their overrides
     image: TowerConfig = TowerConfig()
     text: TowerConfig = TowerConfig()
     projection_dim: int = 512
@@ -140,6 +143,7 @@ class Config:
     batch_size: int = 128  # pairs a step, over all devices and processes
     duration: str = "1000 steps"
     loss: Literal["softmax", "sigmoid"] = "softmax"
+    label_smoothing: float = 0.0  # of the softmax loss
     model: ModelConfig = ModelConfig()
     policy: PolicyConfig = PolicyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -1,7 +1,7 @@
 """Writes a run for others: python -m lit_jax.export --workdir=DIR --output=FOLDER
 
-The folder loads in PyTorch with VisionTextDualEncoderModel.from_pretrained and
-VisionTextDualEncoderProcessor.from_pretrained of transformers, and in lit_jax.evaluate --model.
+The folder loads in PyTorch with from_pretrained of transformers' VisionTextDualEncoderModel (of CLIPModel and
+so on, if that is what was trained) and of its processor, and in lit_jax.evaluate --model.
 Exit codes: 0 done, 2 bad input.
 """
 
@@ -12,13 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from transformers import VisionTextDualEncoderProcessor
+import transformers
 
 from lit_jax.console import command
 from lit_jax.data.image import load_processor
 from lit_jax.data.text import without_state
 from lit_jax.training.run import load_run, model_folder
 from lit_jax.weights.save import save_dual_encoder
+
+# By model_type, where there is a class for the kind of dual encoder.
+PROCESSORS = {
+    "clip": transformers.CLIPProcessor,
+    "siglip": transformers.SiglipProcessor,
+    "align": transformers.AlignProcessor,
+    "altclip": transformers.AltCLIPProcessor,
+    "chinese_clip": transformers.ChineseCLIPProcessor,
+}
 
 
 @command
@@ -34,20 +43,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     # Locked parameters are on disk as they were read; float32 gives them away unrounded.
     run = load_run(args.workdir, step=args.step, dtype="float32")
-    processor = Processor(model_folder(args.workdir), run.setup.tokenizer)
+    model_type = run.setup.hf_config["model_type"]
+    processor = Processor(model_folder(args.workdir), run.setup.tokenizer, model_type)
     params = jax.device_get(run.params)
     save_dual_encoder(args.output, run.setup.hf_config, run.module, params, processor)
     print(f"step {run.step} of {args.workdir} is in {args.output}")
 
 
 class Processor:
-    """Both halves of a VisionTextDualEncoderProcessor, as transformers 5 and as 4 read them."""
+    """Both halves of the processor of a kind of dual encoder, as transformers 5 and as 4 read them."""
 
-    def __init__(self, folder: Path, tokenizer: Any):
+    def __init__(self, folder: Path, tokenizer: Any, model_type: str):
         self._image_processor, self._tokenizer = load_processor(folder), without_state(tokenizer)
+        self._class = PROCESSORS.get(model_type, transformers.VisionTextDualEncoderProcessor)
 
     def save_pretrained(self, save_directory: str) -> None:
-        both = VisionTextDualEncoderProcessor(self._image_processor, self._tokenizer)
+        both = self._class(image_processor=self._image_processor, tokenizer=self._tokenizer)
         both.save_pretrained(save_directory)
         self._image_processor.save_pretrained(save_directory)
 

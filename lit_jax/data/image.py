@@ -211,6 +211,8 @@ def load_processor(folder: Path, *, image_size: int | None = None) -> Any:
             name: round(edge * image_size / crop) for name, edge in dict(processor.size).items()
         }
         processor.size, processor.crop_size = size, square
+    elif getattr(processor, "crop_pct", None):
+        processor.size = {"shortest_edge": image_size}
     else:
         processor.size = square
     return processor
@@ -221,6 +223,11 @@ def _geometry(processor: Any, folder: Path) -> dict[str, Any]:
     resize = size.get("shortest_edge") or (size.get("height"), size.get("width"))
     resize = resize if processor.do_resize else None
     crop = dict(processor.crop_size) if processor.do_center_crop else None
+    if isinstance(resize, int) and (part := getattr(processor, "crop_pct", None)):
+        # ConvNeXt: small images are cut out of the middle of larger ones, large ones are squeezed.
+        square = (resize, resize)
+        crop = dict(zip(("height", "width"), square, strict=True)) if resize < 384 else None
+        resize = int(resize / part) if crop else square
     result = (crop["height"], crop["width"]) if crop else resize
     if not isinstance(result, tuple) or None in result:
         raise UserError(

@@ -62,20 +62,20 @@ def tokenize(
             None: that of the longest text, rounded up to a multiple of 8.
 
     Returns:
-        int32 arrays, N x length: 'input_ids', 'attention_mask', and 'token_type_ids' if the tokenizer
-        makes them.
+        int32 arrays, N x length: 'input_ids', and of 'attention_mask' and 'token_type_ids' those that the
+        tokenizer makes for its model.
     """
     tokens = tokenizer(
         list(texts),
         padding="max_length",
         truncation=True,
         max_length=tokenizer.model_max_length,
-        return_attention_mask=True,
         return_tensors="np",
     )
     if length is None:
-        longest = int(tokens["attention_mask"].sum(axis=1).max())
-        length = -(-longest // 8) * 8
+        # A model without a mask (SigLIP) sees the padding, too: always as much as it was trained with.
+        mask_NxL = tokens.get("attention_mask", np.ones_like(tokens["input_ids"]))
+        length = -(-int(mask_NxL.sum(axis=1).max()) // 8) * 8
     return {name: array[:, :length].astype(np.int32) for name, array in tokens.items()}
 
 

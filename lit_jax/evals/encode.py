@@ -17,7 +17,7 @@ from lit_jax.data.sources import Source
 from lit_jax.data.text import tokenize
 from lit_jax.distributed.mesh import REPLICATED, global_batch
 from lit_jax.errors import UserError
-from lit_jax.models.dual_encoder import DualEncoder, normalize
+from lit_jax.models.dual_encoder import DualEncoderModule, normalize
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, np.ndarray]
@@ -39,7 +39,7 @@ class Encoder:
         batch_size: over all devices and processes; rounded up to a multiple of the devices.
     """
 
-    module: DualEncoder
+    module: DualEncoderModule
     mesh: jax.sharding.Mesh
     image_transform: ImageTransform
     tokenizer: PreTrainedTokenizerBase
@@ -109,7 +109,7 @@ class Encoder:
 # Compiled functions belong to the module, not to an Encoder: those of one module share them.
 @functools.partial(jax.jit, static_argnames=("module", "method"))
 def _encode(
-    params: Params, batch: Mapping[str, jax.Array], module: DualEncoder, method: str
+    params: Params, batch: Mapping[str, jax.Array], module: DualEncoderModule, method: str
 ) -> tuple[jax.Array, jax.Array]:
     """Embeddings of unit length and the index they came with, both whole on every process.
 

@@ -15,6 +15,7 @@ from lit_jax.config import nearest
 from lit_jax.data.sources import Source
 from lit_jax.errors import UserError
 from lit_jax.evals.encode import Encoder, Params
+from lit_jax.models.dual_encoder import logit_scale
 
 PLACEHOLDER = re.compile(r"\{c?\}")
 TOP = 5
@@ -124,7 +125,7 @@ def zero_shot(
     class_embeds_CxE = embed_classes(encoder, params, classes)
     image_embeds_NxE, valid_N = encoder.images(params, source)
     image_embeds_NxE, label_N = image_embeds_NxE[valid_N], label_N[valid_N]
-    scale = np.exp(np.float32(jax.device_get(params["logit_scale"])))
+    scale = np.exp(np.float32(jax.device_get(logit_scale(params))))
     top_NxK, probability_NxK = _classify(image_embeds_NxE, class_embeds_CxE, scale)
     return ZeroShotResult(
         metrics=_metrics(top_NxK, label_N),

@@ -1,8 +1,9 @@
-"""Two towers, their projections and the logit scale: transformers' VisionTextDualEncoder.
+"""Two towers, their projections and the logit scale: VisionTextDualEncoder, CLIP, SigLIP, ALIGN, AltCLIP.
 
 Dims: B batch, HxW pixels, C channels, L tokens, P pooled width of a tower, E embedding.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -11,13 +12,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lit_jax.config import ModelConfig
+from lit_jax.config import ModelConfig, Pooling
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models.families import TEXT, VISION, build_tower
-from lit_jax.models.layers import Tower
+from lit_jax.models.layers import Tower, TowerOutput
 
 Projection = Literal["none", "linear", "linear_bias"]
+Side = Literal["image", "text"]
+# How the two are called in names: vision_model and vision_config.
+TOWERS: Mapping[Side, str] = {"image": "vision", "text": "text"}
+
+# Of a batch, in the order in which every text tower takes them.
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 class DualEncoderOutput(NamedTuple):
@@ -29,11 +36,17 @@ class DualEncoderOutput(NamedTuple):
     logit_bias: Float[Array, ""] | None
 
 
-class DualEncoder(nn.Module):
+class DualEncoderModule(nn.Module):
     """An image tower and a text tower that embed into one space.
 
     The towers compute in their own dtype. The projections compute in float32: they cost next to
     nothing, and rounding an embedding to bfloat16 would show in the logits.
+
+    Attributes:
+        text_first_token: a text is its first token, not what the tower has pooled; ALIGN's text tower
+            has a pooler, but ALIGN does not use it.
+        temperature_init: a number replaces the parameter logit_scale by a temperature, as in ALIGN.
+        logit_bias_init: a number adds the parameter logit_bias, as in SigLIP.
     """
 
     vision_model: Tower
@@ -41,16 +54,36 @@ class DualEncoder(nn.Module):
     projection_dim: int
     image_projection: Projection = "linear"
     text_projection: Projection = "linear"
+    text_first_token: bool = False
     logit_scale_init: float = 2.6592
+    temperature_init: float | None = None
     logit_bias_init: float | None = None
 
     def setup(self):
         self.image_head = self._make_head(self.image_projection, "visual_projection")
         self.text_head = self._make_head(self.text_projection, "text_projection")
         constant = nn.initializers.constant
-        self.scale = self.param("logit_scale", constant(self.logit_scale_init), ())
+        if self.temperature_init is None:
+            self.scale = self.param("logit_scale", constant(self.logit_scale_init), ())
+        else:
+            self.temperature = self.param("temperature", constant(self.temperature_init), ())
         if self.logit_bias_init is not None:
             self.bias = self.param("logit_bias", constant(self.logit_bias_init), ())
+
+    @property
+    def towers(self) -> dict[str, Tower]:
+        """The towers by their names in the tree of parameters."""
+        return {"vision_model": self.vision_model, "text_model": self.text_model}
+
+    @property
+    def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the smallest batch, to initialise with."""
+        tokens = self.text_model.example_input
+        return {
+            "pixel_values": self.vision_model.example_input,
+            "input_ids": tokens,
+            "attention_mask": tokens,
+        }
 
     def __call__(
         self,
@@ -64,42 +97,51 @@ class DualEncoder(nn.Module):
 
         A tower that is not deterministic has dropout, with the rng 'dropout'.
         """
+        texts = {name: batch[name] for name in TEXT_INPUTS if name in batch}
         image_embeds_BxE = self.encode_image(
             batch["pixel_values"], deterministic=deterministic_image
         )
-        text_embeds_BxE = self.encode_text(
-            batch["input_ids"],
-            batch["attention_mask"],
-            batch.get("token_type_ids"),
-            deterministic=deterministic_text,
-        )
+        text_embeds_BxE = self.encode_text(**texts, deterministic=deterministic_text)
         return DualEncoderOutput(
-            normalize(image_embeds_BxE),
-            normalize(text_embeds_BxE),
-            self.scale.astype(jnp.float32),
-            None if self.logit_bias_init is None else self.bias.astype(jnp.float32),
+            normalize(image_embeds_BxE), normalize(text_embeds_BxE), *self.logit_parameters()
         )
 
     def encode_image(
-        self, pixel_values_BxHxWxC: Float[Array, "B H W C"], *, deterministic: bool = True
+        self, pixel_values: Float[Array, "B H W C"], *, deterministic: bool = True
     ) -> Float[Array, "B E"]:
         """The embeddings of images: projected, not normalised, float32."""
-        pooled_BxP = self.vision_model(pixel_values_BxHxWxC, deterministic=deterministic).pooled
-        return self._project(pooled_BxP, self.image_head, "image")
+        return self.project_image(self.vision_model(pixel_values, deterministic=deterministic))
 
     def encode_text(
         self,
-        input_ids_BxL: Int[Array, "B L"],
-        attention_mask_BxL: Int[Array, "B L"] | None = None,
-        token_type_ids_BxL: Int[Array, "B L"] | None = None,
+        input_ids: Int[Array, "B L"],
+        attention_mask: Int[Array, "B L"] | None = None,
+        token_type_ids: Int[Array, "B L"] | None = None,
+        position_ids: Int[Array, "B L"] | None = None,
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B E"]:
         """The embeddings of texts: projected, not normalised, float32."""
-        pooled_BxP = self.text_model(
-            input_ids_BxL, attention_mask_BxL, token_type_ids_BxL, deterministic=deterministic
-        ).pooled
+        return self.project_text(
+            self.text_model(
+                input_ids, attention_mask, token_type_ids, position_ids, deterministic=deterministic
+            )
+        )
+
+    def project_image(self, output: TowerOutput) -> Float[Array, "B E"]:
+        """From what the image tower returns to the embeddings, not normalised."""
+        return self._project(output.pooled, self.image_head, "image")
+
+    def project_text(self, output: TowerOutput) -> Float[Array, "B E"]:
+        """From what the text tower returns to the embeddings, not normalised."""
+        pooled_BxP = output.last_hidden_state[:, 0] if self.text_first_token else output.pooled
         return self._project(pooled_BxP, self.text_head, "text")
+
+    def logit_parameters(self) -> tuple[Float[Array, ""], Float[Array, ""] | None]:
+        """logit_scale, a logarithm, and logit_bias, float32."""
+        scale = self.scale if self.temperature_init is None else -jnp.log(self.temperature)
+        bias = None if self.logit_bias_init is None else jnp.asarray(self.bias, jnp.float32)
+        return jnp.asarray(scale, jnp.float32), bias
 
     def _make_head(self, kind: Projection, name: str) -> nn.Dense | None:
         if kind == "none":
@@ -127,6 +169,11 @@ class DualEncoder(nn.Module):
         return shard_batch(embeds_BxE)
 
 
+def logit_scale(params: Mapping[str, Any]) -> Any:
+    """The logarithm of what the logits are scaled by, from the parameters of a dual encoder."""
+    return params["logit_scale"] if "logit_scale" in params else -jnp.log(params["temperature"])
+
+
 def normalize(embeds_BxE: Float[Array, "B E"]) -> Float[Array, "B E"]:
     """Scales every row to length 1; a row of zeros stays zero and has a finite gradient."""
     squared_Bx1 = jnp.square(embeds_BxE).sum(-1, keepdims=True)
@@ -136,7 +183,7 @@ def normalize(embeds_BxE: Float[Array, "B E"]) -> Float[Array, "B E"]:
 
 def build_dual_encoder(
     vision_hf: Mapping[str, Any], text_hf: Mapping[str, Any], config: ModelConfig
-) -> DualEncoder:
+) -> DualEncoderModule:
     """The dual encoder of two config.json contents, `config.*.overrides` applied to them before.
 
     Raises UserError if one is not of a tower family for its side.
@@ -147,7 +194,7 @@ def build_dual_encoder(
                 f"config.model.{side}.model is of model_type {hf.get('model_type')!r}; "
                 f"as {side} tower lit_jax has {', '.join(families)}."
             )
-    return DualEncoder(
+    return DualEncoderModule(
         build_tower(vision_hf, pooling=config.image.pooling, dtype=config.dtype),
         build_tower(text_hf, pooling=config.text.pooling, dtype=config.dtype),
         config.projection_dim,
@@ -155,4 +202,56 @@ def build_dual_encoder(
         text_projection=config.text.projection,
         logit_scale_init=config.logit_scale_init,
         logit_bias_init=config.logit_bias_init,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class System:
+    """What is known of the dual encoders of one `model_type` without their config.json."""
+
+    image_projection: Projection = "linear"
+    text_projection: Projection = "linear"
+    text_pooling: Pooling = "pooler"
+    text_first_token: bool = False
+    has_temperature: bool = False
+    has_logit_bias: bool = False
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    label_smoothing: float = 0.0
+
+
+# By the `model_type` of config.json.
+SYSTEMS: Mapping[str, System] = {
+    "vision-text-dual-encoder": System(),
+    "lit_jax": System(),  # a VisionTextDualEncoder with poolings or towers that transformers' has not
+    "clip": System(),
+    "altclip": System(),
+    "chinese_clip": System(text_pooling="cls"),
+    "siglip": System(
+        image_projection="none", text_projection="none", has_logit_bias=True, loss="sigmoid"
+    ),
+    "align": System(
+        image_projection="none",
+        text_projection="linear_bias",
+        text_first_token=True,
+        has_temperature=True,
+        label_smoothing=0.1,
+    ),
+}
+
+
+def build_system(hf_config: Mapping[str, Any], *, dtype: Any) -> DualEncoderModule:
+    """The dual encoder that `hf_config`, the content of a config.json, describes."""
+    system = SYSTEMS[hf_config["model_type"]]
+    vision, text = hf_config["vision_config"], hf_config["text_config"]
+    return DualEncoderModule(
+        build_tower(vision, pooling="pooler", dtype=dtype),
+        build_tower(text, pooling=system.text_pooling, dtype=dtype),
+        # Without projections, an embedding is as wide as the image tower.
+        hf_config.get("projection_dim") or vision["hidden_size"],
+        image_projection=system.image_projection,
+        text_projection=system.text_projection,
+        text_first_token=system.text_first_token,
+        logit_scale_init=hf_config.get("logit_scale_init_value", 0.0),
+        temperature_init=hf_config["temperature_init_value"] if system.has_temperature else None,
+        logit_bias_init=0.0 if system.has_logit_bias else None,
     )

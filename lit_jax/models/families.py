@@ -8,8 +8,35 @@ import jax.numpy as jnp
 
 from lit_jax.config import Pooling
 from lit_jax.errors import UserError
-from lit_jax.models.bert import Bert, BertConfig
+from lit_jax.models.beit import Beit, BeitConfig
+from lit_jax.models.bert import (
+    AlignTextConfig,
+    AltCLIPText,
+    AltCLIPTextConfig,
+    Bert,
+    BertConfig,
+    CamembertConfig,
+    ChineseCLIPTextConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
+from lit_jax.models.clip import (
+    AltCLIPVisionConfig,
+    ChineseCLIPVisionConfig,
+    CLIPText,
+    CLIPTextConfig,
+    CLIPVision,
+    CLIPVisionConfig,
+)
+from lit_jax.models.convnext import ConvNext, ConvNextConfig, ConvNextV2Config
+from lit_jax.models.dinov2 import Dinov2, Dinov2Config, Dinov2WithRegistersConfig
+from lit_jax.models.dinov3 import Dinov3, Dinov3Config
+from lit_jax.models.distilbert import DistilBert, DistilBertConfig
+from lit_jax.models.efficientnet import AlignVisionConfig, EfficientNet, EfficientNetConfig
 from lit_jax.models.layers import Tower
+from lit_jax.models.modernbert import ModernBert, ModernBertConfig
+from lit_jax.models.mpnet import MPNet, MPNetConfig
+from lit_jax.models.siglip import SiglipText, SiglipTextConfig, SiglipVision, SiglipVisionConfig
 from lit_jax.models.vit import DeiTConfig, ViT, ViTConfig
 
 # model_type -> (config class, module class)
@@ -17,9 +44,32 @@ Families = Mapping[str, tuple[type[Any], type[Tower]]]
 VISION: Families = {
     "vit": (ViTConfig, ViT),
     "deit": (DeiTConfig, ViT),
+    "beit": (BeitConfig, Beit),
+    "dinov2": (Dinov2Config, Dinov2),
+    "dinov2_with_registers": (Dinov2WithRegistersConfig, Dinov2),
+    "dinov3_vit": (Dinov3Config, Dinov3),
+    "efficientnet": (EfficientNetConfig, EfficientNet),
+    "align_vision_model": (AlignVisionConfig, EfficientNet),
+    "convnext": (ConvNextConfig, ConvNext),
+    "convnextv2": (ConvNextV2Config, ConvNext),
+    "clip_vision_model": (CLIPVisionConfig, CLIPVision),
+    "altclip_vision_model": (AltCLIPVisionConfig, CLIPVision),
+    "chinese_clip_vision_model": (ChineseCLIPVisionConfig, CLIPVision),
+    "siglip_vision_model": (SiglipVisionConfig, SiglipVision),
 }
 TEXT: Families = {
     "bert": (BertConfig, Bert),
+    "roberta": (RobertaConfig, Bert),
+    "xlm-roberta": (XLMRobertaConfig, Bert),
+    "camembert": (CamembertConfig, Bert),
+    "distilbert": (DistilBertConfig, DistilBert),
+    "mpnet": (MPNetConfig, MPNet),
+    "modernbert": (ModernBertConfig, ModernBert),
+    "align_text_model": (AlignTextConfig, Bert),
+    "chinese_clip_text_model": (ChineseCLIPTextConfig, Bert),
+    "altclip_text_model": (AltCLIPTextConfig, AltCLIPText),
+    "clip_text_model": (CLIPTextConfig, CLIPText),
+    "siglip_text_model": (SiglipTextConfig, SiglipText),
 }
 
 # Options of config.json that change the numbers and that no tower here has, with the one value that
@@ -40,8 +90,13 @@ def tower_config(hf: Mapping[str, Any]) -> Any:
                 f"The model's config.json has {option}={hf[option]!r}, which lit_jax does not "
                 f"implement; choose a model with {option}={unused!r}."
             )
-    names = [field.name for field in dataclasses.fields(config_class)]
-    return config_class(**{name: _hashable(hf[name]) for name in names if name in hf})
+    fields = dataclasses.fields(config_class)
+    return config_class(**{f.name: _value(hf[f.name], f.type) for f in fields if f.name in hf})
+
+
+def tower_fields(hf: Mapping[str, Any]) -> list[str]:
+    """The fields of config.json that the family of `hf` knows, ours among them."""
+    return [field.name for field in dataclasses.fields(_family(hf)[0])]
 
 
 def build_tower(hf: Mapping[str, Any], *, pooling: Pooling, dtype: Any) -> Tower:
@@ -69,5 +124,10 @@ def _family(hf: Mapping[str, Any]) -> tuple[type[Any], type[Tower]]:
     return families[model_type]
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value  # JSON knows no tuples
+def _value(value: Any, type_: Any) -> Any:
+    """Hashable; JSON knows no tuples, and 0 may mean 0.0."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, Mapping):
+        return tuple((key, _value(value[key], None)) for key in sorted(value))
+    return float(value) if type_ is float and isinstance(value, int) else value

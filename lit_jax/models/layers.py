@@ -96,18 +96,22 @@ class LayerNorm(nn.Module):
 
     epsilon: float
     dtype: Any = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         width = x_BxLxD.shape[-1]
         scale_D = self.param("scale", nn.initializers.ones, (width,)).astype(jnp.float32)
-        bias_D = self.param("bias", nn.initializers.zeros, (width,)).astype(jnp.float32)
         x_BxLxD = x_BxLxD.astype(jnp.float32)
         centred_BxLxD = x_BxLxD - x_BxLxD.mean(-1, keepdims=True)
         # The mean of the squared differences, not E[x^2] - E[x]^2: that one cancels in float32.
         variance_BxLx1 = jnp.square(centred_BxLxD).mean(-1, keepdims=True)
         normed_BxLxD = centred_BxLxD * jax.lax.rsqrt(variance_BxLx1 + self.epsilon)
-        return (normed_BxLxD * scale_D[None, None] + bias_D[None, None]).astype(self.dtype)
+        result_BxLxD = normed_BxLxD * scale_D[None, None]
+        if self.use_bias:
+            bias_D = self.param("bias", nn.initializers.zeros, (width,)).astype(jnp.float32)
+            result_BxLxD += bias_D[None, None]
+        return result_BxLxD.astype(self.dtype)
 
 
 def attend(
@@ -163,11 +167,45 @@ def mean_of_attended(
     return ((x_BxLxD.astype(jnp.float32) * weight_BxLx1).sum(1) / count_Bx1).astype(x_BxLxD.dtype)
 
 
+def drop(
+    x: Float[Array, "*X"], rate: Float[Array, ""], key: jax.Array, shape: tuple[int, ...]
+) -> Float[Array, "*X"]:
+    """Sets parts of `x` to 0 with probability `rate`, and scales the others so that the mean stays.
+
+    `shape` broadcasts to that of `x`: an axis of length 1 is dropped or kept as a whole.
+    """
+    keep = 1 - rate.astype(jnp.float32)
+    kept = jax.random.bernoulli(key, keep, shape)
+    return (jnp.where(kept, x.astype(jnp.float32), 0.0) / keep).astype(x.dtype)
+
+
+def check_length(length: int, max_length: int) -> None:
+    """Raises UserError for texts that are longer than a tower's config allows."""
+    if length > max_length:
+        raise UserError(
+            f"The texts are {length} tokens long and the text tower has only positions for "
+            f"{max_length}; set config.data.max_text_length lower."
+        )
+
+
+def normal(std: float, cutoff: float | None = None) -> Callable[..., Array]:
+    """An initializer; `cutoff` is in standard deviations, and does not change `std`, as in torch."""
+    if cutoff is None:
+        return nn.initializers.normal(std)
+    return nn.initializers.truncated_normal(std, lower=-cutoff, upper=cutoff)
+
+
 def dense(
-    features: int, *, name: str, init_std: float, dtype: Any, use_bias: bool = True
+    features: int,
+    *,
+    name: str,
+    init_std: float,
+    init_cutoff: float | None = None,
+    dtype: Any,
+    use_bias: bool = True,
 ) -> nn.Dense:
     """A dense layer as Hugging Face initialises it: normal kernel, bias zero."""
-    init = nn.initializers.normal(init_std)
+    init = normal(init_std, init_cutoff)
     return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=init, name=name)
 
 

@@ -3,24 +3,35 @@
 A family file says with a `BlockConfig` what is particular to its blocks. The parameters of a block are
 called alike in every family; lit_jax/weights/names.py knows what each family's files call them.
 
-Dims: B batch, L tokens, D width, H heads, K width of a head, F width of the MLP, N depth.
+Dims: B batch, L tokens, D width, H heads, K width of a head, F width of the MLP, R rows of a table of
+attention biases, T kinds of block, N depth.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
-from lit_jax.models.layers import LayerNorm, activation, attend, dense
+from lit_jax.models.layers import LayerNorm, activation, attend, dense, drop
 
 Bias = Float[Array, "#B #H #L L"]
+BiasOfTable = Callable[[Float[Array, "R H"]], Bias]
+BiasOfKinds = Float[Array, "T #B #H #L L"]
 Tokens = Float[Array, "B L D"]
+
+
+class Rotary(NamedTuple):
+    """Where the tokens are, as angles (2104.09864); a token of angle 0 is without position."""
+
+    cos: Float[Array, "*B L K"]  # float32; both halves of K alike
+    sin: Float[Array, "*B L K"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,15 +46,19 @@ class BlockConfig:
     norm_epsilon: float
     norm_first: bool  # as in ViT; else after the residual sum, as in BERT
     init_std: float = 0.02
-    without_bias: tuple[str, ...] = ()  # of query, key, value, output, fc1, fc2
-    gated_mlp: bool = False  # activation(gate(x)) * fc1(x) in the place of activation(fc1(x))
+    own_init_std: tuple[tuple[str, float], ...] = ()  # of kernels for which it is another
+    init_cutoff: float | None = None  # in standard deviations
+    without_bias: tuple[str, ...] = ()  # of query, key, value, output, what an MLP has, and norm
+    norm_attention: bool = True  # else attention reads the tokens as they are
+    gated_mlp: bool = False  # down(activation(gate(x)) * up(x)), not fc2(activation(fc1(x)))
+    bias_rows: int = 0  # of a table in each block, of which `bias` makes what is added to the logits
     attention_dropout: float = 0.0  # of the attention probabilities
+    hidden_dropout: float = 0.0  # of the wide features inside the MLP
     output_dropout: float = 0.0  # of what attention adds to the tokens
     mlp_dropout: float = 0.0  # of what the MLP adds to them
     layer_scale: float | None = None  # first value of a factor for each feature of what is added
-    drop_path: float = (
-        0.0  # probability that the last block adds nothing; rises from 0 at the first
-    )
+    drop_path: float = 0.0  # probability that the last block adds nothing
+    drop_path_rises: bool = True  # from 0 at the first block; else it is that of the last one in all
 
 
 class Encoder(nn.Module):
@@ -56,13 +71,31 @@ class Encoder(nn.Module):
 
     config: BlockConfig
     dtype: Any
+    first: int = 0  # which block of a tower is the first of these; see weights/names.py
 
     @nn.compact
-    def __call__(self, x_BxLxD: Tokens, bias: Bias | None, deterministic: bool) -> Tokens:
-        """`bias` is added to the attention logits: 0 and float32's lowest number, or learned ones."""
+    def __call__(
+        self,
+        x_BxLxD: Tokens,
+        bias: Bias | BiasOfTable | BiasOfKinds | None,
+        deterministic: bool,
+        rotary: Rotary | None = None,
+        kind_N: Int[Array, " N"] | None = None,
+    ) -> Tokens:
+        """`bias` is added to the attention logits: 0 and float32's lowest number, or learned ones.
 
-        def step(block: nn.Module, x_BxLxD: Array, drop_path: Array) -> tuple[Array, None]:
-            return shard_batch(block(x_BxLxD, bias, drop_path, deterministic)), None
+        With `bias_rows` it is a function that makes it of the table that each block has. With `kind_N`
+        `bias` and `rotary` have one more axis in front, and a block of kind i has what is there at i.
+        """
+
+        def step(
+            block: nn.Module, x_BxLxD: Array, of_block: tuple[Array, Array | None]
+        ) -> tuple[Array, None]:
+            drop_path, kind = of_block
+            own_bias, own_rotary = bias, rotary
+            if kind is not None:
+                own_bias, own_rotary = jax.tree.map(lambda x: x[kind], (bias, rotary))
+            return shard_batch(block(x_BxLxD, own_bias, drop_path, deterministic, own_rotary)), None
 
         scan = nn.scan(
             step,
@@ -71,8 +104,11 @@ class Encoder(nn.Module):
             length=self.config.depth,
         )
         self.sow("intermediates", "input", x_BxLxD)
-        drop_path_N = jnp.linspace(0.0, self.config.drop_path, self.config.depth)
-        return scan(Block(self.config, self.dtype, name="layer"), x_BxLxD, drop_path_N)[0]
+        first = 0.0 if self.config.drop_path_rises else self.config.drop_path
+        drop_path_N = jnp.linspace(first, self.config.drop_path, self.config.depth)
+        name = f"layer_from_{self.first}" if self.first else "layer"
+        block = Block(self.config, self.dtype, name=name)
+        return scan(block, x_BxLxD, (drop_path_N, kind_N))[0]
 
 
 class Block(nn.Module):
@@ -85,26 +121,34 @@ class Block(nn.Module):
     def __call__(
         self,
         x_BxLxD: Tokens,
-        bias: Bias | None,
+        bias: Bias | BiasOfTable | None,
         drop_path: Float[Array, ""],
         deterministic: bool,
+        rotary: Rotary | None,
     ) -> Tokens:
         cfg = self.config
         attention = functools.partial(
-            SelfAttention(cfg, self.dtype, name="attention"), bias=bias, deterministic=deterministic
+            Attention(cfg, self.dtype, name="attention"),
+            bias=bias,
+            deterministic=deterministic,
+            rotary=rotary,
         )
-        mlp = Mlp(cfg, self.dtype, name="mlp")
+        mlp = functools.partial(Mlp(cfg, self.dtype, name="mlp"), deterministic=deterministic)
         for part, name, dropout in (
             (attention, "attention", cfg.output_dropout),
             (mlp, "mlp", cfg.mlp_dropout),
         ):
-            norm = LayerNorm(cfg.norm_epsilon, self.dtype, name=f"{name}_norm")
-            h_BxLxD = part(norm(x_BxLxD) if cfg.norm_first else x_BxLxD)
+            norm = LayerNorm(
+                cfg.norm_epsilon, self.dtype, "norm" not in cfg.without_bias, name=f"{name}_norm"
+            )
+            norm_first = cfg.norm_first and (name != "attention" or cfg.norm_attention)
+            h_BxLxD = part(norm(x_BxLxD) if norm_first else x_BxLxD)
             h_BxLxD = nn.Dropout(dropout)(h_BxLxD, deterministic=deterministic)
             if cfg.layer_scale is not None:
                 h_BxLxD = LayerScale(cfg.layer_scale, name=f"{name}_scale")(h_BxLxD)
             if cfg.drop_path and not deterministic:
-                h_BxLxD = _drop_path(h_BxLxD, drop_path, self.make_rng("dropout"))
+                row_shape = (len(h_BxLxD), 1, 1)  # a whole row is dropped or kept (1603.09382)
+                h_BxLxD = drop(h_BxLxD, drop_path, self.make_rng("dropout"), row_shape)
             x_BxLxD = x_BxLxD + h_BxLxD
             if not cfg.norm_first:
                 x_BxLxD = norm(x_BxLxD)
@@ -112,60 +156,80 @@ class Block(nn.Module):
         return x_BxLxD
 
 
-def _drop_path(h_BxLxD: Tokens, rate: Float[Array, ""], key: jax.Array) -> Tokens:
-    """Leaves out whole rows, and scales the others so that the mean stays (1603.09382)."""
-    keep = 1 - rate.astype(jnp.float32)
-    kept_Bx1x1 = jax.random.bernoulli(key, keep, (h_BxLxD.shape[0], 1, 1))
-    return (jnp.where(kept_Bx1x1, h_BxLxD.astype(jnp.float32), 0.0) / keep).astype(h_BxLxD.dtype)
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention."""
+class Attention(nn.Module):
+    """Multi-head attention, of the tokens to each other or of `queries_BxQxD` to them."""
 
     config: BlockConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BxLxD: Tokens, *, bias: Bias | None, deterministic: bool) -> Tokens:
+    def __call__(
+        self,
+        x_BxLxD: Tokens,
+        queries_BxQxD: Float[Array, "B Q D"] | None = None,
+        *,
+        bias: Bias | BiasOfTable | None = None,
+        deterministic: bool,
+        rotary: Rotary | None = None,
+    ) -> Float[Array, "B Q D"]:
         cfg = self.config
-        batch, length, _ = x_BxLxD.shape
         if cfg.width % cfg.num_heads:
             raise UserError(
                 f"The model's config.json has hidden_size {cfg.width}, which is no multiple of its "
                 f"num_attention_heads {cfg.num_heads}; correct it."
             )
 
-        def heads(name: str) -> Array:
-            y_BxLxD = _dense(cfg, cfg.width, name, self.dtype)(x_BxLxD)
-            return y_BxLxD.reshape(batch, length, cfg.num_heads, -1).swapaxes(1, 2)
+        def heads(name: str, of_BxLxD: Array) -> Array:
+            y_BxLxD = _dense(cfg, cfg.width, name, self.dtype)(of_BxLxD)
+            return y_BxLxD.reshape(*y_BxLxD.shape[:2], cfg.num_heads, -1).swapaxes(1, 2)
 
-        def dropout(weights_BxHxLxL: Array) -> Array:
+        query_BxHxQxK = heads("query", x_BxLxD if queries_BxQxD is None else queries_BxQxD)
+        key_BxHxLxK, value_BxHxLxK = heads("key", x_BxLxD), heads("value", x_BxLxD)
+        if rotary is not None:
+            query_BxHxQxK, key_BxHxLxK = (_rotate(x, rotary) for x in (query_BxHxQxK, key_BxHxLxK))
+        if callable(bias):
+            shape = (cfg.bias_rows, cfg.num_heads)
+            bias = bias(self.param("position_bias_table", nn.initializers.zeros, shape))
+
+        def dropout(weights_BxHxQxL: Array) -> Array:
             # The weights are not divided by their sum yet; see `attend`.
             if self.is_mutable_collection("intermediates"):
-                probability = weights_BxHxLxL / weights_BxHxLxL.sum(-1, keepdims=True)
+                probability = weights_BxHxQxL / weights_BxHxQxL.sum(-1, keepdims=True)
                 self.sow("intermediates", "probability", probability)
-            return nn.Dropout(cfg.attention_dropout)(weights_BxHxLxL, deterministic=deterministic)
+            return nn.Dropout(cfg.attention_dropout)(weights_BxHxQxL, deterministic=deterministic)
 
-        context_BxHxLxK = attend(heads("query"), heads("key"), heads("value"), bias, dropout)
-        context_BxLxD = context_BxHxLxK.swapaxes(1, 2).reshape(batch, length, cfg.width)
-        return _dense(cfg, cfg.width, "output", self.dtype)(context_BxLxD)
+        context_BxHxQxK = attend(query_BxHxQxK, key_BxHxLxK, value_BxHxLxK, bias, dropout)
+        batch, _, queries, _ = context_BxHxQxK.shape
+        context_BxQxD = context_BxHxQxK.swapaxes(1, 2).reshape(batch, queries, cfg.width)
+        return _dense(cfg, cfg.width, "output", self.dtype)(context_BxQxD)
+
+
+def _rotate(x_BxHxLxK: Array, rotary: Rotary) -> Array:
+    """Turns the pairs (i, i + K/2) of a head by the angles of each token, in float32."""
+    x = x_BxHxLxK.astype(jnp.float32)
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    cos, sin = (table.reshape(-1, 1, *table.shape[-2:]) for table in rotary)  # Bx1xLxK
+    return (x * cos + turned * sin).astype(x_BxHxLxK.dtype)
 
 
 class Mlp(nn.Module):
-    """fc2(activation(fc1(x))), or with a gate as in SwiGLU (2002.05202)."""
+    """fc2(activation(fc1(x))), or down(activation(gate(x)) * up(x)) as in SwiGLU (2002.05202)."""
 
     config: BlockConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BxLxD: Tokens) -> Tokens:
+    def __call__(self, x_BxLxD: Tokens, *, deterministic: bool = True) -> Tokens:
         cfg, act = self.config, activation(self.config.activation)
-        h_BxLxF = _dense(cfg, cfg.mlp_width, "fc1", self.dtype)(x_BxLxD)
-        if cfg.gated_mlp:
-            h_BxLxF = act(_dense(cfg, cfg.mlp_width, "gate", self.dtype)(x_BxLxD)) * h_BxLxF
-        else:
-            h_BxLxF = act(h_BxLxF)
-        return _dense(cfg, cfg.width, "fc2", self.dtype)(h_BxLxF)
+
+        def wide(name: str) -> Tokens:
+            return _dense(cfg, cfg.mlp_width, name, self.dtype)(x_BxLxD)
+
+        # Other names for other layers: a family may have both, and calls them differently in files.
+        h_BxLxF = act(wide("gate")) * wide("up") if cfg.gated_mlp else act(wide("fc1"))
+        h_BxLxF = nn.Dropout(cfg.hidden_dropout)(h_BxLxF, deterministic=deterministic)
+        return _dense(cfg, cfg.width, "down" if cfg.gated_mlp else "fc2", self.dtype)(h_BxLxF)
 
 
 class LayerScale(nn.Module):
@@ -183,7 +247,8 @@ def _dense(cfg: BlockConfig, features: int, name: str, dtype: Any) -> nn.Dense:
     return dense(
         features,
         name=name,
-        init_std=cfg.init_std,
+        init_std=dict(cfg.own_init_std).get(name, cfg.init_std),
+        init_cutoff=cfg.init_cutoff,
         dtype=dtype,
         use_bias=name not in cfg.without_bias,
     )

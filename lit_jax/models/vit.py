@@ -6,16 +6,12 @@ P pooled width.
 """
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lit_jax.distributed.mesh import shard_batch
-from lit_jax.models.layers import DenseAct, LayerNorm, Tower, TowerOutput
-from lit_jax.models.patches import PatchEmbeddings, Size, pair, patch_grid, resize_positions
+from lit_jax.models.layers import DenseAct, LayerNorm, TowerOutput
+from lit_jax.models.patches import Embeddings, EmbeddingsConfig, ImageTower, Size
 from lit_jax.models.transformer import BlockConfig, Encoder
 
 
@@ -41,9 +37,15 @@ class ViTConfig:
     pooler_act: str = "tanh"
 
     @property
-    def special_tokens(self) -> tuple[str, ...]:
-        """The trained tokens in front of the patches."""
-        return ("cls_token",)
+    def embeddings(self) -> EmbeddingsConfig:
+        return EmbeddingsConfig(
+            width=self.hidden_size,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            num_channels=self.num_channels,
+            init_std=self.initializer_range,
+            dropout=self.hidden_dropout_prob,
+        )
 
     @property
     def block(self) -> BlockConfig:
@@ -68,11 +70,11 @@ class DeiTConfig(ViTConfig):
     model_type: str = "deit"
 
     @property
-    def special_tokens(self) -> tuple[str, ...]:
-        return ("cls_token", "distillation_token")
+    def embeddings(self) -> EmbeddingsConfig:
+        return dataclasses.replace(super().embeddings, tokens=("cls_token", "distillation_token"))
 
 
-class ViT(Tower):
+class ViT(ImageTower):
     """The image tower. Its pooler is a trained head on the CLS token, after the last normalisation."""
 
     config: ViTConfig
@@ -87,7 +89,7 @@ class ViT(Tower):
         Not `deterministic`: dropout, with the rng 'dropout'.
         """
         cfg = self.config
-        x_BxLxD = Embeddings(cfg, self.dtype, name="embeddings")(
+        x_BxLxD = Embeddings(cfg.embeddings, self.dtype, name="embeddings")(
             pixel_values_BxHxWxC, deterministic
         )
         x_BxLxD = Encoder(cfg.block, self.dtype, name="encoder")(x_BxLxD, None, deterministic)
@@ -103,48 +105,5 @@ class ViT(Tower):
         elif self.pooling == "cls":
             pooled_BxP = x_BxLxD[:, 0]
         else:
-            pooled_BxP = x_BxLxD[:, len(cfg.special_tokens) :].mean(1)
+            pooled_BxP = x_BxLxD[:, cfg.embeddings.leading :].mean(1)
         return TowerOutput(x_BxLxD, pooled_BxP)
-
-    @property
-    def example_input(self) -> jax.ShapeDtypeStruct:
-        shape = (1, *pair(self.config.image_size), self.config.num_channels)
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-class Embeddings(nn.Module):
-    config: ViTConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self, pixel_values_BxHxWxC: Float[Array, "B H W C"], deterministic: bool
-    ) -> Float[Array, "B L D"]:
-        cfg, init = self.config, nn.initializers.normal(self.config.initializer_range)
-        patches_BxYxXxD = PatchEmbeddings(
-            cfg.hidden_size,
-            cfg.patch_size,
-            cfg.num_channels,
-            cfg.initializer_range,
-            self.dtype,
-            name="patch_embeddings",
-        )(pixel_values_BxHxWxC)
-        batch, rows, columns, width = patches_BxYxXxD.shape
-        special = [self.param(name, init, (1, 1, width)) for name in cfg.special_tokens]
-        own_grid = patch_grid(cfg.image_size, cfg.patch_size)
-        length = len(special) + own_grid[0] * own_grid[1]
-        positions_1xLxD = self.param("position_embeddings", init, (1, length, width))
-        x_BxLxD = jnp.concatenate(
-            [
-                *(
-                    jnp.broadcast_to(token_1x1xD.astype(self.dtype), (batch, 1, width))
-                    for token_1x1xD in special
-                ),
-                patches_BxYxXxD.reshape(batch, -1, width),
-            ],
-            axis=1,
-        )
-        positions_LxD = resize_positions(jnp.squeeze(positions_1xLxD, 0), own_grid, (rows, columns))
-        x_BxLxD = x_BxLxD + positions_LxD[None].astype(self.dtype)
-        x_BxLxD = nn.Dropout(cfg.hidden_dropout_prob)(x_BxLxD, deterministic=deterministic)
-        return shard_batch(x_BxLxD)

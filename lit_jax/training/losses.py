@@ -4,11 +4,15 @@ B is the global batch. Under `jit` with the embeddings split over the mesh, the 
 other modality; no form here uses the negatives of one device alone.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from lit_jax.errors import UserError
 
 Embeddings = Float[Array, "B D"]
 Scalar = Float[Array, ""]
@@ -33,16 +37,23 @@ def softmax_loss(
     ztxt_BxD: Embeddings,
     logit_scale: Scalar,
     logit_bias: Scalar | None = None,
+    *,
+    label_smoothing: float = 0.0,
 ) -> Scalar:
     """Symmetric InfoNCE: the mean cross entropy of images over texts and of texts over images.
 
-    CLIP (2103.00020) figure 3, LiT (2111.07991) section 3. A bias has no effect on it.
+    CLIP (2103.00020) figure 3, LiT (2111.07991) section 3. A bias has no effect on it. Of each target,
+    `label_smoothing` is spread over all B classes (ALIGN, 2102.05918, section 4.1).
     """
     logits_BxB = similarity_logits(zimg_BxD, ztxt_BxD, logit_scale, logit_bias)
-    positive_B = jnp.diagonal(logits_BxB)
-    image_to_text_B = jax.nn.logsumexp(logits_BxB, axis=1) - positive_B
-    text_to_image_B = jax.nn.logsumexp(logits_BxB, axis=0) - positive_B
-    return (image_to_text_B.mean() + text_to_image_B.mean()) / 2
+
+    def cross_entropy(axis: int) -> Scalar:
+        target_B = jnp.diagonal(logits_BxB)
+        if label_smoothing:
+            target_B = (1 - label_smoothing) * target_B + label_smoothing * logits_BxB.mean(axis)
+        return (jax.nn.logsumexp(logits_BxB, axis=axis) - target_B).mean()
+
+    return (cross_entropy(1) + cross_entropy(0)) / 2
 
 
 def sigmoid_loss(
@@ -61,3 +72,12 @@ def sigmoid_loss(
 
 
 LOSSES: dict[str, Loss] = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
+
+
+def make_loss(name: Literal["softmax", "sigmoid"], *, label_smoothing: float = 0.0) -> Loss:
+    """The loss that a config names. Raises UserError for label smoothing where it has no meaning."""
+    if not label_smoothing:
+        return LOSSES[name]
+    if name != "softmax":
+        raise UserError("config.label_smoothing is for the softmax loss; set it to 0.0.")
+    return functools.partial(softmax_loss, label_smoothing=label_smoothing)

@@ -29,7 +29,8 @@ LOCK_RULES: dict[str, Rules] = {
 }
 LEARNING_RATE_RULES: Rules = ((r".*", 1.0),)
 WEIGHT_DECAY_RULES: Rules = (
-    (r"logit_(scale|bias)|.*/(bias|scale)", 0.0),
+    # Vectors and scalars, and the running statistics of BatchNorm, which the step itself replaces.
+    (r"logit_(scale|bias)|temperature|.*/(bias|scale|factor|mean|var)", 0.0),
     (r".*", 1.0),
 )
 

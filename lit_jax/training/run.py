@@ -24,7 +24,7 @@ from lit_jax.data.text import without_state
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
-from lit_jax.models.dual_encoder import DualEncoder
+from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.training.checkpoints import Checkpoints, restore_frozen
 from lit_jax.training.policy import merge
 from lit_jax.training.setup import Setup, Towers, prepare
@@ -43,7 +43,7 @@ class Run:
     step: int
 
     @property
-    def module(self) -> DualEncoder:
+    def module(self) -> DualEncoderModule:
         return self.setup.module
 
     @property

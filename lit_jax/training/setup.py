@@ -12,26 +12,34 @@ from jax.sharding import Mesh
 
 from lit_jax.config import Config, ModelConfig, TowerConfig, nearest
 from lit_jax.data.image import ImageTransform
-from lit_jax.data.text import check_vocabulary, load_tokenizer
+from lit_jax.data.text import check_vocabulary, load_tokenizer, tokenize
 from lit_jax.distributed.sharding import parameter_shardings
 from lit_jax.errors import UserError
-from lit_jax.models.dual_encoder import DualEncoder, build_dual_encoder
+from lit_jax.models.dual_encoder import (
+    SYSTEMS,
+    TOWERS,
+    DualEncoderModule,
+    Side,
+    build_dual_encoder,
+)
+from lit_jax.models.families import tower_fields
 from lit_jax.training.policy import Policy, is_pretrained, resolve_policy
 from lit_jax.training.step import named_key
 from lit_jax.trees import Tree, flatten, unflatten
-from lit_jax.weights.hub import local_folder, read_config
-from lit_jax.weights.load import load_tower
+from lit_jax.weights.hub import local_folder, read_config, read_tower_config
+from lit_jax.weights.load import dual_encoder_module, load_dual_encoder, load_tower
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Towers:
-    """Where the two towers come from, and the config they make as one VisionTextDualEncoder."""
+    """Where the two towers come from, and the config they make as one dual encoder."""
 
     image_folder: Path
     text_folder: Path
     hf_config: dict[str, Any]
+    is_whole: bool = False  # both folders are that of one dual encoder, with projections of its own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +47,7 @@ class Setup:
     """A model without its parameters. `abstract` has their shapes, dtypes and shardings."""
 
     hf_config: dict[str, Any]
-    module: DualEncoder
+    module: DualEncoderModule
     image_transform: ImageTransform
     tokenizer: Any
     policy: Policy
@@ -57,40 +65,67 @@ class Setup:
 
 def find_towers(config: ModelConfig) -> Towers:
     """Resolves both towers' folders (from the Hub if need be) and reads their configs."""
+    if config.dual_encoder:
+        return _find_dual_encoder(config)
     image = local_folder(config.image.model, config_key="config.model.image.model")
     text = local_folder(config.text.model, config_key="config.model.text.model")
     hf_config = {
         "model_type": "vision-text-dual-encoder",
         "projection_dim": config.projection_dim,
         "logit_scale_init_value": config.logit_scale_init,
-        "vision_config": _tower_config(image, config.image, "config.model.image.overrides"),
-        "text_config": _tower_config(text, config.text, "config.model.text.overrides"),
+        "vision_config": _override(read_tower_config(image, "image"), config.image, "image"),
+        "text_config": _override(read_tower_config(text, "text"), config.text, "text"),
     }
     return Towers(image_folder=image, text_folder=text, hf_config=hf_config)
 
 
-def _tower_config(folder: Path, tower: TowerConfig, config_key: str) -> dict[str, Any]:
-    hf = read_config(folder)
-    for key in tower.overrides:
-        if key not in hf:
+def _find_dual_encoder(config: ModelConfig) -> Towers:
+    """As `find_towers`, of a folder that has both."""
+    folder = local_folder(config.dual_encoder, config_key="config.model.dual_encoder")
+    hf_config = read_config(folder)
+    if hf_config["model_type"] not in SYSTEMS:
+        raise UserError(
+            f"config.model.dual_encoder is {config.dual_encoder!r}, a model of type "
+            f"{hf_config['model_type']}; it must be one of {', '.join(SYSTEMS)}."
+        )
+    sides: tuple[tuple[Side, TowerConfig], ...] = (("image", config.image), ("text", config.text))
+    for side, tower in sides:
+        if dataclasses.replace(tower, overrides={}) != TowerConfig():
             raise UserError(
-                f"{config_key}.{key} is not in {folder}/config.json; {nearest(key, hf)}."
+                f"config.model.dual_encoder names both towers and what joins them; of config.model.{side} "
+                "only overrides can be set beside it."
+            )
+        part = f"{TOWERS[side]}_config"
+        hf_config[part] = _override(hf_config[part], tower, side)
+    return Towers(image_folder=folder, text_folder=folder, hf_config=hf_config, is_whole=True)
+
+
+def _override(hf: dict[str, Any], tower: TowerConfig, side: Side) -> dict[str, Any]:
+    known = {*hf, *tower_fields(hf)}
+    for key in tower.overrides:
+        if key not in known:
+            raise UserError(
+                f"config.model.{side}.overrides.{key} is not in the config.json of a {hf['model_type']}; "
+                f"{nearest(key, known)}."
             )
     return hf | tower.overrides
 
 
 def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
     """Builds module, processors, policy and shardings; computes and reads no parameter."""
-    module = build_dual_encoder(
-        towers.hf_config["vision_config"], towers.hf_config["text_config"], config.model
-    )
+    if config.model.dual_encoder:
+        module = dual_encoder_module(towers.hf_config, dtype=config.model.dtype)
+    else:
+        module = build_dual_encoder(
+            towers.hf_config["vision_config"], towers.hf_config["text_config"], config.model
+        )
     image_transform = ImageTransform.from_folder(
         towers.image_folder,
         image_size=config.data.image_size,
         crop_min_area=config.data.crop_min_area,
         flip=config.data.flip,
     )
-    positions = towers.hf_config["text_config"]["max_position_embeddings"]
+    positions = module.text_model.config.max_length
     if config.data.max_text_length > positions:
         raise UserError(
             f"config.data.max_text_length={config.data.max_text_length} is more than the text tower's "
@@ -100,7 +135,9 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
     check_vocabulary(
         tokenizer, towers.hf_config["text_config"]["vocab_size"], "config.model.text.model"
     )
-    shapes = jax.eval_shape(module.init, jax.random.key(0), example_batch(config, image_transform))
+    shapes = jax.eval_shape(
+        module.init, jax.random.key(0), example_batch(image_transform, tokenizer)
+    )
     shapes = shapes["params"]
     policy = resolve_policy(config.policy, shapes)
     return Setup(
@@ -114,17 +151,10 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
     )
 
 
-def example_batch(
-    config: Config, image_transform: ImageTransform
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the smallest batch: enough to shape the parameters."""
-    tokens = jax.ShapeDtypeStruct((1, config.data.max_text_length), jnp.int32)
-    return {
-        "pixel_values": jax.ShapeDtypeStruct((1, *image_transform.output_shape), jnp.float32),
-        "input_ids": tokens,
-        "attention_mask": tokens,
-        "token_type_ids": tokens,
-    }
+def example_batch(image_transform: ImageTransform, tokenizer: Any) -> dict[str, np.ndarray]:
+    """The smallest batch: enough to shape the parameters."""
+    pixels = np.zeros((1, *image_transform.output_shape), np.float32)
+    return {"pixel_values": pixels, **tokenize(tokenizer, ["a"])}
 
 
 def _abstract(shapes: Tree, policy: Policy, config: Config, mesh: Mesh) -> Tree:
@@ -144,18 +174,11 @@ def _abstract(shapes: Tree, policy: Policy, config: Config, mesh: Mesh) -> Tree:
 def first_parameters(config: Config, setup: Setup, towers: Towers) -> tuple[Tree, Tree]:
     """Step 0: (trainable, frozen) on the mesh in float32: pretrained towers read, the rest drawn."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
-    params: dict[str, Any] = {}
-    image_pretrained, text_pretrained = is_pretrained(config.policy.lock)
-    if image_pretrained:
-        params["vision_model"] = _read(towers.image_folder, setup.module.vision_model)
-    if text_pretrained:
-        params["text_model"] = _read(towers.text_folder, setup.module.text_model)
+    params = _pretrained_parameters(config, setup, towers)
     params = {name: jax.tree.map(_place, tower, shardings[name]) for name, tower in params.items()}
+    batch = example_batch(setup.image_transform, setup.tokenizer)
 
     def init() -> Tree:
-        batch = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), example_batch(config, setup.image_transform)
-        )
         drawn = setup.module.init(named_key(config.seed, "init", 0), batch)["params"]
         return {name: tree for name, tree in drawn.items() if name not in params}
 
@@ -164,9 +187,29 @@ def first_parameters(config: Config, setup: Setup, towers: Towers) -> tuple[Tree
     return setup.policy.split(params)
 
 
-def _read(folder: Path, tower: Any) -> Tree:
-    params, report = load_tower(folder, tower)
-    log.info("%s", report)
+def _pretrained_parameters(config: Config, setup: Setup, towers: Towers) -> dict[str, Any]:
+    """What of the tree is read: the towers that the lock calls pretrained. A dual encoder brings what joins
+    them, too, but that fits only the two it was trained with.
+    """
+    image, text = is_pretrained(config.policy.lock)
+    if towers.is_whole and image and text:
+        module, params, _, report = load_dual_encoder(towers.image_folder, dtype=config.model.dtype)
+        log.info("%s", report)
+        if module.towers != setup.module.towers:
+            raise UserError(
+                f"config.model.dual_encoder: {towers.image_folder} was exported by lit_jax and then trained "
+                "on with transformers; save it with transformers once more without the key 'lit_jax' in its "
+                "config.json."
+            )
+        return params
+    params = {}
+    for name, folder, pretrained in (
+        ("vision_model", towers.image_folder, image),
+        ("text_model", towers.text_folder, text),
+    ):
+        if pretrained:
+            params[name], report = load_tower(folder, getattr(setup.module, name))
+            log.info("%s", report)
     return params
 
 

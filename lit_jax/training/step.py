@@ -10,7 +10,7 @@ import optax
 
 from lit_jax.training.losses import Loss
 from lit_jax.training.policy import merge
-from lit_jax.trees import Tree
+from lit_jax.trees import Tree, flatten, unflatten
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -44,31 +44,40 @@ def train_step(
 ) -> tuple[State, Metrics]:
     """One step on the global batch: gradient of the trainable parameters, update, metrics.
 
-    `embed` is `DualEncoder.apply`. A tower without trainable parameters is a constant to the gradient and
-    runs without dropout.
+    `embed` is `DualEncoderModule.apply`. A tower without trainable parameters is a constant to the gradient
+    and computes as in evaluation: no dropout, BatchNorm by its running statistics.
     """
     dropout_key = named_key(seed, "dropout", state.step)
 
-    def loss_fn(params: Tree) -> tuple[jax.Array, Metrics]:
-        zimg_BxE, ztxt_BxE, logit_scale, logit_bias = embed(
+    def loss_fn(params: Tree) -> tuple[jax.Array, tuple[Metrics, Tree]]:
+        (zimg_BxE, ztxt_BxE, logit_scale, logit_bias), updated = embed(
             {"params": merge(params, frozen)},
             batch,
             deterministic_image="vision_model" not in params,
             deterministic_text="text_model" not in params,
             rngs={"dropout": dropout_key},
+            mutable=["batch_stats"],
         )
         value = loss(zimg_BxE, ztxt_BxE, logit_scale, logit_bias)
-        return value, {"loss": value, "logit_scale": jnp.exp(logit_scale)}
+        metrics = {"loss": value, "logit_scale": jnp.exp(logit_scale)}
+        return value, (metrics, updated.get("batch_stats", {}))
 
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+    grads, (metrics, statistics) = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = _replace(optax.apply_updates(state.params, updates), statistics)
     metrics |= {
         "grad_norm": optax.tree.norm(grads),
         "update_norm": optax.tree.norm(updates),
         "learning_rate": schedule(state.step),
     }
     return State(state.step + 1, params, opt_state), metrics
+
+
+def _replace(params: Any, statistics: Tree) -> Tree:
+    """The parameters with the new running statistics of BatchNorm, which have no gradient."""
+    flat = flatten(params)
+    new = {path: value for path, value in flatten(statistics).items() if path in flat}
+    return unflatten(flat | new)
 
 
 def jit_train_step(

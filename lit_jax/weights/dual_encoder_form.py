@@ -2,7 +2,8 @@
 
 transformers' VisionTextDualEncoder always computes projection(tanh(pooler(first token))), with no
 bias in the projection. lit_jax also trains towers without a pooler, and other projections. Where the
-same function can be had with other weights, `express` finds them and `restore` undoes it.
+same function can be had with other weights, `express` finds them and `restore` undoes it; where it
+cannot, `obstacle` says why.
 
 A tower without a pooler (pooling 'cls') gets the pooler z * 2^-14 and a projection that is 2^14 times
 as large. tanh(x) = x (1 - x^2 / 3 + ...), so for |z| < 8 the tanh between them is nothing that float32
@@ -13,14 +14,15 @@ transformers' PyTorch ViT has it.)
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from lit_jax.config import Pooling
 from lit_jax.errors import UserError
-from lit_jax.models.dual_encoder import DualEncoder, Projection
+from lit_jax.models.dual_encoder import DualEncoderModule, Projection
+from lit_jax.models.layers import Tower
 
 Params = dict[str, Any]  # nested; the leaves are arrays
 _SCALE = np.float32(2.0**-14)
@@ -36,11 +38,11 @@ class Settings:
     text_projection: Projection = "linear"
 
     @classmethod
-    def of_module(cls, module: DualEncoder) -> "Settings":
+    def of_module(cls, module: DualEncoderModule) -> "Settings":
         return cls(
-            image_pooling=module.vision_model.pooling,
+            image_pooling=_pooling(module.vision_model),
             image_projection=module.image_projection,
-            text_pooling=module.text_model.pooling,
+            text_pooling=_pooling(module.text_model),
             text_projection=module.text_projection,
         )
 
@@ -56,6 +58,58 @@ class Settings:
 
 
 PLAIN = Settings()
+
+# What 'pooler' is for the towers that VisionTextDualEncoder takes, by model_type.
+_POOLERS: Mapping[str, Literal["head on the first token", "first token", "own"]] = {
+    **dict.fromkeys(
+        ("vit", "deit", "bert", "roberta", "xlm-roberta", "camembert", "mpnet"),
+        "head on the first token",
+    ),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit"), "first token"),
+    **dict.fromkeys(
+        (
+            *("beit", "clip_vision_model", "chinese_clip_vision_model", "siglip_vision_model"),
+            "clip_text_model",
+        ),
+        "own",
+    ),
+}
+
+
+def _pooling(tower: Tower) -> Pooling:
+    is_pooler = tower.pooling == "cls" and _POOLERS.get(tower.config.model_type) == "first token"
+    return "pooler" if is_pooler else tower.pooling
+
+
+def obstacle(module: DualEncoderModule) -> str | None:
+    """Why VisionTextDualEncoder cannot compute what `module` does, and what to train; None if it can."""
+    settings = Settings.of_module(module)
+    for side, tower in (("image", module.vision_model), ("text", module.text_model)):
+        key, kind = f"config.model.{side}", tower.config.model_type
+        pooling = getattr(settings, f"{side}_pooling")
+        has_bias = getattr(settings, f"{side}_projection") == "linear_bias"
+        poolers = _POOLERS.get(kind)
+        if poolers is None:
+            return f"it takes no {side} tower of type {kind}"
+        if pooling == "mean":
+            return f"it has no mean pooling; train with {key}.pooling='cls' or 'pooler'"
+        if pooling == "cls" and poolers == "own":
+            return f"it always uses the pooler of a {kind}; train with {key}.pooling='pooler'"
+        if pooling == "pooler" and has_bias:
+            return f"it has no bias in its projections; train with {key}.projection='linear'"
+        width = tower.config.block.width
+        pooled_width = getattr(tower.config, "pooler_output_size", None) or width
+        if pooling == "pooler" and pooled_width != width:
+            return (
+                f"it needs a pooler as wide as its tower, and that of the {side} tower is {pooled_width} "
+                f"wide, not {width}; train with {key}.pooling='cls'"
+            )
+        if pooling == "cls" and has_bias and width < module.projection_dim:
+            return (
+                "it can hold the bias of a projection only where config.model.projection_dim is at most "
+                f"the width of the tower, {width}; train with {key}.projection='linear'"
+            )
+    return None
 
 
 class _Side(NamedTuple):
@@ -73,14 +127,13 @@ _SIDES = (
 def express(params: Params, settings: Settings, projection_dim: int) -> Params:
     """The parameters of the VisionTextDualEncoder that computes the same embeddings.
 
-    `params` and the result are NumPy trees; the result has two poolers and two projections without
-    bias. Raises UserError for what cannot be expressed, naming the setting to train with instead.
+    `params` and the result are NumPy trees of a model without `obstacle`; the result has what the towers
+    need for 'pooler', and two projections without bias.
     """
     result = {"logit_scale": params["logit_scale"]}
     for side in _SIDES:
         tower, head = dict(params[side.tower]), params.get(side.head)
         pooling = getattr(settings, f"{side.name}_pooling")
-        _check_expressible(side.name, pooling, tower, head)
         if pooling == "cls":
             tower["pooler"], kernel = _pooler_and_kernel(head, projection_dim)
         else:
@@ -109,34 +162,6 @@ def restore(params: Params, settings: Settings, projection_dim: int) -> Params |
     ):
         return None
     return result
-
-
-def _check_expressible(side: str, pooling: Pooling, tower: Params, head: Params | None) -> None:
-    key = f"config.model.{side}"
-    if pooling == "mean":
-        raise UserError(
-            f"VisionTextDualEncoder has no mean pooling, so a model with {key}.pooling='mean' cannot "
-            f"be exported; train with {key}.pooling='cls' or 'pooler'."
-        )
-    if pooling == "pooler":
-        width, pooled_width = tower["pooler"]["dense"]["kernel"].shape
-        if head and "bias" in head:
-            raise UserError(
-                "VisionTextDualEncoder has no bias in its projections, so a model with "
-                f"{key}.pooling='pooler' and {key}.projection='linear_bias' cannot be exported; train "
-                f"with {key}.projection='linear'."
-            )
-        if width != pooled_width:
-            raise UserError(
-                f"VisionTextDualEncoder needs a pooler as wide as its tower, and that of the {side} "
-                f"tower is {pooled_width} wide, not {width}; train with {key}.pooling='cls'."
-            )
-    elif head and "bias" in head and head["kernel"].shape[0] < head["kernel"].shape[1]:
-        raise UserError(
-            "VisionTextDualEncoder can hold the bias of a projection only where config.model."
-            f"projection_dim is at most the width of the tower, {head['kernel'].shape[0]}; train "
-            f"with {key}.projection='linear'."
-        )
 
 
 def _pooler_and_kernel(head: Params | None, projection_dim: int) -> tuple[Params, np.ndarray]:

@@ -56,6 +56,8 @@ def read_tensors(folder: str | pathlib.Path) -> Tensors:
             file, values = index, _read_shards(index, format_)
         else:
             continue
+        # A DINOv3 without registers has a tensor of them nonetheless, without elements.
+        values = {name: array for name, array in values.items() if array.size}
         # transformers' Flax classes wrote safetensors files too, with their own names and axes.
         layout = "flax" if any(name.endswith(".kernel") for name in values) else "torch"
         return Tensors(values, layout, file)

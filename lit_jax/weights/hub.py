@@ -2,14 +2,20 @@
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import huggingface_hub
 from transformers import AutoConfig
 
 from lit_jax.errors import UserError
+from lit_jax.models.dual_encoder import TOWERS, Side
 from lit_jax.weights.files import FORMATS, one_line
 
+# The model_type of a dual encoder of ours that transformers has no class for; else a VisionTextDualEncoder.
+OWN_TYPE = "lit_jax"
+# Of FlaxHybridCLIP, which became VisionTextDualEncoder.
+_FORMER_TYPES = {"hybrid-clip": "vision-text-dual-encoder"}
 # Configs, tokenizers, image processors, indices of sharded weights.
 _SMALL_FILES = ("*.json", "*.txt", "*.model")
 _TIMEOUT = 10  # seconds
@@ -61,9 +67,7 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
     """
     file = pathlib.Path(folder) / "config.json"
     try:
-        model_type = json.loads(file.read_bytes())["model_type"]
-        # Never code of the repository: towers are ours, only their numbers come from the folder.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return complete(json.loads(file.read_bytes()))
     except FileNotFoundError:
         raise UserError(f"{file} is missing; give the folder of a Hugging Face model.") from None
     except Exception as error:  # each of transformers' configs checks its fields in its own way
@@ -71,6 +75,33 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
             f"{file} is not a config.json that transformers understands ({one_line(error)}); take the one "
             "that belongs to the model."
         ) from error
-    content = config.to_dict()
+
+
+def complete(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a config.json with transformers' defaults for its `model_type`."""
+    content = dict(content)
+    former: Any = content.pop("model_type")
+    model_type = _FORMER_TYPES.get(former, former)
+    config_type: Any = "vision-text-dual-encoder" if model_type == OWN_TYPE else model_type
+    # Not AutoConfig.from_pretrained: it might run code of the repository, and towers are ours.
+    content = AutoConfig.for_model(config_type, **content).to_dict()
     content.pop("_name_or_path", None)  # where it was read from, no part of the model
+    for side, tower in TOWERS.items():
+        part = f"{tower}_config"
+        if part in content:  # that of a VisionTextDualEncoder may be the config of a whole CLIP
+            content[part] = tower_part(content[part], side)
     return {**content, "model_type": model_type}
+
+
+def read_tower_config(folder: str | pathlib.Path, side: Side) -> dict[str, Any]:
+    """The config of a folder's tower: of the folder itself, or of its `side` if it is a dual encoder.
+
+    Raises UserError as `read_config`.
+    """
+    return tower_part(read_config(folder), side)
+
+
+def tower_part(hf_config: dict[str, Any], side: Side) -> dict[str, Any]:
+    """Of the config of a dual encoder that of one tower; that of a tower as it is."""
+    part = f"{TOWERS[side]}_config"
+    return tower_part(hf_config[part], side) if part in hf_config else hf_config

@@ -18,14 +18,20 @@ import numpy as np
 
 from lit_jax.config import ModelConfig, TowerConfig
 from lit_jax.errors import UserError
-from lit_jax.models.dual_encoder import DualEncoder, build_dual_encoder
+from lit_jax.models.dual_encoder import (
+    SYSTEMS,
+    TOWERS,
+    DualEncoderModule,
+    Side,
+    build_dual_encoder,
+    build_system,
+)
 from lit_jax.models.families import VISION
 from lit_jax.models.layers import Tower
 from lit_jax.trees import Tree, flatten, unflatten
 from lit_jax.weights import dual_encoder_form, files, hub, names
 from lit_jax.weights.dual_encoder_form import Params
 
-DUAL_ENCODER = "vision-text-dual-encoder"
 _FLOATS = {np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)}
 _LISTED = 6  # of every kind of difference
 
@@ -48,98 +54,116 @@ class LoadReport:
         return f"{text}; {self.note}" if self.note else text
 
 
-def config_key(module: Tower) -> str:
-    """The group of config keys that describes this tower of a run."""
-    side = "image" if module.config.model_type in VISION else "text"
-    return f"config.model.{side}"
+def side_of(module: Tower) -> Side:
+    """Which of the two towers of a run this one can be."""
+    return "image" if module.config.model_type in VISION else "text"
 
 
 def load_tower(folder: str | pathlib.Path, module: Tower) -> tuple[Params, LoadReport]:
-    """The parameters of `module`, float32, from the folder of a base model or of a model with a head.
+    """The parameters of `module`, float32, from the folder of a base model, of a model with a head or of a
+    dual encoder that has such a tower.
 
     Raises UserError if the folder holds a model of another family, if its weights do not fit
     `module` one to one, or if they cannot be read.
     """
-    folder, key = pathlib.Path(folder), config_key(module)
-    found, wanted = hub.read_config(folder)["model_type"], module.config.model_type
-    if found != wanted:
+    folder, side = pathlib.Path(folder), side_of(module)
+    found = hub.read_tower_config(folder, side)["model_type"]
+    family = names.FAMILIES[module.config.model_type]
+    if found != module.config.model_type:
         raise UserError(
-            f"{folder} holds a model of type {found}, where {key}.model needs {wanted}"
-            + (", and a dual encoder is no tower." if found == DUAL_ENCODER else ".")
+            f"{folder} holds a model of type {found}, where config.model.{side}.model needs "
+            f"{module.config.model_type}."
         )
-    family = names.FAMILIES[wanted]
     account = _Account(files.read_tensors(folder))
-    shapes = shapes_of(module, module.example_input)
-    has_pooler = module.pooling == "pooler"
-    params = account.take(shapes, family, account.left(), has_pooler=has_pooler)
+    whole = hub.read_config(folder)["model_type"] in SYSTEMS
+    under = f"{TOWERS[side]}_model." if whole else ""
+    params = account.take(
+        shapes_of(module, module.example_input),
+        family,
+        account.left(under),
+        under=under,
+        has_pooler=module.pooling == "pooler",
+    )
     if pooler := [name for name in account.missing if re.match(family.pooler, name)]:
         raise UserError(
             f"{account.file} has no pooler weights ({pooler[0]}), and a random pooler would be worse "
-            f"than none; set {key}.pooling to 'cls' or 'mean'."
+            f"than none; set config.model.{side}.pooling to 'cls' or 'mean'."
         )
+    if whole:
+        account.ignore(account.left())
     return params, account.close()
 
 
 def load_dual_encoder(
     folder: str | pathlib.Path, *, dtype: Literal["float32", "bfloat16"]
-) -> tuple[DualEncoder, Params, dict[str, Any], LoadReport]:
-    """The module of a VisionTextDualEncoder folder, its parameters, its config.json and what was read.
+) -> tuple[DualEncoderModule, Params, dict[str, Any], LoadReport]:
+    """The module of a dual encoder's folder, its parameters, its config.json and what was read.
 
     What `save_dual_encoder` had to express in other weights comes back bit by bit as it was. The
     parameters are float32; `dtype` is that of the computation.
     Raises UserError if the folder holds another kind of model, or as `load_tower` does.
     """
     hf_config = hub.read_config(folder)
-    if hf_config["model_type"] != DUAL_ENCODER:
+    if hf_config["model_type"] not in SYSTEMS:
         raise UserError(
-            f"{folder} holds a model of type {hf_config['model_type']}, not {DUAL_ENCODER}; give the "
-            "folder of a dual encoder, such as lit_jax.export writes."
+            f"{folder} holds a model of type {hf_config['model_type']}, which is no dual encoder; lit_jax "
+            f"knows {', '.join(SYSTEMS)}."
         )
-    plain = _build(hf_config, dual_encoder_form.PLAIN, dtype)
-    params, report = _take_dual_encoder(plain, files.read_tensors(folder))
+    module = dual_encoder_module(hf_config, dtype=dtype)
+    if "lit_jax" not in hf_config or hf_config["model_type"] == hub.OWN_TYPE:
+        params, report = _take_dual_encoder(module, folder, hf_config)
+    else:
+        plain = build_system(hf_config, dtype=dtype)
+        as_written, report = _take_dual_encoder(plain, folder, hf_config)
+        settings = dual_encoder_form.Settings.of_config(hf_config)
+        params = dual_encoder_form.restore(as_written, settings, module.projection_dim)
+        if params is None:
+            module, params = plain.clone(logit_bias_init=module.logit_bias_init), as_written
+            note = (
+                "trained on after its export, so it keeps the poolers and projections of the export"
+            )
+            report = dataclasses.replace(report, note=note)
+    if (bias := hf_config.get("logit_bias")) is not None:
+        params["logit_bias"] = np.asarray(bias, np.float32)
+    return module, params, hf_config, report
 
+
+def dual_encoder_module(
+    hf_config: Mapping[str, Any], *, dtype: Literal["float32", "bfloat16"]
+) -> DualEncoderModule:
+    """The module that `load_dual_encoder` returns for this config.json, unless transformers trained it on."""
+    if "lit_jax" not in hf_config:
+        return build_system(hf_config, dtype=dtype)
     settings = dual_encoder_form.Settings.of_config(hf_config)
-    original = dual_encoder_form.restore(params, settings, plain.projection_dim)
-    if original is None:
-        settings, original = dual_encoder_form.PLAIN, params
-        note = "trained on after its export, so it keeps the poolers and projections of the export"
-        report = dataclasses.replace(report, note=note)
-    module = _build(hf_config, settings, dtype, logit_bias=hf_config.get("logit_bias"))
-    if module.logit_bias_init is not None:
-        original["logit_bias"] = np.asarray(module.logit_bias_init, np.float32)
-    return module, original, hf_config, report
-
-
-def _build(
-    hf_config: Mapping[str, Any],
-    settings: dual_encoder_form.Settings,
-    dtype: Literal["float32", "bfloat16"],
-    logit_bias: float | None = None,
-) -> DualEncoder:
     config = ModelConfig(
         image=TowerConfig(pooling=settings.image_pooling, projection=settings.image_projection),
         text=TowerConfig(pooling=settings.text_pooling, projection=settings.text_projection),
         projection_dim=hf_config["projection_dim"],
         dtype=dtype,
         logit_scale_init=hf_config["logit_scale_init_value"],
-        logit_bias_init=logit_bias,
+        logit_bias_init=hf_config.get("logit_bias"),
     )
     return build_dual_encoder(hf_config["vision_config"], hf_config["text_config"], config)
 
 
-def _take_dual_encoder(module: DualEncoder, tensors: files.Tensors) -> tuple[Params, LoadReport]:
+def _take_dual_encoder(
+    module: DualEncoderModule, folder: str | pathlib.Path, hf_config: Mapping[str, Any]
+) -> tuple[Params, LoadReport]:
     """The parameters of both towers and of what joins them, from names such as 'text_model.pooler...'."""
-    batch = {"pixel_values": module.vision_model.example_input}
-    batch |= dict.fromkeys(("input_ids", "attention_mask"), module.text_model.example_input)
-    shapes = shapes_of(module, batch)
-    account = _Account(tensors)
+    shapes = shapes_of(module, module.example_batch)
+    if "logit_bias" in hf_config:  # of an export: not among the tensors
+        shapes.pop("logit_bias", None)
+    account = _Account(files.read_tensors(folder))
     params = {}
-    for part, tower in (("vision_model", module.vision_model), ("text_model", module.text_model)):
-        family = names.FAMILIES[tower.config.model_type]
+    for part, tower in module.towers.items():
         params[part] = account.take(
-            shapes.pop(part), family, account.left(f"{part}."), under=f"{part}."
+            shapes.pop(part),
+            names.FAMILIES[tower.config.model_type],
+            account.left(f"{part}."),
+            under=f"{part}.",
+            has_pooler=tower.pooling == "pooler",
         )
-    params |= account.take(shapes, names.HEADS, account.left())
+    params |= account.take(shapes, names.SYSTEMS[hf_config["model_type"]], account.left())
     return params, account.close()
 
 
@@ -167,6 +191,11 @@ class _Account:
         """What of the names that start with `under` has not been taken."""
         return [name for name in self._left if name.startswith(under)]
 
+    def ignore(self, names_: Iterable[str]) -> None:
+        """Puts tensors aside that nobody needs."""
+        self._ignored += names_
+        self._left -= set(names_)
+
     def take(
         self,
         shapes: Tree,
@@ -181,8 +210,7 @@ class _Account:
         known, ignored = names.recognise(
             (name.removeprefix(under) for name in inside), family, has_pooler=has_pooler
         )
-        self._left -= {under + name for name in ignored}
-        self._ignored += [under + name for name in ignored]
+        self.ignore([under + name for name in ignored])
         params: dict[str, np.ndarray] = {}
         for path, leaf in flatten(shapes).items():
             places, shape = names.places(path, leaf.shape, family, layout)
@@ -201,8 +229,10 @@ class _Account:
         self._left.discard(name)
         self._used.add(name)
         wanted = names.in_file(path, out.shape[1:], place, layout)
+        if wanted == () and array.shape == (1,):  # how SigLIP has its logit_scale
+            array = array[0]
         if array.dtype in _FLOATS and array.shape == wanted:
-            out[0] = names.from_file(path, array, place, layout)
+            out[0] = names.from_file(path, np.asarray(array), place, layout)
         else:
             found = f"{array.dtype}{[*array.shape]}"
             self._unfit.append(f"{under}{place.name} is {found}, not float{[*wanted]}")

@@ -7,6 +7,7 @@ name is complete. A former export is replaced; any other folder that is not empt
 import contextlib
 import dataclasses
 import json
+import logging
 import pathlib
 import shutil
 import uuid
@@ -20,12 +21,14 @@ import safetensors.numpy
 from flax import serialization, traverse_util
 
 from lit_jax.errors import UserError
-from lit_jax.models.dual_encoder import DualEncoder
+from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.models.layers import Tower
 from lit_jax.trees import flatten
 from lit_jax.weights import dual_encoder_form, names
 from lit_jax.weights.dual_encoder_form import Params
-from lit_jax.weights.load import DUAL_ENCODER
+from lit_jax.weights.hub import OWN_TYPE
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -64,40 +67,54 @@ def save_tower(
 def save_dual_encoder(
     folder: str | pathlib.Path,
     hf_config: Mapping[str, Any],
-    module: DualEncoder,
+    module: DualEncoderModule,
     params: Params,
     processor: Saveable | None = None,
 ) -> None:
-    """Writes a folder that VisionTextDualEncoderModel of transformers loads, in PyTorch and in Flax.
+    """Writes a folder that the class of transformers for `hf_config['model_type']` loads.
 
-    config.json, model.safetensors (torch's names), flax_model.msgpack, and the files of the
-    processor. `hf_config` is what `load_dual_encoder` returns, or has its 'vision_config' and
-    'text_config'. Raises UserError if `folder` cannot be written or holds something else, and for a
-    pooling or projection that VisionTextDualEncoder cannot express (`dual_encoder_form`).
+    config.json, model.safetensors (torch's names), flax_model.msgpack where transformers 4 has a Flax
+    class, and the files of the processor. `hf_config` is what `load_dual_encoder` returns.
+    What VisionTextDualEncoder cannot compute (`dual_encoder_form.obstacle`) is written for lit_jax alone,
+    with a model_type that transformers refuses, and a warning that says why.
+    Raises UserError if `folder` cannot be written or holds something else.
     """
-    settings = dual_encoder_form.Settings.of_module(module)
-    plain = dual_encoder_form.express(_float32(params), settings, module.projection_dim)
+    params, config = _float32(params), dict(hf_config)
+    if hf_config["model_type"] in ("vision-text-dual-encoder", OWN_TYPE):
+        config = _vision_text_config(hf_config, module, params)
+        if obstacle := dual_encoder_form.obstacle(module):
+            config["model_type"] = OWN_TYPE
+            params.pop("logit_bias", None)  # config.json has it
+            log.warning(
+                "Only lit_jax will read %s: VisionTextDualEncoder of transformers cannot be this model; %s.",
+                folder,
+                obstacle,
+            )
+        else:
+            config["model_type"] = "vision-text-dual-encoder"
+            settings = dual_encoder_form.Settings.of_module(module)
+            params = dual_encoder_form.express(params, settings, module.projection_dim)
+    system = names.SYSTEMS[config["model_type"]]
+    config |= {"architectures": [system.architecture], "dtype": "float32"}
     with _new_folder(pathlib.Path(folder)) as new:
-        _write_json(new / "config.json", _dual_encoder_config(hf_config, module, params))
-        _write_torch(new, _dual_encoder_tensors(module, plain, "torch"))
-        _write_flax(new, _dual_encoder_tensors(module, plain, "flax"))
+        _write_json(new / "config.json", config)
+        _write_torch(new, _dual_encoder_tensors(module, params, system, "torch"))
+        if system.in_flax:
+            _write_flax(new, _dual_encoder_tensors(module, params, system, "flax"))
         if processor is not None:
             processor.save_pretrained(str(new))
 
 
-def _dual_encoder_config(
-    hf_config: Mapping[str, Any], module: DualEncoder, params: Params
+def _vision_text_config(
+    hf_config: Mapping[str, Any], module: DualEncoderModule, params: Params
 ) -> dict[str, Any]:
     settings = dual_encoder_form.Settings.of_module(module)
     vision_config = {**hf_config["vision_config"], "dtype": "float32"}
-    if settings.image_pooling == "cls":  # the pooler that `express` made
+    if settings.image_pooling == "cls" and "pooler_act" in vision_config:  # for that of `express`
         vision_config["pooler_act"] = "tanh"
         vision_config["pooler_output_size"] = vision_config["hidden_size"]
     config = {
         **hf_config,
-        "model_type": DUAL_ENCODER,
-        "architectures": ["VisionTextDualEncoderModel"],
-        "dtype": "float32",
         "vision_config": vision_config,
         "text_config": {**hf_config["text_config"], "dtype": "float32"},
         "projection_dim": module.projection_dim,
@@ -115,21 +132,23 @@ def _float32(params: Params) -> Params:
 
 
 def _dual_encoder_tensors(
-    module: DualEncoder, params: Params, layout: names.Layout
+    module: DualEncoderModule, params: Params, system: names.Family, layout: names.Layout
 ) -> dict[str, np.ndarray]:
     heads = dict(params)
     tensors = {}
-    for part, tower in (("vision_model", module.vision_model), ("text_model", module.text_model)):
+    for part, tower in module.towers.items():
         family = names.FAMILIES[tower.config.model_type]
         of_tower = names.tensors_of(flatten(heads.pop(part)), family, layout)
         tensors |= {f"{part}.{name}": array for name, array in of_tower.items()}
-    return tensors | names.tensors_of(flatten(heads), names.HEADS, layout)
+    return tensors | names.tensors_of(flatten(heads), system, layout)
 
 
 def _write_torch(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     # safetensors writes the memory of an array as it lies, so a transposed view must be copied.
     whole = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     safetensors.numpy.save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    # It makes a file that only its owner may read.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def _write_flax(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -53,6 +53,12 @@ FAMILIES = {
         "crop_size": {"height": 224, "width": 224},
     },
     "deit": {"image_processor_type": "DeiTImageProcessor"},
+    "convnext": {"image_processor_type": "ConvNextImageProcessor"},
+    "small_convnext": {
+        "image_processor_type": "ConvNextImageProcessor",
+        "size": {"shortest_edge": 96},
+        "crop_pct": 0.875,
+    },
     "beit": {"image_processor_type": "BeitImageProcessor"},
     "align": {
         "image_processor_type": "EfficientNetImageProcessor",

@@ -39,6 +39,13 @@ def test_length_of_an_evaluation_is_a_multiple_of_8_up_to_the_maximum(demo_folde
     assert tokenize(odd, [LONG])["input_ids"].shape == (1, 21)
 
 
+def test_a_model_without_attention_mask_gets_none_and_all_the_padding(demo_folder):
+    tokenizer = load_tokenizer(demo_folder / "bert", max_length=24)
+    tokenizer.model_input_names = ["input_ids"]  # as that of SigLIP
+    tokens = tokenize(tokenizer, ["ninety"])
+    assert {name: array.shape for name, array in tokens.items()} == {"input_ids": (1, 24)}
+
+
 @given(st.lists(st.text(max_size=60), min_size=1, max_size=4))
 def test_any_text_gets_the_same_tokens_whatever_comes_along(tokenizer, texts):
     together = tokenize(tokenizer, texts, length=24)

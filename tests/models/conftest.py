@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from lit_jax.models.families import build_tower
+from lit_jax.trees import flatten
 from lit_jax.weights.hub import read_config
 from lit_jax.weights.load import load_tower
 
@@ -26,9 +27,13 @@ def random_variables() -> Callable[..., dict[str, Any]]:
     def draw(module: nn.Module, example: Any) -> dict[str, Any]:
         random = np.random.default_rng(0)
         shapes = jax.eval_shape(module.init, jax.random.key(0), example)
-        return jax.tree.map(
-            lambda leaf: jnp.asarray(random.normal(0, 0.3, leaf.shape), leaf.dtype), shapes
-        )
+
+        def value(path, leaf):
+            values = random.normal(0, 0.3, leaf.shape)
+            is_variance = getattr(path[-1], "key", "") == "var"
+            return jnp.asarray(1 + np.abs(values) if is_variance else values, leaf.dtype)
+
+        return jax.tree_util.tree_map_with_path(value, shapes)
 
     return draw
 
@@ -51,7 +56,7 @@ def reference() -> types.ModuleType:
 
 @pytest.fixture(scope="session")
 def check_tower() -> Callable[[Path], None]:
-    """Compares with the arrays.npz and gradients/ of a folder, see make_goldens.write_tower."""
+    """Compares with what make_goldens.write_tower has put into a folder."""
     return _check_tower
 
 
@@ -67,17 +72,22 @@ def _check_tower(folder: Path) -> None:
     ids = [] if pixels else [arrays.get(name) for name in text]
     outputs = ("last_hidden_state", "pooled")
     cotangents = tuple(arrays[f"cotangent.{name}"] for name in outputs)
+    train = (folder / "after").exists()
 
     @jax.jit
     def run(params, pixels):
         def forward(params, pixels):
-            return tuple(module.apply({"params": params}, *pixels, *ids))
+            output, state = module.apply(
+                {"params": params}, *pixels, *ids, deterministic=not train, mutable=["batch_stats"]
+            )
+            return tuple(output), state
 
-        values, vjp = jax.vjp(forward, params, pixels)
-        return values, vjp(cotangents)
+        values, vjp, state = jax.vjp(forward, params, pixels, has_aux=True)
+        return values, vjp(cotangents), state
 
-    values, gradients = run(params, pixels)
-    atol = 1e-5 if hf["num_hidden_layers"] == 1 else 1e-4  # of a layer, of a tower
+    values, gradients, state = run(params, pixels)
+    depth = hf.get("num_hidden_layers", hf.get("n_layers")) or sum(hf["depths"])
+    atol = 1e-5 if depth == 1 else 1e-4  # of a layer, of a tower
     for name, value in zip(outputs, values, strict=True):
         np.testing.assert_allclose(value, arrays[f"output.{name}"], rtol=0, atol=atol)
 
@@ -90,3 +100,8 @@ def _check_tower(folder: Path) -> None:
         gradients,
         expected,
     )
+    statistics = flatten(state.get("batch_stats", {}))
+    assert bool(statistics) == train
+    after = flatten(load_tower(folder / "after", module)[0]) if train else {}
+    for name, value in statistics.items():
+        np.testing.assert_allclose(value, after[name], rtol=1e-4, atol=1e-4, err_msg=name)

@@ -9,7 +9,7 @@ import pytest
 from lit_jax.config import MeshConfig, ModelConfig, TowerConfig
 from lit_jax.distributed.mesh import BATCH, batch_sharding, make_mesh
 from lit_jax.errors import UserError
-from lit_jax.models.dual_encoder import DualEncoder, build_dual_encoder, normalize
+from lit_jax.models.dual_encoder import DualEncoderModule, build_dual_encoder, normalize
 from lit_jax.weights.load import load_dual_encoder
 
 SMALL = {
@@ -28,7 +28,7 @@ BATCH_OF_8 = {
 }
 
 
-def build(**changes) -> DualEncoder:
+def build(**changes) -> DualEncoderModule:
     return build_dual_encoder(VIT, BERT, ModelConfig(projection_dim=6, **changes))
 
 
@@ -37,7 +37,7 @@ def encode_image(module, variables):
     return encode(variables, BATCH_OF_8["pixel_values"])
 
 
-def with_projection(kind, **changes) -> DualEncoder:
+def with_projection(kind, **changes) -> DualEncoderModule:
     tower = TowerConfig(projection=kind)
     return build(image=tower, text=tower, **changes)
 

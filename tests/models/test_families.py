@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import pytest
 import transformers
@@ -15,9 +16,20 @@ def test_fields_and_defaults_are_those_of_transformers(model_type):
     config_class, _ = {**VISION, **TEXT}[model_type]
     theirs = transformers.AutoConfig.for_model(model_type).to_dict()
     ours = dataclasses.asdict(config_class())
-    if "pooler_output_size" in ours:
-        assert ours.pop("pooler_output_size") is None  # which transformers resolves at once
+    resolved = {"pooler_output_size", "projection_size", "layer_types", "rope_parameters"}
+    for name in resolved & ours.keys():
+        assert ours.pop(name) is None  # which transformers resolves at once
+    ours.pop("position_ids", None)  # an option of ours
     assert ours == {name: theirs[name] for name in ours}
+
+
+@pytest.mark.parametrize("model_type", TEXT)
+def test_every_text_tower_says_how_long_a_text_may_be(model_type):
+    tower = build_tower({"model_type": model_type}, pooling="mean", dtype="float32")
+    longest = jnp.zeros((1, tower.config.max_length), jnp.int32)
+    jax.eval_shape(tower.init, jax.random.key(0), longest)
+    with pytest.raises(UserError, match="max_text_length"):
+        jax.eval_shape(tower.init, jax.random.key(0), jnp.pad(longest, ((0, 0), (0, 1))))
 
 
 def test_a_config_json_becomes_a_hashable_config():

@@ -1,27 +1,48 @@
 """What holds for a tower of any family."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lit_jax.models.clip import CLIPText, CLIPVision
 from lit_jax.models.families import TEXT, VISION, build_tower
+from lit_jax.models.modernbert import ModernBert
+from lit_jax.models.siglip import SiglipText, SiglipVision
 
 SMALL = {
     "hidden_size": 16,
     "num_attention_heads": 2,
     "intermediate_size": 24,
+    "mlp_ratio": 1.5,
     "image_size": 16,
     "patch_size": 8,
+    "project_dim": 16,
     "vocab_size": 20,
     "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.1,
+    "attention_dropout": 0.1,
+    "eos_token_id": 2,
+    "dim": 16,  # these four are DistilBERT's
+    "n_heads": 2,
+    "hidden_dim": 24,
+    "dropout": 0.1,
+    "drop_path_rate": 0.1,
+    "use_relative_position_bias": True,
+    "use_shared_relative_position_bias": True,
+    "num_register_tokens": 2,
 }
+
+# See test_clip.py and test_modernbert.py.
+OTHER_INITIALISATION = (CLIPVision, CLIPText, SiglipVision, SiglipText, ModernBert)
 
 
 def build(model_type, *, depth=2, dtype="float32"):
-    hf = {"model_type": model_type, "num_hidden_layers": depth, **SMALL}
-    return build_tower(hf, pooling="pooler", dtype=dtype)
+    hf = {"model_type": model_type, "num_hidden_layers": depth, "n_layers": depth, **SMALL}
+    _, module_class = {**VISION, **TEXT}[model_type]
+    return build_tower(hf, pooling=module_class.poolings[0], dtype=dtype)
 
 
 def example(tower):
@@ -46,7 +67,7 @@ def case(request, random_variables):
 
 @pytest.mark.parametrize("model_type", [*VISION, *TEXT])
 def test_initialisation_is_hugging_faces(model_type):
-    tower = build(model_type)
+    tower = build(model_type, depth=3)
     params = jax.jit(tower.init)(key(0), example(tower))["params"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -55,11 +76,10 @@ def test_initialisation_is_hugging_faces(model_type):
             np.testing.assert_array_equal(leaf, 0, err_msg=name)
         elif name.endswith("scale"):
             np.testing.assert_array_equal(leaf, 1, err_msg=name)
-        elif leaf.size > 200:
+        elif leaf.size > 200 and not isinstance(tower, OTHER_INITIALISATION):
             np.testing.assert_allclose(leaf.std(), 0.02, rtol=0.2, err_msg=name)
-    kernel = params["encoder"]["layer"]["mlp"]["fc2"]["kernel"]
-    assert kernel.shape == (2, 24, 16)
-    assert np.abs(kernel[0] - kernel[1]).max() > 0.01, "layers are initialised alike"
+        if re.search(r"layer(_from_\d+)?/.*kernel$", name) and len(leaf) > 1:
+            assert np.abs(leaf[0] - leaf[1]).max() > 5e-3, f"layers are initialised alike: {name}"
 
 
 def test_gradients_reach_every_parameter_and_are_finite(case):
@@ -76,7 +96,8 @@ def test_gradients_reach_every_parameter_and_are_finite(case):
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         name = jax.tree_util.keystr(path)
         assert np.isfinite(leaf).all(), name
-        assert np.abs(leaf).max() > 0, name
+        # A mask token is only there to be in the files that we write.
+        assert (np.abs(leaf).max() > 0) != name.endswith("['mask_token']"), name
 
 
 def test_dropout_is_on_only_when_asked_for(case):

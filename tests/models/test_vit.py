@@ -9,7 +9,6 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from lit_jax.errors import UserError
-from lit_jax.models.patches import bicubic_matrix
 from lit_jax.models.vit import ViT, ViTConfig
 
 TINY = ViTConfig(
@@ -73,24 +72,6 @@ def test_parity_with_live_pytorch(check_tower, reference, kind, config, pooling,
             Path(folder), getattr(transformers, kind)(**fields), images, pooling=pooling, seed=seed
         )
         check_tower(Path(folder))
-
-
-def test_bicubic_interpolation_is_torchs(goldens):
-    resized = dict(np.load(goldens / "bicubic.npz"))
-    grid = resized.pop("grid")
-    for size, expected in resized.items():
-        height, width = map(int, size.split("x"))
-        rows, columns = bicubic_matrix(grid.shape[0], height), bicubic_matrix(grid.shape[1], width)
-        np.testing.assert_allclose(rows @ grid @ columns.T, expected, rtol=0, atol=1e-6)
-
-
-@given(st.integers(1, 40), st.integers(1, 40))
-def test_bicubic_interpolation_keeps_constants_and_symmetry(size, new_size):
-    matrix = bicubic_matrix(size, new_size)
-    np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-5)
-    np.testing.assert_allclose(matrix[::-1, ::-1], matrix, atol=1e-5)
-    if size == new_size:
-        np.testing.assert_array_equal(matrix, np.eye(size))
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

@@ -153,7 +153,7 @@ def test_other_losses_optimizers_and_dtypes_resume_exactly(
 def test_parameters_split_over_fsdp_train_the_same(train, tiny, tmp_path, fsdp):
     train(tiny(), tmp_path / "1")
     run = train(tiny(**{"mesh.fsdp": fsdp}), tmp_path / "split", devices=4)
-    kernel = run.params["text_model"]["encoder"]["layer"]["intermediate"]["dense"]["kernel"]
+    kernel = run.params["text_model"]["encoder"]["layer"]["mlp"]["fc1"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (2, 16, 32 // fsdp)
     for ours, theirs in zip(numbers(tmp_path / "split"), numbers(tmp_path / "1"), strict=True):
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)

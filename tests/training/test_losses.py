@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import batch_sharding, make_mesh, shard_batch
-from lit_jax.training.losses import LOSSES, softmax_loss
+from lit_jax.errors import UserError
+from lit_jax.training.losses import LOSSES, make_loss, softmax_loss
 
 
 def embeddings(batch: int, dim: int = 16, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -19,7 +20,7 @@ def embeddings(batch: int, dim: int = 16, seed: int = 0) -> tuple[np.ndarray, np
     return z[0].astype(np.float32), z[1].astype(np.float32)
 
 
-def reference(name, zimg_BxD, ztxt_BxD, scale, bias):
+def reference(name, zimg_BxD, ztxt_BxD, scale, bias, smoothing=0.0):
     """The definitions of the papers, pair by pair, in float64."""
     zimg_BxD, ztxt_BxD = zimg_BxD.astype(np.float64), ztxt_BxD.astype(np.float64)
     logits = np.exp(float(scale)) * zimg_BxD @ ztxt_BxD.T + float(bias)
@@ -27,12 +28,13 @@ def reference(name, zimg_BxD, ztxt_BxD, scale, bias):
     if name == "sigmoid":
         sign = 2 * np.eye(count) - 1
         return np.logaddexp(0, -sign * logits).sum() / count
-    rows = [np.logaddexp.reduce(logits[i]) - logits[i, i] for i in range(count)]
-    columns = [np.logaddexp.reduce(logits[:, i]) - logits[i, i] for i in range(count)]
+    target = (1 - smoothing) * np.eye(count) + smoothing / count
+    rows = [np.logaddexp.reduce(logits[i]) - target[i] @ logits[i] for i in range(count)]
+    columns = [np.logaddexp.reduce(logits[:, i]) - target[i] @ logits[:, i] for i in range(count)]
     return (np.mean(rows) + np.mean(columns)) / 2
 
 
-def numeric_gradients(name, args, eps=1e-5):
+def numeric_gradients(name, args, smoothing=0.0, eps=1e-5):
     """Central differences of the float64 reference for each element of each argument."""
     args = [np.asarray(a, np.float64) for a in args]
     grads = [np.zeros_like(a) for a in args]
@@ -40,21 +42,24 @@ def numeric_gradients(name, args, eps=1e-5):
         for index in np.ndindex(arg.shape):
             kept = arg[index]
             arg[index] = kept + eps
-            above = reference(name, *args)
+            above = reference(name, *args, smoothing)
             arg[index] = kept - eps
-            below = reference(name, *args)
+            below = reference(name, *args, smoothing)
             arg[index] = kept
             grad[index] = (above - below) / (2 * eps)
     return grads
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    ("name", "smoothing"), [("softmax", 0.0), ("softmax", 0.1), ("sigmoid", 0.0)]
+)
 @pytest.mark.parametrize("scale", [0.0, 2.6592, float(np.log(100))])
-def test_value_and_gradients_equal_float64(name, scale):
+def test_value_and_gradients_equal_float64(name, smoothing, scale):
     args = (*embeddings(6, 4), np.float32(scale), np.float32(-3.0))
-    value, grads = jax.jit(jax.value_and_grad(LOSSES[name], argnums=(0, 1, 2, 3)))(*args)
-    np.testing.assert_allclose(value, reference(name, *args), rtol=2e-6)
-    expected = numeric_gradients(name, args)
+    loss = make_loss(name, label_smoothing=smoothing)
+    value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*args)
+    np.testing.assert_allclose(value, reference(name, *args, smoothing), rtol=2e-6)
+    expected = numeric_gradients(name, args, smoothing)
     largest = max(np.abs(g).max() for g in expected)
     for ours, theirs in zip(grads, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=3e-6 * largest)
@@ -110,3 +115,8 @@ def test_split_over_devices_it_is_the_same_loss(name, mesh_config):
     np.testing.assert_allclose(split, alone, rtol=1e-6)
     for ours, theirs in zip(split_grads, alone_grads, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_label_smoothing_of_a_sigmoid_is_refused():
+    with pytest.raises(UserError, match="label_smoothing is for the softmax loss"):
+        make_loss("sigmoid", label_smoothing=0.1)

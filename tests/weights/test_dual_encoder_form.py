@@ -1,11 +1,14 @@
+import re
+
 import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_jax.errors import UserError
-from lit_jax.weights.dual_encoder_form import Settings, express, restore
+from lit_jax.config import ModelConfig, TowerConfig
+from lit_jax.models.dual_encoder import build_dual_encoder
+from lit_jax.weights.dual_encoder_form import Settings, express, obstacle, restore
 
 WIDTH, DIM = 5, 3  # of a tower, of the embedding
 SIDES = ("image", "vision_model", "visual_projection"), ("text", "text_model", "text_projection")
@@ -82,31 +85,57 @@ def test_the_same_embeddings_in_other_words_and_back(image, text, projection_dim
     assert same(restored, params)
 
 
+SMALL = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+}
+PLAIN = ("pooler", "linear")
+
+
 @pytest.mark.parametrize(
-    ("image", "projection_dim", "advice"),
+    ("vision", "image", "projection_dim", "advice"),
     [
-        (("mean", "linear"), DIM, r"no mean pooling.*config\.model\.image\.pooling='cls'"),
-        (("pooler", "linear_bias"), DIM, r"no bias.*config\.model\.image\.projection='linear'"),
-        (("cls", "linear_bias"), WIDTH + 1, r"at most .* tower, 5; train .*projection='linear'"),
+        ("vit", ("mean", "linear"), 6, r"no mean pooling.*config\.model\.image\.pooling='cls'"),
+        (
+            "vit",
+            ("pooler", "linear_bias"),
+            6,
+            r"no bias.*config\.model\.image\.projection='linear'",
+        ),
+        ("vit", ("cls", "linear_bias"), 9, r"at most .* tower, 8; train .*projection='linear'"),
+        ("clip_vision_model", ("cls", "linear"), 6, r"pooler of a clip_vision_model; .*='pooler'"),
+        ("efficientnet", PLAIN, 6, "no image tower of type efficientnet"),
+        *[("vit", image, 6, None) for image in EXPRESSIBLE[:1] + EXPRESSIBLE[2:3]],
+        ("dinov2", ("cls", "linear"), 6, None),
     ],
 )
-def test_what_cannot_be_expressed(image, projection_dim, advice):
-    text = ("pooler", "linear")
-    params = make_params(image, text, projection_dim, np.random.default_rng(0))
-    with pytest.raises(UserError, match=advice):
-        express(params, settings(image, text), projection_dim)
-
-
-def test_a_pooler_of_another_width_cannot_be_expressed():
-    plain = ("pooler", "linear")
-    params = make_params(plain, plain, DIM, np.random.default_rng(0))
-    params["vision_model"]["pooler"]["dense"] = dense(
-        WIDTH, WIDTH + 2, True, np.random.default_rng(1)
+def test_what_is_in_the_way(vision, image, projection_dim, advice):
+    config = ModelConfig(
+        image=TowerConfig(pooling=image[0], projection=image[1]), projection_dim=projection_dim
     )
-    with pytest.raises(
-        UserError, match=r"is 7 wide, not 5; train with config\.model\.image\.pooling"
-    ):
-        express(params, Settings(), DIM)
+    size = {} if vision == "efficientnet" else SMALL
+    found = obstacle(
+        build_dual_encoder({"model_type": vision, **size}, {"model_type": "bert", **SMALL}, config)
+    )
+    if advice is None:
+        assert found is None
+    else:
+        assert re.search(advice, found)
+
+
+def test_a_pooler_of_another_width_is_in_the_way():
+    vision = {"model_type": "vit", **SMALL, "pooler_output_size": 7}
+    module = build_dual_encoder(vision, {"model_type": "bert", **SMALL}, ModelConfig())
+    assert "is 7 wide, not 8; train with config.model.image.pooling" in obstacle(module)
+
+
+def test_a_first_token_that_is_the_pooler_is_called_so():
+    config = ModelConfig(image=TowerConfig(pooling="cls"))
+    dinov2 = {"model_type": "dinov2", **SMALL}
+    module = build_dual_encoder(dinov2, {"model_type": "bert", **SMALL}, config)
+    assert Settings.of_module(module) == Settings()
 
 
 @pytest.mark.parametrize("image", EXPRESSIBLE[1:])

@@ -7,7 +7,8 @@ import pytest
 import safetensors.numpy
 
 from lit_jax.errors import UserError
-from lit_jax.weights import load
+from lit_jax.models.families import build_tower
+from lit_jax.weights import hub, load
 
 VIT_FOLDERS = [
     "vit_torch_sharded",
@@ -231,10 +232,20 @@ def test_wrong_family_is_an_error(golden, tower):
         UserError, match=r"type bert, where config\.model\.image\.model needs vit\."
     ):
         load.load_tower(golden / "bert_torch", module)
-    with pytest.raises(UserError, match="a dual encoder is no tower"):
-        load.load_tower(golden / "dual_torch", module)
-    with pytest.raises(UserError, match="of type vit, not vision-text-dual-encoder"):
+    with pytest.raises(UserError, match="of type vit, which is no dual encoder; lit_jax knows"):
         load.load_dual_encoder(golden / "vit_torch", dtype="float32")
+
+
+@pytest.mark.parametrize(("side", "part"), [("image", "vision_model"), ("text", "text_model")])
+@pytest.mark.parametrize("name", ["dual_torch", "dual_flax"])
+def test_a_tower_of_a_dual_encoder_is_a_tower(golden, name, side, part):
+    hf = hub.read_tower_config(golden / name, side)
+    module = build_tower(hf, pooling="cls", dtype="float32")
+    params, report = load.load_tower(golden / name, module)
+    whole = load.load_dual_encoder(golden / name, dtype="float32")[1]
+    expected = {name: tree for name, tree in whole[part].items() if name != "pooler"}
+    assert_same_tree(params, expected)
+    assert "logit_scale" in report.ignored
 
 
 def test_dual_encoder_accounts_for_both_sides(changed):

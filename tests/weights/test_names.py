@@ -56,7 +56,7 @@ def test_leaves_of_torch():
     assert name_of("layernorm/scale", vit) == "layernorm.weight"
     assert name_of("layernorm/scale", vit, "flax") == "layernorm.scale"
     assert name_of("embeddings/cls_token", vit) == "embeddings.cls_token"
-    assert name_of("logit_scale", names.HEADS) == "logit_scale"
+    assert name_of("logit_scale", names.SYSTEMS["clip"]) == "logit_scale"
 
 
 JOINED = names.Family(
@@ -91,17 +91,32 @@ def test_joined_parameters_are_one_tensor_of_the_file(layout):
             )
 
 
+def test_what_a_file_has_apart_is_not_joined():
+    """transformers 5 writes DINOv2's gate and up apart with save_original_format=False."""
+    family = names.FAMILIES["dinov2"]
+    path, prefix = "encoder/layer/mlp/up/kernel", "encoder.layer.0.mlp."
+    for in_file, expected in (
+        (["weights_in.weight", "weights_out.weight"], "weights_in.weight"),
+        (["gate_proj.weight", "up_proj.weight", "down_proj.weight"], "up.weight"),
+    ):
+        known = names.recognise([prefix + name for name in in_file], family).names
+        name = name_of(path, names.as_joined_in(known, family), shape=(1, 2, 3))
+        assert name == prefix + expected
+        assert name in known
+
+
 @pytest.mark.parametrize("name", names.FAMILIES)
 def test_usual_names_are_left_alone(name):
     """An alias that touched a usual name would make the usual files unreadable."""
     family = names.FAMILIES[name]
-    module = build_tower({"model_type": name}, pooling="pooler", dtype="float32")
+    _, module_class = {**VISION, **TEXT}[name]
+    module = build_tower({"model_type": name}, pooling=module_class.poolings[0], dtype="float32")
     shapes = flatten(shapes_of(module, module.example_input))
-    usual = [
+    usual = {
         place.name
         for path, leaf in shapes.items()
         for place in names.places(path, leaf.shape, family, "torch")[0]
-    ]
+    }
     recognised = names.recognise(usual, family, has_pooler=True)
     assert recognised.names == {n: n for n in usual}
     assert not recognised.ignored

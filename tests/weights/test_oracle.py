@@ -155,7 +155,11 @@ def test_torch_loads_an_exported_dual_encoder(
     )
     module = build_dual_encoder(vision_config, text_config, config)
     params = random_params(module, batch)
-    hf_config = {"vision_config": vision_config, "text_config": text_config}
+    hf_config = {
+        "model_type": "vision-text-dual-encoder",
+        "vision_config": vision_config,
+        "text_config": text_config,
+    }
     save.save_dual_encoder(tmp_path / "new", hf_config, module, params)
 
     model, info = tr.VisionTextDualEncoderModel.from_pretrained(

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import transformers
 from flax import serialization
 
 from lit_jax.config import ModelConfig, TowerConfig
@@ -30,6 +31,7 @@ def make_dual(golden):
 
     def make(image, text, projection_dim, logit_bias=None):
         hf_config = {
+            "model_type": "vision-text-dual-encoder",
             "vision_config": hub.read_config(golden / "vit_torch"),
             "text_config": hub.read_config(golden / "bert_torch"),
         }
@@ -141,7 +143,9 @@ def test_bfloat16_parameters_are_written_as_float32(dual, tmp_path):
 
 def test_the_config_says_what_dtype_the_file_has(dual, tmp_path):
     module, params, hf_config = dual
-    half = {name: config | {"dtype": "bfloat16"} for name, config in hf_config.items()}
+    half = dict(hf_config)
+    for part in ("vision_config", "text_config"):
+        half[part] = half[part] | {"dtype": "bfloat16"}
     save.save_dual_encoder(tmp_path / "new", half, module, params)
     config = json.loads((tmp_path / "new/config.json").read_text())
     assert [config["dtype"], config["vision_config"]["dtype"], config["text_config"]["dtype"]] == [
@@ -172,11 +176,19 @@ def test_a_model_that_torch_trained_on_is_read_as_it_is_now(make_dual, tmp_path)
     assert "trained on after its export" in str(report)
 
 
-def test_what_cannot_be_expressed_leaves_nothing(make_dual, tmp_path):
-    module, params, hf_config = make_dual(("mean", "linear"), ("cls", "linear"), 6)
-    with pytest.raises(UserError, match="mean pooling"):
-        save.save_dual_encoder(tmp_path / "new", hf_config, module, params)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("image", [("mean", "linear"), ("pooler", "linear_bias")])
+def test_what_cannot_be_expressed_is_for_lit_jax_alone(make_dual, tmp_path, caplog, image):
+    module, params, hf_config = make_dual(image, ("mean", "none"), 8, logit_bias=-3.0)
+    save.save_dual_encoder(tmp_path / "new", hf_config, module, params)
+    assert "Only lit_jax will read" in caplog.text
+    assert "config.model.image" in caplog.text
+    with pytest.raises(ValueError, match="lit_jax"):
+        transformers.AutoConfig.from_pretrained(tmp_path / "new")
+    again, again_params, again_config, _ = load.load_dual_encoder(tmp_path / "new", dtype="float32")
+    assert_same_tree(again_params, params)
+    assert again.clone(logit_bias_init=None) == module.clone(logit_bias_init=None)
+    save.save_dual_encoder(tmp_path / "new", again_config, again, again_params)
+    assert_same_tree(load.load_dual_encoder(tmp_path / "new", dtype="float32")[1], params)
 
 
 class Processor:

@@ -42,6 +42,7 @@ def main() -> None:
     save_dual(dual)
     save_outputs(vit, bert, dual)
     save_tensors()
+    save_clip()
 
 
 def save_vit(vit: tr.ViTModel) -> None:
@@ -113,6 +114,37 @@ def save_tensors() -> None:
     torch.save({"w": torch.ones(2)}, HERE / "legacy.bin", _use_new_zipfile_serialization=False)
     tensors["bfloat16"] = tensors["bfloat16"].float()  # NumPy has no bfloat16 of its own
     np.savez(HERE / "tensors.npz", **{n: t.detach().numpy() for n, t in tensors.items()})
+
+
+@torch.no_grad()
+def save_clip() -> None:
+    """The towers of CLIP and SigLIP, whose names changed with transformers 5."""
+    torch.manual_seed(1)
+    pixels, ids = torch.randn(2, 3, 8, 8), torch.tensor([[3, 7, 19, 7, 5], [4, 1, 9, 8, 7]])
+    sizes = {**SIZES, "num_hidden_layers": 1}
+    sizes.pop("initializer_range")  # SigLIP has none
+    arrays = {
+        "pixel_values": pixels.permute(0, 2, 3, 1).numpy(),
+        "input_ids": ids.numpy().astype(np.int32),
+    }
+    for family in ("CLIP", "Siglip"):
+        for side, inputs in (("Vision", {"pixel_values": pixels}), ("Text", {"input_ids": ids})):
+            fields = {"image_size": 8, "patch_size": 4}
+            if side == "Text":
+                fields = {"vocab_size": 20, "max_position_embeddings": 9}
+                fields |= {"bos_token_id": 0, "eos_token_id": 7}
+            config = getattr(tr, f"{family}{side}Config")(**sizes, **fields)
+            model = getattr(tr, f"{family}{side}Model")(config).eval()
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+            name = f"{family}_{side}".lower()
+            model.save_pretrained(HERE / f"{name}_torch")
+            arrays[name] = model(**inputs).pooler_output.numpy()
+            if family == "CLIP":
+                flax = getattr(tr, f"FlaxCLIP{side}Model")
+                flax = flax.from_pretrained(HERE / f"{name}_torch", from_pt=True)
+                flax.save_pretrained(HERE / f"{name}_flax")
+    np.savez(HERE / "clip_outputs.npz", **arrays)
 
 
 if __name__ == "__main__":

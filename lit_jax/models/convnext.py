@@ -1,0 +1,211 @@
+"""ConvNeXt (https://arxiv.org/abs/2201.03545) and ConvNeXt V2 (https://arxiv.org/abs/2301.00808),
+numerically Hugging Face's ConvNextModel and ConvNextV2Model.
+
+Dims: B batch, HxW pixels, YxX positions of a feature map, L = Y * X positions, C channels,
+D width of the last map, F four times the width, N depth.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lit_jax.models.convolutions import DepthwiseConv, Map, NewMap, positions, scan_blocks
+from lit_jax.models.layers import LayerNorm, TowerOutput, activation, dense, drop
+from lit_jax.models.patches import ImageTower, PatchEmbeddings, Size
+from lit_jax.models.transformer import LayerScale
+
+_EPSILON = 1e-6  # of every normalisation but the last, whatever config.json says
+_KERNEL_SIZE = 7
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvNextV2Config:
+    """The fields of config.json that change a number; names and defaults are Hugging Face's."""
+
+    model_type: str = "convnextv2"
+    num_channels: int = 3
+    patch_size: Size = 4
+    num_stages: int = 4
+    hidden_sizes: tuple[int, ...] = (96, 192, 384, 768)
+    depths: tuple[int, ...] = (3, 3, 9, 3)
+    hidden_act: str = "gelu"
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12  # of the pooler's
+    drop_path_rate: float = 0.0
+    image_size: Size = 224
+
+    @property
+    def layer_scale(self) -> float | None:
+        """First value of a factor for each feature of what a block adds."""
+        return None
+
+    @property
+    def response_norm(self) -> bool:
+        """Whether blocks have global response normalisation."""
+        return True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvNextConfig(ConvNextV2Config):
+    model_type: str = "convnext"
+    layer_scale_init_value: float = 1e-6  # 0: no factor
+
+    @property
+    def layer_scale(self) -> float | None:
+        return self.layer_scale_init_value if self.layer_scale_init_value > 0 else None
+
+    @property
+    def response_norm(self) -> bool:
+        return False
+
+
+class ConvNext(ImageTower):
+    """The image tower. Its pooler is a normalisation of the mean over all positions."""
+
+    config: ConvNextV2Config
+
+    poolings = ("pooler", "mean")
+
+    @nn.compact
+    def __call__(
+        self, pixel_values_BxHxWxC: Float[Array, "B H W C"], *, deterministic: bool = True
+    ) -> TowerOutput:
+        """Pixels, normalised by the image processor, to the positions of the last map, not normalised,
+        and a pooled vector. Images may have any size.
+
+        Not `deterministic`: blocks are left out of some examples, with the rng 'dropout'.
+        """
+        cfg = self.config
+        x_BxYxXxC = Embeddings(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
+        x_BxYxXxD = Encoder(cfg, self.dtype, name="encoder")(x_BxYxXxC, deterministic)
+        x_BxLxD = positions(x_BxYxXxD)
+        pooled_Bx1xD = x_BxLxD.mean(1, keepdims=True)
+        if self.pooling == "pooler":
+            pooled_Bx1xD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layernorm")(pooled_Bx1xD)
+        return TowerOutput(x_BxLxD, jnp.squeeze(pooled_Bx1xD, 1))
+
+
+class Embeddings(nn.Module):
+    """Patches of the image, normalised."""
+
+    config: ConvNextV2Config
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, pixel_values_BxHxWxC: Float[Array, "B H W C"]) -> NewMap:
+        cfg = self.config
+        x_BxYxXxC = PatchEmbeddings(
+            cfg.hidden_sizes[0],
+            cfg.patch_size,
+            cfg.num_channels,
+            cfg.initializer_range,
+            self.dtype,
+            name="patch_embeddings",
+        )(pixel_values_BxHxWxC)
+        return _normed(x_BxYxXxC, "layernorm", self.dtype)
+
+
+class Encoder(nn.Module):
+    """Stages of equal blocks, which are scanned; each but the first begins with half the resolution.
+
+    The collection 'intermediates', where it is mutable, gets 'input', and of each block 'hidden_state',
+    its output.
+    """
+
+    config: ConvNextV2Config
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxYxXxC: Map, deterministic: bool) -> NewMap:
+        cfg = self.config
+        self.sow("intermediates", "input", x_BxYxXxC)
+        rates = np.linspace(0, cfg.drop_path_rate, sum(cfg.depths))
+        rates_of_stage = np.split(rates, np.cumsum(cfg.depths[:-1]))
+        for i, rates_N in enumerate(rates_of_stage[: cfg.num_stages]):
+            stage = Stage(cfg, cfg.hidden_sizes[i], self.dtype, name=f"stages_{i}")
+            x_BxYxXxC = stage(x_BxYxXxC, rates_N, deterministic, downsample=i > 0)
+        return x_BxYxXxC
+
+
+class Stage(nn.Module):
+    config: ConvNextV2Config
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x_BxYxXxC: Map, rates_N: np.ndarray, deterministic: bool, *, downsample: bool
+    ) -> NewMap:
+        cfg = self.config
+        if downsample:
+            x_BxYxXxC = PatchEmbeddings(
+                self.width,
+                2,
+                x_BxYxXxC.shape[-1],
+                cfg.initializer_range,
+                self.dtype,
+                name="downsampling_layer_1",
+            )(_normed(x_BxYxXxC, "downsampling_layer_0", self.dtype))
+        block = Block(cfg, self.width, self.dtype, name="layer")
+        return scan_blocks(block, x_BxYxXxC, rates_N, deterministic)
+
+
+class Block(nn.Module):
+    """A depthwise convolution, then an MLP at each position."""
+
+    config: ConvNextV2Config
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxYxXxC: Map, rate: Float[Array, ""], deterministic: bool) -> Map:
+        cfg, std, dtype = self.config, self.config.initializer_range, self.dtype
+        border = (_KERNEL_SIZE // 2, _KERNEL_SIZE // 2)
+        h_BxLxC = positions(
+            DepthwiseConv(_KERNEL_SIZE, 1, border, std, dtype, use_bias=True, name="dwconv")(
+                x_BxYxXxC
+            )
+        )
+        h_BxLxC = LayerNorm(_EPSILON, dtype, name="layernorm")(h_BxLxC)
+        h_BxLxF = dense(4 * self.width, name="pwconv1", init_std=std, dtype=dtype)(h_BxLxC)
+        h_BxLxF = activation(cfg.hidden_act)(h_BxLxF)
+        if cfg.response_norm:
+            h_BxLxF = GlobalResponseNorm(name="grn")(h_BxLxF)
+        h_BxLxC = dense(self.width, name="pwconv2", init_std=std, dtype=dtype)(h_BxLxF)
+        if cfg.layer_scale is not None:
+            h_BxLxC = LayerScale(cfg.layer_scale, name="layer_scale")(h_BxLxC)
+        if cfg.drop_path_rate and not deterministic:
+            row_shape = (len(h_BxLxC), 1, 1)  # a whole row is dropped or kept (1603.09382)
+            h_BxLxC = drop(h_BxLxC, rate, self.make_rng("dropout"), row_shape)
+        x_BxYxXxC = x_BxYxXxC + h_BxLxC.reshape(x_BxYxXxC.shape)
+        self.sow("intermediates", "hidden_state", x_BxYxXxC)
+        return x_BxYxXxC
+
+
+class GlobalResponseNorm(nn.Module):
+    """Scales each feature by its length over all positions, relative to that of the others
+    (2301.00808, section 3.2). Computed in float32."""
+
+    @nn.compact
+    def __call__(self, x_BxLxF: Float[Array, "B L F"]) -> Float[Array, "B L F"]:
+        shape, zeros = (1, 1, 1, x_BxLxF.shape[-1]), nn.initializers.zeros
+        weight_1x1xF, bias_1x1xF = (
+            jnp.squeeze(self.param(name, zeros, shape), 0).astype(jnp.float32)
+            for name in ("weight", "bias")
+        )
+        h_BxLxF = x_BxLxF.astype(jnp.float32)
+        squared_Bx1xF = jnp.square(h_BxLxF).sum(1, keepdims=True)
+        # Of a feature that is 0 everywhere the gradient is 0, as in torch, not that of sqrt.
+        nonzero = squared_Bx1xF > 0
+        length_Bx1xF = jnp.where(nonzero, jnp.sqrt(jnp.where(nonzero, squared_Bx1xF, 1.0)), 0.0)
+        relative_Bx1xF = length_Bx1xF / (length_Bx1xF.mean(-1, keepdims=True) + 1e-6)
+        h_BxLxF = weight_1x1xF * (h_BxLxF * relative_Bx1xF) + bias_1x1xF + h_BxLxF
+        return h_BxLxF.astype(x_BxLxF.dtype)
+
+
+def _normed(x_BxYxXxC: Map, name: str, dtype: Any) -> Map:
+    return LayerNorm(_EPSILON, dtype, name=name)(positions(x_BxYxXxC)).reshape(x_BxYxXxC.shape)

@@ -1,0 +1,133 @@
+"""DINOv3's vision transformer (https://arxiv.org/abs/2508.10104), numerically Hugging Face's DINOv3ViTModel.
+
+Dims: B batch, L tokens, N patches, K width of a head, I = K / 4.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lit_jax.errors import UserError
+from lit_jax.models.dinov2 import Dinov2
+from lit_jax.models.patches import EmbeddingsConfig, Size
+from lit_jax.models.transformer import BlockConfig, Rotary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dinov3Config:
+    """The fields of config.json that change a number; names and defaults are Hugging Face's."""
+
+    model_type: str = "dinov3_vit"
+    hidden_size: int = 384
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 6
+    intermediate_size: int = 1536
+    hidden_act: str = "gelu"
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    image_size: Size = 224  # pixels; a pair is (height, width)
+    patch_size: Size = 16
+    num_channels: int = 3
+    query_bias: bool = True
+    key_bias: bool = False
+    value_bias: bool = True
+    proj_bias: bool = True
+    mlp_bias: bool = True
+    use_gated_mlp: bool = False
+    layerscale_value: float = 1.0
+    drop_path_rate: float = 0.0
+    num_register_tokens: int = 0
+    rope_theta: float = 100.0
+    # How the coordinates of a batch are changed at random when it is trained on.
+    pos_embed_shift: float | None = None  # by up to so much up or down, left or right
+    pos_embed_jitter: float | None = None  # up to so many times, or so many parts, each of the two
+    pos_embed_rescale: float | None = 2.0  # the same for both together
+
+    @property
+    def embeddings(self) -> EmbeddingsConfig:
+        return EmbeddingsConfig(
+            width=self.hidden_size,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            num_channels=self.num_channels,
+            init_std=self.initializer_range,
+            registers=self.num_register_tokens,
+            positions=False,
+            mask_token=(1, 1, self.hidden_size),
+        )
+
+    @property
+    def block(self) -> BlockConfig:
+        biases = {
+            "query": self.query_bias,
+            "key": self.key_bias,
+            "value": self.value_bias,
+            "output": self.proj_bias,
+            **dict.fromkeys(("gate", "up", "down", "fc1", "fc2"), self.mlp_bias),
+        }
+        return BlockConfig(
+            depth=self.num_hidden_layers,
+            width=self.hidden_size,
+            num_heads=self.num_attention_heads,
+            mlp_width=self.intermediate_size,
+            activation=self.hidden_act,
+            norm_epsilon=self.layer_norm_eps,
+            norm_first=True,
+            init_std=self.initializer_range,
+            without_bias=tuple(name for name, has_bias in biases.items() if not has_bias),
+            gated_mlp=self.use_gated_mlp,
+            attention_dropout=self.attention_dropout,
+            layer_scale=self.layerscale_value,
+            drop_path=self.drop_path_rate,
+            drop_path_rises=False,
+        )
+
+
+class Dinov3(Dinov2):
+    """The image tower: a DINOv2 that has its positions in the attention, as angles."""
+
+    config: Dinov3Config
+
+    def _rotary(self, grid: tuple[int, int], deterministic: bool) -> Rotary:
+        cfg = self.config
+        head_width = cfg.hidden_size // cfg.num_attention_heads
+        if head_width % 4:
+            raise UserError(
+                f"The model's config.json has hidden_size {cfg.hidden_size} with num_attention_heads "
+                f"{cfg.num_attention_heads}, and a DINOv3 wants a multiple of 4 for each head; correct it."
+            )
+        coordinates_Nx2 = centres(grid)
+        if not deterministic:
+            coordinates_Nx2 = self._moved(coordinates_Nx2)
+        frequency_I = cfg.rope_theta ** -np.arange(0, 1, 4 / head_width)
+        angle_Nx2xI = 2 * np.pi * coordinates_Nx2[:, :, None] * jnp.float32(frequency_I)[None, None]
+        angle_NxK = jnp.tile(angle_Nx2xI.reshape(len(coordinates_Nx2), -1), (1, 2))
+        # The tokens in front of the patches are nowhere: not turned.
+        angle_LxK = jnp.pad(angle_NxK, ((cfg.embeddings.leading, 0), (0, 0)))
+        return Rotary(jnp.cos(angle_LxK), jnp.sin(angle_LxK))
+
+    def _moved(self, coordinates_Nx2: Float[Array, "N 2"]) -> Float[Array, "N 2"]:
+        """Coordinates that training makes the model insensitive to, alike for all images of a batch."""
+
+        def uniform(bound: float, shape: tuple[int, int]) -> Array:
+            return jax.random.uniform(self.make_rng("dropout"), shape, minval=-bound, maxval=bound)
+
+        cfg = self.config
+        if cfg.pos_embed_shift is not None:
+            coordinates_Nx2 += uniform(cfg.pos_embed_shift, (1, 2))
+        if cfg.pos_embed_jitter is not None:
+            coordinates_Nx2 *= jnp.exp(uniform(math.log(cfg.pos_embed_jitter), (1, 2)))
+        if cfg.pos_embed_rescale is not None:
+            coordinates_Nx2 *= jnp.exp(uniform(math.log(cfg.pos_embed_rescale), (1, 1)))
+        return coordinates_Nx2
+
+
+def centres(grid: tuple[int, int]) -> Float[Array, "N 2"]:
+    """Where the middles of the patches are, down and to the right, from -1 to 1 in the whole image."""
+    axes = [(2 * np.arange(size) + 1) / size - 1 for size in grid]
+    return jnp.stack(jnp.meshgrid(*map(jnp.float32, axes), indexing="ij"), -1).reshape(-1, 2)

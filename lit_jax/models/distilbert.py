@@ -1,0 +1,67 @@
+"""DistilBERT (https://arxiv.org/abs/1910.01108), numerically Hugging Face's DistilBertModel.
+
+A BERT without token types and pooler, whose config.json has other names.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+from lit_jax.config import Pooling
+from lit_jax.models.bert import Bert, EmbeddingConfig
+from lit_jax.models.transformer import BlockConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistilBertConfig:
+    """The fields of config.json that change a number; names and defaults are Hugging Face's."""
+
+    model_type: str = "distilbert"
+    vocab_size: int = 30522
+    max_position_embeddings: int = 512
+    sinusoidal_pos_embds: bool = False  # at the start; they are trained like others
+    n_layers: int = 6
+    n_heads: int = 12
+    dim: int = 768
+    hidden_dim: int = 4 * 768
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    activation: str = "gelu"
+    initializer_range: float = 0.02
+
+    @property
+    def block(self) -> BlockConfig:
+        return BlockConfig(
+            depth=self.n_layers,
+            width=self.dim,
+            num_heads=self.n_heads,
+            mlp_width=self.hidden_dim,
+            activation=self.activation,
+            norm_epsilon=1e-12,
+            norm_first=False,
+            init_std=self.initializer_range,
+            attention_dropout=self.attention_dropout,
+            output_dropout=0.0,  # unlike BERT
+            mlp_dropout=self.dropout,
+        )
+
+    @property
+    def embedding(self) -> EmbeddingConfig:
+        return EmbeddingConfig(
+            vocab_size=self.vocab_size,
+            positions=self.max_position_embeddings,
+            dropout=self.dropout,
+            sinusoidal=self.sinusoidal_pos_embds,
+        )
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that a text can have."""
+        return self.embedding.max_length
+
+
+class DistilBert(Bert):
+    """The text tower."""
+
+    config: DistilBertConfig
+
+    poolings: ClassVar[tuple[Pooling, ...]] = ("cls", "mean")

@@ -1,0 +1,306 @@
+"""EfficientNet (https://arxiv.org/abs/1905.11946), numerically Hugging Face's EfficientNetModel, and the
+image tower of ALIGN (https://arxiv.org/abs/2102.05918), its AlignVisionModel.
+
+Dims: B batch, HxW pixels, YxX positions of a feature map, L = Y * X positions of the last one,
+C channels, D width of the last map, N depth.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lit_jax.distributed.mesh import shard_batch
+from lit_jax.errors import UserError
+from lit_jax.models.convolutions import (
+    BatchNorm,
+    DepthwiseConv,
+    Map,
+    NewMap,
+    PointwiseConv,
+    positions,
+    scan_blocks,
+)
+from lit_jax.models.layers import TowerOutput, activation, drop
+from lit_jax.models.patches import ImageTower, Size, check_channels
+
+# Hugging Face leaves torch's default where a block is made wider, and elsewhere takes the config's.
+_EXPANSION_MOMENTUM = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    width: int  # of what comes in
+    new_width: int
+    expand_ratio: int
+    kernel_size: int
+    stride: int
+    padding: tuple[int, int]
+
+    @property
+    def following(self) -> "BlockConfig":
+        """Any further block of a stage of which this is the first."""
+        return dataclasses.replace(
+            self, width=self.new_width, stride=1, padding=_same(self.kernel_size)
+        )
+
+
+def _same(kernel_size: int) -> tuple[int, int]:
+    """The padding, before and after, that keeps the size of a map."""
+    return (kernel_size - 1) // 2, kernel_size // 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EfficientNetConfig:
+    """The fields of config.json that change a number; names and defaults are Hugging Face's."""
+
+    model_type: str = "efficientnet"
+    num_channels: int = 3
+    image_size: Size = 600
+    width_coefficient: float = 2.0
+    depth_coefficient: float = 3.1
+    depth_divisor: int = 8
+    kernel_sizes: tuple[int, ...] = (3, 3, 5, 3, 5, 5, 3)
+    in_channels: tuple[int, ...] = (32, 16, 24, 40, 80, 112, 192)
+    out_channels: tuple[int, ...] = (16, 24, 40, 80, 112, 192, 320)
+    depthwise_padding: tuple[int, ...] = ()  # indices of blocks that are padded alike on all sides
+    strides: tuple[int, ...] = (1, 2, 2, 2, 1, 2, 1)
+    num_block_repeats: tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)
+    expand_ratios: tuple[int, ...] = (1, 6, 6, 6, 6, 6, 6)
+    squeeze_expansion_ratio: float = 0.25
+    hidden_act: str = "swish"
+    pooling_type: str = "mean"
+    initializer_range: float = 0.02
+    batch_norm_eps: float = 0.001
+    # As in torch the share of the batch in a new running statistic: nearly all. The 0.99 is that of
+    # TensorFlow, where it is the share of the old one; to train as there, override it with 0.01.
+    batch_norm_momentum: float = 0.99
+    drop_connect_rate: float = 0.2
+
+    @property
+    def has_top(self) -> bool:
+        """Whether a last convolution widens the map."""
+        return True
+
+    def channels(self, base: int) -> int:
+        """The width of what is `base` wide in EfficientNet-B0: a multiple of depth_divisor near to
+        `base` times the coefficient, and no less than 0.9 of that."""
+        wanted, divisor = base * self.width_coefficient, self.depth_divisor
+        rounded = max(divisor, int(wanted + divisor / 2) // divisor * divisor)
+        return rounded + divisor if rounded < 0.9 * wanted else rounded
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """How many blocks each stage has."""
+        return tuple(math.ceil(self.depth_coefficient * n) for n in self.num_block_repeats)
+
+    def first_block(self, stage: int) -> BlockConfig:
+        size, stride = self.kernel_sizes[stage], self.strides[stage]
+        if stride == 1:
+            padding = _same(size)
+        elif sum(self.depths[:stage]) in self.depthwise_padding:
+            padding = (size // 2, size // 2)
+        else:
+            padding = (size // 2 - 1, size // 2)
+        return BlockConfig(
+            width=self.channels(self.in_channels[stage]),
+            new_width=self.channels(self.out_channels[stage]),
+            expand_ratio=self.expand_ratios[stage],
+            kernel_size=size,
+            stride=stride,
+            padding=padding,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AlignVisionConfig(EfficientNetConfig):
+    model_type: str = "align_vision_model"
+
+    @property
+    def has_top(self) -> bool:
+        return False
+
+
+class EfficientNet(ImageTower):
+    """The image tower. Its pooler is the mean, or the largest value, of each channel."""
+
+    config: EfficientNetConfig
+
+    poolings = ("pooler", "mean")
+
+    @nn.compact
+    def __call__(
+        self, pixel_values_BxHxWxC: Float[Array, "B H W C"], *, deterministic: bool = True
+    ) -> TowerOutput:
+        """Pixels, normalised by the image processor, to the positions of the last map and a pooled
+        vector. Images may have any size.
+
+        Not `deterministic`: dropout, with the rng 'dropout', and normalisation by the statistics of the
+        batch; see `BatchNorm` for the collection 'batch_stats'.
+        """
+        cfg = self.config
+        check_channels(pixel_values_BxHxWxC, cfg.num_channels)
+        x_BxYxXxC = _conv_norm(
+            cfg,
+            functools.partial(
+                nn.Conv,
+                cfg.channels(32),
+                (3, 3),
+                strides=2,
+                padding=((0, 1), (0, 1)),
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.normal(cfg.initializer_range),
+            ),
+            self.dtype,
+            "embeddings",
+        )(pixel_values_BxHxWxC, deterministic)
+        x_BxYxXxD = Encoder(cfg, self.dtype, name="encoder")(x_BxYxXxC, deterministic)
+        x_BxLxD = positions(x_BxYxXxD)
+        if cfg.pooling_type not in ("mean", "max"):
+            raise UserError(
+                f"The model's config.json has pooling_type {cfg.pooling_type!r}, which lit_jax does not "
+                "have; correct it to 'mean' or 'max'."
+            )
+        if self.pooling == "pooler" and cfg.pooling_type == "max":
+            # The gradient of max() is NaN where the compiler computes x twice and rounds it differently.
+            top_Bx1xD = x_BxLxD.argmax(1, keepdims=True)
+            pooled_BxD = jnp.squeeze(jnp.take_along_axis(x_BxLxD, top_Bx1xD, 1), 1)
+        else:
+            pooled_BxD = x_BxLxD.mean(1)
+        return TowerOutput(x_BxLxD, pooled_BxD)
+
+
+class Encoder(nn.Module):
+    """Stages of blocks: of each the first, `layer_N`, and the others, equal and scanned, `layer_from_N`,
+    where N counts the blocks of all stages.
+
+    The collection 'intermediates', where it is mutable, gets 'input', and of each block 'hidden_state',
+    its output.
+    """
+
+    config: EfficientNetConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxYxXxC: Map, deterministic: bool) -> NewMap:
+        cfg, n = self.config, 0
+        self.sow("intermediates", "input", x_BxYxXxC)
+        for stage, depth in enumerate(cfg.depths):
+            config = cfg.first_block(stage)
+            first = Block(cfg, config, self.dtype, name=f"layer_{n}")
+            x_BxYxXxC = shard_batch(first(x_BxYxXxC, None, deterministic))
+            if depth > 1:
+                others = Block(cfg, config.following, self.dtype, name=f"layer_from_{n + 1}")
+                rates_N = cfg.drop_connect_rate * np.arange(n + 1, n + depth) / sum(cfg.depths)
+                x_BxYxXxC = scan_blocks(others, x_BxYxXxC, rates_N, deterministic)
+            n += depth
+        if cfg.has_top:
+            conv = _pointwise(cfg, cfg.channels(1280), self.dtype)
+            x_BxYxXxC = _conv_norm(cfg, conv, self.dtype, "top")(x_BxYxXxC, deterministic)
+        return x_BxYxXxC
+
+
+class Block(nn.Module):
+    """An inverted bottleneck (1801.04381) with squeeze and excitation."""
+
+    config: EfficientNetConfig
+    block: BlockConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x_BxYxXxC: Map, rate: Float[Array, ""] | None, deterministic: bool
+    ) -> NewMap:
+        """What the block computes is added to the map after dropout with this rate; None: it replaces it."""
+        cfg, block, dtype = self.config, self.block, self.dtype
+        h = x_BxYxXxC
+        if block.expand_ratio != 1:
+            wide = _pointwise(cfg, block.width * block.expand_ratio, dtype)
+            expansion = _conv_norm(cfg, wide, dtype, "expansion", momentum=_EXPANSION_MOMENTUM)
+            h = expansion(h, deterministic)
+        depthwise = functools.partial(
+            DepthwiseConv,
+            block.kernel_size,
+            block.stride,
+            block.padding,
+            cfg.initializer_range,
+            dtype,
+        )
+        h = _conv_norm(cfg, depthwise, dtype, "depthwise")(h, deterministic)
+        squeezed = max(1, int(block.width * cfg.squeeze_expansion_ratio))
+        h = SqueezeExcite(cfg, squeezed, dtype, name="squeeze_excite")(h)
+        narrow = _pointwise(cfg, block.new_width, dtype)
+        h = _conv_norm(cfg, narrow, dtype, "projection", act="linear")(h, deterministic)
+        if rate is not None:
+            if cfg.drop_connect_rate and not deterministic:
+                # Of single values: what the config calls drop connect is plain dropout in Hugging Face's.
+                h = drop(h, rate, self.make_rng("dropout"), h.shape)
+            h = x_BxYxXxC + h
+        self.sow("intermediates", "hidden_state", h)
+        return h
+
+
+class SqueezeExcite(nn.Module):
+    """Scales each channel by what a small network makes of the means of all (1709.01507)."""
+
+    config: EfficientNetConfig
+    squeezed: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxYxXxC: Map) -> Map:
+        def conv(features: int, name: str) -> nn.Module:
+            return PointwiseConv(
+                features, self.config.initializer_range, self.dtype, use_bias=True, name=name
+            )
+
+        mean_Bx1x1xC = x_BxYxXxC.mean((1, 2), keepdims=True)
+        h = activation(self.config.hidden_act)(conv(self.squeezed, "reduce")(mean_Bx1x1xC))
+        return x_BxYxXxC * nn.sigmoid(conv(x_BxYxXxC.shape[-1], "expand")(h))
+
+
+class ConvNorm(nn.Module):
+    """A convolution, batch normalisation and an activation."""
+
+    make_convolution: Callable[..., nn.Module]
+    epsilon: float
+    momentum: float
+    act: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxYxXxC: Map, deterministic: bool) -> NewMap:
+        h = self.make_convolution(name="convolution")(x_BxYxXxC)
+        h = BatchNorm(self.epsilon, self.momentum, self.dtype, name="batchnorm")(h, deterministic)
+        return activation(self.act)(h)
+
+
+def _conv_norm(
+    cfg: EfficientNetConfig,
+    make_convolution: Callable[..., nn.Module],
+    dtype: Any,
+    name: str,
+    *,
+    momentum: float | None = None,
+    act: str | None = None,
+) -> ConvNorm:
+    """A ConvNorm with the config's momentum and activation where none is given."""
+    return ConvNorm(
+        make_convolution,
+        cfg.batch_norm_eps,
+        cfg.batch_norm_momentum if momentum is None else momentum,
+        cfg.hidden_act if act is None else act,
+        dtype,
+        name=name,
+    )
+
+
+def _pointwise(cfg: EfficientNetConfig, features: int, dtype: Any) -> Callable[..., nn.Module]:
+    return functools.partial(PointwiseConv, features, cfg.initializer_range, dtype)

@@ -1,0 +1,85 @@
+"""MPNet (https://arxiv.org/abs/2004.09297), numerically Hugging Face's MPNetModel.
+
+A BERT without token types that counts positions as RoBERTa does and that adds to the attention logits a
+learned number for each distance between tokens, the same in all blocks.
+
+Dims: B batch, L tokens, H heads, R rows of the table of those numbers.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lit_jax.errors import UserError
+from lit_jax.models.bert import (
+    Bert,
+    EmbeddingConfig,
+    PlainConfig,
+    counted_from,
+)
+
+# Hugging Face's code has these three numbers, whatever config.json says.
+_PADDING_ID = 1
+_BUCKETS = 32
+_FARTHEST = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MPNetConfig(PlainConfig):
+    """`position_ids` is no field of Hugging Face's; see bert.py."""
+
+    model_type: str = "mpnet"
+    vocab_size: int = 30527
+    relative_attention_num_buckets: int = 32  # rows of the table
+    position_ids: str = "input_ids"
+
+    @property
+    def embedding(self) -> EmbeddingConfig:
+        padding_id = counted_from(self.position_ids, _PADDING_ID)
+        return dataclasses.replace(super().embedding, padding_id=padding_id)
+
+
+class MPNet(Bert):
+    """The text tower. Its pooler is a trained head on the first token."""
+
+    config: MPNetConfig
+
+    def with_learned_bias(
+        self, bias: Float[Array, "B 1 #L L"], length: int
+    ) -> Float[Array, "B H L L"]:
+        cfg = self.config
+        if cfg.relative_attention_num_buckets < _BUCKETS:
+            raise UserError(
+                "The model's config.json has relative_attention_num_buckets="
+                f"{cfg.relative_attention_num_buckets}, but MPNet needs {_BUCKETS}; correct it."
+            )
+        table = nn.Embed(
+            cfg.relative_attention_num_buckets,
+            cfg.num_attention_heads,
+            embedding_init=nn.initializers.normal(cfg.initializer_range),
+            name="relative_attention_bias",
+        )
+        learned_LxLxH = table(distance_buckets(length)).astype(jnp.float32)
+        return bias + learned_LxLxH.transpose(2, 0, 1)[None]
+
+
+@functools.cache
+def distance_buckets(length: int) -> np.ndarray:
+    """The row of the table for token q (first axis) and token s: T5's buckets (1910.10683, section 2.1).
+
+    Half of the rows are for tokens before q, half for those after it. Of each half, the first half is
+    for one distance each; the others are for ranges that grow as a logarithm, up to `_FARTHEST`.
+    """
+    half, exact = _BUCKETS // 2, _BUCKETS // 4
+    ahead_LxL = np.arange(length)[None] - np.arange(length)[:, None]
+    distance_LxL = np.abs(ahead_LxL)
+    # float32 as in the reference: 16, 32 and 64 are where a range begins, so rounding decides.
+    ratio_LxL = np.maximum(distance_LxL, 1).astype(np.float32) / np.float32(exact)
+    share_LxL = np.log(ratio_LxL) / np.float32(np.log(_FARTHEST / exact))
+    range_LxL = exact + (share_LxL * np.float32(half - exact)).astype(int)
+    bucket_LxL = np.where(distance_LxL < exact, distance_LxL, np.minimum(range_LxL, half - 1))
+    return bucket_LxL + half * (ahead_LxL > 0)

@@ -1,0 +1,292 @@
+"""lit_jax.DualEncoder and its towers as the documentation of transformers uses theirs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import transformers as tr
+from PIL import Image
+
+import lit_jax
+from lit_jax.config import MeshConfig
+from lit_jax.distributed.mesh import batch_sharding, make_mesh, replicated
+from lit_jax.errors import UserError
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
+TEXT = {**SMALL, "vocab_size": 40, "max_position_embeddings": 20}
+IMAGE = {**SMALL, "image_size": 16, "patch_size": 8}
+CLIP_TEXT = {**TEXT, "eos_token_id": 39}
+EFFICIENTNET = {
+    "image_size": 32,
+    "depth_coefficient": 0.5,
+    "in_channels": [32, 8],
+    "out_channels": [8, 16],
+    "kernel_sizes": [3, 3],
+    "strides": [1, 2],
+    "num_block_repeats": [1, 2],
+    "expand_ratios": [1, 2],
+    "hidden_dim": 16,
+    "depthwise_padding": [],
+    "width_coefficient": 1.0,
+}
+
+
+def vision_text(vision, text):
+    return tr.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=8)
+
+
+# By name: the config of a tiny dual encoder of its kind.
+CONFIGS = {
+    "vit-bert": lambda: vision_text(tr.ViTConfig(**IMAGE), tr.BertConfig(**TEXT)),
+    "clip-roberta": lambda: vision_text(
+        tr.CLIPVisionConfig(**IMAGE), tr.RobertaConfig(**TEXT, pad_token_id=1)
+    ),
+    "clip": lambda: tr.CLIPConfig(text_config=CLIP_TEXT, vision_config=IMAGE, projection_dim=8),
+    "siglip": lambda: tr.SiglipConfig(text_config=TEXT, vision_config=IMAGE),
+    "altclip": lambda: tr.AltCLIPConfig(
+        text_config={**TEXT, "project_dim": 12}, vision_config=IMAGE, projection_dim=8
+    ),
+    "chinese_clip": lambda: tr.ChineseCLIPConfig(
+        text_config=TEXT, vision_config=IMAGE, projection_dim=8
+    ),
+    "align": lambda: tr.AlignConfig(
+        text_config=TEXT, vision_config=EFFICIENTNET, projection_dim=16
+    ),
+}
+
+
+def inputs_for(config, pairs=3):
+    """What a processor makes of pairs: NumPy, int64, channels first, texts of different lengths."""
+    random = np.random.default_rng(0)
+    length = 7
+    mask = np.arange(length) < np.arange(length, length - pairs, -1)[:, None]
+    ids = np.where(mask, random.integers(3, 39, (pairs, length)), 1)
+    ids[np.arange(pairs), mask.sum(1) - 1] = 39  # end of text
+    size = config.vision_config.image_size
+    pixels = random.normal(size=(pairs, 3, size, size)).astype(np.float32)
+    return {"input_ids": ids, "attention_mask": mask.astype(int), "pixel_values": pixels}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lit_jax.DualEncoder.from_config(CONFIGS["vit-bert"]())
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return inputs_for(CONFIGS["vit-bert"]())
+
+
+def assert_same_params(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_kind_computes_what_pytorch_computes_and_goes_back(tmp_path, name):
+    import torch
+
+    torch.manual_seed(0)
+    config = CONFIGS[name]()
+    theirs = tr.AutoModel.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = lit_jax.DualEncoder.from_pretrained(tmp_path / "theirs")
+    inputs = inputs_for(config)
+    asked = {"return_loss": True, "output_hidden_states": True, "output_attentions": True}
+    output = ours(**inputs, **asked)
+    with torch.no_grad():
+        expected = theirs(**{key: torch.tensor(value) for key, value in inputs.items()}, **asked)
+    for key in ("loss", "logits_per_image", "logits_per_text", "text_embeds", "image_embeds"):
+        np.testing.assert_allclose(output._asdict()[key], expected[key], atol=1e-4, err_msg=key)
+    for key in ("text_model_output", "vision_model_output"):
+        # Theirs of a whole CLIP says pooler_output to the embedding.
+        compare_towers(output._asdict()[key], expected[key], pooled=False)
+
+    ours.save_pretrained(tmp_path / "ours")
+    again, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values()), info
+    written, original = (
+        safetensors.numpy.load_file(tmp_path / folder / "model.safetensors")
+        for folder in ("ours", "theirs")
+    )
+    for key in original.keys() & written.keys():
+        np.testing.assert_array_equal(written[key], original[key], err_msg=key)
+    with torch.no_grad():
+        after = again(**{key: torch.tensor(value) for key, value in inputs.items()})
+    np.testing.assert_allclose(after.logits_per_image, expected.logits_per_image, atol=1e-5)
+    read_back = lit_jax.DualEncoder.from_pretrained(tmp_path / "ours")
+    assert_same_params(read_back.params, ours.params)
+    assert ours.config.to_dict().keys() <= read_back.config.to_dict().keys()
+
+
+def compare_towers(ours, theirs, *, pooled=True):
+    hidden = theirs.last_hidden_state
+    if hidden.ndim == 4:  # a map of features
+        hidden = hidden.flatten(2).mT
+    np.testing.assert_allclose(ours.last_hidden_state, hidden, atol=1e-4)
+    if pooled and theirs.pooler_output is not None:
+        np.testing.assert_allclose(ours.pooler_output, theirs.pooler_output, atol=1e-4)
+    if ours.hidden_states is not None:
+        for ours_, theirs_ in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+            np.testing.assert_allclose(ours_, theirs_, atol=1e-4)
+        for ours_, theirs_ in zip(ours.attentions, theirs.attentions, strict=True):
+            np.testing.assert_allclose(ours_, theirs_, atol=1e-5)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    ("name", "text_class", "vision_class"),
+    [
+        ("align", "AlignTextModel", "AlignVisionModel"),
+        ("altclip", "AltCLIPTextModel", "AltCLIPVisionModel"),
+        ("clip", "CLIPTextModel", "CLIPVisionModel"),
+        ("siglip", "SiglipTextModel", "SiglipVisionModel"),
+    ],
+)
+def test_towers_alone_compute_what_pytorch_computes(tmp_path, name, text_class, vision_class):
+    """Read from the folder of the whole, and from a folder of their own."""
+    import torch
+
+    config = CONFIGS[name]()
+    whole = tr.AutoModel.from_config(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    inputs = inputs_for(config)
+    pixels = {"pixel_values": inputs.pop("pixel_values")}
+    for ours, theirs, class_, batch in (
+        (lit_jax.TextModel, whole.text_model, text_class, inputs),
+        (lit_jax.VisionModel, whole.vision_model, vision_class, pixels),
+    ):
+        with torch.no_grad():
+            expected = theirs(**{key: torch.tensor(value) for key, value in batch.items()})
+        compare_towers(ours.from_pretrained(tmp_path / "whole")(**batch), expected)
+        alone = getattr(tr, class_)(theirs.config)
+        alone.load_state_dict(theirs.state_dict())
+        alone.save_pretrained(tmp_path / class_)
+        compare_towers(ours.from_pretrained(tmp_path / class_)(**batch), expected)
+
+
+def test_calls_are_functions_of_jax(model, inputs):
+    ids, mask, pixels = (
+        jnp.asarray(inputs[key]) for key in ("input_ids", "attention_mask", "pixel_values")
+    )
+    output = model(ids, pixels, mask, return_loss=True)
+    assert output.logits_per_image.shape == (3, 3)
+    np.testing.assert_array_equal(output.logits_per_text, output.logits_per_image.T)
+
+    jitted = jax.jit(lambda params: model(ids, pixels, mask, params=params, return_loss=True))
+    np.testing.assert_allclose(jitted(model.params).loss, output.loss, rtol=1e-5)
+
+    features = model.get_image_features(pixels)
+    one_by_one = jax.vmap(lambda image: model.get_image_features(image[None])[0])(pixels)
+    np.testing.assert_allclose(one_by_one, features, atol=1e-5)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    np.testing.assert_allclose(unit, output.image_embeds, atol=1e-6)
+
+    grads = jax.jit(jax.grad(lambda params: jitted(params).loss))(model.params)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads["visual_projection"]))
+    # Gradient of the log of the scale: against a difference.
+    moved = model.params | {"logit_scale": model.params["logit_scale"] + 1e-2}
+    difference = (jitted(moved).loss - output.loss) / 1e-2
+    np.testing.assert_allclose(grads["logit_scale"], difference, rtol=5e-2)
+
+
+def test_on_a_mesh_the_numbers_are_the_same(model):
+    inputs = inputs_for(model.config, pairs=4)
+    expected = model(**inputs)
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:2])
+    params = jax.device_put(model.params, replicated(mesh))
+    batch = {
+        key: jax.device_put(jnp.asarray(value), batch_sharding(mesh))
+        for key, value in inputs.items()
+    }
+    with jax.set_mesh(mesh):
+        output = jax.jit(lambda params, batch: model(**batch, params=params))(params, batch)
+    np.testing.assert_allclose(output.logits_per_image, expected.logits_per_image, atol=1e-5)
+
+
+def test_optional_inputs_count(model, inputs):
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    plain = model(ids, pixels).text_embeds
+    for extra in (
+        {"attention_mask": inputs["attention_mask"]},
+        {"token_type_ids": np.ones_like(ids)},
+        {"position_ids": np.arange(7)[None].repeat(3, 0) + 1},
+    ):
+        assert np.abs(model(ids, pixels, **extra).text_embeds - plain).max() > 1e-4, extra
+        same = model.get_text_features(ids, **extra)
+        unit = same / np.linalg.norm(same, axis=1, keepdims=True)
+        np.testing.assert_allclose(unit, model(ids, pixels, **extra).text_embeds, atol=1e-6)
+
+
+def test_dropout_is_on_when_a_key_is_given(model, inputs):
+    ids = inputs["input_ids"]
+    key = jax.random.key(0, impl="rbg")
+    plain, dropped = (model.get_text_features(ids, dropout_rng=rng) for rng in (None, key))
+    assert np.abs(plain - dropped).max() > 1e-4
+
+
+def test_a_model_of_two_pretrained_towers(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path / "whole")
+    model.vision_model.save_pretrained(tmp_path / "vision")
+    pair = lit_jax.DualEncoder.from_vision_text_pretrained(
+        tmp_path / "vision", tmp_path / "whole", projection_dim=4, logit_scale_init_value=1.0
+    )
+    assert_same_params(pair.params["vision_model"], model.params["vision_model"])
+    assert_same_params(pair.params["text_model"], model.params["text_model"])
+    assert pair.config.projection_dim == 4
+    assert pair.params["visual_projection"]["kernel"].shape == (16, 4)
+    assert pair.params["logit_scale"] == 1.0
+    assert pair(**inputs).text_embeds.shape == (3, 4)
+    pair.save_pretrained(tmp_path / "pair")
+    again = lit_jax.DualEncoder.from_pretrained(tmp_path / "pair")
+    assert_same_params(again.params, pair.params)
+
+
+def test_bfloat16_is_close(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path)
+    half = lit_jax.DualEncoder.from_pretrained(tmp_path, dtype="bfloat16")(**inputs)
+    full = model(**inputs)
+    assert half.image_embeds.dtype == jnp.float32
+    assert 0 < np.abs(half.image_embeds - full.image_embeds).max() < 0.03
+
+
+def test_the_example_of_the_documentation(model, tmp_path):
+    """Two images, two texts, softmax over logits_per_image, all from one local folder."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "dog"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    processor = tr.VisionTextDualEncoderProcessor(
+        tr.ViTImageProcessorPil(size={"height": 16, "width": 16}),
+        tr.BertTokenizer(str(tmp_path / "vocab.txt")),
+    )
+    model.save_pretrained(tmp_path / "vit-bert", processor)
+
+    folder = str(tmp_path / "vit-bert")
+    model = lit_jax.DualEncoder.from_pretrained(folder)
+    processor = tr.VisionTextDualEncoderProcessor.from_pretrained(folder)
+    images = [Image.new("RGB", (40, 30), color) for color in ("orange", "brown")]
+    texts = ["a photo of a cat", "a photo of a dog"]
+    inputs = processor(text=texts, images=images, return_tensors="np", padding=True)
+    outputs = model(**inputs, return_loss=True)
+    probabilities = jax.nn.softmax(outputs.logits_per_image, axis=1)
+    assert probabilities.shape == (2, 2)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-6)
+    assert np.isfinite(outputs.loss)
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        lit_jax.DualEncoder.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="model is 'no/such', which is no folder here"):
+        lit_jax.TextModel.from_pretrained("no/such")
+    with pytest.raises(AttributeError, match="no attribute 'Dual'"):
+        lit_jax.Dual  # noqa: B018
