@@ -1,11 +1,12 @@
 """Measures a model: python -m lit_jax.evaluate --workdir=DIR, or --model=FOLDER_OR_HUB_ID
 
     --workdir=DIR                       the evaluations of the run's own config, at its latest checkpoint
+                                        or that of --step=N
     --data=FOLDER --classes=FILE.json   zero-shot classification of other data, with either model
     --data=FOLDER                       image-text retrieval on other data, with either model
 
-Prints a table, and writes the numbers to --output as flat JSON: for a run's own evaluations into its
-results.json if not told otherwise.
+Prints a table, and writes the numbers to --output as flat JSON: for a run's own evaluations, at its latest
+checkpoint, into its results.json if not told otherwise.
 Exit codes: 0 done, 2 bad input.
 """
 
@@ -13,7 +14,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -27,6 +28,7 @@ from lit_jax.distributed.mesh import make_mesh, replicated
 from lit_jax.errors import UserError
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.evals.runner import open_evals, run, table
+from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.training.run import load_run, read_config, write_json
 from lit_jax.weights.hub import local_folder
 from lit_jax.weights.load import load_dual_encoder
@@ -43,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, config in evals.items()
         }
     prepared = open_evals(evals)  # before the weights: its errors should not take minutes
-    encoder, params = _load_run(args.workdir) if args.workdir else _load_folder(args.model)
+    encoder, params = (
+        _load_run(args.workdir, args.step) if args.workdir else _load_folder(args.model)
+    )
     metrics = run(prepared, encoder, params)
     if process.is_primary():
         print(table(metrics))
@@ -59,7 +63,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", type=Path, help="folder of a training run")
-    model.add_argument("--model", help="folder or Hub id of a VisionTextDualEncoder")
+    model.add_argument("--model", help="folder or Hub id of a dual encoder")
+    parser.add_argument("--step", type=int, help="of the checkpoint; the latest if not given")
     parser.add_argument("--data", help="folder with captions.jsonl, or with prepared TFDS data")
     parser.add_argument("--split", help="of --data, if it has splits")
     for key in ("image_key", "caption_key", "label_key"):
@@ -69,7 +74,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     _check(args)
-    if args.workdir and not args.data:
+    if args.workdir and not args.data and args.step is None:
         args.output = args.output or args.workdir / "results.json"
     return args
 
@@ -79,6 +84,8 @@ def _check(args: argparse.Namespace) -> None:
     about_data = ("split", "image_key", "caption_key", "label_key", "classes")
     if alone := [f"--{name}" for name in about_data if getattr(args, name) and not args.data]:
         raise UserError(f"{' and '.join(alone)} tell about --data, which is missing; give both.")
+    if args.model and args.step is not None:
+        raise UserError("--step chooses a checkpoint of --workdir; leave it out with --model.")
     if args.model and not args.data:
         raise UserError("--model has no evaluations of its own; give --data (and --classes) too.")
     if args.batch_size is not None and args.batch_size < 1:
@@ -103,33 +110,27 @@ def _evals_of_run(workdir: Path) -> dict[str, EvalConfig]:
     return config.evals
 
 
-def _load_run(workdir: Path) -> tuple[Encoder, Params]:
-    trained = load_run(workdir)
-    encoder = Encoder(
-        module=trained.module,
-        mesh=trained.mesh,
-        image_transform=trained.setup.image_transform,
-        tokenizer=trained.setup.tokenizer,
-    )
-    return encoder, trained.params
+def _load_run(workdir: Path, step: int | None) -> tuple[Encoder, Params]:
+    trained = load_run(workdir, step=step)
+    return Encoder.of_setup(trained.setup), trained.params
 
 
 def _load_folder(model: str) -> tuple[Encoder, Params]:
     folder = local_folder(model, config_key="--model")
-    module, params, hf_config, _ = load_dual_encoder(folder, dtype="float32")
+    module, params, _, _ = load_dual_encoder(folder, dtype="float32")
     mesh = make_mesh(MeshConfig())
     encoder = Encoder(
         module=module,
         mesh=mesh,
         image_transform=ImageTransform.from_folder(folder),
-        tokenizer=load_tokenizer(folder, max_length=_text_length(folder, hf_config)),
+        tokenizer=load_tokenizer(folder, max_length=_text_length(folder, module)),
     )
     return encoder, jax.device_put(params, replicated(mesh))
 
 
-def _text_length(folder: Path, hf_config: Mapping) -> int:
+def _text_length(folder: Path, module: DualEncoderModule) -> int:
     """As many tokens as the tokenizer was saved with, and no more than the text model has positions."""
-    positions = hf_config["text_config"]["max_position_embeddings"]
+    positions = module.text_model.config.max_length
     path = folder / "tokenizer_config.json"
     saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return min(positions, saved.get("model_max_length", positions))

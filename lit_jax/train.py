@@ -17,6 +17,7 @@ from lit_jax.distributed import process
 from lit_jax.evals import runner
 from lit_jax.evals.encode import Encoder
 from lit_jax.evals.report import write_demo_report
+from lit_jax.training.disk import writing
 from lit_jax.training.loop import train
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.run import Run, write_json
@@ -48,17 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def finish(config: Config, workdir: Path, run: Run, evals: list[runner.PreparedEval]) -> None:
     """The final evaluations, results.json, the report, and what the user sees last."""
-    encoder = Encoder(
-        module=run.module,
-        mesh=run.mesh,
-        image_transform=run.setup.image_transform,
-        tokenizer=run.setup.tokenizer,
-    )
+    encoder = Encoder.of_setup(run.setup)
     results = runner.run(evals, encoder, run.params)
-    if config.report == "demo":
-        write_demo_report(workdir / "report", encoder, run.params, read_metrics(workdir))
+    with writing(workdir):
+        if config.report == "demo":
+            write_demo_report(workdir / "report", encoder, run.params, read_metrics(workdir))
+        if process.is_primary():
+            write_json(workdir / "results.json", results)
     if process.is_primary():
-        write_json(workdir / "results.json", results)
         print(runner.table(results))
         for path in ("results.json", "metrics.jsonl", "checkpoints", "report"):
             if (workdir / path).exists():

@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import portpicker
 import pytest
 
 from lit_jax.config import default, parse
@@ -34,14 +38,16 @@ def _joined(monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of one step from scratch, and its folder."""
+    """A run of two steps from scratch, both saved, parameters split over fsdp, and its folder."""
     tower = tmp_path_factory.mktemp("vit")
     vit = {"model_type": "vit", "image_size": 32, "patch_size": 16, **TINY}
     (tower / "config.json").write_text(json.dumps(vit))
     shutil.copy(DEMO / "vit" / "preprocessor_config.json", tower)
     config = default()
     config.batch_size = 8
-    config.duration = "1 step"
+    config.duration = "2 steps"
+    config.checkpoint.every = "1 step"
+    config.mesh.fsdp = 2
     config.policy.lock = "uu"
     config.model.image.model = str(tower)
     config.model.text.model = str(DEMO / "bert")
@@ -82,6 +88,52 @@ def test_a_run_is_measured_by_its_own_evaluations(run, capsys):
     assert "zero_shot/unseen/mean_per_class_recall" in capsys.readouterr().out
 
 
+def test_any_checkpoint_of_a_run_is_measured(run, capsys):
+    """Its own numbers, which do not replace those of the run."""
+    _, workdir = run
+    assert main([f"--workdir={workdir}"]) == 0
+    latest, results = capsys.readouterr().out, (workdir / "results.json").read_text()
+    assert main([f"--workdir={workdir}", "--step=2"]) == 0
+    assert capsys.readouterr().out == latest
+    assert main([f"--workdir={workdir}", "--step=1"]) == 0
+    assert capsys.readouterr().out != latest
+    assert (workdir / "results.json").read_text() == results
+    assert main([f"--workdir={workdir}", "--step=3"]) == BAD_INPUT
+    assert "has no checkpoint of step 3; there are [1, 2]." in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_two_processes_print_what_one_prints(run, capsys):
+    """Two processes with four devices each, and one with eight."""
+    _, workdir = run
+    assert main([f"--workdir={workdir}"]) == 0
+    expected = capsys.readouterr().out
+    together = os.environ | {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{portpicker.pick_unused_port()}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_NUM_CPU_DEVICES": "4",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "lit_jax.evaluate", f"--workdir={workdir}"],
+            cwd=DEMO.parents[1],
+            env=together | {"JAX_PROCESS_ID": index},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in ("0", "1")
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    first, second = (
+        "".join(line for line in output.splitlines(keepends=True) if "[Gloo]" not in line)
+        for output in outputs
+    )
+    assert first == expected
+    assert second == ""
+
+
 def test_an_exported_folder_measures_as_its_run(run, exported, tmp_path):
     _, workdir = run
     for name, model in (("run", f"--workdir={workdir}"), ("folder", f"--model={exported}")):
@@ -108,6 +160,7 @@ def test_without_classes_it_is_retrieval(exported, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--model=x"], "--model has no evaluations of its own; give --data"),
+        (["--model=x", "--step=1", *UNSEEN], "--step chooses a checkpoint of --workdir"),
         (["--model=x", "--split=test"], "--split tell about --data, which is missing"),
         (["--model=x", "--split=a", "--classes=b"], "--split and --classes tell about --data"),
         (["--model=x", *UNSEEN, "--batch_size=0"], "--batch_size=0 is no batch"),

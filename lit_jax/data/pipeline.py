@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -43,7 +43,7 @@ class TrainStream:
     each epoch draws one. A bad sample is replaced by another one, drawn at random.
 
     Attributes:
-        bad_samples: how many this process has met since it started.
+        bad_samples: how many this process has met since the start of the run.
 
     Raises:
         UserError: the batch cannot be split evenly, or (from `next`) too many samples are bad.
@@ -96,13 +96,19 @@ class TrainStream:
         return batch
 
     def get_state(self) -> dict[str, int]:
-        """The position: of the batch that `next` would give, counted from the start of the run."""
-        return {"next_batch": self._next_batch}
+        """The position, counted from the start of the run: which batch `next` would give, and how many
+        samples, good and bad, this process has met before it."""
+        return {
+            "next_batch": self._next_batch,
+            "samples_read": self._samples_read,
+            "bad_samples": self.bad_samples,
+        }
 
-    def set_state(self, state: dict[str, int]) -> None:
+    def set_state(self, state: Mapping[str, int]) -> None:
         """Goes to a position that `get_state` gave, with these or other workers and processes."""
         self.close()
         self._open(state["next_batch"])
+        self._samples_read, self.bad_samples = state["samples_read"], state["bad_samples"]
 
     def close(self) -> None:
         """Stops threads and worker processes."""
@@ -129,10 +135,11 @@ class TrainStream:
                 log.warning("Bad sample %s is replaced by another: %s.", key, reason)
         fraction = self.bad_samples / self._samples_read
         if self._samples_read >= self._judge_after and fraction > self._config.max_bad_fraction:
-            key, reason = next(reversed(self._reasons.items()))
+            # None is known here if all of them came before the run was resumed.
+            examples = [f", for example {key}: {why}" for key, why in self._reasons.items()]
             raise UserError(
-                f"{self.bad_samples} of {self._samples_read} samples are bad ({fraction:.1%}), for example "
-                f"{key}: {reason}; mend the data or raise config.data.max_bad_fraction."
+                f"{self.bad_samples} of {self._samples_read} samples are bad ({fraction:.1%})"
+                f"{''.join(examples[-1:])}; mend the data or raise config.data.max_bad_fraction."
             )
 
 

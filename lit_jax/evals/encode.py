@@ -45,6 +45,16 @@ class Encoder:
     tokenizer: PreTrainedTokenizerBase
     batch_size: int = 256
 
+    @classmethod
+    def of_setup(cls, setup: Any) -> "Encoder":
+        """The encoder of a run's `training.setup.Setup`, which this room may not import."""
+        return cls(
+            module=setup.module,
+            mesh=setup.mesh,
+            image_transform=setup.image_transform,
+            tokenizer=setup.tokenizer,
+        )
+
     @property
     def rows(self) -> int:
         """The rows of every batch: `batch_size` rounded up to a multiple of the devices."""

@@ -51,14 +51,18 @@ class BlockConfig:
     without_bias: tuple[str, ...] = ()  # of query, key, value, output, what an MLP has, and norm
     norm_attention: bool = True  # else attention reads the tokens as they are
     gated_mlp: bool = False  # down(activation(gate(x)) * up(x)), not fc2(activation(fc1(x)))
-    bias_rows: int = 0  # of a table in each block, of which `bias` makes what is added to the logits
+    bias_rows: int = (
+        0  # of a table in each block, of which `bias` makes what is added to the logits
+    )
     attention_dropout: float = 0.0  # of the attention probabilities
     hidden_dropout: float = 0.0  # of the wide features inside the MLP
     output_dropout: float = 0.0  # of what attention adds to the tokens
     mlp_dropout: float = 0.0  # of what the MLP adds to them
     layer_scale: float | None = None  # first value of a factor for each feature of what is added
     drop_path: float = 0.0  # probability that the last block adds nothing
-    drop_path_rises: bool = True  # from 0 at the first block; else it is that of the last one in all
+    drop_path_rises: bool = (
+        True  # from 0 at the first block; else it is that of the last one in all
+    )
 
 
 class Encoder(nn.Module):

@@ -10,7 +10,7 @@ moment leaves the previous checkpoint as the latest.
 
 import contextlib
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from lit_jax.errors import UserError
+from lit_jax.training.disk import complete_steps, quiet_orbax, writing
 from lit_jax.training.step import State
 
 LIBRARIES = (
@@ -36,13 +37,17 @@ class Checkpoints:
     """The checkpoints of one run folder. Close it, or use it in `with`, to wait for the last save."""
 
     def __init__(self, workdir: Path, keep_last: int = 1, keep_every: int | None = None):
+        quiet_orbax()
         self._workdir = workdir
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(
-            _folder(workdir / "checkpoints"), options=options, item_names=("state", "data", "meta")
-        )
+        with self._writing():
+            self._manager = ocp.CheckpointManager(
+                (workdir / "checkpoints").resolve(),
+                options=options,
+                item_names=("state", "data", "meta"),
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -51,7 +56,7 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        with self._explain_failure():
+        with self._writing():
             self._manager.close()
 
     @property
@@ -66,7 +71,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         meta = {"config": config, "versions": versions()}
-        with self._explain_failure():
+        with self._writing():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -78,76 +83,58 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when all that was saved is on disk."""
-        with self._explain_failure():
+        with self._writing():
             self._manager.wait_until_finished()
 
-    def restore(
-        self, abstract_state: State, step: int | None = None
-    ) -> tuple[State, dict[str, Any]]:
-        """State and data position of a step (the latest), each array onto the sharding asked for.
-
-        Raises UserError if there is no such checkpoint.
-        """
-        step = self._existing(step)
+    def restore(self, abstract_state: State) -> tuple[State, dict[str, Any]]:
+        """State and data position of the latest step, each array onto the sharding asked for."""
         restored = self._manager.restore(
-            step,
+            self.latest,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
             ),
         )
         return restored["state"], restored["data"]
 
-    def restore_params(
-        self, abstract_params: Mapping[str, Any], step: int | None = None
-    ) -> tuple[int, Any]:
-        """The step (the latest) and its trainable parameters; the optimizer state is not read."""
-        step = self._existing(step)
-        path = _folder(self._workdir / "checkpoints" / str(step) / "state")
-        with ocp.PyTreeCheckpointer() as reader:
-            restored = reader.restore(
-                path,
-                args=ocp.args.PyTreeRestore(
-                    item={"params": abstract_params},
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(
-                        {"params": abstract_params}
-                    ),
-                    partial_restore=True,
-                ),
-            )
-        return step, restored["params"]
-
-    def _existing(self, step: int | None) -> int:
-        steps = sorted(self._manager.all_steps())
-        if not steps:
-            raise UserError(f"{self._workdir} holds no complete checkpoint; train it first.")
-        if step is not None and step not in steps:
-            raise UserError(f"{self._workdir} has no checkpoint of step {step}; there are {steps}.")
-        return steps[-1] if step is None else step
-
-    @contextlib.contextmanager
-    def _explain_failure(self) -> Iterator[None]:
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
         # Orbax and TensorStore raise many types for a full disk or lost rights, some from a thread.
-        try:
-            yield
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0][:300]
-            raise UserError(
-                f"A checkpoint could not be written to {self._workdir} ({reason}); the last good one is "
-                f"of step {self.latest}: make room or mend the folder, then run the same command again."
-            ) from error
+        return writing(self._workdir, Exception)
 
 
-def has_checkpoint(workdir: Path) -> bool:
-    """Whether a run has a complete checkpoint; Orbax gives it its step as a name when it is."""
-    return any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*"))
+def restore_params(
+    workdir: Path, abstract_params: Mapping[str, Any], step: int | None = None
+) -> tuple[int, Any]:
+    """The step (the latest) of a checkpoint and its trainable parameters alone.
+
+    Writes nothing, unlike `Checkpoints`, which clears away what is not complete: the run may be training.
+
+    Raises UserError if there is no such checkpoint.
+    """
+    steps = complete_steps(workdir)
+    if not steps:
+        raise UserError(f"{workdir} holds no complete checkpoint; train it first.")
+    if step is not None and step not in steps:
+        raise UserError(f"{workdir} has no checkpoint of step {step}; there are {steps}.")
+    step = steps[-1] if step is None else step
+    wanted = {"params": abstract_params}
+    with ocp.PyTreeCheckpointer() as reader:
+        restored = reader.restore(
+            (workdir / "checkpoints" / str(step) / "state").resolve(),
+            args=ocp.args.PyTreeRestore(
+                item=wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
+            ),
+        )
+    return step, restored["params"]
 
 
 def save_frozen(workdir: Path, frozen: Mapping[str, Any]) -> None:
     """Writes the locked parameters of a run, unless they are there."""
-    path = _folder(workdir / "frozen")
+    path = (workdir / "frozen").resolve()
     if path.exists() or not frozen:
         return
-    with ocp.StandardCheckpointer() as writer:
+    with writing(workdir, Exception), ocp.StandardCheckpointer() as writer:
         writer.save(path, frozen)
 
 
@@ -156,7 +143,7 @@ def restore_frozen(workdir: Path, abstract_frozen: Mapping[str, Any]) -> Any:
     if not abstract_frozen:
         return {}
     with ocp.StandardCheckpointer() as reader:
-        return reader.restore(_folder(workdir / "frozen"), abstract_frozen)
+        return reader.restore((workdir / "frozen").resolve(), abstract_frozen)
 
 
 def versions() -> dict[str, str]:
@@ -165,7 +152,3 @@ def versions() -> dict[str, str]:
 
     installed = {name: importlib.metadata.version(name) for name in LIBRARIES if name != "lit_jax"}
     return {"lit_jax": __version__, **installed, "backend": jax.default_backend()}
-
-
-def _folder(path: Path) -> Path:
-    return path if "://" in str(path) else path.resolve()  # Orbax wants absolute paths

@@ -1,5 +1,6 @@
 """Where the numbers of a run go: progress bar, metrics.jsonl, TensorBoard, Weights & Biases."""
 
+import contextlib
 import json
 import math
 import time
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from lit_jax.config import LogConfig
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
+from lit_jax.training.disk import write_whole, writing
 from lit_jax.training.step import Metrics
 
 
@@ -80,30 +82,66 @@ class MetricsWriter:
     """Appends rows {"step": n, name: number, ...} to metrics.jsonl of a run folder, and to the others.
 
     Rows after `start`, which a killed run left behind, are dropped first: the resumed run writes them again.
+
+    Raises UserError if the folder cannot be written.
     """
 
     def __init__(self, workdir: Path, config: LogConfig, *, start: int):
-        self._wandb = _wandb(workdir, config.wandb_project) if config.wandb_project else None
+        self._workdir = workdir
+        self._tensorboard = self._wandb = None
+        self._open = contextlib.ExitStack()
+        if config.wandb_project:
+            self._wandb = _wandb(workdir, config.wandb_project)
+            self._open.callback(self._wandb.finish)
         path = workdir / "metrics.jsonl"
         rows = [row for row in read_metrics(workdir) if row["step"] <= start]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self._file = path.open("a", buffering=1)
-        self._tensorboard = _tensorboard(workdir, start) if config.tensorboard else None
+        with writing(workdir):
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+            self._file = self._open.enter_context(path.open("a", buffering=1))
+            if config.tensorboard:
+                self._tensorboard = _TensorBoard(workdir / "tensorboard", start)
+                self._open.callback(self._tensorboard.close)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._tensorboard:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+        with writing(self._workdir):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            if self._tensorboard:
+                self._tensorboard.write(step, values)
         if self._wandb:
             self._wandb.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish()
+        with writing(self._workdir):
+            self._open.close()  # all of them, also after an error of one
+
+
+class _TensorBoard:
+    """One events file, written at once.
+
+    tensorboardX's own SummaryWriter leaves that to a thread; when a full disk ends the thread, training
+    waits for it for ever.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        from tensorboardX.event_file_writer import EventsWriter  # takes more than a second
+        from tensorboardX.proto import event_pb2
+
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        self._event: Any = event_pb2
+        # Hides what an earlier file of the run has after `start`.
+        self._write(step=start + 1, session_log={"status": self._event.SessionLog.START})
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        points = [{"tag": name, "simple_value": value} for name, value in values.items()]
+        self._write(step=step, summary={"value": points})
+
+    def _write(self, **fields: Any) -> None:
+        self._events.write_event(self._event.Event(wall_time=time.time(), **fields))
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -122,12 +160,6 @@ def check_finite(values: Mapping[str, float], step: int, last_saved: int | None)
             f"{' and '.join(bad)} became non-finite at step {step} ({saved} is there to go on from); lower "
             "config.schedule.learning_rate, lengthen its warmup, or look at the data around that step."
         )
-
-
-def _tensorboard(workdir: Path, start: int) -> Any:
-    from tensorboardX import SummaryWriter
-
-    return SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
 
 def _wandb(workdir: Path, project: str) -> Any:

@@ -62,7 +62,7 @@ class Policy:
                 rates = self.learning_rate[path], self.weight_decay[path]
                 how = "lr x{:g}  decay x{:g}".format(*rates)
             spec = tuple(leaf.sharding.spec)
-            lines.append(f"{path:78} {leaf.shape!s:20} {leaf.dtype!s:9} {spec!s:24} {how}\n")
+            lines.append(f"{path:78} {leaf.shape!s:20} {leaf.dtype!s:9} {spec!s:27} {how}\n")
         return "".join(lines)
 
 

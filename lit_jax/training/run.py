@@ -16,8 +16,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
-
 from lit_jax.config import Config, MeshConfig, parse
 from lit_jax.data.image import load_processor
 from lit_jax.data.text import without_state
@@ -25,7 +23,8 @@ from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import DualEncoderModule
-from lit_jax.training.checkpoints import Checkpoints, restore_frozen
+from lit_jax.training.checkpoints import restore_frozen, restore_params
+from lit_jax.training.disk import write_whole
 from lit_jax.training.policy import merge
 from lit_jax.training.setup import Setup, Towers, prepare
 from lit_jax.trees import flatten
@@ -46,10 +45,6 @@ class Run:
     def module(self) -> DualEncoderModule:
         return self.setup.module
 
-    @property
-    def mesh(self) -> Mesh:
-        return self.setup.mesh
-
 
 def load_run(workdir: Path, *, step: int | None = None, dtype: str | None = None) -> Run:
     """Reads a checkpoint (the latest) of a run onto all devices of this machine; the run stays as it is.
@@ -65,8 +60,7 @@ def load_run(workdir: Path, *, step: int | None = None, dtype: str | None = None
         model = dataclasses.replace(config.model, dtype=dtype)
         config = dataclasses.replace(config, model=model)
     setup = prepare(config, saved_towers(workdir), make_mesh(MeshConfig()))
-    with Checkpoints(workdir) as checkpoints:
-        step, trainable = checkpoints.restore_params(setup.abstract_trainable, step)
+    step, trainable = restore_params(workdir, setup.abstract_trainable, step)
     params = merge(trainable, restore_frozen(workdir, setup.abstract_frozen))
     return Run(config=config, setup=setup, params=params, step=step)
 
@@ -125,8 +119,8 @@ def read_config(workdir: Path) -> Config | None:
 def open_workdir(workdir: Path, config: Config, allowed_changes: Collection[str]) -> None:
     """Creates or reopens a run folder and writes the resolved config into it.
 
-    Raises UserError if the folder cannot be written, and if `config` differs from the run's own in keys
-    that would change the result and are not in `allowed_changes`.
+    Raises UserError if `config` differs from the run's own in keys that would change the result and are
+    not in `allowed_changes`.
     """
     previous = read_config(workdir)
     if previous is not None:
@@ -139,13 +133,8 @@ def open_workdir(workdir: Path, config: Config, allowed_changes: Collection[str]
             )
     if not is_primary():
         return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", dataclasses.asdict(config))
-    except OSError as error:
-        raise UserError(
-            f"The run folder {workdir} cannot be written ({error.strerror}); choose another --workdir."
-        ) from None
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "config.json", dataclasses.asdict(config))
 
 
 def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, str]:
@@ -164,6 +153,4 @@ def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, str]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
-    new = path.with_name(f".{path.name}.tmp")
-    new.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    new.replace(path)
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -140,7 +140,8 @@ def test_stream_goes_on_from_every_position(source, open_stream):
     other = open_stream(source, threads=1)
     for n in (3, 0, 7, 5, 1, 6, 2, 4):
         other.set_state(states[n])
-        assert other.get_state() == states[n] == {"next_batch": n}
+        assert other.get_state() == states[n]
+        assert states[n] == {"next_batch": n, "samples_read": 4 * n, "bad_samples": 0}
         assert_equal(take(other, 8 - n), batches[n:])
 
 
@@ -203,6 +204,25 @@ def test_too_many_bad_samples_stop_the_run_after_an_epoch(spoilt, open_stream):
         next(stream)
 
 
+def test_bad_samples_are_counted_over_the_whole_run(spoilt, open_stream):
+    whole = open_stream(spoilt, max_bad_fraction=0.9)
+    take(whole, 9)
+    first = open_stream(spoilt, max_bad_fraction=0.9)
+    take(first, 5)
+    second = open_stream(spoilt, max_bad_fraction=0.9)
+    second.set_state(first.get_state())
+    take(second, 4)
+    assert 0 < first.bad_samples < second.bad_samples
+    assert second.get_state() == whole.get_state()
+
+
+def test_too_many_bad_samples_before_a_run_is_resumed_stop_it_then(source, open_stream):
+    stream = open_stream(source, max_bad_fraction=0.1)
+    stream.set_state({"next_batch": 8, "samples_read": 30, "bad_samples": 8})
+    with pytest.raises(UserError, match=r"8 of 34 samples are bad \(23\.5%\); mend the data"):
+        next(stream)
+
+
 def test_bad_samples_are_judged_early_in_a_large_data_set(spoilt, open_stream, monkeypatch):
     monkeypatch.setattr(pipeline, "JUDGE_AFTER", 10)
     stream = open_stream(spoilt, batch_size=1, max_bad_fraction=0.0)
@@ -223,7 +243,8 @@ def test_nothing_but_bad_samples_stops_the_run(jsonl_folder, open_stream, thread
 def test_workers_change_nothing_and_outlive_sigterm(spoilt, open_stream):
     expected = take(open_stream(spoilt, max_bad_fraction=0.9), 12)
     stream = open_stream(spoilt, max_bad_fraction=0.9, workers=2)
-    stream.set_state({"next_batch": 5})  # odd, so the workers change their turns
+    # The position is odd, so the workers change their turns.
+    stream.set_state({"next_batch": 5, "samples_read": 20, "bad_samples": 4})
     batches = take(stream, 2)
     workers = multiprocessing.active_children()
     assert len(workers) == 2

@@ -182,6 +182,10 @@ def test_a_run_goes_on_only_with_the_config_it_was_started_with(train, tiny, tmp
         ({"batch_size": 12}, "config.batch_size=12 does not divide by the 8 devices.* is 16"),
         ({"mesh.data": 3}, "config.mesh.data=-1"),
         ({"duration": "6 stops"}, "'6 stops' is no duration"),
+        ({"duration": "0.01 epochs"}, "config.duration='0.01 epochs' is less than one step"),
+        ({"checkpoint.every": "0 steps"}, "config.checkpoint.every='0 steps' is less than one"),
+        ({"checkpoint.keep_every": "8 examples"}, "config.checkpoint.keep_every='8 examples'"),
+        ({"log.every": "6 stops"}, "'6 stops' is no duration"),
         ({"data.train.path": "/no/such"}, "/no/such"),
         ({"model.image.model": "/no/such"}, "config.model.image.model"),
         ({"data.max_text_length": 33}, "max_text_length"),
@@ -193,10 +197,19 @@ def test_bad_input_leaves_no_run_folder(train, tiny, tmp_path, changes, message)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_folder_that_cannot_be_written(train, tiny, tmp_path):
+@pytest.mark.parametrize("workdir", ["file/run", "/proc/run"])
+def test_a_run_folder_that_cannot_be_written(train, tiny, tmp_path, workdir):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written .* choose another --workdir"):
-        train(tiny(), tmp_path / "file" / "run")
+    with pytest.raises(UserError, match=r"run cannot be written \(.*choose another --workdir\.$"):
+        train(tiny(), tmp_path / workdir)
+
+
+def test_reading_a_run_leaves_alone_what_it_is_just_saving(train, tiny, tmp_path):
+    train(tiny(duration="1 step"), tmp_path)
+    unfinished = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    assert load_run(tmp_path).step == 1
+    assert unfinished.exists()
 
 
 def test_locking_costs_no_gradient_and_no_optimizer_state(tiny):
@@ -223,7 +236,7 @@ def step_costs(config):
     )
     batch = {
         name: jax.ShapeDtypeStruct((16, *leaf.shape[1:]), leaf.dtype)
-        for name, leaf in example_batch(config, setup.image_transform).items()
+        for name, leaf in example_batch(setup.image_transform, setup.tokenizer).items()
     }
     image = functools.partial(setup.module.apply, method="encode_image")
     return {

@@ -1,4 +1,5 @@
 import json
+import resource
 
 import jax.numpy as jnp
 import pytest
@@ -48,6 +49,30 @@ def test_tensorboard_shows_each_value(tmp_path):
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
     assert "pairs_per_second" in events.Tags()["scalars"]
+
+
+def test_tensorboard_forgets_what_a_killed_run_wrote_after_its_checkpoint(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    report(tmp_path, range(1, 6), every=1)
+    (old,) = (tmp_path / "tensorboard").iterdir()
+    old.rename(old.with_name(old.name.replace("tfevents.", "tfevents.0")))  # of an earlier second
+    report(tmp_path, range(4, 7), start=3, every=1)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("tensorboard", [True, False])
+def test_a_full_disk_is_one_sentence(tmp_path, tensorboard):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # bytes
+    try:
+        with pytest.raises(UserError, match=r"cannot be written \(File too large\)"):
+            report(tmp_path, range(1, 100), every=1, tensorboard=tensorboard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(read_metrics(tmp_path)) > 10
 
 
 def test_non_finite_values_are_named():

@@ -1,4 +1,4 @@
-"""The train command as users run it: killed, stopped, mistyped, on other devices."""
+"""The train command as users run it: killed, stopped, mistyped, on other devices, on a full disk."""
 
 import json
 import os
@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import portpicker
 import pytest
 
 from lit_jax.console import BAD_INPUT, PREEMPTED
+from lit_jax.training.disk import complete_steps
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.run import load_run
 from lit_jax.trees import flatten
@@ -21,11 +23,12 @@ pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def command(towers):
-    """Starts the train command on the tiny towers; keywords are flags, `devices` that many CPU devices."""
+    """Starts the train command on the tiny towers, on `devices` CPU devices, with `prefix` before it."""
+    started = []
 
-    def start(workdir, *flags, devices=1, env=None):
+    def start(workdir, *flags, devices=1, env=None, prefix=()):
         tiny = {
             "model.image.model": towers["image"],
             "model.image.pooling": "pooler",
@@ -38,8 +41,9 @@ def command(towers):
             "log.every": "1 step",
             "report": "none",
         }
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [
+                *prefix,
                 *(sys.executable, "-m", "lit_jax.train", "--config=configs/vit_bert.py"),
                 f"--workdir={workdir}",
                 *(f"--config.{key}={value}" for key, value in tiny.items()),
@@ -48,17 +52,23 @@ def command(towers):
             cwd=ROOT,
             env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), **(env or {})},
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             text=True,
         )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:  # those that a failed test has left
+        process.kill()
+        process.communicate()
 
 
 def finish(process, code=0):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
-    return output
+    """Waits for the exit code; returns what was printed to stdout and to stderr."""
+    output, errors = process.communicate(timeout=900)
+    assert process.returncode == code, output + errors
+    return output, errors
 
 
 def wait_for_step(process, workdir, step):
@@ -67,7 +77,7 @@ def wait_for_step(process, workdir, step):
         if rows and rows[-1]["step"] >= step:
             return
         time.sleep(0.02)
-    raise AssertionError(process.communicate()[0])
+    raise AssertionError(process.communicate())
 
 
 def losses(workdir):
@@ -78,13 +88,25 @@ def results(workdir):
     return json.loads((workdir / "results.json").read_text())
 
 
+def assert_same_end(workdir, whole):
+    """Bit for bit: losses, results and parameters."""
+    assert losses(workdir) == losses(whole)
+    assert results(workdir) == results(whole)
+    ours, theirs = flatten(load_run(workdir).params), flatten(load_run(whole).params)
+    for path, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[path], err_msg=path)
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return tmp_path_factory.mktemp("whole") / "run"
+def whole(command, tmp_path_factory):
+    """A run that nothing interrupted, and what it printed."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    output, _ = finish(command(workdir))
+    return workdir, output
 
 
 def test_killed_and_stopped_at_random_it_ends_as_if_never_interrupted(command, tmp_path, whole):
-    output = finish(command(whole))
+    whole, output = whole
     assert "zero_shot/unseen16/top1" in output
     assert str(whole / "results.json") in output
     workdir = tmp_path / "run"
@@ -98,13 +120,9 @@ def test_killed_and_stopped_at_random_it_ends_as_if_never_interrupted(command, t
         done = read_metrics(workdir)[-1]["step"] if read_metrics(workdir) else 0
         wait_for_step(process, workdir, step=min(done + chance.randint(1, 12), 55))
         process.send_signal(signal_)
-        output = finish(process, code)
+        finish(process, code)
     finish(command(workdir))
-    assert losses(workdir) == losses(whole)
-    assert results(workdir) == results(whole)
-    ours, theirs = flatten(load_run(workdir).params), flatten(load_run(whole).params)
-    for path, value in ours.items():
-        np.testing.assert_array_equal(value, theirs[path], err_msg=path)
+    assert_same_end(workdir, whole)
     # Running the command of a finished run again shows its results again and trains no more.
     finish(command(workdir))
     assert losses(workdir) == losses(whole)
@@ -141,12 +159,97 @@ def test_a_checkpoint_goes_on_with_other_devices(command, tmp_path, first, secon
     ],
 )
 def test_a_mistyped_command_says_so_in_one_sentence(command, tmp_path, flag, message):
-    process = command(tmp_path / "run", flag, devices=4)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode not in (0, PREEMPTED)
-    assert message in output
-    assert "Traceback" not in output
+    _, errors = finish(command(tmp_path / "run", flag, devices=4), BAD_INPUT)
+    assert message in errors
+    assert "Traceback" not in errors
     assert not (tmp_path / "run").exists()
+
+
+def test_on_a_full_disk_it_says_so_in_one_sentence_and_goes_on_when_there_is_room(
+    command, tmp_path, whole
+):
+    workdir = tmp_path / "run"
+    process = command(workdir)
+    wait_for_step(process, workdir, 3)
+    process.send_signal(signal.SIGTERM)
+    finish(process, PREEMPTED)
+    saved = complete_steps(workdir)[-1]
+    # No file over 16 KiB: enough for the texts and the metrics, not for a checkpoint.
+    limited = ("bash", "-c", 'ulimit -f 16; exec "$@"', "-")
+    no_cache = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # it would meet the limit, too
+    _, errors = finish(command(workdir, prefix=limited, env=no_cache), BAD_INPUT)
+    sentence = errors.splitlines()[-1]
+    assert sentence.startswith(
+        f"error: The run folder {workdir} cannot be written (File too large)"
+    )
+    assert sentence.endswith(f"run the same command again: it goes on from step {saved}.")
+    assert errors.lower().count("error") == 1
+    assert "Traceback" not in errors
+    finish(command(workdir))
+    assert_same_end(workdir, whole[0])
+
+
+# Every process deals out dropout to rows of its own; without it, the number of processes changes nothing.
+NO_DROPOUT = "--config.model.text.overrides=" + json.dumps(
+    {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+)
+SHORT = "--config.duration=30 steps"
+# So that a run takes seconds: JAX looks for a signal to one of several processes once a second.
+SAVE_ALWAYS = "--config.checkpoint.every=1 step"
+
+
+def start_two(command, workdir):
+    """Two processes of one run, over loopback."""
+    address = f"localhost:{portpicker.pick_unused_port()}"
+    together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    flags = (NO_DROPOUT, SHORT, SAVE_ALWAYS)
+    return [
+        command(workdir, *flags, env=together | {"JAX_PROCESS_ID": index}) for index in ("0", "1")
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(command, tmp_path_factory):
+    """A run of two processes that nothing interrupted, and what each printed to stdout."""
+    workdir = tmp_path_factory.mktemp("whole_of_two") / "run"
+    processes = start_two(command, workdir)
+    return workdir, [finish(process)[0] for process in processes]
+
+
+def test_two_processes_train_as_one_does(command, tmp_path, whole_of_two):
+    finish(command(tmp_path / "one", NO_DROPOUT, SHORT))
+    (steps, loss, gradient), expected = (
+        np.transpose(losses(workdir)) for workdir in (whole_of_two[0], tmp_path / "one")
+    )
+    assert steps.tolist() == list(range(1, 31))
+    np.testing.assert_allclose(loss, expected[1], rtol=1e-4)
+    # The loss soon comes near log(16), whatever the batch; the gradient still tells batches apart.
+    np.testing.assert_allclose(gradient, expected[2], rtol=1e-3)
+
+
+def test_of_two_processes_one_writes_and_reports(whole_of_two):
+    workdir, (first, second) = whole_of_two
+    assert "zero_shot/unseen16/top1" in first
+    assert "zero_shot" not in second
+    assert results(workdir)["zero_shot/unseen16/n"] == 800
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+    assert len(read_metrics(workdir)) == 30  # two writers would have written each row twice
+
+
+def test_sigterm_to_one_process_stops_both_and_they_go_on(command, tmp_path, whole_of_two):
+    workdir = tmp_path / "run"
+    processes = start_two(command, workdir)
+    wait_for_step(processes[0], workdir, 3)
+    processes[1].send_signal(signal.SIGTERM)
+    for process in processes:
+        _, errors = finish(process, PREEMPTED)
+        assert "run the same command again" in errors
+    stopped = read_metrics(workdir)[-1]["step"]
+    assert complete_steps(workdir)[-1] == stopped < 30
+    for process in start_two(command, workdir):
+        _, errors = finish(process)
+        assert f"Going on from step {stopped} of" in errors
+    assert_same_end(workdir, whole_of_two[0])
 
 
 def test_without_network_a_hub_model_is_named_with_the_key_for_a_folder(tmp_path):

@@ -1,0 +1,78 @@
+"""A run folder that cannot be written: one sentence, whatever the libraries make of it."""
+
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lit_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def writing(workdir: Path, failure: type[Exception] = OSError) -> Iterator[None]:
+    """Raises UserError where something that writes into a run folder raises `failure`."""
+    try:
+        yield
+    except failure as error:
+        what_then = "mend that or choose another --workdir"
+        if steps := complete_steps(workdir):
+            what_then = (
+                f"mend that and run the same command again: it goes on from step {steps[-1]}"
+            )
+        raise UserError(
+            f"The run folder {workdir} cannot be written ({_reason(error)}); {what_then}."
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    new = path.with_name(f".{path.name}.tmp")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def complete_steps(workdir: Path) -> list[int]:
+    """The steps of the checkpoints in a run folder: Orbax names one after its step when it is complete."""
+    names = [folder.name for folder in (workdir / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _reason(error: Exception) -> str:
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's own text fills a page
+    if code:
+        return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).strip().partition("\n")[0][:300]
+
+
+# What Orbax logs in each thread that the error of a write passes through, and asyncio for each write that
+# was under way with it.
+_FAILED_WRITE = re.compile(
+    r"_SignalingThread\.run\(\) raised|in background save thread|Save Finalize thread"
+    r"|(never retrieved|destroyed but it is pending).*orbax"
+)
+
+
+def quiet_orbax() -> None:
+    """Keeps Orbax from printing pages about a failed write: the error is also raised where we wait."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_failed_write)
+    sys.unraisablehook = _print_unraisable
+
+
+def _is_no_failed_write(record: logging.LogRecord) -> bool:
+    return not _FAILED_WRITE.search(record.getMessage().replace("\n", " "))
+
+
+_default_hook = sys.unraisablehook
+
+
+def _print_unraisable(unraisable: Any) -> None:
+    # Orbax closes its event loop at the first failed write; TensorStore's others then report to nobody.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _default_hook(unraisable)
