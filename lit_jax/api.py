@@ -392,9 +392,9 @@ def _model_output(
     output: TowerOutput, recorded: Mapping[str, Any], *, hidden_states: bool, attentions: bool
 ) -> ModelOutput:
     """With what the blocks of the tower recorded: one array of all blocks each."""
-    if "encoder" not in recorded:
+    encoder = recorded.get("encoder", {})
+    if "layer" not in encoder:  # not recorded, or no transformer
         return ModelOutput(*output, None, None)
-    encoder = recorded["encoder"]
     (first,), layer = encoder["input"], encoder["layer"]
     (states,), (probabilities,) = layer["hidden_state"], layer["attention"]["probability"]
     return ModelOutput(

@@ -151,10 +151,11 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
     )
 
 
-def example_batch(image_transform: ImageTransform, tokenizer: Any) -> dict[str, np.ndarray]:
+def example_batch(image_transform: ImageTransform, tokenizer: Any) -> dict[str, jax.Array]:
     """The smallest batch: enough to shape the parameters."""
     pixels = np.zeros((1, *image_transform.output_shape), np.float32)
-    return {"pixel_values": pixels, **tokenize(tokenizer, ["a"])}
+    batch = {"pixel_values": pixels, **tokenize(tokenizer, ["a"])}
+    return {name: jnp.asarray(array) for name, array in batch.items()}
 
 
 def _abstract(shapes: Tree, policy: Policy, config: Config, mesh: Mesh) -> Tree:

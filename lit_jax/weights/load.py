@@ -85,9 +85,10 @@ def load_tower(folder: str | pathlib.Path, module: Tower) -> tuple[Params, LoadR
         has_pooler=module.pooling == "pooler",
     )
     if pooler := [name for name in account.missing if re.match(family.pooler, name)]:
+        poolings = " or ".join(repr(name) for name in module.poolings if name != "pooler")
         raise UserError(
             f"{account.file} has no pooler weights ({pooler[0]}), and a random pooler would be worse "
-            f"than none; set config.model.{side}.pooling to 'cls' or 'mean'."
+            f"than none; set config.model.{side}.pooling to {poolings}."
         )
     if whole:
         account.ignore(account.left())
@@ -211,6 +212,7 @@ class _Account:
             (name.removeprefix(under) for name in inside), family, has_pooler=has_pooler
         )
         self.ignore([under + name for name in ignored])
+        family = names.as_joined_in(known, family)
         params: dict[str, np.ndarray] = {}
         for path, leaf in flatten(shapes).items():
             places, shape = names.places(path, leaf.shape, family, layout)

@@ -30,7 +30,10 @@ class Joined(NamedTuple):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     architecture: str  # the torch class that has these names
-    in_flax: bool = False  # of a dual encoder: whether transformers 4 had a Flax class for it
+    # Of a dual encoder: whether transformers 4 had a Flax class for it, and whether its towers are models of
+    # their own, with the names of those.
+    in_flax: bool = False
+    holds_any_tower: bool = False
     prefix: str = ""  # of every name of the tower in a file that has a head as well
     modules: Renames = ()  # from our names, dotted, to those of the file
     joined: tuple[Joined, ...] = ()
@@ -344,8 +347,10 @@ FAMILIES: Mapping[str, Family] = {
 
 # What joins two towers, by the `model_type` of the whole.
 SYSTEMS: Mapping[str, Family] = {
-    "vision-text-dual-encoder": Family(architecture="VisionTextDualEncoderModel", in_flax=True),
-    "lit_jax": Family(architecture="DualEncoder"),
+    "vision-text-dual-encoder": Family(
+        architecture="VisionTextDualEncoderModel", in_flax=True, holds_any_tower=True
+    ),
+    "lit_jax": Family(architecture="DualEncoder", holds_any_tower=True),
     "clip": Family(architecture="CLIPModel", in_flax=True),
     "altclip": Family(architecture="AltCLIPModel"),
     "chinese_clip": Family(architecture="ChineseCLIPModel"),

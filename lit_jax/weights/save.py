@@ -59,7 +59,8 @@ def save_tower(
     }
     with _new_folder(pathlib.Path(folder)) as new:
         _write_json(new / "config.json", config)
-        _write_torch(new, names.tensors_of(flatten(_float32(params)), family, "torch"))
+        tensors = names.tensors_of(flatten(_float32(params)), family, "torch")
+        _write_torch(new, {_inner(family) + name: array for name, array in tensors.items()})
         if processor is not None:
             processor.save_pretrained(str(new))
 
@@ -139,8 +140,14 @@ def _dual_encoder_tensors(
     for part, tower in module.towers.items():
         family = names.FAMILIES[tower.config.model_type]
         of_tower = names.tensors_of(flatten(heads.pop(part)), family, layout)
-        tensors |= {f"{part}.{name}": array for name, array in of_tower.items()}
+        under = f"{part}." + (_inner(family) if system.holds_any_tower else "")
+        tensors |= {under + name: array for name, array in of_tower.items()}
     return tensors | names.tensors_of(flatten(heads), system, layout)
+
+
+def _inner(family: names.Family) -> str:
+    """What stands before every name in a file of such a tower alone, for transformers 4."""
+    return family.prefix if family.prefix in ("vision_model.", "text_model.") else ""
 
 
 def _write_torch(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -73,7 +73,7 @@ def test_only_the_pooler_normalises(random_variables):
     tokens = np.asarray(output.last_hidden_state)
     assert tokens.shape == (2, 2 * 3, 6)
     params = dict(variables["params"])
-    scale, bias = (params["layernorm"][leaf] for leaf in ("scale", "bias"))
+    scale, bias = (np.asarray(params["layernorm"][leaf]) for leaf in ("scale", "bias"))
     centred = tokens.mean(1) - tokens.mean((1, 2))[:, None]
     normed = centred / centred.std(1, keepdims=True)
     np.testing.assert_allclose(output.pooled, normed * scale + bias, atol=1e-4)

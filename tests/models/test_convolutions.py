@@ -36,7 +36,7 @@ def test_both_forms_of_a_depthwise_convolution_agree(size, kernel_size, stride, 
 
     def run(form):
         def weighted(x, kernel):
-            y = form(x, kernel, stride=stride, padding=padding)
+            y = form(x, kernel, stride, padding)
             return (y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)).sum(), y
 
         return jax.jit(jax.value_and_grad(weighted, (0, 1), has_aux=True))(x, kernel)
@@ -66,7 +66,7 @@ def test_a_depthwise_convolution_is_one_convolution_but_on_cpu():
 
 def test_half_precision_does_not_add_up_in_half_precision():
     x, kernel = jnp.ones((1, 31, 31, 1), jnp.bfloat16), jnp.ones((31, 31, 1, 1), jnp.bfloat16)
-    total = depthwise_by_shifts(x, kernel, stride=1, padding=(0, 0))
+    total = depthwise_by_shifts(x, kernel, 1, (0, 0))
     assert total.dtype == jnp.bfloat16
     np.testing.assert_allclose(total.astype(jnp.float32), 31 * 31, rtol=1e-2)  # else 256
 

@@ -29,11 +29,24 @@ SMALL = {
     "n_heads": 2,
     "hidden_dim": 24,
     "dropout": 0.1,
-    "drop_path_rate": 0.1,
+    "drop_path_rate": 0.5,
     "use_relative_position_bias": True,
     "use_shared_relative_position_bias": True,
     "num_register_tokens": 2,
+    "num_stages": 1,  # these two are ConvNeXt's
+    "hidden_sizes": [16],
+    "width_coefficient": 0.1,  # these are EfficientNet's
+    "depth_coefficient": 1.0,
+    "depth_divisor": 4,
+    "kernel_sizes": [3],
+    "in_channels": [40],
+    "out_channels": [40],
+    "strides": [2],
+    "expand_ratios": [2],
+    "drop_connect_rate": 0.5,
 }
+DEPTHS = ("num_hidden_layers", "n_layers")
+DEPTHS_OF_STAGES = ("depths", "num_block_repeats")
 
 # See test_clip.py and test_modernbert.py.
 OTHER_INITIALISATION = (CLIPVision, CLIPText, SiglipVision, SiglipText, ModernBert)
@@ -44,7 +57,8 @@ FAMILIES = {module: name for name, (_, module) in reversed({**VISION, **TEXT}.it
 
 
 def build(model_type, *, depth=2, dtype="float32"):
-    hf = {"model_type": model_type, "num_hidden_layers": depth, "n_layers": depth, **SMALL}
+    depths = dict.fromkeys(DEPTHS, depth) | {name: [depth] for name in DEPTHS_OF_STAGES}
+    hf = {"model_type": model_type, **depths, **SMALL}
     _, module_class = {**VISION, **TEXT}[model_type]
     return build_tower(hf, pooling=module_class.poolings[0], dtype=dtype)
 
@@ -95,13 +109,15 @@ def test_gradients_reach_every_parameter_and_are_finite(case):
         output = tower.apply(params, x, deterministic=False, rngs={"dropout": rng})
         return (output.pooled * weights).sum()
 
-    weights = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16)), jnp.float32)
+    shape = jax.eval_shape(tower.apply, variables, x).pooled.shape
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     gradients = gradient(variables, weights, key(0))
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         name = jax.tree_util.keystr(path)
         assert np.isfinite(leaf).all(), name
-        # A mask token is only there to be in the files that we write.
-        assert (np.abs(leaf).max() > 0) != name.endswith("['mask_token']"), name
+        # A mask token is only there to be in the files that we write; statistics are not trained.
+        is_trained = not name.endswith(("['mask_token']", "['mean']", "['var']"))
+        assert (np.abs(leaf).max() > 0) == is_trained, name
 
 
 def test_dropout_is_on_only_when_asked_for(case):

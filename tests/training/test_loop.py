@@ -182,7 +182,7 @@ def test_a_run_goes_on_only_with_the_config_it_was_started_with(train, tiny, tmp
         ({"batch_size": 12}, "config.batch_size=12 does not divide by the 8 devices.* is 16"),
         ({"mesh.data": 3}, "config.mesh.data=-1"),
         ({"duration": "6 stops"}, "'6 stops' is no duration"),
-        ({"duration": "0.01 epochs"}, "config.duration='0.01 epochs' is less than one step"),
+        ({"duration": "8 examples"}, "config.duration='8 examples' is less than one step"),
         ({"checkpoint.every": "0 steps"}, "config.checkpoint.every='0 steps' is less than one"),
         ({"checkpoint.keep_every": "8 examples"}, "config.checkpoint.keep_every='8 examples'"),
         ({"log.every": "6 stops"}, "'6 stops' is no duration"),
@@ -205,10 +205,10 @@ def test_a_run_folder_that_cannot_be_written(train, tiny, tmp_path, workdir):
 
 
 def test_reading_a_run_leaves_alone_what_it_is_just_saving(train, tiny, tmp_path):
-    train(tiny(duration="1 step"), tmp_path)
-    unfinished = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    train(tiny(duration="2 steps"), tmp_path)
+    unfinished = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
     unfinished.mkdir()
-    assert load_run(tmp_path).step == 1
+    assert load_run(tmp_path).step == 2
     assert unfinished.exists()
 
 

@@ -181,7 +181,7 @@ def compare(model, module, params):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("original", [True, False])
-@pytest.mark.parametrize("name", [name for name in BASE_MODELS if name != "dinov2_swiglu"])
+@pytest.mark.parametrize("name", BASE_MODELS)
 def test_base_models_of_transformers(tr, tower, tmp_path, name, original):
     class_name, fields = BASE_MODELS[name]
     model = torch_model(tr, class_name, **fields)

@@ -51,6 +51,39 @@ def test_a_stack_has_a_place_for_each_layer():
     assert name_of(path, names.FAMILIES["bert"], "flax", (2, 5, 6)).endswith("dense.kernel")
 
 
+def test_a_stack_behind_others_counts_on():
+    path = "encoder/layer_from_9/projection/batchnorm/var"
+    places, shape = names.places(path, (2, 5), names.FAMILIES["efficientnet"], "torch")
+    assert shape == (5,)
+    assert [place.name for place in places] == [
+        f"encoder.blocks.{layer}.projection.project_bn.running_var" for layer in (9, 10)
+    ]
+    (alone,), shape = names.places(
+        "encoder/layer_9/expansion/batchnorm/mean", (5,), names.FAMILIES["efficientnet"], "torch"
+    )
+    assert shape == (5,)
+    assert alone.name == "encoder.blocks.9.expansion.expand_bn.running_mean"
+
+
+def test_a_stack_may_be_in_a_stage():
+    path = "encoder/stages_2/layer/dwconv/kernel"
+    places, shape = names.places(path, (1, 7, 7, 1, 8), names.FAMILIES["convnext"], "torch")
+    assert shape == (7, 7, 1, 8)
+    assert [place.name for place in places] == ["encoder.stages.2.layers.0.dwconv.weight"]
+
+
+def test_a_running_variance_has_the_counter_that_torch_wants():
+    family = names.FAMILIES["efficientnet"]
+    params = {f"embeddings/batchnorm/{leaf}": np.ones(3) for leaf in ("mean", "var")}
+    tensors = names.tensors_of(params, family, "torch")
+    counter = tensors.pop("embeddings.batchnorm.num_batches_tracked")
+    assert counter.shape == ()
+    assert counter.dtype == np.int64
+    assert set(tensors) == {f"embeddings.batchnorm.running_{leaf}" for leaf in ("mean", "var")}
+    flax = names.tensors_of(params, family, "flax")
+    assert set(flax) == {f"embeddings.batchnorm.{leaf}" for leaf in ("mean", "var")}
+
+
 def test_leaves_of_torch():
     vit = names.FAMILIES["vit"]
     assert name_of("layernorm/scale", vit) == "layernorm.weight"
