@@ -91,6 +91,10 @@ def obstacle(module: DualEncoderModule) -> str | None:
         poolers = _POOLERS.get(kind)
         if poolers is None:
             return f"it takes no {side} tower of type {kind}"
+        if getattr(tower.config, "position_ids", None) == "arange":
+            return (
+                f"it counts the positions of a {kind} from its padding id on, this one's start at 0"
+            )
         if pooling == "mean":
             return f"it has no mean pooling; train with {key}.pooling='cls' or 'pooler'"
         if pooling == "cls" and poolers == "own":

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lit_jax.errors import UserError
 from lit_jax.models.efficientnet import AlignVisionConfig, EfficientNet, EfficientNetConfig
+from lit_jax.models.families import tower_config
 from lit_jax.trees import flatten
 
 TINY = {
@@ -42,8 +43,7 @@ def configs(draw):
     def of_stages(values):
         return draw(st.lists(values, min_size=stages, max_size=stages))
 
-    widths = draw(st.lists(st.integers(20, 120), min_size=stages, max_size=stages))
-    repeats = of_stages(st.integers(1, 3))
+    widths = of_stages(st.integers(20, 120))
     return {
         "width_coefficient": draw(st.sampled_from([0.05, 0.1])),
         "depth_coefficient": draw(st.sampled_from([0.6, 1.0])),
@@ -53,7 +53,7 @@ def configs(draw):
         "out_channels": widths,
         "depthwise_padding": draw(st.lists(st.integers(0, 5), max_size=3)),
         "strides": of_stages(st.integers(1, 2)),
-        "num_block_repeats": repeats,
+        "num_block_repeats": of_stages(st.integers(1, 3)),
         "expand_ratios": of_stages(st.integers(1, 4)),
         "squeeze_expansion_ratio": draw(st.sampled_from([0.01, 0.25, 0.5])),
         "hidden_act": draw(st.sampled_from(["swish", "gelu", "quick_gelu"])),
@@ -82,7 +82,7 @@ def test_parity_with_live_pytorch(
     import transformers
 
     if has_top:
-        top = EfficientNetConfig(**fields).channels(1280)
+        top = tower_config({"model_type": "efficientnet", **fields}).channels(1280)
         hf = transformers.EfficientNetConfig(**fields, hidden_dim=top)
     else:
         hf = transformers.AlignVisionConfig(**fields)

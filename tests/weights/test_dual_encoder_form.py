@@ -131,6 +131,17 @@ def test_a_pooler_of_another_width_is_in_the_way():
     assert "is 7 wide, not 8; train with config.model.image.pooling" in obstacle(module)
 
 
+def test_positions_from_0_are_in_the_way():
+    """PyTorch would load the weights and compute other numbers."""
+    text = {"model_type": "roberta", **SMALL, "pad_token_id": 1, "position_ids": "arange"}
+    module = build_dual_encoder({"model_type": "vit", **SMALL}, text, ModelConfig())
+    assert "start at 0" in obstacle(module)
+    module = build_dual_encoder(
+        {"model_type": "vit", **SMALL}, text | {"position_ids": "input_ids"}, ModelConfig()
+    )
+    assert obstacle(module) is None
+
+
 def test_a_first_token_that_is_the_pooler_is_called_so():
     config = ModelConfig(image=TowerConfig(pooling="cls"))
     dinov2 = {"model_type": "dinov2", **SMALL}
