@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-all check lock clean
+.PHONY: train test test-all check parity lock clean
 
 train: .venv/run.stamp
 	$(BIN)/python -m lit_jax.train --config=configs/vit_bert.py --workdir=runs/demo
@@ -13,6 +13,10 @@ test: .venv/dev.stamp
 # Also the long tests, and those that compare with a live PyTorch.
 test-all: .venv/oracle.stamp
 	$(BIN)/python -m pytest -m "long or oracle"
+
+# Measures the differences from PyTorch again and writes docs/parity.md.
+parity: .venv/oracle.stamp
+	$(BIN)/python -m tests.parity
 
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check .

@@ -8,6 +8,7 @@ base and large take data=FOLDER (captions.jsonl or prepared TFDS data) and batch
 `--config=configs/vit_bert.py:base,data=/data/cc12m,batch=4096`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -18,10 +19,13 @@ DEMO = Path(__file__).resolve().parent / "demo"
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    variant, options = parse_arg(
-        arg, variants=("demo", "base", "large"), options={"data": str, "batch": int}
-    )
-    config = {"demo": demo, "base": base, "large": large}[variant]()
+    return choose(arg, demo=demo, base=base, large=large)
+
+
+def choose(arg: str, **variants: Callable[[], ConfigDict]) -> ConfigDict:
+    """The variant that `arg` names, by default the first, with what it says of data and batch size."""
+    variant, options = parse_arg(arg, variants=tuple(variants), options={"data": str, "batch": int})
+    config = variants[variant]()
     config.data.train.path = options.get("data", config.data.train.path)
     config.batch_size = options.get("batch", config.batch_size)
     return config

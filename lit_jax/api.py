@@ -308,10 +308,10 @@ class DualEncoder(_Model):
         dropout_rng: Array | None = None,
     ) -> Float[Array, "B E"]:
         """The embeddings of images: projected, not normalised."""
-        images_BxHxWxC, deterministic = _channels_last(pixel_values), dropout_rng is None
+        images_BxHxWxC = _channels_last(pixel_values)
 
         def compute(module: DualEncoderModule) -> Array:
-            return module.encode_image(images_BxHxWxC, deterministic=deterministic)
+            return module.encode_image(images_BxHxWxC, deterministic=dropout_rng is None)
 
         return self._run(compute, params, dropout_rng, record=False)[0]
 
@@ -326,13 +326,10 @@ class DualEncoder(_Model):
         dropout_rng: Array | None = None,
     ) -> Float[Array, "T E"]:
         """The embeddings of texts: projected, not normalised."""
-        texts, deterministic = (
-            _texts(input_ids, attention_mask, token_type_ids, position_ids),
-            dropout_rng is None,
-        )
+        texts = _texts(input_ids, attention_mask, token_type_ids, position_ids)
 
         def compute(module: DualEncoderModule) -> Array:
-            return module.encode_text(*texts, deterministic=deterministic)
+            return module.encode_text(*texts, deterministic=dropout_rng is None)
 
         return self._run(compute, params, dropout_rng, record=False)[0]
 

@@ -6,18 +6,36 @@
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ml_collections import config_dict
 
 from lit_jax.errors import UserError
 
+
+class Range(NamedTuple):
+    """The values that a number may have, both ends included."""
+
+    least: int | float
+    most: int | float = math.inf
+
+
+Count = Annotated[int, Range(1)]
+NotNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+
 Pooling = Literal["pooler", "cls", "mean"]
 Rules = tuple[tuple[str, Any], ...]
+TrainableRules = tuple[tuple[str, bool], ...]
+RateRules = tuple[tuple[str, NotNegative], ...]
+
+# Where the parameters of a text tower's teacher lie, and with '_' what the names of its inputs start with.
+TEACHER = "teacher"
 
 
 def _free(default: Any) -> Any:
@@ -35,12 +53,17 @@ class TowerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Two towers, or a whole dual encoder: Hub id or folder of a CLIP, SigLIP, ALIGN ..."""
+    """Two towers, or a whole dual encoder: Hub id or folder of a CLIP, SigLIP, ALIGN ...
+
+    With a teacher, training needs no images: the text tower learns the outputs of the teacher's (AltCLIP,
+    2211.06679, section 3.2). The result is an AltCLIP, whose other parts are the teacher's.
+    """
 
     dual_encoder: str = ""  # then image and text stay as they are here, but for their overrides
+    teacher: str = ""  # Hub id or folder of a CLIP; then image stays as it is here
     image: TowerConfig = TowerConfig()
     text: TowerConfig = TowerConfig()
-    projection_dim: int = 512
+    projection_dim: Count = 512
     dtype: Literal["float32", "bfloat16"] = (
         "float32"  # of the computation, and of locked parameters
     )
@@ -61,28 +84,28 @@ class PolicyConfig:
     """
 
     lock: Literal["Lu", "LU", "uu", "Uu", "UU", "uL", "UL"] = "LU"
-    trainable: Rules = ()  # (regex, bool)
-    learning_rate: Rules = ()  # (regex, multiplier)
-    weight_decay: Rules = ()  # (regex, multiplier)
+    trainable: TrainableRules = ()  # (regex, bool)
+    learning_rate: RateRules = ()  # (regex, multiplier)
+    weight_decay: RateRules = ()  # (regex, multiplier)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    name: Literal["adamw", "adafactor", "lion"] = "adamw"
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    name: Literal["adamw", "adafactor", "lion", "lamb"] = "adamw"
+    b1: Fraction = 0.9
+    b2: Fraction = 0.999
+    eps: NotNegative = 1e-8
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
-    weight_decay: float = (
+    weight_decay: NotNegative = (
         0.0  # decoupled: each step takes away learning_rate * weight_decay * parameter
     )
-    clip_norm: float | None = 1.0  # of the gradient of the trainable parameters
+    clip_norm: NotNegative | None = 1.0  # of the gradient of the trainable parameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     name: Literal["cosine", "rsqrt", "linear", "constant"] = "cosine"
-    learning_rate: float = 1e-3  # at the end of the warm-up
+    learning_rate: NotNegative = 1e-3  # at the end of the warm-up
     warmup: str = "0 steps"
     cooldown: str = "0 steps"  # linear to zero at the end
     timescale: str = "10000 steps"  # of rsqrt alone
@@ -100,13 +123,14 @@ class SourceConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: SourceConfig = SourceConfig()
-    max_text_length: int = 32  # tokens, special ones included
-    image_size: int | None = None  # pixels; None: what the image processor says
-    crop_min_area: float | None = None  # random resized crop of at least this part; None: no crop
+    max_text_length: Count = 32  # tokens, special ones included
+    image_size: Count | None = None  # pixels; None: what the image processor says
+    crop_min_area: float | None = None  # random resized crop of at least this part; None: none
+    random_crop: bool = False  # what the image processor crops out of the middle, at a random place
     flip: bool = False  # left-right, half of the time
-    max_bad_fraction: float = _free(0.01)  # of samples that cannot be decoded, then the run stops
-    workers: int = _free(0)  # processes; 0: threads of this one
-    threads: int = _free(8)  # of each worker
+    max_bad_fraction: Fraction = _free(0.01)  # of undecodable samples, then the run stops
+    workers: Annotated[int, Range(0)] = _free(0)  # processes; 0: threads of this one
+    threads: Annotated[int, Range(0)] = _free(8)  # of each worker
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +142,7 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every: str = "1000 steps"
-    keep_last: int = 2
+    keep_last: Count = 2
     keep_every: str | None = None
 
 
@@ -134,16 +158,16 @@ class EvalConfig:
     kind: Literal["zero_shot", "retrieval"] = "zero_shot"
     data: SourceConfig = SourceConfig()
     classes: str | None = None  # zero_shot: JSON file with "classnames" and "templates"
-    batch_size: int = 256
+    batch_size: Count = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     batch_size: int = 128  # pairs a step, over all devices and processes
     duration: str = "1000 steps"
-    loss: Literal["softmax", "sigmoid"] = "softmax"
-    label_smoothing: float = 0.0  # of the softmax loss
+    loss: Literal["softmax", "sigmoid", "mse"] = "softmax"  # mse: with a teacher, and only then
+    label_smoothing: Fraction = 0.0  # of the softmax loss
     model: ModelConfig = ModelConfig()
     policy: PolicyConfig = PolicyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -166,7 +190,8 @@ def default() -> config_dict.ConfigDict:
 def parse(raw: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
     """The `Config` that `raw` (a ConfigDict, or config.json of a run) describes.
 
-    Raises UserError on an unknown key, with the nearest known one, and on a value of the wrong type.
+    Raises UserError on an unknown key, with the nearest known one, and on a value of the wrong type or
+    out of its range.
     """
     if isinstance(raw, config_dict.ConfigDict):
         raw = raw.to_dict()
@@ -178,7 +203,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return _convert_dataclass(kind, value, where)
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
-        return value
+        # What config.json would give back: JSON knows no tuples.
+        return list(value) if isinstance(value, tuple) else value
+    if origin is Annotated:
+        return _in_range(_convert(args[0], value, where), args[1], where)
     if origin is Literal:
         if value not in args:
             raise UserError(
@@ -190,7 +218,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             return None
         (inner,) = (t for t in args if t is not types.NoneType)
         return _convert(inner, value, where)
-    if origin is dict and isinstance(value, Mapping):
+    if origin is dict and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is tuple and isinstance(value, (list, tuple)):
         if args[-1] is Ellipsis:
@@ -205,10 +233,17 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     raise UserError(f"{where} is {value!r}; it must be of type {name}.")
 
 
+def _in_range(number: int | float, allowed: Range, where: str) -> int | float:
+    if allowed.least <= number <= allowed.most:
+        return number
+    most = "" if allowed.most == math.inf else f" and at most {allowed.most}"
+    raise UserError(f"{where} is {number}; it must be at least {allowed.least}{most}.")
+
+
 def _convert_dataclass(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise UserError(f"{where} is {value!r}; it must be a group of keys.")
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     for key in value:
         if key not in hints:
             raise UserError(f"{where}.{key} is not a config key; {nearest(key, hints)}.")
@@ -225,10 +260,14 @@ def parse_arg(
     Returns the variant (the first of `variants` if none is named) and the options that are given.
     Raises UserError on anything else.
     """
-    variant, given = variants[0], {}
+    variant, given = None, {}
     for part in filter(None, arg.split(",")):
         key, equals, text = part.partition("=")
         if not equals and key in variants:
+            if variant is not None:
+                raise UserError(
+                    f"{variant!r} and {key!r} are two variants of this config; name one."
+                )
             variant = key
         elif equals and key in options:
             try:
@@ -240,7 +279,7 @@ def parse_arg(
         else:
             known = (*variants, *(f"{name}=..." for name in options))
             raise UserError(f"{part!r} is no variant of this config; known are {', '.join(known)}.")
-    return variant, given
+    return variant or variants[0], given
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -255,7 +294,9 @@ def steps(duration: str, *, batch_size: int, examples_per_epoch: int) -> int:
 
     Raises UserError if the text is none of these.
     """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s+(step|epoch|example)s?\s*", duration)
+    match = re.fullmatch(
+        r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]{1,2})?)\s+(step|epoch|example)s?\s*", duration
+    )
     if not match:
         raise UserError(
             f"{duration!r} is no duration; write for example '300 steps', '2.5 epochs' or '9e8 examples'."

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import runpy
+import sys
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -28,13 +29,20 @@ def load_config(spec: str, overrides: Iterable[tuple[str, str]]) -> Config:
         raise UserError(
             f"There is no config file {path}; give --config=FILE.py or FILE.py:ARGUMENT."
         )
+    # One config may start from another: `from configs import vit_bert`.
+    sys.path.insert(0, str(Path(path).resolve().parents[1]))
     try:
-        config = runpy.run_path(path)["get_config"](arg)
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            raise UserError(f"{path} has no function get_config(arg); give a config file.")
+        config = get_config(arg)
     except UserError:
         raise
     except Exception as error:  # whatever somebody's file may raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"get_config({arg!r}) of {path} fails: {reason}") from error
+    finally:
+        sys.path.pop(0)
     if not isinstance(config, config_dict.ConfigDict):
         raise UserError(
             f"get_config of {path} returns no ConfigDict; start from lit_jax.config.default()."
@@ -89,5 +97,5 @@ def _read(kind: Any, text: str) -> Any:
         return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text

@@ -20,14 +20,14 @@ from pathlib import Path
 import jax
 
 from lit_jax.config import EvalConfig, MeshConfig, SourceConfig
-from lit_jax.console import command
+from lit_jax.console import command, named_folder
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.text import load_tokenizer
 from lit_jax.distributed import process
 from lit_jax.distributed.mesh import make_mesh, replicated
 from lit_jax.errors import UserError
 from lit_jax.evals.encode import Encoder, Params
-from lit_jax.evals.runner import open_evals, run, table
+from lit_jax.evals.runner import Metrics, open_evals, run, table
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.training.run import load_run, read_config, write_json
 from lit_jax.weights.hub import local_folder
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if process.is_primary():
         print(table(metrics))
         if args.output:
-            write_json(args.output, metrics)
+            _write(args.output, metrics)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -62,7 +62,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--workdir", type=Path, help="folder of a training run")
+    model.add_argument("--workdir", type=named_folder, help="folder of a training run")
     model.add_argument("--model", help="folder or Hub id of a dual encoder")
     parser.add_argument("--step", type=int, help="of the checkpoint; the latest if not given")
     parser.add_argument("--data", help="folder with captions.jsonl, or with prepared TFDS data")
@@ -98,7 +98,9 @@ def _evals_of_flags(args: argparse.Namespace) -> dict[str, EvalConfig]:
     given = {key: getattr(args, key) for key in ("split", "image_key", "caption_key", "label_key")}
     source = SourceConfig(path=args.data, **{key: value for key, value in given.items() if value})
     kind = "zero_shot" if args.classes else "retrieval"
-    return {Path(args.data).name: EvalConfig(kind=kind, data=source, classes=args.classes)}
+    return {
+        Path(args.data).absolute().name: EvalConfig(kind=kind, data=source, classes=args.classes)
+    }
 
 
 def _evals_of_run(workdir: Path) -> dict[str, EvalConfig]:
@@ -131,9 +133,20 @@ def _load_folder(model: str) -> tuple[Encoder, Params]:
 def _text_length(folder: Path, module: DualEncoderModule) -> int:
     """As many tokens as the tokenizer was saved with, and no more than the text model has positions."""
     positions = module.text_model.config.max_length
-    path = folder / "tokenizer_config.json"
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return min(positions, saved.get("model_max_length", positions))
+    try:
+        saved = json.loads((folder / "tokenizer_config.json").read_bytes())["model_max_length"]
+    except (OSError, ValueError, LookupError, TypeError):  # what is broken, load_tokenizer says
+        return positions
+    return min(positions, saved or positions)
+
+
+def _write(path: Path, metrics: Metrics) -> None:
+    try:
+        write_json(path, metrics)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); give another --output."
+        ) from None
 
 
 if __name__ == "__main__":

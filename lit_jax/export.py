@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import transformers
 
-from lit_jax.console import command
-from lit_jax.data.image import load_processor
+from lit_jax.console import command, named_folder
+from lit_jax.data.image import ImageTransform, load_processor
 from lit_jax.data.text import without_state
+from lit_jax.models.dual_encoder import DualEncoderModule
+from lit_jax.models.patches import ImageTower, pair
 from lit_jax.training.run import load_run, model_folder
 from lit_jax.weights.save import save_dual_encoder
 
@@ -37,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of a training run")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--workdir", type=named_folder, required=True, help="folder of a training run"
+    )
+    parser.add_argument("--output", type=named_folder, required=True, help="folder to write")
     parser.add_argument("--step", type=int, help="of the checkpoint; the latest if not given")
     args = parser.parse_args(argv)
     # Locked parameters are on disk as they were read; float32 gives them away unrounded.
@@ -46,8 +50,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_type = run.setup.hf_config["model_type"]
     processor = Processor(model_folder(args.workdir), run.setup.tokenizer, model_type)
     params = jax.device_get(run.params)
-    save_dual_encoder(args.output, run.setup.hf_config, run.module, params, processor)
+    model = at_image_size(run.module, run.setup.hf_config, params, run.setup.image_transform)
+    module, hf_config, params = model
+    save_dual_encoder(args.output, hf_config, module, params, processor)
     print(f"step {run.step} of {args.workdir} is in {args.output}")
+
+
+def at_image_size(
+    module: DualEncoderModule,
+    hf_config: dict[str, Any],
+    params: dict[str, Any],
+    transform: ImageTransform,
+) -> tuple[DualEncoderModule, dict[str, Any], dict[str, Any]]:
+    """The model with an image tower for the images that `transform` makes.
+
+    PyTorch's interpolates its positions for images of another size only when a call asks for it. Images
+    that are not square are left to such a call: not every tower of transformers can say their size.
+    """
+    height, width, _ = transform.output_shape
+    if height != width or pair(module.vision_model.config.image_size) == (height, width):
+        return module, hf_config, params
+    assert isinstance(module.vision_model, ImageTower)
+    tower, vision_params = module.vision_model.interpolated(params["vision_model"], height)
+    return (
+        module.clone(vision_model=tower),
+        hf_config | {"vision_config": hf_config["vision_config"] | {"image_size": height}},
+        params | {"vision_model": vision_params},
+    )
 
 
 class Processor:

@@ -1,11 +1,16 @@
 """Nested dicts of parameters by path: 'vision_model/encoder/layer/mlp/fc2/kernel'."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from flax import traverse_util
 
 Tree = Mapping[str, Any]
+
+# Below `layer/` a parameter has a leading depth axis. The layers of it count from 0, those of
+# `layer_from_7/`, a stack behind others, from 7.
+STACK = re.compile(r"(?P<above>(?:.*/)?layer)(?:_from_(?P<first>\d+))?/(?P<below>.*)")
 
 
 def flatten(tree: Tree) -> dict[str, Any]:

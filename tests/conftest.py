@@ -2,9 +2,11 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import jax
+import pytest
 
 _COMPILATION_CACHE = tempfile.TemporaryDirectory()
 
@@ -33,3 +35,15 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # The first example of a property compiles or imports something: its time says nothing.
 hypothesis.settings.register_profile("lit_jax", deadline=None)
 hypothesis.settings.load_profile("lit_jax")
+
+_MEMORY_MAPS = Path("/proc/self/maps")  # of Linux
+
+
+@pytest.fixture(autouse=True)
+def few_memory_maps():
+    """Each compiled program takes some of the 65,530 memory maps that Linux gives a process, and XLA crashes
+    when there are none left. The compilation cache on disk has what is dropped here.
+    """
+    yield
+    if _MEMORY_MAPS.exists() and _MEMORY_MAPS.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()

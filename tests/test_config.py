@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.vit_bert import get_config
-from lit_jax.config import Config, EvalConfig, default, parse, parse_arg, steps
+from lit_jax.config import (
+    Config,
+    EvalConfig,
+    ModelConfig,
+    TowerConfig,
+    default,
+    parse,
+    parse_arg,
+    steps,
+)
 from lit_jax.errors import UserError
 
 
@@ -24,6 +33,8 @@ def test_default_is_the_default_config_and_every_key_can_be_overridden():
 def test_config_survives_json():
     config = parse(get_config("demo"))
     assert isinstance(config.evals["unseen16"], EvalConfig)
+    size = TowerConfig(overrides={"image_size": (32, 48)})
+    config = parse(dataclasses.asdict(dataclasses.replace(config, model=ModelConfig(image=size))))
     assert parse(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
@@ -38,6 +49,14 @@ def test_config_survives_json():
         ({"schedule": 3}, "must be a group of keys"),
         ({"policy": {"lock": "ll"}}, "config.policy.lock is 'll'"),
         ({"policy": {"trainable": ["x"]}}, r"config.policy.trainable\[0\] is 'x'"),
+        ({"policy": {"trainable": [["x", 0]]}}, r"config.policy.trainable\[0\] is 0; .* type bool"),
+        ({"policy": {"learning_rate": [["x", "1"]]}}, r"learning_rate\[0\] is '1'; .* type float"),
+        ({"policy": {"weight_decay": [["x", -1]]}}, r"weight_decay\[0\] is -1.0; .* at least 0"),
+        ({"model": {"image": {"overrides": {1: 2}}}}, r"overrides is {1: 2}; .* type dict\[str"),
+        ({"seed": -1}, "config.seed is -1; it must be at least 0 and at most 4294967295"),
+        ({"optimizer": {"clip_norm": -1.0}}, "clip_norm is -1.0; it must be at least 0"),
+        ({"label_smoothing": 2}, "label_smoothing is 2.0; it must be at least 0 and at most 1"),
+        ({"evals": {"a": {"batch_size": 0}}}, "config.evals.a.batch_size is 0; .* at least 1"),
         ({"evals": {"a": {"kinds": "x"}}}, "config.evals.a.kinds .* did you mean 'kind'"),
     ],
 )
@@ -62,7 +81,8 @@ def test_arguments_of_the_recipe():
 @pytest.mark.parametrize(
     ("arg", "message"),
     [("bas", "known are demo, base, large, data="), ("base,batch=many", "batch must be of type int"),
-     ("batch", "no variant"), ("base,size=3", "no variant")],
+     ("batch", "no variant"), ("base,size=3", "no variant"),
+     ("base,large", "'base' and 'large' are two variants")],
 )  # fmt: skip
 def test_arguments_are_parsed_strictly(arg, message):
     with pytest.raises(UserError, match=message):
@@ -85,6 +105,12 @@ def test_parse_arg_takes_the_first_variant_by_default():
 )
 def test_durations(duration, expected):
     assert steps(duration, batch_size=10, examples_per_epoch=100) == expected
+
+
+@pytest.mark.parametrize("text", ["1.2.3 steps", ". steps", "1e400 steps", "5", "-1 steps"])
+def test_a_number_that_is_none_is_no_duration(text):
+    with pytest.raises(UserError, match="is no duration"):
+        steps(text, batch_size=10, examples_per_epoch=100)
 
 
 @given(st.text(max_size=12))

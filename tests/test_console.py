@@ -1,4 +1,8 @@
-from lit_jax.console import BAD_INPUT, PREEMPTED, command
+from pathlib import Path
+
+import pytest
+
+from lit_jax.console import BAD_INPUT, INTERRUPTED, PREEMPTED, command, named_folder
 from lit_jax.errors import Preempted, UserError
 
 
@@ -8,12 +12,23 @@ def main(error):
         raise error
 
 
+def test_an_empty_folder_name_is_not_the_current_folder():
+    assert named_folder("a") == Path("a")
+    with pytest.raises(UserError, match="must not be empty"):
+        named_folder("")
+
+
 def test_exit_codes_and_one_line_messages(capsys, monkeypatch):
     monkeypatch.delenv("LIT_JAX_TRACEBACK", raising=False)
     assert main(None) == 0
     assert main(UserError("Give more.")) == BAD_INPUT
     assert main(Preempted("Saved.")) == PREEMPTED
-    assert capsys.readouterr().err == "error: Give more.\nSaved.\n"
+    assert main(KeyboardInterrupt()) == INTERRUPTED
+    assert capsys.readouterr().err == "error: Give more.\nSaved.\nInterrupted.\n"
+    assert main(PermissionError(13, "Permission denied", "/a/b")) == BAD_INPUT
+    assert capsys.readouterr().err == (
+        "error: There is no permission for /a/b; get it, or give another path.\n"
+    )
 
 
 def test_the_traceback_is_shown_on_request(capsys, monkeypatch):

@@ -102,6 +102,15 @@ def test_any_checkpoint_of_a_run_is_measured(run, capsys):
     assert "has no checkpoint of step 3; there are [1, 2]." in capsys.readouterr().err
 
 
+def test_results_that_cannot_be_written_are_printed_still(run, capsys):
+    _, workdir = run
+    assert main([f"--workdir={workdir}", "--output=/proc/results.json"]) == BAD_INPUT
+    printed = capsys.readouterr()
+    assert "zero_shot/unseen/top1" in printed.out
+    assert "/proc/results.json cannot be written (" in printed.err
+    assert printed.err.endswith("; give another --output.\n")
+
+
 @pytest.mark.long
 def test_two_processes_print_what_one_prints(run, capsys):
     """Two processes with four devices each, and one with eight."""
@@ -144,7 +153,7 @@ def test_an_exported_folder_measures_as_its_run(run, exported, tmp_path):
     assert of_folder == pytest.approx(of_run, abs=2 / 800)  # a near tie may fall either way
 
 
-def test_without_classes_it_is_retrieval(exported, tmp_path, capsys):
+def test_without_classes_it_is_retrieval(exported, tmp_path, capsys, monkeypatch):
     rng = np.random.default_rng(0)
     from PIL import Image
 
@@ -152,8 +161,17 @@ def test_without_classes_it_is_retrieval(exported, tmp_path, capsys):
         for i in range(3):
             Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / f"{i}.png")
             file.write(json.dumps({"image": f"{i}.png", "caption": f"the number {i}"}) + "\n")
-    assert main([f"--model={exported}", f"--data={tmp_path}"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main([f"--model={exported}", "--data=."]) == 0
     assert f"retrieval/{tmp_path.name}/text_to_image_recall_at_5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_max_length": null}'])
+def test_a_folder_whose_tokenizer_config_is_damaged(exported, tmp_path, content, capsys):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    (folder / "tokenizer_config.json").write_text(content)
+    assert main([f"--model={folder}", *UNSEEN, CLASSES]) == BAD_INPUT
+    assert f"error: The tokenizer in {folder} " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

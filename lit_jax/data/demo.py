@@ -3,6 +3,9 @@
 scikit-learn's 1,797 scanned digits, joined two by two on a 32x32 canvas, show the numbers 20 to 99.
 Sixteen of them are never captioned: to name them, a model has to have understood the other 64.
 A scanned digit is used for training or for evaluation, never for both.
+
+The captions are English. For text towers that learn a second language there are also the sentences of
+both languages without images ("parallel"), and the training images with captions in both ("bilingual").
 """
 
 import functools
@@ -21,34 +24,73 @@ NUMBERS = tuple(range(20, 100))
 UNSEEN = tuple(sorted(10 * t + (3 * t + k) % 10 for t in range(2, 10) for k in (1, 6)))
 SEEN = tuple(n for n in NUMBERS if n not in UNSEEN)
 
-# split -> (which scanned digits, which numbers, images of each number)
+# split -> (which scanned digits, which numbers, images of each number, languages of the captions)
 SPLITS = {
-    "train": ("train", SEEN, 160),
-    "seen": ("test", SEEN, 50),
-    "unseen": ("test", UNSEEN, 50),
+    "train": ("train", SEEN, 160, ("en",)),
+    "bilingual": ("train", SEEN, 160, ("en", "de")),
+    "seen": ("test", SEEN, 50, ("en",)),
+    "unseen": ("test", UNSEEN, 50, ("en",)),
+}
+PARALLEL = "parallel"
+
+CAPTIONS = {
+    "en": (
+        "a photo of the number {}",
+        "a picture of the number {}",
+        "the handwritten number {}",
+        "the number {} written by hand",
+        "two digits that read {}",
+        "{} in white on black",
+        "{}",
+    ),
+    "de": (
+        "ein Foto der Zahl {}",
+        "ein Bild der Zahl {}",
+        "die handgeschriebene Zahl {}",
+        "die Zahl {} von Hand geschrieben",
+        "zwei Ziffern, die {} ergeben",
+        "{} in Weiß auf Schwarz",
+        "{}",
+    ),
 }
 
-CAPTIONS = (
-    "a photo of the number {}",
-    "a picture of the number {}",
-    "the handwritten number {}",
-    "the number {} written by hand",
-    "two digits that read {}",
-    "{} in white on black",
-    "{}",
-)
-
 # The texts that stand for a number in zero-shot classification.
-TEMPLATES = ("a photo of the number {}", "the handwritten number {}", "{}")
+TEMPLATES = {
+    "en": ("a photo of the number {}", "the handwritten number {}", "{}"),
+    "de": ("ein Foto der Zahl {}", "die handgeschriebene Zahl {}", "{}"),
+}
 
-_UNITS = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+UNITS = {
+    "en": ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
+    "de": ("", "ein", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"),
+}
+TENS = {
+    "en": ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"),
+    "de": (
+        "zwanzig",
+        "dreißig",
+        "vierzig",
+        "fünfzig",
+        "sechzig",
+        "siebzig",
+        "achtzig",
+        "neunzig",
+    ),
+}
 
 
-def number_words(number: int) -> str:
-    """The English name of a number from 20 to 99: "forty two"."""
-    tens, units = divmod(number, 10)
-    return f"{_TENS[tens - 2]} {_UNITS[units]}".strip()
+def number_words(number: int, language: str = "en") -> str:
+    """The name of a number from 20 to 99: "forty two", in German "zweiundvierzig"."""
+    tens, units = TENS[language][number // 10 - 2], UNITS[language][number % 10]
+    if language == "de":
+        return f"{units}und{tens}" if units else tens
+    return f"{tens} {units}".strip()
+
+
+def captions(number: int, language: str) -> tuple[str, ...]:
+    """All sentences of a language about a number; those of two languages match one by one."""
+    words = number_words(number, language)
+    return tuple(caption.format(words) for caption in CAPTIONS[language])
 
 
 @functools.cache
@@ -88,32 +130,53 @@ def draw_number(number: int, part: str, rng: np.random.Generator) -> np.ndarray:
 @functools.cache
 def split_images(split: str) -> np.ndarray:
     """All images of a split, the numbers in turn: uint8 Nx32x32x3. Drawn once, in about a second."""
-    part, numbers, images_each = SPLITS[split]
+    part, numbers, images_each, _ = SPLITS[split]
     rng = np.random.default_rng(zlib.crc32(split.encode()))
     return np.stack([draw_number(number, part, rng) for number in numbers * images_each])
 
 
 class DemoSource:
-    """The demo's split "train", "seen" or "unseen"; always the same images.
+    """The demo's split "train", "bilingual", "seen" or "unseen"; always the same images.
 
     Raises UserError if there is no such split.
     """
 
     def __init__(self, split: str | None):
         if split not in SPLITS:
-            raise UserError(f"The demo has no split {split!r}; its splits are {', '.join(SPLITS)}.")
+            raise UserError(
+                f"The demo has no split {split!r} with images; its splits are {', '.join(SPLITS)}, and "
+                f"{PARALLEL} for a text tower that learns from a teacher."
+            )
         self._split = split
-        self._numbers = SPLITS[split][1]
+        _, self._numbers, _, self._languages = SPLITS[split]
         self._images_Nx32x32x3 = split_images(split)
 
     def __len__(self) -> int:
         return len(self._images_Nx32x32x3)
 
     def __getitem__(self, index: int) -> Example:
-        words = number_words(self._numbers[index % len(self._numbers)])
+        number = self._numbers[index % len(self._numbers)]
         return Example(
             key=f"{self._split}/{index}",
             image=self._images_Nx32x32x3[index],
-            captions=tuple(caption.format(words) for caption in CAPTIONS),
-            label=words,
+            captions=tuple(text for lang in self._languages for text in captions(number, lang)),
+            label=number_words(number),
+        )
+
+
+class ParallelDemoSource:
+    """Every sentence about every number, also the uncaptioned ones, in English and German: no images."""
+
+    def __len__(self) -> int:
+        return len(NUMBERS) * len(CAPTIONS["en"])
+
+    def __getitem__(self, index: int) -> Example:
+        number, sentence = NUMBERS[index % len(NUMBERS)], index // len(NUMBERS)
+        english, german = (captions(number, language)[sentence] for language in ("en", "de"))
+        return Example(
+            key=f"{PARALLEL}/{index}",
+            image=None,
+            captions=(english, german),
+            teacher_caption=english,
+            label=number_words(number),
         )

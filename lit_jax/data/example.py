@@ -1,17 +1,18 @@
 """What a source yields: an `Example`, or the reason why there is none."""
 
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
 
 class Example(TypedDict):
-    """One image with what is known about it."""
+    """One image with what is known about it, or captions alone."""
 
     key: str  # names the example in messages and reports
-    image: Path | bytes | np.ndarray  # an image file, its content, or pixels: uint8 HxWx3
+    image: Path | bytes | np.ndarray | None  # a file, its content, or pixels: uint8 HxWx3
     captions: tuple[str, ...]
+    teacher_caption: NotRequired[str | None]  # what they say, in the language of a text teacher
     label: str | None  # name of its class
 
 

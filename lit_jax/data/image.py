@@ -24,10 +24,12 @@ from lit_jax.errors import UserError
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+# What a source gives; None: there is no image.
+ImageFile = Path | bytes | np.ndarray | None
 WHITE = (255, 255, 255, 255)
 
 
-def decode(image: Path | bytes | np.ndarray) -> Image.Image:
+def decode(image: ImageFile) -> Image.Image:
     """The first frame of an image as upright RGB.
 
     The EXIF orientation is applied, transparency is put on white and 16-bit grey is scaled to 8 bits.
@@ -35,12 +37,16 @@ def decode(image: Path | bytes | np.ndarray) -> Image.Image:
     Raises:
         BadSampleError: there is no such file, or it holds no complete image of a sane size.
     """
+    if image is None:
+        raise BadSampleError("no image")
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
     try:
         content = image.read_bytes() if isinstance(image, Path) else image
     except OSError as error:
         raise BadSampleError(error.strerror or str(error)) from error
+    except ValueError as error:  # no path at all: it has a null byte, or is no valid Unicode
+        raise BadSampleError(str(error)) from error
     if not content:
         raise BadSampleError("0 bytes")
     try:
@@ -75,7 +81,7 @@ class ImageTransform:
         center_crop: whether the result is cut out of the middle of what was resized.
         resample: Pillow's number of the interpolation.
         table_3x256: float32; what each channel's pixel values become (rescaled and normalised).
-        crop_min_area, flip: augmentations of `train`, see `DataConfig`.
+        crop_min_area, random_crop, flip: augmentations of `train`, see `DataConfig`.
     """
 
     height: int
@@ -85,6 +91,7 @@ class ImageTransform:
     resample: int
     table_3x256: np.ndarray
     crop_min_area: float | None = None
+    random_crop: bool = False
     flip: bool = False
 
     @classmethod
@@ -94,6 +101,7 @@ class ImageTransform:
         *,
         image_size: int | None = None,
         crop_min_area: float | None = None,
+        random_crop: bool = False,
         flip: bool = False,
     ) -> "ImageTransform":
         """The transform that the image processor in `folder` describes.
@@ -115,8 +123,14 @@ class ImageTransform:
             resample=int(processor.resample),
             table_3x256=_table(processor),
             crop_min_area=crop_min_area,
+            random_crop=random_crop,
             flip=flip,
         )
+        if random_crop and (not transform.center_crop or crop_min_area is not None):
+            raise UserError(
+                "config.data.random_crop moves the crop of the image processor: it needs a processor that "
+                f"crops ({folder} has {'one' if transform.center_crop else 'none'}), and no crop_min_area."
+            )
         _check(transform, processor, folder)
         return transform
 
@@ -124,17 +138,15 @@ class ImageTransform:
     def output_shape(self) -> tuple[int, int, int]:
         return self.height, self.width, 3
 
-    def eval(self, image: Path | bytes | np.ndarray) -> Float[np.ndarray, "H W 3"]:
+    def eval(self, image: ImageFile) -> Float[np.ndarray, "H W 3"]:
         """float32; raises BadSampleError."""
         return self._normalise(self._resize_and_crop(decode(image)))
 
-    def train(
-        self, image: Path | bytes | np.ndarray, rng: np.random.Generator
-    ) -> Float[np.ndarray, "H W 3"]:
+    def train(self, image: ImageFile, rng: np.random.Generator) -> Float[np.ndarray, "H W 3"]:
         """float32, with random crop and flip if the config says so; raises BadSampleError."""
         picture = decode(image)
         if self.crop_min_area is None:
-            pixels_HxWx3 = self._resize_and_crop(picture)
+            pixels_HxWx3 = self._resize_and_crop(picture, rng if self.random_crop else None)
         else:
             box = random_box(picture.size, self.crop_min_area, rng)
             pixels_HxWx3 = np.asarray(
@@ -144,15 +156,23 @@ class ImageTransform:
             pixels_HxWx3 = pixels_HxWx3[:, ::-1]
         return self._normalise(pixels_HxWx3)
 
-    def _resize_and_crop(self, image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    def _resize_and_crop(
+        self, image: Image.Image, rng: np.random.Generator | None = None
+    ) -> UInt8[np.ndarray, "H W 3"]:
+        """The crop is in the middle, with `rng` at a random place."""
         if self.resize is not None:
             height, width = _target(self.resize, image)
             image = image.resize((width, height), self.resample)
         if self.center_crop:
             # Of an odd rest the larger part goes to the right and the bottom, of an odd lack to the left
             # and the top (filled with zeros), as the processor does it: // rounds down in both.
-            left = (image.width - self.width) // 2
-            top = (image.height - self.height) // 2
+            left, top = image.width - self.width, image.height - self.height
+            if rng is None:
+                left, top = left // 2, top // 2
+            else:
+                left, top = (
+                    int(rng.integers(min(rest, 0), max(rest, 0) + 1)) for rest in (left, top)
+                )
             image = image.crop((left, top, left + self.width, top + self.height))
         return np.asarray(image)
 
@@ -197,9 +217,12 @@ def load_processor(folder: Path, *, image_size: int | None = None) -> Any:
         )
     try:
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        # Most settings are first checked when they are used; an image_std of 0 would only be a warning.
+        with np.errstate(divide="raise", invalid="raise"):
+            processor(Image.new("RGB", (9, 8)))
     except Exception as error:  # of a broken file transformers lets through whatever it raises
         raise UserError(
-            f"The image processor in {folder} cannot be loaded ({textwrap.shorten(str(error), 150)}); "
+            f"The image processor in {folder} cannot be used ({textwrap.shorten(str(error), 150)}); "
             f"put the image model's own {PROCESSOR_FILES[0]} there."
         ) from error
     if image_size is None:

@@ -17,18 +17,16 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
-from transformers import PreTrainedTokenizerBase
 
 from lit_jax.config import DataConfig
 from lit_jax.data.example import BadSampleError
 from lit_jax.data.image import ImageTransform
+from lit_jax.data.readers import Batch, Reader
 from lit_jax.data.sources import Source
-from lit_jax.data.text import tokenize
 from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Batch = dict[str, np.ndarray]
 Skipped = tuple[tuple[str, str], ...]  # (key, reason) of each bad sample
 
 MAX_TRIES = 100  # for one element of a batch; so many bad samples in a row are no accident
@@ -38,9 +36,7 @@ JUDGE_AFTER = 1000  # samples read, before a fraction of bad ones means anything
 class TrainStream:
     """Endless batches of this process, shuffled anew in every epoch.
 
-    A batch has 'pixel_values' float32 (rows, height, width, 3), and int32 (rows, max_text_length)
-    'input_ids', 'attention_mask' and, if the tokenizer makes them, 'token_type_ids'. Of several captions,
-    each epoch draws one. A bad sample is replaced by another one, drawn at random.
+    `reader` says what is in a batch. A bad sample is replaced by another one, drawn at random.
 
     Attributes:
         bad_samples: how many this process has met since the start of the run.
@@ -52,8 +48,7 @@ class TrainStream:
     def __init__(
         self,
         source: Source,
-        image_transform: ImageTransform,
-        tokenizer: PreTrainedTokenizerBase,
+        reader: Reader,
         *,
         config: DataConfig,
         seed: int,
@@ -74,14 +69,10 @@ class TrainStream:
             .seed(seed)
             .shuffle()
             .repeat()
-            .random_map(_LoadPair(source, image_transform))
+            .random_map(_Read(source, reader))
             .slice(slice(process_index, None, process_count))
             # Endless, so there is no remainder; but if kept, Grain overflows for batches of one row.
-            .batch(
-                rows,
-                drop_remainder=True,
-                batch_fn=_CollatePairs(tokenizer, config.max_text_length),
-            )
+            .batch(rows, drop_remainder=True, batch_fn=_Collate(reader))
         )
         self._rows = rows
         self._open(0)
@@ -105,7 +96,10 @@ class TrainStream:
         }
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Goes to a position that `get_state` gave, with these or other workers and processes."""
+        """Goes to a position that `get_state` gave, with these or other workers and processes.
+
+        A run saves that of its first process: all go on from what that one has counted.
+        """
         self.close()
         self._open(state["next_batch"])
         self._samples_read, self.bad_samples = state["samples_read"], state["bad_samples"]
@@ -170,23 +164,18 @@ def local_rows(batch_size: int, process_count: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _LoadPair:
-    """From a position in the source to one image and one caption."""
+class _Read:
+    """From a position in the source to one element of a batch."""
 
     source: Source
-    image_transform: ImageTransform
+    reader: Reader
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         skipped = []
         while len(skipped) < MAX_TRIES:
             example = self.source[index]
             try:
-                captions = [text for text in example["captions"] if text.strip()]
-                if not captions:
-                    raise BadSampleError("no caption")
-                caption = captions[rng.integers(len(captions))]
-                pixels = self.image_transform.train(example["image"], rng)
-                return {"pixel_values": pixels, "caption": caption, "skipped": skipped}
+                return {**self.reader.read(example, rng), "skipped": skipped}
             except BadSampleError as reason:
                 skipped.append((example["key"], str(reason)))
                 index = int(rng.integers(len(self.source)))
@@ -197,17 +186,12 @@ class _LoadPair:
 
 
 @dataclasses.dataclass(frozen=True)
-class _CollatePairs:
-    tokenizer: PreTrainedTokenizerBase
-    max_text_length: int
+class _Collate:
+    reader: Reader
 
-    def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        captions = [pair["caption"] for pair in pairs]
-        return {
-            "pixel_values": np.stack([pair["pixel_values"] for pair in pairs]),
-            **tokenize(self.tokenizer, captions, length=self.max_text_length),
-            "skipped": tuple(item for pair in pairs for item in pair["skipped"]),
-        }
+    def __call__(self, elements: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        skipped = tuple(item for element in elements for item in element["skipped"])
+        return {**self.reader.collate(elements), "skipped": skipped}
 
 
 def eval_batches(

@@ -6,6 +6,7 @@ A source is random access and can be sent to worker processes.
 import functools
 import json
 import operator
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from lit_jax.config import SourceConfig
-from lit_jax.data.demo import DemoSource
+from lit_jax.data.demo import PARALLEL, DemoSource, ParallelDemoSource
 from lit_jax.data.example import Example
 from lit_jax.errors import UserError
 
@@ -30,21 +31,26 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> Example: ...
 
 
-def open_source(config: SourceConfig) -> Source:
-    """The data set that `config` names; never empty.
+def open_source(config: SourceConfig, *, text_only: bool = False) -> Source:
+    """The data set that `config` names; never empty, and not without images unless it is for `text_only`.
 
     Raises UserError if it is missing, empty or broken, or has no such split.
     """
     folder = Path(config.path).expanduser()
     if config.path == "demo":
-        return DemoSource(config.split)
+        return (
+            ParallelDemoSource()
+            if text_only and config.split == PARALLEL
+            else DemoSource(config.split)
+        )
     if (folder / CAPTIONS_FILE).is_file():
-        return JsonlSource(folder, config.split)
+        return JsonlSource(folder, config.split, text_only=text_only)
     if (folder / TFDS_FILE).is_file():
         return TfdsSource(folder, config)
     raise UserError(
-        f"There is no data set in {config.path!r}; a source's path is 'demo', a folder with "
-        f"{CAPTIONS_FILE}, or the version folder of a prepared TFDS data set (it has {TFDS_FILE})."
+        f"There is no data set in {config.path!r}; a source's path (config.data.train.path to train) is "
+        f"'demo', a folder with {CAPTIONS_FILE}, or the version folder of a prepared TFDS data set (it has "
+        f"{TFDS_FILE})."
     )
 
 
@@ -53,17 +59,20 @@ class JsonlSource:
 
         {"image": "a.jpg", "caption": "a dog"}  or  {"image": ..., "captions": [...], "label": "dog"}
 
-    "image" is a path, relative to the folder or absolute; "key", "label" and captions are optional.
+    "image" is a path, relative to the folder or absolute; "key", "label" and captions are optional. For a
+    text tower that learns from a teacher a line needs no image, and "teacher_caption" says the same as its
+    captions in the teacher's language (without it, the captions are in that language).
     Lines are found by their offsets and parsed when they are asked for: millions of them are no burden.
     """
 
-    def __init__(self, folder: Path, split: str | None = None):
+    def __init__(self, folder: Path, split: str | None = None, *, text_only: bool = False):
         if split is not None:
             raise UserError(
                 f"The data set in {folder} has no split {split!r}: {CAPTIONS_FILE} is one whole; "
                 "leave out the split, or use another folder for each."
             )
         self._folder = folder
+        self._text_only = text_only
         self._file = folder / CAPTIONS_FILE
         self._offsets = line_offsets(self._file)
         if not len(self._offsets):
@@ -90,16 +99,19 @@ class JsonlSource:
         if not isinstance(row, Mapping):
             raise TypeError("not a JSON object")
         image = _field(row, "image", str)
-        if image is None:
+        if image is None and not self._text_only:
             raise TypeError('"image" is missing')
         caption, captions = _field(row, "caption", str), _field(row, "captions", list) or []
         captions = captions if caption is None else [caption, *captions]
         if not all(isinstance(text, str) for text in captions):
             raise TypeError('"captions" has an item that is no text')
+        if image is None and not captions:
+            raise TypeError('"caption" is missing')
         return Example(
-            key=_field(row, "key", str) or image,
-            image=self._folder / image,
+            key=_field(row, "key", str) or image or captions[0],
+            image=None if image is None else self._folder / image,
             captions=tuple(captions),
+            teacher_caption=_field(row, "teacher_caption", str),
             label=_field(row, "label", str),
         )
 
@@ -126,7 +138,10 @@ class TfdsSource:
     def __init__(self, folder: Path, config: SourceConfig):
         import tensorflow_datasets as tfds  # slow to import, and only this kind of data needs it
 
-        builder: Any = tfds.builder_from_directory(folder)
+        try:
+            builder: Any = tfds.builder_from_directory(folder)
+        except Exception as error:  # of broken files it lets through whatever its parsers raise
+            raise _damaged(folder, error) from error
         _check_split(builder.info.splits, config.split, folder)
         features = dict(builder.info.features.items())
         captions, *inside = config.caption_key.split("/")
@@ -139,6 +154,7 @@ class TfdsSource:
             )
         label = features.get(config.label_key)
         self._class_names = label.names if isinstance(label, tfds.features.ClassLabel) else None
+        self._folder = folder
         self._image_key = config.image_key
         self._label_key = config.label_key if config.label_key in features else None
         self._caption_path = [captions, *inside] if captions in features else None
@@ -157,7 +173,10 @@ class TfdsSource:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        row = self._rows[index]
+        try:
+            row = self._rows[index]
+        except Exception as error:
+            raise _damaged(self._folder, error) from error
         return Example(
             key=f"{self._split}/{index}",
             image=row[self._image_key],
@@ -176,6 +195,13 @@ class TfdsSource:
             return None
         label = row[self._label_key]
         return self._class_names[label] if self._class_names else _text(label)
+
+
+def _damaged(folder: Path, error: Exception) -> UserError:
+    reason = textwrap.shorten(str(error), 150)
+    return UserError(
+        f"The prepared data in {folder} is damaged ({reason}); prepare the data set again."
+    )
 
 
 def _check_split(splits: Mapping[str, Any], split: str | None, folder: Path) -> None:

@@ -15,7 +15,7 @@ from lit_jax.errors import UserError
 def load_tokenizer(folder: Path, *, max_length: int) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder; `tokenize` cuts texts to its `model_max_length`, here `max_length`.
 
-    Raises UserError if there is none, or if it cannot pad.
+    Raises UserError if there is none, if it cannot pad, or if it leaves no room for words.
     """
     try:
         # Encoders count positions from the left, so whatever is not text has to be on the right.
@@ -37,9 +37,22 @@ def load_tokenizer(folder: Path, *, max_length: int) -> PreTrainedTokenizerBase:
         raise UserError(
             f"The tokenizer in {folder} has no padding token; set pad_token in tokenizer_config.json."
         )
-    # The first call sets truncation and padding inside the tokenizer. As `tokenize` always asks for the
-    # same, later calls change nothing there, and threads can share the tokenizer.
-    tokenize(tokenizer, ["a"])
+    special = tokenizer.num_special_tokens_to_add()
+    if max_length <= special:
+        raise UserError(
+            f"config.data.max_text_length={max_length} leaves no room for words beside the {special} special "
+            "tokens of every text; raise it."
+        )
+    try:
+        # The first call sets truncation and padding inside the tokenizer. As `tokenize` always asks for
+        # the same, later calls change nothing there, and threads can share the tokenizer. The text is
+        # one that needs the unknown token, should the vocabulary lack it.
+        tokenize(tokenizer, ["a ⛄"])
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise UserError(
+            f"The tokenizer in {folder} does not work ({textwrap.shorten(str(error), 150)}); "
+            "put the text model's own tokenizer files there."
+        ) from error
     return tokenizer
 
 
@@ -66,7 +79,7 @@ def tokenize(
         tokenizer makes for its model.
     """
     tokens = tokenizer(
-        list(texts),
+        [_valid_unicode(text) for text in texts],
         padding="max_length",
         truncation=True,
         max_length=tokenizer.model_max_length,
@@ -77,6 +90,11 @@ def tokenize(
         mask_NxL = tokens.get("attention_mask", np.ones_like(tokens["input_ids"]))
         length = -(-int(mask_NxL.sum(axis=1).max()) // 8) * 8
     return {name: array[:, :length].astype(np.int32) for name, array in tokens.items()}
+
+
+def _valid_unicode(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which a cut through an emoji leaves in JSON."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, config_key: str) -> None:

@@ -26,6 +26,10 @@ def initialize() -> None:
                 f"{' and '.join(given)} set without {' and '.join(sorted(missing))}; set all three or none."
             )
         address, count, index = (given[name] for name in _VARIABLES)
+        if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+            raise UserError(
+                f"JAX_PROCESS_ID={index} is no number from 0 to below JAX_NUM_PROCESSES={count}; correct it."
+            )
         jax.distributed.initialize(address, int(count), int(index))
         return
     try:

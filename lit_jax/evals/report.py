@@ -33,7 +33,7 @@ def write_demo_report(
     Args:
         metrics: the rows of the run's metrics.jsonl; those with 'loss' and 'learning_rate' are drawn.
     """
-    classes = Classes(names=tuple(map(number_words, NUMBERS)), templates=TEMPLATES)
+    classes = Classes(names=tuple(map(number_words, NUMBERS)), templates=TEMPLATES["en"])
     sources = {split: DemoSource(split) for split in ("seen", "unseen")}
     results = {
         split: zero_shot(encoder, params, source, classes, label_ids(source, classes))

@@ -24,10 +24,14 @@ BLOCK = 4096  # images whose logits are in memory at one time
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classes:
-    """The names of C classes, and T templates: sentences with '{}' or '{c}' in the name's place."""
+    """The names of C classes, and T templates: sentences with '{}' or '{c}' in the name's place.
+
+    `labels` is what the data set calls the classes, in the same order; if empty, by these names.
+    """
 
     names: tuple[str, ...]
     templates: tuple[str, ...]
+    labels: tuple[str, ...] = ()
 
     def texts(self) -> list[str]:
         """All C * T texts, class by class."""
@@ -60,9 +64,10 @@ class ZeroShotResult:
 
 
 def load_classes(path: str) -> Classes:
-    """Reads {"classnames": [...], "templates": [...]}, the form that CLIP_benchmark uses too.
+    """Reads {"classnames": [...], "templates": [...]}, the form that CLIP_benchmark uses too; also "labels",
+    in the order of the names, if the data set has other ones: ids, or names in another language.
 
-    Raises UserError if the file is missing, is not of that form, names a class twice or none, or
+    Raises UserError if the file is missing, is not of that form, has a class twice or none, or
     has a template without a place for the name.
     """
     try:
@@ -71,26 +76,33 @@ def load_classes(path: str) -> Classes:
         raise UserError(f"The class file {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise UserError(f"The class file {path} is not JSON in UTF-8: {error}.") from error
-    classes = Classes(
-        names=_strings(content, "classnames", path), templates=_strings(content, "templates", path)
-    )
+    names, templates = (_strings(content, key, path) for key in ("classnames", "templates"))
+    labels = _strings(content, "labels", path) if "labels" in content else ()
+    classes = Classes(names=names, templates=templates, labels=labels)
     for template in classes.templates:
         if not PLACEHOLDER.search(template):
             raise UserError(
                 f"The template {template!r} in {path} needs '{{}}' where the name goes."
             )
-    name, times = collections.Counter(classes.names).most_common(1)[0]
-    if times > 1:
-        raise UserError(f"The class {name!r} is {times} times in {path}; each name must differ.")
+    for key, values in (("classnames", names), ("labels", labels)):
+        for value, times in collections.Counter(values).most_common(1):
+            if times > 1:
+                raise UserError(
+                    f"{value!r} is {times} times among the {key} of {path}; each must differ."
+                )
+    if labels and len(labels) != len(names):
+        raise UserError(
+            f"{path} has {len(names)} classnames but {len(labels)} labels; give one each."
+        )
     return classes
 
 
 def label_ids(source: Source, classes: Classes) -> Int[np.ndarray, " N"]:
-    """The class of each example, as its position in `classes.names`.
+    """The class of each example, as its position in `classes`.
 
     Raises UserError at an example without a label, or with one that is not in the class list.
     """
-    ids = {name: i for i, name in enumerate(classes.names)}
+    ids = {label: i for i, label in enumerate(classes.labels or classes.names)}
     labels = np.empty(len(source), np.int32)
     for i in range(len(source)):
         example = source[i]

@@ -127,6 +127,16 @@ class Beit(ImageTower):
             pooled_BxD = x_BxLxD[:, 0]
         return TowerOutput(x_BxLxD, pooled_BxD)
 
+    def at_size(self, path: str, value: Array | np.ndarray, image_size: int) -> Array | np.ndarray:
+        """The parameter at `path` for images of `image_size`."""
+        if not path.endswith("position_bias_table"):
+            return super().at_size(path, value, image_size)
+        own_grid, grid = self.grids(image_size)
+        *leading, rows, heads = value.shape  # one table, or one a layer
+        tables_NxRxH = jnp.reshape(jnp.asarray(value), (-1, rows, heads))
+        resized = [resize_table(table_RxH, own_grid, grid) for table_RxH in tables_NxRxH]
+        return jnp.stack(resized).reshape(*leading, -1, heads)
+
     def _bias(self, grid: tuple[int, int]) -> Bias | BiasOfTable | None:
         """What `Encoder` takes as the bias of the attention logits."""
         cfg = self.config
@@ -154,7 +164,15 @@ class MeanPooler(nn.Module):
 def position_bias(
     table_RxH: Float[Array, "R H"], own_grid: tuple[int, int], grid: tuple[int, int]
 ) -> Float[Array, "1 H L L"]:
-    """The bias of each pair of tokens of a `grid` of patches, from a table for `own_grid`.
+    """The bias of each pair of tokens of a `grid` of patches, from a table for `own_grid`."""
+    table_RxH = resize_table(table_RxH, own_grid, grid)
+    return table_RxH[_rows_of_pairs(*grid)].transpose(2, 0, 1)[None]
+
+
+def resize_table(
+    table_RxH: Float[Array, "R H"], own_grid: tuple[int, int], grid: tuple[int, int]
+) -> Float[Array, "S H"]:
+    """A table of attention biases for a `grid` of patches, from one for `own_grid`.
 
     The table has a row for each offset of one patch from another, interpolated if the grids differ, and
     three more: from CLS to a patch, from a patch to CLS, from CLS to itself.
@@ -168,8 +186,7 @@ def position_bias(
     if offsets_HxWxH.shape[:2] != wanted:
         offsets_HxWxH = resize_grid(offsets_HxWxH, wanted, bilinear_matrix)
     heads = table_RxH.shape[1]
-    table_RxH = jnp.concatenate([offsets_HxWxH.reshape(-1, heads), table_RxH[-3:]])
-    return table_RxH[_rows_of_pairs(*grid)].transpose(2, 0, 1)[None]
+    return jnp.concatenate([offsets_HxWxH.reshape(-1, heads), table_RxH[-3:]])
 
 
 @functools.cache

@@ -10,7 +10,14 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from lit_jax.models.layers import LayerNorm, TowerOutput
-from lit_jax.models.patches import Embeddings, EmbeddingsConfig, ImageTower, Size, patch_grid
+from lit_jax.models.patches import (
+    Embeddings,
+    EmbeddingsConfig,
+    ImageTower,
+    Matrix,
+    Size,
+    patch_grid,
+)
 from lit_jax.models.transformer import BlockConfig, Encoder, Rotary
 
 
@@ -101,6 +108,11 @@ class Dinov2(ImageTower):
     """The image tower. It has no pooler: its pooled output is the CLS token."""
 
     config: _Config
+
+    @property
+    def position_matrix(self) -> Matrix:
+        """What position embeddings are interpolated by."""
+        return self.config.embeddings.matrix
 
     @nn.compact
     def __call__(

@@ -35,6 +35,11 @@ class DualEncoderOutput(NamedTuple):
     logit_scale: Float[Array, ""]  # a logarithm
     logit_bias: Float[Array, ""] | None
 
+    @property
+    def metrics(self) -> dict[str, Array]:
+        """What a training step reports of it."""
+        return {"logit_scale": jnp.exp(self.logit_scale)}
+
 
 class DualEncoderModule(nn.Module):
     """An image tower and a text tower that embed into one space.

@@ -32,6 +32,7 @@ from lit_jax.models.patches import ImageTower, Size, check_channels
 
 # Hugging Face leaves torch's default where a block is made wider, and elsewhere takes the config's.
 _EXPANSION_MOMENTUM = 0.1
+_STEM_WIDTH = 32  # of EfficientNet-B0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,11 +147,17 @@ class EfficientNet(ImageTower):
         """
         cfg = self.config
         check_channels(pixel_values_BxHxWxC, cfg.num_channels)
+        incoming = (_STEM_WIDTH, *cfg.out_channels[:-1])
+        if [*map(cfg.channels, cfg.in_channels)] != [*map(cfg.channels, incoming)]:
+            raise UserError(
+                f"The config of the EfficientNet has in_channels={list(cfg.in_channels)}, but its stages get "
+                f"{list(incoming)}; correct its config.json."
+            )
         x_BxYxXxC = _conv_norm(
             cfg,
             functools.partial(
                 nn.Conv,
-                cfg.channels(32),
+                cfg.channels(_STEM_WIDTH),
                 (3, 3),
                 strides=2,
                 padding=((0, 1), (0, 1)),

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models.layers import Tower
+from lit_jax.trees import Tree, flatten, unflatten
 
 Size = int | tuple[int, int]
 
@@ -40,6 +41,37 @@ class ImageTower(Tower):
         shape = (1, *pair(self.config.image_size), self.config.num_channels)
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
+    @property
+    def position_matrix(self) -> "Matrix":
+        """What position embeddings are interpolated by."""
+        return bicubic_matrix
+
+    def interpolated(self, params: Tree, image_size: int) -> tuple["ImageTower", Tree]:
+        """A tower whose config has `image_size`, pixels of a square, and computes with its parameters what
+        this one computes for such images with `params`.
+        """
+        config = dataclasses.replace(self.config, image_size=image_size)
+        flat = flatten(params)
+        flat = {path: self.at_size(path, leaf, image_size) for path, leaf in flat.items()}
+        return self.clone(config=config), unflatten(flat)
+
+    def at_size(self, path: str, value: Array | np.ndarray, image_size: int) -> Array | np.ndarray:
+        """The parameter at `path` for images of `image_size`."""
+        if not path.startswith("embeddings/position_embedding"):
+            return value
+        *leading, length, width = value.shape  # Hugging Face's ViT has a batch of one in front
+        positions_LxD = jnp.reshape(jnp.asarray(value), (length, width))
+        resized_MxD = resize_positions(positions_LxD, *self.grids(image_size), self.position_matrix)
+        return resized_MxD.reshape(*leading, -1, width)
+
+    def grids(self, image_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """That of the config and that of `image_size`."""
+        own_grid, grid = (
+            patch_grid(size, self.config.patch_size)
+            for size in (self.config.image_size, image_size)
+        )
+        return own_grid, grid
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbeddingsConfig:
@@ -57,6 +89,11 @@ class EmbeddingsConfig:
     antialias: bool = False  # when positions are interpolated
     zero_init: bool = False  # of tokens and positions
     mask_token: tuple[int, ...] | None = None  # shape of a parameter of pretraining, not used here
+
+    @property
+    def matrix(self) -> "Matrix":
+        """What positions are interpolated by."""
+        return antialiased_bicubic_matrix if self.antialias else bicubic_matrix
 
     @property
     def leading(self) -> int:
@@ -100,7 +137,7 @@ class Embeddings(nn.Module):
                 jnp.squeeze(positions_1xLxD, 0),
                 own_grid,
                 (rows, columns),
-                antialiased_bicubic_matrix if cfg.antialias else bicubic_matrix,
+                cfg.matrix,
             )
             x_BxLxD = x_BxLxD + positions_LxD[None].astype(self.dtype)
         if cfg.registers:

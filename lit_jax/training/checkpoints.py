@@ -10,7 +10,7 @@ moment leaves the previous checkpoint as the latest.
 
 import contextlib
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from lit_jax.errors import UserError
-from lit_jax.training.disk import complete_steps, quiet_orbax, writing
+from lit_jax.training.disk import complete_steps, quiet_orbax, reason, writing
 from lit_jax.training.step import State
 
 LIBRARIES = (
@@ -40,7 +40,11 @@ class Checkpoints:
         quiet_orbax()
         self._workdir = workdir
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last, keep_period=keep_every, cleanup_tmp_directories=True
+            max_to_keep=keep_last,
+            keep_period=keep_every,
+            cleanup_tmp_directories=True,
+            # Else, where a folder cannot be made, threads that wait for it keep the process for 20 minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         with self._writing():
             self._manager = ocp.CheckpointManager(
@@ -87,13 +91,17 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self, abstract_state: State) -> tuple[State, dict[str, Any]]:
-        """State and data position of the latest step, each array onto the sharding asked for."""
-        restored = self._manager.restore(
-            self.latest,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
-            ),
-        )
+        """State and data position of the latest step, each array onto the sharding asked for.
+
+        Raises UserError if it is damaged or of another model or optimizer.
+        """
+        with _reading_step(self._workdir, self.latest):
+            restored = self._manager.restore(
+                self.latest,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
+                ),
+            )
         return restored["state"], restored["data"]
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
@@ -108,7 +116,7 @@ def restore_params(
 
     Writes nothing, unlike `Checkpoints`, which clears away what is not complete: the run may be training.
 
-    Raises UserError if there is no such checkpoint.
+    Raises UserError if there is no such checkpoint, or if it is damaged or of another model.
     """
     steps = complete_steps(workdir)
     if not steps:
@@ -117,7 +125,7 @@ def restore_params(
         raise UserError(f"{workdir} has no checkpoint of step {step}; there are {steps}.")
     step = steps[-1] if step is None else step
     wanted = {"params": abstract_params}
-    with ocp.PyTreeCheckpointer() as reader:
+    with _reading_step(workdir, step), ocp.PyTreeCheckpointer() as reader:
         restored = reader.restore(
             (workdir / "checkpoints" / str(step) / "state").resolve(),
             args=ocp.args.PyTreeRestore(
@@ -130,20 +138,44 @@ def restore_params(
 
 
 def save_frozen(workdir: Path, frozen: Mapping[str, Any]) -> None:
-    """Writes the locked parameters of a run, unless they are there."""
-    path = (workdir / "frozen").resolve()
-    if path.exists() or not frozen:
+    """Writes the locked parameters of a run; those of an earlier start from step 0 are replaced."""
+    if not frozen:
         return
     with writing(workdir, Exception), ocp.StandardCheckpointer() as writer:
-        writer.save(path, frozen)
+        writer.save((workdir / "frozen").resolve(), frozen, force=True)
 
 
 def restore_frozen(workdir: Path, abstract_frozen: Mapping[str, Any]) -> Any:
-    """The locked parameters in the dtype and sharding of `abstract_frozen`."""
+    """The locked parameters in the dtype and sharding of `abstract_frozen`.
+
+    Raises UserError if they are missing, damaged or of another model.
+    """
     if not abstract_frozen:
         return {}
-    with ocp.StandardCheckpointer() as reader:
+    what_then = "put them back, or start again in another --workdir"
+    with _reading(workdir / "frozen", what_then), ocp.StandardCheckpointer() as reader:
         return reader.restore((workdir / "frozen").resolve(), abstract_frozen)
+
+
+@contextlib.contextmanager
+def _reading(folder: Path, what_then: str) -> Iterator[None]:
+    try:
+        yield
+    except (
+        Exception
+    ) as error:  # Orbax and TensorStore raise many types for what is not as it was saved
+        raise UserError(
+            f"{folder} is damaged, or of another model or optimizer than this config ({reason(error)}); "
+            f"{what_then}."
+        ) from error
+
+
+def _reading_step(workdir: Path, step: int | None) -> contextlib.AbstractContextManager[None]:
+    earlier = [other for other in complete_steps(workdir) if other != step]
+    what_then = "take back what --allow_changes permits" + (
+        f", or remove that folder to go on from step {earlier[-1]}" if earlier else ""
+    )
+    return _reading(workdir / "checkpoints" / str(step), what_then)
 
 
 def versions() -> dict[str, str]:

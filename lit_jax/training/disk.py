@@ -24,7 +24,7 @@ def writing(workdir: Path, failure: type[Exception] = OSError) -> Iterator[None]
                 f"mend that and run the same command again: it goes on from step {steps[-1]}"
             )
         raise UserError(
-            f"The run folder {workdir} cannot be written ({_reason(error)}); {what_then}."
+            f"The run folder {workdir} cannot be written ({reason(error)}); {what_then}."
         ) from error
 
 
@@ -37,11 +37,12 @@ def write_whole(path: Path, text: str) -> None:
 
 def complete_steps(workdir: Path) -> list[int]:
     """The steps of the checkpoints in a run folder: Orbax names one after its step when it is complete."""
-    names = [folder.name for folder in (workdir / "checkpoints").glob("*")]
+    names = [folder.name for folder in (workdir / "checkpoints").glob("*") if folder.is_dir()]
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What went wrong, short enough to stand in a sentence."""
     code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's own text fills a page
     if code:
         return os.strerror(int(code[1]))
@@ -50,23 +51,24 @@ def _reason(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:300]
 
 
-# What Orbax logs in each thread that the error of a write passes through, and asyncio for each write that
-# was under way with it.
-_FAILED_WRITE = re.compile(
+# What Orbax logs in each thread that the error of a write passes through, asyncio for each write that was
+# under way with it, and Orbax in each process when one of them gets a SIGTERM.
+_NO_NEWS = re.compile(
     r"_SignalingThread\.run\(\) raised|in background save thread|Save Finalize thread"
     r"|(never retrieved|destroyed but it is pending).*orbax"
+    r"|Reached preemption sync point"
 )
 
 
 def quiet_orbax() -> None:
-    """Keeps Orbax from printing pages about a failed write: the error is also raised where we wait."""
+    """Keeps Orbax from printing pages about a failed write, which it also raises where we wait for it."""
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_no_failed_write)
+        logging.getLogger(name).addFilter(_is_news)
     sys.unraisablehook = _print_unraisable
 
 
-def _is_no_failed_write(record: logging.LogRecord) -> bool:
-    return not _FAILED_WRITE.search(record.getMessage().replace("\n", " "))
+def _is_news(record: logging.LogRecord) -> bool:
+    return not _NO_NEWS.search(record.getMessage().replace("\n", " "))
 
 
 _default_hook = sys.unraisablehook

@@ -20,11 +20,11 @@ from lit_jax.training.disk import complete_steps, writing
 from lit_jax.training.losses import Loss, make_loss
 from lit_jax.training.metrics import Reporter
 from lit_jax.training.optimizer import make_optimizer, make_schedule
-from lit_jax.training.policy import merge
 from lit_jax.training.preemption import StopSignal
 from lit_jax.training.run import (
     Run,
     open_workdir,
+    save_config,
     save_model_files,
     save_parameter_table,
     saved_towers,
@@ -32,6 +32,7 @@ from lit_jax.training.run import (
 from lit_jax.training.setup import Setup, Towers, find_towers, prepare
 from lit_jax.training.state import first_or_latest_state, shardings_of
 from lit_jax.training.step import Metrics, State, jit_train_step, train_step
+from lit_jax.training.teacher import check_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,8 @@ def train(config: Config, workdir: Path, *, allowed_changes: Collection[str] = (
         state, frozen, position = first_or_latest_state(
             config, plan.setup, plan.towers, plan.optimizer, workdir, checkpoints
         )
+        with writing(workdir):
+            save_config(workdir, config)
         step_fn = _compiled_step(plan, state)
         start = checkpoints.latest or 0
         # Nothing may wait for the device by accident: implicit transfers are errors in here.
@@ -97,14 +100,15 @@ def train(config: Config, workdir: Path, *, allowed_changes: Collection[str] = (
                         f"Stopped by SIGTERM after step {step} of {plan.total}, which is saved; run the "
                         "same command again to go on."
                     )
-    return Run(config=config, setup=plan.setup, params=merge(state.params, frozen), step=plan.total)
+    return Run.of(config, plan.setup, state.params, frozen, plan.total)
 
 
 def _make_plan(config: Config, workdir: Path) -> _Plan:
     """Raises UserError on all bad input that can be known before the run folder is touched."""
+    check_config(config)
     mesh = make_mesh(config.mesh)
     _check_batch_size(config.batch_size, mesh)
-    source = open_source(config.data.train)
+    source = open_source(config.data.train, text_only=bool(config.model.teacher))
     to_steps = functools.partial(
         steps, batch_size=config.batch_size, examples_per_epoch=len(source)
     )
@@ -116,10 +120,16 @@ def _make_plan(config: Config, workdir: Path) -> _Plan:
         return count
 
     total = at_least_one("duration", config.duration)
+    trained = complete_steps(workdir)
+    if trained and trained[-1] > total:
+        raise UserError(
+            f"{workdir} has trained {trained[-1]} steps already, more than the {total} of config.duration; "
+            "make it longer, or choose another --workdir."
+        )
     keep_every = config.checkpoint.keep_every
     schedule = make_schedule(config.schedule, total=total, steps=to_steps)
     # The run folder has configs and tokenizer, but the first step needs the weights, too.
-    towers = saved_towers(workdir) if complete_steps(workdir) else find_towers(config.model)
+    towers = saved_towers(workdir) if trained else find_towers(config.model)
     setup = prepare(config, towers, mesh)
     return _Plan(
         config=config,
@@ -147,8 +157,7 @@ def _check_batch_size(batch_size: int, mesh: Mesh) -> None:
 def _open_stream(plan: _Plan, position: dict[str, int] | None) -> TrainStream:
     stream = TrainStream(
         plan.source,
-        plan.setup.image_transform,
-        plan.setup.tokenizer,
+        plan.setup.reader(plan.config.data),
         config=plan.config.data,
         seed=plan.config.seed,
         batch_size=plan.config.batch_size,
@@ -164,7 +173,7 @@ def _compiled_step(plan: _Plan, state: State) -> Callable[..., tuple[State, Metr
     return jit_train_step(
         functools.partial(
             train_step,
-            embed=plan.setup.module.apply,
+            embed=plan.setup.embed,
             loss=plan.loss,
             optimizer=plan.optimizer,
             schedule=plan.schedule,

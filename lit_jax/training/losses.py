@@ -1,4 +1,5 @@
 """Contrastive losses over the global batch: every text is a negative for every other image.
+And the loss of a text tower that learns from another one.
 
 B is the global batch. Under `jit` with the embeddings split over the mesh, the compiler gathers the
 other modality; no form here uses the negatives of one device alone.
@@ -16,7 +17,7 @@ from lit_jax.errors import UserError
 
 Embeddings = Float[Array, "B D"]
 Scalar = Float[Array, ""]
-Loss = Callable[[Embeddings, Embeddings, Scalar, Scalar | None], Scalar]
+Loss = Callable[..., Scalar]  # of what the model returns
 
 
 def similarity_logits(
@@ -71,10 +72,20 @@ def sigmoid_loss(
     return -jax.nn.log_sigmoid(sign_BxB * logits_BxB).sum() / logits_BxB.shape[0]
 
 
-LOSSES: dict[str, Loss] = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
+def mse_loss(student_BxP: Embeddings, teacher_BxP: Embeddings) -> Scalar:
+    """Mean squared difference, over texts and over the P numbers of each, computed in float32.
+
+    AltCLIP (2211.06679) section 3.2.
+    """
+    difference_BxP = student_BxP.astype(jnp.float32) - teacher_BxP.astype(jnp.float32)
+    return jnp.square(difference_BxP).mean()
 
 
-def make_loss(name: Literal["softmax", "sigmoid"], *, label_smoothing: float = 0.0) -> Loss:
+CONTRASTIVE: dict[str, Loss] = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
+LOSSES: dict[str, Loss] = {**CONTRASTIVE, "mse": mse_loss}
+
+
+def make_loss(name: Literal["softmax", "sigmoid", "mse"], *, label_smoothing: float = 0.0) -> Loss:
     """The loss that a config names. Raises UserError for label smoothing where it has no meaning."""
     if not label_smoothing:
         return LOSSES[name]

@@ -145,10 +145,24 @@ class _TensorBoard:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The complete rows of metrics.jsonl; a last line cut by a kill is left out."""
+    """The complete rows of metrics.jsonl; a last line cut by a kill is left out.
+
+    Raises UserError if another line is damaged.
+    """
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+            row["step"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"Line {number} of {path} is damaged ({error}); remove it.") from error
+        rows.append(row)
+    return rows
 
 
 def check_finite(values: Mapping[str, float], step: int, last_saved: int | None) -> None:

@@ -10,7 +10,7 @@ import optax
 from lit_jax.config import OptimizerConfig, ScheduleConfig
 from lit_jax.errors import UserError
 from lit_jax.training.policy import Policy
-from lit_jax.trees import unflatten
+from lit_jax.trees import STACK, flatten, unflatten
 
 Steps = Callable[[str], int]  # converts a duration such as "2 epochs"
 
@@ -52,18 +52,20 @@ def make_optimizer(
     """Clip by global norm, the optimizer's direction, decoupled weight decay, learning rate.
 
     A step subtracts rate * lr_multiplier * (direction + weight_decay * wd_multiplier * parameter), where
-    rate is that of the schedule.
+    rate is that of the schedule. LAMB (You et al., 1904.00962, algorithm 2) is Adam with what is in the
+    parentheses scaled, for each parameter, to the length of that parameter.
     """
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         _DIRECTIONS[config.name](config),
         _add_weight_decay(config.weight_decay, policy),
+        optax.stateless(_scale_to_parameter) if config.name == "lamb" else optax.identity(),
         _scale_by_multipliers(policy),
         optax.scale_by_learning_rate(schedule),
     )
 
 
-def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.momentum_dtype)
 
 
@@ -90,7 +92,7 @@ def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-_DIRECTIONS = {"adamw": _adamw, "adafactor": _adafactor, "lion": _lion}
+_DIRECTIONS = {"adamw": _adam, "adafactor": _adafactor, "lion": _lion, "lamb": _adam}
 
 
 def _add_weight_decay(weight_decay: float, policy: Policy) -> optax.GradientTransformation:
@@ -100,6 +102,27 @@ def _add_weight_decay(weight_decay: float, policy: Policy) -> optax.GradientTran
         return jax.tree.map(lambda u, p, m: u + weight_decay * m * p, updates, params, rates)
 
     return optax.stateless(update)
+
+
+def _scale_to_parameter(updates: Any, params: Any) -> Any:
+    """LAMB's trust ratio: an update becomes as long as its parameter, each layer of a stack for itself.
+
+    Where either is zero, the update stays as it is.
+    """
+
+    def scaled(path: str, update: jax.Array, param: jax.Array) -> jax.Array:
+        if STACK.fullmatch(path):
+            return jax.vmap(scale)(update, param)
+        return scale(update, param)
+
+    def scale(update: jax.Array, param: jax.Array) -> jax.Array:
+        length, wanted = jnp.linalg.norm(update), jnp.linalg.norm(param)
+        return update * jnp.where((length > 0) & (wanted > 0), wanted / length, 1.0)
+
+    flat = flatten(params)
+    return unflatten(
+        {path: scaled(path, update, flat[path]) for path, update in flatten(updates).items()}
+    )
 
 
 def _scale_by_multipliers(policy: Policy) -> optax.GradientTransformation:

@@ -27,6 +27,8 @@ LOCK_RULES: dict[str, Rules] = {
     "uL": _LOCK_TEXT,
     "UL": _LOCK_TEXT,
 }
+# With a teacher: all other parts are those that the teacher was trained with.
+_ONLY_TEXT: Rules = ((r"text_model/.*", True), (r".*", False))
 LEARNING_RATE_RULES: Rules = ((r".*", 1.0),)
 WEIGHT_DECAY_RULES: Rules = (
     # Vectors and scalars, and the running statistics of BatchNorm, which the step itself replaces.
@@ -77,19 +79,21 @@ def is_pretrained(lock: str) -> tuple[bool, bool]:
     return image != "u", text != "u"
 
 
-def resolve_policy(config: PolicyConfig, params: Tree) -> Policy:
+def resolve_policy(config: PolicyConfig, params: Tree, *, has_teacher: bool = False) -> Policy:
     """Applies the rules of `config` to the paths of `params` (arrays, or their shapes).
 
+    With a teacher nothing but the text tower trains.
     Raises UserError on a rule that is no regular expression or matches nothing, if nothing would train,
     and if a rule that does not name the projections locks one: a projection starts random.
     """
     paths = list(flatten(params))
-    trainable = _apply_rules("trainable", config.trainable, LOCK_RULES[config.lock], paths)
+    own = _ONLY_TEXT if has_teacher else LOCK_RULES[config.lock]
+    trainable = _apply_rules("trainable", config.trainable, own, paths)
     trained = [path for path in paths if trainable[path]]
     if not trained:
         raise UserError("config.policy.trainable locks every parameter; leave something to train.")
     for path in paths:
-        if "_projection/" in path and not trainable[path]:
+        if "_projection/" in path and not trainable[path] and not has_teacher:
             _check_projection_rule(path, config.trainable)
     return Policy(
         trainable,

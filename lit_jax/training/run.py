@@ -12,11 +12,12 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_jax.config import Config, MeshConfig, parse
+from lit_jax.config import TEACHER, Config, MeshConfig, parse
 from lit_jax.data.image import load_processor
 from lit_jax.data.text import without_state
 from lit_jax.distributed.mesh import make_mesh
@@ -24,22 +25,29 @@ from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.training.checkpoints import restore_frozen, restore_params
-from lit_jax.training.disk import write_whole
+from lit_jax.training.disk import complete_steps, write_whole
 from lit_jax.training.policy import merge
 from lit_jax.training.setup import Setup, Towers, prepare
-from lit_jax.trees import flatten
+from lit_jax.training.teacher import TeacherFolder
+from lit_jax.trees import Tree, flatten
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A trained run, read back: the whole tree of parameters on the mesh."""
+    """A trained run, read back: the whole tree of the dual encoder's parameters on the mesh."""
 
     config: Config
     setup: Setup
     params: Mapping[str, Any]
     step: int
+
+    @classmethod
+    def of(cls, config: Config, setup: Setup, trained: Tree, frozen: Tree, step: int) -> "Run":
+        params = merge(trained, frozen)
+        params.pop(TEACHER, None)  # it has taught, and is no part of the result
+        return cls(config=config, setup=setup, params=params, step=step)
 
     @property
     def module(self) -> DualEncoderModule:
@@ -61,8 +69,7 @@ def load_run(workdir: Path, *, step: int | None = None, dtype: str | None = None
         config = dataclasses.replace(config, model=model)
     setup = prepare(config, saved_towers(workdir), make_mesh(MeshConfig()))
     step, trainable = restore_params(workdir, setup.abstract_trainable, step)
-    params = merge(trainable, restore_frozen(workdir, setup.abstract_frozen))
-    return Run(config=config, setup=setup, params=params, step=step)
+    return Run.of(config, setup, trainable, restore_frozen(workdir, setup.abstract_frozen), step)
 
 
 def model_folder(workdir: Path) -> Path:
@@ -73,20 +80,31 @@ def model_folder(workdir: Path) -> Path:
 def saved_towers(workdir: Path) -> Towers:
     """The towers of a run from its own folder: no Hub needed."""
     folder = model_folder(workdir)
-    hf_config = json.loads((folder / "config.json").read_text())
-    return Towers(image_folder=folder, text_folder=folder, hf_config=hf_config)
+    hf_config = _read_json(folder / "config.json")
+    teacher = None
+    if (folder / TEACHER).is_dir():
+        of_teacher = _read_json(folder / TEACHER / "config.json")
+        teacher = TeacherFolder(folder=folder / TEACHER, hf_config=of_teacher)
+    return Towers(image_folder=folder, text_folder=folder, hf_config=hf_config, teacher=teacher)
 
 
 def save_model_files(workdir: Path, config: Config, towers: Towers, setup: Setup) -> None:
-    """Writes config, tokenizer and image processor into the run: all but the weights."""
+    """Writes config, tokenizer and image processor into the run: all but the weights.
+
+    Until there is a checkpoint, each start writes them anew: it may be with other towers.
+    """
     folder = model_folder(workdir)
-    if not is_primary() or (folder / "config.json").exists():
+    if not is_primary() or complete_steps(workdir):
         return
-    folder.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     without_state(setup.tokenizer).save_pretrained(folder)
     processor = load_processor(towers.image_folder, image_size=config.data.image_size)
     processor.save_pretrained(folder)
-    write_json(folder / "config.json", setup.hf_config)  # last: its presence says all are there
+    if setup.teacher and towers.teacher:
+        without_state(setup.teacher.tokenizer).save_pretrained(folder / TEACHER)
+        write_json(folder / TEACHER / "config.json", towers.teacher.hf_config)
+    write_json(folder / "config.json", setup.hf_config)
 
 
 def save_parameter_table(workdir: Path, setup: Setup) -> None:
@@ -104,20 +122,37 @@ def save_parameter_table(workdir: Path, setup: Setup) -> None:
 
 
 def read_config(workdir: Path) -> Config | None:
-    """The resolved config that a run folder holds, None in a folder without one."""
+    """The resolved config that a run folder holds, None in a folder without one.
+
+    Raises UserError if it is damaged, or of something else than a run.
+    """
     path = workdir / "config.json"
     if not path.exists():
         return None
+    content = _read_json(path)
     try:
-        return parse(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+        return parse(content)
+    except UserError as error:
+        text = str(error).removesuffix(".")
+        raise UserError(
+            f"{path} is not of a run of this version ({text}); choose another --workdir."
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is damaged ({error}); restore it, or choose another --workdir."
-        ) from None
+        ) from error
+    return content
 
 
 def open_workdir(workdir: Path, config: Config, allowed_changes: Collection[str]) -> None:
-    """Creates or reopens a run folder and writes the resolved config into it.
+    """Creates or reopens a run folder; `save_config` is what makes it this config's.
 
     Raises UserError if `config` differs from the run's own in keys that would change the result and are
     not in `allowed_changes`.
@@ -131,10 +166,14 @@ def open_workdir(workdir: Path, config: Config, allowed_changes: Collection[str]
                 f"{workdir} holds a run with another config ({'; '.join(refused.values())}); choose another "
                 f"--workdir, or go on with the change by --allow_changes={','.join(refused)}."
             )
-    if not is_primary():
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "config.json", dataclasses.asdict(config))
+    if is_primary():
+        workdir.mkdir(parents=True, exist_ok=True)
+
+
+def save_config(workdir: Path, config: Config) -> None:
+    """Writes the resolved config, once it is sure that the run can start or go on with it."""
+    if is_primary():
+        write_json(workdir / "config.json", dataclasses.asdict(config))
 
 
 def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, str]:

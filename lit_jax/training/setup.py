@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lit_jax.config import Config, ModelConfig, TowerConfig, nearest
+from lit_jax.config import TEACHER, Config, DataConfig, ModelConfig, TowerConfig, nearest
 from lit_jax.data.image import ImageTransform
+from lit_jax.data.readers import ImageTextReader, Reader, TextPairReader
 from lit_jax.data.text import check_vocabulary, load_tokenizer, tokenize
 from lit_jax.distributed.sharding import parameter_shardings
 from lit_jax.errors import UserError
+from lit_jax.models.distillation import TextDistillation
 from lit_jax.models.dual_encoder import (
     SYSTEMS,
     TOWERS,
@@ -25,9 +28,17 @@ from lit_jax.models.dual_encoder import (
 from lit_jax.models.families import tower_fields
 from lit_jax.training.policy import Policy, is_pretrained, resolve_policy
 from lit_jax.training.step import named_key
+from lit_jax.training.teacher import (
+    Teacher,
+    TeacherFolder,
+    altclip_config,
+    find_teacher,
+    load_teacher,
+    pretrained_parameters,
+)
 from lit_jax.trees import Tree, flatten, unflatten
 from lit_jax.weights.hub import local_folder, read_config, read_tower_config
-from lit_jax.weights.load import dual_encoder_module, load_dual_encoder, load_tower
+from lit_jax.weights.load import dual_encoder_module, load_dual_encoder, load_tower, shapes_of
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +51,7 @@ class Towers:
     text_folder: Path
     hf_config: dict[str, Any]
     is_whole: bool = False  # both folders are that of one dual encoder, with projections of its own
+    teacher: TeacherFolder | None = None  # then the image folder is that of its CLIP
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +65,21 @@ class Setup:
     policy: Policy
     abstract: Tree
     mesh: Mesh
+    teacher: Teacher | None
+
+    @property
+    def embed(self) -> Callable[..., Any]:
+        """What the train step calls."""
+        if self.teacher is None:
+            return self.module.apply
+        return TextDistillation(self.module.text_model, self.teacher.module).apply
+
+    def reader(self, config: DataConfig) -> Reader:
+        """What makes the batches that `embed` needs."""
+        length = config.max_text_length
+        if self.teacher is None:
+            return ImageTextReader(self.image_transform, self.tokenizer, length)
+        return TextPairReader(self.tokenizer, self.teacher.tokenizer, length)
 
     @property
     def abstract_trainable(self) -> Tree:
@@ -65,6 +92,8 @@ class Setup:
 
 def find_towers(config: ModelConfig) -> Towers:
     """Resolves both towers' folders (from the Hub if need be) and reads their configs."""
+    if config.teacher:
+        return _find_student(config)
     if config.dual_encoder:
         return _find_dual_encoder(config)
     image = local_folder(config.image.model, config_key="config.model.image.model")
@@ -77,6 +106,24 @@ def find_towers(config: ModelConfig) -> Towers:
         "text_config": _override(read_tower_config(text, "text"), config.text, "text"),
     }
     return Towers(image_folder=image, text_folder=text, hf_config=hf_config)
+
+
+def _find_student(config: ModelConfig) -> Towers:
+    """As `find_towers`, of a CLIP with another text tower."""
+    if config.dual_encoder or config.image != TowerConfig():
+        raise UserError(
+            "config.model.teacher names the CLIP whose image tower is kept; leave config.model.dual_encoder "
+            "and config.model.image as they are by default."
+        )
+    teacher, clip = find_teacher(config.teacher)
+    text = local_folder(config.text.model, config_key="config.model.text.model")
+    student = _override(read_tower_config(text, "text"), config.text, "text")
+    return Towers(
+        image_folder=teacher.folder,
+        text_folder=text,
+        hf_config=altclip_config(clip, student),
+        teacher=teacher,
+    )
 
 
 def _find_dual_encoder(config: ModelConfig) -> Towers:
@@ -113,7 +160,7 @@ def _override(hf: dict[str, Any], tower: TowerConfig, side: Side) -> dict[str, A
 
 def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
     """Builds module, processors, policy and shardings; computes and reads no parameter."""
-    if config.model.dual_encoder:
+    if config.model.dual_encoder or config.model.teacher:
         module = dual_encoder_module(towers.hf_config, dtype=config.model.dtype)
     else:
         module = build_dual_encoder(
@@ -123,6 +170,7 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
         towers.image_folder,
         image_size=config.data.image_size,
         crop_min_area=config.data.crop_min_area,
+        random_crop=config.data.random_crop,
         flip=config.data.flip,
     )
     positions = module.text_model.config.max_length
@@ -135,11 +183,11 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
     check_vocabulary(
         tokenizer, towers.hf_config["text_config"]["vocab_size"], "config.model.text.model"
     )
-    shapes = jax.eval_shape(
-        module.init, jax.random.key(0), example_batch(image_transform, tokenizer)
-    )
-    shapes = shapes["params"]
-    policy = resolve_policy(config.policy, shapes)
+    shapes = shapes_of(module, example_batch(image_transform, tokenizer))
+    teacher = load_teacher(towers.teacher, config) if towers.teacher else None
+    if teacher:
+        shapes[TEACHER] = shapes_of(teacher.module, teacher.module.example_input)
+    policy = resolve_policy(config.policy, shapes, has_teacher=teacher is not None)
     return Setup(
         hf_config=towers.hf_config,
         module=module,
@@ -148,6 +196,7 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
         policy=policy,
         abstract=_abstract(shapes, policy, config, mesh),
         mesh=mesh,
+        teacher=teacher,
     )
 
 
@@ -176,16 +225,17 @@ def first_parameters(config: Config, setup: Setup, towers: Towers) -> tuple[Tree
     """Step 0: (trainable, frozen) on the mesh in float32: pretrained towers read, the rest drawn."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
     params = _pretrained_parameters(config, setup, towers)
-    params = {name: jax.tree.map(_place, tower, shardings[name]) for name, tower in params.items()}
+    flat_shardings, read = flatten(shardings), flatten(params)
+    read = {path: _place(array, flat_shardings[path]) for path, array in read.items()}
     batch = example_batch(setup.image_transform, setup.tokenizer)
 
-    def init() -> Tree:
+    def init() -> dict[str, jax.Array]:
         drawn = setup.module.init(named_key(config.seed, "init", 0), batch)["params"]
-        return {name: tree for name, tree in drawn.items() if name not in params}
+        return {path: leaf for path, leaf in flatten(drawn).items() if path not in read}
 
-    drawn_shardings = {name: tree for name, tree in shardings.items() if name not in params}
-    params |= jax.jit(init, out_shardings=drawn_shardings)()
-    return setup.policy.split(params)
+    rest = {path: sharding for path, sharding in flat_shardings.items() if path not in read}
+    drawn = jax.jit(init, out_shardings=rest)()
+    return setup.policy.split(unflatten(read | drawn))
 
 
 def _pretrained_parameters(config: Config, setup: Setup, towers: Towers) -> dict[str, Any]:
@@ -193,6 +243,11 @@ def _pretrained_parameters(config: Config, setup: Setup, towers: Towers) -> dict
     them, too, but that fits only the two it was trained with.
     """
     image, text = is_pretrained(config.policy.lock)
+    if towers.teacher:
+        student = towers.text_folder if text else None
+        return pretrained_parameters(
+            towers.image_folder, student, towers.hf_config["text_config"], config.model.dtype
+        )
     if towers.is_whole and image and text:
         module, params, _, report = load_dual_encoder(towers.image_folder, dtype=config.model.dtype)
         log.info("%s", report)

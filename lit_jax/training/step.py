@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from lit_jax.training.losses import Loss
@@ -44,13 +43,13 @@ def train_step(
 ) -> tuple[State, Metrics]:
     """One step on the global batch: gradient of the trainable parameters, update, metrics.
 
-    `embed` is `DualEncoderModule.apply`. A tower without trainable parameters is a constant to the gradient
-    and computes as in evaluation: no dropout, BatchNorm by its running statistics.
+    `embed` is `DualEncoderModule.apply`, or `TextDistillation.apply`. A tower without trainable parameters is
+    a constant to the gradient and computes as in evaluation: no dropout, BatchNorm by its running statistics.
     """
     dropout_key = named_key(seed, "dropout", state.step)
 
     def loss_fn(params: Tree) -> tuple[jax.Array, tuple[Metrics, Tree]]:
-        (zimg_BxE, ztxt_BxE, logit_scale, logit_bias), updated = embed(
+        output, updated = embed(
             {"params": merge(params, frozen)},
             batch,
             deterministic_image="vision_model" not in params,
@@ -58,9 +57,8 @@ def train_step(
             rngs={"dropout": dropout_key},
             mutable=["batch_stats"],
         )
-        value = loss(zimg_BxE, ztxt_BxE, logit_scale, logit_bias)
-        metrics = {"loss": value, "logit_scale": jnp.exp(logit_scale)}
-        return value, (metrics, updated.get("batch_stats", {}))
+        value = loss(*output)
+        return value, ({"loss": value} | output.metrics, updated.get("batch_stats", {}))
 
     grads, (metrics, statistics) = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -29,7 +29,7 @@ from lit_jax.models.dual_encoder import (
 from lit_jax.models.families import VISION
 from lit_jax.models.layers import Tower
 from lit_jax.trees import Tree, flatten, unflatten
-from lit_jax.weights import dual_encoder_form, files, hub, names
+from lit_jax.weights import dual_encoder_form, files, hub, name_tables, names
 from lit_jax.weights.dual_encoder_form import Params
 
 _FLOATS = {np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)}
@@ -68,7 +68,7 @@ def load_tower(folder: str | pathlib.Path, module: Tower) -> tuple[Params, LoadR
     """
     folder, side = pathlib.Path(folder), side_of(module)
     found = hub.read_tower_config(folder, side)["model_type"]
-    family = names.FAMILIES[module.config.model_type]
+    family = name_tables.FAMILIES[module.config.model_type]
     if found != module.config.model_type:
         raise UserError(
             f"{folder} holds a model of type {found}, where config.model.{side}.model needs "
@@ -159,18 +159,29 @@ def _take_dual_encoder(
     for part, tower in module.towers.items():
         params[part] = account.take(
             shapes.pop(part),
-            names.FAMILIES[tower.config.model_type],
+            name_tables.FAMILIES[tower.config.model_type],
             account.left(f"{part}."),
             under=f"{part}.",
             has_pooler=tower.pooling == "pooler",
         )
-    params |= account.take(shapes, names.SYSTEMS[hf_config["model_type"]], account.left())
+    params |= account.take(shapes, name_tables.SYSTEMS[hf_config["model_type"]], account.left())
     return params, account.close()
 
 
 def shapes_of(module: nn.Module, example: Any) -> dict[str, Any]:
-    """The tree of parameters as jax.ShapeDtypeStructs; nothing is computed."""
-    return dict(jax.eval_shape(module.init, jax.random.key(0), example)["params"])
+    """The tree of parameters as jax.ShapeDtypeStructs; nothing is computed.
+
+    Raises UserError if the numbers in config.json describe no model that can be computed.
+    """
+    try:
+        return dict(jax.eval_shape(module.init, jax.random.key(0), example)["params"])
+    except UserError:
+        raise
+    except Exception as error:  # an attention without heads, a patch of 0 pixels ...
+        raise UserError(
+            f"The config.json of a tower, with the overrides, describes no model ({files.one_line(error)}); "
+            "correct its numbers."
+        ) from error
 
 
 class _Account:
@@ -200,7 +211,7 @@ class _Account:
     def take(
         self,
         shapes: Tree,
-        family: names.Family,
+        family: name_tables.Family,
         inside: Iterable[str],
         *,
         under: str = "",

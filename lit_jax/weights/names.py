@@ -1,4 +1,4 @@
-"""What Hugging Face's files call the parameters of each family: one table entry a family.
+"""From our names of parameters to those in Hugging Face's files, and back, by the tables of name_tables.py.
 
 One kernel has three names. `encoder/layer/mlp/fc2/kernel` in lit_jax holds all layers of any
 transformer; its slice [3] is, for a BERT, `encoder.layer.3.output.dense.kernel` in a Flax file and
@@ -14,353 +14,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lit_jax.errors import UserError
+from lit_jax.trees import STACK
+from lit_jax.weights.name_tables import Family, Joined, Renames
 
 Layout = Literal["torch", "flax"]
-Renames = tuple[tuple[str, str], ...]  # (regex, replacement), each tried once in this order
 
-
-class Joined(NamedTuple):
-    """Parameters that a file has as one tensor, side by side along their output features."""
-
-    pattern: str  # of a name in the file as it would be; its one group is the member
-    replacement: str  # its name in the file as it is
-    members: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-    architecture: str  # the torch class that has these names
-    # Of a dual encoder: whether transformers 4 had a Flax class for it, and whether its towers are models of
-    # their own, with the names of those.
-    in_flax: bool = False
-    holds_any_tower: bool = False
-    prefix: str = ""  # of every name of the tower in a file that has a head as well
-    modules: Renames = ()  # from our names, dotted, to those of the file
-    joined: tuple[Joined, ...] = ()
-    aliases: Renames = ()  # from other spellings in files to those above
-    pooler: str = r"(?!)"  # regex of the names that only pooling='pooler' has a use for
-    vectors: tuple[str, ...] = ()  # scalars that the file has as vectors of one element
-    ignore: tuple[str, ...] = ()  # regexes of names, without prefix, that no tower has a use for
-    beside: str = r"(?!)"  # regex of names without prefix, of a head, that a tower has too
-
-
-_VIT = Family(
-    architecture="ViTModel",
-    prefix="vit.",
-    modules=(
-        (r"\.attention\.(query|key|value)\.", r".attention.attention.\1."),
-        (r"\.attention\.output\.", ".attention.output.dense."),
-        (r"\.attention_norm\.", ".layernorm_before."),
-        (r"\.mlp\.fc1\.", ".intermediate.dense."),
-        (r"\.mlp\.fc2\.", ".output.dense."),
-        (r"\.mlp_norm\.", ".layernorm_after."),
-    ),
-    aliases=(  # transformers 5, save_pretrained(save_original_format=False)
-        (r"^layers\.", "encoder.layer."),
-        (r"\.attention\.q_proj\.", ".attention.attention.query."),
-        (r"\.attention\.k_proj\.", ".attention.attention.key."),
-        (r"\.attention\.v_proj\.", ".attention.attention.value."),
-        (r"\.attention\.o_proj\.", ".attention.output.dense."),
-        (r"\.mlp\.fc1\.", ".intermediate.dense."),
-        (r"\.mlp\.fc2\.", ".output.dense."),
-    ),
-    pooler=r"pooler\.",
-    ignore=(r"classifier\.", r"decoder\.", r"embeddings\.mask_token$"),
-)
-
-_BEIT_TABLE = "relative_position_bias.relative_position_bias_table"
-
-_BERT = Family(
-    architecture="BertModel",
-    prefix="bert.",
-    modules=(
-        (r"\.attention\.(query|key|value)\.", r".attention.self.\1."),
-        (r"\.attention\.output\.", ".attention.output.dense."),
-        (r"\.attention_norm\.", ".attention.output.LayerNorm."),
-        (r"\.mlp\.fc1\.", ".intermediate.dense."),
-        (r"\.mlp\.fc2\.", ".output.dense."),
-        (r"\.mlp_norm\.", ".output.LayerNorm."),
-    ),
-    aliases=(  # checkpoints that were converted from TensorFlow in 2018
-        (r"LayerNorm\.gamma$", "LayerNorm.weight"),
-        (r"LayerNorm\.beta$", "LayerNorm.bias"),
-    ),
-    pooler=r"pooler\.",
-    ignore=(
-        r"cls\.",
-        r"classifier\.",
-        r"qa_outputs\.",
-        r"embeddings\.(position|token_type)_ids$",  # buffers of old versions, no parameters
-    ),
-)
-
-_ROBERTA = dataclasses.replace(
-    _BERT,
-    architecture="RobertaModel",
-    prefix="roberta.",
-    ignore=(*_BERT.ignore, r"lm_head\."),
-)
-
-_DINOV2 = Family(
-    architecture="Dinov2Model",
-    prefix="dinov2.",
-    modules=(
-        (r"\.attention\.(query|key|value)\.", r".attention.attention.\1."),
-        (r"\.attention\.output\.", ".attention.output.dense."),
-        (r"\.attention_norm\.", ".norm1."),
-        (r"\.attention_scale\.factor$", ".layer_scale1.lambda1"),
-        (r"\.mlp\.down\.", ".mlp.weights_out."),
-        (r"\.mlp_norm\.", ".norm2."),
-        (r"\.mlp_scale\.factor$", ".layer_scale2.lambda1"),
-    ),
-    joined=(Joined(r"\.mlp\.(gate|up)\.(\w+)$", r".mlp.weights_in.\2", ("gate", "up")),),
-    aliases=(  # transformers 5, save_pretrained(save_original_format=False)
-        (r"\.attention\.q_proj\.", ".attention.attention.query."),
-        (r"\.attention\.k_proj\.", ".attention.attention.key."),
-        (r"\.attention\.v_proj\.", ".attention.attention.value."),
-        (r"\.attention\.o_proj\.", ".attention.output.dense."),
-        (r"\.mlp\.(gate|up)_proj\.", r".mlp.\1."),
-        (r"\.mlp\.down_proj\.", ".mlp.weights_out."),
-    ),
-    ignore=(r"classifier\.",),
-)
-
-_EFFICIENTNET = Family(
-    architecture="EfficientNetModel",
-    prefix="efficientnet.",
-    modules=(
-        (r"^encoder\.layer[._](\d+)\.", r"encoder.blocks.\1."),
-        (r"\.expansion\.convolution\.", ".expansion.expand_conv."),
-        (r"\.expansion\.batchnorm\.", ".expansion.expand_bn."),
-        (r"\.depthwise\.convolution\.", ".depthwise_conv.depthwise_conv."),
-        (r"\.depthwise\.batchnorm\.", ".depthwise_conv.depthwise_norm."),
-        (r"\.projection\.convolution\.", ".projection.project_conv."),
-        (r"\.projection\.batchnorm\.", ".projection.project_bn."),
-        (r"\.top\.convolution\.", ".top_conv."),
-        (r"\.top\.batchnorm\.", ".top_bn."),
-    ),
-    ignore=(r"classifier\.", r".*\.num_batches_tracked$"),
-)
-
-_CONVNEXT = Family(
-    architecture="ConvNextModel",
-    prefix="convnext.",
-    modules=(
-        (r"\.stages_(\d+)\.layer\.", r".stages.\1.layers."),
-        (r"\.stages_(\d+)\.downsampling_layer_(\d)\.", r".stages.\1.downsampling_layer.\2."),
-        (r"\.projection\.", "."),
-        (r"\.layer_scale\.factor$", ".layer_scale_parameter"),
-    ),
-    pooler=r"layernorm\.",
-    ignore=(r"classifier\.", r"hidden_states_norms\."),
-)
-
-# As transformers 5 saves the towers of CLIP and SigLIP: without `prefix`, which transformers 4 has and every
-# model with a projection, a classifier or the other tower.
-_CLIP_VISION = Family(
-    architecture="CLIPVisionModel",
-    prefix="vision_model.",
-    modules=(
-        (r"^embeddings\.patch_embedding\.projection\.", "embeddings.patch_embedding."),
-        (r"^encoder\.layer\.(\d+)\.attention\.", r"encoder.layers.\1.self_attn."),
-        (r"^encoder\.layer\.", "encoder.layers."),
-        (r"\.self_attn\.query\.", ".self_attn.q_proj."),
-        (r"\.self_attn\.key\.", ".self_attn.k_proj."),
-        (r"\.self_attn\.value\.", ".self_attn.v_proj."),
-        (r"\.attention_norm\.", ".layer_norm1."),
-        (r"\.mlp_norm\.", ".layer_norm2."),
-        (r"\.(self_attn|attention)\.output\.", r".\1.out_proj."),
-    ),
-    aliases=((r"^encoder\.layer\.", "encoder.layers."),),  # AltCLIP as transformers 5 saves it
-    pooler=r"post_layernorm\.",
-    ignore=(
-        r"(vision|text)_model\.",  # the other tower
-        r"(visual|text)_projection\.",
-        r"logit_(scale|bias)$",
-        r"classifier\.",
-        r"embeddings\.position_ids$",  # a buffer of old versions, no parameter
-    ),
-)
-
-_CLIP_TEXT = dataclasses.replace(
-    _CLIP_VISION, architecture="CLIPTextModel", prefix="text_model.", pooler=r"(?!)"
-)
-
-# By the `model_type` of config.json.
-FAMILIES: Mapping[str, Family] = {
-    "vit": _VIT,
-    "deit": dataclasses.replace(
-        _VIT,
-        architecture="DeiTModel",
-        prefix="deit.",
-        ignore=(*_VIT.ignore, r"(cls|distillation)_classifier\."),
-    ),
-    "efficientnet": _EFFICIENTNET,
-    "align_vision_model": dataclasses.replace(
-        _EFFICIENTNET, architecture="AlignVisionModel", prefix=""
-    ),
-    "convnext": _CONVNEXT,
-    "convnextv2": dataclasses.replace(
-        _CONVNEXT, architecture="ConvNextV2Model", prefix="convnextv2."
-    ),
-    "clip_vision_model": _CLIP_VISION,
-    "altclip_vision_model": dataclasses.replace(_CLIP_VISION, architecture="AltCLIPVisionModel"),
-    "chinese_clip_vision_model": dataclasses.replace(
-        _CLIP_VISION, architecture="ChineseCLIPVisionModel"
-    ),
-    "siglip_vision_model": dataclasses.replace(
-        _CLIP_VISION,
-        architecture="SiglipVisionModel",
-        joined=(
-            Joined(
-                r"^head\.attention\.(query|key|value)\.(\w+)$",
-                r"head.attention.in_proj_\2",
-                ("query", "key", "value"),
-            ),
-        ),
-        pooler=r"head\.",
-    ),
-    "clip_text_model": _CLIP_TEXT,
-    "siglip_text_model": dataclasses.replace(
-        _CLIP_TEXT, architecture="SiglipTextModel", pooler=r"head\."
-    ),
-    "beit": dataclasses.replace(
-        _VIT,
-        architecture="BeitModel",
-        prefix="beit.",
-        modules=(
-            *_VIT.modules,
-            (r"^position_bias_table$", f"encoder.{_BEIT_TABLE}"),
-            (r"\.position_bias_table$", f".attention.{_BEIT_TABLE}"),
-            (r"\.attention_scale\.factor$", ".lambda_1"),
-            (r"\.mlp_scale\.factor$", ".lambda_2"),
-        ),
-        aliases=(
-            *_VIT.aliases,
-            (r"^shared_position_bias\.", "encoder.relative_position_bias."),
-            (rf"(\d)\.{_BEIT_TABLE}$", rf"\1.attention.attention.{_BEIT_TABLE}"),
-        ),
-        ignore=(
-            r".*\.relative_position_index$",  # buffers of old versions
-            r"(classifier|lm_head|decode_head|auxiliary_head|fpn\d?)\.",
-        ),
-        beside=r"layernorm\.",  # of the head that predicts masked patches
-    ),
-    "dinov2": _DINOV2,
-    "dinov2_with_registers": dataclasses.replace(
-        _DINOV2, architecture="Dinov2WithRegistersModel", prefix="dinov2_with_registers."
-    ),
-    "dinov3_vit": Family(
-        architecture="DINOv3ViTModel",
-        modules=(
-            (r"^embeddings\.patch_embeddings\.projection\.", "embeddings.patch_embeddings."),
-            (r"^encoder\.", ""),
-            (r"^layernorm\.", "norm."),
-            (r"\.attention\.query\.", ".attention.q_proj."),
-            (r"\.attention\.key\.", ".attention.k_proj."),
-            (r"\.attention\.value\.", ".attention.v_proj."),
-            (r"\.attention\.output\.", ".attention.o_proj."),
-            (r"\.attention_norm\.", ".norm1."),
-            (r"\.attention_scale\.factor$", ".layer_scale1.lambda1"),
-            (r"\.mlp\.gate\.", ".mlp.gate_proj."),
-            (r"\.mlp\.(fc1|up)\.", ".mlp.up_proj."),
-            (r"\.mlp\.(fc2|down)\.", ".mlp.down_proj."),
-            (r"\.mlp_norm\.", ".norm2."),
-            (r"\.mlp_scale\.factor$", ".layer_scale2.lambda1"),
-        ),
-        aliases=((r"^model\.layer\.", "layer."),),  # save_original_format=False
-    ),
-    "bert": _BERT,
-    "roberta": _ROBERTA,
-    # The prefix of these is that of RoBERTa, too.
-    "xlm-roberta": dataclasses.replace(_ROBERTA, architecture="XLMRobertaModel"),
-    "camembert": dataclasses.replace(_ROBERTA, architecture="CamembertModel"),
-    "distilbert": Family(
-        architecture="DistilBertModel",
-        prefix="distilbert.",
-        modules=(
-            (r"^encoder\.", "transformer."),
-            (r"\.attention\.query\.", ".attention.q_lin."),
-            (r"\.attention\.key\.", ".attention.k_lin."),
-            (r"\.attention\.value\.", ".attention.v_lin."),
-            (r"\.attention\.output\.", ".attention.out_lin."),
-            (r"\.attention_norm\.", ".sa_layer_norm."),
-            (r"\.mlp\.fc1\.", ".ffn.lin1."),
-            (r"\.mlp\.fc2\.", ".ffn.lin2."),
-            (r"\.mlp_norm\.", ".output_layer_norm."),
-        ),
-        ignore=(
-            *_BERT.ignore,
-            r"vocab_(transform|layer_norm|projector)\.",
-            r"pre_classifier\.",
-        ),
-    ),
-    "mpnet": Family(
-        architecture="MPNetModel",
-        prefix="mpnet.",
-        modules=(
-            (r"^relative_attention_bias\.", "encoder.relative_attention_bias."),
-            (r"\.attention\.query\.", ".attention.attn.q."),
-            (r"\.attention\.key\.", ".attention.attn.k."),
-            (r"\.attention\.value\.", ".attention.attn.v."),
-            (r"\.attention\.output\.", ".attention.attn.o."),
-            (r"\.attention_norm\.", ".attention.LayerNorm."),
-            (r"\.mlp\.fc1\.", ".intermediate.dense."),
-            (r"\.mlp\.fc2\.", ".output.dense."),
-            (r"\.mlp_norm\.", ".output.LayerNorm."),
-        ),
-        pooler=_BERT.pooler,
-        ignore=_ROBERTA.ignore,
-    ),
-    "modernbert": Family(
-        architecture="ModernBertModel",
-        prefix="model.",
-        modules=(
-            (r"^layer_0\.", "layers.0."),
-            (r"^encoder\.layer\.", "layers."),
-            (r"\.attention\.output\.", ".attn.Wo."),
-            (r"\.attention_norm\.", ".attn_norm."),
-            (r"\.mlp\.down\.", ".mlp.Wo."),
-        ),
-        joined=(
-            Joined(r"\.attention\.(query|key|value)\.", ".attn.Wqkv.", ("query", "key", "value")),
-            Joined(r"\.mlp\.(gate|up)\.", ".mlp.Wi.", ("gate", "up")),
-        ),
-        ignore=(r"head\.", r"decoder\.", r"classifier\."),
-    ),
-    "align_text_model": dataclasses.replace(_BERT, architecture="AlignTextModel", prefix=""),
-    "chinese_clip_text_model": dataclasses.replace(
-        _BERT, architecture="ChineseCLIPTextModel", prefix=""
-    ),
-    "altclip_text_model": Family(
-        architecture="AltCLIPTextModel",
-        # 'layer' is transformers 4's; 5 reads it in a whole AltCLIP, not in a text tower alone.
-        modules=(
-            *_BERT.modules,
-            (r"^embeddings\.", "roberta.embeddings."),
-            (r"^encoder\.layer\.", "roberta.encoder.layers."),
-        ),
-        aliases=((r"^roberta\.encoder\.layer\.", "roberta.encoder.layers."),),
-        ignore=(r"roberta\.pooler\.", r"roberta\.embeddings\.(position|token_type)_ids$"),
-    ),
-}
-
-# What joins two towers, by the `model_type` of the whole.
-SYSTEMS: Mapping[str, Family] = {
-    "vision-text-dual-encoder": Family(
-        architecture="VisionTextDualEncoderModel", in_flax=True, holds_any_tower=True
-    ),
-    "lit_jax": Family(architecture="DualEncoder", holds_any_tower=True),
-    "clip": Family(architecture="CLIPModel", in_flax=True),
-    "altclip": Family(architecture="AltCLIPModel"),
-    "chinese_clip": Family(architecture="ChineseCLIPModel"),
-    "siglip": Family(architecture="SiglipModel", vectors=("logit_scale", "logit_bias")),
-    "align": Family(architecture="AlignModel"),
-}
-
-# Below `layer/` a parameter has a leading depth axis. The layers of it count from 0, those of
-# `layer_from_7/`, a stack behind others, from 7.
-_STACK = re.compile(r"(?P<above>(?:.*/)?layer)(?:_from_(?P<first>\d+))?/(?P<below>.*)")
 _TORCH_LEAF = {
     "kernel": "weight",
     "scale": "weight",
@@ -387,7 +45,7 @@ def places(
 
     Of a stack of layers there is one a layer, of all else there is one.
     """
-    if stack := _STACK.fullmatch(path):
+    if stack := STACK.fullmatch(path):
         depth, *rest = shape
         first = int(stack["first"] or 0)
         paths = [f"{stack['above']}/{first + i}/{stack['below']}" for i in range(depth)]
@@ -400,14 +58,19 @@ def _place(path: str, family: Family, layout: Layout) -> Place:
     if layout == "torch":
         module, dot, leaf = name.rpartition(".")
         name = module + dot + (_TORCH_LEAF.get(leaf, leaf) if module else leaf)
-    for pattern, replacement in family.modules:
-        name = re.sub(pattern, replacement, name)
+    name = renamed(name, family.modules)
     for joined in family.joined:
         match = re.search(joined.pattern, name)
         if match and match[1] in joined.members:
             name = re.sub(joined.pattern, joined.replacement, name)
             return Place(name, joined.members.index(match[1]), len(joined.members))
     return Place(name)
+
+
+def renamed(name: str, renames: Renames) -> str:
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def in_file(path: str, shape: tuple[int, ...], place: Place, layout: Layout) -> tuple[int, ...]:
@@ -486,9 +149,7 @@ def recognise(names: Iterable[str], family: Family, *, has_pooler: bool = True) 
     ignore = re.compile("|".join(useless) or r"(?!)")
     result = Recognised({}, [])
     for name in names:
-        usual = name.removeprefix(prefix)
-        for pattern, replacement in family.aliases:
-            usual = re.sub(pattern, replacement, usual)
+        usual = renamed(name.removeprefix(prefix), family.aliases)
         of_head = not name.startswith(prefix) and re.match(family.beside, name)
         if of_head or ignore.match(usual):
             result.ignored.append(name)

@@ -24,7 +24,7 @@ from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.models.layers import Tower
 from lit_jax.trees import flatten
-from lit_jax.weights import dual_encoder_form, names
+from lit_jax.weights import dual_encoder_form, name_tables, names
 from lit_jax.weights.dual_encoder_form import Params
 from lit_jax.weights.hub import OWN_TYPE
 
@@ -50,13 +50,15 @@ def save_tower(
     A tower without pooler is written without one: torch loads it with add_pooling_layer=False.
     Raises UserError if `folder` cannot be written or holds something else.
     """
-    family = names.FAMILIES[module.config.model_type]
+    family = name_tables.FAMILIES[module.config.model_type]
     config = {
         **hf_config,
         "architectures": [family.architecture],
         "dtype": "float32",
         "lit_jax": {"pooling": module.pooling},
     }
+    if hasattr(module.config, "vision_use_head"):  # SigLIP's says there whether it has a pooler
+        config["vision_use_head"] = module.pooling == "pooler"
     with _new_folder(pathlib.Path(folder)) as new:
         _write_json(new / "config.json", config)
         tensors = names.tensors_of(flatten(_float32(params)), family, "torch")
@@ -95,7 +97,7 @@ def save_dual_encoder(
             config["model_type"] = "vision-text-dual-encoder"
             settings = dual_encoder_form.Settings.of_module(module)
             params = dual_encoder_form.express(params, settings, module.projection_dim)
-    system = names.SYSTEMS[config["model_type"]]
+    system = name_tables.SYSTEMS[config["model_type"]]
     config |= {"architectures": [system.architecture], "dtype": "float32"}
     with _new_folder(pathlib.Path(folder)) as new:
         _write_json(new / "config.json", config)
@@ -133,19 +135,20 @@ def _float32(params: Params) -> Params:
 
 
 def _dual_encoder_tensors(
-    module: DualEncoderModule, params: Params, system: names.Family, layout: names.Layout
+    module: DualEncoderModule, params: Params, system: name_tables.Family, layout: names.Layout
 ) -> dict[str, np.ndarray]:
     heads = dict(params)
     tensors = {}
     for part, tower in module.towers.items():
-        family = names.FAMILIES[tower.config.model_type]
+        family = name_tables.FAMILIES[tower.config.model_type]
         of_tower = names.tensors_of(flatten(heads.pop(part)), family, layout)
         under = f"{part}." + (_inner(family) if system.holds_any_tower else "")
-        tensors |= {under + name: array for name, array in of_tower.items()}
+        for name, array in of_tower.items():
+            tensors[names.renamed(under + name, system.modules)] = array
     return tensors | names.tensors_of(flatten(heads), system, layout)
 
 
-def _inner(family: names.Family) -> str:
+def _inner(family: name_tables.Family) -> str:
     """What stands before every name in a file of such a tower alone, for transformers 4."""
     return family.prefix if family.prefix in ("vision_model.", "text_model.") else ""
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lit_jax.data import demo
-from lit_jax.data.text import tokenize
+from lit_jax.data.text import load_tokenizer, tokenize
 from lit_jax.errors import UserError
 
 
@@ -14,6 +14,13 @@ from lit_jax.errors import UserError
 )
 def test_number_words(number, words):
     assert demo.number_words(number) == words
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(20, "zwanzig"), (31, "einunddreißig"), (42, "zweiundvierzig")]
+)
+def test_german_number_words(number, words):
+    assert demo.number_words(number, "de") == words
 
 
 def test_unseen_numbers_are_made_of_seen_digits():
@@ -37,18 +44,32 @@ def test_no_scanned_digit_is_in_both_parts():
 def test_split_shows_its_numbers_equally_often(split):
     source = demo.DemoSource(split)
     labels, counts = np.unique([source[i]["label"] for i in range(len(source))], return_counts=True)
-    _, numbers, images_each = demo.SPLITS[split]
+    _, numbers, images_each, _ = demo.SPLITS[split]
     assert set(labels) == {demo.number_words(n) for n in numbers}
     assert set(counts) == {images_each}
 
 
 def test_unseen_numbers_are_never_captioned_in_training():
-    source = demo.DemoSource("train")
-    captions = {text for i in range(len(source)) for text in source[i]["captions"]}
-    assert len(captions) == len(demo.SEEN) * len(demo.CAPTIONS)
-    for number in demo.UNSEEN:
-        words = demo.number_words(number)
-        assert not any(caption.format(words) in captions for caption in demo.CAPTIONS)
+    for split, languages in (("train", ("en",)), ("bilingual", ("en", "de"))):
+        source = demo.DemoSource(split)
+        captions = {text for i in range(len(source)) for text in source[i]["captions"]}
+        sentences = sum(len(demo.CAPTIONS[language]) for language in languages)
+        assert len(captions) == len(demo.SEEN) * sentences
+        for number in demo.UNSEEN:
+            for language in languages:
+                assert not captions & set(demo.captions(number, language))
+
+
+def test_parallel_sentences_say_the_same_and_have_no_image():
+    source = demo.ParallelDemoSource()
+    rows = [source[i] for i in range(len(source))]
+    assert all(row["image"] is None for row in rows)
+    assert {row["captions"] for row in rows} == {
+        pair
+        for number in demo.NUMBERS
+        for pair in zip(demo.captions(number, "en"), demo.captions(number, "de"), strict=True)
+    }
+    assert all(row.get("teacher_caption") == row["captions"][0] for row in rows)
 
 
 def test_images_are_always_the_same_and_differ_between_splits():
@@ -68,7 +89,7 @@ def test_compose_keeps_each_digit_in_its_half():
 
 
 def test_unknown_split_is_named_with_the_known_ones():
-    with pytest.raises(UserError, match=r"'test'.*train, seen, unseen"):
+    with pytest.raises(UserError, match=r"'test'.*train, bilingual, seen, unseen.*parallel"):
         demo.DemoSource("test")
 
 
@@ -81,17 +102,30 @@ def test_committed_files_are_what_the_script_writes(demo_folder, tmp_path):
     spec.loader.exec_module(script)
     script.write(tmp_path)
     made = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
-    assert len(made) == 5
+    assert len(made) == 23
     for name in made:
         assert (tmp_path / name).read_text() == (demo_folder / name).read_text(), (
             f"{name} is out of date: run python {path}"
         )
 
 
-def test_tokenizer_knows_every_caption_and_can_spell_the_rest(tokenizer):
-    texts = [
-        caption.format(demo.number_words(n)) for n in demo.NUMBERS for caption in demo.CAPTIONS
-    ]
-    tokens = tokenize(tokenizer, [*texts, "a zebra, really!"])
-    assert tokenizer.unk_token_id not in tokens["input_ids"]
-    assert tokens["input_ids"].shape[1] <= 24  # characters would take more
+@pytest.mark.parametrize(
+    ("folder", "languages"),
+    [
+        ("bert", ("en",)),
+        ("align", ("en",)),
+        ("clip", ("en",)),
+        ("roberta", ("en",)),
+        ("xlm_roberta", ("en", "de")),
+    ],
+)
+def test_tokenizers_know_every_caption_and_can_spell_the_rest(demo_folder, folder, languages):
+    tokenizer = load_tokenizer(demo_folder / folder, max_length=32)
+    texts = [text for n in demo.NUMBERS for lang in languages for text in demo.captions(n, lang)]
+    tokens = tokenize(tokenizer, texts)
+    assert tokens["attention_mask"].sum(axis=1).max() <= 13  # characters would take more
+    last = tokens["attention_mask"].sum(axis=1) - 1
+    text_ids = [ids[1:end] for ids, end in zip(tokens["input_ids"], last, strict=True)]
+    spelt = tokenize(tokenizer, ["a zebra now"])["input_ids"][0]
+    for ids in (*text_ids, spelt[1 : np.argmax(spelt == tokens["input_ids"][0][last[0]])]):
+        assert tokenizer.unk_token_id not in ids

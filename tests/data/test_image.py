@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import io
 import json
 import pickle
@@ -129,8 +130,25 @@ def test_a_missing_or_broken_processor_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no image processor; put .*preprocessor_config\.json"):
         ImageTransform.from_folder(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be used"):
         ImageTransform.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_mean": [0.5]},
+        {"image_std": [0, 0, 0]},
+        {"resample": 99},
+        {"rescale_factor": "x"},
+        {"size": {"height": -3, "width": 5}},
+        {"do_center_crop": True, "crop_size": {"shortest_edge": 5}},
+    ],
+)
+def test_a_processor_that_does_not_work_is_refused(processor_folder, settings):
+    folder = processor_folder(**FAMILIES["vit"] | settings)
+    with pytest.raises(UserError, match=r"cannot be used \(.*own preprocessor_config\.json"):
+        ImageTransform.from_folder(folder)
 
 
 @pytest.mark.parametrize("area", [0.0, -0.5, 1.5])
@@ -196,6 +214,8 @@ def test_bad_images_have_a_reason(noise, encode, tmp_path, monkeypatch):
     assert "truncated" in reason(jpeg[: len(jpeg) // 2])
     assert reason(tmp_path / "missing.png") == "No such file or directory"
     assert reason(tmp_path) == "Is a directory"
+    assert "null byte" in reason(tmp_path / "a\0.png")
+    assert "surrogates not allowed" in reason(tmp_path / "\ud800.png")
     assert "mode F" in reason(encode(Image.fromarray(noise(3, 3)).convert("F"), "TIFF"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert "decompression bomb" in reason(jpeg)
@@ -251,6 +271,30 @@ def test_random_box_is_inside_and_large_enough(size, min_area, seed):
         3 / 4 <= size[0] / size[1] <= 4 / 3 and min_area < 0.5
     ):  # such a crop exists, and is soon found
         assert (w + 0.5) * (h + 0.5) >= min_area * size[0] * size[1]
+
+
+def test_random_crop_is_a_window_of_what_the_processor_resized(processor_folder, noise):
+    folder = processor_folder(**FAMILIES["clip"])
+    transform = ImageTransform.from_folder(folder, image_size=8, random_crop=True)
+    whole = ImageTransform.from_folder(folder, image_size=8)
+    image = noise(12, 12, 3)
+    # The shorter edge is 8 after resizing, so make room: the window moves in a 12x12 image.
+    roomy, still = (dataclasses.replace(t, resize=None) for t in (transform, whole))
+    all_windows = {
+        roomy._normalise(image[top : top + 8, left : left + 8]).tobytes(): (top, left)
+        for top in range(5)
+        for left in range(5)
+    }
+    rng = np.random.default_rng(0)
+    seen = {all_windows[roomy.train(image, rng).tobytes()] for _ in range(300)}
+    assert len(seen) == 25
+    assert all_windows[still.train(image, rng).tobytes()] == (2, 2)
+    assert all_windows[roomy.eval(image).tobytes()] == (2, 2)
+
+
+def test_random_crop_needs_a_processor_that_crops(processor_folder):
+    with pytest.raises(UserError, match=r"config\.data\.random_crop .* has none"):
+        ImageTransform.from_folder(processor_folder(**FAMILIES["vit"]), random_crop=True)
 
 
 def test_crop_cuts_a_box_out_and_resizes_it(processor_folder, noise):

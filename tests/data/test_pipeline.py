@@ -13,8 +13,12 @@ import pytest
 
 from lit_jax.config import DataConfig
 from lit_jax.data import pipeline
+from lit_jax.data.demo import ParallelDemoSource
+from lit_jax.data.example import Example
 from lit_jax.data.pipeline import TrainStream, eval_batches
+from lit_jax.data.readers import ImageTextReader, TextPairReader
 from lit_jax.data.sources import JsonlSource
+from lit_jax.data.text import load_tokenizer
 from lit_jax.errors import UserError
 
 EXAMPLES = 22
@@ -38,12 +42,14 @@ def open_stream(image_transform, tokenizer):
     """Opens a TrainStream; all are closed after the test."""
     streams = []
 
-    def open_stream(source, config=CONFIG, seed=0, batch_size=4, process=0, processes=1, **changes):
+    def open_stream(
+        source, config=CONFIG, seed=0, batch_size=4, process=0, processes=1, reader=None, **changes
+    ):
+        config = dataclasses.replace(config, **changes)
         stream = TrainStream(
             source,
-            image_transform,
-            tokenizer,
-            config=dataclasses.replace(config, **changes),
+            reader or ImageTextReader(image_transform, tokenizer, config.max_text_length),
+            config=config,
             seed=seed,
             batch_size=batch_size,
             process_index=process,
@@ -89,6 +95,36 @@ def test_batch_has_what_the_model_takes(source, open_stream):
         "input_ids": ((6, 24), np.int32),
         "attention_mask": ((6, 24), np.int32),
         "token_type_ids": ((6, 24), np.int32),
+    }
+
+
+def test_text_pairs_have_what_a_student_and_its_teacher_take(demo_folder, open_stream):
+    student = load_tokenizer(demo_folder / "xlm_roberta", max_length=24)
+    teacher = load_tokenizer(demo_folder / "clip", max_length=20)
+    reader = TextPairReader(student, teacher, 24)
+    batch = next(open_stream(ParallelDemoSource(), reader=reader, batch_size=64))
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
+        "input_ids": ((64, 24), np.int32),
+        "attention_mask": ((64, 24), np.int32),
+        "teacher_input_ids": ((64, 20), np.int32),
+        "teacher_attention_mask": ((64, 20), np.int32),
+    }
+    said = student.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    taught = teacher.batch_decode(batch["teacher_input_ids"], skip_special_tokens=True)
+    source = ParallelDemoSource()
+    german_of = {e["teacher_caption"]: e["captions"] for e in (source[i] for i in range(560))}
+    pairs = zip(said, taught, strict=True)
+    matches = [german_of[english.strip()].index(text) for text, english in pairs]
+    assert set(matches) == {0, 1}  # each sentence is one of the two that the teacher's stands for
+
+
+def test_a_caption_without_a_translation_is_its_own(demo_folder):
+    tokenizer = load_tokenizer(demo_folder / "clip", max_length=8)
+    reader = TextPairReader(tokenizer, tokenizer, 8)
+    example = Example(key="a", image=None, captions=(" ", "forty two"), label=None)
+    assert reader.read(example, np.random.default_rng(0)) == {
+        "caption": "forty two",
+        "teacher_caption": "forty two",
     }
 
 
@@ -274,13 +310,15 @@ def test_workers_end_when_training_is_killed(source, demo_folder, tmp_path):
         from lit_jax.data.demo import DemoSource
         from lit_jax.data.image import ImageTransform
         from lit_jax.data.pipeline import TrainStream
+        from lit_jax.data.readers import ImageTextReader
         from lit_jax.data.text import load_tokenizer
         if __name__ == "__main__":
             demo = Path(sys.argv[1])
+            transform = ImageTransform.from_folder(demo / "vit")
+            tokenizer = load_tokenizer(demo / "bert", max_length=24)
             stream = TrainStream(
                 DemoSource("unseen"),
-                ImageTransform.from_folder(demo / "vit"),
-                load_tokenizer(demo / "bert", max_length=24),
+                ImageTextReader(transform, tokenizer, 24),
                 config=DataConfig(max_text_length=24, workers=1, threads=1),
                 seed=0, batch_size=4, process_index=0, process_count=1,
             )

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,21 @@ def test_jsonl_rows_become_examples(jsonl_folder, noise):
     assert both["captions"] == ("first", "then")
     assert (labelled["captions"], labelled["label"]) == ((), "dog")
     np.testing.assert_array_equal(np.asarray(decode(second["image"])), noise(4, 7, 3, seed=1))
+
+
+def test_jsonl_of_texts_alone_is_for_a_text_tower_that_learns(tmp_path):
+    rows = [
+        {"caption": "ein Hund", "teacher_caption": "a dog"},
+        {"captions": ["a cat", "one cat"], "key": "cat"},
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "captions.jsonl").write_text(text)
+    source = open_source(SourceConfig(path=str(tmp_path)), text_only=True)
+    assert [source[i]["key"] for i in range(2)] == ["ein Hund", "cat"]
+    assert [source[i].get("teacher_caption") for i in range(2)] == ["a dog", None]
+    assert source[0]["image"] is None
+    with pytest.raises(UserError, match=r'Line 1 .*"image" is missing'):
+        open_source(SourceConfig(path=str(tmp_path)))
 
 
 def test_jsonl_image_may_be_an_absolute_path(tmp_path, jsonl_folder):
@@ -248,3 +264,22 @@ def test_sources_can_be_sent_to_workers(tfds_config, jsonl_folder):
         copy = pickle.loads(pickle.dumps(source))
         assert len(copy) == len(source)
         assert copy[4]["captions"] == source[4]["captions"]
+
+
+@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
+def test_tfds_damaged_files_are_refused(tfds_folder, tmp_path, file):
+    folder = shutil.copytree(tfds_folder, tmp_path / "1.0.0")
+    (folder / file).write_text("{")
+    with pytest.raises(UserError, match=r"prepared data in .* is damaged \(.*prepare the data set"):
+        open_source(SourceConfig(path=str(folder), split="train"))
+
+
+def test_tfds_damaged_shards_are_refused(tfds_folder, tmp_path):
+    folder = shutil.copytree(tfds_folder, tmp_path / "1.0.0")
+    (shard,) = folder.glob("*train*array_record*")
+    content = shard.read_bytes()
+    for left in (len(content) // 2, 0):
+        shard.write_bytes(content[:left])
+        source = open_source(SourceConfig(path=str(folder), split="train"))
+        with pytest.raises(UserError, match=r"prepared data in .* is damaged \("):
+            source[4]

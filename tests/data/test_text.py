@@ -79,6 +79,24 @@ def test_a_broken_tokenizer_is_refused(tmp_path, demo_folder, broken):
         load_tokenizer(tmp_path, max_length=8)
 
 
+def test_a_tokenizer_without_unknown_token_is_refused(tmp_path, demo_folder):
+    shutil.copytree(demo_folder / "bert", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "vocab.txt").write_text("a\nnumber\n")
+    with pytest.raises(UserError, match=r"does not work .*\[UNK\].*own tokenizer files"):
+        load_tokenizer(tmp_path, max_length=8)
+
+
+def test_a_length_without_room_for_words_is_refused(demo_folder):
+    with pytest.raises(UserError, match=r"length=2 leaves no room .* 2 special tokens"):
+        load_tokenizer(demo_folder / "bert", max_length=2)
+
+
+def test_half_a_surrogate_pair_is_an_unknown_character(tokenizer):
+    cut, replaced = "forty \ud83d", "forty \ufffd"  # json.loads gives the first of a cut emoji
+    tokens = tokenize(tokenizer, [cut, replaced, "forty 😀"])["input_ids"]
+    np.testing.assert_array_equal(tokens[0], tokens[1])
+
+
 def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path, demo_folder):
     shutil.copytree(demo_folder / "bert", tmp_path, dirs_exist_ok=True)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())

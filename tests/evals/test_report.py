@@ -11,7 +11,7 @@ from lit_jax.evals.figures import Accuracies, Prediction, loss_figure, predictio
 from lit_jax.evals.report import _accuracies, _first_predictions, _similarity, write_demo_report
 from lit_jax.evals.zero_shot import Classes, ZeroShotResult, label_ids, zero_shot
 
-CLASSES = Classes(names=tuple(map(number_words, NUMBERS)), templates=TEMPLATES[:1])
+CLASSES = Classes(names=tuple(map(number_words, NUMBERS)), templates=TEMPLATES["en"][:1])
 METRICS = [
     {"step": 1, "loss": 4.0, "learning_rate": 1e-3},
     {"step": 2, "loss": 3.0, "learning_rate": 5e-4},

@@ -59,6 +59,14 @@ def test_classes_fill_both_kinds_of_placeholder(tmp_path):
         ({"classnames": ["cat"], "templates": []}, "'templates' a list"),
         ({"classnames": ["cat"], "templates": ["a photo"]}, r"'a photo' .* needs '\{\}'"),
         ({"classnames": ["cat", "dog", "cat"], "templates": ["{}"]}, "'cat' is 2 times"),
+        (
+            {"classnames": ["cat", "dog"], "labels": ["n1", "n1"], "templates": ["{}"]},
+            "'n1' is 2 times among the labels",
+        ),
+        (
+            {"classnames": ["cat", "dog"], "labels": ["n1"], "templates": ["{}"]},
+            "2 classnames but 1 labels",
+        ),
     ],
 )
 def test_a_bad_class_file_is_refused(tmp_path, content, message):
@@ -73,6 +81,13 @@ def test_a_missing_class_file_is_named(tmp_path):
 
 def test_labels_become_positions_in_the_class_list(pictures):
     classes = Classes(names=("c", "a", "b", "unused"), templates=("{}",))
+    assert label_ids(pictures, classes)[:4].tolist() == [1, 2, 0, 1]
+
+
+def test_labels_may_be_others_than_the_names(tmp_path, pictures):
+    content = {"classnames": ["zett", "aa", "be"], "labels": ["c", "a", "b"], "templates": ["{}"]}
+    classes = load_classes(write(tmp_path, content))
+    assert classes.texts() == ["zett", "aa", "be"]
     assert label_ids(pictures, classes)[:4].tolist() == [1, 2, 0, 1]
 
 

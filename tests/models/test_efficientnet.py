@@ -226,9 +226,10 @@ def test_pooling_reads_the_last_map(pooling_type, pooling, random_variables):
     [
         ({}, 1, "num_channels 3"),
         ({"pooling_type": "sum"}, 3, "pooling_type 'sum'.*'mean' or 'max'"),
+        ({"in_channels": (40, 80)}, 3, r"in_channels=\[40, 80\], but its stages get \[32, "),
     ],
 )
 def test_what_does_not_fit_is_refused(fields, channels, message):
-    tower = EfficientNet(AlignVisionConfig(**TINY, **fields))
+    tower = EfficientNet(AlignVisionConfig(**{**TINY, **fields}))
     with pytest.raises(UserError, match=message):
         jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, 8, 8, channels)))

@@ -56,9 +56,9 @@ OTHER_INITIALISATION = (CLIPVision, CLIPText, SiglipVision, SiglipText, ModernBe
 FAMILIES = {module: name for name, (_, module) in reversed({**VISION, **TEXT}.items())}.values()
 
 
-def build(model_type, *, depth=2, dtype="float32"):
+def build(model_type, *, depth=2, dtype="float32", **changes):
     depths = dict.fromkeys(DEPTHS, depth) | {name: [depth] for name in DEPTHS_OF_STAGES}
-    hf = {"model_type": model_type, **depths, **SMALL}
+    hf = {"model_type": model_type, **depths, **SMALL, **changes}
     _, module_class = {**VISION, **TEXT}[model_type]
     return build_tower(hf, pooling=module_class.poolings[0], dtype=dtype)
 
@@ -155,3 +155,18 @@ def test_the_program_does_not_grow_with_depth(model_type):
         return gradient.lower(variables, x).as_text().count(" = ")
 
     assert operations(2) == operations(8)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["vit", "beit", "dinov2_with_registers", "clip_vision_model", "convnext"]
+)
+def test_interpolating_once_is_interpolating_at_every_call(model_type, random_variables):
+    tower = build(model_type)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 24, 3)), jnp.float32)
+    params = random_variables(tower, tower.example_input)["params"]
+    bigger, bigger_params = tower.interpolated(params, 24)
+    assert bigger.example_input.shape == (1, 24, 24, 3)
+    expected = jax.jit(tower.apply)({"params": params}, x)
+    actual = jax.jit(bigger.apply)({"params": bigger_params}, x)
+    for ours, theirs in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)

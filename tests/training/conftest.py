@@ -1,6 +1,9 @@
 """Tiny runs on the demo's data. Optax itself mixes dtypes, so promotion is not strict in this room."""
 
+import functools
 import json
+import os
+import signal
 from pathlib import Path
 
 import jax
@@ -9,7 +12,10 @@ import pytest
 
 from configs.vit_bert import get_config
 from lit_jax.config import parse
+from lit_jax.distributed.mesh import make_mesh
 from lit_jax.models.families import build_tower
+from lit_jax.training import loop
+from lit_jax.training.preemption import StopSignal
 from lit_jax.weights.save import save_tower
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo"
@@ -25,6 +31,25 @@ WIDTHS = {
 def standard_promotion():
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs on one of the eight devices: many on few cores now and then wait for each other for ever."""
+    one = functools.partial(make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(loop, "make_mesh", one)
+
+
+def stop_after(monkeypatch, step):
+    """Sends this process a real SIGTERM in the middle of that step."""
+    requested = StopSignal.requested
+
+    def patched(self, now):
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return requested(self, now)
+
+    monkeypatch.setattr(StopSignal, "requested", patched)
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +73,7 @@ def towers(tmp_path_factory) -> dict[str, str]:
     return {name: str(root / name) for name in ("image", "text")}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(towers):
     """Makes a config of six steps of batch 16; keywords override dotted keys."""
 

@@ -1,18 +1,15 @@
 """Runs that start from a whole dual encoder: a pretrained CLIP, an ALIGN from scratch."""
 
-import functools
 import json
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import transformers
 
 import lit_jax
 from lit_jax import export
-from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import UserError
 from lit_jax.training import loop
 from lit_jax.training.metrics import read_metrics
@@ -68,12 +65,10 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def train(tiny, tmp_path, monkeypatch):
+def train(tiny, tmp_path, one_device):
     """A run of a dual encoder on one device, and the folder of the run."""
 
     def run(folder, **changes):
-        one = functools.partial(make_mesh, devices=jax.devices()[:1])
-        monkeypatch.setattr(loop, "make_mesh", one)
         no_towers = {"model.image.model": "", "model.text.model": "", "model.projection_dim": 512}
         config = tiny(**{"model.dual_encoder": folder, **no_towers, **changes})
         return loop.train(config, tmp_path / "run"), tmp_path / "run"

@@ -1,6 +1,8 @@
 """A run given away: what lit_jax.export writes computes in PyTorch, and in lit_jax, what the run computes."""
 
-import functools
+import json
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,31 +13,43 @@ from lit_jax.console import BAD_INPUT
 from lit_jax.data.demo import DemoSource
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.text import load_tokenizer, tokenize
-from lit_jax.distributed.mesh import make_mesh
+from lit_jax.models.families import build_tower
 from lit_jax.training import loop
 from lit_jax.training.run import load_run
 from lit_jax.trees import flatten
-from lit_jax.weights.load import load_dual_encoder
+from lit_jax.weights.load import load_dual_encoder, shapes_of
+from lit_jax.weights.save import save_tower
 
 TEXTS = ["a photo of the number forty two", "thirty", "the handwritten number ninety nine"]
 
 
 @pytest.fixture
-def exported(tiny, tmp_path, monkeypatch):
+def train_and_export(tiny, tmp_path, one_device):
+    """Trains with changes of the config, exports, and returns the folders of both."""
+
+    def run(**changes):
+        loop.train(tiny(**changes), tmp_path / "run")
+        arguments = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'exported'}"]
+        assert export.main(arguments) == 0
+        return tmp_path / "run", tmp_path / "exported"
+
+    return run
+
+
+@pytest.fixture
+def exported(train_and_export):
     """A bfloat16 run with a pooler on one side and CLS on the other, and its export."""
-    one = functools.partial(make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(loop, "make_mesh", one)
-    config = tiny(**{"duration": "2 steps", "model.dtype": "bfloat16", "model.text.pooling": "cls"})
-    loop.train(config, tmp_path / "run")
-    arguments = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'exported'}"]
-    assert export.main(arguments) == 0
-    return tmp_path / "run", tmp_path / "exported"
+    changes = {"model.dtype": "bfloat16", "model.text.pooling": "cls"}
+    return train_and_export(duration="2 steps", **changes)
 
 
 def our_logits(folder):
     module, params, _, _ = load_dual_encoder(folder, dtype="float32")
     tokens = tokenize(load_tokenizer(folder, max_length=24), TEXTS)
-    transform = ImageTransform.from_folder(folder)
+    return compute_logits(module, params, tokens, ImageTransform.from_folder(folder))
+
+
+def compute_logits(module, params, tokens, transform):
     source = DemoSource("unseen")
     pixels = np.stack([transform.eval(source[i]["image"]) for i in range(3)])
     output = jax.jit(module.apply)({"params": params}, {"pixel_values": pixels, **tokens})
@@ -51,13 +65,11 @@ def test_reading_it_back_is_exact(exported):
         np.testing.assert_array_equal(value, theirs[path], err_msg=path)
 
 
-@pytest.mark.oracle
-def test_pytorch_computes_the_same_logits(exported):
+def torch_logits(folder):
     import torch
     from PIL import Image
     from transformers import VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 
-    _, folder = exported
     model, info = VisionTextDualEncoderModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     processor = VisionTextDualEncoderProcessor.from_pretrained(folder)
@@ -65,8 +77,53 @@ def test_pytorch_computes_the_same_logits(exported):
     images = [Image.fromarray(source[i]["image"]) for i in range(3)]
     inputs = processor(text=TEXTS, images=images, return_tensors="pt", padding=True)
     with torch.no_grad():
-        theirs = model.eval()(**inputs).logits_per_image.numpy()
-    np.testing.assert_allclose(our_logits(folder), theirs, atol=1e-4)
+        return model.eval()(**inputs).logits_per_image.numpy()
+
+
+@pytest.mark.oracle
+def test_pytorch_computes_the_same_logits(exported):
+    _, folder = exported
+    np.testing.assert_allclose(our_logits(folder), torch_logits(folder), atol=1e-4)
+
+
+BEIT = {
+    "model_type": "beit",
+    "use_absolute_position_embeddings": True,
+    "use_relative_position_bias": True,
+    "use_shared_relative_position_bias": True,
+}
+
+
+@pytest.fixture
+def beit(towers, tmp_path):
+    """The folder of a BEiT with all the positions it can have, as wide as the ViT and with random weights."""
+    vit = Path(towers["image"])
+    hf = json.loads((vit / "config.json").read_text()) | BEIT
+    module = build_tower(hf, pooling="pooler", dtype="float32")
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: random.normal(0, 0.3, leaf.shape).astype(np.float32),
+        shapes_of(module, module.example_input),
+    )
+    save_tower(tmp_path / "beit", hf, module, params)
+    shutil.copy(vit / "preprocessor_config.json", tmp_path / "beit")
+    return str(tmp_path / "beit")
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("family", ["vit", "beit"])
+def test_an_export_has_the_image_size_of_the_run(train_and_export, towers, request, family):
+    """PyTorch needs no interpolate_pos_encoding then."""
+    image_tower = towers["image"] if family == "vit" else request.getfixturevalue("beit")
+    changes = {"model.image.model": image_tower, "data.image_size": 48}
+    workdir, folder = train_and_export(duration="2 steps", **changes)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["vision_config"]["image_size"] == 48
+    run = load_run(workdir, dtype="float32")
+    tokens = tokenize(run.setup.tokenizer, TEXTS)
+    expected = compute_logits(run.module, run.params, tokens, run.setup.image_transform)
+    np.testing.assert_allclose(our_logits(folder), expected, atol=1e-4)
+    np.testing.assert_allclose(torch_logits(folder), expected, atol=1e-4)
 
 
 def test_what_is_no_run_is_named(tmp_path, capsys):

@@ -2,11 +2,12 @@
 
 import functools
 import json
-import os
-import signal
+import shutil
+import threading
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -19,12 +20,13 @@ from lit_jax.training.checkpoints import Checkpoints
 from lit_jax.training.losses import LOSSES
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.optimizer import make_optimizer
-from lit_jax.training.preemption import StopSignal
 from lit_jax.training.run import load_run
 from lit_jax.training.setup import example_batch, find_towers, prepare
 from lit_jax.training.state import abstract_state, first_or_latest_state
+from lit_jax.training.step import State
 from lit_jax.trees import flatten
 from lit_jax.weights.load import load_tower
+from tests.training.conftest import stop_after
 
 
 @pytest.fixture
@@ -49,16 +51,14 @@ def train(monkeypatch):
 UNPATCHED_STEP = loop.train_step
 
 
-def stop_after(monkeypatch, step):
-    """Sends this process a real SIGTERM in the middle of that step."""
-    requested = StopSignal.requested
-
-    def patched(self, now):
-        if now == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return requested(self, now)
-
-    monkeypatch.setattr(StopSignal, "requested", patched)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny):
+    """The folder of a run; copy it to change it."""
+    workdir = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        patch.setattr(loop, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+        loop.train(tiny(), workdir)
+    return workdir
 
 
 def numbers(workdir):
@@ -96,6 +96,15 @@ def test_stopping_and_going_on_equals_never_stopping(train, tiny, tmp_path, monk
     parts = train(tiny(), tmp_path / "parts")
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
     assert_same(parts.params, whole.params)
+
+
+def test_a_run_is_not_longer_than_its_duration(train, tiny, finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(UserError, match="has trained 6 steps already, more than the 4 of"):
+        train(tiny(duration="4 steps"), workdir, allowed_changes=["duration"])
+    assert (workdir / "config.json").read_text() == before
 
 
 def test_rows_after_the_checkpoint_are_written_again(train, tiny, tmp_path, monkeypatch):
@@ -202,6 +211,104 @@ def test_a_run_folder_that_cannot_be_written(train, tiny, tmp_path, workdir):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run cannot be written \(.*choose another --workdir\.$"):
         train(tiny(), tmp_path / workdir)
+
+
+def test_a_start_without_checkpoint_takes_nothing_from_the_one_before(
+    train, tiny, towers, tmp_path, monkeypatch
+):
+    other = shutil.copytree(towers["image"], tmp_path / "other")
+    hf = json.loads((other / "config.json").read_text()) | {"hidden_act": "relu"}
+    (other / "config.json").write_text(json.dumps(hf))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_open_stream", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tiny(**{"model.image.model": str(other)}), tmp_path / "run")
+        assert (tmp_path / "run" / "frozen").exists()
+    for file in (tmp_path / "run" / "frozen").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    allowed = ["model.image.model"]
+    run = train(tiny(), tmp_path / "run", allowed_changes=allowed)
+    model = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert model["vision_config"]["hidden_act"] == "gelu"
+    expected, _ = load_tower(towers["image"], run.module.vision_model)
+    assert_same(load_run(tmp_path / "run").params["vision_model"], expected)
+
+
+def damage_frozen(workdir):
+    shutil.rmtree(workdir / "frozen")
+
+
+def damage_checkpoint(workdir):
+    shutil.rmtree(workdir / "checkpoints" / "6" / "state")
+
+
+def damage_model(workdir):
+    (workdir / "model" / "config.json").write_text('{"vision_config": ')
+
+
+def damage_config(workdir):
+    (workdir / "config.json").write_bytes(b"\xff")
+
+
+def put_another_config(workdir):
+    (workdir / "config.json").write_text('{"model_type": "vit"}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            damage_frozen,
+            r"/frozen is damaged.*; put them back, or start again in another --workdir\.$",
+        ),
+        (damage_checkpoint, r"/checkpoints/6 is damaged.*, or remove .* to go on from step 4\.$"),
+        (damage_model, r"model/config\.json is damaged \(.*; restore it, or choose another"),
+        (damage_config, r"run/config\.json is damaged \(.*; restore it, or choose another"),
+        (
+            put_another_config,
+            r"config\.json is not of a run .*model_type.*choose another --workdir",
+        ),
+    ],
+)
+def test_a_damaged_run_folder_is_named(finished, tiny, train, tmp_path, damage, message):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    damage(workdir)
+    longer = tiny(duration="7 steps")
+    for read in (load_run, lambda folder: train(longer, folder, allowed_changes=["duration"])):
+        with pytest.raises(UserError, match=message):
+            read(workdir)
+
+
+def test_a_checkpoint_folder_that_cannot_be_made_leaves_no_thread_waiting(tmp_path):
+    before = set(threading.enumerate())
+    state = State(jnp.zeros((), jnp.int32), {"a": jnp.ones(3)}, optax.EmptyState())
+    with Checkpoints(tmp_path) as checkpoints:
+        (tmp_path / "checkpoints").rmdir()
+        (tmp_path / "checkpoints").write_text("")
+        with pytest.raises(UserError, match=r"cannot be written \(.*choose another --workdir\.$"):
+            checkpoints.save(1, state, {}, {})
+    left = set(threading.enumerate()) - before
+    assert [thread.name for thread in left if not thread.daemon] == []  # the exit would wait for it
+
+
+def test_a_file_among_the_checkpoints_is_none(finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "checkpoints" / "9").write_text("")
+    assert load_run(workdir).step == 6
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("optimizer.name", "lion"), ("policy.lock", "UU"), ("model.projection_dim", 4)],
+)
+def test_an_allowed_change_that_no_checkpoint_fits_leaves_the_run_as_it_was(
+    finished, tiny, train, tmp_path, key, value
+):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(UserError, match=r"of another model or optimizer .*take back"):
+        train(tiny(**{key: value}), workdir, allowed_changes=[key])
+    assert train(tiny(), workdir).step == 6
 
 
 def test_reading_a_run_leaves_alone_what_it_is_just_saving(train, tiny, tmp_path):

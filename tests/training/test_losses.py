@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import batch_sharding, make_mesh, shard_batch
 from lit_jax.errors import UserError
-from lit_jax.training.losses import LOSSES, make_loss, softmax_loss
+from lit_jax.training.losses import CONTRASTIVE, make_loss, softmax_loss
 
 
 def embeddings(batch: int, dim: int = 16, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +65,7 @@ def test_value_and_gradients_equal_float64(name, smoothing, scale):
         np.testing.assert_allclose(ours, theirs, atol=3e-6 * largest)
 
 
-JITTED = {name: jax.jit(loss) for name, loss in LOSSES.items()}
+JITTED = {name: jax.jit(loss) for name, loss in CONTRASTIVE.items()}
 
 
 @settings(deadline=None, max_examples=20)
@@ -92,7 +92,7 @@ def test_permuting_the_pairs_changes_nothing():
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", CONTRASTIVE)
 @pytest.mark.parametrize("mesh_config", [(8, 1), (4, 2), (2, 4)])
 def test_split_over_devices_it_is_the_same_loss(name, mesh_config):
     data, fsdp = mesh_config
@@ -101,7 +101,7 @@ def test_split_over_devices_it_is_the_same_loss(name, mesh_config):
     scalars = jnp.float32(2.6592), jnp.float32(-2.0)
 
     def loss(*args):
-        return LOSSES[name](shard_batch(args[0]), shard_batch(args[1]), *args[2:])
+        return CONTRASTIVE[name](shard_batch(args[0]), shard_batch(args[1]), *args[2:])
 
     grad_of = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))
     alone, alone_grads = jax.jit(grad_of)(jnp.asarray(zimg), jnp.asarray(ztxt), *scalars)

@@ -41,6 +41,13 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("line", ["garbage", '{"loss": 1}', "[1]", "\x00\x00"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(UserError, match=r"Line 2 of .*metrics.jsonl is damaged \(.*; remove it"):
+        read_metrics(tmp_path)
+
+
 def test_tensorboard_shows_each_value(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

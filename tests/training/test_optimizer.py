@@ -70,6 +70,41 @@ def test_lion():
     np.testing.assert_allclose([step["kernel"], step["bias"]], [-0.2, 0.1], rtol=1e-5)
 
 
+def test_lamb_is_that_of_optax_layer_by_layer():
+    """A stack of two layers moves as the two layers alone do."""
+    rng = np.random.default_rng(0)
+
+    def draw(scale):
+        return jnp.asarray(rng.normal(size=(2, 3, 4)) * scale, jnp.float32)
+
+    def tree(array):
+        return {"text_model": {"layer": {"kernel": array}}}
+
+    stacked = draw(np.array([1.0, 5.0]).reshape(2, 1, 1))
+    grads = [draw(1.0) for _ in range(3)]
+
+    def run(params, grads, optimizer):
+        state = optimizer.init(params)
+        for grad in grads:
+            updates, state = optimizer.update(grad, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    config = OptimizerConfig(name="lamb", eps=1e-6, weight_decay=0.1, clip_norm=None)
+    policy = resolve_policy(PolicyConfig(lock="uu"), tree(stacked))
+    ours = run(
+        tree(stacked),
+        map(tree, grads),
+        make_optimizer(config, optax.constant_schedule(0.01), policy),
+    )
+    for layer in range(2):
+        reference = optax.lamb(0.01, eps=1e-6, weight_decay=0.1)
+        expected = run(stacked[layer], [grad[layer] for grad in grads], reference)
+        np.testing.assert_allclose(
+            ours["text_model"]["layer"]["kernel"][layer], expected, rtol=1e-5
+        )
+
+
 def test_multipliers_apply_to_the_whole_step():
     step = one_step(
         OptimizerConfig(weight_decay=0.5, clip_norm=None),

@@ -251,3 +251,14 @@ def test_transformers_loads_an_exported_tower(tr, tower, load_params, tmp_path, 
     )
     assert not any(info.values()), info
     compare(model.eval(), module, params)
+
+
+@pytest.mark.oracle
+def test_transformers_loads_an_exported_siglip_without_a_head(tr, tower, load_params, tmp_path):
+    make(tr, "SiglipVision").save_pretrained(tmp_path / "old")
+    module, (params, _) = tower(tmp_path / "old", "mean"), load_params(tmp_path / "old", "mean")
+    save.save_tower(tmp_path / "new", hub.read_config(tmp_path / "old"), module, params)
+    model, info = tr.SiglipVisionModel.from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert not any(info.values()), info
+    assert not any("head" in name for name, _ in model.named_parameters())
+    assert_same_tree(load_params(tmp_path / "new", "mean")[0], params)

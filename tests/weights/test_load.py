@@ -59,6 +59,20 @@ def bert(golden, tower):
     return load.load_tower(golden / "bert_torch", tower(golden / "bert_torch"))[0]
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"num_attention_heads": 0},
+        {"hidden_size": -4},
+        {"patch_size": 0},
+    ],
+)
+def test_numbers_that_describe_no_model_are_refused(changed, tower, numbers):
+    folder = changed("vit_torch", **numbers)
+    with pytest.raises(UserError, match=r"describes no model \(.*\); correct its numbers"):
+        load.load_tower(folder, tower(folder))
+
+
 def test_vit_computes_what_torch_computes(golden, tower, vit, outputs):
     module = tower(golden / "vit_torch")
     pooled = module.apply({"params": vit}, outputs["pixel_values"]).pooled

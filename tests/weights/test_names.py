@@ -5,14 +5,14 @@ from hypothesis import strategies as st
 
 from lit_jax.models.families import TEXT, VISION, build_tower
 from lit_jax.trees import flatten
-from lit_jax.weights import names
+from lit_jax.weights import name_tables, names
 from lit_jax.weights.load import shapes_of
 
 shapes = st.lists(st.integers(1, 4), max_size=4).map(tuple)
 
 
 def test_every_tower_family_has_an_entry():
-    assert set(names.FAMILIES) == {*VISION, *TEXT}
+    assert set(name_tables.FAMILIES) == {*VISION, *TEXT}
 
 
 @given(
@@ -42,24 +42,27 @@ def name_of(path, family, layout="torch", shape=()):
 
 def test_a_stack_has_a_place_for_each_layer():
     path = "encoder/layer/mlp/fc2/kernel"
-    places, shape = names.places(path, (2, 5, 6), names.FAMILIES["bert"], "torch")
+    places, shape = names.places(path, (2, 5, 6), name_tables.FAMILIES["bert"], "torch")
     assert shape == (5, 6)
     assert [place.name for place in places] == [
         "encoder.layer.0.output.dense.weight",
         "encoder.layer.1.output.dense.weight",
     ]
-    assert name_of(path, names.FAMILIES["bert"], "flax", (2, 5, 6)).endswith("dense.kernel")
+    assert name_of(path, name_tables.FAMILIES["bert"], "flax", (2, 5, 6)).endswith("dense.kernel")
 
 
 def test_a_stack_behind_others_counts_on():
     path = "encoder/layer_from_9/projection/batchnorm/var"
-    places, shape = names.places(path, (2, 5), names.FAMILIES["efficientnet"], "torch")
+    places, shape = names.places(path, (2, 5), name_tables.FAMILIES["efficientnet"], "torch")
     assert shape == (5,)
     assert [place.name for place in places] == [
         f"encoder.blocks.{layer}.projection.project_bn.running_var" for layer in (9, 10)
     ]
     (alone,), shape = names.places(
-        "encoder/layer_9/expansion/batchnorm/mean", (5,), names.FAMILIES["efficientnet"], "torch"
+        "encoder/layer_9/expansion/batchnorm/mean",
+        (5,),
+        name_tables.FAMILIES["efficientnet"],
+        "torch",
     )
     assert shape == (5,)
     assert alone.name == "encoder.blocks.9.expansion.expand_bn.running_mean"
@@ -67,13 +70,13 @@ def test_a_stack_behind_others_counts_on():
 
 def test_a_stack_may_be_in_a_stage():
     path = "encoder/stages_2/layer/dwconv/kernel"
-    places, shape = names.places(path, (1, 7, 7, 1, 8), names.FAMILIES["convnext"], "torch")
+    places, shape = names.places(path, (1, 7, 7, 1, 8), name_tables.FAMILIES["convnext"], "torch")
     assert shape == (7, 7, 1, 8)
     assert [place.name for place in places] == ["encoder.stages.2.layers.0.dwconv.weight"]
 
 
 def test_a_running_variance_has_the_counter_that_torch_wants():
-    family = names.FAMILIES["efficientnet"]
+    family = name_tables.FAMILIES["efficientnet"]
     params = {f"embeddings/batchnorm/{leaf}": np.ones(3) for leaf in ("mean", "var")}
     tensors = names.tensors_of(params, family, "torch")
     counter = tensors.pop("embeddings.batchnorm.num_batches_tracked")
@@ -85,16 +88,18 @@ def test_a_running_variance_has_the_counter_that_torch_wants():
 
 
 def test_leaves_of_torch():
-    vit = names.FAMILIES["vit"]
+    vit = name_tables.FAMILIES["vit"]
     assert name_of("layernorm/scale", vit) == "layernorm.weight"
     assert name_of("layernorm/scale", vit, "flax") == "layernorm.scale"
     assert name_of("embeddings/cls_token", vit) == "embeddings.cls_token"
-    assert name_of("logit_scale", names.SYSTEMS["clip"]) == "logit_scale"
+    assert name_of("logit_scale", name_tables.SYSTEMS["clip"]) == "logit_scale"
 
 
-JOINED = names.Family(
+JOINED = name_tables.Family(
     architecture="",
-    joined=(names.Joined(r"\.(query|key|value)\.(\w+)$", r".qkv.\2", ("query", "key", "value")),),
+    joined=(
+        name_tables.Joined(r"\.(query|key|value)\.(\w+)$", r".qkv.\2", ("query", "key", "value")),
+    ),
 )
 
 
@@ -126,7 +131,7 @@ def test_joined_parameters_are_one_tensor_of_the_file(layout):
 
 def test_what_a_file_has_apart_is_not_joined():
     """transformers 5 writes DINOv2's gate and up apart with save_original_format=False."""
-    family = names.FAMILIES["dinov2"]
+    family = name_tables.FAMILIES["dinov2"]
     path, prefix = "encoder/layer/mlp/up/kernel", "encoder.layer.0.mlp."
     for in_file, expected in (
         (["weights_in.weight", "weights_out.weight"], "weights_in.weight"),
@@ -138,10 +143,10 @@ def test_what_a_file_has_apart_is_not_joined():
         assert name in known
 
 
-@pytest.mark.parametrize("name", names.FAMILIES)
+@pytest.mark.parametrize("name", name_tables.FAMILIES)
 def test_usual_names_are_left_alone(name):
     """An alias that touched a usual name would make the usual files unreadable."""
-    family = names.FAMILIES[name]
+    family = name_tables.FAMILIES[name]
     _, module_class = {**VISION, **TEXT}[name]
     module = build_tower({"model_type": name}, pooling=module_class.poolings[0], dtype="float32")
     shapes = flatten(shapes_of(module, module.example_input))

@@ -1,6 +1,7 @@
 import functools
 import json
 import os
+import re
 import resource
 
 import jax
@@ -12,8 +13,8 @@ from flax import serialization
 
 from lit_jax.config import ModelConfig, TowerConfig
 from lit_jax.errors import UserError
-from lit_jax.models.dual_encoder import build_dual_encoder
-from lit_jax.weights import hub, load, save
+from lit_jax.models.dual_encoder import build_dual_encoder, build_system
+from lit_jax.weights import files, hub, load, save
 
 # Pooling and projection of the image tower, of the text tower, projection_dim.
 EXPRESSIBLE = [
@@ -280,3 +281,58 @@ def test_a_processor_that_fails_leaves_the_former_export(dual, tmp_path):
     assert_refused(dual, tmp_path / "new", "no space left", Processor(fail=True))
     assert (tmp_path / "new/model.safetensors").stat().st_mtime_ns == before
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+SMALL = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "image_size": 8,
+    "patch_size": 4,
+    "vocab_size": 20,
+    "max_position_embeddings": 9,
+}
+# By their name in golden/names.json: model_type of the whole and of its towers, and more of their configs.
+DUAL_ENCODERS = {
+    "vision-text-dual-encoder (vit, bert)": ("vision-text-dual-encoder", "vit", "bert", {}),
+    "vision-text-dual-encoder (clip, roberta)": (
+        *("vision-text-dual-encoder", "clip_vision_model", "roberta"),
+        {},
+    ),
+    "clip": ("clip", "clip_vision_model", "clip_text_model", {}),
+    "siglip": ("siglip", "siglip_vision_model", "siglip_text_model", {}),
+    "altclip": ("altclip", "altclip_vision_model", "altclip_text_model", {"project_dim": 6}),
+    "chinese_clip": (
+        *("chinese_clip", "chinese_clip_vision_model", "chinese_clip_text_model"),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DUAL_ENCODERS)
+def test_a_dual_encoder_has_the_names_of_transformers_4(golden, tmp_path, name):
+    """Those of the last version with Flax; see golden/make.py. Version 5 reads them, too."""
+    whole, vision, text, more = DUAL_ENCODERS[name]
+    hf_config = hub.complete(
+        {
+            "model_type": whole,
+            "vision_config": {"model_type": vision, **SMALL},
+            "text_config": {"model_type": text, **SMALL, **more},
+            "projection_dim": 8,
+        }
+    )
+    module = build_system(hf_config, dtype="float32")
+    shapes = load.shapes_of(module, module.example_batch)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    save.save_dual_encoder(tmp_path / "new", hf_config, module, params)
+    leaves = json.loads((golden / "names.json").read_text())[name]
+    tensors = files.read_tensors(tmp_path / "new").values
+    assert {re.sub(r"\.\d+\.", ".*.", key) for key in tensors} == leaves.keys()
+    in_flax = {f"{key.rpartition('.')[0]}.{leaf}".lstrip(".") for key, leaf in leaves.items()}
+    if None in leaves.values():
+        assert not (tmp_path / "new" / "flax_model.msgpack").exists()
+        return
+    (tmp_path / "new" / "model.safetensors").unlink()
+    tensors = files.read_tensors(tmp_path / "new").values
+    assert {re.sub(r"\.\d+\.", ".*.", key) for key in tensors} == in_flax

@@ -14,7 +14,7 @@ from flax import serialization, traverse_util
 
 from lit_jax.models.families import TEXT, build_tower
 from lit_jax.trees import flatten
-from lit_jax.weights import hub, load, names, save
+from lit_jax.weights import hub, load, name_tables, names, save
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "models" / "goldens"
 SIZES = {
@@ -75,7 +75,9 @@ MASK = jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], jnp.int32)
 def test_a_model_with_a_head(tower, tmp_path, golden, prefix, useless, layout):
     module = tower(GOLDENS / golden, "mean")
     params, _ = load.load_tower(GOLDENS / golden, module)
-    tensors = names.tensors_of(flatten(params), names.FAMILIES[module.config.model_type], layout)
+    tensors = names.tensors_of(
+        flatten(params), name_tables.FAMILIES[module.config.model_type], layout
+    )
     tensors = {prefix + name: np.ascontiguousarray(array) for name, array in tensors.items()}
     tensors |= {name: np.zeros(3, np.float32) for name in useless}
     shutil.copy(GOLDENS / golden / "config.json", tmp_path)
@@ -205,7 +207,7 @@ def test_transformers_loads_what_we_save(tr, config_of, tmp_path, model_type, po
         load.shapes_of(module, module.example_input),
     )
     save.save_tower(tmp_path / "new", hf, module, params)
-    kind = getattr(tr, names.FAMILIES[model_type].architecture)
+    kind = getattr(tr, name_tables.FAMILIES[model_type].architecture)
     optional = inspect.signature(kind.__init__).parameters.keys() & {"add_pooling_layer"}
     model, info = kind.from_pretrained(
         tmp_path / "new",

@@ -7,14 +7,21 @@ The last transformers with Flax classes, in an environment of its own:
 
 All folders named after one model (vit, bert, dual) have the same weights in another file format.
 outputs.npz holds what PyTorch computes with them. tensors.bin and legacy.bin are plain torch.save files.
+names.json has the names in the files of every family, see `save_names`.
 """
 
 import collections
+import json
 import pathlib
+import re
+import sys
+import tempfile
 
 import numpy as np
+import safetensors.numpy
 import torch
 import transformers as tr
+from flax import traverse_util
 
 HERE = pathlib.Path(__file__).parent
 SIZES = {
@@ -43,6 +50,7 @@ def main() -> None:
     save_outputs(vit, bert, dual)
     save_tensors()
     save_clip()
+    save_names()
 
 
 def save_vit(vit: tr.ViTModel) -> None:
@@ -145,6 +153,38 @@ def save_clip() -> None:
                 flax = flax.from_pretrained(HERE / f"{name}_torch", from_pt=True)
                 flax.save_pretrained(HERE / f"{name}_flax")
     np.savez(HERE / "clip_outputs.npz", **arrays)
+
+
+def save_names() -> None:
+    """For each family in golden_models.py the names that its class for PyTorch writes, layer numbers as *,
+    each with what the last part of it is in the Flax class: null if there is no such class.
+    """
+    sys.path.append(str(HERE.parents[1] / "models"))
+    from golden_models import DUAL_ENCODERS, FAMILIES
+
+    configs = {family: config for family, (config, *_) in FAMILIES.items()} | DUAL_ENCODERS
+    names = {family: names_of(config) for family, config in configs.items()}
+    (HERE / "names.json").write_text(json.dumps(names, indent=1) + "\n")
+
+
+def names_of(config: tr.PretrainedConfig) -> dict[str, str | None]:
+    class_name = type(config).__name__.replace("Config", "Model")
+    with tempfile.TemporaryDirectory() as folder:
+        getattr(tr, class_name)(config).save_pretrained(folder)
+        torch_names = safetensors.numpy.load_file(f"{folder}/model.safetensors")
+    flax_class, flax_names = getattr(tr, f"Flax{class_name}", None), set()
+    if flax_class:
+        params = traverse_util.flatten_dict(flax_class(config).params, sep=".")
+        flax_names = {re.sub(r"\.\d+\.", ".*.", name) for name in params}
+    result = {}
+    for name in sorted({re.sub(r"\.\d+\.", ".*.", name) for name in torch_names}):
+        module, dot, leaf = name.rpartition(".")
+        leaves = (leaf, "kernel", "scale", "embedding")
+        result[name] = next((new for new in leaves if module + dot + new in flax_names), None)
+        flax_names.discard(f"{module}{dot}{result[name]}")
+    assert not flax_names, flax_names
+    assert not flax_class or None not in result.values(), result
+    return result
 
 
 if __name__ == "__main__":

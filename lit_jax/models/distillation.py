@@ -1,0 +1,50 @@
+"""A text tower and the text tower that it learns from (AltCLIP, 2211.06679, section 3.2).
+
+Dims: B batch, L tokens, P pooled width.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from lit_jax.config import TEACHER
+from lit_jax.models.dual_encoder import TEXT_INPUTS
+from lit_jax.models.layers import Tower
+
+
+class DistillationOutput(NamedTuple):
+    """The pooled outputs of both towers for the same sentences, perhaps in two languages."""
+
+    student: Float[Array, "B P"]
+    teacher: Float[Array, "B P"]
+
+    @property
+    def metrics(self) -> dict[str, Array]:
+        return {}
+
+
+class TextDistillation(nn.Module):
+    """The towers as `train_step` calls them; the parameters lie where those of a dual encoder do."""
+
+    text_model: Tower
+    teacher: Tower
+
+    def __call__(
+        self,
+        batch: Mapping[str, Array],
+        *,
+        deterministic_image: bool = True,
+        deterministic_text: bool = True,
+    ) -> DistillationOutput:
+        """Of a batch with the student's 'input_ids' and so on, and 'teacher_input_ids' and so on."""
+        del deterministic_image
+
+        def inputs(prefix: str) -> list[Array | None]:
+            return [batch.get(prefix + name) for name in TEXT_INPUTS]
+
+        return DistillationOutput(
+            self.text_model(*inputs(""), deterministic=deterministic_text).pooled,
+            self.teacher(*inputs(f"{TEACHER}_")).pooled,
+        )

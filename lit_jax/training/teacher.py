@@ -1,0 +1,113 @@
+"""Stage one of AltCLIP (2211.06679, section 3.2): a text tower takes the place of a CLIP's own.
+
+The student, an XLM-RoBERTa with a linear map on top, learns what the CLIP's text tower, the teacher, returns
+for the same sentence, before the projection. No image is needed, and the CLIP's images, projections and
+logit scale fit the student afterwards: all together is an AltCLIP.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_jax.config import TEACHER, Config
+from lit_jax.data.text import check_vocabulary, load_tokenizer
+from lit_jax.errors import UserError
+from lit_jax.models.families import build_tower
+from lit_jax.models.layers import Tower
+from lit_jax.weights.hub import local_folder, read_config, read_tower_config
+from lit_jax.weights.load import load_dual_encoder, load_tower
+
+log = logging.getLogger(__name__)
+
+STUDENTS = ("xlm-roberta", "roberta", "altclip_text_model")
+CONFIG_KEY = "config.model.teacher"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherFolder:
+    """Where the teacher's tokenizer is (and its weights, but in the run's own copy), and its config."""
+
+    folder: Path
+    hf_config: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher:
+    module: Tower
+    tokenizer: Any
+
+
+def check_config(config: Config) -> None:
+    """Raises UserError where keys that are right one by one do not fit a teacher, or the lack of one."""
+    if (config.loss == "mse") != bool(config.model.teacher):
+        raise UserError(
+            "config.loss='mse' and config.model.teacher belong together; set both or neither of them."
+        )
+    if config.model.teacher and config.policy.lock not in ("LU", "Lu"):
+        raise UserError(
+            f"With config.model.teacher the text tower learns and the rest stays as it is: "
+            f"config.policy.lock={config.policy.lock!r} must be 'LU' or 'Lu'."
+        )
+
+
+def find_teacher(model: str) -> tuple[TeacherFolder, dict[str, Any]]:
+    """The teacher that config.model.teacher names, and the config.json of the whole CLIP."""
+    folder = local_folder(model, config_key=CONFIG_KEY)
+    hf_config = read_config(folder)
+    if hf_config["model_type"] != "clip":
+        raise UserError(
+            f"{CONFIG_KEY} is {model!r}, a model of type {hf_config['model_type']}; it must be a CLIP."
+        )
+    return TeacherFolder(folder=folder, hf_config=read_tower_config(folder, "text")), hf_config
+
+
+def altclip_config(clip: dict[str, Any], student: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the AltCLIP that a CLIP becomes with another text tower."""
+    if student["model_type"] not in STUDENTS:
+        raise UserError(
+            f"config.model.text.model is of model_type {student['model_type']}; with a teacher it must be "
+            f"one of {', '.join(STUDENTS)}."
+        )
+    width = clip["text_config"]["hidden_size"]
+    altclip = {"model_type": "altclip_text_model", "project_dim": width, "pooler_fn": "cls"}
+    return {
+        "model_type": "altclip",
+        "projection_dim": clip["projection_dim"],
+        "logit_scale_init_value": clip["logit_scale_init_value"],
+        "vision_config": {**clip["vision_config"], "model_type": "altclip_vision_model"},
+        "text_config": {**student, **altclip},
+    }
+
+
+def load_teacher(teacher: TeacherFolder, config: Config) -> Teacher:
+    """Module and tokenizer; reads no weights."""
+    module = build_tower(teacher.hf_config, pooling="pooler", dtype=config.model.dtype)
+    length = min(config.data.max_text_length, module.config.max_length)
+    tokenizer = load_tokenizer(teacher.folder, max_length=length)
+    check_vocabulary(tokenizer, teacher.hf_config["vocab_size"], CONFIG_KEY)
+    return Teacher(module=module, tokenizer=tokenizer)
+
+
+def pretrained_parameters(
+    clip: Path,
+    student: Path | None,
+    text_config: dict[str, Any],
+    dtype: Literal["float32", "bfloat16"],
+) -> dict[str, Any]:
+    """All that is read: the CLIP, its text tower as teacher, and the student unless it starts from scratch.
+
+    Returns the (partial) tree of parameters, float32.
+    """
+    _, params, _, report = load_dual_encoder(clip, dtype=dtype)
+    params[TEACHER] = params.pop("text_model")
+    log.info("%s", report)
+    if student is not None:
+        model_type = read_tower_config(student, "text")["model_type"]
+        pooling = "pooler" if model_type == "altclip_text_model" else "cls"
+        module = build_tower(
+            {**text_config, "model_type": model_type}, pooling=pooling, dtype=dtype
+        )
+        params["text_model"], report = load_tower(student, module)
+        log.info("%s", report)
+    return params
