@@ -272,8 +272,8 @@ class DualEncoder(_Model):
         def compute(module: DualEncoderModule) -> tuple:
             image = module.vision_model(images_BxHxWxC, deterministic=deterministic)
             text = module.text_model(*texts, deterministic=deterministic)
-            zimg_BxE = normalize(module.project_image(image))
-            ztxt_TxE = normalize(module.project_text(text))
+            zimg_BxE = normalize(module.project_image(image.pooled))
+            ztxt_TxE = normalize(module.project_text(module.pooled_text(text)))
             return image, text, (zimg_BxE, ztxt_TxE, *module.logit_parameters())
 
         (image, text, embedded), recorded = self._run(

@@ -26,6 +26,10 @@ TOWERS: Mapping[Side, str] = {"image": "vision", "text": "text"}
 # Of a batch, in the order in which every text tower takes them.
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
+# Of a batch, in the place of a tower's inputs: what the tower has pooled of them, float BxP. A locked tower
+# needs to compute it only once.
+POOLED: Mapping[Side, str] = {"image": "image_pooled", "text": "text_pooled"}
+
 
 class DualEncoderOutput(NamedTuple):
     """The logits are exp(logit_scale) * image_embeds @ text_embeds.T + (logit_bias or 0)."""
@@ -98,26 +102,30 @@ class DualEncoderModule(nn.Module):
         deterministic_text: bool = True,
     ) -> DualEncoderOutput:
         """Embeds the pairs of a batch: 'pixel_values' float32 BxHxWxC, 'input_ids' and
-        'attention_mask' int32 BxL, optionally 'token_type_ids' int32 BxL.
+        'attention_mask' int32 BxL, optionally 'token_type_ids' int32 BxL; or, of either side, what its tower
+        has pooled already (`POOLED`), and then that tower is not called.
 
         A tower that is not deterministic has dropout, with the rng 'dropout'.
         """
-        texts = {name: batch[name] for name in TEXT_INPUTS if name in batch}
-        image_embeds_BxE = self.encode_image(
-            batch["pixel_values"], deterministic=deterministic_image
-        )
-        text_embeds_BxE = self.encode_text(**texts, deterministic=deterministic_text)
+        image_BxP, text_BxP = (batch.get(name) for name in POOLED.values())
+        if image_BxP is None:
+            image_BxP = self.pool_image(batch["pixel_values"], deterministic=deterministic_image)
+        if text_BxP is None:
+            texts = {name: batch[name] for name in TEXT_INPUTS if name in batch}
+            text_BxP = self.pool_text(**texts, deterministic=deterministic_text)
         return DualEncoderOutput(
-            normalize(image_embeds_BxE), normalize(text_embeds_BxE), *self.logit_parameters()
+            normalize(self.project_image(image_BxP)),
+            normalize(self.project_text(text_BxP)),
+            *self.logit_parameters(),
         )
 
-    def encode_image(
+    def pool_image(
         self, pixel_values: Float[Array, "B H W C"], *, deterministic: bool = True
-    ) -> Float[Array, "B E"]:
-        """The embeddings of images: projected, not normalised, float32."""
-        return self.project_image(self.vision_model(pixel_values, deterministic=deterministic))
+    ) -> Float[Array, "B P"]:
+        """What of images the projection gets, in the tower's dtype."""
+        return self.vision_model(pixel_values, deterministic=deterministic).pooled
 
-    def encode_text(
+    def pool_text(
         self,
         input_ids: Int[Array, "B L"],
         attention_mask: Int[Array, "B L"] | None = None,
@@ -125,21 +133,35 @@ class DualEncoderModule(nn.Module):
         position_ids: Int[Array, "B L"] | None = None,
         *,
         deterministic: bool = True,
-    ) -> Float[Array, "B E"]:
-        """The embeddings of texts: projected, not normalised, float32."""
-        return self.project_text(
-            self.text_model(
-                input_ids, attention_mask, token_type_ids, position_ids, deterministic=deterministic
-            )
+    ) -> Float[Array, "B P"]:
+        """What of texts the projection gets, in the tower's dtype."""
+        output = self.text_model(
+            input_ids, attention_mask, token_type_ids, position_ids, deterministic=deterministic
         )
+        return self.pooled_text(output)
 
-    def project_image(self, output: TowerOutput) -> Float[Array, "B E"]:
-        """From what the image tower returns to the embeddings, not normalised."""
-        return self._project(output.pooled, self.image_head, "image")
+    def pooled_text(self, output: TowerOutput) -> Float[Array, "B P"]:
+        """What the projection gets of all that the text tower returns."""
+        return output.last_hidden_state[:, 0] if self.text_first_token else output.pooled
 
-    def project_text(self, output: TowerOutput) -> Float[Array, "B E"]:
-        """From what the text tower returns to the embeddings, not normalised."""
-        pooled_BxP = output.last_hidden_state[:, 0] if self.text_first_token else output.pooled
+    def encode_image(
+        self, pixel_values: Float[Array, "B H W C"], *, deterministic: bool = True
+    ) -> Float[Array, "B E"]:
+        """The embeddings of what `pool_image` takes: projected, not normalised, float32."""
+        return self.project_image(self.pool_image(pixel_values, deterministic=deterministic))
+
+    def encode_text(
+        self, input_ids: Int[Array, "B L"], *texts: Array | None, deterministic: bool = True
+    ) -> Float[Array, "B E"]:
+        """The embeddings of what `pool_text` takes: projected, not normalised, float32."""
+        return self.project_text(self.pool_text(input_ids, *texts, deterministic=deterministic))
+
+    def project_image(self, pooled_BxP: Float[Array, "B P"]) -> Float[Array, "B E"]:
+        """From what `pool_image` returns to the embeddings, not normalised."""
+        return self._project(pooled_BxP, self.image_head, "image")
+
+    def project_text(self, pooled_BxP: Float[Array, "B P"]) -> Float[Array, "B E"]:
+        """From what `pool_text` returns to the embeddings, not normalised."""
         return self._project(pooled_BxP, self.text_head, "text")
 
     def logit_parameters(self) -> tuple[Float[Array, ""], Float[Array, ""] | None]:
@@ -160,14 +182,14 @@ class DualEncoderModule(nn.Module):
         )
 
     def _project(
-        self, pooled_BxP: Float[Array, "B P"], head: nn.Dense | None, tower: str
+        self, pooled_BxP: Float[Array, "B P"], head: nn.Dense | None, side: Side
     ) -> Float[Array, "B E"]:
         embeds_BxE = pooled_BxP.astype(jnp.float32)
         if head is not None:
             embeds_BxE = head(embeds_BxE)
         elif pooled_BxP.shape[1] != self.projection_dim:
             raise UserError(
-                f"config.model.{tower}.projection is 'none', but the tower is "
+                f"config.model.{side}.projection is 'none', but the tower is "
                 f"{pooled_BxP.shape[1]} wide and config.model.projection_dim is "
                 f"{self.projection_dim}; make the two equal or choose the projection 'linear'."
             )
