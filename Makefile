@@ -1,6 +1,8 @@
 # `make train` and `make test` set up all they need in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# A file's tests stay in one process: they share its fixtures and what it has compiled.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: train test test-all check parity lock clean
 
@@ -8,11 +10,11 @@ train: .venv/run.stamp
 	$(BIN)/python -m lit_jax.train --config=configs/vit_bert.py --workdir=runs/demo
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Also the long tests, and those that compare with a live PyTorch.
 test-all: .venv/oracle.stamp
-	$(BIN)/python -m pytest -m "long or oracle"
+	$(PYTEST) -m "long or oracle"
 
 # Measures the differences from PyTorch again and writes docs/parity.md.
 parity: .venv/oracle.stamp

@@ -96,6 +96,9 @@ class Checkpoints:
         Raises UserError if it is damaged or of another model or optimizer.
         """
         with _reading_step(self._workdir, self.latest):
+            _check_shapes(
+                self._workdir / "checkpoints" / str(self.latest) / "state", abstract_state
+            )
             restored = self._manager.restore(
                 self.latest,
                 args=ocp.args.Composite(
@@ -125,9 +128,11 @@ def restore_params(
         raise UserError(f"{workdir} has no checkpoint of step {step}; there are {steps}.")
     step = steps[-1] if step is None else step
     wanted = {"params": abstract_params}
+    folder = (workdir / "checkpoints" / str(step) / "state").resolve()
     with _reading_step(workdir, step), ocp.PyTreeCheckpointer() as reader:
+        _check_shapes(folder, wanted, part="params")
         restored = reader.restore(
-            (workdir / "checkpoints" / str(step) / "state").resolve(),
+            folder,
             args=ocp.args.PyTreeRestore(
                 item=wanted,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -153,8 +158,33 @@ def restore_frozen(workdir: Path, abstract_frozen: Mapping[str, Any]) -> Any:
     if not abstract_frozen:
         return {}
     what_then = "put them back, or start again in another --workdir"
+    folder = (workdir / "frozen").resolve()
     with _reading(workdir / "frozen", what_then), ocp.StandardCheckpointer() as reader:
-        return reader.restore((workdir / "frozen").resolve(), abstract_frozen)
+        _check_shapes(folder, abstract_frozen)
+        return reader.restore(folder, abstract_frozen)
+
+
+def _check_shapes(folder: Path, wanted: Any, part: str | None = None) -> None:
+    """Raises ValueError at the first array of `folder` (of one `part`) that differs in name or shape.
+
+    Orbax would find it, too, but reads all arrays at once: those that it gives up then complain one by one,
+    each when its coroutine is collected.
+    """
+    resolved: Any = folder.resolve()  # Orbax asks for its own kind of path, and takes this one
+    saved = ocp.PyTreeCheckpointHandler().metadata(resolved).tree
+    there, here = (
+        {
+            key: leaf.shape
+            for key, leaf in ocp.tree.to_flat_dict(tree).items()
+            if part in (None, key[0])
+        }
+        for tree in (saved, wanted)
+    )
+    for key in there | here:
+        if there.get(key) != here.get(key):
+            raise ValueError(
+                f"{'/'.join(key)} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here"
+            )
 
 
 @contextlib.contextmanager
