@@ -30,8 +30,12 @@ from lit_jax.training.policy import merge
 from lit_jax.training.setup import Setup, Towers, prepare
 from lit_jax.training.teacher import TeacherFolder
 from lit_jax.trees import Tree, flatten
+from lit_jax.weights.hub import read_config as read_hf_config
 
 log = logging.getLogger(__name__)
+
+# What names the towers that a run starts from; from its first checkpoint on it has them itself.
+TOWER_KEYS = {f"model.{key}" for key in ("dual_encoder", "teacher", "image.model", "text.model")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,10 +84,10 @@ def model_folder(workdir: Path) -> Path:
 def saved_towers(workdir: Path) -> Towers:
     """The towers of a run from its own folder: no Hub needed."""
     folder = model_folder(workdir)
-    hf_config = _read_json(folder / "config.json")
+    hf_config = read_hf_config(folder)
     teacher = None
     if (folder / TEACHER).is_dir():
-        of_teacher = _read_json(folder / TEACHER / "config.json")
+        of_teacher = read_hf_config(folder / TEACHER)
         teacher = TeacherFolder(folder=folder / TEACHER, hf_config=of_teacher)
     return Towers(image_folder=folder, text_folder=folder, hf_config=hf_config, teacher=teacher)
 
@@ -129,7 +133,12 @@ def read_config(workdir: Path) -> Config | None:
     path = workdir / "config.json"
     if not path.exists():
         return None
-    content = _read_json(path)
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); restore it, or choose another --workdir."
+        ) from error
     try:
         return parse(content)
     except UserError as error:
@@ -137,18 +146,6 @@ def read_config(workdir: Path) -> Config | None:
         raise UserError(
             f"{path} is not of a run of this version ({text}); choose another --workdir."
         ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); restore it, or choose another --workdir."
-        ) from error
-    return content
 
 
 def open_workdir(workdir: Path, config: Config, allowed_changes: Collection[str]) -> None:
@@ -165,6 +162,12 @@ def open_workdir(workdir: Path, config: Config, allowed_changes: Collection[str]
             raise UserError(
                 f"{workdir} holds a run with another config ({'; '.join(refused.values())}); choose another "
                 f"--workdir, or go on with the change by --allow_changes={','.join(refused)}."
+            )
+        if complete_steps(workdir) and (moved := changes.keys() & TOWER_KEYS):
+            log.warning(
+                "%s holds the run's own towers, and it goes on with those; %s is only noted.",
+                workdir,
+                " and ".join(sorted(moved)),
             )
     if is_primary():
         workdir.mkdir(parents=True, exist_ok=True)

@@ -247,8 +247,16 @@ def damage_model(workdir):
     (workdir / "model" / "config.json").write_text('{"vision_config": ')
 
 
+def empty_model(workdir):
+    (workdir / "model" / "config.json").write_text("{}")
+
+
 def damage_config(workdir):
     (workdir / "config.json").write_bytes(b"\xff")
+
+
+def nest_config(workdir):
+    (workdir / "config.json").write_text("[" * 100_000)
 
 
 def put_another_config(workdir):
@@ -263,8 +271,10 @@ def put_another_config(workdir):
             r"/frozen is damaged.*; put them back, or start again in another --workdir\.$",
         ),
         (damage_checkpoint, r"/checkpoints/6 is damaged.*, or remove .* to go on from step 4\.$"),
-        (damage_model, r"model/config\.json is damaged \(.*; restore it, or choose another"),
+        (damage_model, r"model/config\.json is not a config.json that transformers understands"),
+        (empty_model, r"model/config\.json is not a config.json that .*KeyError: 'model_type'"),
         (damage_config, r"run/config\.json is damaged \(.*; restore it, or choose another"),
+        (nest_config, r"run/config\.json is damaged \(.*recursion.*; restore it"),
         (
             put_another_config,
             r"config\.json is not of a run .*model_type.*choose another --workdir",
@@ -309,6 +319,17 @@ def test_an_allowed_change_that_no_checkpoint_fits_leaves_the_run_as_it_was(
     with pytest.raises(UserError, match=r"of another model or optimizer .*take back"):
         train(tiny(**{key: value}), workdir, allowed_changes=[key])
     assert train(tiny(), workdir).step == 6
+
+
+def test_a_run_with_a_checkpoint_says_that_it_keeps_its_towers(
+    finished, tiny, towers, train, tmp_path, caplog
+):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    elsewhere = shutil.copytree(towers["image"], tmp_path / "elsewhere")
+    moved = tiny(**{"model.image.model": str(elsewhere)})
+    with caplog.at_level("WARNING", logger="lit_jax"):
+        train(moved, workdir, allowed_changes=["model.image.model"])
+    assert "goes on with those; model.image.model is only noted" in caplog.text
 
 
 def test_reading_a_run_leaves_alone_what_it_is_just_saving(train, tiny, tmp_path):
