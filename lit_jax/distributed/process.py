@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # the key-value store of a run's processes has no public name
 
+from lit_jax.distributed.flags import set_flags
 from lit_jax.distributed.lifeline import Lifeline
 from lit_jax.errors import UserError
 
@@ -24,6 +25,7 @@ def initialize() -> None:
     in the environment. Else JAX looks for a TPU slice, Slurm, Open MPI or Kubernetes job; if it finds
     none, this process is the only one. From here on, all end if one does; see lifeline.py.
     """
+    set_flags()
     _steady_simulated_devices()
     _join()
     joined = distributed.global_state
