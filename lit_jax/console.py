@@ -10,11 +10,16 @@ from pathlib import Path
 
 import absl.logging
 
-from lit_jax.errors import Preempted, UserError
-
-BAD_INPUT = 2
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again.
-INTERRUPTED = 130  # what shells say after Ctrl-C
+from lit_jax.distributed import process
+from lit_jax.errors import (
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    PREEMPTED,
+    Preempted,
+    UserError,
+)
 
 
 def named_folder(text: str) -> Path:
@@ -29,7 +34,8 @@ def command(main: Callable[..., None]) -> Callable[..., int]:
     Ctrl-C.
 
     A PermissionError is the user's, too: every path that is looked at comes from the flags or the config.
-    LIT_JAX_TRACEBACK=1 in the environment shows the traceback of both.
+    LIT_JAX_TRACEBACK=1 in the environment shows the traceback of both. With several processes, all end with
+    the code of the first that fails, or with 76 if it was killed.
     """
 
     @functools.wraps(main)
@@ -44,15 +50,24 @@ def command(main: Callable[..., None]) -> Callable[..., int]:
                 error = (
                     f"There is no permission for {error.filename}; get it, or give another path."
                 )
+            process.end(BAD_INPUT, str(error))
             print(f"error: {error}", file=sys.stderr, flush=True)
             return BAD_INPUT
         except Preempted as stop:
             print(stop, file=sys.stderr, flush=True)
+            process.end(PREEMPTED)
             return PREEMPTED
         except KeyboardInterrupt:
+            process.end(INTERRUPTED, "Interrupted.")
             print("Interrupted.", file=sys.stderr, flush=True)
             return INTERRUPTED
-        return 0
+        except Exception as error:
+            if process.number() is not None:
+                traceback.print_exc()
+            process.end(FAILED, f"{type(error).__name__}: {error}")
+            raise
+        process.end(DONE)
+        return DONE
 
     return run
 
@@ -64,3 +79,12 @@ def _set_up_logging() -> None:
     own.setLevel(logging.INFO)
     own.propagate = False
     own.handlers = [logging.StreamHandler()]
+    own.handlers[0].addFilter(_one_voice)
+
+
+def _one_voice(record: logging.LogRecord) -> bool:
+    """Of several processes the first alone says how it goes; warnings come from each, with its number."""
+    number = process.number()
+    if number is not None and record.levelno >= logging.WARNING:
+        record.msg = f"process {number}: {record.msg}"
+    return not number or record.levelno >= logging.WARNING

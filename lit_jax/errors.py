@@ -1,4 +1,11 @@
-"""The two exceptions that end a command on purpose."""
+"""How a command ends: its exit codes, and the two exceptions that end it on purpose."""
+
+DONE = 0
+FAILED = 1  # what Python says after a traceback
+BAD_INPUT = 2
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again.
+GONE = 76  # another process of the run is gone: run the same command again.
+INTERRUPTED = 130  # what shells say after Ctrl-C
 
 
 class UserError(Exception):

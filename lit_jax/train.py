@@ -2,7 +2,8 @@
 
 --config takes a file and its argument (configs/vit_bert.py:base,batch=1024); each key of the config can
 be overridden (--config.schedule.learning_rate=3e-4). Given again, the command goes on from the latest
-checkpoint. Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM with all saved (run it again to go on).
+checkpoint. Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM with all saved, 76 another process of
+the run is gone (run it again to go on).
 """
 
 import argparse

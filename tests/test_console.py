@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_jax.console import BAD_INPUT, INTERRUPTED, PREEMPTED, command, named_folder
-from lit_jax.errors import Preempted, UserError
+from lit_jax.console import command, named_folder
+from lit_jax.errors import BAD_INPUT, INTERRUPTED, PREEMPTED, Preempted, UserError
 
 
 @command

@@ -5,10 +5,17 @@ import re
 from typing import Any
 
 import jax
+from jax._src import distributed  # the key-value store of a run's processes has no public name
 
+from lit_jax.distributed.flags import set_flags
+from lit_jax.distributed.lifeline import Lifeline
 from lit_jax.errors import UserError
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# The second line of defence: a process that hangs as a whole keeps its connections open.
+HEARTBEAT_SECONDS = 40
+
+_lifeline: Lifeline | None = None
 
 
 def initialize() -> None:
@@ -16,9 +23,19 @@ def initialize() -> None:
 
     Connects to JAX_COORDINATOR_ADDRESS (host:port) as number JAX_PROCESS_ID of JAX_NUM_PROCESSES if these are
     in the environment. Else JAX looks for a TPU slice, Slurm, Open MPI or Kubernetes job; if it finds
-    none, this process is the only one.
+    none, this process is the only one. From here on, all end if one does; see lifeline.py.
     """
+    set_flags()
     _steady_simulated_devices()
+    _join()
+    joined = distributed.global_state
+    if joined.num_processes > 1:
+        global _lifeline
+        host = (joined.coordinator_address or "").rpartition(":")[0].strip("[]")
+        _lifeline = Lifeline(joined.process_id, joined.client, host)
+
+
+def _join() -> None:
     given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
     if given:
         if missing := set(_VARIABLES) - set(given):
@@ -30,10 +47,12 @@ def initialize() -> None:
             raise UserError(
                 f"JAX_PROCESS_ID={index} is no number from 0 to below JAX_NUM_PROCESSES={count}; correct it."
             )
-        jax.distributed.initialize(address, int(count), int(index))
+        jax.distributed.initialize(
+            address, int(count), int(index), heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
         return
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
         if "coordinator_address" not in str(error):  # what JAX says where it finds no cluster
             raise
@@ -52,6 +71,22 @@ def _steady_simulated_devices() -> None:
     if devices > 1:
         os.environ.setdefault("NPROC", str(32 * devices))
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def end(code: int, sentence: str = "") -> None:
+    """Tells the other processes that this one ends with an exit code, and why.
+
+    With several processes it returns only where others may go on (0 and 75): the others end with the same
+    code, and none of them waits for another.
+    """
+    if _lifeline is not None:
+        _lifeline.end(code, sentence)
+
+
+def number() -> int | None:
+    """This process's number among several, None if it is the only one. Touches no device."""
+    joined = distributed.global_state
+    return joined.process_id if joined.num_processes > 1 else None
 
 
 def is_primary() -> bool:

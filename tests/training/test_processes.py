@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import portpicker
 import pytest
+from PIL import Image
 
-from lit_jax.console import BAD_INPUT, PREEMPTED
+from lit_jax.errors import BAD_INPUT, PREEMPTED
 from lit_jax.training.disk import complete_steps
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.run import load_run
@@ -198,22 +198,32 @@ SHORT = "--config.duration=30 steps"
 SAVE_ALWAYS = "--config.checkpoint.every=1 step"
 
 
-def start_two(command, workdir):
-    """Two processes of one run, over loopback."""
-    address = f"localhost:{portpicker.pick_unused_port()}"
-    together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    flags = (NO_DROPOUT, SHORT, SAVE_ALWAYS)
-    return [
-        command(workdir, *flags, env=together | {"JAX_PROCESS_ID": index}) for index in ("0", "1")
-    ]
+def start_two(command, workdir, *flags, prefix=()):
+    """Two processes of one run, by the launcher; each line of what they print starts with [0] or [1]."""
+    launcher = (ROOT / "launch" / "local.sh", "2", "--devices=1", "--", *prefix)
+    return command(workdir, NO_DROPOUT, SHORT, SAVE_ALWAYS, *flags, prefix=launcher)
+
+
+def process_number(index, launcher):
+    """The process id of one of the two."""
+    for children in Path(f"/proc/{launcher.pid}/task").glob("*/children"):
+        for pid in map(int, children.read_text().split()):
+            if f"JAX_PROCESS_ID={index}".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                return pid
+    raise AssertionError(f"there is no process {index}")
+
+
+def said_by(index, text):
+    """The lines of one of the two. One line may hold several states of the progress bar."""
+    lines = [line for line in text.splitlines() if line.startswith(f"[{index}] ")]
+    return "\n".join(line.removeprefix(f"[{index}] ") for line in lines)
 
 
 @pytest.fixture(scope="module")
 def whole_of_two(command, tmp_path_factory):
-    """A run of two processes that nothing interrupted, and what each printed to stdout."""
+    """A run of two processes that nothing interrupted, and what was printed to stdout."""
     workdir = tmp_path_factory.mktemp("whole_of_two") / "run"
-    processes = start_two(command, workdir)
-    return workdir, [finish(process)[0] for process in processes]
+    return workdir, finish(start_two(command, workdir))[0]
 
 
 def test_two_processes_train_as_one_does(command, tmp_path, whole_of_two):
@@ -228,29 +238,86 @@ def test_two_processes_train_as_one_does(command, tmp_path, whole_of_two):
 
 
 def test_of_two_processes_one_writes_and_reports(whole_of_two):
-    workdir, (first, second) = whole_of_two
-    assert "zero_shot/unseen16/top1" in first
-    assert "zero_shot" not in second
+    workdir, output = whole_of_two
+    assert "zero_shot/unseen16/top1" in said_by(0, output)
+    assert said_by(1, output) == ""
     assert results(workdir)["zero_shot/unseen16/n"] == 800
+    assert {path.name for path in workdir.iterdir()} == {
+        *("config.json", "parameters.txt", "model", "frozen", "checkpoints"),
+        *("metrics.jsonl", "tensorboard", "results.json"),
+    }
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     assert len(read_metrics(workdir)) == 30  # two writers would have written each row twice
 
 
 def test_sigterm_to_one_process_stops_both_and_they_go_on(command, tmp_path, whole_of_two):
     workdir = tmp_path / "run"
-    processes = start_two(command, workdir)
-    wait_for_step(processes[0], workdir, 3)
-    processes[1].send_signal(signal.SIGTERM)
-    for process in processes:
-        _, errors = finish(process, PREEMPTED)
-        assert "run the same command again" in errors
-        assert "preemption sync point" not in errors  # what Orbax says to it
+    launcher = start_two(command, workdir)
+    wait_for_step(launcher, workdir, 3)
+    os.kill(process_number(1, launcher), signal.SIGTERM)
+    _, errors = finish(launcher, PREEMPTED)
+    for index in (0, 1):
+        assert "run the same command again" in said_by(index, errors)
+    assert "preemption sync point" not in errors  # what Orbax says to it
     stopped = read_metrics(workdir)[-1]["step"]
     assert complete_steps(workdir)[-1] == stopped < 30
-    for process in start_two(command, workdir):
-        _, errors = finish(process)
-        assert f"Going on from step {stopped} of" in errors
+    _, errors = finish(start_two(command, workdir))
+    assert f"Going on from step {stopped} of" in said_by(0, errors)
+    assert "Going on" not in said_by(1, errors)
     assert_same_end(workdir, whole_of_two[0])
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_the_death_of_one_process_ends_the_other_and_they_go_on(
+    command, tmp_path, whole_of_two, killed
+):
+    """The first is also the one that JAX's own coordination needs."""
+    workdir = tmp_path / "run"
+    launcher = start_two(command, workdir)
+    wait_for_step(launcher, workdir, 3)
+    survivor = process_number(1 - killed, launcher)
+    os.kill(process_number(killed, launcher), signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + signal.SIGKILL  # worse than what the survivor ended with
+    assert not Path(f"/proc/{survivor}").exists()
+    assert said_by(1 - killed, errors).endswith(
+        f"Process {killed} is gone; run the same command again to go on from the latest checkpoint."
+    )
+    assert "Traceback" not in errors
+    finish(start_two(command, workdir))
+    assert_same_end(workdir, whole_of_two[0])
+
+
+def test_bad_data_of_one_process_ends_both_with_its_sentence(command, tmp_path):
+    """The second finds, in a folder of its own, images that cannot be decoded."""
+    rows = [
+        json.dumps({"image": f"{i}.png", "caption": f"the number {i}"}) + "\n" for i in range(64)
+    ]
+    for index in (0, 1):
+        data = tmp_path / str(index) / "data"
+        data.mkdir(parents=True)
+        (data / "captions.jsonl").write_text("".join(rows))
+        for i in range(64):
+            Image.new("RGB", (32, 32), (4 * i, 0, 0)).save(data / f"{i}.png")
+            if index == 1 and i % 2:
+                (data / f"{i}.png").write_bytes(b"no image")
+    elsewhere = (
+        "bash",
+        "-c",
+        f'cd {tmp_path}/$JAX_PROCESS_ID; exec env PYTHONPATH={ROOT} "$@"',
+        "-",
+    )
+    flags = (
+        *(f"--config={ROOT}/configs/vit_bert.py", "--config.data.train.path=data"),
+        *("--config.data.train.split=None", "--config.duration=2000 steps"),
+    )
+    _, errors = finish(start_two(command, tmp_path / "run", *flags, prefix=elsewhere), BAD_INPUT)
+    sentence = said_by(1, errors).splitlines()[-1]
+    assert sentence.startswith("error: process 1: ")
+    assert "mend the data or raise config.data.max_bad_fraction" in sentence
+    assert said_by(0, errors).splitlines()[-1] == sentence
+    assert "process 1: Bad sample" in said_by(1, errors)
+    assert "Traceback" not in errors
 
 
 def test_without_network_a_hub_model_is_named_with_the_key_for_a_folder(tmp_path):

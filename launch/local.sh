@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# N processes of one run on this machine, over loopback:
+#
+#     launch/local.sh N [--devices=K] [--dry-run] -- command...
+#
+# K simulated CPU devices for each process; without it, the devices that JAX finds. Each line of output starts
+# with the number of its process. SIGTERM and Ctrl-C reach all of them. The exit code is that of what went wrong: of
+# a command's own failure before that of a process which was only left alone (76) or stopped (75).
+set -euo pipefail
+
+usage() {
+    echo "error: $1; usage: launch/local.sh N [--devices=K] [--dry-run] -- command..." >&2
+    exit 2
+}
+
+processes='' devices='' dry_run=''
+while (($#)); do
+    case $1 in
+    --) shift && break ;;
+    --devices=*) devices=${1#*=} ;;
+    --dry-run) dry_run=1 ;;
+    -*) usage "unknown flag $1" ;;
+    *) processes=$1 ;;
+    esac
+    shift
+done
+[[ $processes =~ ^[1-9][0-9]*$ ]] || usage "'$processes' is no number of processes"
+[[ $devices =~ ^([1-9][0-9]*)?$ ]] || usage "'$devices' is no number of devices"
+(($#)) || usage "there is no command behind --"
+
+free_port() {
+    python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'
+}
+port=${dry_run:+PORT}
+variables=("JAX_COORDINATOR_ADDRESS=localhost:${port:-$(free_port)}" "JAX_NUM_PROCESSES=$processes")
+[[ $devices ]] && variables+=(JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices")
+
+if [[ $dry_run ]]; then
+    for ((i = 0; i < processes; i++)); do
+        printf '%q ' env "${variables[@]}" "JAX_PROCESS_ID=$i" "$@"
+        echo
+    done
+    exit
+fi
+
+pids=()
+set -m # else Python would not listen to Ctrl-C: a shell makes what runs in its background deaf to it
+# shellcheck disable=SC2329  # the traps call it
+forward() { kill "-$1" "${pids[@]}" 2>/dev/null || true; }
+trap 'forward TERM' TERM
+trap 'forward INT' INT
+for ((i = 0; i < processes; i++)); do
+    # The readers outlive the signals, and end when what they read ends.
+    env "${variables[@]}" "JAX_PROCESS_ID=$i" "$@" \
+        > >(trap '' INT TERM && exec sed -u "s/^/[$i] /") 2> >(trap '' INT TERM && exec sed -u "s/^/[$i] /" >&2) &
+    pids+=($!)
+done
+
+# How bad an exit code is: 0 done, 1 stopped, 2 left alone, 3 the cause.
+badness() {
+    case $1 in 0) echo 0 ;; 75) echo 1 ;; 76) echo 2 ;; *) echo 3 ;; esac
+}
+worst=0
+for pid in "${pids[@]}"; do
+    while true; do
+        code=0
+        wait "$pid" 2>/dev/null || code=$?
+        kill -0 "$pid" 2>/dev/null || break # a signal to this script ends `wait`, too
+    done
+    (($(badness "$code") > $(badness "$worst"))) && worst=$code
+done
+exit "$worst"

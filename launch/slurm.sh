@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# A run on GPUs under Slurm. Given in a shell it submits itself; as the job it starts one process for each GPU:
+#
+#     launch/slurm.sh --nodes=N --gpus=GPUS_OF_A_NODE [--time=HH:MM:SS] [--dry-run] -- command...
+#
+# Five minutes before its time is over, or when it is preempted, the run saves and ends with 75, and the job goes back
+# into the queue. `sbatch` flags that are not here (account, partition) can be set by SBATCH_ACCOUNT and so on.
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}" # Slurm runs a copy of this file, elsewhere
+. launch/again.sh
+
+nodes=1 gpus='' time=24:00:00 dry_run=''
+while (($#)); do
+    case $1 in
+    --) shift && break ;;
+    --nodes=*) nodes=${1#*=} ;;
+    --gpus=*) gpus=${1#*=} ;;
+    --time=*) time=${1#*=} ;;
+    --dry-run) dry_run=1 ;;
+    *) fail "unknown flag $1; launch/slurm.sh says at its top which there are" ;;
+    esac
+    shift
+done
+[[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "--gpus='$gpus' is no number of GPUs of a node"
+(($#)) || fail "there is no command behind --"
+
+# Each process sees all GPUs of its node, and JAX takes the one with its own number: no --gpus-per-task here.
+# A process that fails before it has met the others ends them after a minute; later they end by themselves.
+run=(srun --label --wait=60 "$@")
+if [[ ! ${SLURM_JOB_ID:-} ]]; then
+    step sbatch --job-name=lit_jax "--nodes=$nodes" "--ntasks-per-node=$gpus" "--gpus-per-node=$gpus" \
+        "--time=$time" --signal=TERM@300 --requeue --open-mode=append --output=slurm-%j.log \
+        launch/slurm.sh "--gpus=$gpus" -- "$@"
+    [[ ! $dry_run ]] || step "${run[@]}"
+    exit
+fi
+
+code=0
+"${run[@]}" || code=$?
+if again "$code"; then
+    echo "The exit code is $code; the job goes back into the queue." >&2
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

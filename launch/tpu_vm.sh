@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# A run on a Cloud TPU slice, from your own machine, by gcloud:
+#
+#     launch/tpu_vm.sh ACTION --name=NAME --zone=ZONE --type=TYPE --runtime=VERSION [--project=ID] [--spot]
+#                      [--dry-run] [-- command...]
+#
+#     create    asks for the slice, and waits until it is there
+#     install   copies this commit to all its machines, and installs it
+#     run       starts the command on all of them; it goes on when this connection ends, and after exit code 75 or 76
+#     logs      follows what the first machine prints
+#     stop      SIGTERM to all: the run saves and ends
+#     delete    gives the slice back
+#     keep      all of it: create, install, run, and again if the slice is taken away, until the command is done
+#
+# Each action can be given again: what is there already is left as it is.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/again.sh
+
+action=${1:-}
+(($#)) && shift
+name='' zone='' type='' runtime='' project='' spot='' dry_run=''
+while (($#)); do
+    case $1 in
+    --) shift && break ;;
+    --name=*) name=${1#*=} ;;
+    --zone=*) zone=${1#*=} ;;
+    --type=*) type=${1#*=} ;;
+    --runtime=*) runtime=${1#*=} ;;
+    --project=*) project=${1#*=} ;;
+    --spot) spot=1 ;;
+    --dry-run) dry_run=1 ;;
+    *) fail "unknown flag $1; launch/tpu_vm.sh says at its top which there are" ;;
+    esac
+    shift
+done
+command=("$@")
+where=("--zone=$zone" ${project:+"--project=$project"})
+
+tpus() { step gcloud compute tpus "$@" "${where[@]}"; }
+everywhere() { tpus tpu-vm ssh "$name" --worker=all --command="$1"; }
+
+# ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED (taken away) ...; nothing if there is none.
+state() {
+    gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null || true
+}
+
+create() {
+    [[ $type && $runtime ]] || fail "create needs --type (as v5litepod-16) and --runtime (as v2-alpha-tpuv5-lite)"
+    if [[ $dry_run || ! $(state) ]]; then
+        tpus queued-resources create "$name" "--node-id=$name" "--accelerator-type=$type" \
+            "--runtime-version=$runtime" ${spot:+--spot}
+    fi
+    until [[ $dry_run || $(state) == ACTIVE ]]; do
+        [[ $(state) =~ FAILED|SUSPEND ]] && return 1
+        sleep 30
+    done
+}
+
+install() {
+    step git archive --output=/tmp/lit_jax.tar.gz HEAD
+    tpus tpu-vm scp /tmp/lit_jax.tar.gz "$name:" --worker=all
+    # The images of TPU machines have an older Python than lit_jax needs; uv brings its own.
+    everywhere 'mkdir -p lit_jax && tar -xzf lit_jax.tar.gz -C lit_jax && cd lit_jax &&
+python3 -m pip install --quiet --user uv && { [ -d .venv ] || python3 -m uv venv --quiet --python=3.11 .venv; } &&
+python3 -m uv pip install --quiet --python=.venv/bin/python -c requirements.lock -r requirements-tpu.txt'
+}
+
+run() {
+    ((${#command[@]})) || fail "there is no command behind --"
+    # flock: a second start beside a first that still runs is none. The command finds lit_jax's own python first.
+    everywhere "cd lit_jax && export PATH=\$PWD/.venv/bin:\$PATH && (setsid flock -n ../run.lock bash -c \
+'rm -f ../run.exit; launch/restart.sh -- \"\$@\" >> ../run.log 2>&1; echo \$? > ../run.exit' - \
+$(printf '%q ' "${command[@]}")< /dev/null > /dev/null 2>&1 &)"
+}
+
+logs() { tpus tpu-vm ssh "$name" --worker=0 --command='tail -n 100 -F run.log'; }
+
+# The loop first, or it would start the command again.
+stop() { everywhere 'pkill -f launch/restart.s[h]; pkill -TERM -f "python.* -m lit_jax.trai[n]" || true'; }
+
+delete() { tpus queued-resources delete "$name" --force --quiet; }
+
+keep() {
+    while true; do
+        if create && install && run; then
+            [[ $dry_run ]] && break
+            while [[ $(state) == ACTIVE ]]; do
+                code=$(tpus tpu-vm ssh "$name" --worker=0 --command='cat run.exit' 2>/dev/null) && exit "$code"
+                sleep 60
+            done
+        fi
+        echo "The slice is gone; asking for another one." >&2
+        delete || true
+    done
+}
+
+case $action in
+create | install | run | logs | stop | delete | keep) ;;
+*) fail "'$action' is no action; known are create, install, run, logs, stop, delete, keep" ;;
+esac
+[[ $name && $zone ]] || fail "$action needs --name and --zone"
+"$action"

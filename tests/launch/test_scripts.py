@@ -1,0 +1,231 @@
+"""The launch scripts: what they say they will run, exit codes and signals; no traps of the shell."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_jax import train
+from lit_jax.errors import BAD_INPUT, FAILED, GONE, INTERRUPTED, PREEMPTED
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+README = (LAUNCH / "README.md").read_text()
+
+
+def launch(*words, **options):
+    return subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60, **options
+    )
+
+
+def test_shellcheck_finds_nothing():
+    result = launch("shellcheck", "-x", *map(str, SCRIPTS), env=with_tools())
+    assert result.returncode == 0, result.stdout
+
+
+def with_tools(folder=Path(sys.executable).parent):
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def examples():
+    """The commands of the README, as they would be typed."""
+    blocks = re.sub(r"\\\n\s*", "", README)
+    return re.findall(r"^    ((?:python|\w+=\S+ |launch/\S+\.sh)\b.*?)(?:\s+#.*)?$", blocks, re.M)
+
+
+def of_script(name):
+    return [shlex.split(line) for line in examples() if line.startswith(f"launch/{name}")]
+
+
+def dry(words):
+    """What an example says it would run, a list of words a line."""
+    at = words.index("--") if "--" in words else len(words)
+    result = launch(*words[:at], "--dry-run", *words[at:])
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_readme_walks_through_every_script_that_is_run():
+    for script in SCRIPTS:
+        assert (script.name == "again.sh") == (not of_script(script.name)), script
+
+
+def test_the_commands_of_the_readme_are_ones_that_train_takes():
+    commands = [
+        words[words.index("lit_jax.train") + 1 :]
+        for words in map(shlex.split, examples())
+        if "lit_jax.train" in words
+    ]
+    assert len(commands) > 5
+    for flags in commands:
+        names = {flag.partition("=")[0] for flag in flags}
+        assert names == {"--config", "--workdir"}
+        config = next(flag for flag in flags if flag.startswith("--config="))
+        raw = train.load_config(config.removeprefix("--config="), {})
+        assert raw.data.train.path
+
+
+def test_local_says_what_each_process_gets():
+    (words,) = of_script("local.sh")
+    lines = [shlex.split(line) for line in dry(words).splitlines()]
+    assert len(lines) == int(words[1])
+    command = words[words.index("--") + 1 :]
+    for index, line in enumerate(lines):
+        assert line[0] == "env"
+        assert line[-len(command) :] == command
+        assert f"JAX_PROCESS_ID={index}" in line
+
+
+def test_tpu_vm_says_each_step_of_keep():
+    words = next(words for words in of_script("tpu_vm.sh") if words[1] == "keep")
+    lines = [shlex.split(line) for line in dry(words).splitlines()]
+    gcloud = [line[3:5] for line in lines if line[0] == "gcloud"]
+    assert gcloud == [
+        ["queued-resources", "create"],
+        *(["tpu-vm", step] for step in ("scp", "ssh", "ssh")),
+    ]
+    assert all("--worker=all" in line for line in lines if "tpu-vm" in line)
+    remote = lines[-1][next(i for i, word in enumerate(lines[-1]) if "--command=" in word)]
+    assert launch("bash", "-n", "-c", remote.removeprefix("--command=")).returncode == 0
+    assert shlex.join(words[words.index("--") + 1 :]) in remote.replace("\\", "")
+
+
+@pytest.mark.parametrize("action", ["create", "install", "run", "logs", "stop", "delete"])
+def test_tpu_vm_says_each_action(action):
+    keep = next(words for words in of_script("tpu_vm.sh") if words[1] == "keep")
+    assert "gcloud compute tpus" in dry([keep[0], action, *keep[2:]])
+
+
+def test_slurm_submits_itself_with_time_to_save():
+    (words,) = of_script("slurm.sh")
+    submit, start = (shlex.split(line) for line in dry(words).splitlines())
+    assert submit[0] == "sbatch"
+    assert {"--requeue", "--signal=TERM@300"} < set(submit)
+    command = words[words.index("--") + 1 :]
+    assert start[0] == "srun"
+    assert submit[-len(command) :] == start[-len(command) :] == command
+
+
+@pytest.mark.parametrize("kind", ["tpu", "gpu"])
+def test_gke_writes_a_jobset(kind):
+    words = next(
+        w for w in of_script("gke.sh") if any("--topology" in x for x in w) == (kind == "tpu")
+    )
+    manifest = yaml.safe_load(dry(words))
+    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["command"] == words[words.index("--") + 1 :]
+    given = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
+    assert job["parallelism"] == job["completions"] == int(given["nodes"])
+    resource = {"tpu": "google.com/tpu", "gpu": "nvidia.com/gpu"}[kind]
+    assert container["resources"]["limits"] == {resource: int(given["chips"])}
+    variables = {variable["name"] for variable in container.get("env", [])}
+    assert len(variables) == {"tpu": 0, "gpu": 3}[kind]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["values"] == [FAILED, BAD_INPUT]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("local.sh", "two", "--", "true"),
+        ("local.sh", "2"),
+        ("local.sh", "2", "--devices=x", "--", "true"),
+        ("restart.sh", "true"),
+        ("tpu_vm.sh", "make", "--name=a"),
+        ("tpu_vm.sh", "run", "--name=a", "--zone=b"),
+        ("slurm.sh", "--gpus=", "--", "true"),
+        ("gke.sh", "--name=a", "--", "true"),
+    ],
+)
+def test_a_mistyped_command_says_so(words):
+    result = launch(LAUNCH / words[0], *words[1:])
+    assert result.returncode == BAD_INPUT
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("codes", "worst"),
+    [
+        ((0, 0), 0),
+        ((0, PREEMPTED), PREEMPTED),
+        ((GONE, PREEMPTED), GONE),
+        ((GONE, BAD_INPUT), BAD_INPUT),
+        ((137, GONE), 137),
+    ],
+)
+def test_local_returns_the_worst_exit_code(codes, worst):
+    of_process = f"exit $(echo {' '.join(map(str, codes))} | cut -d' ' -f$((JAX_PROCESS_ID + 1)))"
+    result = launch(LAUNCH / "local.sh", "2", "--", "bash", "-c", of_process)
+    assert result.returncode == worst
+
+
+def test_local_says_who_speaks_and_passes_signals_on():
+    program = (
+        "import signal, sys, time\n"
+        "for name in ('SIGTERM', 'SIGINT'):\n"
+        "    signal.signal(getattr(signal, name), lambda number, _: (print(number), sys.exit(75)))\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        launcher = subprocess.Popen(
+            [LAUNCH / "local.sh", "2", "--", sys.executable, "-c", program],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        ready = {launcher.stdout.readline() for _ in range(2)}
+        assert ready == {"[0] ready\n", "[1] ready\n"}
+        launcher.send_signal(number)
+        said, _ = launcher.communicate(timeout=30)
+        assert sorted(said.splitlines()) == [f"[0] {number:d}", f"[1] {number:d}"]
+        assert launcher.returncode == PREEMPTED
+
+
+@pytest.mark.parametrize(
+    ("codes", "runs"),
+    [
+        ((PREEMPTED, GONE, 137, 143, 0), 5),
+        ((0,), 1),
+        ((BAD_INPUT, 0), 1),
+        ((FAILED, 0), 1),
+        ((INTERRUPTED, 0), 1),
+    ],
+)
+def test_restart_runs_again_what_asks_for_it(tmp_path, codes, runs):
+    (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+    take = "code=$(head -n 1 codes); sed -i 1d codes; echo run >> runs; exit $code"
+    result = subprocess.run(
+        [LAUNCH / "restart.sh", "--", "bash", "-c", take],
+        cwd=tmp_path,
+        env=os.environ | {"PAUSE": "0"},
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert result.returncode == codes[runs - 1]
+    assert (tmp_path / "runs").read_text().count("run") == runs
+
+
+def test_a_slurm_job_goes_back_into_the_queue(tmp_path):
+    """Slurm's own commands are stand-ins: what is tested is what the job does with an exit code."""
+    for code, requeued in ((PREEMPTED, True), (GONE, True), (BAD_INPUT, False), (0, False)):
+        asked = tmp_path / f"asked{code}"
+        for name, body in (("srun", f"exit {code}"), ("scontrol", f'echo "$@" > {asked}')):
+            (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+            (tmp_path / name).chmod(0o755)
+        job = with_tools(tmp_path) | {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT)}
+        result = launch(LAUNCH / "slurm.sh", "--gpus=8", "--", "true", env=job)
+        assert result.returncode == code
+        assert asked.exists() == requeued
+        assert not requeued or asked.read_text() == "requeue 7\n"
