@@ -125,7 +125,7 @@ def test_a_caption_without_a_translation_is_its_own(demo_folder):
     tokenizer = load_tokenizer(demo_folder / "clip", max_length=8)
     reader = TextPairReader(tokenizer, tokenizer, 8)
     example = Example(key="a", image=None, captions=(" ", "forty two"), label=None)
-    assert reader.read(example, np.random.default_rng(0)) == {
+    assert reader.read(0, example, np.random.default_rng(0)) == {
         "caption": "forty two",
         "teacher_caption": "forty two",
     }
