@@ -128,6 +128,12 @@ class DataConfig:
     crop_min_area: float | None = None  # random resized crop of at least this part; None: none
     random_crop: bool = False  # what the image processor crops out of the middle, at a random place
     flip: bool = False  # left-right, half of the time
+    views: Count | None = (
+        None  # an image has so many fixed augmented views, not a new one each time it is seen
+    )
+    # Folders of `python -m lit_jax.embed`, in the place of a locked tower: same losses, less work.
+    image_embeddings: str = _free("")
+    text_embeddings: str = _free("")
     max_bad_fraction: Fraction = _free(0.01)  # of undecodable samples, then the run stops
     workers: Annotated[int, Range(0)] = _free(0)  # processes; 0: threads of this one
     threads: Annotated[int, Range(0)] = _free(8)  # of each worker

@@ -138,6 +138,11 @@ class ImageTransform:
     def output_shape(self) -> tuple[int, int, int]:
         return self.height, self.width, 3
 
+    @property
+    def is_random(self) -> bool:
+        """Whether `train` augments."""
+        return self.crop_min_area is not None or self.random_crop or self.flip
+
     def eval(self, image: ImageFile) -> Float[np.ndarray, "H W 3"]:
         """float32; raises BadSampleError."""
         return self._normalise(self._resize_and_crop(decode(image)))

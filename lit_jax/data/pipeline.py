@@ -175,7 +175,7 @@ class _Read:
         while len(skipped) < MAX_TRIES:
             example = self.source[index]
             try:
-                return {**self.reader.read(example, rng), "skipped": skipped}
+                return {**self.reader.read(index, example, rng), "skipped": skipped}
             except BadSampleError as reason:
                 skipped.append((example["key"], str(reason)))
                 index = int(rng.integers(len(self.source)))

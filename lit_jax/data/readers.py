@@ -19,33 +19,88 @@ Batch = dict[str, np.ndarray]
 class Reader(Protocol):
     """Plain values, so that it can be sent to worker processes."""
 
-    def read(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
-        """One element of a batch; of several captions a random one. Raises BadSampleError."""
+    def read(self, index: int, example: Example, rng: np.random.Generator) -> dict[str, Any]:
+        """One element of a batch, from the example at `index` of the source; of several captions a random
+        one. Raises BadSampleError.
+        """
         ...
 
     def collate(self, elements: Sequence[dict[str, Any]]) -> Batch: ...
 
 
+@runtime_checkable
+class Inputs(Protocol):
+    """What one tower gets of an example."""
+
+    def draw(self, index: int, example: Example, rng: np.random.Generator) -> Any:
+        """The row of a training batch. Raises BadSampleError."""
+        ...
+
+    def collate(self, rows: Sequence[Any]) -> Batch: ...
+
+
 @dataclasses.dataclass(frozen=True)
-class ImageTextReader:
-    """Makes 'pixel_values' float32 (rows, height, width, 3), and int32 (rows, max_text_length) 'input_ids',
-    'attention_mask' and, if the tokenizer makes them, 'token_type_ids'.
+class Pixels:
+    """'pixel_values' float32 (rows, height, width, 3).
+
+    With `views` an image is not augmented anew each time: of this many fixed views one is drawn. They depend
+    on its position in the source alone, so that runs of all seeds share them.
     """
 
-    image_transform: ImageTransform
+    transform: ImageTransform
+    views: int | None = None
+
+    def draw(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
+        if self.views is None:
+            return self.transform.train(example["image"], rng)
+        return self._view(index, example, int(rng.integers(self.views)))
+
+    def all(self, index: int, example: Example) -> list[np.ndarray]:
+        """Each view once."""
+        return [self._view(index, example, view) for view in range(self.views or 1)]
+
+    def collate(self, rows: Sequence[np.ndarray]) -> Batch:
+        return {"pixel_values": np.stack(rows)}
+
+    def _view(self, index: int, example: Example, view: int) -> np.ndarray:
+        return self.transform.train(example["image"], np.random.default_rng((index, view)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Captions:
+    """int32 (rows, max_text_length) 'input_ids', 'attention_mask' and, if the tokenizer makes them,
+    'token_type_ids'.
+    """
+
     tokenizer: PreTrainedTokenizerBase
     max_text_length: int
 
-    def read(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
-        caption = draw_caption(example, rng)
-        pixels = self.image_transform.train(example["image"], rng)
-        return {"pixel_values": pixels, "caption": caption}
+    def draw(self, index: int, example: Example, rng: np.random.Generator) -> str:
+        return draw_caption(example, rng)
+
+    def all(self, index: int, example: Example) -> list[str]:
+        """Each caption once."""
+        return usable_captions(example)
+
+    def collate(self, rows: Sequence[str]) -> Batch:
+        return tokenize(self.tokenizer, rows, length=self.max_text_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTextReader:
+    """Makes the inputs of an image tower and those of a text tower."""
+
+    images: Inputs
+    texts: Inputs
+
+    def read(self, index: int, example: Example, rng: np.random.Generator) -> dict[str, Any]:
+        text = self.texts.draw(index, example, rng)
+        return {"image": self.images.draw(index, example, rng), "text": text}
 
     def collate(self, elements: Sequence[dict[str, Any]]) -> Batch:
-        captions = [element["caption"] for element in elements]
         return {
-            "pixel_values": np.stack([element["pixel_values"] for element in elements]),
-            **tokenize(self.tokenizer, captions, length=self.max_text_length),
+            **self.images.collate([element["image"] for element in elements]),
+            **self.texts.collate([element["text"] for element in elements]),
         }
 
 
@@ -59,7 +114,7 @@ class TextPairReader:
     teacher_tokenizer: PreTrainedTokenizerBase
     max_text_length: int
 
-    def read(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
+    def read(self, index: int, example: Example, rng: np.random.Generator) -> dict[str, Any]:
         caption = draw_caption(example, rng)
         return {"caption": caption, "teacher_caption": example.get("teacher_caption") or caption}
 
@@ -78,7 +133,17 @@ class TextPairReader:
 
 
 def draw_caption(example: Example, rng: np.random.Generator) -> str:
+    return usable_captions(example)[caption_index(example, rng)]
+
+
+def caption_index(example: Example, rng: np.random.Generator) -> int:
+    """A random one of `usable_captions`. Raises BadSampleError if there is none."""
+    return int(rng.integers(len(usable_captions(example))))
+
+
+def usable_captions(example: Example) -> list[str]:
+    """All that say something. Raises BadSampleError if none does."""
     captions = [text for text in example["captions"] if text.strip()]
     if not captions:
         raise BadSampleError("no caption")
-    return captions[rng.integers(len(captions))]
+    return captions

@@ -15,8 +15,9 @@ from lit_jax.data.pipeline import TrainStream
 from lit_jax.data.sources import Source, open_source
 from lit_jax.distributed.mesh import global_batch, make_mesh
 from lit_jax.errors import Preempted, UserError
-from lit_jax.training.checkpoints import Checkpoints
+from lit_jax.training.checkpoints import Checkpoints, restore_frozen
 from lit_jax.training.disk import complete_steps, writing
+from lit_jax.training.embedded import Embedded, open_embedded
 from lit_jax.training.losses import Loss, make_loss
 from lit_jax.training.metrics import Reporter
 from lit_jax.training.optimizer import make_optimizer, make_schedule
@@ -43,6 +44,7 @@ class _Plan:
     source: Source
     towers: Towers
     setup: Setup
+    embedded: Embedded
     loss: Loss
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
@@ -75,6 +77,8 @@ def train(config: Config, workdir: Path, *, allowed_changes: Collection[str] = (
         state, frozen, position = first_or_latest_state(
             config, plan.setup, plan.towers, plan.optimizer, workdir, checkpoints
         )
+        plan.embedded.check_towers(plan.setup, frozen)
+        frozen = plan.embedded.needed(frozen)
         with writing(workdir):
             save_config(workdir, config)
         step_fn = _compiled_step(plan, state)
@@ -100,6 +104,8 @@ def train(config: Config, workdir: Path, *, allowed_changes: Collection[str] = (
                         f"Stopped by SIGTERM after step {step} of {plan.total}, which is saved; run the "
                         "same command again to go on."
                     )
+    if plan.embedded.folders:  # the step has done without some of it
+        frozen = restore_frozen(workdir, plan.setup.abstract_frozen)
     return Run.of(config, plan.setup, state.params, frozen, plan.total)
 
 
@@ -136,6 +142,7 @@ def _make_plan(config: Config, workdir: Path) -> _Plan:
         source=source,
         towers=towers,
         setup=setup,
+        embedded=open_embedded(config, setup, source),
         loss=make_loss(config.loss, label_smoothing=config.label_smoothing),
         schedule=schedule,
         optimizer=make_optimizer(config.optimizer, schedule, setup.policy),
@@ -157,7 +164,7 @@ def _check_batch_size(batch_size: int, mesh: Mesh) -> None:
 def _open_stream(plan: _Plan, position: dict[str, int] | None) -> TrainStream:
     stream = TrainStream(
         plan.source,
-        plan.setup.reader(plan.config.data),
+        plan.setup.reader(plan.config.data, plan.embedded.inputs),
         config=plan.config.data,
         seed=plan.config.seed,
         batch_size=plan.config.batch_size,

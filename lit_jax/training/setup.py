@@ -2,8 +2,9 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 
 from lit_jax.config import TEACHER, Config, DataConfig, ModelConfig, TowerConfig, nearest
 from lit_jax.data.image import ImageTransform
-from lit_jax.data.readers import ImageTextReader, Reader, TextPairReader
+from lit_jax.data.readers import Captions, ImageTextReader, Inputs, Pixels, Reader, TextPairReader
 from lit_jax.data.text import check_vocabulary, load_tokenizer, tokenize
 from lit_jax.distributed.sharding import parameter_shardings
 from lit_jax.errors import UserError
@@ -74,12 +75,22 @@ class Setup:
             return self.module.apply
         return TextDistillation(self.module.text_model, self.teacher.module).apply
 
-    def reader(self, config: DataConfig) -> Reader:
-        """What makes the batches that `embed` needs."""
-        length = config.max_text_length
-        if self.teacher is None:
-            return ImageTextReader(self.image_transform, self.tokenizer, length)
-        return TextPairReader(self.tokenizer, self.teacher.tokenizer, length)
+    def inputs(self, config: DataConfig) -> dict[Side, Pixels | Captions]:
+        """What makes the inputs of each tower."""
+        return {
+            "image": Pixels(self.image_transform, config.views),
+            "text": Captions(self.tokenizer, config.max_text_length),
+        }
+
+    def reader(
+        self, config: DataConfig, pooled: Mapping[Side, Inputs] = MappingProxyType({})
+    ) -> Reader:
+        """What makes the batches that `embed` needs; `pooled` takes the place of a tower's inputs."""
+        if self.teacher is not None:
+            length = config.max_text_length
+            return TextPairReader(self.tokenizer, self.teacher.tokenizer, length)
+        inputs = {**self.inputs(config), **pooled}
+        return ImageTextReader(inputs["image"], inputs["text"])
 
     @property
     def abstract_trainable(self) -> Tree:
@@ -173,6 +184,11 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
         random_crop=config.data.random_crop,
         flip=config.data.flip,
     )
+    if (config.data.views or 1) > 1 and not image_transform.is_random:
+        raise UserError(
+            f"config.data.views={config.data.views}, but without an augmentation all views of an image are "
+            "the same; leave it out, or set config.data.crop_min_area, random_crop or flip."
+        )
     positions = module.text_model.config.max_length
     if config.data.max_text_length > positions:
         raise UserError(

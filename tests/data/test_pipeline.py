@@ -16,7 +16,7 @@ from lit_jax.data import pipeline
 from lit_jax.data.demo import ParallelDemoSource
 from lit_jax.data.example import Example
 from lit_jax.data.pipeline import TrainStream, eval_batches
-from lit_jax.data.readers import ImageTextReader, TextPairReader
+from lit_jax.data.readers import Captions, ImageTextReader, Pixels, TextPairReader
 from lit_jax.data.sources import JsonlSource
 from lit_jax.data.text import load_tokenizer
 from lit_jax.errors import UserError
@@ -48,7 +48,10 @@ def open_stream(image_transform, tokenizer):
         config = dataclasses.replace(config, **changes)
         stream = TrainStream(
             source,
-            reader or ImageTextReader(image_transform, tokenizer, config.max_text_length),
+            reader
+            or ImageTextReader(
+                Pixels(image_transform), Captions(tokenizer, config.max_text_length)
+            ),
             config=config,
             seed=seed,
             batch_size=batch_size,
@@ -122,7 +125,7 @@ def test_a_caption_without_a_translation_is_its_own(demo_folder):
     tokenizer = load_tokenizer(demo_folder / "clip", max_length=8)
     reader = TextPairReader(tokenizer, tokenizer, 8)
     example = Example(key="a", image=None, captions=(" ", "forty two"), label=None)
-    assert reader.read(example, np.random.default_rng(0)) == {
+    assert reader.read(0, example, np.random.default_rng(0)) == {
         "caption": "forty two",
         "teacher_caption": "forty two",
     }
@@ -310,7 +313,7 @@ def test_workers_end_when_training_is_killed(source, demo_folder, tmp_path):
         from lit_jax.data.demo import DemoSource
         from lit_jax.data.image import ImageTransform
         from lit_jax.data.pipeline import TrainStream
-        from lit_jax.data.readers import ImageTextReader
+        from lit_jax.data.readers import Captions, ImageTextReader, Pixels
         from lit_jax.data.text import load_tokenizer
         if __name__ == "__main__":
             demo = Path(sys.argv[1])
@@ -318,7 +321,7 @@ def test_workers_end_when_training_is_killed(source, demo_folder, tmp_path):
             tokenizer = load_tokenizer(demo / "bert", max_length=24)
             stream = TrainStream(
                 DemoSource("unseen"),
-                ImageTextReader(transform, tokenizer, 24),
+                ImageTextReader(Pixels(transform), Captions(tokenizer, 24)),
                 config=DataConfig(max_text_length=24, workers=1, threads=1),
                 seed=0, batch_size=4, process_index=0, process_count=1,
             )

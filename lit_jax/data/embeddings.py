@@ -1,0 +1,239 @@
+"""What a locked tower has made of a data set, on disk: computed once, read at random by every training.
+
+    started.json                         what is embedded, and with what; written first
+    shard-00003-of-00012.array_record    the examples of one range of the source, in its order
+    manifest.json                        started.json and counts; written last: without it, shards are missing
+
+The record of an example holds its rows, the numbers of each view of its image or of each of its captions, and
+a byte 0; that of an example that cannot be used the reason, and a byte 1. The last record of a shard is a
+JSON object of its counts.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import ml_dtypes
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from jaxtyping import Float
+
+from lit_jax.data.example import BadSampleError, Example
+from lit_jax.data.readers import Batch, caption_index
+from lit_jax.data.sources import Source
+from lit_jax.errors import UserError
+
+STARTED, MANIFEST = "started.json", "manifest.json"
+DTYPES: Mapping[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+# Of one record a chunk, so that any of them can be read alone; numbers of a tower do not compress.
+WRITER_OPTIONS = "group_size:1,uncompressed"
+GOOD, BAD = b"\0", b"\1"
+MOST_SHARDS = 500  # a reader keeps all of them open
+LEAST_SHARD = 1024  # examples
+SAMPLED = 4096  # examples that stand for the data set in its fingerprint
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Header:
+    """What is embedded, and with what. The fingerprints are hashes, written in hexadecimal."""
+
+    side: str  # of the tower: "image" or "text"
+    tower: str  # fingerprint of its config and parameters, in the dtype of the computation
+    preprocessing: str  # fingerprint of what makes its inputs
+    data: str  # fingerprint of the source
+    views: int  # rows of an example; of texts 0: as many as it has captions
+    examples: int
+    width: int  # numbers of a row
+    dtype: str  # of the numbers, the tower's own
+    shard_size: int  # examples
+
+    @property
+    def shards(self) -> int:
+        return -(-self.examples // self.shard_size)
+
+    def shard(self, number: int) -> range:
+        """The examples of a shard."""
+        start = number * self.shard_size
+        return range(start, min(start + self.shard_size, self.examples))
+
+    def shard_name(self, number: int) -> str:
+        return f"shard-{number:05}-of-{self.shards:05}.array_record"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+    rows: int = 0
+    bad: int = 0  # examples without rows
+    bytes: int = 0  # of the shards' files
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            rows=self.rows + other.rows, bad=self.bad + other.bad, bytes=self.bytes + other.bytes
+        )
+
+
+def shard_size(examples: int) -> int:
+    return max(LEAST_SHARD, -(-examples // MOST_SHARDS))
+
+
+class ShardWriter:
+    """Writes the records of a shard, in order, under another name until it is whole."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._new = path.with_name(f".{path.name}.tmp")
+        self._writer = ArrayRecordWriter(str(self._new), WRITER_OPTIONS)
+        self._counts = Counts()
+
+    def add(self, record: np.ndarray | str) -> None:
+        """The rows of the next example, KxP, or why it has none."""
+        if isinstance(record, str):
+            self._writer.write(record.encode() + BAD)
+            self._counts += Counts(bad=1)
+        else:
+            self._writer.write(record.tobytes() + GOOD)
+            self._counts += Counts(rows=len(record))
+
+    def close(self, *, complete: bool) -> None:
+        """Gives a complete shard its name, and removes another one."""
+        if complete:
+            counts = {"rows": self._counts.rows, "bad": self._counts.bad}
+            self._writer.write(json.dumps(counts).encode())
+        self._writer.close()
+        if complete:
+            self._new.replace(self._path)
+        else:
+            self._new.unlink(missing_ok=True)
+
+
+def shard_counts(folder: Path, header: Header, number: int) -> Counts:
+    """What the last record of a shard says. Raises UserError if the shard is damaged."""
+    path = folder / header.shard_name(number)
+    with reading(path):
+        reader = ArrayRecordReader(str(path))
+        if reader.num_records() != len(header.shard(number)) + 1:
+            raise ValueError(f"{reader.num_records()} records")
+        counts = json.loads(reader.read([reader.num_records() - 1])[0])
+        reader.close()
+        return Counts(**counts, bytes=path.stat().st_size)
+
+
+def complete_shards(folder: Path, header: Header) -> list[bool]:
+    return [(folder / header.shard_name(n)).exists() for n in range(header.shards)]
+
+
+class Embeddings:
+    """The rows of each example of a source, by its position there. Can be sent to worker processes.
+
+    Raises UserError if the folder is not complete, or damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        if not (folder / MANIFEST).is_file():
+            raise UserError(
+                f"{folder} holds no complete embeddings; run python -m lit_jax.embed with --output={folder}, "
+                "which goes on where it stopped."
+            )
+        with reading(folder / MANIFEST):
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+            names = {field.name for field in dataclasses.fields(Header)}
+            self.header = Header(**{name: manifest.pop(name) for name in names})
+            self.counts = Counts(**manifest)
+            self._dtype = np.dtype(DTYPES[self.header.dtype])
+        paths = [folder / self.header.shard_name(n) for n in range(self.header.shards)]
+        with reading(folder):
+            found = sum(path.stat().st_size for path in paths)
+            if found != self.counts.bytes:
+                raise ValueError(f"its shards have {found} bytes, not {self.counts.bytes}")
+            # The part in brackets leaves the counts out, and saves opening each file to ask for its length.
+            self._records = grain.sources.ArrayRecordDataSource(
+                [f"{path}[0:{len(self.header.shard(n))}]" for n, path in enumerate(paths)]
+            )
+
+    def __len__(self) -> int:
+        return self.header.examples
+
+    def __getitem__(self, index: int) -> Float[np.ndarray, "K P"]:
+        """The views of an image, or the captions of an example. Raises BadSampleError if it has none."""
+        with reading(self.folder):
+            record = self._records[index]
+        if record[-1:] == BAD:
+            raise BadSampleError(record[:-1].decode())
+        count = (len(record) - 1) // self._dtype.itemsize
+        return np.frombuffer(record, self._dtype, count).reshape(-1, self.header.width)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raises UserError for what a damaged file makes the libraries raise."""
+    try:
+        yield
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 150)
+        raise UserError(
+            f"The embeddings in {path} are damaged ({reason}); remove that and run python -m lit_jax.embed "
+            "again."
+        ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class PooledImages:
+    """`name` (rows, width): of each image one of the first `views` views, drawn as `Pixels` draws it."""
+
+    name: str
+    embeddings: Embeddings
+    views: int
+
+    def draw(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
+        view = int(rng.integers(self.views))  # before it is known whether the image is bad
+        return self.embeddings[index][view]
+
+    def collate(self, rows: Sequence[np.ndarray]) -> Batch:
+        return {self.name: np.stack(rows)}
+
+
+@dataclasses.dataclass(frozen=True)
+class PooledTexts:
+    """`name` (rows, width): of each example one caption, drawn as `Captions` draws it."""
+
+    name: str
+    embeddings: Embeddings
+
+    def draw(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
+        caption = caption_index(example, rng)
+        return self.embeddings[index][caption]
+
+    def collate(self, rows: Sequence[np.ndarray]) -> Batch:
+        return {self.name: np.stack(rows)}
+
+
+def sampled_examples(source: Source) -> list[Example]:
+    """At most `SAMPLED` examples, evenly over the whole source."""
+    count = min(len(source), SAMPLED)
+    return [source[int(i)] for i in np.linspace(0, len(source) - 1, count).astype(np.int64)]
+
+
+def data_fingerprint(source: Source, sample: Sequence[Example], side: str) -> str:
+    """Of the number of examples and, of the sampled ones, key, and captions or image (if it is no file)."""
+    parts: list[Any] = [len(source)]
+    for example in sample:
+        parts.append(example["key"])
+        image = example["image"]
+        if side == "text":
+            parts.append(example["captions"])
+        elif isinstance(image, (bytes, np.ndarray)):
+            parts.append(hashlib.sha256(np.asarray(image).tobytes()).hexdigest())
+    return fingerprint(parts)
+
+
+def fingerprint(value: Any) -> str:
+    """A hash of what JSON can say; of an array it takes the bytes."""
+    text = json.dumps(value, sort_keys=True, default=lambda array: array.tobytes().hex())
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

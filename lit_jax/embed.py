@@ -1,0 +1,55 @@
+"""Embeds the training data once with the locked tower: python -m lit_jax.embed --config=FILE --output=DIR
+
+    --config, --config.KEY=VALUE    those of the training that is to follow
+    --side=text                     the text tower, if that is the locked one
+    --views=K                       K augmented views of each image; sets config.data.views
+
+Train from it with --config.data.image_embeddings=DIR (text_embeddings), and the same --config.data.views=K.
+Given again, the command goes on after the last whole shard, on any devices and any number of processes.
+Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM (run it again to go on).
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from lit_jax.config_file import load_config, split_overrides
+from lit_jax.console import command, named_folder
+from lit_jax.distributed import process
+from lit_jax.errors import UserError
+from lit_jax.training.embedding import embed
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m lit_jax.embed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="file.py or file.py:argument")
+    parser.add_argument("--output", type=named_folder, required=True, help="folder to write")
+    parser.add_argument("--side", choices=("image", "text"), default="image")
+    parser.add_argument("--views", type=int, help="of each image; config.data.views if not given")
+    parser.add_argument("--batch_size", type=int, help="rows a step of a process; 64 a device")
+    args, rest = parser.parse_known_args(argv)
+    config = load_config(args.config, split_overrides(rest))
+    if args.views is not None:
+        if args.side == "text":
+            raise UserError("--views is about images; leave it out with --side=text.")
+        data = dataclasses.replace(config.data, views=args.views)
+        config = dataclasses.replace(config, data=data)
+    for flag in ("views", "batch_size"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise UserError(f"--{flag}={value} is none; give 1 or more.")
+    process.initialize()
+    counts = embed(config, args.output, args.side, batch_size=args.batch_size)
+    if process.is_primary():
+        print(f"{counts.rows} rows of {config.data.train.path} are in {args.output}", end="; ")
+        print(f"{counts.bad} examples are bad")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

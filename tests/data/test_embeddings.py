@@ -1,0 +1,243 @@
+"""The format: what is written comes back, and what is damaged is refused."""
+
+import dataclasses
+import json
+import pickle
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_jax.data.embeddings import (
+    LEAST_SHARD,
+    MANIFEST,
+    MOST_SHARDS,
+    SAMPLED,
+    Counts,
+    Embeddings,
+    Header,
+    PooledImages,
+    PooledTexts,
+    ShardWriter,
+    data_fingerprint,
+    sampled_examples,
+    shard_counts,
+    shard_size,
+)
+from lit_jax.data.example import BadSampleError, Example
+from lit_jax.data.readers import Captions, Pixels
+from lit_jax.errors import UserError
+
+WIDTH = 5
+
+
+def write(folder, records, dtype="float32", shard=3):
+    header = Header(
+        side="image",
+        tower="t",
+        preprocessing="p",
+        data="d",
+        views=2,
+        examples=len(records),
+        width=WIDTH,
+        dtype=dtype,
+        shard_size=shard,
+    )
+    counts = Counts()
+    for number in range(header.shards):
+        writer = ShardWriter(folder / header.shard_name(number))
+        for index in header.shard(number):
+            writer.add(records[index])
+        writer.close(complete=True)
+        counts += shard_counts(folder, header, number)
+    manifest = dataclasses.asdict(header) | dataclasses.asdict(counts)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return header
+
+
+def rows(count, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).normal(size=(count, WIDTH)).astype(dtype)
+
+
+@pytest.fixture
+def records():
+    return [rows(2, 0), "not an image: 犬 ⛄", rows(2, 1), rows(2, 2), "", rows(2, 3), rows(2, 4)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sent", [False, True])
+def test_what_is_written_comes_back_bit_for_bit(tmp_path, dtype, sent):
+    kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    # Texts have any number of captions, and what looks like the byte of a bad one may end a row.
+    records = [rows(n, n, kind) for n in (1, 3, 2, 7)] + ["no caption"]
+    records[0].view(np.uint8)[-1, -1] = 1
+    write(tmp_path, records, dtype)
+    read = Embeddings(tmp_path)
+    if sent:
+        read = pickle.loads(pickle.dumps(read))
+    assert len(read) == 5
+    assert read.counts.rows == 13
+    assert read.counts.bad == 1
+    for index, expected in enumerate(records[:4]):
+        assert read[index].dtype == expected.dtype
+        assert read[index].tobytes() == expected.tobytes()
+    with pytest.raises(BadSampleError, match="no caption"):
+        read[4]
+
+
+def test_bad_examples_keep_their_reasons(tmp_path, records):
+    write(tmp_path, records)
+    read = Embeddings(tmp_path)
+    with pytest.raises(BadSampleError, match="not an image: 犬 ⛄"):
+        read[1]
+    with pytest.raises(BadSampleError):
+        read[4]
+    assert read.counts == Counts(rows=10, bad=2, bytes=read.counts.bytes)
+
+
+def test_a_shard_that_is_not_whole_has_no_name(tmp_path):
+    path = tmp_path / "shard"
+    writer = ShardWriter(path)
+    writer.add(rows(1))
+    assert not path.exists()
+    writer.close(complete=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def damage_name(folder):
+    sorted(folder.glob("shard*"))[1].unlink()
+
+
+def damage_length(folder):
+    shard = sorted(folder.glob("shard*"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def damage_manifest(folder):
+    (folder / MANIFEST).write_text("{")
+
+
+def damage_field(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["width"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("damage", [damage_name, damage_length, damage_manifest, damage_field])
+def test_damage_is_refused_when_it_is_opened(tmp_path, records, damage):
+    write(tmp_path, records)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=r"are damaged .*; remove that and run"):
+        Embeddings(tmp_path)
+
+
+def test_damaged_numbers_are_refused_when_they_are_read(tmp_path, records):
+    write(tmp_path, records)
+    shard = sorted(tmp_path.glob("shard*"))[0]
+    content = bytearray(shard.read_bytes())
+    place = content.index(records[0].tobytes())
+    content[place] ^= 1
+    shard.write_bytes(content)
+    read = Embeddings(tmp_path)
+    with pytest.raises(UserError, match="are damaged"):
+        read[0]
+
+
+def test_without_a_manifest_it_is_no_cache(tmp_path, records):
+    write(tmp_path, records)
+    (tmp_path / MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"no complete embeddings; run python -m lit_jax\.embed"):
+        Embeddings(tmp_path)
+
+
+@given(st.integers(1, 10**10))
+def test_shards_are_neither_too_many_nor_too_small(examples):
+    size = shard_size(examples)
+    assert size >= LEAST_SHARD
+    assert -(-examples // size) <= MOST_SHARDS
+
+
+@given(st.integers(1, 5000), st.integers(1, 700))
+def test_every_example_is_in_one_shard(examples, size):
+    header = Header(
+        side="text",
+        tower="",
+        preprocessing="",
+        data="",
+        views=0,
+        examples=examples,
+        width=1,
+        dtype="float32",
+        shard_size=size,
+    )
+    found = [index for number in range(header.shards) for index in header.shard(number)]
+    assert found == list(range(examples))
+
+
+def example(index, image=None, captions=("a", "b")):
+    return Example(key=f"{index}", image=image, captions=tuple(captions), label=None)
+
+
+def test_the_same_draws_choose_the_same_rows(tmp_path, image_transform, tokenizer):
+    """As from pixels and captions: same row, same state of the generator afterwards."""
+    picture = np.random.default_rng(0).integers(0, 256, (9, 8, 3), dtype=np.uint8)
+    one = example(0, picture, ("a", " ", "b", "c"))
+    pixels, captions = Pixels(image_transform, views=4), Captions(tokenizer, 8)
+    views, texts = pixels.all(0, one), captions.all(0, one)
+    assert len(views) == 4
+    assert texts == ["a", "b", "c"]
+    assert not np.array_equal(views[0], views[1])
+    (tmp_path / "image").mkdir()
+    (tmp_path / "text").mkdir()
+    write(tmp_path / "image", [np.full((4, WIDTH), np.arange(4)[:, None], np.float32)])
+    write(tmp_path / "text", [np.full((3, WIDTH), np.arange(3)[:, None], np.float32)])
+    images = PooledImages("image_pooled", Embeddings(tmp_path / "image"), views=4)
+    pooled = PooledTexts("text_pooled", Embeddings(tmp_path / "text"))
+    for seed in range(20):
+        ours, theirs = np.random.default_rng(seed), np.random.default_rng(seed)
+        view, text = images.draw(0, one, ours)[0], pooled.draw(0, one, ours)[0]
+        np.testing.assert_array_equal(pixels.draw(0, one, theirs), views[int(view)])
+        assert captions.draw(0, one, theirs) == texts[int(text)]
+        assert ours.random() == theirs.random()
+
+
+def test_views_differ_between_images_and_are_those_of_the_position(image_transform):
+    picture = np.random.default_rng(0).integers(0, 256, (9, 8, 3), dtype=np.uint8)
+    pixels = Pixels(image_transform, views=2)
+    first, second = pixels.all(0, example(0, picture)), pixels.all(1, example(1, picture))
+    assert not np.array_equal(first[0], second[0])
+    np.testing.assert_array_equal(pixels.all(1, example(7, picture)), second)
+    more = Pixels(image_transform, views=3).all(1, example(1, picture))
+    np.testing.assert_array_equal(more[:2], second)  # so a folder of more views serves fewer
+
+
+def test_the_fingerprint_of_data_tells_changes():
+    source = [example(i, bytes([i]), (f"{i}",)) for i in range(5)]
+
+    def of(source, side):
+        return data_fingerprint(source, sampled_examples(source), side)
+
+    renamed = [*source[:3], source[3] | {"key": "other"}, source[4]]
+    repainted = [*source[:3], source[3] | {"image": b"other"}, source[4]]
+    reworded = [*source[:3], source[3] | {"captions": ("other",)}, source[4]]
+    for side, changed in (("image", repainted), ("text", reworded)):
+        for other in (source[:4], renamed, changed, source[::-1]):
+            assert of(other, side) != of(source, side)
+    assert of(reworded, "image") == of(source, "image")
+    assert of(list(source), "text") == of(source, "text")
+
+
+def test_of_a_large_source_the_ends_and_what_is_between_are_sampled():
+    class Large:
+        def __len__(self):
+            return 10**8
+
+        def __getitem__(self, index):
+            return example(index)
+
+    keys = [int(one["key"]) for one in sampled_examples(Large())]
+    assert len(keys) == SAMPLED
+    assert (keys[0], keys[-1]) == (0, 10**8 - 1)
+    assert max(np.diff(keys)) < 10**8 / SAMPLED * 1.01

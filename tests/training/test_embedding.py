@@ -1,0 +1,419 @@
+"""The tower's outputs on disk: whole, the same on any devices, and as good as the tower itself."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import portpicker
+import pytest
+from PIL import Image
+
+from lit_jax import embed as command
+from lit_jax.console import BAD_INPUT, PREEMPTED
+from lit_jax.data import embeddings as data_embeddings
+from lit_jax.data.embeddings import MANIFEST, Embeddings
+from lit_jax.distributed.mesh import make_mesh
+from lit_jax.errors import Preempted, UserError
+from lit_jax.training import embedding, loop
+from lit_jax.training.embedding import embed
+from lit_jax.training.metrics import read_metrics
+from lit_jax.training.run import load_run
+from lit_jax.training.setup import first_parameters
+from lit_jax.trees import flatten
+from tests.training.conftest import stop_after
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = 40
+BAD = 7  # its image is no image
+WITHOUT_CAPTION = 11
+AUGMENTED = {"data.flip": True, "data.crop_min_area": 0.3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pairs: a bad image, an example whose captions are blank, and others with one to three."""
+    root = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(EXAMPLES):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(root / f"{i}.png")
+        captions = [f"the number {word}" for word in ("two", "three", "forty")[: 1 + i % 3]]
+        captions = [" "] if i == WITHOUT_CAPTION else [*captions, " "]
+        lines.append(json.dumps({"image": f"{i}.png", "captions": captions}) + "\n")
+    (root / f"{BAD}.png").write_bytes(b"no image")
+    (root / "captions.jsonl").write_text("".join(lines))
+    return root
+
+
+@pytest.fixture
+def make(tiny, folder, monkeypatch):
+    """A config of the pairs; everything runs on one device, and a shard has seven examples."""
+    monkeypatch.setattr(data_embeddings, "LEAST_SHARD", 7)
+    on_devices(monkeypatch, 1)
+    path = str(folder)
+    return lambda **changes: tiny(
+        **{"data.train.path": path, "data.train.split": None, "data.max_bad_fraction": 1.0}
+        | changes
+    )
+
+
+def on_devices(monkeypatch, count):
+    monkeypatch.setattr(
+        embedding, "make_mesh", lambda config, devices: make_mesh(config, devices[:count])
+    )
+    some = functools.partial(make_mesh, devices=jax.devices()[:count])
+    monkeypatch.setattr(loop, "make_mesh", some)
+
+
+def losses(config, workdir):
+    """Of each step, with the norm of the gradient, which tells batches apart."""
+    loop.train(config, workdir)
+    return [(row["loss"], row["grad_norm"]) for row in read_metrics(workdir)]
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_training_from_views_of_images_and_from_their_embeddings_is_the_same(
+    make, tmp_path, monkeypatch
+):
+    config = make(**AUGMENTED, **{"data.views": 3})
+    counts = embed(config, tmp_path / "cache", "image", batch_size=16)
+    assert (counts.rows, counts.bad) == (3 * (EXAMPLES - 1), 1)
+    expected = losses(config, tmp_path / "images")
+    seen, step = [], loop.train_step
+
+    def spy(state, frozen, batch, **rest):
+        seen.append((frozen, batch))
+        return step(state, frozen, batch, **rest)
+
+    monkeypatch.setattr(loop, "train_step", spy)
+    of_cache = make(
+        **AUGMENTED, **{"data.views": 3, "data.image_embeddings": str(tmp_path / "cache")}
+    )
+    found = losses(of_cache, tmp_path / "embedded")
+    assert len(found) == 6
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    (frozen, batch), *_ = seen
+    assert "vision_model" not in frozen
+    assert "pixel_values" not in batch
+    # The result is whole: it is saved, and evaluated, with the tower.
+    ours, theirs = (flatten(load_run(tmp_path / run).params) for run in ("embedded", "images"))
+    assert ours.keys() == theirs.keys()
+    for path, value in theirs.items():
+        np.testing.assert_allclose(ours[path], value, atol=1e-5, err_msg=path)
+
+
+def test_training_from_captions_and_from_their_embeddings_is_the_same(make, tmp_path):
+    locked = {"policy.lock": "uL"}
+    config = make(**locked)
+    counts = embed(config, tmp_path / "cache", "text", batch_size=16)
+    captions = sum(1 + i % 3 for i in range(EXAMPLES) if i != WITHOUT_CAPTION)
+    assert (counts.rows, counts.bad) == (captions, 1)
+    found = losses(
+        make(**locked, **{"data.text_embeddings": str(tmp_path / "cache")}), tmp_path / "embedded"
+    )
+    np.testing.assert_allclose(found, losses(config, tmp_path / "texts"), rtol=1e-5)
+
+
+def test_eight_devices_embed_as_one_does_and_as_the_tower_does(make, tmp_path, monkeypatch):
+    embed(make(), tmp_path / "one", "image", batch_size=16)
+    on_devices(monkeypatch, 8)
+    embed(make(), tmp_path / "eight", "image", batch_size=8)
+    one, eight = Embeddings(tmp_path / "one"), Embeddings(tmp_path / "eight")
+    assert one.header == eight.header
+    plan = loop._make_plan(make(), tmp_path / "run")
+    with jax.set_mesh(plan.mesh):
+        _, frozen = first_parameters(plan.config, plan.setup, plan.towers)
+    pixels = [
+        plan.setup.image_transform.eval(plan.source[i]["image"])
+        for i in range(EXAMPLES)
+        if i != BAD
+    ]
+    expected = jax.jit(plan.setup.module.vision_model.apply)(
+        {"params": frozen["vision_model"]}, np.stack(pixels)
+    ).pooled
+    for read in (one, eight):
+        rows = np.concatenate([read[i] for i in range(EXAMPLES) if i != BAD])
+        np.testing.assert_allclose(rows, expected, atol=1e-6)
+
+
+def test_stopped_and_resumed_gives_the_same_bytes(make, tmp_path, monkeypatch):
+    config = make(**AUGMENTED, **{"data.views": 2})
+    embed(config, tmp_path / "whole", "image", batch_size=8)
+    together, asked = embedding._together, []
+
+    def stop_at_the_fifth(**kwargs):
+        asked.append(1)
+        if len(asked) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return together(**kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, "_together", stop_at_the_fifth)
+        with pytest.raises(Preempted, match="run the same command again"):
+            embed(config, tmp_path / "parts", "image", batch_size=8)
+    there = content(tmp_path / "parts")
+    assert 1 < len(there) < len(content(tmp_path / "whole"))
+    assert MANIFEST not in there
+    (tmp_path / "parts" / ".shard-00002-of-00006.array_record.tmp").write_bytes(b"as kill -9")
+    times = {name: (tmp_path / "parts" / name).stat().st_mtime_ns for name in there}
+    with pytest.raises(UserError, match="holds no complete embeddings"):
+        loop._make_plan(
+            make(
+                **AUGMENTED, **{"data.views": 2, "data.image_embeddings": str(tmp_path / "parts")}
+            ),
+            tmp_path / "run",
+        )
+    embed(config, tmp_path / "parts", "image", batch_size=8)
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+    for name, when in times.items():
+        assert (tmp_path / "parts" / name).stat().st_mtime_ns == when
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, tiny, folder):
+    """Two views of each of the pairs' images."""
+    path = tmp_path_factory.mktemp("cache") / "cache"
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        on_devices(patch, 1)
+        raw = {"data.train.path": str(folder), "data.train.split": None, "data.views": 2}
+        embed(tiny(**raw, **AUGMENTED), path, "image", batch_size=16)
+    return path
+
+
+def shorter(folder):
+    lines = (folder / "captions.jsonl").read_text().splitlines(keepends=True)
+    return lines[:-1]
+
+
+def renamed(folder):
+    lines = (folder / "captions.jsonl").read_text().splitlines(keepends=True)
+    return [lines[0], lines[2], lines[1], *lines[3:]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.flip": False}, "another preprocessing or augmentation"),
+        ({"data.image_size": 16}, "another preprocessing or augmentation"),
+        ({"data.views": 3}, "2 views of each image, fewer than 3"),
+        ({"data.views": None}, "config.data.views is None.*set it to 2"),
+        ({"model.dtype": "bfloat16"}, "another config.model.dtype"),
+        ({"policy.lock": "UU"}, "needs a locked image tower, but vision_model/"),
+        (
+            {"policy.trainable": ((r"vision_model/layernorm/.*", True),)},
+            "needs a locked image tower, but vision_model/layernorm/",
+        ),
+    ],
+)
+def test_another_config_than_that_of_the_embeddings_is_refused(
+    make, cache, tmp_path, changes, message
+):
+    with pytest.raises(UserError, match=message):
+        loop.train(
+            make(**AUGMENTED | {"data.views": 2, "data.image_embeddings": str(cache)} | changes),
+            tmp_path / "run",
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(shorter, "40 examples, where config.data.train has 39"), (renamed, "other data than")],
+)
+def test_other_data_than_that_of_the_embeddings_is_refused(
+    make, folder, cache, tmp_path, change, message
+):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "captions.jsonl").write_text("".join(change(folder)))
+    changes = {"data.views": 2, "data.image_embeddings": str(cache)}
+    with pytest.raises(UserError, match=message):
+        loop.train(
+            make(**AUGMENTED, **changes, **{"data.train.path": str(tmp_path / "data")}),
+            tmp_path / "run",
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_embeddings_of_the_other_side_are_refused(make, cache, tmp_path):
+    changes = {"policy.lock": "uL", "data.text_embeddings": str(cache)}
+    with pytest.raises(UserError, match="was made with the image tower"):
+        loop.train(make(**changes), tmp_path / "run")
+
+
+def test_another_tower_is_refused_and_the_folder_is_not_mixed(make, towers, cache, tmp_path):
+    """A bit of one weight is enough."""
+    other = tmp_path / "tower"
+    shutil.copytree(towers["image"], other)
+    weights = other / "model.safetensors"
+    bits = bytearray(weights.read_bytes())
+    bits[-4] ^= 1
+    weights.write_bytes(bits)
+    changes = {"data.views": 2, "model.image.model": str(other)}
+    with pytest.raises(UserError, match="was made with another image tower"):
+        loop.train(
+            make(**AUGMENTED, **changes, **{"data.image_embeddings": str(cache)}), tmp_path / "run"
+        )
+    assert not (tmp_path / "run" / "config.json").exists()
+    mine = tmp_path / "mine"
+    shutil.copytree(cache, mine)
+    before = content(mine)
+    with pytest.raises(UserError, match=r"differ in tower.*; choose another --output"):
+        embed(make(**AUGMENTED, **changes), mine, "image")
+    assert content(mine) == before
+
+
+@pytest.mark.long
+def test_a_run_goes_on_from_embeddings_and_from_images(make, cache, tmp_path, monkeypatch):
+    """They change nothing that counts, so they may change; a resumed run checks its own copy of the tower."""
+    both = AUGMENTED | {"data.views": 2}
+    of_images, of_cache = make(**both), make(**both, **{"data.image_embeddings": str(cache)})
+    expected = losses(of_images, tmp_path / "whole")
+    for first, second in ((of_images, of_cache), (of_cache, of_images)):
+        workdir = tmp_path / f"run{first.data.image_embeddings == ''}"
+        with monkeypatch.context() as patch:
+            stop_after(patch, 3)
+            with pytest.raises(Preempted):
+                loop.train(first, workdir)
+        np.testing.assert_allclose(losses(second, workdir), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--views=0"], "--views=0 is none"),
+        (["--batch_size=0"], "--batch_size=0 is none"),
+        (["--side=text", "--views=2"], "--views is about images"),
+        (["--config.data.image_embedding=x"], "did you mean 'image_embeddings'"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_sentence(tmp_path, capsys, flags, message):
+    output = tmp_path / "cache"
+    code = command.main(["--config=configs/vit_bert.py", f"--output={output}", *flags])
+    assert code == BAD_INPUT
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert len(errors.splitlines()) == 1
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "side", "message"),
+    [
+        ({"data.views": 2}, "image", "all views of an image are the same"),
+        ({"data.flip": True}, "image", "say with --views=K"),
+        ({}, "text", "needs a locked text tower"),
+        ({"policy.lock": "UU"}, "image", "needs a locked image tower"),
+    ],
+)
+def test_a_config_that_cannot_be_embedded_is_refused(make, tmp_path, changes, side, message):
+    with pytest.raises(UserError, match=message):
+        embed(make(**changes), tmp_path / "cache", side)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, make):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something else"):
+        embed(make(), tmp_path, "image")
+    assert content(tmp_path) == {"notes.txt": b"mine"}
+
+
+def start(module, *flags, devices=1, env=None):
+    return subprocess.Popen(
+        [sys.executable, "-m", f"lit_jax.{module}", "--config=configs/vit_bert.py", *flags],
+        cwd=ROOT,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process, code=0):
+    output, errors = process.communicate(timeout=900)
+    assert process.returncode == code, output + errors
+    return output
+
+
+def start_two(output):
+    address = f"localhost:{portpicker.pick_unused_port()}"
+    together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [
+        start("embed", f"--output={output}", devices=4, env=together | {"JAX_PROCESS_ID": index})
+        for index in ("0", "1")
+    ]
+
+
+def wait_for_shards(process, output, count):
+    while process.poll() is None and len(list(output.glob("shard*"))) < count:
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo's images, embedded by one process that nothing interrupted."""
+    output = tmp_path_factory.mktemp("demo") / "cache"
+    assert "10240 rows of demo are in" in finish(start("embed", f"--output={output}"))
+    return output
+
+
+@pytest.mark.long
+def test_killed_and_resumed_gives_the_same_bytes(demo, tmp_path):
+    output = tmp_path / "cache"
+    for signal_, code, shards in (
+        (signal.SIGKILL, -signal.SIGKILL, 1),
+        (signal.SIGTERM, PREEMPTED, 4),
+    ):
+        process = start("embed", f"--output={output}")
+        wait_for_shards(process, output, shards)
+        process.send_signal(signal_)
+        finish(process, code)
+        assert not (output / MANIFEST).exists()
+    finish(start("embed", f"--output={output}"))
+    assert content(output) == content(demo)
+
+
+@pytest.mark.long
+def test_two_processes_of_four_devices_embed_as_one_does(demo, tmp_path):
+    output = tmp_path / "cache"
+    processes = start_two(output)
+    wait_for_shards(processes[0], output, 1)
+    processes[1].send_signal(signal.SIGTERM)
+    for process in processes:
+        finish(process, PREEMPTED)
+    assert not (output / MANIFEST).exists()
+    for process in start_two(output):
+        finish(process)
+    ours, theirs = Embeddings(output), Embeddings(demo)
+    assert (ours.header, ours.counts) == (theirs.header, theirs.counts)
+    for index in range(len(ours)):
+        np.testing.assert_allclose(ours[index], theirs[index], atol=1e-6)
+
+
+@pytest.mark.long
+def test_the_demo_learns_the_same_from_embeddings(demo, tmp_path):
+    """Two hundred steps; the accuracies may differ by a few of 800 images whose margin is rounding."""
+    flags = ("--config.duration=200 steps", "--config.report=none")
+    results = {}
+    for name, more in (("images", ()), ("cache", (f"--config.data.image_embeddings={demo}",))):
+        workdir = tmp_path / name
+        finish(start("train", f"--workdir={workdir}", *flags, *more))
+        results[name] = json.loads((workdir / "results.json").read_text())
+        first = read_metrics(workdir)[0]["loss"]
+        results[name]["loss"] = first
+    assert results["cache"].keys() == results["images"].keys()
+    for name, value in results["images"].items():
+        assert abs(results["cache"][name] - value) < 0.02, name
+    assert results["cache"]["zero_shot/unseen16/top1"] > 0.5
