@@ -80,5 +80,5 @@ class TextPairReader:
 def draw_caption(example: Example, rng: np.random.Generator) -> str:
     captions = [text for text in example["captions"] if text.strip()]
     if not captions:
-        raise BadSampleError("no caption")
+        raise BadSampleError("no caption", "no_caption")
     return captions[rng.integers(len(captions))]

@@ -1,8 +1,8 @@
 """The format of converted data: shards of ArrayRecord, and records.json that lists them.
 
-A record is one msgpack map: "key" text; "image" the bytes of an image file, or nil; "captions" list of texts;
-"teacher_caption" and "label" texts, absent if there is none. The manifest is written last: a folder without
-one was not finished. ArrayRecord needs `group_size:1` to read single records without their neighbours.
+A record is one msgpack map of an Example's fields, those that are None left out: "key" text, "captions" list
+of texts, "image" the bytes of an image file, "label", "teacher_caption" ... The manifest is written last: a
+folder without one was not finished. With `group_size:1` a record is read without its neighbours.
 """
 
 import json
@@ -31,26 +31,19 @@ def encode(example: Example) -> bytes:
     image = example["image"]
     if not isinstance(image, bytes | None):
         raise TypeError(f"the image of a record is bytes or None, not {type(image).__name__}")
-    given = {key: value for key, value in example.items() if value is not None or key == "image"}
+    given = {key: value for key, value in example.items() if value is not None}
     # surrogatepass: half a surrogate pair, which a cut through an emoji leaves in JSON, is kept as it is.
     return msgpack.packb(given, unicode_errors="surrogatepass")  # pyright: ignore[reportReturnType]
 
 
 def decode(record: bytes) -> Example:
-    """What `encode` was given; raises BadSampleError if the record is none."""
+    """What `encode` was given, without what was None; raises BadSampleError if the record is none."""
     try:
-        row = msgpack.unpackb(record, unicode_errors="surrogatepass")
-        example = Example(
-            key=row["key"],
-            image=row["image"],
-            captions=tuple(row["captions"]),
-            teacher_caption=row.get("teacher_caption"),
-            label=row.get("label"),
-        )
-    # msgpack's exceptions have no other base in common.
-    except Exception as error:
-        raise BadSampleError(f"not a record ({error or type(error).__name__})") from error
-    return example
+        row: Any = msgpack.unpackb(record, unicode_errors="surrogatepass", use_list=False)
+        required = {"key": row["key"], "captions": row["captions"], "image": None, "label": None}
+        return Example(**required | row)
+    except Exception as error:  # msgpack's exceptions have no base of their own
+        raise BadSampleError(f"not a record ({error!r})") from error
 
 
 def write_manifest(folder: Path, shards: Sequence[Shard]) -> None:

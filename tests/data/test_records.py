@@ -23,7 +23,9 @@ ANY_TEXT = st.text(st.characters(codec=None))  # also halves of surrogate pairs
     )
 )
 def test_a_record_gives_back_the_example(example):
-    assert decode(encode(example)) == example
+    always = {"key", "image", "captions", "label"}
+    kept = {k: v for k, v in example.items() if v is not None or k in always}
+    assert decode(encode(example)) == kept
 
 
 def test_an_image_has_to_be_encoded(tmp_path):
@@ -31,7 +33,7 @@ def test_an_image_has_to_be_encoded(tmp_path):
         encode(Example(key="a", image=tmp_path, captions=(), label=None))
 
 
-@pytest.mark.parametrize("record", [b"", b"\xc1", b"\x01", encode({"key": "a"} | {"image": None})])  # type: ignore[arg-type]
+@pytest.mark.parametrize("record", [b"", b"\xc1", b"\x01", b"\x80"])
 def test_a_damaged_record_is_a_bad_sample(record):
     with pytest.raises(BadSampleError, match="not a record"):
         decode(record)
