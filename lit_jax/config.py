@@ -113,9 +113,9 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    path: str = ""  # "demo", a folder with captions.jsonl, or a folder of prepared TFDS data
+    path: str = ""  # "demo", or a folder or file in one of the formats of docs/data.md
     split: str | None = None
-    image_key: str = "image"  # the three keys are names of TFDS features
+    image_key: str = "image"  # the three keys are names of columns, fields or features
     caption_key: str = "caption"
     label_key: str = "label"
 

@@ -1,16 +1,31 @@
-"""What a source yields: an `Example`, or the reason why there is none."""
+"""What a source is, and what it yields: an `Example`, or the reason why there is none."""
 
-from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Literal, NotRequired, Protocol, TypedDict, get_args, runtime_checkable
 
 import numpy as np
+
+from lit_jax.data.files import File
+
+BadKind = Literal[
+    "missing",  # no image, or none where it should be
+    "empty",  # 0 bytes
+    "not_image",  # a file of another type
+    "damaged",  # truncated, or broken in another way
+    "too_large",  # a decompression bomb
+    "no_caption",
+    "not_utf8",
+    "hostile_path",  # of a tar's member: a link, or a name that leads out of the folder
+    "no_example",  # a line or row that does not say what it should
+]
+BAD_KINDS: tuple[BadKind, ...] = get_args(BadKind)
 
 
 class Example(TypedDict):
     """One image with what is known about it, or captions alone."""
 
     key: str  # names the example in messages and reports
-    image: Path | bytes | np.ndarray | None  # a file, its content, or pixels: uint8 HxWx3
+    # A file here or in an object store, its content, or pixels: uint8 HxWx3.
+    image: File | bytes | np.ndarray | None
     captions: tuple[str, ...]
     teacher_caption: NotRequired[str | None]  # what they say, in the language of a text teacher
     label: str | None  # name of its class
@@ -18,3 +33,19 @@ class Example(TypedDict):
 
 class BadSampleError(Exception):
     """One example cannot be used; the run goes on without it. Its text is the reason, in a few words."""
+
+    def __init__(self, reason: str, kind: BadKind = "damaged"):
+        super().__init__(reason)
+        self.kind: BadKind = kind
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A data set as a sequence; reading an image may wait until the image is decoded.
+
+    An example that cannot be read raises BadSampleError.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...

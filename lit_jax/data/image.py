@@ -18,6 +18,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
 from lit_jax.data.example import BadSampleError
+from lit_jax.data.files import File, ObjectPath
 from lit_jax.errors import UserError
 
 # Pillow only warns about images of more than 89 megapixels; as an error they become bad samples.
@@ -25,7 +26,7 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # What a source gives; None: there is no image.
-ImageFile = Path | bytes | np.ndarray | None
+ImageFile = File | bytes | np.ndarray | None
 WHITE = (255, 255, 255, 255)
 
 
@@ -38,22 +39,24 @@ def decode(image: ImageFile) -> Image.Image:
         BadSampleError: there is no such file, or it holds no complete image of a sane size.
     """
     if image is None:
-        raise BadSampleError("no image")
+        raise BadSampleError("no image", "missing")
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
     try:
-        content = image.read_bytes() if isinstance(image, Path) else image
+        content = image.read_bytes() if isinstance(image, Path | ObjectPath) else image
     except OSError as error:
-        raise BadSampleError(error.strerror or str(error)) from error
+        raise BadSampleError(error.strerror or str(error), "missing") from error
     except ValueError as error:  # no path at all: it has a null byte, or is no valid Unicode
-        raise BadSampleError(str(error)) from error
+        raise BadSampleError(str(error), "missing") from error
     if not content:
-        raise BadSampleError("0 bytes")
+        raise BadSampleError("0 bytes", "empty")
     try:
         with Image.open(io.BytesIO(content)) as opened:
             return _to_rgb(ImageOps.exif_transpose(opened))
     except Image.UnidentifiedImageError as error:
-        raise BadSampleError("not an image") from error
+        raise BadSampleError("not an image", "not_image") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise BadSampleError(str(error), "too_large") from error
     except (
         Exception
     ) as error:  # Pillow's parsers let through whatever a broken file makes them raise

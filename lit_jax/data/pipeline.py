@@ -19,15 +19,14 @@ import numpy as np
 from absl import flags
 
 from lit_jax.config import DataConfig
-from lit_jax.data.example import BadSampleError
+from lit_jax.data.example import BAD_KINDS, BadKind, BadSampleError, Source
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.readers import Batch, Reader
-from lit_jax.data.sources import Source
 from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Skipped = tuple[tuple[str, str], ...]  # (key, reason) of each bad sample
+Skipped = tuple[tuple[str, BadKind, str], ...]  # (key, kind, reason) of each bad sample
 
 MAX_TRIES = 100  # for one element of a batch; so many bad samples in a row are no accident
 JUDGE_AFTER = 1000  # samples read, before a fraction of bad ones means anything
@@ -39,7 +38,7 @@ class TrainStream:
     `reader` says what is in a batch. A bad sample is replaced by another one, drawn at random.
 
     Attributes:
-        bad_samples: how many this process has met since the start of the run.
+        bad_samples: how many of each kind this process has met since the start of the run.
 
     Raises:
         UserError: the batch cannot be split evenly, or (from `next`) too many samples are bad.
@@ -57,7 +56,7 @@ class TrainStream:
         process_count: int,
     ):
         rows = local_rows(batch_size, process_count)
-        self.bad_samples = 0
+        self.bad_samples: dict[str, int] = dict.fromkeys(BAD_KINDS, 0)
         self._config = config
         self._judge_after = min(JUDGE_AFTER, len(source))
         self._samples_read = 0
@@ -86,23 +85,23 @@ class TrainStream:
         self._account(batch.pop("skipped"))
         return batch
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self) -> dict[str, Any]:
         """The position, counted from the start of the run: which batch `next` would give, and how many
-        samples, good and bad, this process has met before it."""
+        samples, good and bad, this process has met before it, the bad ones by kind."""
         return {
             "next_batch": self._next_batch,
             "samples_read": self._samples_read,
-            "bad_samples": self.bad_samples,
+            "bad_samples": dict(self.bad_samples),
         }
 
-    def set_state(self, state: Mapping[str, int]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes to a position that `get_state` gave, with these or other workers and processes.
 
         A run saves that of its first process: all go on from what that one has counted.
         """
         self.close()
         self._open(state["next_batch"])
-        self._samples_read, self.bad_samples = state["samples_read"], state["bad_samples"]
+        self._samples_read, self.bad_samples = state["samples_read"], dict(state["bad_samples"])
 
     def close(self) -> None:
         """Stops threads and worker processes."""
@@ -122,19 +121,25 @@ class TrainStream:
 
     def _account(self, skipped: Skipped) -> None:
         self._samples_read += self._rows + len(skipped)
-        self.bad_samples += len(skipped)
-        for key, reason in skipped:
+        for key, kind, reason in skipped:
+            self.bad_samples[kind] += 1
             if key not in self._reasons:
                 self._reasons[key] = reason
                 log.warning("Bad sample %s is replaced by another: %s.", key, reason)
-        fraction = self.bad_samples / self._samples_read
+        bad = sum(self.bad_samples.values())
+        fraction = bad / self._samples_read
         if self._samples_read >= self._judge_after and fraction > self._config.max_bad_fraction:
             # None is known here if all of them came before the run was resumed.
             examples = [f", for example {key}: {why}" for key, why in self._reasons.items()]
             raise UserError(
-                f"{self.bad_samples} of {self._samples_read} samples are bad ({fraction:.1%})"
-                f"{''.join(examples[-1:])}; mend the data or raise config.data.max_bad_fraction."
+                f"{bad} of {self._samples_read} samples are bad ({fraction:.1%}: "
+                f"{_by_kind(self.bad_samples)}){''.join(examples[-1:])}; mend the data or raise "
+                "config.data.max_bad_fraction."
             )
+
+
+def _by_kind(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
 
 
 def _start_worker(_index: int, _count: int) -> None:
@@ -173,13 +178,15 @@ class _Read:
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         skipped = []
         while len(skipped) < MAX_TRIES:
-            example = self.source[index]
+            key = f"number {index}"  # until it is known
             try:
+                example = self.source[index]
+                key = example["key"]
                 return {**self.reader.read(index, example, rng), "skipped": skipped}
             except BadSampleError as reason:
-                skipped.append((example["key"], str(reason)))
+                skipped.append((key, reason.kind, str(reason)))
                 index = int(rng.integers(len(self.source)))
-        key, reason = skipped[0]
+        key, _, reason = skipped[0]
         raise UserError(
             f"{MAX_TRIES} samples in a row are bad, the first is {key}: {reason}; mend the data set."
         )
@@ -220,7 +227,7 @@ def eval_batches(
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     bad = 0
     for batch in batches.to_iter_dataset(options):
-        for key, reason in batch.pop("skipped"):
+        for key, _, reason in batch.pop("skipped"):
             log.warning("Bad sample %s is left out of the evaluation: %s.", key, reason)
             bad += 1
         yield batch
@@ -244,10 +251,12 @@ class _LoadImages:
         skipped = []
         first = (n * self.process_count + self.process_index) * self.rows
         for row, index in enumerate(range(first, min(first + self.rows, len(self.source)))):
-            example = self.source[index]
+            key = f"number {index}"
             try:
+                example = self.source[index]
+                key = example["key"]
                 pixels[row] = self.image_transform.eval(example["image"])
                 index_B[row] = index
             except BadSampleError as reason:
-                skipped.append((example["key"], str(reason)))
+                skipped.append((key, reason.kind, str(reason)))
         return {"pixel_values": pixels, "index": index_B, "skipped": tuple(skipped)}

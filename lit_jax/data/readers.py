@@ -145,5 +145,5 @@ def usable_captions(example: Example) -> list[str]:
     """All that say something. Raises BadSampleError if none does."""
     captions = [text for text in example["captions"] if text.strip()]
     if not captions:
-        raise BadSampleError("no caption")
+        raise BadSampleError("no caption", "no_caption")
     return captions

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Integer
 
-from lit_jax.data.sources import Source
+from lit_jax.data.example import BadSampleError, Source
 from lit_jax.errors import UserError
 from lit_jax.evals.encode import Encoder, Params
 
@@ -14,15 +14,20 @@ RECALL_AT = (1, 5, 10)
 
 def captions_of(source: Source) -> list[tuple[str, ...]]:
     """The captions of every example, blank ones left out. Raises UserError if there is none at all."""
-    captions = [
-        tuple(text for text in source[i]["captions"] if text.strip()) for i in range(len(source))
-    ]
+    captions = [_captions(source, i) for i in range(len(source))]
     if not any(captions):
         raise UserError(
             "Retrieval needs captions, and no example has one; "
             "give the data's caption key, or a class file for zero-shot classification."
         )
     return captions
+
+
+def _captions(source: Source, index: int) -> tuple[str, ...]:
+    try:
+        return tuple(text for text in source[index]["captions"] if text.strip())
+    except BadSampleError:  # its image is left out, too
+        return ()
 
 
 def evaluate_retrieval(

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lit_jax.config import nearest
-from lit_jax.data.sources import Source
+from lit_jax.data.example import BadSampleError, Source
 from lit_jax.errors import UserError
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.models.dual_encoder import logit_scale
@@ -98,14 +98,18 @@ def load_classes(path: str) -> Classes:
 
 
 def label_ids(source: Source, classes: Classes) -> Int[np.ndarray, " N"]:
-    """The class of each example, as its position in `classes`.
+    """The class of each example, as its position in `classes`; -1 of one that cannot be read.
 
     Raises UserError at an example without a label, or with one that is not in the class list.
     """
     ids = {label: i for i, label in enumerate(classes.labels or classes.names)}
     labels = np.empty(len(source), np.int32)
     for i in range(len(source)):
-        example = source[i]
+        try:
+            example = source[i]
+        except BadSampleError:  # its image is left out, and the label with it
+            labels[i] = -1
+            continue
         label = example["label"]
         if label is None:
             raise UserError(

@@ -11,8 +11,9 @@ import optax
 from jax.sharding import Mesh
 
 from lit_jax.config import Config, steps
+from lit_jax.data.example import Source
 from lit_jax.data.pipeline import TrainStream
-from lit_jax.data.sources import Source, open_source
+from lit_jax.data.sources import open_source
 from lit_jax.distributed.mesh import global_batch, make_mesh
 from lit_jax.errors import Preempted, UserError
 from lit_jax.training.checkpoints import Checkpoints, restore_frozen

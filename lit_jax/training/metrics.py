@@ -35,7 +35,7 @@ class Reporter:
         self._every, self._batch_size, self._total = every, batch_size, total
         self._last_saved = last_saved
         self._writer = MetricsWriter(workdir, config, start=start) if is_primary() else None
-        self._pending: tuple[int, Metrics, int] | None = None
+        self._pending: tuple[int, Metrics, dict[str, int]] | None = None
         self._bar = tqdm(
             total=total * batch_size,
             initial=start * batch_size,
@@ -55,10 +55,15 @@ class Reporter:
         if self._writer:
             self._writer.close()
 
-    def add(self, step: int, metrics: Metrics, *, bad_samples: int) -> None:
-        """Reports the step before this one, and keeps this one's metrics, still being computed."""
+    def add(self, step: int, metrics: Metrics, *, bad_samples: Mapping[str, int]) -> None:
+        """Reports the step before this one, and keeps this one's metrics, still being computed.
+
+        Args:
+            bad_samples: of each kind, since the start of the run.
+        """
         self.flush()
-        self._pending = step, metrics, bad_samples
+        kinds = {f"bad_samples/{kind}": count for kind, count in bad_samples.items() if count}
+        self._pending = step, metrics, {"bad_samples": sum(bad_samples.values()), **kinds}
 
     def flush(self) -> None:
         """Reports what `add` kept. Raises UserError if a value is not finite."""
@@ -75,7 +80,7 @@ class Reporter:
             self._last_row = step, time.perf_counter()
             rate = (step - last_step) * self._batch_size / (self._last_row[1] - last_time)
             row = {"examples": step * self._batch_size, "pairs_per_second": rate}
-            self._writer.write(step, values | row | {"bad_samples": bad_samples})
+            self._writer.write(step, values | row | bad_samples)
 
 
 class MetricsWriter:

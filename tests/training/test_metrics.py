@@ -20,7 +20,9 @@ def report(workdir, steps, *, start=0, total=6, every=2, **config):
         last_saved=lambda: None,
     ) as reporter:
         for step in steps:
-            reporter.add(step, {"loss": jnp.float32(step / 10)}, bad_samples=0)
+            reporter.add(
+                step, {"loss": jnp.float32(step / 10)}, bad_samples={"missing": 2, "empty": 0}
+            )
         reporter.flush()
 
 

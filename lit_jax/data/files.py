@@ -1,0 +1,224 @@
+"""Files of data sets, on this machine or in an object store (s3://, gs://), read whole or in part."""
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from pyarrow import fs
+
+from lit_jax.errors import UserError
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectPath:
+    """What pathlib.Path is on this machine, in an object store. Arrow's own clients do the work."""
+
+    scheme: str  # "s3"
+    path: PurePosixPath  # the bucket and what is in it
+    options: str = ""  # "endpoint_override=..." and so on, see Arrow's URIs
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.path}"
+
+    def __truediv__(self, name: str) -> "ObjectPath":
+        return dataclasses.replace(self, path=self.path / name)
+
+    @property
+    def parent(self) -> "ObjectPath":
+        return dataclasses.replace(self, path=self.path.parent)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def stem(self) -> str:
+        return self.path.stem
+
+    @property
+    def suffix(self) -> str:
+        return self.path.suffix
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        return _filesystem(self.scheme, self.path.parts[0], self.options)
+
+    def info(self) -> fs.FileInfo:
+        return self.filesystem.get_file_info(str(self.path))
+
+    def is_file(self) -> bool:
+        return self.info().type == fs.FileType.File
+
+    def is_dir(self) -> bool:
+        return self.info().type == fs.FileType.Directory
+
+    def iterdir(self) -> Iterator["ObjectPath"]:
+        for info in self.filesystem.get_file_info(fs.FileSelector(str(self.path))):
+            yield dataclasses.replace(self, path=PurePosixPath(info.path))
+
+    def open(self, mode: str = "rb") -> Any:
+        assert mode == "rb"
+        return self.filesystem.open_input_file(str(self.path))
+
+    def read_bytes(self) -> bytes:
+        with self.open() as opened:
+            return opened.read()
+
+
+File = Path | ObjectPath
+
+
+@functools.cache
+def _filesystem(scheme: str, bucket: str, options: str) -> fs.FileSystem:
+    found, _ = fs.FileSystem.from_uri(f"{scheme}://{bucket}?{options}")
+    return found
+
+
+def locate(path: str) -> File:
+    """The file or folder of this name, whether or not it exists; UserError if it is in no known store."""
+    scheme, mark, rest = path.partition("://")
+    if not mark:
+        return Path(path).expanduser()
+    address, _, options = rest.partition("?")
+    if scheme not in ("s3", "gs") or not address.strip("/"):
+        raise UserError(
+            f"{path} is no address that can be read; it is s3://BUCKET/PATH, gs://BUCKET/PATH, or a path on "
+            "this machine."
+        )
+    return ObjectPath(scheme, PurePosixPath(address), options)
+
+
+def local(location: File, what: str) -> Path:
+    """`location` if it is on this machine; else UserError that says how to go on with `what`."""
+    if isinstance(location, Path):
+        return location
+    raise UserError(f"{what} is read from local disks alone; copy {location} to one.")
+
+
+def read(file: File, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` of a file, fewer if it ends before."""
+    with file.open("rb") as opened:
+        opened.seek(start)
+        return opened.read(stop - start)
+
+
+def signature(file: File) -> tuple[int, int]:
+    """Size in bytes and time of the last change: another one for another content, but for rare accidents."""
+    if isinstance(file, Path):
+        status = file.stat()
+        return status.st_size, status.st_mtime_ns
+    info = file.info()
+    return info.size, info.mtime_ns
+
+
+def read_text(file: File) -> str:
+    """A whole file of UTF-8, with or without a byte order mark; raises UnicodeDecodeError if it is not."""
+    return file.read_bytes().decode("utf-8-sig")
+
+
+def walk(folder: File) -> Iterator[str]:
+    """The paths of all files in a folder, at any depth, relative to it and with slashes."""
+    if isinstance(folder, ObjectPath):
+        below = fs.FileSelector(str(folder.path), recursive=True)
+        for info in folder.filesystem.get_file_info(below):
+            if info.type == fs.FileType.File:
+                yield str(PurePosixPath(info.path).relative_to(folder.path))
+        return
+    # Folders of classes are often links to where the images are.
+    for parent, _, names in os.walk(folder, followlinks=True):
+        inside = Path(parent).relative_to(folder)
+        yield from ((inside / name).as_posix() for name in names)
+
+
+def expand(path: str) -> list[str]:
+    """What a shell makes of braces: 'a{00..02}' is a00, a01, a02, and '{a,b}.tar' is a.tar, b.tar."""
+    match = _BRACES.search(path)
+    if not match:
+        return [path]
+    if numbers := _RANGE.fullmatch(match[1]):
+        first, last = numbers.groups()
+        width = len(first) if first.startswith("0") else 0
+        choices = [f"{n:0{width}}" for n in range(int(first), int(last) + 1)]
+    else:
+        choices = match[1].split(",")
+    before, after = path[: match.start()], path[match.end() :]
+    return [rest for choice in choices for rest in expand(f"{before}{choice}{after}")]
+
+
+def line_offsets(file: File, *, quoted: bool = False, block_bytes: int = 1 << 24) -> np.ndarray:
+    """int64 offsets of a text file's lines and of its end, without blank lines and a byte order mark.
+
+    Args:
+        quoted: whether a line break between double quotes is part of the line, as in CSV (RFC 4180).
+
+    Raises UserError if there is an odd number of such quotes.
+    """
+    offsets = [np.zeros(0, np.int64)]
+    with file.open("rb") as stream:
+        position = 3 if stream.read(3) == b"\xef\xbb\xbf" else 0
+        stream.seek(position)
+        rest = b""
+        while block := stream.read(block_bytes):
+            # A line may go on in the next block: only what the last line break ends is taken now.
+            text = rest + block
+            ends = _line_ends(text, quoted)
+            whole = int(ends[-1]) + 1 if len(ends) else 0
+            offsets.append(_starts(text[:whole], ends) + position)
+            position, rest = position + whole, text[whole:]
+    if quoted and rest.count(b'"') % 2:
+        raise UserError(f"{file} has a quoted field without an end; close its double quotes.")
+    offsets.append(_starts(rest, np.zeros(0, np.int64)) + position)
+    return np.concatenate([*offsets, [position + len(rest)]])
+
+
+def _line_ends(text: bytes, quoted: bool) -> np.ndarray:
+    values = np.frombuffer(text, np.uint8)
+    ends = np.flatnonzero(values == ord("\n"))
+    if quoted and len(ends):
+        quotes = np.flatnonzero(values == ord('"'))
+        ends = ends[np.searchsorted(quotes, ends) % 2 == 0]
+    return ends
+
+
+def _starts(text: bytes, ends: np.ndarray) -> np.ndarray:
+    """Where the lines of a text start that have more than white space."""
+    if not text:
+        return np.zeros(0, np.int64)
+    starts = np.concatenate([np.zeros(1, np.int64), ends + 1])
+    starts = starts[starts < len(text)]
+    return starts[np.logical_or.reduceat(np.frombuffer(text, np.uint8) > ord(" "), starts)]
+
+
+class Lines:
+    """The lines of a text file, found by their offsets and read when asked for.
+
+    Raises UserError if there is none.
+    """
+
+    def __init__(self, file: File, *, quoted: bool = False):
+        self.file = file
+        self._offsets = line_offsets(file, quoted=quoted)
+        if not len(self):
+            raise UserError(f"{file} is empty; it needs a line for each example.")
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        """A line, with blank ones behind it."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start, stop = self._offsets[index : index + 2].tolist()
+        return read(self.file, start, stop)
+
+    def place(self, index: int) -> str:
+        """Names a line in messages. To count the lines before it would take as long as to read the file."""
+        return f"the line at byte {self._offsets[index]} of {self.file}"

@@ -1,0 +1,159 @@
+"""Where examples come from. `FORMATS` says what is looked for, and who reads it.
+
+A source is random access and can be sent to worker processes; reading an image may wait until it is decoded.
+"""
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lit_jax.config import SourceConfig
+from lit_jax.data.demo import PARALLEL, DemoSource, ParallelDemoSource
+from lit_jax.data.example import Source
+from lit_jax.data.files import File, expand, local, locate
+from lit_jax.data.records import MANIFEST
+from lit_jax.data.sources import columns, lists
+from lit_jax.data.sources.delimited import DelimitedSource
+from lit_jax.data.sources.jsonl import JsonlSource
+from lit_jax.data.sources.records import RecordSource
+from lit_jax.data.sources.tars import TarSource
+from lit_jax.data.sources.tfds import TfdsSource
+from lit_jax.errors import UserError
+
+CAPTIONS_FILE = "captions.jsonl"
+
+# From what was found, never empty and all in one folder.
+Opener = Callable[[Sequence[File], SourceConfig, bool], Source]
+
+
+class Format(NamedTuple):
+    """One row of the table: what is found by `patterns` of file names is read by `open`."""
+
+    patterns: tuple[str, ...]
+    open: Opener
+    several: bool = False  # whether many files are one data set; else one has to be named
+    knows_splits: bool = False  # else a split is a folder, or a part of the files' names
+
+
+FORMATS = (
+    Format((MANIFEST,), lambda files, config, _: RecordSource(_home(files, "ArrayRecord"))),
+    Format(
+        ("features.json",),
+        lambda files, config, _: TfdsSource(_home(files, "prepared TFDS data"), config),
+        knows_splits=True,
+    ),
+    Format(
+        ("dataset_dict.json",),
+        lambda files, config, text_only: columns.open_dict(
+            _home(files, "what `datasets` saves"), config, text_only=text_only
+        ),
+        knows_splits=True,
+    ),
+    Format(
+        ("state.json",),
+        lambda files, config, text_only: columns.HuggingFaceSource(
+            _home(files, "what `datasets` saves"), config, text_only=text_only
+        ),
+    ),
+    Format(
+        (CAPTIONS_FILE,),
+        lambda files, config, text_only: JsonlSource(files[0], config, text_only=text_only),
+    ),
+    Format(("*.tar",), lambda files, config, _: TarSource(files, config), several=True),
+    Format(
+        ("*.parquet",),
+        lambda files, config, text_only: columns.ParquetSource(files, config, text_only=text_only),
+        several=True,
+    ),
+    Format(
+        ("dataset_*.json",),
+        lambda files, config, _: lists.open_karpathy(files[0], config.split),
+        knows_splits=True,
+    ),
+    Format(
+        ("captions_*.json",),
+        lambda files, config, _: lists.open_coco(files[0], config.split),
+    ),
+    Format(("*.token",), lambda files, config, _: lists.open_flickr(files[0])),
+    Format(
+        ("*.jsonl",),
+        lambda files, config, text_only: JsonlSource(files[0], config, text_only=text_only),
+    ),
+    Format(
+        ("*.csv", "*.tsv"),
+        lambda files, config, text_only: DelimitedSource(files[0], config, text_only=text_only),
+    ),
+)
+
+
+def open_source(config: SourceConfig, *, text_only: bool = False) -> Source:
+    """The data set that `config` names; never empty, and not without images unless it is for `text_only`.
+
+    Raises UserError if it is missing, empty or broken, or has no such split.
+    """
+    if config.path == "demo":
+        return (
+            ParallelDemoSource()
+            if text_only and config.split == PARALLEL
+            else DemoSource(config.split)
+        )
+    try:
+        places = [locate(path) for path in expand(config.path)] if config.path else []
+        if source := _open(places, config, text_only):
+            return source
+    except OSError as error:  # no permission, no network, no credentials
+        raise UserError(f"{config.path!r} cannot be read ({error}).") from error
+    raise UserError(
+        f"There is no data set in {config.path!r}; a source's path (config.data.train.path to train) is "
+        f"'demo', a file or a folder that has one of {_all_patterns()}, or a folder that has a folder of "
+        "images for each class."
+    )
+
+
+def _all_patterns() -> str:
+    return ", ".join(pattern for known in FORMATS for pattern in known.patterns)
+
+
+def _open(places: Sequence[File], config: SourceConfig, text_only: bool) -> Source | None:
+    files = list(places)
+    folder = files[0] if len(files) == 1 and files[0].is_dir() else None
+    if folder:
+        files = sorted(folder.iterdir(), key=str)
+        for inside in (file for file in files if file.name == "annotations"):  # COCO
+            files = [*files, *sorted(inside.iterdir(), key=str)]
+    found, kind = _recognise(files)
+    if kind and not kind.knows_splits and config.split:
+        found = [file for file in found if config.split in re.split(r"[-_.]", file.name)]
+    if kind and found:
+        if len(found) > 1 and not kind.several:
+            raise UserError(
+                f"{found[0].parent} has {', '.join(file.name for file in found)}; "
+                "name one of them, by the path or by the split."
+            )
+        return kind.open(found, config, text_only)
+    if folder and config.split:
+        if (folder / config.split).is_dir():
+            return _open(
+                [folder / config.split], dataclasses.replace(config, split=None), text_only
+            )
+        raise UserError(
+            f"The data set in {folder} has no split {config.split!r}: neither a folder nor a file is called "
+            "like it; leave out the split, or name another one."
+        )
+    return lists.image_folder(folder) if folder else None
+
+
+def _recognise(files: Sequence[File]) -> tuple[list[File], Format | None]:
+    """The first of `FORMATS` that some of the files have, and these files."""
+    for kind in FORMATS:
+        match = re.compile("|".join(map(fnmatch.translate, kind.patterns))).match
+        if found := [file for file in files if match(file.name)]:
+            return found, kind
+    return [], None
+
+
+def _home(files: Sequence[File], what: str) -> Path:
+    return local(files[0].parent, what)

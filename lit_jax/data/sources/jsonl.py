@@ -1,0 +1,52 @@
+"""One JSON object a line."""
+
+import json
+from collections.abc import Mapping
+
+from lit_jax.config import SourceConfig
+from lit_jax.data.example import BadSampleError, Example
+from lit_jax.data.files import File, Lines
+from lit_jax.data.sources.rows import bad_sample, example_of
+from lit_jax.errors import UserError
+
+
+class JsonlSource:
+    """Pairs listed in a JSONL file, for example captions.jsonl:
+
+        {"image": "a.jpg", "caption": "a dog"}  or  {"image": ..., "captions": [...], "label": "dog"}
+
+    "image" is a path, relative to the file's folder or absolute; "key", "label" and captions are optional.
+    For a text tower that learns from a teacher a line needs no image, and "teacher_caption" says the same as
+    its captions in the teacher's language (without it, the captions are in that language).
+    Lines are found by their offsets and parsed when they are asked for: millions of them are no burden.
+    """
+
+    def __init__(self, file: File, config: SourceConfig, *, text_only: bool = False):
+        self._lines = Lines(file)
+        self._config = config
+        self._text_only = text_only
+        try:
+            self[0]  # a file of another format is better refused now than in a worker process
+        except BadSampleError as error:
+            image, caption = config.image_key, config.caption_key
+            raise UserError(
+                f'{error}; a line looks like {{"{image}": "a.jpg", "{caption}": "a dog"}}.'.capitalize()
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> Example:
+        place = self._lines.place(index)
+        with bad_sample(place):
+            row = json.loads(self._lines[index].decode())
+            if not isinstance(row, Mapping):
+                raise TypeError("not a JSON object")
+            image = row.get(self._config.image_key)
+            return example_of(
+                row,
+                self._config,
+                self._lines.file.parent,
+                key=image if isinstance(image, str) else "",
+                text_only=self._text_only,
+            )

@@ -1,0 +1,130 @@
+"""Images in files whose captions or classes stand together: folders by class, COCO, Flickr30k."""
+
+import collections
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+
+import pyarrow as pa
+
+from lit_jax.data.example import Example
+from lit_jax.data.files import File, read_text, walk
+from lit_jax.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Where images lie beside a caption file, if not in its own folder.
+IMAGE_FOLDERS = ("images", "flickr30k-images", "flickr30k_images")
+
+
+class ListedSource:
+    """Images of a folder, each with captions or the name of its class. Kept as Arrow arrays.
+
+    Args:
+        names: paths relative to `folder`.
+        captions: of each image; None: there are none.
+        labels: of each image; None: there are none.
+    """
+
+    def __init__(
+        self,
+        folder: File,
+        names: Sequence[str],
+        captions: Sequence[Sequence[str]] | None = None,
+        labels: Sequence[str] | None = None,
+    ):
+        self._folder = folder
+        self._names = pa.array(names, pa.large_string())
+        self._captions = (
+            None if captions is None else pa.array(captions, pa.large_list(pa.large_string()))
+        )
+        # Few names, many images: a dictionary keeps each name once.
+        self._labels = None if labels is None else pa.array(labels, pa.string()).dictionary_encode()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Example:
+        name = self._names[index].as_py()
+        return Example(
+            key=name,
+            image=self._folder / name,
+            captions=tuple(self._captions[index].as_py()) if self._captions is not None else (),
+            label=self._labels[index].as_py() if self._labels is not None else None,
+        )
+
+
+def image_folder(folder: File) -> ListedSource | None:
+    """A folder for each class, with its images at any depth; None if there is no image in a folder."""
+    names = sorted(name for name in walk(folder) if name.lower().endswith(IMAGE_SUFFIXES))
+    names = [name for name in names if "/" in name]
+    return (
+        ListedSource(folder, names, labels=[n.split("/", 1)[0] for n in names]) if names else None
+    )
+
+
+def open_coco(file: File, split: str | None) -> ListedSource:
+    """A caption file of COCO: "images" with id and file_name, "annotations" with image_id and caption."""
+    with _parsing(file):
+        content = json.loads(read_text(file))
+        captions = collections.defaultdict(list)
+        for annotation in content["annotations"]:
+            captions[annotation["image_id"]].append(annotation["caption"])
+        images = {image["file_name"]: captions[image["id"]] for image in content["images"]}
+    return _captioned(file, images, split or file.stem.removeprefix("captions_"))
+
+
+def open_karpathy(file: File, split: str | None) -> ListedSource:
+    """dataset_flickr30k.json or dataset_coco.json of Karpathy; "train+restval" is two splits in one."""
+    with _parsing(file):
+        rows = json.loads(read_text(file))["images"]
+        splits = {row["split"] for row in rows}
+        wanted = set((split or "").split("+")) if split else splits
+        images = {
+            f"{row['filepath']}/{row['filename']}" if row.get("filepath") else row["filename"]: [
+                sentence["raw"] for sentence in row["sentences"]
+            ]
+            for row in rows
+            if row["split"] in wanted
+        }
+    if not wanted <= splits:
+        raise UserError(
+            f"{file} has no split {split!r}; its splits are {', '.join(sorted(splits))}."
+        )
+    return _captioned(file, images)
+
+
+def open_flickr(file: File) -> ListedSource:
+    """results_20130124.token of Flickr30k: lines of name#number, tab, caption."""
+    images = collections.defaultdict(list)
+    with _parsing(file):
+        for line in filter(str.strip, read_text(file).split("\n")):
+            place, caption = line.rstrip("\r").split("\t", 1)
+            name, _ = place.rsplit("#", 1)
+            images[name].append(caption)
+    return _captioned(file, images)
+
+
+@contextlib.contextmanager
+def _parsing(file: File) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:  # ValueError: not JSON, or not UTF-8
+        raise UserError(
+            f"{file} is no caption file of its kind ({error!r}); get it again."
+        ) from error
+
+
+def _captioned(file: File, images: Mapping[str, Sequence[str]], split: str = "") -> ListedSource:
+    if not images:
+        raise UserError(f"{file} lists no images; use another file or split.")
+    folders = [file.parent / name for name in (".", *IMAGE_FOLDERS)]
+    if split:
+        folders += [file.parent / split, file.parent.parent / split]
+    first = next(iter(images))
+    for folder in folders:
+        if (folder / first).is_file():
+            return ListedSource(folder, list(images), captions=list(images.values()))
+    raise UserError(
+        f"The image {first!r} that {file} lists is in none of the folders "
+        f"{', '.join(map(str, folders))}; put the images into one of them."
+    )

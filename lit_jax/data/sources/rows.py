@@ -1,0 +1,87 @@
+"""From a row with named fields, of whatever format, to an `Example`."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from lit_jax.config import SourceConfig
+from lit_jax.data.example import BadSampleError, Example
+from lit_jax.data.files import File, locate
+
+
+def example_of(
+    row: Mapping[str, Any], config: SourceConfig, folder: File, *, key: str, text_only: bool = False
+) -> Example:
+    """The example that a row says.
+
+    Its fields are named by `config`: an image (path relative to `folder`, address, content, or a mapping of
+    "bytes" and "path"), a caption or a list of them, a label; and "captions", "teacher_caption", "key".
+
+    Args:
+        key: names the example if the row does not; if it is empty, the first caption does.
+        text_only: whether it may do without an image.
+
+    Raises TypeError or ValueError if a field is missing or of another type.
+    """
+    image = _image(row, config.image_key, folder)
+    if image is None and not text_only:
+        raise TypeError(f'"{config.image_key}" is missing')
+    captions = _texts(row, config.caption_key)
+    if config.caption_key != "captions":
+        captions += _texts(row, "captions")
+    if image is None and not captions:
+        raise TypeError(f'"{config.caption_key}" is missing')
+    return Example(
+        key=_field(row, "key", str) or key or captions[0],
+        image=image,
+        captions=captions,
+        teacher_caption=_field(row, "teacher_caption", str),
+        label=_label(row, config.label_key),
+    )
+
+
+def _field(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
+    """An optional field of a row; null counts as absent."""
+    value = row.get(name)
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f'"{name}" is {value!r}')
+    return value
+
+
+def _image(row: Mapping[str, Any], name: str, folder: File) -> File | bytes | None:
+    value = _field(row, name, (str, bytes, dict))
+    if isinstance(value, dict):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("http://", "https://")):
+        raise ValueError(f'"{name}" is on the web; download images first, with img2dataset')
+    return locate(value) if "://" in value else folder / value
+
+
+def _texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    value = _field(row, name, (str, list))
+    texts = (value,) if isinstance(value, str) else tuple(value or ())
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f'"{name}" has an item that is no text')
+    return texts
+
+
+def _label(row: Mapping[str, Any], name: str) -> str | None:
+    value = _field(row, name, (str, int))
+    return None if value is None else str(value)
+
+
+@contextlib.contextmanager
+def bad_sample(place: str) -> Iterator[None]:
+    """What goes wrong inside makes a bad sample of what is at `place`."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise BadSampleError(f"{place} is not UTF-8 ({error})", "not_utf8") from error
+    except (OSError, pa.ArrowException) as error:  # some of Arrow's are ValueErrors
+        raise BadSampleError(f"{place} cannot be read ({error})") from error
+    except (ValueError, TypeError) as error:
+        raise BadSampleError(f"{place} is no example ({error})", "no_example") from error

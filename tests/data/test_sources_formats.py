@@ -1,0 +1,574 @@
+"""Every format, written by the tools that people use for it."""
+
+import csv
+import io
+import json
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from grain._src.python.testing.experimental import assert_equal_output_after_checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from lit_jax.config import DataConfig, SourceConfig
+from lit_jax.data import records
+from lit_jax.data.example import BadSampleError, Example
+from lit_jax.data.files import expand
+from lit_jax.data.image import decode
+from lit_jax.data.pipeline import TrainStream
+from lit_jax.data.readers import ImageTextReader
+from lit_jax.data.sources import open_source, tar_index
+from lit_jax.data.sources.tar_index import open_index
+from lit_jax.errors import UserError
+from tests.data.object_store import BUCKET, serve
+
+CAPTIONS = (
+    "ein Hund läuft",
+    "犬が走る",
+    "كلب يجري",
+    "कुत्ता दौड़ता है",
+    "un cafe\u0301",
+    "👩‍👧 and a dog",
+    'a "quoted", tall\tdog',
+)
+N = len(CAPTIONS)
+CLASSES = ("cat", "犬")
+
+
+def flat(caption: str) -> str:
+    """What a format without quoting can hold."""
+    return caption.replace("\t", " ")
+
+
+@pytest.fixture(scope="session")
+def images(noise, encode) -> list[bytes]:
+    return [encode(noise(4, 7, 3, seed=i)) for i in range(N)]
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes, **about) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for key, value in about.items():
+        setattr(member, key, value)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def write_files(folder: Path, images) -> None:
+    for i, image in enumerate(images):
+        (folder / f"{i}.png").write_bytes(image)
+
+
+def write_tars(folder: Path, images) -> None:
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
+            for i in range(shard * 4, min(shard * 4 + 4, N)):
+                about = {"caption": CAPTIONS[i], "key": f"{i:09}", "status": "success"}
+                add(tar, f"{i:09}.jpg", images[i])
+                add(tar, f"{i:09}.json", json.dumps(about).encode())
+                add(tar, f"{i:09}.txt", CAPTIONS[i].encode())
+                add(tar, f"{i:09}.cls", str(i % 2).encode())
+        # img2dataset leaves these beside each tar.
+        parquet.write_table(pa.table({"key": ["a"]}), folder / f"{shard:05}.parquet")
+        (folder / f"{shard:05}_stats.json").write_text("{}")
+
+
+def write_jsonl(folder: Path, images) -> None:
+    write_files(folder, images)
+    rows = [{"image": f"{i}.png", "caption": CAPTIONS[i], "label": i % 2} for i in range(N)]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_csv(folder: Path, images) -> None:
+    write_files(folder, images)
+    with (folder / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption", "label"])
+        writer.writerows([f"{i}.png", CAPTIONS[i], i % 2] for i in range(N))
+
+
+def write_tsv(folder: Path, images) -> None:
+    """As Conceptual Captions: no names of columns."""
+    write_files(folder, images)
+    lines = "".join(f"{flat(CAPTIONS[i])}\t{i}.png\n" for i in range(N))
+    (folder / "train.tsv").write_text(lines, encoding="utf-8")
+
+
+def write_parquet(folder: Path, images) -> None:
+    for shard, rows in enumerate((range(4), range(4, N))):
+        table = pa.table(
+            {
+                "image": [{"bytes": images[i], "path": None} for i in rows],
+                "caption": [CAPTIONS[i] for i in rows],
+                "label": [i % 2 for i in rows],
+                "unused": [0] * len(rows),
+            }
+        )
+        parquet.write_table(table, folder / f"train-{shard:05}.parquet", row_group_size=2)
+
+
+def make_datasets(images) -> datasets.Dataset:
+    features = datasets.Features(
+        image=datasets.Image(),
+        caption=datasets.Value("string"),
+        label=datasets.ClassLabel(names=list(CLASSES)),
+    )
+    rows = {
+        "image": [{"bytes": image, "path": None} for image in images],
+        "caption": list(CAPTIONS),
+        "label": [i % 2 for i in range(N)],
+    }
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def write_datasets(folder: Path, images) -> None:
+    make_datasets(images).save_to_disk(folder, num_shards=2)
+
+
+def write_records(folder: Path, images) -> None:
+    shards = []
+    for shard, rows in enumerate((range(4), range(4, N))):
+        shards.append(records.Shard(f"{shard}.array_record", len(rows)))
+        writer = ArrayRecordWriter(str(folder / shards[-1].name), records.WRITER_OPTIONS)
+        for i in rows:
+            example = Example(
+                key=str(i), image=images[i], captions=(CAPTIONS[i],), label=str(i % 2)
+            )
+            writer.write(records.encode(example))
+        writer.close()
+    records.write_manifest(folder, shards)
+
+
+def write_coco(folder: Path, images) -> None:
+    for name in ("annotations", "val2017"):
+        (folder / name).mkdir()
+    write_files(folder / "val2017", images)
+    content = {
+        "images": [{"id": 100 + i, "file_name": f"{i}.png"} for i in range(N)],
+        "annotations": [
+            {"id": i, "image_id": 100 + i, "caption": CAPTIONS[i]} for i in reversed(range(N))
+        ],
+    }
+    (folder / "annotations/captions_val2017.json").write_text(json.dumps(content))
+    (folder / "annotations/instances_val2017.json").write_text("{}")
+
+
+def write_karpathy(folder: Path, images) -> None:
+    (folder / "flickr30k-images").mkdir()
+    write_files(folder / "flickr30k-images", images)
+    rows = [
+        {"filename": f"{i}.png", "split": "test", "sentences": [{"raw": CAPTIONS[i]}]}
+        for i in range(N)
+    ]
+    other = {"filename": "x.png", "split": "train", "sentences": []}
+    (folder / "dataset_flickr30k.json").write_text(json.dumps({"images": [other, *rows]}))
+
+
+def write_flickr(folder: Path, images) -> None:
+    write_files(folder, images)
+    lines = "".join(f"{i}.png#0\t{flat(CAPTIONS[i])}\n" for i in range(N))
+    (folder / "results_20130124.token").write_text(lines, encoding="utf-8")
+
+
+def write_classes(folder: Path, images) -> None:
+    for i, image in enumerate(images):
+        (folder / "val" / CLASSES[i % 2]).mkdir(parents=True, exist_ok=True)
+        (folder / "val" / CLASSES[i % 2] / f"{i}.PNG").write_bytes(image)
+    (folder / "val/readme.txt").write_text("no image")
+
+
+NAMES, IDS = tuple(CLASSES[i % 2] for i in range(N)), tuple(str(i % 2) for i in range(N))
+NONE = (None,) * N
+FLAT = tuple(map(flat, CAPTIONS))
+# name -> (what writes it, split, captions, labels)
+FORMATS = {
+    "tars": (write_tars, None, CAPTIONS, IDS),
+    "jsonl": (write_jsonl, None, CAPTIONS, IDS),
+    "csv": (write_csv, None, CAPTIONS, IDS),
+    "tsv": (write_tsv, None, FLAT, NONE),
+    "parquet": (write_parquet, "train", CAPTIONS, IDS),
+    "datasets": (write_datasets, None, CAPTIONS, NAMES),
+    "records": (write_records, None, CAPTIONS, IDS),
+    "coco": (write_coco, "val2017", CAPTIONS, NONE),
+    "karpathy": (write_karpathy, "test", CAPTIONS, NONE),
+    "flickr": (write_flickr, None, FLAT, NONE),
+    "classes": (write_classes, "val", None, NAMES),
+}
+LOCAL_ONLY = ("datasets", "records")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory, images) -> Path:
+    root = tmp_path_factory.mktemp("formats")
+    for name, (write, *_) in FORMATS.items():
+        (root / name).mkdir()
+        write(root / name, images)
+    return root
+
+
+def check(source, name: str, images) -> None:
+    _, _, captions, labels = FORMATS[name]
+    examples = [source[i] for i in range(len(source))]
+    # A folder by classes comes in the order of its paths.
+    order = sorted(range(N), key=lambda i: (CLASSES[i % 2], i)) if name == "classes" else range(N)
+    assert [e["captions"] for e in examples] == [(captions[i],) if captions else () for i in order]
+    assert [e["label"] for e in examples] == [labels[i] for i in order]
+    assert len({e["key"] for e in examples}) == N
+    for example, i in zip(examples, order, strict=True):
+        expected = np.asarray(decode(images[i]))
+        np.testing.assert_array_equal(np.asarray(decode(example["image"])), expected)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_its_examples(data, images, name):
+    source = open_source(SourceConfig(path=str(data / name), split=FORMATS[name][1]))
+    check(source, name, images)
+    check(pickle.loads(pickle.dumps(source)), name, images)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in LOCAL_ONLY])
+def test_every_format_is_read_from_an_object_store(data, images, name, monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with serve(data) as options:
+        config = SourceConfig(path=f"s3://{BUCKET}/{name}{options}", split=FORMATS[name][1])
+        source = open_source(config)
+        check(source, name, images)
+        check(pickle.loads(pickle.dumps(source)), name, images)
+
+
+@pytest.mark.parametrize("name", LOCAL_ONLY)
+def test_what_needs_a_local_disk_says_so(data, name, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+    with (
+        serve(data) as options,
+        pytest.raises(UserError, match=r"local disks alone; copy s3://"),
+    ):
+        open_source(SourceConfig(path=f"s3://{BUCKET}/{name}{options}"))
+
+
+@pytest.fixture
+def open_stream(data, image_transform, tokenizer):
+    def open_stream(name, *, process=0, processes=1, **config):
+        config = DataConfig(max_text_length=24, threads=2, **config)
+        return TrainStream(
+            open_source(SourceConfig(path=str(data / name), split=FORMATS[name][1])),
+            ImageTextReader(image_transform, tokenizer, 24),
+            config=config,
+            seed=0,
+            batch_size=4,
+            process_index=process,
+            process_count=processes,
+        )
+
+    return open_stream
+
+
+class Limited:
+    """The first batches of a stream, as Grain's checker takes them: an iterator with a state."""
+
+    def __init__(self, stream, batches=5):
+        self._stream, self._batches, self._start = stream, batches, stream.get_state()
+
+    def __iter__(self):
+        self._stream.set_state(self._start)
+        return self
+
+    def __next__(self):
+        if self._stream.get_state()["next_batch"] == self._batches:
+            raise StopIteration
+        return next(self._stream)
+
+    def get_state(self):
+        return self._stream.get_state()
+
+    def set_state(self, state):
+        self._stream.set_state(state)
+
+
+CAPTIONED = [name for name in FORMATS if name != "classes"]
+
+
+@pytest.mark.parametrize("name", CAPTIONED)
+def test_every_source_goes_on_from_every_position(open_stream, name):
+    stream = open_stream(name)
+    assert_equal_output_after_checkpoint(Limited(stream))
+    stream.close()
+
+
+@pytest.mark.parametrize("name", CAPTIONED)
+def test_two_processes_share_every_source(open_stream, name):
+    streams = [open_stream(name, process=p, processes=2) for p in range(2)]
+    whole = open_stream(name)
+    for _ in range(4):
+        expected, *shares = (next(stream) for stream in (whole, *streams))
+        for key, array in expected.items():
+            for p, share in enumerate(shares):
+                np.testing.assert_array_equal(share[key], array[p::2])
+    for stream in (whole, *streams):
+        stream.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CAPTIONED)
+def test_workers_do_not_change_the_order_of_any_source(open_stream, name):
+    streams = [open_stream(name, workers=workers) for workers in (0, 1, 2)]
+    batches = [[next(stream) for _ in range(4)] for stream in streams]
+    for stream in streams:
+        stream.close()
+    for others in batches[1:]:
+        for batch, other in zip(batches[0], others, strict=True):
+            for key in batch:
+                np.testing.assert_array_equal(batch[key], other[key])
+
+
+# Tar files.
+
+
+def open_tars(folder: Path, **config):
+    return open_source(SourceConfig(path=str(folder), **config))
+
+
+def test_braces_are_expanded():
+    assert expand("s/{00009..00011}.tar") == ["s/00009.tar", "s/00010.tar", "s/00011.tar"]
+    assert expand("{a,b}{1..2}") == ["a1", "a2", "b1", "b2"]
+    assert expand("plain.tar") == ["plain.tar"]
+
+
+def test_braces_name_tar_files(data):
+    assert len(open_tars(data / "tars/{00000..00001}.tar")) == N
+    assert len(open_tars(data / "tars/{00001,00000}.tar")) == N
+    assert len(open_tars(data / "tars/00000.tar")) == 4
+    with pytest.raises(UserError, match=r"00002\.tar.*shard of the data set cannot be read"):
+        open_tars(data / "tars/{00000..00002}.tar")
+
+
+def test_the_index_is_made_once_and_again_when_a_file_changes(tmp_path, images, monkeypatch):
+    write_tars(tmp_path, images)
+    scanned, scan = [], tar_index._scan
+    monkeypatch.setattr(tar_index, "_scan", lambda n, file: scanned.append(n) or scan(n, file))
+    assert len(open_tars(tmp_path)) == len(open_tars(tmp_path)) == N
+    assert sorted(scanned) == [0, 1]
+    with tarfile.open(tmp_path / "00001.tar", "a") as tar:
+        add(tar, "new.png", images[0])
+        add(tar, "new.txt", b"new")
+    assert open_tars(tmp_path)[N]["captions"] == ("new",)
+    (index,) = tmp_path.glob("lit_jax-index-*.arrow")
+    index.write_bytes(index.read_bytes()[:100])  # a damaged index is no harm
+    assert len(open_tars(tmp_path)) == N + 1
+
+
+def test_the_index_goes_to_the_cache_where_nothing_can_be_written(tmp_path, images, monkeypatch):
+    folder, cache = tmp_path / "data", tmp_path / "cache"
+    folder.mkdir()
+    write_tars(folder, images)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    files = [folder / f"{n:05}.tar" for n in range(2)]
+    beside, _ = tar_index._places(files)
+    beside.mkdir()  # root may write everywhere, but not a file where a folder is
+    assert len(open_index(files)) == N
+    assert len(list((cache / "lit_jax").glob("*.arrow"))) == 1
+    assert not [f for f in folder.iterdir() if f.name.startswith(".")]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(files[0]))
+    with pytest.raises(UserError, match=r"can be written to none of .* set XDG_CACHE_HOME"):
+        open_index(files)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd.png", "/etc/passwd.png", "a/../b.png", "link"])
+def test_hostile_members_are_bad_samples(tmp_path, images, name):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        if name == "link":
+            add(tar, "x.png", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        else:
+            add(tar, name, images[0])
+        add(tar, "good.png", images[1])
+        add(tar, "good.txt", b"good")
+    source = open_tars(tmp_path)
+    with pytest.raises(BadSampleError, match="leads out of the folder") as raised:
+        source[0]
+    assert raised.value.kind == "hostile_path"
+    assert source[1]["captions"] == ("good",)
+
+
+def test_bad_members_are_bad_samples_of_their_kind(tmp_path, images):
+    members = {
+        "a.txt": "é".encode("latin-1"), "a.png": images[0],
+        "b.json": b"{", "b.png": images[0],
+        "c.json": b"[]", "c.png": images[0],
+        "d.txt": b"no image",
+        "e.png": b"", "e.txt": b"e",
+        "f.png": images[0][:40], "f.txt": b"f",
+        "g.png": b"<html>", "g.txt": b"g",
+    }  # fmt: skip
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in members.items():
+            add(tar, name, content)
+    source, kinds = open_tars(tmp_path), []
+    for i in range(len(source)):
+        with pytest.raises(BadSampleError) as raised:
+            decode(source[i]["image"])
+        kinds.append(raised.value.kind)
+    assert kinds == [
+        "not_utf8", "no_example", "no_example", "no_example", "empty", "damaged", "not_image"
+    ]  # fmt: skip
+
+
+def test_a_truncated_tar_gives_what_is_left_of_it(tmp_path, images, caplog):
+    write_tars(tmp_path, images)
+    file = tmp_path / "00001.tar"
+    with tarfile.open(file) as tar:
+        cut = tar.getmember("000000005.jpg").offset_data + 10
+    file.write_bytes(file.read_bytes()[:cut])
+    source = open_tars(tmp_path)
+    assert source[4]["captions"] == (CAPTIONS[4],)
+    assert "00001.tar breaks off after" in caplog.text
+    for i in range(5, len(source)):
+        with pytest.raises(BadSampleError, match="ends within"):
+            source[i]
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar" * 200])
+def test_an_unreadable_tar_is_refused(tmp_path, content):
+    (tmp_path / "0.tar").write_bytes(content)
+    with pytest.raises(UserError, match=r"0\.tar is no tar file that can be read"):
+        open_tars(tmp_path)
+
+
+# Tables.
+
+ANY_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(ANY_TEXT, min_size=1, max_size=6), line_break=st.sampled_from(["\n", "\r\n"]))
+def test_csv_gives_back_any_text(tmp_path, texts, line_break):
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator=line_break, quoting=csv.QUOTE_ALL)
+        writer.writerows([("image", "caption"), *(("a.png", text) for text in texts)])
+    source = open_source(SourceConfig(path=str(tmp_path / "a.csv")))
+    assert [source[i]["captions"] for i in range(len(source))] == [(text,) for text in texts]
+
+
+def test_tsv_keeps_quotes_that_quote_nothing(tmp_path):
+    lines = ['5" nails', '"a" and "b"', '"said ""no"""', '"', "'"]
+    text = "".join(f"a.png\t{line}\n" for line in lines)
+    (tmp_path / "a.tsv").write_text("image\tcaption\n" + text)
+    source = open_source(SourceConfig(path=str(tmp_path)))
+    got = [source[i]["captions"][0] for i in range(len(source))]
+    assert got == ['5" nails', '"a" and "b"', 'said "no"', '"', "'"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"filepath,title\na.png,a\n", r"needs the columns 'image'.*'filepath', 'title'"),
+        ("a.tsv", b"a caption\tmissing.png\n", r"needs the columns 'image'"),
+        ("a.csv", b"image,caption\n", "no line after them"),
+        ("a.csv", b'image,caption\na.png,"a', "quoted field without an end"),
+        ("a.csv", b"\xff,caption\na,b\n", "no line of a table"),
+        ("a.csv", b"", "is empty"),
+        ("a.parquet", b"PAR1", "is no Parquet file that can be read"),
+        ("captions_x.json", b"{}", "is no caption file of its kind .*annotations"),
+        ("dataset_x.json", b"[", "is no caption file of its kind"),
+        ("x.token", b"no tab", "is no caption file of its kind"),
+        ("x.token", b"missing.jpg#0\ta", "is in none of the folders"),
+        ("records.json", b"{", "is damaged"),
+        ("state.json", b"{}", "is damaged"),
+    ],
+)
+def test_bad_files_are_refused_in_one_sentence(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        open_source(SourceConfig(path=str(tmp_path)))
+
+
+def test_bad_lines_of_a_table_are_bad_samples(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"image,caption\na.png\na.png,\xff\n,a\na.png,fine\n")
+    source, kinds = open_source(SourceConfig(path=str(tmp_path))), []
+    for i in range(3):
+        with pytest.raises(BadSampleError) as raised:
+            source[i]
+        kinds.append(raised.value.kind)
+    assert kinds == ["no_example", "not_utf8", "no_example"]
+    assert source[3]["captions"] == ("fine",)
+
+
+def test_columns_are_named_by_the_config(tmp_path, images):
+    table = pa.table({"jpg": images, "text": [[c, "second"] for c in CAPTIONS]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    source = open_source(SourceConfig(path=str(tmp_path), image_key="jpg", caption_key="text"))
+    assert source[1]["captions"] == (CAPTIONS[1], "second")
+    with pytest.raises(UserError, match=r"needs a column 'image' of images.*jpg \(binary\)"):
+        open_source(SourceConfig(path=str(tmp_path)))
+
+
+def test_a_damaged_row_group_makes_bad_samples(tmp_path, images):
+    write_parquet(tmp_path, images)
+    file = tmp_path / "train-00000.parquet"
+    content = bytearray(file.read_bytes())
+    content[4:60] = b"\xff" * 56
+    file.write_bytes(content)
+    source = open_source(SourceConfig(path=str(tmp_path)))
+    with pytest.raises(BadSampleError) as raised:
+        source[0]
+    assert raised.value.kind == "damaged"
+    assert source[N - 1]["captions"] == (CAPTIONS[N - 1],)
+
+
+def test_labels_out_of_range_are_bad_samples(tmp_path, images):
+    table = make_datasets(images).data.table
+    about = table.schema.metadata
+    labels = pa.array([0, 1, -1, 7, 0, 0, 0], pa.int64())
+    table = table.set_column(table.schema.get_field_index("label"), "label", labels)
+    parquet.write_table(
+        table.replace_schema_metadata(about),
+        tmp_path / "a.parquet",
+    )
+    source = open_source(SourceConfig(path=str(tmp_path)))
+    assert [source[i]["label"] for i in range(3)] == ["cat", "犬", None]
+    with pytest.raises(BadSampleError, match='"label" is 7, of 2 classes'):
+        source[3]
+
+
+def test_a_saved_dict_of_data_sets_has_splits(tmp_path, images):
+    whole = make_datasets(images)
+    datasets.DatasetDict(train=whole, test=whole.select([2, 0])).save_to_disk(tmp_path)
+    source = open_source(SourceConfig(path=str(tmp_path), split="test"))
+    assert [source[i]["captions"] for i in range(2)] == [(CAPTIONS[2],), (CAPTIONS[0],)]
+    with pytest.raises(UserError, match="no split 'valid'; its splits are test, train"):
+        open_source(SourceConfig(path=str(tmp_path), split="valid"))
+
+
+def test_a_missing_shard_of_records_is_refused(tmp_path, images):
+    write_records(tmp_path, images)
+    os.truncate(tmp_path / "1.array_record", 0)
+    with pytest.raises(UserError, match=r"1\.array_record is missing or empty"):
+        open_source(SourceConfig(path=str(tmp_path)))
+
+
+def test_splits_of_karpathy_are_listed(data):
+    with pytest.raises(UserError, match="no split 'x'; its splits are test, train"):
+        open_source(SourceConfig(path=str(data / "karpathy"), split="x"))
+
+
+def test_several_files_need_a_choice(tmp_path, images):
+    write_csv(tmp_path, images)
+    (tmp_path / "test-pairs.csv").write_bytes((tmp_path / "pairs.csv").read_bytes())
+    assert len(open_source(SourceConfig(path=str(tmp_path), split="test"))) == N
+    with pytest.raises(UserError, match=r"has pairs\.csv, test-pairs\.csv; name one"):
+        open_source(SourceConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("path", ["http://a.b/c", "s3://", "ftp://a/b"])
+def test_other_addresses_are_refused(path):
+    with pytest.raises(UserError, match="is no address that can be read"):
+        open_source(SourceConfig(path=path))
