@@ -28,8 +28,9 @@ from lit_jax.distributed.mesh import make_mesh, replicated
 from lit_jax.errors import UserError
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.evals.runner import Metrics, open_evals, run, table
+from lit_jax.files import write_json
 from lit_jax.models.dual_encoder import DualEncoderModule
-from lit_jax.training.run import load_run, read_config, write_json
+from lit_jax.training.run import load_run, read_config
 from lit_jax.weights.hub import local_folder
 from lit_jax.weights.load import load_dual_encoder
 

@@ -17,10 +17,11 @@ from lit_jax.distributed import process
 from lit_jax.evals import runner
 from lit_jax.evals.encode import Encoder
 from lit_jax.evals.report import write_demo_report
+from lit_jax.files import write_json
 from lit_jax.training.disk import writing
 from lit_jax.training.loop import train
 from lit_jax.training.metrics import read_metrics
-from lit_jax.training.run import Run, write_json
+from lit_jax.training.run import Run
 
 
 @command

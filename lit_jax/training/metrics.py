@@ -14,7 +14,8 @@ from tqdm import tqdm
 from lit_jax.config import LogConfig
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
-from lit_jax.training.disk import write_whole, writing
+from lit_jax.files import write_whole
+from lit_jax.training.disk import writing
 from lit_jax.training.step import Metrics
 
 
