@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,17 @@ class Reporter:
         """Reports the step before this one, and keeps this one's metrics, still being computed."""
         self.flush()
         self._pending = step, metrics, bad_samples
+
+    @contextlib.contextmanager
+    def evaluating(self, step: int) -> Iterator[dict[str, float]]:
+        """Gives a dict for the metrics of evaluations after `step`; the time they take is not training's."""
+        self.flush()
+        metrics, start = {}, time.perf_counter()
+        yield metrics
+        last_step, last_time = self._last_row
+        self._last_row = last_step, last_time + time.perf_counter() - start
+        if self._writer:
+            self._writer.write(step, metrics)
 
     def flush(self) -> None:
         """Reports what `add` kept. Raises UserError if a value is not finite."""
