@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, config in evals.items()
         }
     prepared = open_evals(evals)  # before the weights: its errors should not take minutes
-    encoder, params = _load_run(args) if args.workdir else _load_folder(args.model)
+    encoder, params = _load_run(args) if args.workdir else load_folder(args.model)
     evaluations = run(prepared, encoder, params, cache=args.cache)
     if process.is_primary():
         print(table(flat(evaluations)))
@@ -162,7 +162,8 @@ def _load_run(args: argparse.Namespace) -> tuple[Encoder, Params]:
     return Encoder.of_setup(trained.setup), trained.params
 
 
-def _load_folder(model: str) -> tuple[Encoder, Params]:
+def load_folder(model: str) -> tuple[Encoder, Params]:
+    """A dual encoder from a folder or the Hub, on all devices."""
     folder = local_folder(model, config_key="--model")
     module, params, _, _ = load_dual_encoder(folder, dtype="float32")
     mesh = make_mesh(MeshConfig())

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import portpicker
 import pytest
+from PIL import Image
 
 from lit_jax.config import default, parse
 from lit_jax.console import BAD_INPUT
@@ -155,8 +156,6 @@ def test_an_exported_folder_measures_as_its_run(run, exported, tmp_path):
 
 def test_without_classes_it_is_retrieval(exported, tmp_path, capsys, monkeypatch):
     rng = np.random.default_rng(0)
-    from PIL import Image
-
     with (tmp_path / "captions.jsonl").open("w") as file:
         for i in range(3):
             Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / f"{i}.png")
@@ -164,6 +163,51 @@ def test_without_classes_it_is_retrieval(exported, tmp_path, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert main([f"--model={exported}", "--data=."]) == 0
     assert f"retrieval/{tmp_path.name}/text_to_image_recall_at_5" in capsys.readouterr().out
+
+
+def test_results_report_and_cache_are_written(run, tmp_path):
+    """By default those of a run go into it; a second time the cache has the embeddings."""
+    _, workdir = run
+    flags = [f"--cache={tmp_path / 'cache'}", f"--report={tmp_path / 'report.html'}"]
+    assert main([f"--workdir={workdir}", *flags]) == 0
+    result = json.loads((workdir / "evals" / "zero_shot_unseen.json").read_text())
+    assert (result["dataset"], result["model"], result["pretrained"]) == (
+        "unseen",
+        workdir.name,
+        "step 2",
+    )
+    assert "unseen" in (workdir / "evals" / "table.md").read_text()
+    assert "Worst confusions" in (tmp_path / "report.html").read_text()
+    first = (workdir / "results.json").read_text()
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    assert main([f"--workdir={workdir}", *flags]) == 0
+    assert (workdir / "results.json").read_text() == first
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == files
+
+
+def test_search_finds_a_picture_by_words(exported, tmp_path, capsys):
+    from examples.search import main as search
+
+    images = tmp_path / "images" / "deep"
+    images.mkdir(parents=True)
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (5, 40, 30, 3), np.uint8)):
+        Image.fromarray(image).save(images / f"{i}.png")
+    (images / "bad.jpg").write_bytes(b"no image")
+    flags = [f"--model={exported}", f"--images={tmp_path / 'images'}", "--query=<b>fünf</b>"]
+    flags += [f"--output={tmp_path / 'page.html'}", f"--cache={tmp_path / 'cache'}"]
+    assert search(flags) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split("\t") for line in printed.splitlines()[:-1]]
+    assert sorted(Path(path).stem for _, _, path in lines) == list("01234")
+    scores = [float(score) for _, score, _ in lines]
+    assert scores == sorted(scores, reverse=True)
+    page = (tmp_path / "page.html").read_text()
+    assert "&lt;b&gt;fünf" in page
+    assert page.count("<img") == 5
+    assert search(flags) == 0
+    assert capsys.readouterr().out == printed
+    assert search([*flags[:1], f"--images={tmp_path / 'cache'}", *flags[2:]]) == BAD_INPUT
+    assert "There is no picture in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_max_length": null}'])
@@ -184,6 +228,11 @@ def test_a_folder_whose_tokenizer_config_is_damaged(exported, tmp_path, content,
         (["--model=x", *UNSEEN, "--batch_size=0"], "--batch_size=0 is no batch"),
         (["--model=x", *UNSEEN, "--output=/nowhere/a.json"], "there is no folder /nowhere"),
         (["--model=x", "--data=/nowhere"], "/nowhere"),
+        (["--model=x", *UNSEEN, CLASSES, "--train_data=x"], "give one of them"),
+        (["--model=x", *UNSEEN, "--shots=1"], "--shots and --train_split tell about --train_data"),
+        (["--model=x", *UNSEEN, "--train_data=demo", "--shots=a"], "must be numbers joined by"),
+        (["--model=x", *UNSEEN, CLASSES, "--labels=x"], "labels is 'x'; it must be one of"),
+        (["--model=x", *UNSEEN, "--report=/nowhere/a.html"], "there is no folder /nowhere"),
         (["--model=x", *UNSEEN, "--classes=/nowhere.json"], "/nowhere.json cannot be read"),
         (["--model=/nowhere", *UNSEEN, CLASSES], "--model"),
         (["--workdir=/nowhere"], "/nowhere is not a run folder"),

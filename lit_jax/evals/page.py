@@ -5,6 +5,7 @@ import html
 import io
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -38,7 +39,7 @@ th, td {{ padding: 0.4rem 0.9rem 0.4rem 0; text-align: right; vertical-align: mi
 th {{ color: var(--faint); font-weight: 500; font-size: 0.85rem; white-space: nowrap; }}
 th:first-child, td:first-child, td.text, th.text {{ text-align: left; white-space: normal; }}
 td:first-child {{ font-weight: 600; }}
-.cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: 1.4rem 1.2rem;
+.cards {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: 1.4rem 1.2rem;
   margin: 0.8rem 0 1rem; }}
 .card img {{ width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--wash); border-radius: 6px;
   display: block; }}
@@ -50,7 +51,7 @@ td:first-child {{ font-weight: 600; }}
 .guess.right i {{ background: var(--right); }}
 .row {{ margin: 1.1rem 0 1.5rem; }}
 .row > p {{ margin: 0 0 0.4rem; font-weight: 600; max-width: none; overflow-wrap: anywhere; }}
-.strip {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(5.6rem, 1fr)); gap: 0.6rem; }}
+.strip {{ display: grid; grid-template-columns: repeat(8, 1fr); gap: 0.6rem; }}
 .strip img, .small {{ width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--wash);
   border-radius: 5px; display: block; }}
 .strip figure {{ margin: 0; }}
@@ -65,6 +66,8 @@ td:first-child {{ font-weight: 600; }}
 .answer ol {{ margin: 0; padding: 0 0 0 1.4rem; color: var(--faint); overflow-wrap: anywhere; }}
 .answer li {{ padding: 0.1rem 0; }}
 .answer li.right {{ color: var(--right); font-weight: 600; }}
+@media (max-width: 40rem) {{ .cards {{ grid-template-columns: 1fr 1fr; }}
+  .strip {{ grid-template-columns: repeat(4, 1fr); }} }}
 .figure {{ width: 100%; height: auto; display: block; margin: 0.6rem 0; }}
 """.strip()
 
@@ -118,7 +121,7 @@ def picture(image: ImageFile, alt: str, kind: str = "") -> str:
 def drawing(figure: Figure, alt: str) -> str:
     content = io.BytesIO()
     # Texts stay texts, which the browser has the fonts for; with no date, equal numbers give equal files.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "lit_jax", "font.family": "sans-serif"}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "lit_jax", "font.family": "sans-serif"}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support")
         figure.savefig(content, format="svg", metadata={"Date": None})

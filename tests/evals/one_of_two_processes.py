@@ -10,7 +10,8 @@ from conftest import make_encoder, make_params, make_pictures_with_bad
 from lit_jax.config import MeshConfig
 from lit_jax.distributed import process
 from lit_jax.distributed.mesh import make_mesh
-from lit_jax.evals.zero_shot import Classes, label_ids, zero_shot
+from lit_jax.evals.classes import Classes, label_ids
+from lit_jax.evals.zero_shot import zero_shot
 
 process.initialize()
 assert [device.process_index for device in jax.devices()] == [0] * 4 + [1] * 4

@@ -117,7 +117,11 @@ def test_a_model_that_tells_nothing_apart_finds_nothing(value):
 
 def test_evaluate_leaves_out_bad_images_with_their_captions(encoder, params, pictures_with_bad):
     captions = captions_of(pictures_with_bad)
-    metrics = evaluate_retrieval(encoder, params, pictures_with_bad, captions)
+    result = evaluate_retrieval(encoder, params, pictures_with_bad, captions)
+    metrics = result.metrics
+    assert result.texts[8] == "number 5"
+    assert result.image_of_text[8] == 4
+    assert result.index[4] == 5
     assert (metrics["images"], metrics["texts"]) == (20, 40)
 
     kept = type(pictures_with_bad)(pictures_with_bad[:4] + pictures_with_bad[5:])
