@@ -16,6 +16,7 @@ from PIL import Image
 
 from lit_jax.config import default, parse
 from lit_jax.console import BAD_INPUT
+from lit_jax.data.demo import DemoSource
 from lit_jax.evaluate import main
 from lit_jax.training.loop import train
 from lit_jax.weights.save import save_dual_encoder
@@ -183,6 +184,82 @@ def test_results_report_and_cache_are_written(run, tmp_path):
     assert main([f"--workdir={workdir}", *flags]) == 0
     assert (workdir / "results.json").read_text() == first
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == files
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    """40 images with two captions and a class each."""
+    folder = tmp_path_factory.mktemp("pairs")
+    source = DemoSource("unseen")
+    with (folder / "captions.jsonl").open("w") as file:
+        for i in range(40):
+            example = source[i]
+            Image.fromarray(example["image"]).save(folder / f"{i}.png")
+            captions = [f"{example['captions'][0]} {'I' * i}", example["captions"][1]]
+            row = {"image": f"{i}.png", "captions": captions, "label": example["label"]}
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
+@pytest.mark.oracle
+def test_the_numbers_are_those_of_pytorch(exported, pairs, tmp_path):
+    """Recomputed from the files with transformers' model and processors and a few lines of PyTorch."""
+    import torch
+    from transformers import AutoImageProcessor, AutoTokenizer, VisionTextDualEncoderModel
+
+    model = VisionTextDualEncoderModel.from_pretrained(exported).eval()
+    processor = AutoImageProcessor.from_pretrained(exported)
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+
+    def unit(embeds):
+        embeds = getattr(embeds, "pooler_output", embeds)
+        return torch.nn.functional.normalize(embeds.double(), dim=-1)
+
+    def embed(texts):
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=16, return_tensors="pt")
+        return unit(model.get_text_features(**tokens))
+
+    rows = [json.loads(line) for line in (pairs / "captions.jsonl").read_text().splitlines()]
+    content = json.loads((DEMO / "unseen16.json").read_text())
+    with torch.no_grad():
+        files = [Image.open(pairs / row["image"]) for row in rows]
+        images = unit(model.get_image_features(**processor(files, return_tensors="pt")))
+        classes = torch.stack(
+            [
+                embed([t.replace("{}", name) for t in content["templates"]]).mean(dim=0)
+                for name in content["classnames"]
+            ]
+        )
+        texts = embed([text for row in rows for text in row["captions"]])
+    labels = torch.tensor([content["classnames"].index(row["label"]) for row in rows])
+    top5 = (images @ unit(classes).T).topk(5).indices
+    right = top5[:, 0] == labels
+    scores, own = images @ texts.T, torch.arange(80) // 2
+    of_images = [
+        1 + int((scores[i, own != i] >= scores[i, own == i].max()).sum()) for i in range(40)
+    ]
+    of_texts = [1 + int((scores[:, m] > scores[own[m], m]).sum()) for m in range(80)]
+    expected = {
+        "top1": right.double().mean(),
+        "top5": (top5 == labels[:, None]).any(dim=1).double().mean(),
+        "mean_per_class_recall": torch.stack(
+            [right[labels == c].double().mean() for c in labels.unique()]
+        ).mean(),
+        "image_to_text_mean_rank": sum(of_images) / 40,
+        "text_to_image_mean_rank": sum(of_texts) / 80,
+        "text_to_image_median_rank": np.median(of_texts),
+        "image_to_text_recall_at_5": sum(rank <= 5 for rank in of_images) / 40,
+        "text_to_image_recall_at_10": sum(rank <= 10 for rank in of_texts) / 80,
+    }
+    actual = {}
+    for flags in ([CLASSES], []):
+        assert (
+            main([f"--model={exported}", f"--data={pairs}", *flags, f"--output={tmp_path / 'o'}"])
+            == 0
+        )
+        found = json.loads((tmp_path / "o").read_text())
+        actual |= {name.rpartition("/")[2]: value for name, value in found.items()}
+    assert {name: actual[name] for name in expected} == pytest.approx(expected, abs=1e-9)
 
 
 def test_search_finds_a_picture_by_words(exported, tmp_path, capsys):

@@ -124,8 +124,9 @@ def drawing(figure: Figure, alt: str) -> str:
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "lit_jax", "font.family": "sans-serif"}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support")
-        figure.savefig(content, format="svg", metadata={"Date": None})
-    return _image("image/svg+xml", content.getvalue(), alt, "figure")
+        figure.savefig(content, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    image = _image("image/svg+xml", content.getvalue(), alt, "figure")
+    return f'<div style="max-width:{figure.get_figwidth() * 110:.0f}px">{image}</div>'
 
 
 def _image(mime: str, content: bytes, alt: str, kind: str) -> str:

@@ -5,7 +5,7 @@ model/                 config, tokenizer and image processor of the model
 parameters.txt         what trains, how fast, and how it lies on the mesh
 frozen/, checkpoints/  see checkpoints.py
 metrics.jsonl, tensorboard/  what was measured
-results.json, report/  the final evaluations, and pictures of them
+results.json, evals/, report/  the final evaluations, and pictures of them
 """
 
 import dataclasses
