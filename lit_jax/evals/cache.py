@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lit_jax.data.sources import Source
+from lit_jax.distributed.mesh import REPLICATED
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import write_whole
@@ -108,7 +109,7 @@ def of_parts(*parts: Any) -> str:
 
 
 def of_side(params: Mapping[str, Any], tower: str) -> str:
-    """Tells the parameters of a tower and its projection apart by each bit, on any mesh."""
+    """Tells the parameters of a tower and its projection apart by each bit; under `jax.set_mesh`."""
     others = {"vision_model", "text_model"} - {tower}
     leaves = flatten({name: tree for name, tree in params.items() if name not in others})
     sums = jax.device_get(_checksums(leaves))
@@ -118,7 +119,8 @@ def of_side(params: Mapping[str, Any], tower: str) -> str:
 @jax.jit
 def _checksums(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     # Integer sums come out the same in any order: on any mesh.
-    return {path: _checksum(leaf, zlib.crc32(path.encode())) for path, leaf in leaves.items()}
+    sums = {path: _checksum(leaf, zlib.crc32(path.encode())) for path, leaf in leaves.items()}
+    return jax.lax.with_sharding_constraint(sums, REPLICATED)
 
 
 def _checksum(leaf: jax.Array, seed: int) -> jax.Array:

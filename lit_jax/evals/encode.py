@@ -125,7 +125,12 @@ class Encoder:
         """`parts` decide the result, together with the module."""
         if self.cache is None:
             return embed()
-        return self.cache.once(key, lambda: of_parts(repr(self.module), *parts()), embed)
+
+        def fingerprint() -> str:
+            with jax.set_mesh(self.mesh):
+                return of_parts(repr(self.module), *parts())
+
+        return self.cache.once(key, fingerprint, embed)
 
     def _text_batches(self, tokens: Batch) -> Iterator[Batch]:
         count = len(tokens["input_ids"])

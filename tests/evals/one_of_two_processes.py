@@ -1,4 +1,4 @@
-"""What test_encode.py runs in each of two processes: a zero-shot evaluation and retrieval with a cache, the results into argv[1]."""
+"""What test_encode.py runs in each of two processes: evaluations with a cache, the results into argv[1]."""
 
 import dataclasses
 import sys
