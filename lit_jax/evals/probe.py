@@ -98,7 +98,8 @@ def linear_probe(train: Features, test: Features) -> dict[str, float]:
             accuracy[l2] = _test(_fit(learn, l2), validate)["top1"]
         return accuracy[l2]
 
-    best, step = max(COARSE_L2, key=measure), 2.0
+    # Of equally good penalties the strongest: it leaves least to chance.
+    best, step = max(reversed(COARSE_L2), key=measure), 2.0
     while (step := step / 2) >= FINEST:
         best = max((best, best * 10**-step, best * 10**step), key=measure)
     return {**_test(_fit(train, best), test), "l2": best}

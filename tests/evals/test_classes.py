@@ -93,7 +93,7 @@ def test_our_own_templates_where_none_are_given(tmp_path):
             {"classnames": ["cat", "dog"], "labels": ["n1"], "templates": ["{}"]},
             "2 classnames but 1 labels",
         ),
-        ({"pet": ["cat"], "cars": ["Audi"]}, "has no data set 'pets'.* did you mean 'pet'"),
+        ({"pet": ["cat"], "cars": ["Audi"]}, "has no data set 'pets'.*did you mean 'pet'"),
         ({"pets": []}, "'pets' a list of one text or more"),
     ],
 )
