@@ -161,10 +161,23 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    kind: Literal["zero_shot", "retrieval"] = "zero_shot"
+    """With several languages it is one evaluation for each; '{language}' in a path stands for it."""
+
+    kind: Literal["zero_shot", "retrieval", "linear_probe", "few_shot"] = "zero_shot"
     data: SourceConfig = SourceConfig()
-    classes: str | None = None  # zero_shot: JSON file with "classnames" and "templates"
+    train: SourceConfig = SourceConfig()  # linear_probe, few_shot: what the probe learns from
+    # zero_shot: JSON files, ours or CLIP_benchmark's (docs/evaluation.md)
+    classes: str | None = None
+    templates: str | None = None  # None: those in the class file, or a short list of our own
+    labels: Literal["given", "sorted"] = "given"  # sorted: the data's labels are the classes' order
+    dataset: str = ""  # its key in files of many, its name in results; "": the evaluation's name
+    languages: tuple[str, ...] = ("en",)
+    shots: tuple[Count, ...] = (1, 2, 4, 8, 16)  # few_shot: training images of each class
+    draws: Count = 5  # few_shot: of those images, whose results are averaged
     batch_size: Count = 256
+    every: str | None = None  # during training, such as '1000 steps'
+    at_start: bool = False  # before the first step
+    at_end: bool = True  # after the last one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,7 +198,7 @@ class Config:
     evals: dict[str, EvalConfig] = dataclasses.field(
         default_factory=dict, metadata={"changes_result": False}
     )
-    report: Literal["none", "demo"] = _free("none")
+    report: Literal["none", "html", "demo"] = _free("none")  # demo: also the demo's own pictures
 
 
 def default() -> config_dict.ConfigDict:

@@ -4,9 +4,11 @@
                                         or that of --step=N
     --data=FOLDER --classes=FILE.json   zero-shot classification of other data, with either model
     --data=FOLDER                       image-text retrieval on other data, with either model
+    --data=FOLDER --train_data=FOLDER   linear probe on other data; with --shots=1,4,16 few-shot
 
-Prints a table, and writes the numbers to --output as flat JSON: for a run's own evaluations, at its latest
-checkpoint, into its results.json if not told otherwise.
+Prints a table, and writes the numbers to --output as flat JSON, to --results in CLIP_benchmark's layout and
+as Markdown, and to --report as a page for a browser. A run's own evaluations at its latest checkpoint go into
+its results.json and evals/ if not told otherwise. --cache keeps embeddings for the next time.
 Exit codes: 0 done, 2 bad input.
 """
 
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import jax
 
-from lit_jax.config import EvalConfig, MeshConfig, SourceConfig
+from lit_jax.config import EvalConfig, MeshConfig, parse
 from lit_jax.console import command, named_folder
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.text import load_tokenizer
@@ -27,9 +29,13 @@ from lit_jax.distributed import process
 from lit_jax.distributed.mesh import make_mesh, replicated
 from lit_jax.errors import UserError
 from lit_jax.evals.encode import Encoder, Params
-from lit_jax.evals.runner import Metrics, open_evals, run, table
+from lit_jax.evals.html import html_report
+from lit_jax.evals.results import Subject, write_results
+from lit_jax.evals.runner import Evaluation, flat, open_evals, run, table
+from lit_jax.files import write_json, write_whole
 from lit_jax.models.dual_encoder import DualEncoderModule
-from lit_jax.training.run import load_run, read_config, write_json
+from lit_jax.training.metrics import read_metrics
+from lit_jax.training.run import load_run, read_config
 from lit_jax.weights.hub import local_folder
 from lit_jax.weights.load import load_dual_encoder
 
@@ -45,14 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, config in evals.items()
         }
     prepared = open_evals(evals)  # before the weights: its errors should not take minutes
-    encoder, params = (
-        _load_run(args.workdir, args.step) if args.workdir else _load_folder(args.model)
-    )
-    metrics = run(prepared, encoder, params)
+    encoder, params = _load_run(args) if args.workdir else load_folder(args.model)
+    evaluations = run(prepared, encoder, params, cache=args.cache)
     if process.is_primary():
-        print(table(metrics))
-        if args.output:
-            _write(args.output, metrics)
+        print(table(flat(evaluations)))
+        _write(args, evaluations)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -69,19 +72,30 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", help="of --data, if it has splits")
     for key in ("image_key", "caption_key", "label_key"):
         parser.add_argument(f"--{key}", help="name of the feature in prepared TFDS data")
-    parser.add_argument("--classes", help='JSON file with "classnames" and "templates"')
+    parser.add_argument("--classes", help="JSON file with class names, ours or CLIP_benchmark's")
+    parser.add_argument("--templates", help="JSON file with templates; else those of --classes")
+    parser.add_argument("--labels", help="'sorted' if the labels, sorted, are the classes in order")
+    parser.add_argument("--dataset", help="its key in files of many, and its name in results")
+    parser.add_argument("--languages", help="en,de,... which take the place of {language} in paths")
+    parser.add_argument("--train_data", help="what a linear probe learns from")
+    parser.add_argument("--train_split", help="of --train_data, if it has splits")
+    parser.add_argument("--shots", help="1,2,4,... training images of each class")
     parser.add_argument("--batch_size", type=int, help="over all devices and processes")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=Path, help="JSON file to write, flat")
+    parser.add_argument("--results", type=Path, help="folder for CLIP_benchmark's JSON and a table")
+    parser.add_argument("--report", type=Path, help="HTML file to write")
+    parser.add_argument("--cache", type=Path, help="folder that keeps embeddings")
     args = parser.parse_args(argv)
     _check(args)
     if args.workdir and not args.data and args.step is None:
         args.output = args.output or args.workdir / "results.json"
+        args.results = args.results or args.workdir / "evals"
     return args
 
 
 def _check(args: argparse.Namespace) -> None:
     """Raises UserError where flags that are right one by one do not fit each other."""
-    about_data = ("split", "image_key", "caption_key", "label_key", "classes")
+    about_data = (*_SOURCE, *_EVALUATION, "train_data", "train_split", "shots")
     if alone := [f"--{name}" for name in about_data if getattr(args, name) and not args.data]:
         raise UserError(f"{' and '.join(alone)} tell about --data, which is missing; give both.")
     if args.model and args.step is not None:
@@ -90,17 +104,47 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--model has no evaluations of its own; give --data (and --classes) too.")
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch_size={args.batch_size} is no batch; give 1 or more.")
-    if args.output and not args.output.parent.is_dir():
-        raise UserError(f"--output={args.output}: there is no folder {args.output.parent}.")
+    if args.classes and args.train_data:
+        raise UserError(
+            "--classes is for zero-shot classification and --train_data for a probe; give one of them."
+        )
+    if (args.shots or args.train_split) and not args.train_data:
+        raise UserError("--shots and --train_split tell about --train_data, which is missing.")
+    for flag in ("output", "report"):
+        path = getattr(args, flag)
+        if path and not path.parent.is_dir():
+            raise UserError(f"--{flag}={path}: there is no folder {path.parent}.")
+
+
+_SOURCE = ("split", "image_key", "caption_key", "label_key")
+_EVALUATION = ("classes", "templates", "labels", "dataset", "languages")
 
 
 def _evals_of_flags(args: argparse.Namespace) -> dict[str, EvalConfig]:
-    given = {key: getattr(args, key) for key in ("split", "image_key", "caption_key", "label_key")}
-    source = SourceConfig(path=args.data, **{key: value for key, value in given.items() if value})
-    kind = "zero_shot" if args.classes else "retrieval"
-    return {
-        Path(args.data).absolute().name: EvalConfig(kind=kind, data=source, classes=args.classes)
-    }
+    source = {"path": args.data} | _given(args, _SOURCE)
+    raw = {"data": source, "kind": "zero_shot" if args.classes else "retrieval"}
+    raw |= _given(args, _EVALUATION)
+    if args.languages:
+        raw["languages"] = args.languages.split(",")
+    if args.train_data:
+        train = source | {"path": args.train_data, "split": args.train_split or args.split}
+        raw |= {"kind": "few_shot" if args.shots else "linear_probe", "train": train}
+    if args.shots:
+        raw["shots"] = _numbers(args.shots)
+    return parse({"evals": {Path(args.data).absolute().name: raw}}).evals
+
+
+def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
+    return {name: getattr(args, name) for name in names if getattr(args, name)}
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--shots={text} must be numbers joined by commas, such as 1,4,16."
+        ) from None
 
 
 def _evals_of_run(workdir: Path) -> dict[str, EvalConfig]:
@@ -112,12 +156,14 @@ def _evals_of_run(workdir: Path) -> dict[str, EvalConfig]:
     return config.evals
 
 
-def _load_run(workdir: Path, step: int | None) -> tuple[Encoder, Params]:
-    trained = load_run(workdir, step=step)
+def _load_run(args: argparse.Namespace) -> tuple[Encoder, Params]:
+    trained = load_run(args.workdir, step=args.step)
+    args.step = trained.step
     return Encoder.of_setup(trained.setup), trained.params
 
 
-def _load_folder(model: str) -> tuple[Encoder, Params]:
+def load_folder(model: str) -> tuple[Encoder, Params]:
+    """A dual encoder from a folder or the Hub, on all devices."""
     folder = local_folder(model, config_key="--model")
     module, params, _, _ = load_dual_encoder(folder, dtype="float32")
     mesh = make_mesh(MeshConfig())
@@ -140,12 +186,23 @@ def _text_length(folder: Path, module: DualEncoderModule) -> int:
     return min(positions, saved or positions)
 
 
-def _write(path: Path, metrics: Metrics) -> None:
+def _write(args: argparse.Namespace, evaluations: Sequence[Evaluation]) -> None:
+    if args.workdir:
+        subject = Subject(model=args.workdir.absolute().name, pretrained=f"step {args.step}")
+    else:
+        subject = Subject(model=args.model)
     try:
-        write_json(path, metrics)
+        if args.output:
+            write_json(args.output, flat(evaluations))
+        if args.results:
+            write_results(args.results, evaluations, subject)
+        if args.report:
+            metrics = read_metrics(args.workdir) if args.workdir else ()
+            write_whole(args.report, html_report(evaluations, subject, metrics))
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror}); give another --output."
+            f"{error.filename} cannot be written ({error.strerror}); give another --output, --results or "
+            "--report."
         ) from None
 
 

@@ -8,7 +8,7 @@ the run is gone (run it again to go on).
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lit_jax.config import Config
@@ -17,11 +17,14 @@ from lit_jax.console import command, named_folder
 from lit_jax.distributed import process
 from lit_jax.evals import runner
 from lit_jax.evals.encode import Encoder
+from lit_jax.evals.html import html_report
 from lit_jax.evals.report import write_demo_report
+from lit_jax.evals.results import Subject, write_results
+from lit_jax.files import write_json, write_whole
 from lit_jax.training.disk import writing
 from lit_jax.training.loop import train
 from lit_jax.training.metrics import read_metrics
-from lit_jax.training.run import Run, write_json
+from lit_jax.training.run import Run
 
 
 @command
@@ -43,25 +46,62 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(args.config, split_overrides(rest))
     process.initialize()
     # Opened before training: a mistake in an evaluation should not cost a run.
-    evals = runner.open_evals(config.evals)
-    run = train(config, args.workdir, allowed_changes=args.allow_changes.split(","))
-    finish(config, args.workdir, run, evals)
+    evaluator = Evaluator(runner.open_evals(config.evals))
+    run = train(
+        config,
+        args.workdir,
+        evaluate=evaluator.during_training,
+        allowed_changes=args.allow_changes.split(","),
+    )
+    finish(config, args.workdir, run, evaluator.finally_of(run))
 
 
-def finish(config: Config, workdir: Path, run: Run, evals: list[runner.PreparedEval]) -> None:
-    """The final evaluations, results.json, the report, and what the user sees last."""
-    encoder = Encoder.of_setup(run.setup)
-    results = runner.run(evals, encoder, run.params)
-    with writing(workdir):
-        if config.report == "demo":
+class Evaluator:
+    """Runs the evaluations of a config, and keeps those of the last step, which the end needs again."""
+
+    def __init__(self, prepared: Sequence[runner.PreparedEval]):
+        self._prepared = prepared
+        self._done: dict[str, runner.Evaluation] = {}
+        self._step = -1
+
+    def during_training(self, run: Run, names: Collection[str]) -> runner.Metrics:
+        chosen = [task for task in self._prepared if task.key in names]
+        done = runner.run(chosen, Encoder.of_setup(run.setup), run.params)
+        self._done, self._step = {e.prepared.name: e for e in done}, run.step
+        return runner.flat(done)
+
+    def finally_of(self, run: Run) -> list[runner.Evaluation]:
+        """The evaluations at the end of a run, of which only those that are not done yet are run."""
+        chosen = [task for task in self._prepared if task.config.at_end]
+        if self._step != run.step or any(task.name not in self._done for task in chosen):
+            self.during_training(run, [task.key for task in chosen])
+        return [self._done[task.name] for task in chosen]
+
+
+def finish(
+    config: Config, workdir: Path, run: Run, evaluations: Sequence[runner.Evaluation]
+) -> None:
+    """results.json, evals/, the report, and what the user sees last."""
+    if config.report == "demo":
+        with writing(workdir):
+            encoder = Encoder.of_setup(run.setup)
             write_demo_report(workdir / "report", encoder, run.params, read_metrics(workdir))
-        if process.is_primary():
-            write_json(workdir / "results.json", results)
-    if process.is_primary():
-        print(runner.table(results))
-        for path in ("results.json", "metrics.jsonl", "checkpoints", "report"):
-            if (workdir / path).exists():
-                print(f"{path:14} {workdir / path}")
+    if not process.is_primary():
+        return
+    results = runner.flat(evaluations)
+    subject = Subject(model=workdir.absolute().name, pretrained=f"step {run.step}")
+    with writing(workdir):
+        write_json(workdir / "results.json", results)
+        if evaluations:
+            write_results(workdir / "evals", evaluations, subject)
+        if config.report != "none":
+            (workdir / "report").mkdir(exist_ok=True)
+            page = html_report(evaluations, subject, read_metrics(workdir))
+            write_whole(workdir / "report" / "index.html", page)
+    print(runner.table(results))
+    for path in ("results.json", "evals", "metrics.jsonl", "checkpoints", "report"):
+        if (workdir / path).exists():
+            print(f"{path:14} {workdir / path}")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ import jax
 import numpy as np
 import portpicker
 import pytest
+from PIL import Image
 
 from lit_jax.config import default, parse
 from lit_jax.console import BAD_INPUT
+from lit_jax.data.demo import DemoSource
 from lit_jax.evaluate import main
 from lit_jax.training.loop import train
 from lit_jax.weights.save import save_dual_encoder
@@ -155,8 +157,6 @@ def test_an_exported_folder_measures_as_its_run(run, exported, tmp_path):
 
 def test_without_classes_it_is_retrieval(exported, tmp_path, capsys, monkeypatch):
     rng = np.random.default_rng(0)
-    from PIL import Image
-
     with (tmp_path / "captions.jsonl").open("w") as file:
         for i in range(3):
             Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / f"{i}.png")
@@ -164,6 +164,127 @@ def test_without_classes_it_is_retrieval(exported, tmp_path, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert main([f"--model={exported}", "--data=."]) == 0
     assert f"retrieval/{tmp_path.name}/text_to_image_recall_at_5" in capsys.readouterr().out
+
+
+def test_results_report_and_cache_are_written(run, tmp_path):
+    """By default those of a run go into it; a second time the cache has the embeddings."""
+    _, workdir = run
+    flags = [f"--cache={tmp_path / 'cache'}", f"--report={tmp_path / 'report.html'}"]
+    assert main([f"--workdir={workdir}", *flags]) == 0
+    result = json.loads((workdir / "evals" / "zero_shot_unseen.json").read_text())
+    assert (result["dataset"], result["model"], result["pretrained"]) == (
+        "unseen",
+        workdir.name,
+        "step 2",
+    )
+    assert "unseen" in (workdir / "evals" / "table.md").read_text()
+    assert "Worst confusions" in (tmp_path / "report.html").read_text()
+    first = (workdir / "results.json").read_text()
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    assert main([f"--workdir={workdir}", *flags]) == 0
+    assert (workdir / "results.json").read_text() == first
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == files
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    """40 images with two captions and a class each."""
+    folder = tmp_path_factory.mktemp("pairs")
+    source = DemoSource("unseen")
+    with (folder / "captions.jsonl").open("w") as file:
+        for i in range(40):
+            example = source[i]
+            Image.fromarray(example["image"]).save(folder / f"{i}.png")
+            captions = [f"{example['captions'][0]} {'I' * i}", example["captions"][1]]
+            row = {"image": f"{i}.png", "captions": captions, "label": example["label"]}
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
+@pytest.mark.oracle
+def test_the_numbers_are_those_of_pytorch(exported, pairs, tmp_path):
+    """Recomputed from the files with transformers' model and processors and a few lines of PyTorch."""
+    import torch
+    from transformers import AutoImageProcessor, AutoTokenizer, VisionTextDualEncoderModel
+
+    model = VisionTextDualEncoderModel.from_pretrained(exported).eval()
+    processor = AutoImageProcessor.from_pretrained(exported)
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+
+    def unit(embeds):
+        embeds = getattr(embeds, "pooler_output", embeds)
+        return torch.nn.functional.normalize(embeds.double(), dim=-1)
+
+    def embed(texts):
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=16, return_tensors="pt")
+        return unit(model.get_text_features(**tokens))
+
+    rows = [json.loads(line) for line in (pairs / "captions.jsonl").read_text().splitlines()]
+    content = json.loads((DEMO / "unseen16.json").read_text())
+    with torch.no_grad():
+        files = [Image.open(pairs / row["image"]) for row in rows]
+        images = unit(model.get_image_features(**processor(files, return_tensors="pt")))
+        classes = torch.stack(
+            [
+                embed([t.replace("{}", name) for t in content["templates"]]).mean(dim=0)
+                for name in content["classnames"]
+            ]
+        )
+        texts = embed([text for row in rows for text in row["captions"]])
+    labels = torch.tensor([content["classnames"].index(row["label"]) for row in rows])
+    top5 = (images @ unit(classes).T).topk(5).indices
+    right = top5[:, 0] == labels
+    scores, own = images @ texts.T, torch.arange(80) // 2
+    of_images = [
+        1 + int((scores[i, own != i] >= scores[i, own == i].max()).sum()) for i in range(40)
+    ]
+    of_texts = [1 + int((scores[:, m] > scores[own[m], m]).sum()) for m in range(80)]
+    expected = {
+        "top1": right.double().mean(),
+        "top5": (top5 == labels[:, None]).any(dim=1).double().mean(),
+        "mean_per_class_recall": torch.stack(
+            [right[labels == c].double().mean() for c in labels.unique()]
+        ).mean(),
+        "image_to_text_mean_rank": sum(of_images) / 40,
+        "text_to_image_mean_rank": sum(of_texts) / 80,
+        "text_to_image_median_rank": np.median(of_texts),
+        "image_to_text_recall_at_5": sum(rank <= 5 for rank in of_images) / 40,
+        "text_to_image_recall_at_10": sum(rank <= 10 for rank in of_texts) / 80,
+    }
+    actual = {}
+    for flags in ([CLASSES], []):
+        assert (
+            main([f"--model={exported}", f"--data={pairs}", *flags, f"--output={tmp_path / 'o'}"])
+            == 0
+        )
+        found = json.loads((tmp_path / "o").read_text())
+        actual |= {name.rpartition("/")[2]: value for name, value in found.items()}
+    assert {name: actual[name] for name in expected} == pytest.approx(expected, abs=1e-9)
+
+
+def test_search_finds_a_picture_by_words(exported, tmp_path, capsys):
+    from examples.search import main as search
+
+    images = tmp_path / "images" / "deep"
+    images.mkdir(parents=True)
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (5, 40, 30, 3), np.uint8)):
+        Image.fromarray(image).save(images / f"{i}.png")
+    (images / "bad.jpg").write_bytes(b"no image")
+    flags = [f"--model={exported}", f"--images={tmp_path / 'images'}", "--query=<b>fünf</b>"]
+    flags += [f"--output={tmp_path / 'page.html'}", f"--cache={tmp_path / 'cache'}"]
+    assert search(flags) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split("\t") for line in printed.splitlines()[:-1]]
+    assert sorted(Path(path).stem for _, _, path in lines) == list("01234")
+    scores = [float(score) for _, score, _ in lines]
+    assert scores == sorted(scores, reverse=True)
+    page = (tmp_path / "page.html").read_text()
+    assert "&lt;b&gt;fünf" in page
+    assert page.count("<img") == 5
+    assert search(flags) == 0
+    assert capsys.readouterr().out == printed
+    assert search([*flags[:1], f"--images={tmp_path / 'cache'}", *flags[2:]]) == BAD_INPUT
+    assert "There is no picture in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_max_length": null}'])
@@ -184,6 +305,11 @@ def test_a_folder_whose_tokenizer_config_is_damaged(exported, tmp_path, content,
         (["--model=x", *UNSEEN, "--batch_size=0"], "--batch_size=0 is no batch"),
         (["--model=x", *UNSEEN, "--output=/nowhere/a.json"], "there is no folder /nowhere"),
         (["--model=x", "--data=/nowhere"], "/nowhere"),
+        (["--model=x", *UNSEEN, CLASSES, "--train_data=x"], "give one of them"),
+        (["--model=x", *UNSEEN, "--shots=1"], "--shots and --train_split tell about --train_data"),
+        (["--model=x", *UNSEEN, "--train_data=demo", "--shots=a"], "must be numbers joined by"),
+        (["--model=x", *UNSEEN, CLASSES, "--labels=x"], "labels is 'x'; it must be one of"),
+        (["--model=x", *UNSEEN, "--report=/nowhere/a.html"], "there is no folder /nowhere"),
         (["--model=x", *UNSEEN, "--classes=/nowhere.json"], "/nowhere.json cannot be read"),
         (["--model=/nowhere", *UNSEEN, CLASSES], "--model"),
         (["--workdir=/nowhere"], "/nowhere is not a run folder"),

@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from lit_jax.data.pipeline import eval_batches
 from lit_jax.data.text import tokenize
 from lit_jax.distributed.mesh import REPLICATED, global_batch
 from lit_jax.errors import UserError
+from lit_jax.evals.cache import Arrays, EmbeddingCache, of_images, of_parts, of_side
 from lit_jax.models.dual_encoder import DualEncoderModule, normalize
 
 Params = Mapping[str, Any]
@@ -24,6 +26,7 @@ Batch = Mapping[str, np.ndarray]
 
 _INPUTS = {
     "encode_image": ("pixel_values",),
+    "pool_image": ("pixel_values",),
     "encode_text": ("input_ids", "attention_mask", "token_type_ids"),
 }
 
@@ -37,6 +40,7 @@ class Encoder:
 
     Attributes:
         batch_size: over all devices and processes; rounded up to a multiple of the devices.
+        cache: gives back what was embedded before. It belongs to one set of parameters.
     """
 
     module: DualEncoderModule
@@ -44,6 +48,7 @@ class Encoder:
     image_transform: ImageTransform
     tokenizer: PreTrainedTokenizerBase
     batch_size: int = 256
+    cache: EmbeddingCache | None = None
 
     @classmethod
     def of_setup(cls, setup: Any) -> "Encoder":
@@ -74,28 +79,64 @@ class Encoder:
 
         Raises UserError if no image can be decoded.
         """
-        batches = eval_batches(
-            source,
-            self.image_transform,
-            batch_size=self.rows,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+        return self._images("encode_image", params, source)
+
+    def features(
+        self, params: Params, source: Source
+    ) -> tuple[Float[np.ndarray, "N P"], Bool[np.ndarray, " N"]]:
+        """As `images`, but what the image tower has pooled: not projected, not normalised."""
+        return self._images("pool_image", params, source)
+
+    def texts(self, params: Params, texts: Sequence[str]) -> Float[np.ndarray, "M E"]:
+        """Embeds M texts to unit length, float32; the result is the same on every process."""
+        tokens = tokenize(self.tokenizer, texts)
+
+        def embed() -> Arrays:
+            return self._embed("encode_text", params, self._text_batches(tokens), len(texts))[:1]
+
+        (embeds_MxE,) = self._once(
+            ("encode_text", tuple(texts)), lambda: [of_side(params, "text_model"), tokens], embed
         )
-        embeds_NxE, valid_N = self._embed("encode_image", params, batches, len(source))
+        return embeds_MxE
+
+    def _images(self, method: str, params: Params, source: Source) -> tuple[np.ndarray, np.ndarray]:
+        def embed() -> Arrays:
+            batches = eval_batches(
+                source,
+                self.image_transform,
+                batch_size=self.rows,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+            return self._embed(method, params, batches, len(source))
+
+        def parts() -> list[Any]:
+            side, transform = of_side(params, "vision_model"), vars(self.image_transform)
+            return [method, side, transform, of_images(source)]
+
+        embeds_NxE, valid_N = self._once((method, id(source)), parts, embed)
         if not valid_N.any():
             raise UserError(f"None of the {len(source)} images of an evaluation can be decoded.")
         return embeds_NxE, valid_N
 
-    def texts(self, params: Params, texts: Sequence[str]) -> Float[np.ndarray, "M E"]:
-        """Embeds M texts to unit length, float32; the result is the same on every process."""
-        embeds_MxE, _ = self._embed("encode_text", params, self._text_batches(texts), len(texts))
-        return embeds_MxE
+    def _once(
+        self, key: Hashable, parts: Callable[[], list[Any]], embed: Callable[[], Arrays]
+    ) -> Arrays:
+        """`parts` decide the result, together with the module."""
+        if self.cache is None:
+            return embed()
 
-    def _text_batches(self, texts: Sequence[str]) -> Iterator[Batch]:
-        tokens = tokenize(self.tokenizer, texts)
+        def fingerprint() -> str:
+            with jax.set_mesh(self.mesh):
+                return of_parts(repr(self.module), *parts())
+
+        return self.cache.once(key, fingerprint, embed)
+
+    def _text_batches(self, tokens: Batch) -> Iterator[Batch]:
+        count = len(tokens["input_ids"])
         share = self.rows // jax.process_count()
-        index = np.full(-(-len(texts) // self.rows) * self.rows, -1, np.int32)
-        index[: len(texts)] = np.arange(len(texts))
+        index = np.full(-(-count // self.rows) * self.rows, -1, np.int32)
+        index[:count] = np.arange(count)
         for rows in index.reshape(-1, jax.process_count(), share)[:, jax.process_index()]:
             # Padding, -1, repeats the last text: its embedding is not kept.
             yield {name: array[rows] for name, array in tokens.items()} | {"index": rows}
@@ -103,13 +144,14 @@ class Encoder:
     def _embed(
         self, method: str, params: Params, batches: Iterable[Batch], count: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        embeds_NxE = np.zeros((count, self.module.projection_dim), np.float32)
-        valid_N = np.zeros(count, bool)
+        embeds_NxE, valid_N = np.zeros((count, 0), np.float32), np.zeros(count, bool)
         with jax.set_mesh(self.mesh):
             outputs = (
                 _encode(params, global_batch(b, self.mesh), self.module, method) for b in batches
             )
             for z_BxE, index_B in _fetch_one_late(outputs):
+                if not embeds_NxE.size:
+                    embeds_NxE = np.zeros((count, z_BxE.shape[1]), np.float32)
                 real_B = index_B >= 0
                 embeds_NxE[index_B[real_B]] = z_BxE[real_B]
                 valid_N[index_B[real_B]] = True
@@ -121,13 +163,16 @@ class Encoder:
 def _encode(
     params: Params, batch: Mapping[str, jax.Array], module: DualEncoderModule, method: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Embeddings of unit length and the index they came with, both whole on every process.
+    """Embeddings of unit length, or features, and the index they came with, both whole on every process.
 
     The index takes the same way as the rows: the devices of a mesh may interleave the processes.
     """
     inputs = [batch.get(name) for name in _INPUTS[method]]
-    embeds_BxE: Any = module.apply({"params": params}, *inputs, deterministic=True, method=method)
-    return jax.lax.with_sharding_constraint((normalize(embeds_BxE), batch["index"]), REPLICATED)
+    rows_BxE: Any = module.apply({"params": params}, *inputs, deterministic=True, method=method)
+    if method.startswith("encode"):
+        rows_BxE = normalize(rows_BxE)
+    rows_BxE = rows_BxE.astype(jnp.float32)
+    return jax.lax.with_sharding_constraint((rows_BxE, batch["index"]), REPLICATED)
 
 
 def _fetch_one_late(outputs: Iterable[Any]) -> Iterator[Any]:

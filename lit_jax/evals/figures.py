@@ -1,4 +1,4 @@
-"""The pictures of the demo's report. Drawing only: plain data in, matplotlib figures out."""
+"""The pictures of reports. Drawing only: plain data in, matplotlib figures out."""
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
@@ -16,6 +16,8 @@ from matplotlib.ticker import LogLocator
 # From Okabe and Ito's palette, told apart with every kind of colour blindness.
 RIGHT, UNSEEN = "#0072B2", "#D55E00"
 OTHER, INK, FAINT = "#AEB6BD", "#222222", "#5F6770"
+# The curves of evaluations, from the same palette.
+CURVES = (RIGHT, UNSEEN, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK, FAINT)
 PALE_BLUES = LinearSegmentedColormap.from_list(
     "pale blues", ["white", "#8FC1E3"]
 )  # under black text
@@ -206,3 +208,62 @@ def _outline(column: int, row: int, size: float) -> Rectangle:
     """The mark of an unseen number, around a cell of a picture."""
     corner = (column - size / 2, row - size / 2)
     return Rectangle(corner, size, size, fill=False, edgecolor=UNSEEN, linewidth=2.5)
+
+
+def heat_map_figure(similarity_CxC: Float[np.ndarray, "C C"], names: Sequence[str]) -> Figure:
+    """The cosines of images (rows) and texts (columns); both are called by `names`."""
+    size = 3.2 + 0.17 * len(names)
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(similarity_CxC, cmap="cividis", interpolation="nearest")
+    short = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
+    axes.set_xticks(range(len(names)), short, size=7, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(names)), short, size=7, parse_math=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("texts", color=FAINT)
+    axes.set_ylabel("images", color=FAINT)
+    colors = figure.colorbar(picture, ax=axes, shrink=0.6, pad=0.02)
+    colors.outline.set_visible(False)
+    colors.ax.tick_params(length=2, labelsize=7)
+    return figure
+
+
+def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Loss, learning rate and, if there are some at several steps, evaluations over the steps."""
+    losses = [row for row in rows if {"loss", "learning_rate"} <= row.keys()]
+    headlines = _headlines(rows)
+    figure = Figure(figsize=(10, 7 if headlines else 5), layout="constrained")
+    heights = [3, 1.2, 2.4] if headlines else [3, 1.2]
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    steps = [row["step"] for row in losses]
+    panels[0].plot(steps, [row["loss"] for row in losses], color=RIGHT, linewidth=1.8)
+    panels[0].set_ylabel("loss")
+    panels[1].plot(steps, [row["learning_rate"] for row in losses], color=UNSEEN, linewidth=1.8)
+    panels[1].set_ylabel("learning rate")
+    for (name, points), color in zip(headlines.items(), CURVES, strict=False):
+        panels[2].plot(
+            *zip(*points, strict=True), color=color, marker="o", markersize=3, label=name
+        )
+    if headlines:
+        panels[2].set_ylabel("evaluations, %")
+        panels[2].legend(frameon=False, fontsize=8, loc="best")
+    panels[-1].set_xlabel("step")
+    for axes in panels:
+        axes.set_ylim(bottom=0)
+        axes.grid(color="#E3E6E8")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.01)
+    figure.align_ylabels()
+    return figure
+
+
+def _headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Of each evaluation one metric, as (step, percent); of those that were made at several steps."""
+    ends = ("/top1", "/image_to_text_recall_at_1", "/text_to_image_recall_at_1")
+    points: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.endswith(ends):
+                points.setdefault(name, []).append((row["step"], 100 * value))
+    return {name: of_name for name, of_name in points.items() if len(of_name) > 1}

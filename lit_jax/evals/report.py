@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from lit_jax.data.demo import NUMBERS, TEMPLATES, UNSEEN, DemoSource, number_words
 from lit_jax.distributed.process import is_primary
+from lit_jax.evals.classes import Classes, label_ids
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.evals.figures import (
     Accuracies,
@@ -17,7 +18,7 @@ from lit_jax.evals.figures import (
     predictions_figure,
     similarity_figure,
 )
-from lit_jax.evals.zero_shot import Classes, ZeroShotResult, label_ids, zero_shot
+from lit_jax.evals.zero_shot import ZeroShotResult, zero_shot
 
 GUESSES = 3
 

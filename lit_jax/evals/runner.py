@@ -2,24 +2,43 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-from lit_jax.config import EvalConfig
+from lit_jax.config import EvalConfig, SourceConfig
+from lit_jax.data.example import Source
 from lit_jax.data.sources import open_source
 from lit_jax.errors import UserError
+from lit_jax.evals import probe
+from lit_jax.evals.cache import EmbeddingCache
+from lit_jax.evals.classes import Classes, label_ids, load_classes
 from lit_jax.evals.encode import Encoder, Params
-from lit_jax.evals.retrieval import captions_of, evaluate_retrieval
-from lit_jax.evals.zero_shot import label_ids, load_classes, zero_shot
+from lit_jax.evals.retrieval import RetrievalResult, captions_of, evaluate_retrieval
+from lit_jax.evals.zero_shot import ZeroShotResult, zero_shot
 
 Metrics = dict[str, float]
+Details = ZeroShotResult | RetrievalResult | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreparedEval:
-    """An evaluation whose data and classes have been read and checked."""
+    """An evaluation in one language whose data and classes have been read and checked."""
 
-    name: str  # "zero_shot/unseen": how the names of its metrics start
-    batch_size: int
-    run: Callable[[Encoder, Params], Metrics]
+    name: str  # "zero_shot/pets", "zero_shot/pets/de": how the names of its metrics start
+    key: str  # of config.evals
+    config: EvalConfig
+    language: str
+    source: Source
+    classes: Classes | None  # of zero_shot
+    measure: Callable[[Encoder, Params], tuple[Metrics, Details]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What came out of an evaluation."""
+
+    prepared: PreparedEval
+    metrics: Metrics
+    details: Details  # what reports are drawn from
 
 
 def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
@@ -27,27 +46,66 @@ def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
 
     Raises UserError on what would end an evaluation later: call it before training.
     """
-    return [
-        PreparedEval(
-            name=f"{config.kind}/{name}",
-            batch_size=config.batch_size,
-            run=_OPEN[config.kind](config, name),
-        )
-        for name, config in evals.items()
-    ]
+    sources: dict[SourceConfig, Source] = {}  # the same data is one source: it is embedded once
+
+    def source_of(config: SourceConfig, language: str) -> Source:
+        config = dataclasses.replace(config, path=config.path.replace("{language}", language))
+        if config not in sources:
+            sources[config] = open_source(config)
+        return sources[config]
+
+    prepared = []
+    for key, config in evals.items():
+        if not config.languages or (config.kind == "few_shot" and not config.shots):
+            raise UserError(f"config.evals.{key} has an empty list of languages or shots; fill it.")
+        for language in config.languages:
+            parts = [config.kind, key, *([language] if len(config.languages) > 1 else [])]
+            source = source_of(config.data, language)
+            classes = load_classes(config, key, language) if config.kind == "zero_shot" else None
+            train = source_of(config.train, language) if config.kind in _TRAINED else None
+            prepared.append(
+                PreparedEval(
+                    name="/".join(parts),
+                    key=key,
+                    config=config,
+                    language=language,
+                    source=source,
+                    classes=classes,
+                    measure=_OPEN[config.kind](config, source, classes, train),
+                )
+            )
+    return prepared
 
 
-def run(prepared: Sequence[PreparedEval], encoder: Encoder, params: Params) -> Metrics:
+def run(
+    prepared: Sequence[PreparedEval],
+    encoder: Encoder,
+    params: Params,
+    *,
+    cache: Path | None = None,
+) -> list[Evaluation]:
     """Runs the evaluations in order, each with its own batch size.
 
-    Returns all metrics under flat names such as "zero_shot/unseen/top1".
+    What several have in common, images or texts, is embedded once.
+
+    Args:
+        cache: a folder that keeps embeddings for later runs.
     """
+    embedded = EmbeddingCache(cache)
+    done = []
+    for task in prepared:
+        own = dataclasses.replace(encoder, batch_size=task.config.batch_size, cache=embedded)
+        metrics, details = task.measure(own, params)
+        done.append(Evaluation(prepared=task, metrics=metrics, details=details))
+    return done
+
+
+def flat(evaluations: Sequence[Evaluation]) -> Metrics:
+    """All metrics under flat names such as "zero_shot/unseen/top1"."""
     return {
-        f"{task.name}/{metric}": value
-        for task in prepared
-        for metric, value in task.run(
-            dataclasses.replace(encoder, batch_size=task.batch_size), params
-        ).items()
+        f"{evaluation.prepared.name}/{name}": value
+        for evaluation in evaluations
+        for name, value in evaluation.metrics.items()
     }
 
 
@@ -57,19 +115,48 @@ def table(metrics: Metrics) -> str:
     return "\n".join(f"{name:{width}}  {value:8.4g}" for name, value in metrics.items())
 
 
-def _open_zero_shot(config: EvalConfig, name: str) -> Callable[[Encoder, Params], Metrics]:
-    if config.classes is None:
-        raise UserError(f"config.evals.{name}.classes is missing; give the path of a class file.")
-    classes, source = load_classes(config.classes), open_source(config.data)
-    label_N = label_ids(source, classes)
-
-    return lambda encoder, params: zero_shot(encoder, params, source, classes, label_N).metrics
+Measure = Callable[[Encoder, Params], tuple[Metrics, Details]]
 
 
-def _open_retrieval(config: EvalConfig, name: str) -> Callable[[Encoder, Params], Metrics]:
-    source = open_source(config.data)
+def _open_zero_shot(config: EvalConfig, source: Source, classes: Classes, _: None) -> Measure:
+    order = None if config.labels == "given" else config.labels
+    label_N = label_ids(source, classes, order=order)
+
+    def measure(encoder: Encoder, params: Params) -> tuple[Metrics, Details]:
+        result = zero_shot(encoder, params, source, classes, label_N)
+        return result.metrics, result
+
+    return measure
+
+
+def _open_retrieval(config: EvalConfig, source: Source, *_: None) -> Measure:
     captions = captions_of(source)
-    return lambda encoder, params: evaluate_retrieval(encoder, params, source, captions)
+
+    def measure(encoder: Encoder, params: Params) -> tuple[Metrics, Details]:
+        result = evaluate_retrieval(encoder, params, source, captions)
+        return result.metrics, result
+
+    return measure
 
 
-_OPEN = {"zero_shot": _open_zero_shot, "retrieval": _open_retrieval}
+def _open_probe(config: EvalConfig, source: Source, _: None, train: Source) -> Measure:
+    label_N, test_label_M = probe.class_ids(train, source)
+    probe.check_counts(label_N, config.shots if config.kind == "few_shot" else ())
+
+    def measure(encoder: Encoder, params: Params) -> tuple[Metrics, Details]:
+        learn = probe.features(encoder, params, train, label_N)
+        test = probe.features(encoder, params, source, test_label_M)
+        if config.kind == "few_shot":
+            return probe.few_shot(learn, test, shots=config.shots, draws=config.draws), None
+        return probe.linear_probe(learn, test), None
+
+    return measure
+
+
+_OPEN = {
+    "zero_shot": _open_zero_shot,
+    "retrieval": _open_retrieval,
+    "linear_probe": _open_probe,
+    "few_shot": _open_probe,
+}
+_TRAINED = ("linear_probe", "few_shot")

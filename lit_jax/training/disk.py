@@ -28,13 +28,6 @@ def writing(workdir: Path, failure: type[Exception] = OSError) -> Iterator[None]
         ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    new = path.with_name(f".{path.name}.tmp")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
-
-
 def complete_steps(workdir: Path) -> list[int]:
     """The steps of the checkpoints in a run folder: Orbax names one after its step when it is complete."""
     names = [folder.name for folder in (workdir / "checkpoints").glob("*") if folder.is_dir()]

@@ -16,9 +16,10 @@ from lit_jax.data.pipeline import TrainStream
 from lit_jax.data.sources import open_source
 from lit_jax.distributed.mesh import global_batch, make_mesh
 from lit_jax.errors import Preempted, UserError
-from lit_jax.training.checkpoints import Checkpoints, restore_frozen
+from lit_jax.training.checkpoints import Checkpoints
 from lit_jax.training.disk import complete_steps, writing
 from lit_jax.training.embedded import Embedded, open_embedded
+from lit_jax.training.evaluation import EvalSchedule, Evaluate
 from lit_jax.training.losses import Loss, make_loss
 from lit_jax.training.metrics import Reporter
 from lit_jax.training.optimizer import make_optimizer, make_schedule
@@ -53,14 +54,23 @@ class _Plan:
     save_every: int
     keep_every: int | None
     log_every: int
+    evals: EvalSchedule
 
     @property
     def mesh(self) -> Mesh:
         return self.setup.mesh
 
 
-def train(config: Config, workdir: Path, *, allowed_changes: Collection[str] = ()) -> Run:
+def train(
+    config: Config,
+    workdir: Path,
+    *,
+    evaluate: Evaluate = lambda run, names: {},
+    allowed_changes: Collection[str] = (),
+) -> Run:
     """Trains until `config.duration`, or goes on from the latest checkpoint in `workdir`.
+
+    `evaluate` is called at the steps that `config.evals` ask for; its metrics join those of the steps.
 
     Returns the trained run. Raises UserError on bad input, with nothing written if it can be known
     before, and Preempted after SIGTERM, once a checkpoint of the last step is on disk.
@@ -75,11 +85,11 @@ def train(config: Config, workdir: Path, *, allowed_changes: Collection[str] = (
         StopSignal() as stop,
         Checkpoints(workdir, config.checkpoint.keep_last, plan.keep_every) as checkpoints,
     ):
-        state, frozen, position = first_or_latest_state(
+        state, locked, position = first_or_latest_state(
             config, plan.setup, plan.towers, plan.optimizer, workdir, checkpoints
         )
-        plan.embedded.check_towers(plan.setup, frozen)
-        frozen = plan.embedded.needed(frozen)
+        plan.embedded.check_towers(plan.setup, locked)
+        frozen = plan.embedded.needed(locked)
         with writing(workdir):
             save_config(workdir, config)
         step_fn = _compiled_step(plan, state)
@@ -90,6 +100,14 @@ def train(config: Config, workdir: Path, *, allowed_changes: Collection[str] = (
             _open_reporter(plan, workdir, start, checkpoints) as reporter,
             jax.transfer_guard("disallow"),
         ):
+
+            def evaluate_at(step: int, names: Collection[str]) -> None:
+                if names:
+                    with reporter.evaluating(step) as results, jax.transfer_guard("allow"):
+                        run = Run.of(config, plan.setup, state.params, locked, step)
+                        results |= evaluate(run, names)
+
+            evaluate_at(start, plan.evals.missing(start, workdir))
             for step in range(start + 1, plan.total + 1):
                 # The stream moves on only here, after any save: its position is then that of `step`.
                 batch = global_batch(next(stream), plan.mesh)
@@ -105,9 +123,9 @@ def train(config: Config, workdir: Path, *, allowed_changes: Collection[str] = (
                         f"Stopped by SIGTERM after step {step} of {plan.total}, which is saved; run the "
                         "same command again to go on."
                     )
-    if plan.embedded.folders:  # the step has done without some of it
-        frozen = restore_frozen(workdir, plan.setup.abstract_frozen)
-    return Run.of(config, plan.setup, state.params, frozen, plan.total)
+                # After the checkpoint: killed in here, the run resumes with what is missing of this.
+                evaluate_at(step, plan.evals.due(step))
+    return Run.of(config, plan.setup, state.params, locked, plan.total)
 
 
 def _make_plan(config: Config, workdir: Path) -> _Plan:
@@ -151,6 +169,7 @@ def _make_plan(config: Config, workdir: Path) -> _Plan:
         save_every=at_least_one("checkpoint.every", config.checkpoint.every),
         keep_every=at_least_one("checkpoint.keep_every", keep_every) if keep_every else None,
         log_every=at_least_one("log.every", config.log.every),
+        evals=EvalSchedule.of(config.evals, at_least_one, total),
     )
 
 

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from tqdm import tqdm
 from lit_jax.config import LogConfig
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
-from lit_jax.training.disk import write_whole, writing
+from lit_jax.files import write_whole
+from lit_jax.training.disk import writing
 from lit_jax.training.step import Metrics
 
 
@@ -64,6 +65,17 @@ class Reporter:
         self.flush()
         kinds = {f"bad_samples/{kind}": count for kind, count in bad_samples.items() if count}
         self._pending = step, metrics, {"bad_samples": sum(bad_samples.values()), **kinds}
+
+    @contextlib.contextmanager
+    def evaluating(self, step: int) -> Iterator[dict[str, float]]:
+        """Gives a dict for the metrics of evaluations after `step`; the time they take is not training's."""
+        self.flush()
+        metrics, start = {}, time.perf_counter()
+        yield metrics
+        last_step, last_time = self._last_row
+        self._last_row = last_step, last_time + time.perf_counter() - start
+        if self._writer:
+            self._writer.write(step, metrics)
 
     def flush(self) -> None:
         """Reports what `add` kept. Raises UserError if a value is not finite."""

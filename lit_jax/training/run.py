@@ -5,7 +5,7 @@ model/                 config, tokenizer and image processor of the model
 parameters.txt         what trains, how fast, and how it lies on the mesh
 frozen/, checkpoints/  see checkpoints.py
 metrics.jsonl, tensorboard/  what was measured
-results.json, report/  the final evaluations, and pictures of them
+results.json, evals/, report/  the final evaluations, and pictures of them
 """
 
 import dataclasses
@@ -23,9 +23,10 @@ from lit_jax.data.text import without_state
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
+from lit_jax.files import write_json
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.training.checkpoints import restore_frozen, restore_params
-from lit_jax.training.disk import complete_steps, write_whole
+from lit_jax.training.disk import complete_steps
 from lit_jax.training.policy import merge
 from lit_jax.training.setup import Setup, Towers, prepare
 from lit_jax.training.teacher import TeacherFolder
@@ -191,8 +192,3 @@ def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, str]:
         else:
             changes[key] = f"{key}: {before!r} -> {after!r}"
     return changes
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

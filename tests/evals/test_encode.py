@@ -18,8 +18,10 @@ from lit_jax.data.text import tokenize
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.sharding import parameter_shardings
 from lit_jax.errors import UserError
+from lit_jax.evals.classes import Classes, label_ids
 from lit_jax.evals.encode import _encode
-from lit_jax.evals.zero_shot import Classes, label_ids, zero_shot
+from lit_jax.evals.retrieval import captions_of, evaluate_retrieval
+from lit_jax.evals.zero_shot import zero_shot
 
 TEXTS = ["forty two", "a photo of the number twenty", "the number ninety nine written by hand", ""]
 
@@ -117,6 +119,8 @@ def test_two_processes_agree_with_one(encoder, params, pictures_with_bad, tmp_pa
     classes = Classes(names=tuple("abc"), templates=("{}",))
     label_N = label_ids(pictures_with_bad, classes)
     expected = zero_shot(encoder, params, pictures_with_bad, classes, label_N)
+    captions = captions_of(pictures_with_bad)
+    found = evaluate_retrieval(encoder, params, pictures_with_bad, captions)
 
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[2]),
@@ -135,6 +139,7 @@ def test_two_processes_agree_with_one(encoder, params, pictures_with_bad, tmp_pa
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
     for file in files:
         actual = np.load(file)
+        assert actual["retrieval"].tolist() == list(found.metrics.values())
         np.testing.assert_allclose(actual["image_embeds"], expected.image_embeds, atol=1e-6)
         np.testing.assert_allclose(actual["class_embeds"], expected.class_embeds, atol=1e-6)
         for name in ("index", "label", "top"):

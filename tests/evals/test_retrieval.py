@@ -1,11 +1,15 @@
 """Ranks against a brute-force count, ties included."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lit_jax.config import MeshConfig
+from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import UserError
+from lit_jax.evals.ranks import ranks
 from lit_jax.evals.retrieval import captions_of, evaluate_retrieval, retrieval
 
 RANDOM = np.random.default_rng(0)
@@ -30,10 +34,8 @@ def brute_force_ranks(images, texts, image_of_text) -> tuple[list[int], list[int
     return image_ranks, text_ranks
 
 
-def metrics_of(direction: str, ranks: list[int]) -> dict[str, float]:
-    recalls = {k: sum(rank <= k for rank in ranks) / len(ranks) for k in (1, 5, 10)}
-    named = {f"{direction}_recall_at_{k}": recall for k, recall in recalls.items()}
-    return named | {f"{direction}_median_rank": np.median(ranks)}
+def mesh_of(devices: int):
+    return make_mesh(MeshConfig(), jax.devices()[:devices])
 
 
 @st.composite
@@ -45,27 +47,53 @@ def problems(draw):
     rows = lambda count: np.array(  # noqa: E731
         draw(st.lists(entries, min_size=count * width, max_size=count * width)), np.float32
     ).reshape(count, width)
-    return rows(images), rows(len(image_of_text)), np.array(image_of_text), draw(st.integers(1, 25))
+    return rows(images), rows(len(image_of_text)), np.array(image_of_text)
 
 
-@given(problems())
-@settings(deadline=None)
-def test_matches_brute_force(problem):
-    images, texts, image_of_text, block = problem
-    image_ranks, text_ranks = brute_force_ranks(images, texts, image_of_text)
-    expected = {
-        **metrics_of("image_to_text", image_ranks),
-        **metrics_of("text_to_image", text_ranks),
-        "images": len(image_ranks),
-        "texts": len(text_ranks),
-    }
-    assert retrieval(images, texts, image_of_text, block=block) == pytest.approx(expected)
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_matches_brute_force(devices):
+    """With chunks so small that images and texts take several, on one device and on many."""
+
+    @given(problems())
+    @settings(max_examples=40)
+    def check(problem):
+        actual = ranks(*problem, mesh_of(devices), block=4, chunk=8)
+        assert tuple(map(list, actual)) == brute_force_ranks(*problem)
+
+    check()
+
+
+def test_the_metrics_are_those_of_the_ranks():
+    images, texts, of = unit_rows(40, 3), unit_rows(90, 3), RANDOM.integers(0, 30, 90)
+    metrics = retrieval(images, texts, of, mesh_of(2))
+    expected = brute_force_ranks(images, texts, of)
+    for direction, found in zip(("image_to_text", "text_to_image"), expected, strict=True):
+        for k in (1, 5, 10):
+            recall = sum(rank <= k for rank in found) / len(found)
+            assert metrics.pop(f"{direction}_recall_at_{k}") == pytest.approx(recall)
+        assert metrics.pop(f"{direction}_mean_rank") == pytest.approx(sum(found) / len(found))
+        assert metrics.pop(f"{direction}_median_rank") == np.median(found)
+    assert metrics == {"images": len(set(of.tolist())), "texts": 90}
+
+
+@pytest.mark.parametrize("width", [5, 64, 768])
+def test_copies_tie_wherever_they_stand(width):
+    """Real numbers, whose products are rounded: copies must have the same score in every block."""
+    originals = unit_rows(100, width)
+    of = RANDOM.permutation(np.repeat(np.arange(100), 7))
+    images, texts = originals[of], unit_rows(100, width)[of]
+    found = ranks(images, texts, np.arange(700), mesh_of(8), block=32)
+    scores = originals.astype(np.float64) @ texts[np.unique(of, return_index=True)[1]].T
+    above = (scores > np.diagonal(scores)[:, None]).sum(1)
+    np.testing.assert_array_equal(found.of_images, 7 * (above[of] + 1))
+    above = (scores > np.diagonal(scores)[None, :]).sum(0)
+    np.testing.assert_array_equal(found.of_texts, 7 * (above[of] + 1))
 
 
 def test_a_perfect_model_finds_everything():
     images = unit_rows(50, 16)
     image_of_text = np.repeat(np.arange(50), 3)
-    metrics = retrieval(images, images[image_of_text], image_of_text)
+    metrics = retrieval(images, images[image_of_text], image_of_text, mesh_of(8))
     assert metrics.pop("images") == 50
     assert metrics.pop("texts") == 150
     assert set(metrics.values()) == {1.0}
@@ -73,7 +101,7 @@ def test_a_perfect_model_finds_everything():
 
 def test_a_random_model_finds_one_in_n():
     count = 2000
-    metrics = retrieval(unit_rows(count, 64), unit_rows(count, 64), np.arange(count))
+    metrics = retrieval(unit_rows(count, 64), unit_rows(count, 64), np.arange(count), mesh_of(8))
     for direction in ("image_to_text", "text_to_image"):
         assert metrics[f"{direction}_recall_at_10"] == pytest.approx(10 / count, abs=0.008)
         assert metrics[f"{direction}_median_rank"] == pytest.approx(count / 2, rel=0.1)
@@ -82,20 +110,24 @@ def test_a_random_model_finds_one_in_n():
 @pytest.mark.parametrize("value", [1.0, np.nan], ids=["constant", "nan"])
 def test_a_model_that_tells_nothing_apart_finds_nothing(value):
     embeds = np.full((20, 4), value, np.float32)
-    metrics = retrieval(embeds, embeds, np.arange(20))
+    metrics = retrieval(embeds, embeds, np.arange(20), mesh_of(8))
     assert metrics["image_to_text_recall_at_10"] == metrics["text_to_image_recall_at_10"] == 0
     assert metrics["image_to_text_median_rank"] == metrics["text_to_image_median_rank"] == 20
 
 
 def test_evaluate_leaves_out_bad_images_with_their_captions(encoder, params, pictures_with_bad):
     captions = captions_of(pictures_with_bad)
-    metrics = evaluate_retrieval(encoder, params, pictures_with_bad, captions)
+    result = evaluate_retrieval(encoder, params, pictures_with_bad, captions)
+    metrics = result.metrics
+    assert result.texts[8] == "number 5"
+    assert result.image_of_text[8] == 4
+    assert result.index[4] == 5
     assert (metrics["images"], metrics["texts"]) == (20, 40)
 
     kept = type(pictures_with_bad)(pictures_with_bad[:4] + pictures_with_bad[5:])
     images, _ = encoder.images(params, kept)
     texts = encoder.texts(params, [text for example in kept for text in example["captions"]])
-    assert metrics == retrieval(images, texts, np.repeat(np.arange(20), 2))
+    assert metrics == retrieval(images, texts, np.repeat(np.arange(20), 2), encoder.mesh)
 
 
 def test_captions_are_needed(pictures):

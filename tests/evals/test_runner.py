@@ -1,13 +1,17 @@
 """Evaluations of a config: names of the metrics, batch sizes, and errors before any model exists."""
 
+import dataclasses
 import json
+from pathlib import Path
 
+import jax
 import pytest
 
 from lit_jax.config import EvalConfig, SourceConfig
 from lit_jax.errors import UserError
 from lit_jax.evals.encode import Encoder
-from lit_jax.evals.runner import PreparedEval, open_evals, run, table
+from lit_jax.evals.results import Subject, tables, write_results
+from lit_jax.evals.runner import flat, open_evals, run, table
 
 
 @pytest.fixture
@@ -26,29 +30,96 @@ def folder(tmp_path, pictures):
     return tmp_path
 
 
-def test_metrics_have_flat_names(encoder, params, folder):
+def evals_of(folder) -> dict[str, EvalConfig]:
+    """Of all kinds; zero-shot in two languages, of which the second calls the classes otherwise."""
     data = SourceConfig(path=str(folder))
-    evals = {
+    (folder / "classes.de.json").write_text(
+        json.dumps({"classnames": ["A", "Be", "Ce"], "labels": ["a", "b", "c"]})
+    )
+    (folder / "classes.en.json").write_text((folder / "classes.json").read_text())
+    return {
         "few": EvalConfig(data=data, classes=str(folder / "classes.json")),
+        "many": EvalConfig(
+            data=data, classes=str(folder / "classes.{language}.json"), languages=("en", "de")
+        ),
         "pairs": EvalConfig(kind="retrieval", data=data),
+        "shots": EvalConfig(kind="few_shot", data=data, train=data, shots=(1,), draws=2),
     }
-    metrics = run(open_evals(evals), encoder, params)
+
+
+@pytest.fixture
+def evaluations(encoder, params, folder):
+    return run(open_evals(evals_of(folder)), encoder, params)
+
+
+def test_metrics_have_flat_names(evaluations):
+    metrics = flat(evaluations)
     assert metrics["zero_shot/few/n"] == metrics["retrieval/pairs/images"] == 4
     assert metrics["retrieval/pairs/texts"] == 8
-    assert 0 <= metrics["zero_shot/few/top1"] <= 1
+    assert metrics["zero_shot/many/en/top1"] == metrics["zero_shot/few/top1"]
     assert metrics["retrieval/pairs/image_to_text_recall_at_10"] == 1
+    assert metrics["few_shot/shots/top1_1_shot"] > 0.7  # it is tested on what it has learned
     assert table(metrics).splitlines()[0].startswith("zero_shot/few/top1 ")
 
 
-def test_each_evaluation_has_its_own_batch_size(encoder, params):
+def test_the_same_images_are_embedded_once(encoder, params, folder, monkeypatch):
+    methods = []
+    embed = Encoder._embed
+
+    def counted(self, method, *args):
+        methods.append(method)
+        return embed(self, method, *args)
+
+    monkeypatch.setattr(Encoder, "_embed", counted)
+    run(open_evals(evals_of(folder)), encoder, params)
+    assert sorted(methods) == ["encode_image", *["encode_text"] * 3, "pool_image"]
+
+
+def test_a_cache_on_disk_gives_back_the_same_and_notices_changes(
+    encoder, params, folder, tmp_path, monkeypatch, caplog
+):
+    cache = tmp_path / "cache"
+    evals = {"few": evals_of(folder)["few"]}
+
+    def measure(params=params):
+        return flat(run(open_evals(evals), encoder, params, cache=cache))
+
+    first = measure()
+    files = sorted(cache.iterdir())
+    assert len(files) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "_embed", lambda *_: pytest.fail("embedded again"))
+        assert measure() == first
+    one = jax.tree.map(lambda x: x, params)
+    one["vision_model"]["layernorm"]["bias"] = -params["vision_model"]["layernorm"]["bias"]
+    measure(one)
+    assert len(list(cache.iterdir())) == 3  # other images, the same classes
+    image = folder / "picture0.png"
+    image.write_bytes((folder / "picture1.png").read_bytes())
+    measure()
+    assert len(list(cache.iterdir())) == 4
+    files[0].write_bytes(b"damaged")
+    files[1].write_bytes(b"")
+    assert measure().keys() == first.keys()
+    assert "is damaged" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written(encoder, params):
+    with pytest.raises(UserError, match=r"The cache /proc/cache cannot be written \("):
+        run([], encoder, params, cache=Path("/proc/cache"))
+
+
+def test_each_evaluation_has_its_own_batch_size(encoder, params, folder):
     batch_sizes = []
 
-    def measure(encoder: Encoder, params) -> dict[str, float]:
+    def measure(encoder: Encoder, params):
         batch_sizes.append(encoder.batch_size)
-        return {}
+        return {}, None
 
-    prepared = [PreparedEval(name=str(n), batch_size=n, run=measure) for n in (24, 8)]
-    assert run(prepared, encoder, params) == {}
+    few = evals_of(folder)["few"]
+    evals = {str(n): dataclasses.replace(few, batch_size=n) for n in (24, 8)}
+    prepared = [dataclasses.replace(task, measure=measure) for task in open_evals(evals)]
+    assert flat(run(prepared, encoder, params)) == {}
     assert batch_sizes == [24, 8]
 
 
@@ -59,9 +130,69 @@ def test_each_evaluation_has_its_own_batch_size(encoder, params):
         ({"classes": "nowhere.json"}, r"nowhere\.json cannot be read"),
         ({"data": SourceConfig(path="nowhere")}, "nowhere"),
         ({"data": SourceConfig(path="demo", split="unseen")}, "the label 'twenty two'"),
+        ({"languages": ()}, "config.evals.few has an empty list of languages"),
+        ({"kind": "few_shot", "shots": ()}, "config.evals.few has an empty list"),
+        ({"kind": "linear_probe"}, "no data set in ''"),
     ],
 )
 def test_errors_come_before_any_model(folder, changes, message):
     fields = {"data": SourceConfig(path=str(folder)), "classes": str(folder / "classes.json")}
     with pytest.raises(UserError, match=message):
         open_evals({"few": EvalConfig(**(fields | changes))})
+
+
+def test_results_are_in_clip_benchmarks_layout(evaluations, tmp_path):
+    out = tmp_path / "evals"
+    write_results(out, evaluations, Subject(model="tiny", pretrained="step 3"))
+    assert sorted(path.name for path in out.iterdir()) == [
+        "few_shot_shots_1_shot.json",
+        "retrieval_pairs.json",
+        "table.md",
+        "zero_shot_few.json",
+        "zero_shot_few_confusion.csv",
+        "zero_shot_many_de.json",
+        "zero_shot_many_de_confusion.csv",
+        "zero_shot_many_en.json",
+        "zero_shot_many_en_confusion.csv",
+    ]
+    metrics = flat(evaluations)
+    assert json.loads((out / "zero_shot_many_de.json").read_text()) == {
+        "dataset": "many",
+        "model": "tiny",
+        "pretrained": "step 3",
+        "task": "zeroshot_classification",
+        "metrics": {
+            "acc1": metrics["zero_shot/many/de/top1"],
+            "mean_per_class_recall": metrics["zero_shot/many/de/mean_per_class_recall"],
+            "n": 4,
+        },
+        "language": "de",
+    }
+    found = json.loads((out / "retrieval_pairs.json").read_text())
+    assert found["task"] == "zeroshot_retrieval"
+    start = "retrieval/pairs"
+    expected = {
+        "image_retrieval_recall@1": metrics[f"{start}/text_to_image_recall_at_1"],
+        "text_retrieval_recall@5": metrics[f"{start}/image_to_text_recall_at_5"],
+        "text_retrieval_mean_rank": metrics[f"{start}/image_to_text_mean_rank"],
+    }
+    assert expected.items() <= found["metrics"].items()
+    shot = json.loads((out / "few_shot_shots_1_shot.json").read_text())
+    assert shot["task"] == "linear_probe"
+    assert shot["metrics"].keys() == {"acc1", "acc1_std", "fewshot_k"}
+    rows = (out / "zero_shot_few_confusion.csv").read_text().splitlines()
+    assert rows[0] == "class,predicted,images"
+    assert sum(int(row.rpartition(",")[2]) for row in rows[1:]) == 4
+
+
+def test_a_table_has_a_row_a_language(evaluations):
+    by_language = tables(evaluations)[1]
+    assert by_language.title == "Zero-shot classification by language: many"
+    assert [row[0] for row in by_language.rows] == ["en", "de", "mean"]
+    top1 = [e.metrics["top1"] for e in evaluations if e.prepared.key == "many"]
+    expected = [f"{100 * value:.1f}" for value in (*top1, sum(top1) / 2)]
+    assert [row[1] for row in by_language.rows] == expected
+    assert by_language.markdown().splitlines()[2:4] == [
+        "| language | top-1 % | mean per class % | images |",
+        "| :-- | --: | --: | --: |",
+    ]

@@ -1,14 +1,13 @@
 """Zero-shot classification against results known by hand or computed one by one."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 
-from lit_jax.errors import UserError
+from lit_jax.evals.classes import Classes, label_ids
 from lit_jax.evals.encode import Encoder
-from lit_jax.evals.zero_shot import Classes, embed_classes, label_ids, load_classes, zero_shot
+from lit_jax.evals.zero_shot import embed_classes, zero_shot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,75 +33,6 @@ def plan(encoder: Encoder, image_embeds, text_embeds, valid=None) -> PlannedEnco
     return PlannedEncoder(**fields, image_embeds=image_embeds, valid=valid, text_embeds=text_embeds)
 
 
-def write(folder, content) -> str:
-    path = folder / "classes.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return str(path)
-
-
-def test_classes_fill_both_kinds_of_placeholder(tmp_path):
-    path = write(tmp_path, {"classnames": ["cat", "d{}\\1"], "templates": ["a {}", "{c}, a {c}"]})
-    classes = load_classes(path)
-    assert classes.names == ("cat", "d{}\\1")
-    assert classes.texts() == ["a cat", "cat, a cat", "a d{}\\1", "d{}\\1, a d{}\\1"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "is not JSON"),
-        ([], "must be"),
-        ({"templates": ["{}"]}, "'classnames' a list of one text or more"),
-        ({"classnames": [], "templates": ["{}"]}, "'classnames' a list"),
-        ({"classnames": [1], "templates": ["{}"]}, "'classnames' a list"),
-        ({"classnames": "cat", "templates": ["{}"]}, "'classnames' a list"),
-        ({"classnames": ["cat"], "templates": []}, "'templates' a list"),
-        ({"classnames": ["cat"], "templates": ["a photo"]}, r"'a photo' .* needs '\{\}'"),
-        ({"classnames": ["cat", "dog", "cat"], "templates": ["{}"]}, "'cat' is 2 times"),
-        (
-            {"classnames": ["cat", "dog"], "labels": ["n1", "n1"], "templates": ["{}"]},
-            "'n1' is 2 times among the labels",
-        ),
-        (
-            {"classnames": ["cat", "dog"], "labels": ["n1"], "templates": ["{}"]},
-            "2 classnames but 1 labels",
-        ),
-    ],
-)
-def test_a_bad_class_file_is_refused(tmp_path, content, message):
-    with pytest.raises(UserError, match=message):
-        load_classes(write(tmp_path, content))
-
-
-def test_a_missing_class_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere\.json cannot be read: No such file"):
-        load_classes(str(tmp_path / "nowhere.json"))
-
-
-def test_labels_become_positions_in_the_class_list(pictures):
-    classes = Classes(names=("c", "a", "b", "unused"), templates=("{}",))
-    assert label_ids(pictures, classes)[:4].tolist() == [1, 2, 0, 1]
-
-
-def test_labels_may_be_others_than_the_names(tmp_path, pictures):
-    content = {"classnames": ["zett", "aa", "be"], "labels": ["c", "a", "b"], "templates": ["{}"]}
-    classes = load_classes(write(tmp_path, content))
-    assert classes.texts() == ["zett", "aa", "be"]
-    assert label_ids(pictures, classes)[:4].tolist() == [1, 2, 0, 1]
-
-
-def test_an_unknown_label_is_named_with_the_nearest(pictures):
-    classes = Classes(names=("a", "bb", "c"), templates=("{}",))
-    with pytest.raises(UserError, match=r"picture1 has the label 'b', .* did you mean 'bb'"):
-        label_ids(pictures, classes)
-
-
-def test_a_missing_label_is_an_error(pictures):
-    unlabelled = type(pictures)([pictures[0], {**pictures[1], "label": None}])
-    with pytest.raises(UserError, match="picture1 has no label"):
-        label_ids(unlabelled, Classes(names=("a", "b"), templates=("{}",)))
-
-
 def test_class_embeddings_are_the_normalised_mean_over_templates(encoder, params):
     classes = Classes(names=("forty two", "seven"), templates=("{}", "a photo of {}", "number {}"))
     embeds_CxE = embed_classes(encoder, params, classes)
@@ -111,6 +41,15 @@ def test_class_embeddings_are_the_normalised_mean_over_templates(encoder, params
         each = [encoder.texts(params, [text])[0] for text in texts]
         mean_E = sum(each)
         np.testing.assert_allclose(embed_E, mean_E / np.linalg.norm(mean_E), atol=1e-6)
+
+
+def test_a_class_may_have_sentences_of_its_own(encoder, params):
+    prompts = (("one", "a one"), ("two",))
+    embeds_CxE = embed_classes(encoder, params, Classes(names=("1", "2"), prompts=prompts))
+    one_2xE, two_1xE = (encoder.texts(params, texts) for texts in prompts)
+    mean_E = one_2xE.sum(axis=0)
+    np.testing.assert_allclose(embeds_CxE[0], mean_E / np.linalg.norm(mean_E), atol=1e-6)
+    np.testing.assert_allclose(embeds_CxE[1], two_1xE[0], atol=1e-6)
 
 
 def test_metrics_by_hand(encoder, params, pictures):
@@ -141,6 +80,7 @@ def test_metrics_by_hand(encoder, params, pictures):
     assert result.metrics["n"] == 5
     assert result.metrics["top1"] == pytest.approx(2 / 5)
     assert result.metrics["mean_per_class_recall"] == pytest.approx((2 / 3 + 0 + 0) / 3)
+    assert result.confusion().tolist() == [[0, 0, 2], [0, 1, 1], [1, 0, 1], [5, 0, 1]]
 
 
 def test_a_perfect_model_is_always_right(encoder, params, pictures):

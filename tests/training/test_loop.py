@@ -401,3 +401,57 @@ def test_a_checkpoint_moves_to_other_devices(tiny, tmp_path, first, second):
     assert position == {"next_batch": 1}
     assert states[1].params["logit_scale"].sharding.mesh.size == second
     assert_same(states[1].params, states[0].params)
+
+
+EVALS = {
+    "often": {"every": "2 steps", "at_start": True},
+    "last": {"kind": "retrieval"},
+    "never": {"at_end": False},
+}
+
+
+def recorded(workdir):
+    """Which evaluations are in metrics.jsonl at which step, in order."""
+    rows = [row for row in read_metrics(workdir) if "loss" not in row]
+    return [(row["step"], sorted(key.split("/")[1] for key in row if "/" in key)) for row in rows]
+
+
+def test_evaluations_are_made_when_due_and_change_nothing(train, tiny, tmp_path, monkeypatch):
+    """Interrupted in an evaluation and between two, each is in the log once, and training is the same."""
+    due = [(0, ["often"]), (2, ["often"]), (4, ["often"]), (6, ["last", "often"])]
+
+    def evaluate(run, names):
+        # Reads what may be read only where waiting is allowed.
+        leaves = [float(np.asarray(x).sum()) for x in jax.tree.leaves(run.params)]
+        scale = float(run.params["logit_scale"] + 1)
+        assert run.step in dict(due)
+        kinds = {"often": "zero_shot", "last": "retrieval"}
+        return {f"{kinds[name]}/{name}/top1": sum(leaves) + scale for name in names}
+
+    def killed(run, names):
+        if run.step == 4:
+            raise KeyboardInterrupt
+        return evaluate(run, names)
+
+    config = tiny(evals=EVALS)
+    plain = train(tiny(), tmp_path / "plain")
+    whole = train(config, tmp_path / "whole", evaluate=evaluate)
+    assert recorded(tmp_path / "whole") == due
+    assert_same(whole.params, plain.params)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Preempted):
+            train(config, tmp_path / "parts", evaluate=evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "parts", evaluate=killed)
+    assert recorded(tmp_path / "parts") == due[:2]
+    parts = train(config, tmp_path / "parts", evaluate=evaluate)
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+    assert_same(parts.params, whole.params)
+    train(config, tmp_path / "parts", evaluate=lambda *_: pytest.fail("done already"))
+
+
+def test_an_evaluation_that_recurs_too_often_is_refused(train, tiny, tmp_path):
+    config = tiny(evals={"often": {"every": "8 examples"}})
+    with pytest.raises(UserError, match=r"config.evals.often.every='8 examples' is less than one"):
+        train(config, tmp_path / "run")

@@ -81,7 +81,8 @@ def wait_for_step(process, workdir, step):
 
 
 def losses(workdir):
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(workdir)]
+    rows = [row for row in read_metrics(workdir) if "loss" in row]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
 
 
 def results(workdir):

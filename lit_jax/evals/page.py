@@ -1,0 +1,134 @@
+"""The parts of an HTML page that needs nothing but itself: style, tables, pictures as data URIs."""
+
+import base64
+import html
+import io
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lit_jax.data.image import ImageFile, decode
+from lit_jax.evals.figures import FAINT, INK, RIGHT, UNSEEN
+from lit_jax.evals.results import Table
+
+THUMBNAIL = 192  # pixels of the longer edge, twice what is shown: phones have fine screens
+PIXEL_ART = 64  # up to this, an image is enlarged without smoothing
+
+STYLE = f"""
+:root {{ --ink: {INK}; --faint: {FAINT}; --right: {RIGHT}; --wrong: {UNSEEN}; --line: #e3e6e8;
+  --wash: #f6f8f9; }}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0 auto; max-width: 68rem; padding: 2.5rem 1.25rem 5rem; background: white; color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif;
+  -webkit-text-size-adjust: 100%; }}
+h1 {{ font-size: 1.9rem; line-height: 1.2; letter-spacing: -0.01em; margin: 0 0 0.2rem; }}
+h2 {{ font-size: 1.4rem; line-height: 1.25; margin: 3.5rem 0 0.4rem; padding-top: 1.2rem;
+  border-top: 1px solid var(--line); }}
+h3 {{ font-size: 1.05rem; margin: 2rem 0 0.3rem; }}
+p {{ margin: 0.2rem 0 0.8rem; max-width: 44rem; }}
+.note {{ color: var(--faint); font-size: 0.92rem; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0.4rem 0 1rem;
+  font-size: 0.95rem; }}
+th, td {{ padding: 0.4rem 0.9rem 0.4rem 0; text-align: right; vertical-align: middle;
+  border-bottom: 1px solid var(--line); }}
+th {{ color: var(--faint); font-weight: 500; font-size: 0.85rem; white-space: nowrap; }}
+th:first-child, td:first-child, td.text, th.text {{ text-align: left; white-space: normal; }}
+td:first-child {{ font-weight: 600; }}
+.cards {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: 1.4rem 1.2rem;
+  margin: 0.8rem 0 1rem; }}
+.card img {{ width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--wash); border-radius: 6px;
+  display: block; }}
+.card strong {{ display: block; margin: 0.45rem 0 0.15rem; line-height: 1.3; overflow-wrap: anywhere; }}
+.guess {{ display: grid; grid-template-columns: 1fr auto; column-gap: 0.6rem; font-size: 0.86rem;
+  color: var(--faint); line-height: 1.35; margin-top: 0.25rem; overflow-wrap: anywhere; }}
+.guess i {{ grid-column: 1 / -1; height: 4px; border-radius: 2px; background: #aeb6bd; min-width: 2px; }}
+.guess.right {{ color: var(--right); font-weight: 600; }}
+.guess.right i {{ background: var(--right); }}
+.row {{ margin: 1.1rem 0 1.5rem; }}
+.row > p {{ margin: 0 0 0.4rem; font-weight: 600; max-width: none; overflow-wrap: anywhere; }}
+.strip {{ display: grid; grid-template-columns: repeat(8, 1fr); gap: 0.6rem; }}
+.strip img, .small {{ width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--wash);
+  border-radius: 5px; display: block; }}
+.strip figure {{ margin: 0; }}
+.strip img.right {{ outline: 3px solid var(--right); outline-offset: 1px; }}
+.strip figcaption {{ font-size: 0.78rem; color: var(--faint); line-height: 1.3; padding-top: 0.3rem;
+  overflow-wrap: anywhere; }}
+.small {{ width: 3.4rem; }}
+.pixels {{ image-rendering: pixelated; }}
+.answer {{ display: grid; grid-template-columns: minmax(6rem, 9rem) 1fr; gap: 0.4rem 1.2rem;
+  margin: 1.2rem 0 1.6rem; }}
+.answer > img {{ width: 100%; border-radius: 6px; display: block; }}
+.answer ol {{ margin: 0; padding: 0 0 0 1.4rem; color: var(--faint); overflow-wrap: anywhere; }}
+.answer li {{ padding: 0.1rem 0; }}
+.answer li.right {{ color: var(--right); font-weight: 600; }}
+@media (max-width: 40rem) {{ .cards {{ grid-template-columns: 1fr 1fr; }}
+  .strip {{ grid-template-columns: repeat(4, 1fr); }} }}
+.figure {{ width: 100%; height: auto; display: block; margin: 0.6rem 0; }}
+""".strip()
+
+
+def page(title: str, subtitle: str, body: Iterable[str]) -> str:
+    """A whole HTML document; of its parts only the title and the subtitle are escaped here."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{text(title)}: {text(subtitle)}</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n"
+        f'<h1>{text(title)}</h1>\n<p class="note">{text(subtitle)}</p>\n'
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def text(value: str) -> str:
+    """Escaped, and half a surrogate pair replaced: it has no form in UTF-8."""
+    return html.escape(value.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+
+def table(content: Table) -> str:
+    rows = "\n".join(
+        "<tr>" + "".join(f'<td dir="auto">{text(cell)}</td>' for cell in row) + "</tr>"
+        for row in content.rows
+    )
+    return f"<h3>{text(content.title)}</h3>\n{plain_table(content.columns, rows)}"
+
+
+def plain_table(columns: Sequence[str], rows: str, texts: int = 1) -> str:
+    """A table of rows that are HTML already; the first `texts` columns hold no numbers."""
+    head = "".join(
+        f'<th class="text">{text(column)}</th>' if i < texts else f"<th>{text(column)}</th>"
+        for i, column in enumerate(columns)
+    )
+    return f'<div class="wide"><table>\n<tr>{head}</tr>\n{rows}\n</table></div>'
+
+
+def picture(image: ImageFile, alt: str, kind: str = "") -> str:
+    """A thumbnail; of what can be decoded."""
+    thumbnail = decode(image)
+    tiny = max(thumbnail.size) <= PIXEL_ART
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    thumbnail.save(content, **({"format": "PNG"} if tiny else {"format": "JPEG", "quality": 82}))
+    mime = "image/png" if tiny else "image/jpeg"
+    kind = " ".join(filter(None, (kind, "pixels" if tiny else "")))
+    return _image(mime, content.getvalue(), alt, kind)
+
+
+def drawing(figure: Figure, alt: str) -> str:
+    content = io.BytesIO()
+    # Texts stay texts, which the browser has the fonts for; with no date, equal numbers give equal files.
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "lit_jax", "font.family": "sans-serif"}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support")
+        figure.savefig(content, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    image = _image("image/svg+xml", content.getvalue(), alt, "figure")
+    return f'<div style="max-width:{figure.get_figwidth() * 110:.0f}px">{image}</div>'
+
+
+def _image(mime: str, content: bytes, alt: str, kind: str) -> str:
+    data = base64.b64encode(content).decode()
+    return f'<img class="{kind}" alt="{text(alt)}" src="data:{mime};base64,{data}">'

@@ -1,0 +1,161 @@
+"""What a linear classifier gets out of an image tower's features, with all training images or k a class."""
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from lit_jax.data.example import Source
+from lit_jax.errors import UserError
+from lit_jax.evals.encode import Encoder, Params
+from lit_jax.evals.zero_shot import top_classes, top_metrics
+
+log = logging.getLogger(__name__)
+
+COARSE_L2 = (1e-6, 1e-4, 1e-2, 1e0, 1e2, 1e4, 1e6)
+FINEST = 1 / 8  # of a decade
+VALIDATION = 5  # each fifth training image of a class
+FEW_SHOT_L2 = 1.0
+MAX_ITERATIONS = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Features:
+    """What the tower has pooled of N images, and their classes from 0."""
+
+    rows: Float[np.ndarray, "N P"]
+    label: Int[np.ndarray, " N"]
+
+    def __getitem__(self, chosen: Any) -> "Features":
+        return Features(rows=self.rows[chosen], label=self.label[chosen])
+
+
+def class_ids(train: Source, test: Source) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " M"]]:
+    """The class of each example of both, as its position in the sorted labels of `train`.
+
+    Raises UserError at an example without a label, and if `test` has a class that `train` has not.
+    """
+    labels = []
+    for source in (train, test):
+        labels.append([source[i]["label"] for i in range(len(source))])
+        if None in labels[-1]:
+            key = source[labels[-1].index(None)]["key"]
+            raise UserError(f"The example {key} has no label; give the data's label key.")
+    ids = {label: i for i, label in enumerate(sorted(set(labels[0])))}
+    if len(ids) < 2:
+        raise UserError("The training data of a probe has one class alone; give it two or more.")
+    if unknown := set(labels[1]) - set(ids):
+        raise UserError(
+            f"The class {min(unknown)!r} of the evaluation's data is not in its training data; "
+            "both must have the same classes."
+        )
+    train_N, test_M = (np.array([ids[label] for label in given], np.int32) for given in labels)
+    return train_N, test_M
+
+
+def check_counts(label_N: Int[np.ndarray, " N"], shots: Sequence[int] = ()) -> None:
+    """Raises UserError if there are too few training images for `few_shot`, or else for `linear_probe`."""
+    of_class = np.bincount(label_N)
+    if shots and max(shots) > of_class.min():
+        raise UserError(
+            f"A class has {of_class.min()} training images, fewer than the {max(shots)} of shots; "
+            "lower shots, or give more images."
+        )
+    if not shots and of_class.max() < VALIDATION:
+        raise UserError(
+            f"No class of a linear probe has {VALIDATION} training images, of which one chooses the penalty; "
+            "give more, or take the kind few_shot."
+        )
+
+
+def features(
+    encoder: Encoder, params: Params, source: Source, label_N: Int[np.ndarray, " N"]
+) -> Features:
+    """Of all images of `source` that can be decoded."""
+    rows, valid_N = encoder.features(params, source)
+    return Features(rows=rows, label=label_N)[valid_N]
+
+
+def linear_probe(train: Features, test: Features) -> dict[str, float]:
+    """Logistic regression whose L2 penalty is chosen on a fifth of the training images (CLIP section 3.2).
+
+    The penalty is swept from 1e-6 to 1e6, then between the neighbours of the best, down to an eighth of a
+    decade. The classifier with the best one is trained on all training images.
+
+    Returns top1, top5 (of five classes or more), mean_per_class_recall, n, and l2.
+    """
+    check_counts(train.label)
+    held_out_N = _each_of(VALIDATION, train.label)
+    learn, validate = train[~held_out_N], train[held_out_N]
+    accuracy: dict[float, float] = {}
+
+    def measure(l2: float) -> float:
+        if l2 not in accuracy:
+            accuracy[l2] = _test(_fit(learn, l2), validate)["top1"]
+        return accuracy[l2]
+
+    # Of equally good penalties the strongest: it leaves least to chance.
+    best, step = max(reversed(COARSE_L2), key=measure), 2.0
+    while (step := step / 2) >= FINEST:
+        best = max((best, best * 10**-step, best * 10**step), key=measure)
+    return {**_test(_fit(train, best), test), "l2": best}
+
+
+def few_shot(
+    train: Features, test: Features, *, shots: Sequence[int], draws: int
+) -> dict[str, float]:
+    """Logistic regression on k training images a class, for each k of `shots`.
+
+    Returns the mean ('top1_4_shot') and the standard deviation ('top1_4_shot_std') of the accuracy over
+    `draws` of the images, the same ones at every call.
+
+    Raises UserError if a class has fewer images than one of `shots`.
+    """
+    check_counts(train.label, shots)
+    of_class = np.bincount(train.label)
+    metrics = {}
+    for k in shots:
+        top1 = []
+        for draw in range(draws):
+            rng = np.random.default_rng((k, draw))
+            chosen = [
+                rng.choice(np.flatnonzero(train.label == label), k, replace=False)
+                for label in range(len(of_class))
+            ]
+            top1.append(_test(_fit(train[np.concatenate(chosen)], FEW_SHOT_L2), test)["top1"])
+        metrics[f"top1_{k}_shot"] = float(np.mean(top1))
+        metrics[f"top1_{k}_shot_std"] = float(np.std(top1))
+    return {**metrics, "n": float(len(test.label))}
+
+
+def _each_of(n: int, label_N: np.ndarray) -> np.ndarray:
+    """Whether an example is the n-th, 2n-th ... of its class."""
+    order_N = np.argsort(label_N, kind="stable")
+    starts = np.cumsum(np.bincount(label_N)) - np.bincount(label_N)
+    place_N = np.empty(len(label_N), int)
+    place_N[order_N] = np.arange(len(label_N)) - starts[label_N[order_N]]
+    return place_N % n == n - 1
+
+
+def _fit(train: Features, l2: float) -> Any:
+    """scikit-learn's classifier; minimises the sum of cross entropies + l2 / 2 * |weights|^2."""
+    from sklearn.exceptions import ConvergenceWarning  # takes a second, and only probes need it
+    from sklearn.linear_model import LogisticRegression
+
+    classifier = LogisticRegression(C=1 / l2, max_iter=MAX_ITERATIONS)
+    with warnings.catch_warnings():
+        # Weak penalties need not converge to be compared.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return classifier.fit(train.rows, train.label)
+
+
+def _test(classifier: Any, test: Features) -> dict[str, float]:
+    scores_NxC = classifier.decision_function(test.rows)
+    if scores_NxC.ndim == 1:  # of two classes, that of the second
+        scores_NxC = np.stack([-scores_NxC, scores_NxC], axis=1)
+    return top_metrics(classifier.classes_[top_classes(scores_NxC)], test.label)

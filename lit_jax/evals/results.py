@@ -1,0 +1,210 @@
+"""What evaluations write: CLIP_benchmark's JSON, confusions as CSV, and tables."""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lit_jax.evals.runner import Evaluation, Metrics
+from lit_jax.evals.zero_shot import ZeroShotResult
+from lit_jax.files import write_json, write_whole
+
+TASKS = {
+    "zero_shot": "zeroshot_classification",
+    "retrieval": "zeroshot_retrieval",
+    "linear_probe": "linear_probe",
+    "few_shot": "linear_probe",
+}
+# How CLIP_benchmark's names of metrics begin; it names retrieval by what is found.
+_STARTS = {"text_to_image_": "image_retrieval_", "image_to_text_": "text_retrieval_", "top": "acc"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What was evaluated."""
+
+    model: str  # a name or folder
+    pretrained: str = ""  # which weights of it: "step 400"
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.pretrained}" if self.pretrained else self.model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """Texts in rows. The first column names the rows, the others hold numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        aligned = [":--", *("--:" for _ in self.columns[1:])]
+        rows = [self.columns, aligned, *self.rows]
+        lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows]
+        return "\n".join([f"### {self.title}", "", *lines, ""])
+
+
+def write_results(folder: Path, evaluations: Sequence[Evaluation], subject: Subject) -> None:
+    """Writes into `folder`, which is created: a JSON file for each evaluation in CLIP_benchmark's layout, for
+    classifications a CSV file of confusions, and for all of them table.md.
+
+    Each file is there whole or not at all. Raises OSError if one cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for evaluation in evaluations:
+        stem = evaluation.prepared.name.replace("/", "_")
+        for suffix, result in clip_benchmark(evaluation, subject):
+            write_json(folder / f"{stem}{suffix}.json", result)
+        if isinstance(evaluation.details, ZeroShotResult):
+            write_whole(folder / f"{stem}_confusion.csv", confusion_csv(evaluation))
+    text = "\n".join(table.markdown() for table in tables(evaluations))
+    write_whole(folder / "table.md", f"## {subject}\n\n{text}")
+
+
+def clip_benchmark(evaluation: Evaluation, subject: Subject) -> list[tuple[str, dict[str, Any]]]:
+    """The content of result files as CLIP_benchmark writes and collects them, with the ends of their names.
+
+    There is one for an evaluation, but for few_shot one for each number of shots.
+    """
+    config = evaluation.prepared.config
+    parts: list[tuple[str, Metrics]] = [("", evaluation.metrics)]
+    if config.kind == "few_shot":
+        parts = [(f"_{k}_shot", _of_shots(evaluation.metrics, k)) for k in config.shots]
+    elif config.kind == "linear_probe":
+        parts = [("", evaluation.metrics | {"fewshot_k": -1})]
+    head = {
+        "dataset": config.dataset or evaluation.prepared.key,
+        "model": subject.model,
+        "pretrained": subject.pretrained,
+        "task": TASKS[config.kind],
+    }
+    return [
+        (
+            suffix,
+            {
+                **head,
+                "metrics": {_theirs(name): value for name, value in metrics.items()},
+                "language": evaluation.prepared.language,
+            },
+        )
+        for suffix, metrics in parts
+    ]
+
+
+def _of_shots(metrics: Metrics, k: int) -> Metrics:
+    start = f"top1_{k}_shot"
+    return {"top1": metrics[start], "top1_std": metrics[f"{start}_std"], "fewshot_k": k}
+
+
+def _theirs(name: str) -> str:
+    for ours, theirs in _STARTS.items():
+        if name.startswith(ours):
+            name = theirs + name.removeprefix(ours)
+    return name.replace("recall_at_", "recall@")
+
+
+def confusion_csv(evaluation: Evaluation) -> str:
+    """A line for each pair that occurs: the class, the one it was taken for, and how often."""
+    assert isinstance(evaluation.details, ZeroShotResult)
+    assert evaluation.prepared.classes is not None
+    names = evaluation.prepared.classes.names
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("class", "predicted", "images"))
+    for truth, guess, count in evaluation.details.confusion().tolist():
+        writer.writerow((names[truth], names[guess], count))
+    return text.getvalue()
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.1f}".removesuffix(".0")
+
+
+_Column = tuple[str, str, Callable[[float], str]]
+_CLASSIFIED: tuple[_Column, ...] = (
+    ("top-1 %", "top1", percent),
+    ("top-5 %", "top5", percent),
+    ("mean per class %", "mean_per_class_recall", percent),
+)
+_DIRECTIONS = (("image → text", "image_to_text"), ("text → image", "text_to_image"))
+_COLUMNS: dict[str, tuple[_Column, ...]] = {
+    "zero_shot": (*_CLASSIFIED, ("images", "n", _plain)),
+    "linear_probe": (*_CLASSIFIED, ("L2", "l2", "{:.2g}".format), ("images", "n", _plain)),
+    "retrieval": (
+        *(
+            (f"{arrow} {title}", f"{direction}_{name}", show)
+            for arrow, direction in _DIRECTIONS
+            for title, name, show in (
+                *((f"R@{k} %", f"recall_at_{k}", percent) for k in (1, 5, 10)),
+                ("mean rank", "mean_rank", _plain),
+                ("median rank", "median_rank", _plain),
+            )
+        ),
+        ("images", "images", _plain),
+        ("texts", "texts", _plain),
+    ),
+}
+_TITLES = {
+    "zero_shot": "Zero-shot classification",
+    "retrieval": "Retrieval",
+    "linear_probe": "Linear probe",
+    "few_shot": "Few-shot classification, mean ± standard deviation",
+}
+
+
+def tables(evaluations: Sequence[Evaluation]) -> list[Table]:
+    """One for each kind of evaluation, a row each; one for each evaluation in several languages, a row a
+    language and one for their mean.
+    """
+    found = []
+    for kind, title in _TITLES.items():
+        of_kind = [e for e in evaluations if e.prepared.config.kind == kind]
+        alone = [e for e in of_kind if len(e.prepared.config.languages) == 1]
+        if alone:
+            names = [e.prepared.key for e in alone]
+            found.append(_table(title, "data", names, alone))
+        for key in dict.fromkeys(e.prepared.key for e in of_kind if e not in alone):
+            several = [e for e in of_kind if e.prepared.key == key]
+            languages = [e.prepared.language for e in several]
+            found.append(_table(f"{title} by language: {key}", "language", languages, several))
+    return found
+
+
+def _table(title: str, what: str, names: Sequence[str], evaluations: Sequence[Evaluation]) -> Table:
+    if evaluations[0].prepared.config.kind == "few_shot":
+        shots = sorted({k for e in evaluations for k in e.prepared.config.shots})
+        columns = tuple(f"k = {k} %" for k in shots)
+        cells = [[_shot_cell(e.metrics, k) for k in shots] for e in evaluations]
+    else:
+        known = _COLUMNS[evaluations[0].prepared.config.kind]
+        known = [column for column in known if any(column[1] in e.metrics for e in evaluations)]
+        columns = tuple(title for title, _, _ in known)
+        metrics = [e.metrics for e in evaluations]
+        if what == "language":
+            names, metrics = [*names, "mean"], [*metrics, _mean(metrics)]
+        cells = [
+            [show(row[name]) if name in row else "-" for _, name, show in known] for row in metrics
+        ]
+    rows = tuple((name, *row) for name, row in zip(names, cells, strict=True))
+    return Table(title=title, columns=(what, *columns), rows=rows)
+
+
+def _mean(metrics: Sequence[Metrics]) -> Metrics:
+    common = set.intersection(*(set(row) for row in metrics))
+    return {name: float(np.mean([row[name] for row in metrics])) for name in common}
+
+
+def _shot_cell(metrics: Metrics, k: int) -> str:
+    start = f"top1_{k}_shot"
+    if start not in metrics:
+        return "-"
+    return f"{percent(metrics[start])} ± {percent(metrics[f'{start}_std'])}"

@@ -1,0 +1,53 @@
+"""Which evaluations are due at which step of a run: each once, however often the run is resumed."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+from lit_jax.config import EvalConfig
+from lit_jax.training.metrics import read_metrics
+from lit_jax.training.run import Run
+
+# Evaluates a run, of `config.evals` those with these names; returns metrics under flat names.
+Evaluate = Callable[[Run, Collection[str]], Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalSchedule:
+    """`every` has the steps between evaluations of those that are repeated; `total` is the last step."""
+
+    evals: Mapping[str, EvalConfig]
+    every: Mapping[str, int]
+    total: int
+
+    @classmethod
+    def of(
+        cls, evals: Mapping[str, EvalConfig], to_steps: Callable[[str, str], int], total: int
+    ) -> "EvalSchedule":
+        """`to_steps` takes a config key and its duration."""
+        every = {
+            name: to_steps(f"evals.{name}.every", config.every)
+            for name, config in evals.items()
+            if config.every is not None
+        }
+        return cls(evals=evals, every=every, total=total)
+
+    def due(self, step: int) -> list[str]:
+        """The evaluations to be done when `step` steps have been taken."""
+        return [
+            name
+            for name, config in self.evals.items()
+            if (config.at_start and step == 0)
+            or (config.at_end and step == self.total)
+            or (step > 0 and name in self.every and step % self.every[name] == 0)
+        ]
+
+    def missing(self, step: int, workdir: Path) -> list[str]:
+        """Those due at `step` that metrics.jsonl does not have: a run was stopped before them."""
+        recorded = [key for row in read_metrics(workdir) if row["step"] == step for key in row]
+        starts = {name: f"{self.evals[name].kind}/{name}/" for name in self.due(step)}
+        return [
+            name
+            for name, start in starts.items()
+            if not any(key.startswith(start) for key in recorded)
+        ]

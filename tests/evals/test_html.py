@@ -1,0 +1,127 @@
+"""The page that opens from disk: it fetches nothing, no name is markup, and a browser shows all of it."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lit_jax.config import EvalConfig, SourceConfig
+from lit_jax.evals.html import html_report
+from lit_jax.evals.results import Subject
+from lit_jax.evals.runner import open_evals, run
+
+NAMES = ["<b>a</b>", "b & 猫", "קוף"]
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+METRICS = [
+    {"step": 0, "zero_shot/few/top1": 0.2},
+    {"step": 1, "loss": 4.0, "learning_rate": 1e-3},
+    {"step": 2, "loss": 3.0, "learning_rate": 5e-4},
+    {"step": 2, "zero_shot/few/top1": 0.5},
+]
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found, self.open = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def page(encoder, params, pictures, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    with (folder / "captions.jsonl").open("w") as file:
+        for i, example in enumerate(pictures):
+            size = (32, 32) if i else (500, 300)
+            Image.fromarray(example["image"]).resize(size).save(folder / f"{i}.png")
+            row = {"image": f"{i}.png", "captions": [f"<i>{i}</i>", f"{i} תמונה"]}
+            file.write(json.dumps(row | {"label": example["label"]}) + "\n")
+    classes = {"classnames": NAMES, "labels": ["a", "b", "c"], "templates": ["{}"]}
+    (folder / "classes.json").write_text(json.dumps(classes))
+    data = SourceConfig(path=str(folder))
+    evals = {
+        "few": EvalConfig(data=data, classes=str(folder / "classes.json")),
+        "pairs": EvalConfig(kind="retrieval", data=data),
+    }
+    evaluations = run(open_evals(evals), encoder, params)
+    return html_report(evaluations, Subject(model="a <model>"), METRICS)
+
+
+def test_the_page_needs_nothing_but_itself(page):
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    sources = [attrs["src"] for tag, attrs in tags.found if tag == "img"]
+    assert all(re.match("data:image/(png|jpeg|svg)", source) for source in sources)
+    assert {"script", "link", "iframe"}.isdisjoint(tag for tag, _ in tags.found)
+    assert "http://" not in page
+    assert "url(" not in page
+    # 8 samples, 3 classes x 8 images; 8 images, 8 texts x 8 images; confusions; two maps and the curves
+    assert len(sources) >= 8 + 3 * 8 + 8 + 8 * 8 + 3
+    assert len(page) < 2_000_000
+
+
+def test_no_name_is_taken_for_markup(page):
+    assert "<b>" not in page
+    assert "<i>0" not in page
+    assert "&lt;b&gt;a&lt;/b&gt;" in page
+    assert "b &amp; 猫" in page
+    assert "a &lt;model&gt;" in page
+    assert "קוף" in page
+
+
+def test_it_has_all_that_is_promised(page):
+    for heading in (
+        "Results",
+        "What is in the picture?",
+        "Which pictures fit the words?",
+        "Worst confusions",
+        "Which texts fit the picture?",
+        "Which pictures fit the text?",
+        "Training",
+    ):
+        assert re.search(rf"<h[23]>{re.escape(heading)}</h[23]>", page), heading
+    assert page.count("<h3>Similarity</h3>") == 2
+    assert "The loss is 3.000 after 2 steps." in page
+
+
+@pytest.mark.long
+def test_chromium_shows_it(page, tmp_path):
+    """All images load, and the page is no wider than a telephone."""
+    chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    assert chromium, "This test needs Chromium: apt-get install chromium"
+    check = (
+        "<script>addEventListener('load', () => { const broken = [...document.images].filter("
+        "i => !i.naturalWidth).length; document.title = `images ${document.images.length} broken "
+        "${broken} wide ${document.documentElement.scrollWidth <= innerWidth}`; })</script></body>"
+    )
+    file = tmp_path / "report.html"
+    file.write_text(page.replace("</body>", check), encoding="utf-8")
+    quiet = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    quiet += ["--disable-background-networking", "--disable-component-update"]
+
+    def headless(*flags) -> str:
+        command = [chromium, "--headless", "--no-sandbox", *quiet]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900", *flags]
+        done = subprocess.run([*command, file.as_uri()], capture_output=True, timeout=180)
+        assert done.returncode == 0
+        return done.stdout.decode()
+
+    title = re.search("<title>(.*?)</title>", headless("--dump-dom"))
+    assert title
+    assert re.fullmatch(r"images \d+ broken 0 wide true", title[1])
+    headless(f"--screenshot={tmp_path / 'page.png'}")
+    with Image.open(tmp_path / "page.png") as shot:
+        assert np.asarray(shot.convert("L")).std() > 10  # not blank

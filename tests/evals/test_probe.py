@@ -1,0 +1,81 @@
+"""Linear probes on known data, against scikit-learn used directly."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+from lit_jax.errors import UserError
+from lit_jax.evals.probe import Features, class_ids, features, few_shot, linear_probe
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """500 scans to learn from and 300 to test on."""
+    pixels, labels = load_digits(return_X_y=True)
+    rows, labels = np.float32(pixels[:800] / 16), labels[:800].astype(np.int32)
+    whole = Features(rows=rows, label=labels)
+    return whole[:500], whole[500:]
+
+
+def test_a_probe_is_a_regression_with_the_penalty_that_validates_best(digits):
+    train, test = digits
+    metrics = linear_probe(train, test)
+    direct = LogisticRegression(C=1 / metrics["l2"], max_iter=1000).fit(train.rows, train.label)
+    assert metrics["top1"] == pytest.approx(direct.score(test.rows, test.label))
+    assert metrics["n"] == 300
+    assert metrics["top1"] > 0.85
+    assert metrics["top5"] > 0.98
+    worst = [
+        LogisticRegression(C=c, max_iter=1000).fit(train.rows, train.label) for c in (1e-6, 1e-3)
+    ]
+    assert all(w.score(test.rows, test.label) < metrics["top1"] for w in worst)
+
+
+def test_more_shots_are_better_and_draws_are_always_the_same(digits):
+    train, test = digits
+    metrics = few_shot(train, test, shots=(1, 8, 32), draws=3)
+    assert 0.25 < metrics["top1_1_shot"] < metrics["top1_8_shot"] < metrics["top1_32_shot"]
+    assert metrics["top1_1_shot_std"] > 0
+    assert metrics == few_shot(train, test, shots=(1, 8, 32), draws=3)
+
+
+def test_two_classes_have_one_score(digits):
+    train, test = (part[part.label < 2] for part in digits)
+    assert linear_probe(train, test)["top1"] > 0.97
+
+
+def test_features_are_what_the_tower_has_pooled(encoder, params, pictures_with_bad):
+    label_N = np.arange(21, dtype=np.int32)
+    got = features(encoder, params, pictures_with_bad, label_N)
+    assert got.label.tolist() == [*range(4), *range(5, 21)]
+    pixels = encoder.image_transform.eval(pictures_with_bad[7]["image"])[None]
+    apply = jax.jit(functools.partial(encoder.module.apply, method="pool_image"))
+    expected = apply({"params": params}, pixels)
+    np.testing.assert_allclose(got.rows[6], expected[0], atol=1e-6)
+    other = dataclasses.replace(encoder, batch_size=8)
+    np.testing.assert_allclose(
+        features(other, params, pictures_with_bad, label_N).rows, got.rows, atol=1e-6
+    )
+
+
+def test_too_few_images_or_classes(digits, pictures):
+    train, test = digits
+    few = Features(rows=train.rows[:4], label=np.array([0, 0, 1, 1], np.int32))
+    with pytest.raises(UserError, match="No class of a linear probe has 5 training images"):
+        linear_probe(few, test)
+    with pytest.raises(UserError, match="2 training images, fewer than the 4 of shots"):
+        few_shot(few, test, shots=(1, 4), draws=1)
+    only_a = type(pictures)(e for e in pictures if e["label"] == "a")
+    ab = type(pictures)(e for e in pictures if e["label"] != "c")
+    with pytest.raises(UserError, match="one class alone"):
+        class_ids(only_a, pictures)
+    with pytest.raises(UserError, match=r"The class 'c' .* is not in its training data"):
+        class_ids(ab, pictures)
+    unlabelled = type(pictures)([{**pictures[0], "label": None}])
+    with pytest.raises(UserError, match="picture0 has no label"):
+        class_ids(pictures, unlabelled)
