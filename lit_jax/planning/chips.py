@@ -19,7 +19,7 @@ class Chip:
     """Of one chip. Peak figures are what is published, not what a program reaches."""
 
     flops: float  # bfloat16 FLOPs a second
-    hbm_gib: float
+    hbm_gib: int
     hbm_bandwidth: float  # bytes a second
     ici_bandwidth: float  # bytes a second that it sends to its neighbours, over all links
     shapes: tuple[str, ...]  # common ones of a slice

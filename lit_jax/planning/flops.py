@@ -35,7 +35,9 @@ def _flops(equation: Any) -> int:
     if name == "while" and inside:
         raise ValueError("A matrix product in a loop of unknown length cannot be counted.")
     if name == "shard_map":  # its body is what one device does
-        return inside * math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        return inside * math.prod(
+            params["mesh"].shape[axis] for axis in params["newly_manual_axes"]
+        )
     return inside
 
 

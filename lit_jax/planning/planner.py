@@ -19,7 +19,11 @@ from lit_jax.training.program import AbstractBatch, Program, check_batch_size
 from lit_jax.training.setup import find_towers, prepare
 from lit_jax.training.teacher import check_config
 
-_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+# How the compiler says it, depending on where it finds out. The second leaves out what the chip holds.
+_OUT_OF_MEMORY = (
+    re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE),
+    re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -124,14 +128,7 @@ def compile_step(program: Program, batch: AbstractBatch) -> Compiled:
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            match = _OUT_OF_MEMORY.search(str(error))
-            if match is None:
-                raise
-            used, limit = (
-                int(float(amount) * _UNITS[unit.upper()])
-                for amount, unit in (match.group(1, 2), match.group(3, 4))
-            )
-            return Compiled(fits=False, total=used, limit=limit)
+            return _too_large(error, program, batch)
     memory = compiled.memory_analysis()
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries = memory.temp_size_in_bytes + new
@@ -144,6 +141,22 @@ def compile_step(program: Program, batch: AbstractBatch) -> Compiled:
         code=total - temporaries - sum(held_bytes(program, batch).values()),
         sent=sent_bytes(compiled.as_text(), mesh.size),
     )
+
+
+def _too_large(error: Exception, program: Program, batch: AbstractBatch) -> Compiled:
+    """What the compiler's error says of memory; any other error goes on."""
+    whole, of_temporaries = (pattern.search(str(error)) for pattern in _OUT_OF_MEMORY)
+    match = whole or of_temporaries
+    if match is None:
+        raise error
+    needed, limit = (
+        int(float(amount) * _UNITS[unit.upper()])
+        for amount, unit in (match.group(1, 2), match.group(3, 4))
+    )
+    if whole:
+        return Compiled(fits=False, total=needed, limit=limit)
+    total = needed + sum(held_bytes(program, batch).values())
+    return Compiled(fits=False, total=total, limit=limit, temporaries=needed)
 
 
 def step_flops(program: Program, batch: AbstractBatch) -> int:
