@@ -124,7 +124,7 @@ def compile_step(program: Program, batch: AbstractBatch) -> Compiled:
     """Compiles the step for the program's mesh. A step too large for the chip is an answer, not an error."""
     mesh = program.setup.mesh
     with jax.set_mesh(mesh):
-        lowered: Any = _traced(program, batch).lower()
+        lowered: Any = traced(program, batch).lower()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -162,10 +162,11 @@ def _too_large(error: Exception, program: Program, batch: AbstractBatch) -> Comp
 def step_flops(program: Program, batch: AbstractBatch) -> int:
     """FLOPs of the matrix products of a step on one chip: the batch is split evenly."""
     with jax.set_mesh(program.setup.mesh):
-        return matmul_flops(_traced(program, batch).jaxpr) // program.setup.mesh.size
+        return matmul_flops(traced(program, batch).jaxpr) // program.setup.mesh.size
 
 
-def _traced(program: Program, batch: AbstractBatch) -> Any:
+def traced(program: Program, batch: AbstractBatch) -> Any:
+    """The step for a batch, before it is lowered and compiled; call it under the program's mesh."""
     step: Any = program.compiled_step()
     return step.trace(program.abstract_state(), program.abstract_frozen(batch), batch)
 
