@@ -3,8 +3,8 @@
     python -m benchmarks.compile_time [--depths=12,24,48] [--topology=v5e:2x2]
 
 Method: widths of ViT-B/16 and BERT-base, random initialisation, batch 32, --config.remat=block. For this
-machine's CPU and, if libtpu is installed, for a TPU topology. Each depth is compiled once, in turn; the size of
-the lowered program, in lines, stands beside it. Compile time is not to grow with depth.
+machine's CPU and, if libtpu is installed, for a TPU topology. Each depth is compiled once, in turn; the size
+of the lowered program, in lines, stands beside it. Compile time is not to grow with depth.
 """
 
 import argparse

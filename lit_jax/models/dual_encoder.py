@@ -86,8 +86,8 @@ class DualEncoderModule(nn.Module):
 
     def with_remat(self, remat: Remat) -> "DualEncoderModule":
         """The same with towers whose gradients keep only what `remat` says; see `layers.rematerialized`."""
-        towers = {name: tower.clone(remat=remat) for name, tower in self.towers.items()}
-        return self.clone(**towers)
+        image, text = (tower.clone(remat=remat) for tower in self.towers.values())
+        return self.clone(vision_model=image, text_model=text)
 
     @property
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
