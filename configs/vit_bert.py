@@ -71,6 +71,7 @@ def base() -> ConfigDict:
     config.model.text.model = "google-bert/bert-base-uncased"
     config.model.projection_dim = 768
     config.model.dtype = "bfloat16"
+    config.remat = "block"
     config.optimizer.name = "adafactor"
     config.optimizer.momentum_dtype = "bfloat16"
     config.optimizer.weight_decay = (

@@ -30,6 +30,7 @@ NotNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
 
 Pooling = Literal["pooler", "cls", "mean"]
+Remat = Literal["none", "matmuls", "block"]
 Rules = tuple[tuple[str, Any], ...]
 TrainableRules = tuple[tuple[str, bool], ...]
 RateRules = tuple[tuple[str, NotNegative], ...]
@@ -193,6 +194,9 @@ class Config:
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = _free(MeshConfig())
+    # What the forward pass of a tower that trains keeps for the backward one, which computes the rest again:
+    # all (none), the results of matrix products (matmuls), or only what goes into each block (block).
+    remat: Remat = _free("none")
     checkpoint: CheckpointConfig = _free(CheckpointConfig())
     log: LogConfig = _free(LogConfig())
     evals: dict[str, EvalConfig] = dataclasses.field(

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lit_jax.data.example import Source
+from lit_jax.data.example import BadSampleError, Source
+from lit_jax.data.files import ObjectPath
 from lit_jax.distributed.mesh import REPLICATED
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
@@ -141,11 +142,17 @@ def of_images(source: Source) -> str:
     """Tells image sets apart: by path, size and time of the files, or by what is in them."""
     digest = hashlib.blake2b(digest_size=16)
     for i in range(len(source)):
-        digest.update(of_parts(_of_image(source[i]["image"])).encode())
+        try:
+            image = source[i]["image"]
+        except BadSampleError as reason:
+            image = str(reason)
+        digest.update(of_parts(_of_image(image)).encode())
     return digest.hexdigest()
 
 
-def _of_image(image: Path | bytes | np.ndarray | None) -> Any:
+def _of_image(image: Any) -> Any:
+    if isinstance(image, ObjectPath):
+        return str(image)
     if not isinstance(image, Path):
         return image
     try:

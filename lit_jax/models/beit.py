@@ -116,7 +116,9 @@ class Beit(ImageTower):
         )
         _, height, width, _ = pixel_values_BxHxWxC.shape
         bias = self._bias(patch_grid((height, width), cfg.patch_size))
-        x_BxLxD = Encoder(cfg.block, self.dtype, name="encoder")(x_BxLxD, bias, deterministic)
+        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, name="encoder")(
+            x_BxLxD, bias, deterministic
+        )
         if not cfg.use_mean_pooling:
             x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layernorm")(x_BxLxD)
         if self.pooling == "pooler" and cfg.use_mean_pooling:

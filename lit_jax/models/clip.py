@@ -149,7 +149,9 @@ class CLIPVision(ImageTower):
         x_BxLxD = ImageEmbeddings(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
         # Hugging Face misspelled the name once, and its files have kept it.
         x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="pre_layrnorm")(x_BxLxD)
-        x_BxLxD = Encoder(cfg.block, self.dtype, name="encoder")(x_BxLxD, None, deterministic)
+        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, name="encoder")(
+            x_BxLxD, None, deterministic
+        )
         if self.pooling == "pooler":
             norm = LayerNorm(cfg.layer_norm_eps, self.dtype, name="post_layernorm")
             pooled_BxD = norm(x_BxLxD[:, :1])[:, 0]
@@ -228,7 +230,9 @@ class CLIPText(Tower):
             input_ids_BxL, position_ids_BxL
         )
         bias = attention_bias(attended_BxL, causal=self.causal)
-        x_BxLxD = Encoder(cfg.block, self.dtype, name="encoder")(x_BxLxD, bias, deterministic)
+        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, name="encoder")(
+            x_BxLxD, bias, deterministic
+        )
         x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="final_layer_norm")(x_BxLxD)
         if self.pooling == "pooler":
             pooled_BxP = self.pool(x_BxLxD, input_ids_BxL)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lit_jax.config import Remat
 from lit_jax.models.convolutions import DepthwiseConv, Map, NewMap, positions, scan_blocks
 from lit_jax.models.layers import LayerNorm, TowerOutput, activation, dense, drop
 from lit_jax.models.patches import ImageTower, PatchEmbeddings, Size
@@ -81,7 +82,7 @@ class ConvNext(ImageTower):
         """
         cfg = self.config
         x_BxYxXxC = Embeddings(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
-        x_BxYxXxD = Encoder(cfg, self.dtype, name="encoder")(x_BxYxXxC, deterministic)
+        x_BxYxXxD = Encoder(cfg, self.dtype, self.remat, name="encoder")(x_BxYxXxC, deterministic)
         x_BxLxD = positions(x_BxYxXxD)
         pooled_Bx1xD = x_BxLxD.mean(1, keepdims=True)
         if self.pooling == "pooler":
@@ -118,6 +119,7 @@ class Encoder(nn.Module):
 
     config: ConvNextV2Config
     dtype: Any
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, x_BxYxXxC: Map, deterministic: bool) -> NewMap:
@@ -126,7 +128,7 @@ class Encoder(nn.Module):
         rates = np.linspace(0, cfg.drop_path_rate, sum(cfg.depths))
         rates_of_stage = np.split(rates, np.cumsum(cfg.depths[:-1]))
         for i, rates_N in enumerate(rates_of_stage[: cfg.num_stages]):
-            stage = Stage(cfg, cfg.hidden_sizes[i], self.dtype, name=f"stages_{i}")
+            stage = Stage(cfg, cfg.hidden_sizes[i], self.dtype, self.remat, name=f"stages_{i}")
             x_BxYxXxC = stage(x_BxYxXxC, rates_N, deterministic, downsample=i > 0)
         return x_BxYxXxC
 
@@ -135,6 +137,7 @@ class Stage(nn.Module):
     config: ConvNextV2Config
     width: int
     dtype: Any
+    remat: Remat
 
     @nn.compact
     def __call__(
@@ -151,7 +154,7 @@ class Stage(nn.Module):
                 name="downsampling_layer_1",
             )(_normed(x_BxYxXxC, "downsampling_layer_0", self.dtype))
         block = Block(cfg, self.width, self.dtype, name="layer")
-        return scan_blocks(block, x_BxYxXxC, rates_N, deterministic)
+        return scan_blocks(block, x_BxYxXxC, rates_N, deterministic, self.remat)
 
 
 class Block(nn.Module):

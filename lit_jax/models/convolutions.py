@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lit_jax.config import Remat
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
+from lit_jax.models.layers import rematerialized
 
 Map = Float[Array, "B Y X C"]
 Kernel = Float[Array, "K K 1 C"]
@@ -216,7 +218,9 @@ def positions(x_BxYxXxC: Map) -> Float[Array, "B L C"]:
     return x_BxYxXxC.reshape(len(x_BxYxXxC), -1, x_BxYxXxC.shape[-1])
 
 
-def scan_blocks(block: nn.Module, x_BxYxXxC: Map, rates_N: np.ndarray, deterministic: bool) -> Map:
+def scan_blocks(
+    block: nn.Module, x_BxYxXxC: Map, rates_N: np.ndarray, deterministic: bool, remat: Remat
+) -> Map:
     """Applies as many equal blocks, one after another, as there are dropout rates.
 
     The parameters of `block` get a leading depth axis. Neither the time to compile nor the size of the
@@ -227,7 +231,7 @@ def scan_blocks(block: nn.Module, x_BxYxXxC: Map, rates_N: np.ndarray, determini
         return shard_batch(block(x_BxYxXxC, rate, deterministic)), None
 
     scan = nn.scan(
-        step,
+        rematerialized(step, remat, scanned=True),
         variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
         length=len(rates_N),

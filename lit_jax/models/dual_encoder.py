@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lit_jax.config import ModelConfig, Pooling
+from lit_jax.config import ModelConfig, Pooling, Remat
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models.families import TEXT, VISION, build_tower
@@ -83,6 +83,11 @@ class DualEncoderModule(nn.Module):
     def towers(self) -> dict[str, Tower]:
         """The towers by their names in the tree of parameters."""
         return {"vision_model": self.vision_model, "text_model": self.text_model}
+
+    def with_remat(self, remat: Remat) -> "DualEncoderModule":
+        """The same with towers whose gradients keep only what `remat` says; see `layers.rematerialized`."""
+        image, text = (tower.clone(remat=remat) for tower in self.towers.values())
+        return self.clone(vision_model=image, text_model=text)
 
     @property
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:

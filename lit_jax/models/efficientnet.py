@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lit_jax.config import Remat
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models.convolutions import (
@@ -27,7 +28,7 @@ from lit_jax.models.convolutions import (
     positions,
     scan_blocks,
 )
-from lit_jax.models.layers import TowerOutput, activation, drop
+from lit_jax.models.layers import TowerOutput, activation, drop, rematerialized
 from lit_jax.models.patches import ImageTower, Size, check_channels
 
 # Hugging Face leaves torch's default where a block is made wider, and elsewhere takes the config's.
@@ -168,7 +169,7 @@ class EfficientNet(ImageTower):
             self.dtype,
             "embeddings",
         )(pixel_values_BxHxWxC, deterministic)
-        x_BxYxXxD = Encoder(cfg, self.dtype, name="encoder")(x_BxYxXxC, deterministic)
+        x_BxYxXxD = Encoder(cfg, self.dtype, self.remat, name="encoder")(x_BxYxXxC, deterministic)
         x_BxLxD = positions(x_BxYxXxD)
         if cfg.pooling_type not in ("mean", "max"):
             raise UserError(
@@ -194,19 +195,24 @@ class Encoder(nn.Module):
 
     config: EfficientNetConfig
     dtype: Any
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, x_BxYxXxC: Map, deterministic: bool) -> NewMap:
         cfg, n = self.config, 0
+
+        def call(block: nn.Module, x_BxYxXxC: Array) -> Array:
+            return shard_batch(block(x_BxYxXxC, None, deterministic))
+
         self.sow("intermediates", "input", x_BxYxXxC)
         for stage, depth in enumerate(cfg.depths):
             config = cfg.first_block(stage)
             first = Block(cfg, config, self.dtype, name=f"layer_{n}")
-            x_BxYxXxC = shard_batch(first(x_BxYxXxC, None, deterministic))
+            x_BxYxXxC = rematerialized(call, self.remat, scanned=False)(first, x_BxYxXxC)
             if depth > 1:
                 others = Block(cfg, config.following, self.dtype, name=f"layer_from_{n + 1}")
                 rates_N = cfg.drop_connect_rate * np.arange(n + 1, n + depth) / sum(cfg.depths)
-                x_BxYxXxC = scan_blocks(others, x_BxYxXxC, rates_N, deterministic)
+                x_BxYxXxC = scan_blocks(others, x_BxYxXxC, rates_N, deterministic, self.remat)
             n += depth
         if cfg.has_top:
             conv = _pointwise(cfg, cfg.channels(1280), self.dtype)

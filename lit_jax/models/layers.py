@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lit_jax.config import Pooling, nearest
+from lit_jax.config import Pooling, Remat, nearest
 from lit_jax.errors import UserError
 
 
@@ -34,12 +34,14 @@ class Tower(nn.Module):
             'cls' the first token of the last hidden state, 'mean' the mean of its patches or attended
             tokens.
         dtype: of the computation.
+        remat: what of a block the backward pass computes again; see lit_jax/config.py.
         poolings: those that the family has.
     """
 
     config: Any
     pooling: Pooling = "pooler"
     dtype: Any = jnp.float32
+    remat: Remat = "none"
 
     poolings: ClassVar[tuple[Pooling, ...]] = ("pooler", "cls", "mean")
 
@@ -47,6 +49,21 @@ class Tower(nn.Module):
     def example_input(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of an input, to initialise with."""
         raise NotImplementedError
+
+
+def rematerialized(call: Callable[..., Any], remat: Remat, *, scanned: bool) -> Callable[..., Any]:
+    """`call`, a function of a block and arrays, so that its gradient keeps only what `remat` says.
+
+    The gradient is the same: what is computed again draws the same dropout. Without one it does nothing.
+    """
+    if remat == "none":
+        return call
+    keep_matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # The compiler might take what is computed again for what was computed before, and keep it; not across the
+    # two loops that a scan and its gradient are.
+    return nn.remat(
+        call, policy=keep_matmuls if remat == "matmuls" else None, prevent_cse=not scanned
+    )
 
 
 def _gelu(x: Array) -> Array:

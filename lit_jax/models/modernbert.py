@@ -26,6 +26,7 @@ from lit_jax.models.layers import (
     check_length,
     mean_of_attended,
     normal,
+    rematerialized,
 )
 from lit_jax.models.transformer import Block, BlockConfig, Encoder, Rotary
 
@@ -177,12 +178,16 @@ class ModernBert(Tower):
         # Its tokens are normalised already.
         first = Block(dataclasses.replace(block, norm_attention=False), self.dtype, name="layer_0")
         own_bias, own_rotary = jax.tree.map(lambda x: x[kind], (bias, rotary))
-        x_BxLxD = first(x_BxLxD, own_bias, jnp.zeros(()), deterministic, own_rotary)
+
+        def call(block: nn.Module, x_BxLxD: Array) -> Array:
+            return block(x_BxLxD, own_bias, jnp.zeros(()), deterministic, own_rotary)
+
+        x_BxLxD = rematerialized(call, self.remat, scanned=False)(first, x_BxLxD)
         x_BxLxD = shard_batch(x_BxLxD)
         if not other_kinds:
             return x_BxLxD
         others = dataclasses.replace(block, depth=len(other_kinds))
-        encoder = Encoder(others, self.dtype, first=1, name="encoder")
+        encoder = Encoder(others, self.dtype, self.remat, first=1, name="encoder")
         return encoder(x_BxLxD, bias, deterministic, rotary, jnp.array(other_kinds))
 
     @property

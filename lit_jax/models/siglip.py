@@ -101,7 +101,9 @@ class SiglipVision(ImageTower):
                 "config.model.image.pooling to 'mean'."
             )
         x_BxLxD = ImageEmbeddings(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
-        x_BxLxD = Encoder(cfg.block, self.dtype, name="encoder")(x_BxLxD, None, deterministic)
+        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, name="encoder")(
+            x_BxLxD, None, deterministic
+        )
         x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="post_layernorm")(x_BxLxD)
         if self.pooling == "pooler":
             pooled_BxD = AttentionPooling(cfg, self.dtype, name="head")(x_BxLxD)

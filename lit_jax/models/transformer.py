@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lit_jax.config import Remat
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
-from lit_jax.models.layers import LayerNorm, activation, attend, dense, drop
+from lit_jax.models.layers import LayerNorm, activation, attend, dense, drop, rematerialized
 
 Bias = Float[Array, "#B #H #L L"]
 BiasOfTable = Callable[[Float[Array, "R H"]], Bias]
@@ -75,6 +76,7 @@ class Encoder(nn.Module):
 
     config: BlockConfig
     dtype: Any
+    remat: Remat = "none"
     first: int = 0  # which block of a tower is the first of these; see weights/names.py
 
     @nn.compact
@@ -102,7 +104,7 @@ class Encoder(nn.Module):
             return shard_batch(block(x_BxLxD, own_bias, drop_path, deterministic, own_rotary)), None
 
         scan = nn.scan(
-            step,
+            rematerialized(step, self.remat, scanned=True),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             length=self.config.depth,

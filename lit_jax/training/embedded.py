@@ -2,9 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -59,7 +58,7 @@ def describe(config: Config, setup: Setup, source: Source, side: Side, views: in
     `views`: of each image.
     """
     sample = sampled_examples(source)
-    pooled = _pooled_shape(setup, side)
+    pooled = setup.pooled_shape(side)
     return Header(
         side=side,
         tower="",
@@ -70,16 +69,6 @@ def describe(config: Config, setup: Setup, source: Source, side: Side, views: in
         width=pooled.shape[1],
         dtype=pooled.dtype.name,
         shard_size=shard_size(len(source)),
-    )
-
-
-def _pooled_shape(setup: Setup, side: Side) -> Any:
-    inputs = setup.module.example_batch
-    names = ("pixel_values",) if side == "image" else ("input_ids", "attention_mask")
-    return jax.eval_shape(
-        lambda params, *args: setup.module.apply({"params": params}, *args, method=f"pool_{side}"),
-        setup.abstract,
-        *(inputs[name] for name in names),
     )
 
 
@@ -132,10 +121,21 @@ class Embedded:
             if embeddings.header.tower != tower_fingerprint(setup, side, frozen):
                 raise _differs(side, embeddings.folder, f"another {side} tower")
 
-    def needed(self, frozen: Tree) -> dict[str, Any]:
+    def needed(self, frozen: Tree) -> Tree:
         """The locked parameters that the train step still needs."""
-        unused = [tower_name(side) for side in self.folders]
-        return {name: part for name, part in frozen.items() if name not in unused}
+        return without_towers(frozen, self.folders)
+
+
+def without_towers(params: Tree, sides: Iterable[Side]) -> Tree:
+    absent = {tower_name(side) for side in sides}
+    return {name: part for name, part in params.items() if name not in absent}
+
+
+def embedding_folders(config: Config) -> dict[Side, str]:
+    """Of the towers that are embedded in the run of a config."""
+    data = config.data
+    folders: dict[Side, str] = {"image": data.image_embeddings, "text": data.text_embeddings}
+    return {side: folder for side, folder in folders.items() if folder}
 
 
 def open_embedded(config: Config, setup: Setup, source: Source) -> Embedded:
@@ -143,14 +143,9 @@ def open_embedded(config: Config, setup: Setup, source: Source) -> Embedded:
 
     Raises UserError if one is not complete, or was made of other data or in another way than the config says.
     """
-    names: dict[Side, str] = {
-        "image": config.data.image_embeddings,
-        "text": config.data.text_embeddings,
-    }
     opened: dict[Side, Embeddings] = {
-        side: _open(config, setup, source, side, Path(name).expanduser())
-        for side, name in names.items()
-        if name
+        side: _open(config, setup, source, side, Path(folder).expanduser())
+        for side, folder in embedding_folders(config).items()
     }
     inputs: dict[Side, Inputs] = {}
     if "image" in opened:

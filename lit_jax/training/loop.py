@@ -3,11 +3,10 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
-import optax
 from jax.sharding import Mesh
 
 from lit_jax.config import Config, steps
@@ -20,10 +19,10 @@ from lit_jax.training.checkpoints import Checkpoints
 from lit_jax.training.disk import complete_steps, writing
 from lit_jax.training.embedded import Embedded, open_embedded
 from lit_jax.training.evaluation import EvalSchedule, Evaluate
-from lit_jax.training.losses import Loss, make_loss
 from lit_jax.training.metrics import Reporter
-from lit_jax.training.optimizer import make_optimizer, make_schedule
+from lit_jax.training.optimizer import make_schedule
 from lit_jax.training.preemption import StopSignal
+from lit_jax.training.program import Program, check_batch_size
 from lit_jax.training.run import (
     Run,
     open_workdir,
@@ -33,8 +32,7 @@ from lit_jax.training.run import (
     saved_towers,
 )
 from lit_jax.training.setup import Setup, Towers, find_towers, prepare
-from lit_jax.training.state import first_or_latest_state, shardings_of
-from lit_jax.training.step import Metrics, State, jit_train_step, train_step
+from lit_jax.training.state import first_or_latest_state
 from lit_jax.training.teacher import check_config
 
 
@@ -45,16 +43,17 @@ class _Plan:
     config: Config
     source: Source
     towers: Towers
-    setup: Setup
+    program: Program
     embedded: Embedded
-    loss: Loss
-    schedule: optax.Schedule
-    optimizer: optax.GradientTransformation
     total: int
     save_every: int
     keep_every: int | None
     log_every: int
     evals: EvalSchedule
+
+    @property
+    def setup(self) -> Setup:
+        return self.program.setup
 
     @property
     def mesh(self) -> Mesh:
@@ -86,13 +85,13 @@ def train(
         Checkpoints(workdir, config.checkpoint.keep_last, plan.keep_every) as checkpoints,
     ):
         state, locked, position = first_or_latest_state(
-            config, plan.setup, plan.towers, plan.optimizer, workdir, checkpoints
+            config, plan.setup, plan.towers, plan.program.optimizer, workdir, checkpoints
         )
         plan.embedded.check_towers(plan.setup, locked)
         frozen = plan.embedded.needed(locked)
         with writing(workdir):
             save_config(workdir, config)
-        step_fn = _compiled_step(plan, state)
+        step_fn = plan.program.compiled_step()
         start = checkpoints.latest or 0
         # Nothing may wait for the device by accident: implicit transfers are errors in here.
         with (
@@ -132,7 +131,7 @@ def _make_plan(config: Config, workdir: Path) -> _Plan:
     """Raises UserError on all bad input that can be known before the run folder is touched."""
     check_config(config)
     mesh = make_mesh(config.mesh)
-    _check_batch_size(config.batch_size, mesh)
+    check_batch_size(config.batch_size, mesh)
     source = open_source(config.data.train, text_only=bool(config.model.teacher))
     to_steps = functools.partial(
         steps, batch_size=config.batch_size, examples_per_epoch=len(source)
@@ -160,25 +159,14 @@ def _make_plan(config: Config, workdir: Path) -> _Plan:
         config=config,
         source=source,
         towers=towers,
-        setup=setup,
+        program=Program.of(config, setup, schedule),
         embedded=open_embedded(config, setup, source),
-        loss=make_loss(config.loss, label_smoothing=config.label_smoothing),
-        schedule=schedule,
-        optimizer=make_optimizer(config.optimizer, schedule, setup.policy),
         total=total,
         save_every=at_least_one("checkpoint.every", config.checkpoint.every),
         keep_every=at_least_one("checkpoint.keep_every", keep_every) if keep_every else None,
         log_every=at_least_one("log.every", config.log.every),
         evals=EvalSchedule.of(config.evals, at_least_one, total),
     )
-
-
-def _check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    if batch_size < 1 or batch_size % mesh.size:
-        raise UserError(
-            f"config.batch_size={batch_size} does not divide by the {mesh.size} devices of the mesh; the "
-            f"next that does is {-(-max(batch_size, 1) // mesh.size) * mesh.size}."
-        )
 
 
 def _open_stream(plan: _Plan, position: dict[str, int] | None) -> TrainStream:
@@ -194,20 +182,6 @@ def _open_stream(plan: _Plan, position: dict[str, int] | None) -> TrainStream:
     if position is not None:
         stream.set_state(position)
     return stream
-
-
-def _compiled_step(plan: _Plan, state: State) -> Callable[..., tuple[State, Metrics]]:
-    return jit_train_step(
-        functools.partial(
-            train_step,
-            embed=plan.setup.embed,
-            loss=plan.loss,
-            optimizer=plan.optimizer,
-            schedule=plan.schedule,
-            seed=plan.config.seed,
-        ),
-        shardings_of(state),
-    )
 
 
 def _open_reporter(plan: _Plan, workdir: Path, start: int, checkpoints: Checkpoints) -> Reporter:

@@ -1,6 +1,7 @@
 """From a config to a model on the mesh: towers, policy, shardings, first parameters."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -92,6 +93,17 @@ class Setup:
         inputs = {**self.inputs(config), **pooled}
         return ImageTextReader(inputs["image"], inputs["text"])
 
+    def pooled_shape(self, side: Side) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of what the tower pools of one example."""
+        inputs = self.module.example_batch
+        names = {"image": ("pixel_values",), "text": ("input_ids", "attention_mask")}[side]
+        pool = functools.partial(self.module.apply, method=f"pool_{side}")
+        return jax.eval_shape(
+            lambda params, *args: pool({"params": params}, *args),
+            self.abstract,
+            *(inputs[name] for name in names),
+        )
+
     @property
     def abstract_trainable(self) -> Tree:
         return self.policy.split(self.abstract)[0]
@@ -177,6 +189,7 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
         module = build_dual_encoder(
             towers.hf_config["vision_config"], towers.hf_config["text_config"], config.model
         )
+    module = module.with_remat(config.remat)
     image_transform = ImageTransform.from_folder(
         towers.image_folder,
         image_size=config.data.image_size,
@@ -267,7 +280,7 @@ def _pretrained_parameters(config: Config, setup: Setup, towers: Towers) -> dict
     if towers.is_whole and image and text:
         module, params, _, report = load_dual_encoder(towers.image_folder, dtype=config.model.dtype)
         log.info("%s", report)
-        if module.towers != setup.module.towers:
+        if module.with_remat(config.remat).towers != setup.module.towers:
             raise UserError(
                 f"config.model.dual_encoder: {towers.image_folder} was exported by lit_jax and then trained "
                 "on with transformers; save it with transformers once more without the key 'lit_jax' in its "

@@ -11,6 +11,8 @@ from lit_jax.models.clip import CLIPText, CLIPVision
 from lit_jax.models.families import TEXT, VISION, build_tower
 from lit_jax.models.modernbert import ModernBert
 from lit_jax.models.siglip import SiglipText, SiglipVision
+from lit_jax.planning.flops import matmul_flops
+from tests.harness import largest
 
 SMALL = {
     "hidden_size": 16,
@@ -120,6 +122,55 @@ def test_gradients_reach_every_parameter_and_are_finite(case):
         assert (np.abs(leaf).max() > 0) == is_trained, name
 
 
+def gradient_of(tower, x):
+    """A function of variables and a key."""
+
+    def loss(variables, rng):
+        output, updated = tower.apply(
+            variables, x, deterministic=False, rngs={"dropout": rng}, mutable=["batch_stats"]
+        )
+        return jnp.sin(output.pooled).sum(), updated
+
+    return jax.jit(jax.grad(loss, has_aux=True))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_rematerialization_computes_again(model_type):
+    tower = build(model_type)
+    x = example(tower)
+    variables = jax.eval_shape(tower.init, jax.random.key(0), x)
+    none, matmuls, block = (
+        matmul_flops(
+            gradient_of(tower.clone(remat=remat), x).trace(variables, jax.random.key(0)).jaxpr
+        )
+        for remat in ("none", "matmuls", "block")
+    )
+    assert none <= matmuls < block
+
+
+# One of each way in which blocks are called.
+@pytest.mark.parametrize(
+    ("model_type", "remat"),
+    [
+        ("vit", "matmuls"),
+        ("vit", "block"),
+        ("modernbert", "block"),
+        ("convnext", "block"),
+        ("efficientnet", "block"),
+    ],
+)
+def test_a_gradient_that_computes_again_is_the_same(model_type, remat, random_variables):
+    """Also the masks of dropout, and the statistics that BatchNorm leaves behind."""
+    tower = build(model_type)
+    x = example(tower)
+    variables = random_variables(tower, x)
+    expected = gradient_of(tower, x)(variables, key(0))
+    actual = gradient_of(tower.clone(remat=remat), x)(variables, key(0))
+    scale = max(largest(expected[0]), 1)
+    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * scale)
+
+
 def test_dropout_is_on_only_when_asked_for(case):
     _, tower, x, variables = case
     run = jax.jit(
@@ -145,10 +196,11 @@ def test_bfloat16_computation_is_close(case):
         assert 0 < error < 0.02 * np.abs(expected).mean()
 
 
+@pytest.mark.parametrize("remat", ["none", "block"])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_the_program_does_not_grow_with_depth(model_type):
+def test_the_program_does_not_grow_with_depth(model_type, remat):
     def operations(depth):
-        tower = build(model_type, depth=depth)
+        tower = build(model_type, depth=depth).clone(remat=remat)
         x = example(tower)
         variables = jax.eval_shape(tower.init, jax.random.key(0), x)
         gradient = jax.jit(jax.grad(lambda variables, x: tower.apply(variables, x).pooled.sum()))

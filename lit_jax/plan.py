@@ -1,0 +1,59 @@
+"""Compiles the train step of a config for TPUs that need not be there, and says whether it fits:
+
+    python -m lit_jax.plan --config=configs/vit_bert.py:base --topology=v5e:4x4
+
+Takes the same --config and --config.KEY=VALUE as training. It reads no weights and no data: of a model's
+folder config.json, tokenizer and image processor suffice. It needs libtpu (requirements-tpu.txt), no TPU.
+Exit codes: 0 with an answer, be it that the step does not fit; 2 bad input.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_jax.config_file import load_config, split_overrides
+from lit_jax.console import command
+from lit_jax.errors import UserError
+from lit_jax.files import write_whole
+from lit_jax.planning.chips import open_topology
+from lit_jax.planning.planner import make_plan
+from lit_jax.planning.table import table
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m lit_jax.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="file.py or file.py:argument")
+    parser.add_argument("--topology", required=True, help="such as v5e:16x16")
+    parser.add_argument("--slices", type=int, default=1, help="of that topology (default: 1)")
+    parser.add_argument(
+        "--compilations",
+        type=int,
+        default=6,
+        help="at most, of which all but one search the largest batch that fits (default: 6)",
+    )
+    parser.add_argument("--output", type=Path, help="JSON file to write (default: plan.json)")
+    args, rest = parser.parse_known_args(argv)
+    if args.compilations < 1:
+        raise UserError(f"--compilations={args.compilations} must be at least 1.")
+    output = args.output or Path("plan.json")
+    if not output.parent.is_dir():
+        raise UserError(f"--output={output}: there is no folder {output.parent}; create it.")
+    config = load_config(args.config, split_overrides(rest))
+    topology = open_topology(args.topology, slices=args.slices)
+    plan = make_plan(config, topology, slices=args.slices, compilations=args.compilations)
+    write_whole(output, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
+    print(table(plan))
+    print(f"\n{output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Which knob to turn when a step does not fit."""
+
+from collections.abc import Mapping
+
+from lit_jax.config import Config
+from lit_jax.training.program import Program
+
+
+def advise(
+    config: Config, program: Program, held: Mapping[str, int], hbm: int, largest_batch: int | None
+) -> tuple[str, ...]:
+    """What would make a step smaller, what costs least first; `held` and `hbm` are bytes of one chip."""
+    policy, mesh = program.setup.policy, program.setup.mesh
+    trained = {path.split("/")[0] for path, trains in policy.trainable.items() if trains}
+    state = held["parameters"] + held["optimizer"] + held["frozen"]
+    known = (
+        (
+            config.model.dtype == "float32",
+            "--config.model.dtype=bfloat16 halves activations and locked parameters.",
+        ),
+        (
+            config.remat != "block" and bool(trained & {"vision_model", "text_model"}),
+            "--config.remat=block keeps only the inputs of a tower's blocks for the gradient; it costs one "
+            "more forward pass of the towers that train.",
+        ),
+        (
+            state > hbm / 4 and mesh.shape["fsdp"] < mesh.size,
+            f"--config.mesh.fsdp={_next_fsdp(mesh.shape['fsdp'], mesh.size)} splits parameters and optimizer "
+            f"state, now {state / 2**30:.1f} GiB a chip, over more chips.",
+        ),
+        (
+            config.optimizer.momentum_dtype == "float32" and held["optimizer"] > hbm / 10,
+            "--config.optimizer.momentum_dtype=bfloat16 makes the optimizer's state smaller.",
+        ),
+        (
+            largest_batch is not None,
+            f"--config.batch_size={largest_batch} fits here.",
+        ),
+        (True, "A topology with more chips gives each of them a smaller part of the batch."),
+    )
+    return tuple(text for applies, text in known if applies)
+
+
+def _next_fsdp(now: int, devices: int) -> int:
+    """The next larger divisor of the number of devices that is at least four times as much, or all."""
+    larger = [size for size in range(now + 1, devices + 1) if devices % size == 0]
+    return next((size for size in larger if size >= 4 * now), devices)

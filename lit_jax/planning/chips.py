@@ -1,0 +1,130 @@
+"""TPU chips: their published figures, and topologies of them that no machine here needs to have."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from lit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """Of one chip. Peak figures are what is published, not what a program reaches."""
+
+    flops: float  # bfloat16 FLOPs a second
+    hbm_gib: int
+    hbm_bandwidth: float  # bytes a second
+    ici_bandwidth: float  # bytes a second that it sends to its neighbours, over all links
+    shapes: tuple[str, ...]  # common ones of a slice
+    largest: int  # slice, in chips
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)  # for the compiler
+
+
+_PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_SPACE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x4", "8x8x8", "8x8x16")
+
+# Sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "Key specifications". There the bandwidth between chips
+# is that of both directions, here of one. That of v4 is six links of 50 GB/s (Jouppi et al., 2304.01433).
+CHIPS: Mapping[str, Chip] = {
+    "v4": Chip(
+        flops=275e12,
+        hbm_gib=32,
+        hbm_bandwidth=1200e9,
+        ici_bandwidth=300e9,
+        shapes=_SPACE,
+        largest=4096,
+        options={"chip_config_name": "megacore"},  # else each of its two cores is a device
+    ),
+    "v5e": Chip(
+        flops=197e12,
+        hbm_gib=16,
+        hbm_bandwidth=819e9,
+        ici_bandwidth=200e9,
+        shapes=_PLANE,
+        largest=256,
+    ),
+    "v5p": Chip(
+        flops=459e12,
+        hbm_gib=95,
+        hbm_bandwidth=2765e9,
+        ici_bandwidth=600e9,
+        shapes=_SPACE,
+        largest=6144,
+    ),
+    "v6e": Chip(
+        flops=918e12,
+        hbm_gib=32,
+        hbm_bandwidth=1638e9,
+        ici_bandwidth=400e9,
+        shapes=_PLANE,
+        largest=256,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Devices to compile for. They cannot compute."""
+
+    name: str
+    chip: Chip
+    devices: tuple[Any, ...]
+
+
+def open_topology(name: str, *, slices: int = 1) -> Topology:
+    """`slices` slices of the topology `name`, such as 'v5e:4x4', connected by the data centre's network.
+
+    Raises UserError if libtpu, the TPU compiler, is not installed, and for a topology that it does not know.
+    """
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
+    if match is None or match[1] not in CHIPS:
+        raise UserError(_unknown(name))
+    chip, sides = CHIPS[match[1]], [int(side) for side in match[2].split("x")]
+    if len(sides) != chip.shapes[0].count("x") + 1 or math.prod(sides) > chip.largest:
+        raise UserError(_unknown(name))
+    if slices < 1:
+        raise UserError(f"--slices={slices} must be at least 1.")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "The TPU compiler is not installed; run: pip install -c requirements.lock -r requirements-tpu.txt"
+        )
+    _compile_only()
+    options: dict[str, Any] = dict(chip.options)
+    if math.prod(sides) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # else libtpu takes a host to have four
+    if slices > 1:
+        options["num_slices"] = slices
+    try:
+        description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        raise UserError(_unknown(name)) from error
+    return Topology(name=name, chip=chip, devices=tuple(description.devices))
+
+
+def _unknown(name: str) -> str:
+    known = "; ".join(
+        f"{generation}: {', '.join(chip.shapes)}" for generation, chip in CHIPS.items()
+    )
+    return f"--topology={name} is no TPU topology; write GENERATION:SHAPE, of {known}."
+
+
+def _compile_only() -> None:
+    """libtpu shall neither look for a TPU here, nor keep other processes from compiling, nor chat."""
+    for variable, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TPU_STDERR_LOG_LEVEL": "3",
+    }.items():
+        os.environ.setdefault(variable, value)
+    jax.config.update("jax_platforms", "cpu")

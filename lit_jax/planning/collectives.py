@@ -1,0 +1,188 @@
+"""What a compiled program sends from chip to chip, read from its HLO text.
+
+A computation counts as often as it runs: that of a loop as often as the loop turns.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+# What one chip of a group of g sends for an operand of one byte, by the algorithms that reach the bound.
+_SENT: dict[str, Callable[[int], float]] = {
+    "all-gather": lambda g: g - 1,
+    "all-reduce": lambda g: 2 * (g - 1) / g,
+    "reduce-scatter": lambda g: (g - 1) / g,
+    "all-to-all": lambda g: (g - 1) / g,
+    "collective-permute": lambda g: 1,
+}
+KINDS = tuple(_SENT)
+
+_BITS = re.compile(r"[a-z]+(\d+)")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_NAME = re.compile(r"%([\w.\-]+)")
+
+
+class Instruction(NamedTuple):
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]  # names; of a constant or parameter its text
+    rest: str  # attributes
+
+
+Computation = dict[str, Instruction]
+
+
+def sent_bytes(hlo: str, devices: int) -> dict[str, int]:
+    """Bytes that one chip sends in a run of the program, by kind of collective; all of `KINDS` are there.
+
+    `devices` is the size of a group that the text does not write out.
+    """
+    computations, entry = parse(hlo)
+    sent: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+    seen: set[str] = set()
+    for name, times in _runs(computations, entry).items():
+        for instruction in computations[name].values():
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in _SENT or _is_seen(instruction, seen):
+                continue
+            group = _group_size(instruction.rest, devices)
+            size = sum(_bytes(computations[name][o].shape) for o in instruction.operands)
+            sent[kind] += round(times * size * _SENT[kind](group))
+    return dict(sent)
+
+
+def _is_seen(instruction: Instruction, seen: set[str]) -> bool:
+    """TPU programs split a collective that runs beside computations into a chain of parts with one id."""
+    channel = re.search(r"channel_id=(\d+)", instruction.rest)
+    if channel is None or "chain_id=" not in instruction.rest:
+        return False
+    is_seen = channel[1] in seen
+    seen.add(channel[1])
+    return is_seen
+
+
+def parse(hlo: str) -> tuple[dict[str, Computation], str]:
+    """The computations of a module by name, and the name of the one it begins with."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", {}
+    for line in hlo.splitlines():
+        if match := _COMPUTATION.match(line):
+            current = computations[match[2]] = {}
+            entry = match[2] if match[1] else entry
+        elif match := _INSTRUCTION.match(line):
+            current[match[1]] = _instruction(match[1], match[2])
+    return computations, entry
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    shape = text[: _closing(text)] if text.startswith("(") else text.split(" ", 1)[0]
+    call = text[len(shape) :].lstrip()
+    opcode = call.split("(", 1)[0]
+    inside = call[len(opcode) :]
+    end = _closing(inside)
+    operands = _NAME.findall(inside[:end]) or [inside[1 : end - 1]]
+    return Instruction(name, shape, opcode, tuple(operands), inside[end:])
+
+
+def _closing(text: str) -> int:
+    """Where the parenthesis that `text` begins with is closed, plus one."""
+    depth = 0
+    for position, character in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 0:
+            return position + 1
+    return len(text)
+
+
+def _runs(computations: dict[str, Computation], entry: str) -> dict[str, int]:
+    """How often each computation runs; those that only say how to reduce are among them."""
+    runs: defaultdict[str, int] = defaultdict(int)
+
+    def visit(name: str, times: int) -> None:
+        runs[name] += times
+        for instruction in computations[name].values():
+            turns = (
+                trip_count(instruction, computations, name) if instruction.opcode == "while" else 1
+            )
+            for called in _called(instruction):
+                visit(called, times * turns)
+
+    visit(entry, 1)
+    return runs
+
+
+def _called(instruction: Instruction) -> Iterator[str]:
+    yield from _CALLED.findall(instruction.rest)
+    for branches in _BRANCHES.findall(instruction.rest):
+        yield from _NAME.findall(branches)
+
+
+def trip_count(loop: Instruction, computations: dict[str, Computation], inside: str) -> int:
+    """How often a while loop turns: as its counter goes from its first value up to the limit.
+
+    Raises ValueError where the program does not say.
+    """
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(known[1])
+    condition, body = (
+        computations[name]
+        for key in ("condition", "body")
+        for name in re.findall(rf"\b{key}=%?([\w.\-]+)", loop.rest)
+    )
+    compare = next(i for i in condition.values() if i.opcode == "compare")
+    counter, limit = (condition[name] for name in compare.operands)
+    index = re.search(r"index=(\d+)", counter.rest)
+    if index is None or limit.opcode != "constant" or "direction=LT" not in compare.rest:
+        raise ValueError(f"The loop {loop.name} does not say how often it turns.")
+    start = _constant(computations[inside], _element(computations[inside], loop, int(index[1])))
+    root = next(reversed(body.values()))
+    step = _constant(body, root.operands[int(index[1])])
+    return -(-(int(limit.operands[0]) - start) // max(step, 1))
+
+
+def _element(computation: Computation, loop: Instruction, index: int) -> str:
+    (initial,) = loop.operands
+    return computation[initial].operands[index]
+
+
+def _constant(computation: Computation, name: str, depth: int = 4) -> int:
+    """The constant that a name is, or that is added to it; 0 if there is none near."""
+    instruction = computation.get(name)
+    if instruction is None or depth == 0:
+        return 0
+    if instruction.opcode == "constant":
+        return int(instruction.operands[0]) if instruction.operands[0].isdecimal() else 0
+    if instruction.opcode in ("add", "copy", "bitcast"):
+        return sum(_constant(computation, operand, depth - 1) for operand in instruction.operands)
+    return 0
+
+
+def _group_size(attributes: str, devices: int) -> int:
+    """How many chips take part, of the three ways in which HLO writes groups."""
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return len(match[1].split(","))
+    return devices
+
+
+def _bytes(shape: str) -> int:
+    """Of an array, or of a tuple of them."""
+    total = 0
+    for dtype, dims in _ARRAY.findall(shape):
+        bits = _BITS.match(dtype)
+        width = 8 if dtype == "pred" or bits is None else int(bits[1])
+        total += math.prod(int(d) for d in dims.split(",") if d) * width // 8
+    return total

@@ -1,0 +1,42 @@
+"""A plan as text."""
+
+from collections.abc import Iterator
+
+from lit_jax.planning.planner import Plan
+
+_GIB = 2**30
+
+
+def table(plan: Plan) -> str:
+    return "\n".join(_lines(plan))
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    slices = f"{plan.slices} slices of " if plan.slices > 1 else ""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    yield f"{slices}{plan.topology}: {plan.chips} chips ({mesh}), batch {plan.batch_size:,}"
+    yield ("It fits." if plan.fits else "It does NOT fit.")
+    yield ""
+    yield "GiB of each chip"
+    for kind, size in plan.bytes.items():
+        kind = {"code": "code and padding"}.get(kind, kind)
+        yield f"  {kind:24} {'?' if size is None else f'{size / _GIB:.3f}':>10}"
+    yield f"  {'in all':24} {plan.total / _GIB:10.3f}   of {plan.hbm / _GIB:g}"
+    if plan.sent is not None:
+        yield "MiB that each chip sends in a step"
+        for kind, size in plan.sent.items():
+            if size:
+                yield f"  {kind:24} {size / 2**20:10.1f}"
+    yield f"TFLOPs of matrix products of each chip in a step{plan.matmul_flops / 1e12:9.3f}"
+    if plan.bound is not None:
+        yield "Milliseconds that a step takes at least, at the published peak of"
+        for resource, seconds in plan.bound.items():
+            if resource != "step":
+                yield f"  {resource:24} {1e3 * seconds:10.2f}"
+        rate = plan.batch_size / plan.bound["step"]
+        yield f"so it trains at most {rate:,.0f} pairs a second."
+    if plan.largest_batch is not None:
+        too_large = f"; {plan.smallest_too_large:,} does not" if plan.smallest_too_large else ""
+        yield f"Largest batch seen to fit: {plan.largest_batch:,}{too_large}."
+    for line in plan.advice:
+        yield f"- {line}"
