@@ -15,6 +15,7 @@ from lit_jax.data.pipeline import TrainStream
 from lit_jax.data.sources import Source, open_source
 from lit_jax.distributed.mesh import global_batch, make_mesh
 from lit_jax.errors import Preempted, UserError
+from lit_jax.training.accumulation import accumulated, check_accumulation
 from lit_jax.training.checkpoints import Checkpoints
 from lit_jax.training.disk import complete_steps, writing
 from lit_jax.training.losses import Loss, make_loss
@@ -107,7 +108,7 @@ def _make_plan(config: Config, workdir: Path) -> _Plan:
     """Raises UserError on all bad input that can be known before the run folder is touched."""
     check_config(config)
     mesh = make_mesh(config.mesh)
-    _check_batch_size(config.batch_size, mesh)
+    _check_batch_size(config, mesh)
     source = open_source(config.data.train, text_only=bool(config.model.teacher))
     to_steps = functools.partial(
         steps, batch_size=config.batch_size, examples_per_epoch=len(source)
@@ -131,12 +132,13 @@ def _make_plan(config: Config, workdir: Path) -> _Plan:
     # The run folder has configs and tokenizer, but the first step needs the weights, too.
     towers = saved_towers(workdir) if trained else find_towers(config.model)
     setup = prepare(config, towers, mesh)
+    check_accumulation(config.accumulate, setup.policy)
     return _Plan(
         config=config,
         source=source,
         towers=towers,
         setup=setup,
-        loss=make_loss(config.loss, label_smoothing=config.label_smoothing),
+        loss=make_loss(config.loss, form=config.loss_form, label_smoothing=config.label_smoothing),
         schedule=schedule,
         optimizer=make_optimizer(config.optimizer, schedule, setup.policy),
         total=total,
@@ -146,11 +148,13 @@ def _make_plan(config: Config, workdir: Path) -> _Plan:
     )
 
 
-def _check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    if batch_size < 1 or batch_size % mesh.size:
+def _check_batch_size(config: Config, mesh: Mesh) -> None:
+    batch_size, unit = config.batch_size, mesh.size * config.accumulate
+    if batch_size < 1 or batch_size % unit:
+        times = "" if config.accumulate == 1 else f" times config.accumulate={config.accumulate}"
         raise UserError(
-            f"config.batch_size={batch_size} does not divide by the {mesh.size} devices of the mesh; the "
-            f"next that does is {-(-max(batch_size, 1) // mesh.size) * mesh.size}."
+            f"config.batch_size={batch_size} does not divide by the {mesh.size} devices of the mesh{times}; "
+            f"the next that does is {-(-max(batch_size, 1) // unit) * unit}."
         )
 
 
@@ -173,7 +177,7 @@ def _compiled_step(plan: _Plan, state: State) -> Callable[..., tuple[State, Metr
     return jit_train_step(
         functools.partial(
             train_step,
-            embed=plan.setup.embed,
+            embed=accumulated(plan.setup.embed, plan.config.accumulate),
             loss=plan.loss,
             optimizer=plan.optimizer,
             schedule=plan.schedule,

@@ -198,11 +198,11 @@ SHORT = "--config.duration=30 steps"
 SAVE_ALWAYS = "--config.checkpoint.every=1 step"
 
 
-def start_two(command, workdir):
+def start_two(command, workdir, *more):
     """Two processes of one run, over loopback."""
     address = f"localhost:{portpicker.pick_unused_port()}"
     together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    flags = (NO_DROPOUT, SHORT, SAVE_ALWAYS)
+    flags = (NO_DROPOUT, SHORT, SAVE_ALWAYS, *more)
     return [
         command(workdir, *flags, env=together | {"JAX_PROCESS_ID": index}) for index in ("0", "1")
     ]
@@ -224,6 +224,17 @@ def test_two_processes_train_as_one_does(command, tmp_path, whole_of_two):
     assert steps.tolist() == list(range(1, 31))
     np.testing.assert_allclose(loss, expected[1], rtol=1e-4)
     # The loss soon comes near log(16), whatever the batch; the gradient still tells batches apart.
+    np.testing.assert_allclose(gradient, expected[2], rtol=1e-3)
+
+
+def test_two_processes_train_in_micro_batches_with_the_lean_loss(command, tmp_path, whole_of_two):
+    flags = "--config.accumulate=2", "--config.loss_form=lean"
+    for process in start_two(command, tmp_path / "run", *flags):
+        finish(process)
+    (_, loss, gradient), expected = (
+        np.transpose(losses(workdir)) for workdir in (tmp_path / "run", whole_of_two[0])
+    )
+    np.testing.assert_allclose(loss, expected[1], rtol=1e-4)
     np.testing.assert_allclose(gradient, expected[2], rtol=1e-3)
 
 
