@@ -29,7 +29,8 @@ from lit_jax.models.dual_encoder import (
 )
 from lit_jax.models.families import build_tower
 from lit_jax.models.layers import Tower, TowerOutput
-from lit_jax.training.losses import make_loss, similarity_logits
+from lit_jax.training.losses import make_loss
+from lit_jax.training.similarity import similarity_logits
 from lit_jax.weights import hub, load, save
 
 Dtype = Literal["float32", "bfloat16"]

@@ -187,7 +187,11 @@ class Config:
     batch_size: int = 128  # pairs a step, over all devices and processes
     duration: str = "1000 steps"
     loss: Literal["softmax", "sigmoid", "mse"] = "softmax"  # mse: with a teacher, and only then
+    # How a contrastive loss is computed: "lean" without a similarity matrix, the same up to rounding; "auto"
+    # decides by the batch size and the devices (docs/scale.md).
+    loss_form: Literal["auto", "global", "lean"] = "auto"
     label_smoothing: Fraction = 0.0  # of the softmax loss
+    accumulate: Count = 1  # micro-batches of a step, if a whole batch of activations does not fit
     model: ModelConfig = ModelConfig()
     policy: PolicyConfig = PolicyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

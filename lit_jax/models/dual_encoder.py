@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lit_jax.config import ModelConfig, Pooling, Remat
@@ -118,6 +119,9 @@ class DualEncoderModule(nn.Module):
         if text_BxP is None:
             texts = {name: batch[name] for name in TEXT_INPUTS if name in batch}
             text_BxP = self.pool_text(**texts, deterministic=deterministic_text)
+        # By these names a gradient that computes towers again finds what a locked one need not compute again.
+        image_BxP = checkpoint_name(image_BxP, POOLED["image"])
+        text_BxP = checkpoint_name(text_BxP, POOLED["text"])
         return DualEncoderOutput(
             normalize(self.project_image(image_BxP)),
             normalize(self.project_text(text_BxP)),

@@ -70,7 +70,7 @@ def abstract_program(config: Config, topology: Topology) -> Program:
     """
     check_config(config)
     mesh = make_mesh(config.mesh, topology.devices)
-    check_batch_size(config.batch_size, mesh)
+    check_batch_size(config.batch_size, mesh, config.accumulate)
     setup = prepare(config, find_towers(config.model), mesh)
     # The real one depends on the number of examples, and is a handful of scalar operations.
     return Program.of(config, setup, optax.constant_schedule(config.schedule.learning_rate))
@@ -90,8 +90,9 @@ def make_plan(
     fixed = sum(held[kind] for kind in ("parameters", "optimizer", "frozen"))
     hbm = first.limit or int(topology.chip.hbm_gib * 2**30)
     chips = program.setup.mesh.size
+    unit = chips * config.accumulate
     while len(tried) < compilations:
-        candidate = next_batch(tried, fixed, hbm, chips)
+        candidate = next_batch(tried, fixed, hbm, unit)
         if candidate is None:
             break
         tried[candidate] = compile_step(program, program.abstract_batch(candidate))
@@ -190,7 +191,7 @@ def shard_bytes(tree: Any) -> int:
     )
 
 
-def next_batch(tried: Mapping[int, Compiled], fixed: int, hbm: int, chips: int) -> int | None:
+def next_batch(tried: Mapping[int, Compiled], fixed: int, hbm: int, unit: int) -> int | None:
     """The batch size to compile next on the way to the largest one that fits; None: close enough.
 
     Of what a chip holds, all but `fixed` grows with the batch, nearly in proportion.
@@ -202,15 +203,15 @@ def next_batch(tried: Mapping[int, Compiled], fixed: int, hbm: int, chips: int) 
         size, nearest = fits, tried[fits]
     guess = size * (hbm - fixed) / max(nearest.total - fixed, 1)
     if too_large is not None:
-        if too_large - fits <= max(chips, too_large // 32):
+        if too_large - fits <= max(unit, too_large // 32):
             return None
         # Not too near to what is known: each compilation has to take away something.
         margin = (too_large - fits) / 8
         guess = min(max(guess, fits + margin), too_large - margin)
     else:
         guess = min(max(guess, 1.05 * fits), 8 * fits)
-    candidate = int(guess) // chips * chips
-    candidate = max(candidate, fits + chips)
+    candidate = int(guess) // unit * unit
+    candidate = max(candidate, fits + unit)
     if candidate in tried or (too_large is not None and candidate >= too_large):
         return None
     return candidate

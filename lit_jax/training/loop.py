@@ -131,7 +131,7 @@ def _make_plan(config: Config, workdir: Path) -> _Plan:
     """Raises UserError on all bad input that can be known before the run folder is touched."""
     check_config(config)
     mesh = make_mesh(config.mesh)
-    check_batch_size(config.batch_size, mesh)
+    check_batch_size(config.batch_size, mesh, config.accumulate)
     source = open_source(config.data.train, text_only=bool(config.model.teacher))
     to_steps = functools.partial(
         steps, batch_size=config.batch_size, examples_per_epoch=len(source)

@@ -2,35 +2,18 @@
 And the loss of a text tower that learns from another one.
 
 B is the global batch. Under `jit` with the embeddings split over the mesh, the compiler gathers the
-other modality; no form here uses the negatives of one device alone.
+other modality; no form uses the negatives of one device alone. The forms here are the definitions; those of
+`lean_losses.py` equal them and need less memory.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from lit_jax.errors import UserError
-
-Embeddings = Float[Array, "B D"]
-Scalar = Float[Array, ""]
-Loss = Callable[..., Scalar]  # of what the model returns
-
-
-def similarity_logits(
-    zimg_BxD: Embeddings, ztxt_BxD: Embeddings, logit_scale: Scalar, logit_bias: Scalar | None
-) -> Float[Array, "B B"]:
-    """exp(logit_scale) * image . text + logit_bias: rows are images, columns texts.
-
-    The embeddings are L2-normalised float32. The product is computed at full float32 precision:
-    with a scale of up to 100, the TPU's default (bfloat16 inputs) is off in the second digit.
-    """
-    logits_BxB = jnp.dot(zimg_BxD, ztxt_BxD.T, precision=jax.lax.Precision.HIGHEST)
-    logits_BxB = logits_BxB * jnp.exp(logit_scale)
-    return logits_BxB if logit_bias is None else logits_BxB + logit_bias
+from lit_jax.training.lean_losses import TILE, lean_sigmoid_loss, lean_softmax_loss
+from lit_jax.training.similarity import Embeddings, Loss, Scalar, similarity_logits
 
 
 def softmax_loss(
@@ -82,13 +65,46 @@ def mse_loss(student_BxP: Embeddings, teacher_BxP: Embeddings) -> Scalar:
 
 
 CONTRASTIVE: dict[str, Loss] = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
+LEAN: dict[str, Loss] = {"softmax": lean_softmax_loss, "sigmoid": lean_sigmoid_loss}
 LOSSES: dict[str, Loss] = {**CONTRASTIVE, "mse": mse_loss}
 
 
-def make_loss(name: Literal["softmax", "sigmoid", "mse"], *, label_smoothing: float = 0.0) -> Loss:
-    """The loss that a config names. Raises UserError for label smoothing where it has no meaning."""
-    if not label_smoothing:
-        return LOSSES[name]
-    if name != "softmax":
+Form = Literal["auto", "global", "lean"]
+
+
+def make_loss(
+    name: Literal["softmax", "sigmoid", "mse"],
+    *,
+    form: Form = "auto",
+    label_smoothing: float = 0.0,
+) -> Loss:
+    """The loss that a config names, in the form that it names; 'auto' decides by the shapes.
+
+    Raises UserError for label smoothing, or a form, where it has no meaning.
+    """
+    if label_smoothing and name != "softmax":
         raise UserError("config.label_smoothing is for the softmax loss; set it to 0.0.")
-    return functools.partial(softmax_loss, label_smoothing=label_smoothing)
+    if name not in LEAN:
+        if form != "auto":
+            raise UserError(
+                f"config.loss_form is for contrastive losses; with {name!r} leave it 'auto'."
+            )
+        return LOSSES[name]
+    options = {"label_smoothing": label_smoothing} if label_smoothing else {}
+
+    def loss(zimg_BxD: Embeddings, *others: Any) -> Scalar:
+        lean = form == "lean" or (form == "auto" and pays_lean(len(zimg_BxD)))
+        return (LEAN if lean else CONTRASTIVE)[name](zimg_BxD, *others, **options)
+
+    return loss
+
+
+def pays_lean(batch: int) -> bool:
+    """Whether the lean form is the better one on the mesh that is set, if any.
+
+    Where a device's part of the similarity matrix is smaller than a tile, there is no memory to save; above
+    that the lean form takes about as long and ever less memory (docs/scale.md has the measurement).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else mesh.size
+    return batch % devices == 0 and batch * (batch // devices) >= TILE**2

@@ -18,6 +18,7 @@ from lit_jax.data.readers import Batch, Inputs
 from lit_jax.distributed.mesh import batch_sharding
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import POOLED, Side
+from lit_jax.training.accumulation import accumulated, check_accumulation
 from lit_jax.training.embedded import embedding_folders, without_towers
 from lit_jax.training.losses import Loss, make_loss
 from lit_jax.training.optimizer import make_optimizer
@@ -41,11 +42,14 @@ class Program:
 
     @classmethod
     def of(cls, config: Config, setup: Setup, schedule: optax.Schedule) -> "Program":
-        """Raises UserError for a loss that cannot be had."""
+        """Raises UserError for a loss that cannot be had, or not in micro-batches."""
+        check_accumulation(config.accumulate, setup.policy)
         return cls(
             config=config,
             setup=setup,
-            loss=make_loss(config.loss, label_smoothing=config.label_smoothing),
+            loss=make_loss(
+                config.loss, form=config.loss_form, label_smoothing=config.label_smoothing
+            ),
             schedule=schedule,
             optimizer=make_optimizer(config.optimizer, schedule, setup.policy),
         )
@@ -86,7 +90,7 @@ class Program:
         """The train step; it compiles when it is first called."""
         step: Any = functools.partial(
             train_step,
-            embed=self.setup.embed,
+            embed=accumulated(self.setup.embed, self.config.accumulate),
             loss=self.loss,
             optimizer=self.optimizer,
             schedule=self.schedule,
@@ -109,10 +113,13 @@ class _BlankPooled:
         return {self.name: np.stack(rows)}
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError, naming the next size that does, if a batch does not divide by the devices."""
-    if batch_size < 1 or batch_size % mesh.size:
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int) -> None:
+    """Raises UserError, naming the next size that does, if a batch does not divide by devices and
+    micro-batches."""
+    unit = mesh.size * accumulate
+    if batch_size < 1 or batch_size % unit:
+        times = "" if accumulate == 1 else f" times config.accumulate={accumulate}"
         raise UserError(
-            f"config.batch_size={batch_size} does not divide by the {mesh.size} devices of the mesh; the "
-            f"next that does is {-(-max(batch_size, 1) // mesh.size) * mesh.size}."
+            f"config.batch_size={batch_size} does not divide by the {mesh.size} devices of the mesh{times}; "
+            f"the next that does is {-(-max(batch_size, 1) // unit) * unit}."
         )

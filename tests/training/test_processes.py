@@ -238,6 +238,16 @@ def test_two_processes_train_as_one_does(command, tmp_path, whole_of_two):
     np.testing.assert_allclose(gradient, expected[2], rtol=1e-3)
 
 
+def test_two_processes_train_in_micro_batches_with_the_lean_loss(command, tmp_path, whole_of_two):
+    flags = "--config.accumulate=2", "--config.loss_form=lean"
+    finish(start_two(command, tmp_path / "run", *flags))
+    (_, loss, gradient), expected = (
+        np.transpose(losses(workdir)) for workdir in (tmp_path / "run", whole_of_two[0])
+    )
+    np.testing.assert_allclose(loss, expected[1], rtol=1e-4)
+    np.testing.assert_allclose(gradient, expected[2], rtol=1e-3)
+
+
 def test_of_two_processes_one_writes_and_reports(whole_of_two):
     workdir, output = whole_of_two
     assert "zero_shot/unseen16/top1" in said_by(0, output)
@@ -245,10 +255,10 @@ def test_of_two_processes_one_writes_and_reports(whole_of_two):
     assert results(workdir)["zero_shot/unseen16/n"] == 800
     assert {path.name for path in workdir.iterdir()} == {
         *("config.json", "parameters.txt", "model", "frozen", "checkpoints"),
-        *("metrics.jsonl", "tensorboard", "results.json"),
+        *("metrics.jsonl", "tensorboard", "results.json", "evals"),
     }
     assert len(list((workdir / "tensorboard").iterdir())) == 1
-    assert len(read_metrics(workdir)) == 30  # two writers would have written each row twice
+    assert len(losses(workdir)) == 30  # two writers would have written each row twice
 
 
 def test_sigterm_to_one_process_stops_both_and_they_go_on(command, tmp_path, whole_of_two):

@@ -1,0 +1,109 @@
+"""The softmax loss and its gradients alone: global view, lean form, and PyTorch's as open_clip computes it.
+
+    python benchmarks/loss.py [--batches=512,...] [--width=512] [--steps=5]   (needs requirements-oracle.txt)
+
+Method: one CPU device, all cores, float32. Each figure comes from a process of its own: value and
+gradients of both embeddings and the scale, one warm-up, then the fastest of `steps` in seconds, and the
+least CPU seconds of one, which a busy machine disturbs less; the memory is what that process has held at
+most (its maximal resident set) above what it held before the warm-up. Prints a line a batch, and the
+ratios PyTorch / ours of the seconds: above 1 ours is faster.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+FORMS = ("global", "lean", "PyTorch")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batches", default="512,1024,2048,4096,8192,16384")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--only", choices=FORMS, help="measure this one, here")
+    args = parser.parse_args()
+    batches = [int(batch) for batch in args.batches.split(",")]
+    if args.only:
+        print(json.dumps(measure(args.only, batches[0], args.width, args.steps)))
+        return
+    print(
+        f"{'batch':>7}",
+        *(f"{form:>9} s {'CPU s':>8} {'MiB':>6}" for form in FORMS),
+        "global x lean x",
+    )
+    for batch in batches:
+        figures = [in_own_process(form, batch, args) for form in FORMS]
+        columns = ("{:11.4f} {:8.4f} {:6.0f}".format(*figure) for figure in figures)
+        ratios = (f"{figures[2][0] / ours[0]:7.2f}" for ours in figures[:2])
+        print(f"{batch:7}", *columns, *ratios, flush=True)
+
+
+def in_own_process(form: str, batch: int, args: argparse.Namespace) -> tuple[float, ...]:
+    flags = f"--only={form}", f"--batches={batch}", f"--width={args.width}", f"--steps={args.steps}"
+    command = [sys.executable, __file__, *flags]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    printed = subprocess.run(
+        command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    return tuple(json.loads(printed))
+
+
+def measure(form: str, batch: int, width: int, steps: int) -> tuple[float, ...]:
+    """Seconds, CPU seconds and MiB."""
+    rng = np.random.default_rng(0)
+    z_2xBxD = rng.normal(size=(2, batch, width)).astype(np.float32)
+    z_2xBxD /= np.linalg.norm(z_2xBxD, axis=-1, keepdims=True)
+    run = (torch_loss if form == "PyTorch" else lit_jax_loss)(form, *z_2xBxD)
+    before = held()
+    seconds, cpu_seconds = [], []
+    for _ in range(steps + 1):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        run()
+        seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
+    return min(seconds[1:]), min(cpu_seconds[1:]), held() - before
+
+
+def held() -> float:
+    """MiB at most since the process started."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def lit_jax_loss(form, zimg, ztxt):
+    import jax
+    import jax.numpy as jnp
+
+    from lit_jax.training.losses import make_loss
+
+    gradients = jax.value_and_grad(make_loss("softmax", form=form), argnums=(0, 1, 2))
+    args = jnp.asarray(zimg), jnp.asarray(ztxt), jnp.float32(2.6592)
+    compiled = jax.jit(gradients).lower(*args).compile()
+    return lambda: jax.block_until_ready(compiled(*args))
+
+
+def torch_loss(form, zimg, ztxt):
+    import torch
+
+    del form
+    arrays = zimg, ztxt, np.float32(2.6592)
+    zimg, ztxt, scale = (torch.tensor(x, requires_grad=True) for x in arrays)
+    labels = torch.arange(len(zimg))
+
+    def run():
+        logits = scale.exp() * zimg @ ztxt.T
+        cross_entropy = torch.nn.functional.cross_entropy
+        loss = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+        return loss, torch.autograd.grad(loss, (zimg, ztxt, scale))
+
+    return run
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""The lean losses equal float64 NumPy in value and every gradient on every mesh, without a big buffer."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import portpicker
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_jax.config import MeshConfig
+from lit_jax.distributed.mesh import batch_sharding, make_mesh
+from lit_jax.errors import UserError
+from lit_jax.training import lean_losses, losses
+from lit_jax.training.losses import make_loss, pays_lean
+from tests.training.test_losses import embeddings, numeric_gradients, reference
+
+MESHES = [None, (1, 1), (8, 1), (4, 2), (2, 4)]
+SMOOTHING = 0.1
+HERE = Path(__file__).parent
+
+
+def mesh_of(sizes):
+    data, fsdp = sizes
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
+
+
+def both(*args, form="lean"):
+    """{loss: (value, gradients of the four arguments)} of both losses, in one program."""
+    found = {}
+    for name, smoothing in (("softmax", SMOOTHING), ("sigmoid", 0.0)):
+        loss = make_loss(name, form=form, label_smoothing=smoothing)
+        found[name] = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(*args)
+    return found
+
+
+def on_mesh(sizes, function, *args):
+    args = [jnp.asarray(arg) for arg in args]
+    if sizes is None:
+        return jax.jit(function)(*args)
+    mesh = mesh_of(sizes)
+    with jax.set_mesh(mesh):
+        args[:2] = (jax.device_put(z_BxD, batch_sharding(mesh)) for z_BxD in args[:2])
+        return jax.jit(function)(*args)
+
+
+def exact(name, zimg, ztxt, scale, bias):
+    """Value and gradients by the definitions, in float64, from the whole matrix."""
+    smoothing = SMOOTHING if name == "softmax" else 0.0
+    value = reference(name, zimg, ztxt, scale, bias, smoothing)
+    zimg, ztxt, factor = zimg.astype(np.float64), ztxt.astype(np.float64), np.exp(float(scale))
+    products, count = factor * zimg @ ztxt.T, len(zimg)
+    logits = products + float(bias)
+    if name == "sigmoid":
+        sign = 2 * np.eye(count) - 1
+        grad = -sign * np.exp(-np.logaddexp(0, sign * logits)) / count
+    else:
+        target = (1 - smoothing) * np.eye(count) + smoothing / count
+        rows = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+        columns = np.exp(logits - np.logaddexp.reduce(logits, axis=0, keepdims=True))
+        grad = (rows + columns - 2 * target) / (2 * count)
+    gradients = factor * grad @ ztxt, factor * grad.T @ zimg, (grad * products).sum(), grad.sum()
+    return value, gradients
+
+
+def assert_equal(found, args, *, rtol=3e-6):
+    """The scale multiplies whatever rounding there is in a similarity, 2**-24 and a few of them."""
+    for name, (value, gradients) in found.items():
+        expected, expected_gradients = exact(name, *args)
+        rounding = 1e-6 * np.exp(float(args[2]))
+        np.testing.assert_allclose(value, expected, rtol=rtol, atol=rounding)
+        largest = max(np.abs(gradient).max() for gradient in expected_gradients)
+        for ours, theirs in zip(gradients, expected_gradients, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=rtol * largest + rounding, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_the_float64_gradients_are_those_of_the_float64_value(name):
+    args = (*embeddings(5, 3), np.float32(2.0), np.float32(-1.0))
+    numeric = numeric_gradients(name, args, SMOOTHING if name == "softmax" else 0.0)
+    for ours, theirs in zip(exact(name, *args)[1], numeric, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-8)
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_value_and_gradients_equal_float64_on_every_mesh(sizes, monkeypatch):
+    """Tiles of 2 of the 3 rows of a device: a tile in part filled up, and several of them."""
+    monkeypatch.setattr(lean_losses, "TILE", 2)
+    args = (*embeddings(24, 5), np.float32(np.log(100)), np.float32(-10))
+    assert_equal(on_mesh(sizes, both, *args), args)
+
+
+@settings(max_examples=8)
+@given(
+    sizes=st.sampled_from(MESHES[2:]),
+    rows=st.integers(1, 5),
+    width=st.integers(1, 9),
+    tile=st.integers(1, 6),
+    scale=st.floats(-2, float(np.log(100))),
+    bias=st.floats(-20, 5),
+    seed=st.integers(0, 99),
+)
+def test_any_batch_equals_float64(sizes, rows, width, tile, scale, bias, seed):
+    args = (*embeddings(8 * rows, width, seed), np.float32(scale), np.float32(bias))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lean_losses, "TILE", tile)
+        assert_equal(on_mesh(sizes, both, *args), args)
+
+
+def test_a_perfect_match_costs_nothing_and_one_pair_has_no_negatives():
+    """Where all digits cancel, none may be left over."""
+    z_BxD = np.eye(4, dtype=np.float32)
+    for batch in (1, 4):
+        loss = make_loss("softmax", form="lean")
+        gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))
+        value, (gimg, gtxt, gscale) = jax.jit(gradients)(*[z_BxD[:batch]] * 2, jnp.log(100.0))
+        assert float(value) == float(gscale) == 0.0
+        assert float(jnp.abs(gimg).max()) == float(jnp.abs(gtxt).max()) < 1e-30
+
+
+@pytest.mark.parametrize("form", ["global", "lean"])
+def test_bfloat16_embeddings_are_off_by_no_more_than_their_rounding(form):
+    """Rounding changes an embedding by 2**-9 of its length at most, so a logit by 2**-8 of the scale, and a
+    loss by twice that (for the sigmoid: times the B logits of a row). From there on all is float32.
+    """
+    args = (*embeddings(16, 8), np.float32(np.log(20)), np.float32(-3))
+    rounded = [z.astype(jnp.bfloat16) for z in args[:2]]
+    found = jax.jit(lambda *x: both(*x, form=form))(*rounded, *args[2:])
+    back = [z.astype(np.float32) for z in rounded]
+    for name, (value, gradients) in found.items():
+        logits = 1 if name == "softmax" else 16
+        assert abs(float(value) - exact(name, *args)[0]) < 2 * 20 * 2**-8 * logits
+        expected, expected_gradients = exact(name, *back, *args[2:])
+        np.testing.assert_allclose(value, expected, rtol=2e-6)
+        largest = max(np.abs(g).max() for g in expected_gradients)
+        for ours, theirs in zip(gradients, expected_gradients, strict=True):
+            bound = 2**-8 * np.abs(theirs) + 1e-5 * largest  # a gradient is rounded as its array is
+            assert (np.abs(np.asarray(ours, np.float64) - theirs) <= bound).all()
+        assert gradients[0].dtype == jnp.bfloat16
+
+
+def largest_array(form, sizes, args):
+    """How many numbers the largest array has, on a device, of both losses and their gradients compiled."""
+    mesh = mesh_of(sizes)
+    with jax.set_mesh(mesh):
+        z_BxD = jax.ShapeDtypeStruct(*args, sharding=batch_sharding(mesh))
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        function = jax.jit(lambda *x: both(*x, form=form))
+        compiled = function.lower(z_BxD, z_BxD, scalar, scalar).compile()
+    shapes = re.findall(r"\b(?:f32|s32|pred)\[([\d,]+)\]", compiled.as_text())
+    return max(np.prod([int(size) for size in shape.split(",")]) for shape in shapes)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (4, 2)])
+def test_no_array_is_larger_than_the_embeddings_of_a_device_or_a_tile(sizes, monkeypatch):
+    monkeypatch.setattr(lean_losses, "TILE", 32)
+    batch, width, devices = 512, 32, np.prod(sizes)
+    args = (batch, width), jnp.float32
+    assert largest_array("global", sizes, args) >= batch * batch / devices
+    assert largest_array("lean", sizes, args) <= max(batch * width / devices, 32 * 32)
+
+
+@pytest.mark.parametrize(
+    ("batch", "sizes", "lean"),
+    [
+        (2047, None, False),
+        (2048, None, True),
+        (4096, (4, 2), False),
+        (8192, (4, 2), True),
+        (8191, (4, 2), False),  # does not divide
+        (8192, (1, 1), True),
+    ],
+)
+def test_the_lean_form_runs_where_a_device_has_more_than_a_tile(batch, sizes, lean):
+    if sizes is None:
+        assert pays_lean(batch) is lean
+        return
+    with jax.set_mesh(mesh_of(sizes)):
+        assert pays_lean(batch) is lean
+
+
+@pytest.mark.parametrize(("form", "runs"), [("global", 0), ("lean", 1), ("auto", 0)])
+def test_the_config_chooses_the_form(form, runs, monkeypatch):
+    called = []
+    spy = {"softmax": lambda *args: called.append(args) or jnp.float32(0)}
+    monkeypatch.setattr(losses, "LEAN", spy)
+    pairs = map(jnp.asarray, embeddings(4))
+    make_loss("softmax", form=form)(*pairs, jnp.float32(0.0), None)
+    assert len(called) == runs
+
+
+def test_a_form_of_a_loss_without_pairs_is_refused():
+    with pytest.raises(UserError, match=r"config.loss_form is for contrastive losses"):
+        make_loss("mse", form="lean")
+
+
+def environment(**variables):
+    return {**os.environ, "PYTHONPATH": str(HERE.parents[1]), **variables}
+
+
+@pytest.mark.long
+def test_two_processes_of_four_devices_equal_float64(tmp_path):
+    together = {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{portpicker.pick_unused_port()}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_NUM_CPU_DEVICES": "4",
+    }
+    script, files = HERE / "loss_of_two_processes.py", [tmp_path / "0.npz", tmp_path / "1.npz"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, file], env=environment(**together, JAX_PROCESS_ID=file.stem)
+        )
+        for file in files
+    ]
+    try:
+        assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    for file in files:
+        arrays = np.load(file)
+        args = [arrays[f"arg{i}"] for i in range(4)]
+        for name in ("softmax", "sigmoid"):
+            gradients = [arrays[f"{name}_gradient{i}"] for i in range(4)]
+            assert_equal({name: (arrays[name], gradients)}, args)
+
+
+@pytest.mark.long
+def test_a_million_pairs_fit_on_256_chips():
+    """By the real compiler. The similarity matrix would take 16 GiB a chip, which has no more in all."""
+    process = subprocess.run(
+        [sys.executable, HERE / "compile_lean_losses.py", "v5e:16x16", str(2**20)],
+        env=environment(
+            JAX_PLATFORMS="cpu",
+            JAX_DISABLE_MOST_OPTIMIZATIONS="0",
+            TPU_SKIP_MDS_QUERY="1",
+            ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        ),
+        stdout=subprocess.PIPE,
+        timeout=1800,
+        check=True,
+    )
+    for name, held in json.loads(process.stdout).items():
+        assert held < 2**28, name
