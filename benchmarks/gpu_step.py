@@ -6,10 +6,10 @@
 Towers: ViT-B/16 and ViT-L/16 with a BERT of the same size, 32 tokens, image tower locked (LU) and unlocked
 (UU). The steps are those of benchmarks/contenders.py.
 
-Method: random weights, AdamW on float32 masters, clipped gradient, bfloat16 computation (PyTorch: autocast, torch.compile and
-scaled_dot_product_attention), no dropout on either side: with it, PyTorch's fused attention and ours do
-different work. Each contender in a process of its own, one after the other, since each takes the memory of
-the GPU; two steps to warm up, then the median of `steps`.
+Method: random weights, AdamW on float32 masters, clipped gradient, bfloat16 computation (PyTorch: autocast,
+torch.compile and scaled_dot_product_attention), no dropout on either side: with it, PyTorch's fused attention
+and ours do different work. Each contender in a process of its own, one after the other, since each takes the
+memory of the GPU; two steps to warm up, then the median of `steps`.
 The model FLOPs of a step are two for each multiplication in dense layers and attention, and for the backward
 pass of a tower that trains twice that again; normalisation, activations, projections and the loss are not
 counted. MFU is these FLOPs a second over --peak-tflops, what the vendor says of dense bfloat16 (H100 and H200
