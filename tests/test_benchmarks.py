@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = [
     pytest.param("layers", ("--repeats=1",), "dense", marks=pytest.mark.oracle),
     pytest.param("train_step", ("--batch=4", "--steps=1"), "PyTorch", marks=pytest.mark.oracle),
-    pytest.param("gpu_step", ("--batch=4", "--steps=1"), "PyTorch", marks=pytest.mark.oracle),
+    pytest.param(
+        "gpu_step", ("--batch=4", "--steps=1"), "tiny  UU   PyTorch", marks=pytest.mark.oracle
+    ),
     pytest.param("input_pipeline", ("--repeats=1",), "1 workers", marks=pytest.mark.long),
     pytest.param("zero_shot", ("--batch=4", "--repeats=1"), "evaluation", marks=pytest.mark.long),
 ]
