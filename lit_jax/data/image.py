@@ -52,7 +52,8 @@ def decode(image: ImageFile) -> Image.Image:
         raise BadSampleError("0 bytes", "empty")
     try:
         with Image.open(io.BytesIO(content)) as opened:
-            return _to_rgb(ImageOps.exif_transpose(opened))
+            ImageOps.exif_transpose(opened, in_place=True)  # an upright one is not copied
+            return _to_rgb(opened)
     except Image.UnidentifiedImageError as error:
         raise BadSampleError("not an image", "not_image") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -185,8 +186,10 @@ class ImageTransform:
         return np.asarray(image)
 
     def _normalise(self, pixels_HxWx3: np.ndarray) -> np.ndarray:
-        channels = (self.table_3x256[c][pixels_HxWx3[..., c]] for c in range(3))
-        return np.stack(tuple(channels), axis=-1)
+        result_HxWx3 = np.empty(pixels_HxWx3.shape, np.float32)
+        for c in range(3):  # into its place: to stack three channels takes three times as long
+            result_HxWx3[..., c] = self.table_3x256[c][pixels_HxWx3[..., c]]
+        return result_HxWx3
 
 
 def random_box(

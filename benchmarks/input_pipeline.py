@@ -1,0 +1,159 @@
+"""Images per second of the input pipeline, against the least that decoding and resizing takes.
+
+    python -m benchmarks.input_pipeline [--images=256] [--batch=32] [--repeats=5] [--tiny]
+
+Data: JPEGs of 512 x 384 pixels, quality 90, smooth colours with fine noise, and a caption each, made in a
+temporary folder. Both give 224 x 224 images.
+
+Method: the peer is a loop in one thread that opens a file with Pillow, decodes it to RGB, cuts out a random
+box of at least half of the area and resizes it: no caption, no normalisation, no batch. lit_jax's TrainStream
+does the same and all that training needs, on one thread, and with one and two worker processes of one thread.
+What was read ahead is not measured at either end. In turn, `repeats` times batches of `images` rows. Prints
+median images/s on the clock, spread (half the distance between quartiles), and two ratios TrainStream / loop:
+of images/s, and of images per second of processor time, over all processes: what a core is worth, on a busy
+machine too.
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.timing import Sample, Times
+from lit_jax.config import DataConfig, SourceConfig
+from lit_jax.data.image import ImageTransform, random_box
+from lit_jax.data.pipeline import TrainStream
+from lit_jax.data.readers import ImageTextReader
+from lit_jax.data.sources import CAPTIONS_FILE, open_source
+from lit_jax.data.text import load_tokenizer
+
+DEMO = Path(__file__).parents[1] / "configs" / "demo"
+SIZE = 224
+MIN_AREA = 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=256, help="of one sample of a time")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="few images, to see that it runs")
+    args = parser.parse_args()
+    images, batch = (4, 2) if args.tiny else (args.images, args.batch)
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as open_streams:
+        folder = Path(name)
+        make_data(folder, images)
+        runs: dict[str, Callable[[], Sample]] = {
+            "loop": functools.partial(sample, loop(folder, images))
+        }
+        for workers in (0, 1) if args.tiny else (0, 1, 2):
+            stream = open_stream(folder, batch, workers)
+            open_streams.callback(stream.close)
+            runs[f"{workers} workers"] = functools.partial(
+                sample_stream, stream, images // batch, ahead=4 * max(workers, 1)
+            )
+        # Not `in_turn`, which knows nothing of worker processes.
+        samples: dict[str, list[Sample]] = {run: [] for run in runs}
+        for _ in range(args.repeats + 1):
+            for run, take in runs.items():
+                samples[run].append(take())
+    base = Times(tuple(samples["loop"][1:]))
+    print(f"{'':9}  images/s         ratio  ratio of processor time")
+    for run, of_run in samples.items():
+        times = Times(tuple(of_run[1:]))  # the first one warms up
+        print(
+            f"{run:9} {images / times.wall:9.1f} ±{times.spread:4.0%} {base.wall / times.wall:8.2f} "
+            f"{base.cpu / times.cpu:12.2f}"
+        )
+
+
+def make_data(folder: Path, count: int) -> None:
+    random = np.random.default_rng(0)
+    with (folder / CAPTIONS_FILE).open("w") as captions:
+        for i in range(count):
+            coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+            smooth = np.asarray(coarse.resize((512, 384), Image.Resampling.BICUBIC), np.float32)
+            noisy = smooth + random.normal(0, 6, smooth.shape)
+            picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+            picture.save(folder / f"{i}.jpg", quality=90)
+            row = {"image": f"{i}.jpg", "caption": "a photo of the number forty two"}
+            captions.write(json.dumps(row) + "\n")
+
+
+def loop(folder: Path, count: int) -> Callable[[], None]:
+    random = np.random.default_rng(0)
+
+    def run() -> None:
+        for i in range(count):
+            with Image.open(folder / f"{i}.jpg") as image:
+                box = random_box(image.size, MIN_AREA, random)
+                picture = image.convert("RGB")
+            np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box))
+
+    return run
+
+
+def open_stream(folder: Path, batch: int, workers: int) -> TrainStream:
+    transform = ImageTransform.from_folder(DEMO / "vit", image_size=SIZE, crop_min_area=MIN_AREA)
+    return TrainStream(
+        open_source(SourceConfig(path=str(folder))),
+        ImageTextReader(transform, load_tokenizer(DEMO / "bert", max_length=32), 32),
+        config=DataConfig(workers=workers, threads=1),
+        seed=0,
+        batch_size=batch,
+        process_index=0,
+        process_count=1,
+    )
+
+
+def sample_stream(stream: TrainStream, count: int, ahead: int) -> Sample:
+    """Of `count` batches, after those that lay ready: what was read ahead is not measured at either end."""
+    drain(stream, ahead)
+    taken = sample(lambda: drain(stream, count))
+    wait_until_idle()  # before another one is measured
+    return taken
+
+
+def drain(stream: TrainStream, count: int) -> None:
+    for _ in itertools.islice(stream, count):
+        pass
+
+
+def wait_until_idle() -> None:
+    while True:
+        before = processor_time()
+        time.sleep(0.3)
+        if processor_time() - before < 0.02:
+            return
+
+
+def sample(call: Callable[[], object]) -> Sample:
+    """As `timing.once`, with the processor time of worker processes."""
+    cpu, wall = processor_time(), time.perf_counter()
+    call()
+    return Sample(time.perf_counter() - wall, processor_time() - cpu)
+
+
+def processor_time() -> float:
+    """Seconds that this process and its workers have computed (of workers Linux tells)."""
+    ticks = 0
+    for worker in multiprocessing.active_children():
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # utime and stime, proc(5)
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    main()

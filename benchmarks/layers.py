@@ -1,0 +1,150 @@
+"""The layers of a ViT-B/16 and of BERT-base, lit_jax against PyTorch.
+
+    python -m benchmarks.layers [--batch=16] [--repeats=20] [--only=GELU] [--tiny]   (requirements-oracle.txt)
+
+Method: float32, the same shapes and values; attention from the outputs of the query, key and value layers to
+the input of the output layer, in PyTorch by scaled_dot_product_attention. Forward alone, compiled or in
+inference mode, and with the gradient of all inputs and parameters. In turn in one process, on all cores.
+Prints the median milliseconds on the clock of both, the spread (half the distance between quartiles), and two
+ratios PyTorch / lit_jax: of the clock and of processor time. Above 1 lit_jax is faster.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch.nn import functional
+
+from benchmarks.timing import in_turn
+from lit_jax.models.layers import LayerNorm, activation, attend
+
+
+class Case(NamedTuple):
+    """One layer; `shapes` are those of its arguments, the same in both frameworks."""
+
+    name: str
+    ours: Callable[..., jax.Array]
+    theirs: Callable[..., torch.Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
+    args = parser.parse_args()
+    print(f"{'':26}  lit_jax ms      PyTorch ms      ratio  ratio of processor time")
+    all_cases = cases(2, (5, 3), 4, 2) if args.tiny else cases(args.batch, (197, 32), 64, 12)
+    for case in all_cases:
+        if args.only in case.name:
+            compare(case, args.repeats)
+
+
+def cases(batch: int, lengths: tuple[int, int], head: int, heads: int) -> list[Case]:
+    width = head * heads
+    image, text = ((batch, length, width) for length in lengths)
+    wide = (*image[:2], 4 * width)
+    # The last token of a text is padding.
+    ours_bias, their_bias = (
+        xp.where(xp.arange(lengths[1]) < lengths[1] - 1, 0.0, -1e30)[None, None, None]
+        for xp in (jnp, torch)
+    )
+    return [
+        Case(
+            f"attention of {lengths[0]}",
+            functools.partial(our_attention, heads=heads, bias=None),
+            functools.partial(their_attention, heads=heads, bias=None),
+            (image,) * 3,
+        ),
+        Case(
+            f"attention of {lengths[1]}, masked",
+            functools.partial(our_attention, heads=heads, bias=ours_bias),
+            functools.partial(their_attention, heads=heads, bias=their_bias),
+            (text,) * 3,
+        ),
+        Case("exact GELU", activation("gelu"), functional.gelu, (wide,)),
+        Case(
+            "tanh GELU",
+            activation("gelu_pytorch_tanh"),
+            functools.partial(functional.gelu, approximate="tanh"),
+            (wide,),
+        ),
+        Case("LayerNorm", our_norm, their_norm, (image, (width,), (width,))),
+        Case("dense", our_dense, their_dense, (image, (width, 4 * width), (4 * width,))),
+    ]
+
+
+def our_attention(q, k, v, heads, bias):
+    split = lambda x: x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)  # noqa: E731
+    return attend(split(q), split(k), split(v), bias, lambda x: x).swapaxes(1, 2).reshape(q.shape)
+
+
+def their_attention(q, k, v, heads, bias):
+    split = lambda x: x.view(*x.shape[:2], heads, -1).transpose(1, 2)  # noqa: E731
+    context = functional.scaled_dot_product_attention(split(q), split(k), split(v), attn_mask=bias)
+    return context.transpose(1, 2).reshape(q.shape)
+
+
+def our_norm(x, scale, bias):
+    return LayerNorm(1e-12).apply({"params": {"scale": scale, "bias": bias}}, x)
+
+
+def their_norm(x, scale, bias):
+    return functional.layer_norm(x, x.shape[-1:], scale, bias, 1e-12)
+
+
+def our_dense(x, kernel, bias):
+    return x @ kernel + bias[None, None]
+
+
+def their_dense(x, kernel, bias):
+    # PyTorch keeps the kernel the other way round; that it lies transposed in memory costs it nothing.
+    return functional.linear(x, kernel.T, bias)
+
+
+def compare(case: Case, repeats: int) -> None:
+    random = np.random.default_rng(0)
+    arrays = [random.normal(size=shape).astype(np.float32) for shape in case.shapes]
+    ours, theirs = case.ours, case.theirs
+    cotangent = random.normal(size=ours(*map(jnp.asarray, arrays)).shape).astype(np.float32)
+    ours_in, ours_out = [jnp.asarray(a) for a in arrays], jnp.asarray(cotangent)
+    their_in = [torch.from_numpy(a).requires_grad_() for a in arrays]
+    their_out = torch.from_numpy(cotangent)
+
+    @jax.jit
+    def gradient(out: jax.Array, *inputs: jax.Array) -> Any:
+        result, pull = jax.vjp(ours, *inputs)
+        return result, pull(out)
+
+    def their_gradient() -> None:
+        torch.autograd.grad(theirs(*their_in), their_in, their_out)
+
+    forward = jax.jit(ours)
+    for name, our_call, their_call in (
+        (case.name, lambda: forward(*ours_in), torch.inference_mode()(lambda: theirs(*their_in))),
+        ("  with gradient", lambda: gradient(ours_out, *ours_in), their_gradient),
+    ):
+        times = in_turn(
+            {"ours": lambda call=our_call: jax.block_until_ready(call()), "theirs": their_call},
+            repeats,
+        )
+        ours_t, theirs_t = times["ours"], times["theirs"]
+        print(
+            f"{name:26} {ours_t.wall * 1e3:8.2f} ±{ours_t.spread:4.0%} "
+            f"{theirs_t.wall * 1e3:9.2f} ±{theirs_t.spread:4.0%} "
+            f"{theirs_t.wall / ours_t.wall:8.2f} {theirs_t.cpu / ours_t.cpu:12.2f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

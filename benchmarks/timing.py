@@ -1,0 +1,60 @@
+"""Times of several contenders, measured in turn, so that a noisy machine is noisy for all of them."""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+
+class Sample(NamedTuple):
+    """Seconds of one call: on the clock, and of processor time over all threads of the process."""
+
+    wall: float
+    cpu: float
+
+
+class Times(NamedTuple):
+    """Of all calls of one contender."""
+
+    samples: tuple[Sample, ...]
+
+    @property
+    def wall(self) -> float:
+        """Median seconds on the clock."""
+        return statistics.median(sample.wall for sample in self.samples)
+
+    @property
+    def cpu(self) -> float:
+        """Median seconds of processor time."""
+        return statistics.median(sample.cpu for sample in self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles of the seconds on the clock, relative to their median."""
+        if len(self.samples) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(sample.wall for sample in self.samples)
+        return (high - low) / 2 / self.wall
+
+
+def in_turn(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Times]:
+    """Calls each contender once to warm up, then `repeats` times, in turn. A call returns when it is done."""
+    for call in contenders.values():
+        call()
+    samples = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, call in contenders.items():
+            samples[name].append(once(call))
+    return {name: Times(tuple(of_name)) for name, of_name in samples.items()}
+
+
+def once(call: Callable[[], object]) -> Sample:
+    cpu, wall = time.process_time(), time.perf_counter()
+    call()
+    return Sample(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def peak_memory() -> float:
+    """The most memory that this process ever had in RAM, GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

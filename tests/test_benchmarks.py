@@ -1,0 +1,35 @@
+"""The benchmarks run. What they measure is asserted nowhere: see benchmarks/RESULTS.md."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Script, options, and what a line of its table starts with.
+SCRIPTS = [
+    pytest.param("layers", ("--repeats=1",), "dense", marks=pytest.mark.oracle),
+    pytest.param("train_step", ("--batch=4", "--steps=1"), "PyTorch", marks=pytest.mark.oracle),
+    pytest.param(
+        "gpu_step", ("--batch=4", "--steps=1"), "tiny  UU   PyTorch", marks=pytest.mark.oracle
+    ),
+    pytest.param("input_pipeline", ("--repeats=1",), "1 workers", marks=pytest.mark.long),
+    pytest.param("zero_shot", ("--batch=4", "--repeats=1"), "evaluation", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("script", "options", "row"), SCRIPTS)
+def test_a_benchmark_prints_figures_and_ratios(script, options, row):
+    result = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{script}", "--tiny", *options],
+        cwd=ROOT,
+        env=os.environ | {"TPU_SKIP_MDS_QUERY": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith(row))
+    figures = line.removeprefix(row).replace("±", " ").replace("%", " ").split()
+    assert len([float(figure) for figure in figures]) >= 4
