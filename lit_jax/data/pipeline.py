@@ -19,10 +19,10 @@ import numpy as np
 from absl import flags
 
 from lit_jax.config import DataConfig
-from lit_jax.data.example import BadSampleError
+from lit_jax.data.example import BadSampleError, Source
 from lit_jax.data.image import ImageTransform
+from lit_jax.data.mixture import part_of, training_order
 from lit_jax.data.readers import Batch, Reader
-from lit_jax.data.sources import Source
 from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -34,9 +34,9 @@ JUDGE_AFTER = 1000  # samples read, before a fraction of bad ones means anything
 
 
 class TrainStream:
-    """Endless batches of this process, shuffled anew in every epoch.
+    """Endless batches of this process, each source shuffled anew in every epoch of its own.
 
-    `reader` says what is in a batch. A bad sample is replaced by another one, drawn at random.
+    `reader` says what is in a batch. A bad sample is replaced by another one of its source, drawn at random.
 
     Attributes:
         bad_samples: how many this process has met since the start of the run.
@@ -65,10 +65,7 @@ class TrainStream:
         # random_map seeds its generator by the element's position here, before the slice: augmentations
         # depend on neither the number of processes nor that of workers.
         self._batches = (
-            grain.MapDataset.range(len(source))
-            .seed(seed)
-            .shuffle()
-            .repeat()
+            training_order(source, seed)
             .random_map(_Read(source, reader))
             .slice(slice(process_index, None, process_count))
             # Endless, so there is no remainder; but if kept, Grain overflows for batches of one row.
@@ -178,7 +175,8 @@ class _Read:
                 return {**self.reader.read(example, rng), "skipped": skipped}
             except BadSampleError as reason:
                 skipped.append((example["key"], str(reason)))
-                index = int(rng.integers(len(self.source)))
+                part = part_of(self.source, index)
+                index = int(rng.integers(part.start, part.stop))
         key, reason = skipped[0]
         raise UserError(
             f"{MAX_TRIES} samples in a row are bad, the first is {key}: {reason}; mend the data set."

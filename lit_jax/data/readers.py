@@ -78,7 +78,11 @@ class TextPairReader:
 
 
 def draw_caption(example: Example, rng: np.random.Generator) -> str:
-    captions = [text for text in example["captions"] if text.strip()]
-    if not captions:
+    weights = example.get("caption_weights") or (1.0,) * len(example["captions"])
+    pairs = [(text, w) for text, w in zip(example["captions"], weights, strict=True) if text.strip()]
+    if not pairs:
         raise BadSampleError("no caption")
-    return captions[rng.integers(len(captions))]
+    texts, weights = zip(*pairs, strict=True)
+    if len(set(weights)) == 1:
+        return texts[rng.integers(len(texts))]
+    return texts[rng.choice(len(texts), p=np.divide(weights, sum(weights)))]

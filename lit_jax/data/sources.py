@@ -9,33 +9,30 @@ import operator
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from lit_jax.config import SourceConfig
+from lit_jax.data import captions
 from lit_jax.data.demo import PARALLEL, DemoSource, ParallelDemoSource
-from lit_jax.data.example import Example
+from lit_jax.data.example import Example, Source
 from lit_jax.errors import UserError
 
 CAPTIONS_FILE = "captions.jsonl"
 TFDS_FILE = "features.json"
 
 
-@runtime_checkable
-class Source(Protocol):
-    """A data set as a sequence; reading an image may wait until the image is decoded."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Example: ...
-
-
 def open_source(config: SourceConfig, *, text_only: bool = False) -> Source:
-    """The data set that `config` names; never empty, and not without images unless it is for `text_only`.
+    """The data set that `config` names, with the examples and captions that it chooses; never empty, and not
+    without images unless it is for `text_only`.
 
     Raises UserError if it is missing, empty or broken, or has no such split.
     """
+    return captions.choose(_open(config, text_only), config)
+
+
+def _open(config: SourceConfig, text_only: bool) -> Source:
     folder = Path(config.path).expanduser()
     if config.path == "demo":
         return (
@@ -58,6 +55,7 @@ class JsonlSource:
     """Pairs listed in captions.jsonl, one JSON object a line:
 
         {"image": "a.jpg", "caption": "a dog"}  or  {"image": ..., "captions": [...], "label": "dog"}
+        or, by language,  {"image": ..., "captions": {"en": ["a dog"], "de": ["ein Hund"]}}
 
     "image" is a path, relative to the folder or absolute; "key", "label" and captions are optional. For a
     text tower that learns from a teacher a line needs no image, and "teacher_caption" says the same as its
@@ -101,16 +99,14 @@ class JsonlSource:
         image = _field(row, "image", str)
         if image is None and not self._text_only:
             raise TypeError('"image" is missing')
-        caption, captions = _field(row, "caption", str), _field(row, "captions", list) or []
-        captions = captions if caption is None else [caption, *captions]
-        if not all(isinstance(text, str) for text in captions):
-            raise TypeError('"captions" has an item that is no text')
-        if image is None and not captions:
+        texts, languages = _texts(row)
+        if image is None and not texts:
             raise TypeError('"caption" is missing')
         return Example(
-            key=_field(row, "key", str) or image or captions[0],
+            key=_field(row, "key", str) or image or texts[0],
             image=None if image is None else self._folder / image,
-            captions=tuple(captions),
+            captions=texts,
+            languages=languages,
             teacher_caption=_field(row, "teacher_caption", str),
             label=_field(row, "label", str),
         )
@@ -120,7 +116,23 @@ class JsonlSource:
             return file.read(self._offsets[index]).count(b"\n") + 1
 
 
-def _field(row: Mapping[str, Any], name: str, kind: type) -> Any:
+def _texts(row: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """The captions of a line, and where they are grouped by language the language of each."""
+    first, captions = _field(row, "caption", str), _field(row, "captions", (list, Mapping)) or []
+    if isinstance(captions, Mapping):
+        if first is not None:
+            raise TypeError('"caption" stands beside captions by language')
+        groups = {k: [v] if isinstance(v, str) else v for k, v in captions.items()}
+        texts = tuple(text for group in groups.values() for text in group)
+        languages = tuple(language for language, group in groups.items() for _ in group)
+    else:
+        texts, languages = tuple(captions if first is None else [first, *captions]), None
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError('"captions" has an item that is no text')
+    return texts, languages
+
+
+def _field(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
     """An optional field of a line; null counts as absent."""
     value = row.get(name)
     if value is not None and not isinstance(value, kind):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Integer
 
-from lit_jax.data.sources import Source
+from lit_jax.data.example import Source
 from lit_jax.errors import UserError
 from lit_jax.evals.encode import Encoder, Params
 

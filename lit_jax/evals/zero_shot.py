@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lit_jax.config import nearest
-from lit_jax.data.sources import Source
+from lit_jax.data.example import Source
 from lit_jax.errors import UserError
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.models.dual_encoder import logit_scale

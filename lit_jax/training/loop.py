@@ -11,8 +11,9 @@ import optax
 from jax.sharding import Mesh
 
 from lit_jax.config import Config, steps
+from lit_jax.data.example import Source
+from lit_jax.data.mixture import open_training_data
 from lit_jax.data.pipeline import TrainStream
-from lit_jax.data.sources import Source, open_source
 from lit_jax.distributed.mesh import global_batch, make_mesh
 from lit_jax.errors import Preempted, UserError
 from lit_jax.training.checkpoints import Checkpoints
@@ -108,7 +109,7 @@ def _make_plan(config: Config, workdir: Path) -> _Plan:
     check_config(config)
     mesh = make_mesh(config.mesh)
     _check_batch_size(config.batch_size, mesh)
-    source = open_source(config.data.train, text_only=bool(config.model.teacher))
+    source = open_training_data(config.data, text_only=bool(config.model.teacher))
     to_steps = functools.partial(
         steps, batch_size=config.batch_size, examples_per_epoch=len(source)
     )
