@@ -1,0 +1,79 @@
+"""The format of converted data: shards of ArrayRecord, and records.json that lists them.
+
+A record is one msgpack map: "key" text; "image" the bytes of an image file, or nil; "captions" list of texts;
+"teacher_caption" and "label" texts, absent if there is none. The manifest is written last: a folder without
+one was not finished. ArrayRecord needs `group_size:1` to read single records without their neighbours.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgpack
+
+from lit_jax.data.example import BadSampleError, Example
+from lit_jax.errors import UserError
+
+MANIFEST = "records.json"
+VERSION = 1
+WRITER_OPTIONS = "group_size:1"
+
+
+class Shard(NamedTuple):
+    name: str  # of the file in the folder
+    count: int  # of its records
+
+
+def encode(example: Example) -> bytes:
+    """One record. Its image is bytes or None: whoever converts reads files and encodes pixels."""
+    image = example["image"]
+    if not isinstance(image, bytes | None):
+        raise TypeError(f"the image of a record is bytes or None, not {type(image).__name__}")
+    given = {key: value for key, value in example.items() if value is not None or key == "image"}
+    # surrogatepass: half a surrogate pair, which a cut through an emoji leaves in JSON, is kept as it is.
+    return msgpack.packb(given, unicode_errors="surrogatepass")  # pyright: ignore[reportReturnType]
+
+
+def decode(record: bytes) -> Example:
+    """What `encode` was given; raises BadSampleError if the record is none."""
+    try:
+        row = msgpack.unpackb(record, unicode_errors="surrogatepass")
+        example = Example(
+            key=row["key"],
+            image=row["image"],
+            captions=tuple(row["captions"]),
+            teacher_caption=row.get("teacher_caption"),
+            label=row.get("label"),
+        )
+    # msgpack's exceptions have no other base in common.
+    except Exception as error:
+        raise BadSampleError(f"not a record ({error or type(error).__name__})") from error
+    return example
+
+
+def write_manifest(folder: Path, shards: Sequence[Shard]) -> None:
+    """Makes the folder a data set: all shards have to be there and closed."""
+    manifest = {"version": VERSION, "shards": [shard._asdict() for shard in shards]}
+    unfinished = folder / f".{MANIFEST}.new"
+    unfinished.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(unfinished, folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> tuple[Shard, ...]:
+    """The shards in their order; UserError if the manifest is damaged, of another version or lists none."""
+    file = folder / MANIFEST
+    try:
+        manifest: Any = json.loads(file.read_text(encoding="utf-8"))
+        version = manifest["version"]
+        shards = tuple(Shard(str(row["name"]), int(row["count"])) for row in manifest["shards"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error!r}); convert the data again.") from error
+    if version != VERSION:
+        raise UserError(
+            f"{file} is of version {version}, this lit_jax reads {VERSION}; convert the data again."
+        )
+    if not sum(shard.count for shard in shards):
+        raise UserError(f"{file} lists no records; convert a data set that has some.")
+    return shards

@@ -1,0 +1,63 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_jax.data.example import BadSampleError, Example
+from lit_jax.data.records import MANIFEST, Shard, decode, encode, read_manifest, write_manifest
+from lit_jax.errors import UserError
+
+ANY_TEXT = st.text(st.characters(codec=None))  # also halves of surrogate pairs
+
+
+@given(
+    example=st.fixed_dictionaries(
+        {
+            "key": ANY_TEXT,
+            "image": st.none() | st.binary(),
+            "captions": st.lists(ANY_TEXT, max_size=3).map(tuple),
+            "teacher_caption": st.none() | ANY_TEXT,
+            "label": st.none() | ANY_TEXT,
+        }
+    )
+)
+def test_a_record_gives_back_the_example(example):
+    assert decode(encode(example)) == example
+
+
+def test_an_image_has_to_be_encoded(tmp_path):
+    with pytest.raises(TypeError, match="bytes or None"):
+        encode(Example(key="a", image=tmp_path, captions=(), label=None))
+
+
+@pytest.mark.parametrize("record", [b"", b"\xc1", b"\x01", encode({"key": "a"} | {"image": None})])  # type: ignore[arg-type]
+def test_a_damaged_record_is_a_bad_sample(record):
+    with pytest.raises(BadSampleError, match="not a record"):
+        decode(record)
+
+
+def test_a_manifest_gives_back_its_shards(tmp_path):
+    shards = (
+        Shard("犬-00000-of-00002.array_record", 3),
+        Shard("犬-00001-of-00002.array_record", 0),
+    )
+    write_manifest(tmp_path, shards)
+    assert read_manifest(tmp_path) == shards
+    assert [file.name for file in tmp_path.iterdir()] == [MANIFEST]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        (json.dumps({"version": 1, "shards": [{"name": "a"}]}), "is damaged .*'count'"),
+        (json.dumps({"version": 2, "shards": []}), "of version 2, this lit_jax reads 1"),
+        (json.dumps({"version": 1, "shards": []}), "lists no records"),
+    ],
+)
+def test_a_bad_manifest_is_refused(tmp_path, text, message):
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_manifest(tmp_path)
