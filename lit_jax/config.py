@@ -121,7 +121,9 @@ class SourceConfig:
     languages: dict[str, NotNegative] = dataclasses.field(
         default_factory=dict
     )  # of captions: how often each is drawn, {"en": 1, "de": 3}; none given: all captions alike
-    templates: tuple[str, ...] = ()  # "a photo of a {}": captions of what has a label but no caption
+    templates: tuple[
+        str, ...
+    ] = ()  # "a photo of a {}": captions of what has a label but no caption
     max_examples: Count | None = None  # only the first so many
     weight: NotNegative | None = None  # in a mixture: its share; None: its number of examples
 
@@ -155,7 +157,7 @@ class DataConfig:
     flip: bool = False  # left-right, half of the time
     color_jitter: ColorJitterConfig = ColorJitterConfig()
     rand_augment: RandAugmentConfig = RandAugmentConfig()
-    reduced_jpeg: bool = False  # large JPEG files are decoded at a half, a quarter or an eighth
+    reduced_jpeg: bool = True  # large JPEG files are decoded at 1/2, 1/4 or 1/8 of their size
     max_bad_fraction: Fraction = _free(0.01)  # of undecodable samples, then the run stops
     workers: Annotated[int, Range(0)] = _free(0)  # processes; 0: threads of this one
     threads: Annotated[int, Range(0)] = _free(8)  # of each worker

@@ -39,9 +39,7 @@ def open_training_data(config: DataConfig, *, text_only: bool = False) -> Source
             raise UserError(
                 f"config.data.mixture.{name}.weight is 0; make it larger, or leave this source out."
             )
-    parts = {
-        name: open_source(part, text_only=text_only) for name, part in config.mixture.items()
-    }
+    parts = {name: open_source(part, text_only=text_only) for name, part in config.mixture.items()}
     weights = {name: part.weight for name, part in config.mixture.items() if part.weight}
     return Mixture(parts, weights)
 
@@ -55,9 +53,9 @@ class Mixture:
             number of its examples.
     """
 
-    def __init__(self, parts: Mapping[str, Source], weights: Mapping[str, float] = {}):  # noqa: B006
+    def __init__(self, parts: Mapping[str, Source], weights: Mapping[str, float]):
         self.parts = dict(parts)
-        self.weights = {name: weights.get(name, len(part)) for name, part in parts.items()}
+        self.weights = {name: weights.get(name, float(len(part))) for name, part in parts.items()}
         self._ends = list(itertools.accumulate(len(part) for part in parts.values()))
 
     def __len__(self) -> int:

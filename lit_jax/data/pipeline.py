@@ -7,10 +7,6 @@ workers and processes. So the position in the data is one number, and a run can 
 import dataclasses
 import logging
 import math
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +19,7 @@ from lit_jax.data.example import BadSampleError, Source
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.mixture import part_of, training_order
 from lit_jax.data.readers import Batch, Reader
+from lit_jax.data.workers import start_worker
 from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -135,19 +132,7 @@ class TrainStream:
 
 
 def _start_worker(_index: int, _count: int) -> None:
-    """Leaves it to the training process to end a worker, and ends the worker if that process is gone."""
-    # SIGTERM (preemption) and Ctrl-C often reach the whole process group; training then still needs data
-    # until its checkpoint is written.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    start_worker()
 
 
 def local_rows(batch_size: int, process_count: int) -> int:

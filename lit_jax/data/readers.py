@@ -79,7 +79,9 @@ class TextPairReader:
 
 def draw_caption(example: Example, rng: np.random.Generator) -> str:
     weights = example.get("caption_weights") or (1.0,) * len(example["captions"])
-    pairs = [(text, w) for text, w in zip(example["captions"], weights, strict=True) if text.strip()]
+    pairs = [
+        (text, w) for text, w in zip(example["captions"], weights, strict=True) if text.strip()
+    ]
     if not pairs:
         raise BadSampleError("no caption")
     texts, weights = zip(*pairs, strict=True)

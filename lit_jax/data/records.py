@@ -1,8 +1,9 @@
 """The format of converted data: shards of ArrayRecord, and records.json that lists them.
 
 A record is one msgpack map: "key" text; "image" the bytes of an image file, or nil; "captions" list of texts;
-"teacher_caption" and "label" texts, absent if there is none. The manifest is written last: a folder without
-one was not finished. ArrayRecord needs `group_size:1` to read single records without their neighbours.
+"languages" of the captions, "teacher_caption" and "label", absent if there is none. The manifest is written
+last: a folder without one was not finished. ArrayRecord needs `group_size:1` to read single records without
+their neighbours.
 """
 
 import json
@@ -44,6 +45,7 @@ def decode(record: bytes) -> Example:
             key=row["key"],
             image=row["image"],
             captions=tuple(row["captions"]),
+            languages=tuple(row["languages"]) if "languages" in row else None,
             teacher_caption=row.get("teacher_caption"),
             label=row.get("label"),
         )

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 from transformers import PreTrainedTokenizerBase
 
+from lit_jax.data.example import Source
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.pipeline import eval_batches
-from lit_jax.data.example import Source
 from lit_jax.data.text import tokenize
 from lit_jax.distributed.mesh import REPLICATED, global_batch
 from lit_jax.errors import UserError

@@ -172,6 +172,9 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
         crop_min_area=config.data.crop_min_area,
         random_crop=config.data.random_crop,
         flip=config.data.flip,
+        color_jitter=config.data.color_jitter,
+        rand_augment=config.data.rand_augment,
+        reduced_jpeg=config.data.reduced_jpeg,
     )
     positions = module.text_model.config.max_length
     if config.data.max_text_length > positions:
