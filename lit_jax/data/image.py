@@ -31,6 +31,9 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # What a source gives; None: there is no image.
 ImageFile = Path | bytes | np.ndarray | None
 WHITE = (255, 255, 255, 255)
+# By EXIF orientation: where width is height, and which ends of a file's rows or columns come first upright.
+TURNED = (5, 6, 7, 8)
+FROM_RIGHT, FROM_BOTTOM = (2, 3, 6, 7), (3, 4, 7, 8)
 # A JPEG file decoded at a reduced size is still so many times as high and wide as what is made of it, so that
 # the last resizing averages pixels as it would have: about half a grey level away from decoding in full.
 KEPT = 1.5
@@ -84,11 +87,14 @@ def _upright_rgb(opened: Image.Image) -> Image.Image:
     return _to_rgb(ImageOps.exif_transpose(opened))
 
 
+def _orientation(opened: Image.Image) -> int:
+    return opened.getexif().get(ExifTags.Base.Orientation, 1)
+
+
 def _upright_size(opened: Image.Image) -> tuple[int, int]:
     """(width, height), turned as the EXIF orientation says."""
-    turned = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     width, height = opened.size
-    return (height, width) if turned else (width, height)
+    return (height, width) if _orientation(opened) in TURNED else (width, height)
 
 
 def reduce_jpeg(opened: Image.Image, part: float) -> float:
@@ -199,13 +205,18 @@ class ImageTransform:
     def train(self, image: ImageFile, rng: np.random.Generator) -> Float[np.ndarray, "H W 3"]:
         """float32, with the augmentations that the config asks for; raises BadSampleError."""
         with _opened(image) as opened:
-            box, target = self._box(_upright_size(opened), rng)
+            size, orientation = _upright_size(opened), _orientation(opened)
+            box, target = self._box(size, rng)
             factor = self._reduce(opened, box, target)
             picture = _upright_rgb(opened)
         if target is not None:
             height, width = target
+            # The last pixel of a reduced row or column may stand for fewer; upright it may be the first.
+            x = picture.width - size[0] / factor if orientation in FROM_RIGHT else 0.0
+            y = picture.height - size[1] / factor if orientation in FROM_BOTTOM else 0.0
             left, top, right, bottom = (edge / factor for edge in box)
-            picture = picture.resize((width, height), self.resample, box=(left, top, right, bottom))
+            box = (x + left, y + top, x + right, y + bottom)
+            picture = picture.resize((width, height), self.resample, box=box)
         if self.crop_min_area is None:
             picture = self._crop(picture, rng if self.random_crop else None)
         if self.flip and rng.random() < 0.5:

@@ -495,7 +495,7 @@ def test_only_training_and_only_jpeg_is_reduced(processor_folder, photos, encode
     assert not np.array_equal(reduced.train(jpeg, rng), full.train(jpeg, rng))
 
 
-@pytest.mark.parametrize("orientation", [1, 6, 7])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_reduced_decoding_crops_the_same_place_of_a_turned_photo(
     processor_folder, photos, encode, orientation
 ):
