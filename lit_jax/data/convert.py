@@ -219,15 +219,15 @@ def _run_beam(
 ) -> None:
     """The same on a cluster, whose machines have to see source and folder under the same paths."""
     try:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
+        import apache_beam as beam  # pyright: ignore[reportMissingImports]
+        from apache_beam.options import pipeline_options  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise UserError(
             "--runner needs Apache Beam; install requirements-beam.txt (in an environment of its own)."
         ) from error
-    with beam.Pipeline(runner, PipelineOptions(list(flags))) as pipeline:
+    with beam.Pipeline(runner, pipeline_options.PipelineOptions(list(flags))) as pipeline:
         shards = pipeline | beam.Create(todo) | beam.Reshuffle()
-        shards | beam.Map(functools.partial(convert_shard, plan, folder.absolute()))
+        _ = shards | beam.Map(functools.partial(convert_shard, plan, folder.absolute()))
 
 
 def _finish(plan: Plan, folder: Path) -> str:
