@@ -119,11 +119,38 @@ class SourceConfig:
     image_key: str = "image"  # the three keys are names of columns, fields or features
     caption_key: str = "caption"
     label_key: str = "label"
+    languages: dict[str, NotNegative] = dataclasses.field(
+        default_factory=dict
+    )  # of captions: how often each is drawn, {"en": 1, "de": 3}; none given: all captions alike
+    templates: tuple[
+        str, ...
+    ] = ()  # "a photo of a {}": captions of what has a label but no caption
+    max_examples: Count | None = None  # only the first so many
+    weight: NotNegative | None = None  # in a mixture: its share; None: its number of examples
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ColorJitterConfig:
+    """Changes by random factors, in a random order, as torchvision's ColorJitter of the same strengths."""
+
+    brightness: NotNegative = 0.0  # factors between 1 - strength (at least 0) and 1 + strength
+    contrast: NotNegative = 0.0
+    saturation: NotNegative = 0.0
+    hue: Annotated[float, Range(0, 0.5)] = 0.0  # at most this part of the colour circle, either way
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandAugmentConfig:
+    """Random operations of one strength (1909.13719), as torchvision's RandAugment."""
+
+    operations: Annotated[int, Range(0)] = 0  # an image, in a row; 0: none
+    magnitude: Annotated[int, Range(0, 30)] = 9  # 30: as strong as it gets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: SourceConfig = SourceConfig()
+    mixture: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)  # instead of train
     max_text_length: Count = 32  # tokens, special ones included
     image_size: Count | None = None  # pixels; None: what the image processor says
     crop_min_area: float | None = None  # random resized crop of at least this part; None: none
@@ -135,6 +162,9 @@ class DataConfig:
     # Folders of `python -m lit_jax.embed`, in the place of a locked tower: same losses, less work.
     image_embeddings: str = _free("")
     text_embeddings: str = _free("")
+    color_jitter: ColorJitterConfig = ColorJitterConfig()
+    rand_augment: RandAugmentConfig = RandAugmentConfig()
+    reduced_jpeg: bool = True  # large JPEG files are decoded at 1/2, 1/4 or 1/8 of their size
     max_bad_fraction: Fraction = _free(0.01)  # of undecodable samples, then the run stops
     workers: Annotated[int, Range(0)] = _free(0)  # processes; 0: threads of this one
     threads: Annotated[int, Range(0)] = _free(8)  # of each worker

@@ -160,6 +160,7 @@ class DemoSource:
             key=f"{self._split}/{index}",
             image=self._images_Nx32x32x3[index],
             captions=tuple(text for lang in self._languages for text in captions(number, lang)),
+            languages=tuple(lang for lang in self._languages for _ in CAPTIONS[lang]),
             label=number_words(number),
         )
 
@@ -177,6 +178,7 @@ class ParallelDemoSource:
             key=f"{PARALLEL}/{index}",
             image=None,
             captions=(english, german),
+            languages=("en", "de"),
             teacher_caption=english,
             label=number_words(number),
         )

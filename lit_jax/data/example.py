@@ -27,6 +27,8 @@ class Example(TypedDict):
     # A file here or in an object store, its content, or pixels: uint8 HxWx3.
     image: File | bytes | np.ndarray | None
     captions: tuple[str, ...]
+    languages: NotRequired[tuple[str, ...] | None]  # of the captions, one by one, where it is known
+    caption_weights: NotRequired[tuple[float, ...]]  # how often each is drawn; without: all alike
     teacher_caption: NotRequired[str | None]  # what they say, in the language of a text teacher
     label: str | None  # name of its class
 

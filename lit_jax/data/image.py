@@ -5,18 +5,22 @@ backend) on the decoded image. It is computed from uint8 pixels with Pillow and 
 the processor itself copies every image several times and rescales in float64.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
 import textwrap
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import Float
+from PIL import ExifTags, Image, ImageOps
 
+from lit_jax.config import ColorJitterConfig, RandAugmentConfig
+from lit_jax.data.augment import NO_JITTER, NO_OPERATIONS, color_jitter, rand_augment
 from lit_jax.data.example import BadSampleError
 from lit_jax.data.files import File, ObjectPath
 from lit_jax.errors import UserError
@@ -28,6 +32,12 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # What a source gives; None: there is no image.
 ImageFile = File | bytes | np.ndarray | None
 WHITE = (255, 255, 255, 255)
+# By EXIF orientation: where width is height, and which ends of a file's rows or columns come first upright.
+TURNED = (5, 6, 7, 8)
+FROM_RIGHT, FROM_BOTTOM = (2, 3, 6, 7), (3, 4, 7, 8)
+# A JPEG file decoded at a reduced size is still so many times as high and wide as what is made of it, so that
+# the last resizing averages pixels as it would have: about half a grey level away from decoding in full.
+KEPT = 1.5
 
 
 def decode(image: ImageFile) -> Image.Image:
@@ -38,22 +48,34 @@ def decode(image: ImageFile) -> Image.Image:
     Raises:
         BadSampleError: there is no such file, or it holds no complete image of a sane size.
     """
-    if image is None:
-        raise BadSampleError("no image", "missing")
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image)
+    with _opened(image) as picture:
+        return _upright_rgb(picture)
+
+
+def file_content(path: File) -> bytes:
+    """Raises BadSampleError if it cannot be read."""
     try:
-        content = image.read_bytes() if isinstance(image, Path | ObjectPath) else image
+        return path.read_bytes()
     except OSError as error:
         raise BadSampleError(error.strerror or str(error), "missing") from error
     except ValueError as error:  # no path at all: it has a null byte, or is no valid Unicode
         raise BadSampleError(str(error), "missing") from error
+
+
+@contextlib.contextmanager
+def _opened(image: ImageFile) -> Iterator[Image.Image]:
+    """The image with no more than its header read; what goes wrong inside the block is a bad sample."""
+    if image is None:
+        raise BadSampleError("no image", "missing")
+    if isinstance(image, np.ndarray):
+        yield Image.fromarray(image)
+        return
+    content = file_content(image) if isinstance(image, Path | ObjectPath) else image
     if not content:
         raise BadSampleError("0 bytes", "empty")
     try:
         with Image.open(io.BytesIO(content)) as opened:
-            ImageOps.exif_transpose(opened, in_place=True)  # an upright one is not copied
-            return _to_rgb(opened)
+            yield opened
     except Image.UnidentifiedImageError as error:
         raise BadSampleError("not an image", "not_image") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -62,6 +84,35 @@ def decode(image: ImageFile) -> Image.Image:
         Exception
     ) as error:  # Pillow's parsers let through whatever a broken file makes them raise
         raise BadSampleError(str(error) or type(error).__name__) from error
+
+
+def _upright_rgb(opened: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(opened, in_place=True)  # an upright one is not copied
+    return _to_rgb(opened)
+
+
+def _orientation(opened: Image.Image) -> int:
+    return opened.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _upright_size(opened: Image.Image) -> tuple[int, int]:
+    """(width, height), turned as the EXIF orientation says."""
+    width, height = opened.size
+    return (height, width) if _orientation(opened) in TURNED else (width, height)
+
+
+def reduce_jpeg(opened: Image.Image, part: float) -> float:
+    """Has a JPEG file decoded at 1/2, 1/4 or 1/8 of its size, the smallest that is at least `part` of it.
+
+    Returns by what its size is divided then; 1 for files of other formats. The decoder computes only the low
+    frequencies of each block of 8x8 pixels, which saves time and averages the pixels.
+    """
+    width, height = opened.size
+    drafted = opened.draft(None, (math.ceil(width * part), math.ceil(height * part)))
+    if drafted is None:
+        return 1.0
+    _, (_, _, reduced_width, _) = drafted
+    return width / reduced_width
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -85,7 +136,8 @@ class ImageTransform:
         center_crop: whether the result is cut out of the middle of what was resized.
         resample: Pillow's number of the interpolation.
         table_3x256: float32; what each channel's pixel values become (rescaled and normalised).
-        crop_min_area, random_crop, flip: augmentations of `train`, see `DataConfig`.
+        crop_min_area, random_crop, flip, color_jitter, rand_augment, reduced_jpeg: of `train`, see
+            `DataConfig`.
     """
 
     height: int
@@ -97,6 +149,9 @@ class ImageTransform:
     crop_min_area: float | None = None
     random_crop: bool = False
     flip: bool = False
+    color_jitter: ColorJitterConfig = NO_JITTER
+    rand_augment: RandAugmentConfig = NO_OPERATIONS
+    reduced_jpeg: bool = True
 
     @classmethod
     def from_folder(
@@ -106,13 +161,14 @@ class ImageTransform:
         image_size: int | None = None,
         crop_min_area: float | None = None,
         random_crop: bool = False,
-        flip: bool = False,
+        **augmentations: Any,
     ) -> "ImageTransform":
         """The transform that the image processor in `folder` describes.
 
         Args:
             folder: has preprocessor_config.json (or processor_config.json).
             image_size: overrides the height and width of the result.
+            augmentations: attributes of the transform that need no check.
 
         Raises:
             UserError: no such processor, or one that does more than resize, crop, rescale, normalise.
@@ -128,7 +184,7 @@ class ImageTransform:
             table_3x256=_table(processor),
             crop_min_area=crop_min_area,
             random_crop=random_crop,
-            flip=flip,
+            **augmentations,
         )
         if random_crop and (not transform.center_crop or crop_min_area is not None):
             raise UserError(
@@ -145,47 +201,78 @@ class ImageTransform:
     @property
     def is_random(self) -> bool:
         """Whether `train` augments."""
-        return self.crop_min_area is not None or self.random_crop or self.flip
+        augmentations = self.crop_min_area, self.random_crop, self.flip
+        return (
+            any(augmentations) or self.color_jitter != NO_JITTER or self.rand_augment.operations > 0
+        )
 
     def eval(self, image: ImageFile) -> Float[np.ndarray, "H W 3"]:
         """float32; raises BadSampleError."""
-        return self._normalise(self._resize_and_crop(decode(image)))
+        picture = decode(image)
+        if self.resize is not None:
+            height, width = _target(self.resize, picture.size)
+            picture = picture.resize((width, height), self.resample)
+        return self._normalise(self._crop(picture))
 
     def train(self, image: ImageFile, rng: np.random.Generator) -> Float[np.ndarray, "H W 3"]:
-        """float32, with random crop and flip if the config says so; raises BadSampleError."""
-        picture = decode(image)
+        """float32, with the augmentations that the config asks for; raises BadSampleError."""
+        with _opened(image) as opened:
+            size, orientation = _upright_size(opened), _orientation(opened)
+            box, target = self._box(size, rng)
+            factor = self._reduce(opened, box, target)
+            picture = _upright_rgb(opened)
+        if target is not None:
+            height, width = target
+            # The last pixel of a reduced row or column may stand for fewer; upright it may be the first.
+            x = picture.width - size[0] / factor if orientation in FROM_RIGHT else 0.0
+            y = picture.height - size[1] / factor if orientation in FROM_BOTTOM else 0.0
+            left, top, right, bottom = (edge / factor for edge in box)
+            box = (x + left, y + top, x + right, y + bottom)
+            picture = picture.resize((width, height), self.resample, box=box)
         if self.crop_min_area is None:
-            pixels_HxWx3 = self._resize_and_crop(picture, rng if self.random_crop else None)
-        else:
-            box = random_box(picture.size, self.crop_min_area, rng)
-            pixels_HxWx3 = np.asarray(
-                picture.resize((self.width, self.height), self.resample, box=box)
-            )
+            picture = self._crop(picture, rng if self.random_crop else None)
         if self.flip and rng.random() < 0.5:
-            pixels_HxWx3 = pixels_HxWx3[:, ::-1]
-        return self._normalise(pixels_HxWx3)
+            picture = ImageOps.mirror(picture)
+        picture = color_jitter(picture, self.color_jitter, rng)
+        return self._normalise(rand_augment(picture, self.rand_augment, rng))
 
-    def _resize_and_crop(
-        self, image: Image.Image, rng: np.random.Generator | None = None
-    ) -> UInt8[np.ndarray, "H W 3"]:
-        """The crop is in the middle, with `rng` at a random place."""
-        if self.resize is not None:
-            height, width = _target(self.resize, image)
-            image = image.resize((width, height), self.resample)
-        if self.center_crop:
-            # Of an odd rest the larger part goes to the right and the bottom, of an odd lack to the left
-            # and the top (filled with zeros), as the processor does it: // rounds down in both.
-            left, top = image.width - self.width, image.height - self.height
-            if rng is None:
-                left, top = left // 2, top // 2
-            else:
-                left, top = (
-                    int(rng.integers(min(rest, 0), max(rest, 0) + 1)) for rest in (left, top)
-                )
-            image = image.crop((left, top, left + self.width, top + self.height))
-        return np.asarray(image)
+    def _box(
+        self, size: tuple[int, int], rng: np.random.Generator
+    ) -> tuple[tuple[int, int, int, int], tuple[int, int] | None]:
+        """What of an image is resized (left, top, right, bottom), and to which (height, width), if at all."""
+        if self.crop_min_area is not None:
+            return random_box(size, self.crop_min_area, rng), (self.height, self.width)
+        return (0, 0, *size), None if self.resize is None else _target(self.resize, size)
 
-    def _normalise(self, pixels_HxWx3: np.ndarray) -> np.ndarray:
+    def _reduce(
+        self,
+        opened: Image.Image,
+        box: tuple[int, int, int, int],
+        target: tuple[int, int] | None,
+    ) -> float:
+        """By what the decoded image is smaller; its box is still `KEPT` times as large as the target."""
+        if not self.reduced_jpeg or target is None:
+            return 1.0
+        left, top, right, bottom = box
+        height, width = target
+        least = KEPT * max(width / (right - left), height / (bottom - top))
+        return reduce_jpeg(opened, min(1.0, least))
+
+    def _crop(self, image: Image.Image, rng: np.random.Generator | None = None) -> Image.Image:
+        """Out of the middle, with `rng` at a random place; if the processor crops at all."""
+        if not self.center_crop:
+            return image
+        # Of an odd rest the larger part goes to the right and the bottom, of an odd lack to the left
+        # and the top (filled with zeros), as the processor does it: // rounds down in both.
+        left, top = image.width - self.width, image.height - self.height
+        if rng is None:
+            left, top = left // 2, top // 2
+        else:
+            left, top = (int(rng.integers(min(rest, 0), max(rest, 0) + 1)) for rest in (left, top))
+        return image.crop((left, top, left + self.width, top + self.height))
+
+    def _normalise(self, image: Image.Image) -> np.ndarray:
+        pixels_HxWx3 = np.asarray(image)
         result_HxWx3 = np.empty(pixels_HxWx3.shape, np.float32)
         for c in range(3):  # into its place: to stack three channels takes three times as long
             result_HxWx3[..., c] = self.table_3x256[c][pixels_HxWx3[..., c]]
@@ -294,10 +381,12 @@ def _check(transform: ImageTransform, processor: Any, folder: Path) -> None:
             )
 
 
-def _target(resize: tuple[int, int] | int, image: Image.Image) -> tuple[int, int]:
-    """(height, width) after resizing. The longer edge is rounded down, as the processor does it."""
+def _target(resize: tuple[int, int] | int, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an image of size (width, height) after resizing. The longer edge is rounded down, as
+    the processor does it."""
     if isinstance(resize, tuple):
         return resize
-    if image.width <= image.height:
-        return int(resize * image.height / image.width), resize
-    return resize, int(resize * image.width / image.height)
+    width, height = size
+    if width <= height:
+        return int(resize * height / width), resize
+    return resize, int(resize * width / height)

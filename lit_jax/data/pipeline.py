@@ -7,10 +7,6 @@ workers and processes. So the position in the data is one number, and a run can 
 import dataclasses
 import logging
 import math
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +17,9 @@ from absl import flags
 from lit_jax.config import DataConfig
 from lit_jax.data.example import BAD_KINDS, BadKind, BadSampleError, Source
 from lit_jax.data.image import ImageTransform
+from lit_jax.data.mixture import part_of, training_order
 from lit_jax.data.readers import Batch, Reader
+from lit_jax.data.workers import start_worker
 from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -33,9 +31,9 @@ JUDGE_AFTER = 1000  # samples read, before a fraction of bad ones means anything
 
 
 class TrainStream:
-    """Endless batches of this process, shuffled anew in every epoch.
+    """Endless batches of this process, each source shuffled anew in every epoch of its own.
 
-    `reader` says what is in a batch. A bad sample is replaced by another one, drawn at random.
+    `reader` says what is in a batch. A bad sample is replaced by another one of its source, drawn at random.
 
     Attributes:
         bad_samples: how many of each kind this process has met since the start of the run.
@@ -64,10 +62,7 @@ class TrainStream:
         # random_map seeds its generator by the element's position here, before the slice: augmentations
         # depend on neither the number of processes nor that of workers.
         self._batches = (
-            grain.MapDataset.range(len(source))
-            .seed(seed)
-            .shuffle()
-            .repeat()
+            training_order(source, seed)
             .random_map(_Read(source, reader))
             .slice(slice(process_index, None, process_count))
             # Endless, so there is no remainder; but if kept, Grain overflows for batches of one row.
@@ -143,19 +138,7 @@ def _by_kind(counts: Mapping[str, int]) -> str:
 
 
 def _start_worker(_index: int, _count: int) -> None:
-    """Leaves it to the training process to end a worker, and ends the worker if that process is gone."""
-    # SIGTERM (preemption) and Ctrl-C often reach the whole process group; training then still needs data
-    # until its checkpoint is written.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    start_worker()
 
 
 def local_rows(batch_size: int, process_count: int) -> int:
@@ -185,7 +168,8 @@ class _Read:
                 return {**self.reader.read(index, example, rng), "skipped": skipped}
             except BadSampleError as reason:
                 skipped.append((key, reason.kind, str(reason)))
-                index = int(rng.integers(len(self.source)))
+                part = part_of(self.source, index)
+                index = int(rng.integers(part.start, part.stop))
         key, _, reason = skipped[0]
         raise UserError(
             f"{MAX_TRIES} samples in a row are bad, the first is {key}: {reason}; mend the data set."

@@ -138,12 +138,21 @@ def draw_caption(example: Example, rng: np.random.Generator) -> str:
 
 def caption_index(example: Example, rng: np.random.Generator) -> int:
     """A random one of `usable_captions`. Raises BadSampleError if there is none."""
-    return int(rng.integers(len(usable_captions(example))))
+    weights = [weight for _, weight in _usable(example)]
+    if len(set(weights)) == 1:
+        return int(rng.integers(len(weights)))
+    return int(rng.choice(len(weights), p=np.divide(weights, sum(weights))))
 
 
 def usable_captions(example: Example) -> list[str]:
     """All that say something. Raises BadSampleError if none does."""
-    captions = [text for text in example["captions"] if text.strip()]
-    if not captions:
+    return [text for text, _ in _usable(example)]
+
+
+def _usable(example: Example) -> list[tuple[str, float]]:
+    texts = example["captions"]
+    weights = example.get("caption_weights") or (1.0,) * len(texts)
+    usable = [pair for pair in zip(texts, weights, strict=True) if pair[0].strip()]
+    if not usable:
         raise BadSampleError("no caption", "no_caption")
-    return captions
+    return usable

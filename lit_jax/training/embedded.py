@@ -20,9 +20,8 @@ from lit_jax.data.embeddings import (
     sampled_examples,
     shard_size,
 )
-from lit_jax.data.example import Example
+from lit_jax.data.example import Example, Source
 from lit_jax.data.readers import Inputs
-from lit_jax.data.sources import Source
 from lit_jax.data.text import tokenize
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import POOLED, TOWERS, Side

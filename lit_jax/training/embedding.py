@@ -26,9 +26,9 @@ from lit_jax.data.embeddings import (
     complete_shards,
     shard_counts,
 )
-from lit_jax.data.example import BadSampleError
+from lit_jax.data.example import BadSampleError, Source
+from lit_jax.data.mixture import open_training_data
 from lit_jax.data.readers import Captions, Pixels
-from lit_jax.data.sources import Source, open_source
 from lit_jax.distributed.mesh import BATCH, global_batch, make_mesh
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import Preempted, UserError
@@ -58,7 +58,7 @@ def embed(config: Config, folder: Path, side: Side, *, batch_size: int | None = 
     devices = jax.local_devices()
     fsdp = math.gcd(max(config.mesh.fsdp, 1), len(devices))
     mesh = make_mesh(dataclasses.replace(config.mesh, data=-1, fsdp=fsdp), devices)
-    source = open_source(config.data.train)
+    source = open_training_data(config.data)
     towers = find_towers(config.model)
     setup = prepare(config, towers, mesh)
     check_locked(setup, side, "python -m lit_jax.embed")

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from lit_jax.config import Config, steps
 from lit_jax.data.example import Source
+from lit_jax.data.mixture import open_training_data
 from lit_jax.data.pipeline import TrainStream
-from lit_jax.data.sources import open_source
 from lit_jax.distributed.mesh import global_batch, make_mesh
 from lit_jax.errors import Preempted, UserError
 from lit_jax.training.checkpoints import Checkpoints
@@ -132,7 +132,7 @@ def _make_plan(config: Config, workdir: Path) -> _Plan:
     check_config(config)
     mesh = make_mesh(config.mesh)
     check_batch_size(config.batch_size, mesh, config.accumulate)
-    source = open_source(config.data.train, text_only=bool(config.model.teacher))
+    source = open_training_data(config.data, text_only=bool(config.model.teacher))
     to_steps = functools.partial(
         steps, batch_size=config.batch_size, examples_per_epoch=len(source)
     )

@@ -196,6 +196,9 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
         crop_min_area=config.data.crop_min_area,
         random_crop=config.data.random_crop,
         flip=config.data.flip,
+        color_jitter=config.data.color_jitter,
+        rand_augment=config.data.rand_augment,
+        reduced_jpeg=config.data.reduced_jpeg,
     )
     if (config.data.views or 1) > 1 and not image_transform.is_random:
         raise UserError(

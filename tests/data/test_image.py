@@ -281,7 +281,7 @@ def test_random_crop_is_a_window_of_what_the_processor_resized(processor_folder,
     # The shorter edge is 8 after resizing, so make room: the window moves in a 12x12 image.
     roomy, still = (dataclasses.replace(t, resize=None) for t in (transform, whole))
     all_windows = {
-        roomy._normalise(image[top : top + 8, left : left + 8]).tobytes(): (top, left)
+        roomy.eval(image[top : top + 8, left : left + 8]).tobytes(): (top, left)
         for top in range(5)
         for left in range(5)
     }

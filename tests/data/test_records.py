@@ -17,6 +17,7 @@ ANY_TEXT = st.text(st.characters(codec=None))  # also halves of surrogate pairs
             "key": ANY_TEXT,
             "image": st.none() | st.binary(),
             "captions": st.lists(ANY_TEXT, max_size=3).map(tuple),
+            "languages": st.none() | st.lists(ANY_TEXT, max_size=3).map(tuple),
             "teacher_caption": st.none() | ANY_TEXT,
             "label": st.none() | ANY_TEXT,
         }

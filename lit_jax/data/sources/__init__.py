@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lit_jax.config import SourceConfig
+from lit_jax.data import captions
 from lit_jax.data.demo import PARALLEL, DemoSource, ParallelDemoSource
 from lit_jax.data.example import Source
 from lit_jax.data.files import File, expand, local, locate
@@ -90,10 +91,15 @@ FORMATS = (
 
 
 def open_source(config: SourceConfig, *, text_only: bool = False) -> Source:
-    """The data set that `config` names; never empty, and not without images unless it is for `text_only`.
+    """The data set that `config` names, with the examples and captions that it chooses; never empty, and not
+    without images unless it is for `text_only`.
 
     Raises UserError if it is missing, empty or broken, or has no such split.
     """
+    return captions.choose(_find(config, text_only), config)
+
+
+def _find(config: SourceConfig, text_only: bool) -> Source:
     if config.path == "demo":
         return (
             ParallelDemoSource()

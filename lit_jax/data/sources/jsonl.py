@@ -14,6 +14,7 @@ class JsonlSource:
     """Pairs listed in a JSONL file, for example captions.jsonl:
 
         {"image": "a.jpg", "caption": "a dog"}  or  {"image": ..., "captions": [...], "label": "dog"}
+        or, by language,  {"image": ..., "captions": {"en": ["a dog"], "de": ["ein Hund"]}}
 
     "image" is a path, relative to the file's folder or absolute; "key", "label" and captions are optional.
     For a text tower that learns from a teacher a line needs no image, and "teacher_caption" says the same as

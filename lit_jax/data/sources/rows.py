@@ -17,7 +17,8 @@ def example_of(
     """The example that a row says.
 
     Its fields are named by `config`: an image (path relative to `folder`, address, content, or a mapping of
-    "bytes" and "path"), a caption or a list of them, a label; and "captions", "teacher_caption", "key".
+    "bytes" and "path"), a caption or a list of them, a label; and "captions", "teacher_caption",
+    "key". Captions may be grouped by language.
 
     Args:
         key: names the example if the row does not; if it is empty, the first caption does.
@@ -28,15 +29,19 @@ def example_of(
     image = _image(row, config.image_key, folder)
     if image is None and not text_only:
         raise TypeError(f'"{config.image_key}" is missing')
-    captions = _texts(row, config.caption_key)
+    captions, languages = _texts(row, config.caption_key)
     if config.caption_key != "captions":
-        captions += _texts(row, "captions")
+        more, more_languages = _texts(row, "captions")
+        if captions and more_languages:
+            raise TypeError(f'"{config.caption_key}" stands beside captions by language')
+        captions, languages = captions + more, more_languages or languages
     if image is None and not captions:
         raise TypeError(f'"{config.caption_key}" is missing')
     return Example(
         key=_field(row, "key", str) or key or captions[0],
         image=image,
         captions=captions,
+        languages=languages,
         teacher_caption=_field(row, "teacher_caption", str),
         label=_label(row, config.label_key),
     )
@@ -61,12 +66,19 @@ def _image(row: Mapping[str, Any], name: str, folder: File) -> File | bytes | No
     return locate(value) if "://" in value else folder / value
 
 
-def _texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    value = _field(row, name, (str, list))
-    texts = (value,) if isinstance(value, str) else tuple(value or ())
+def _texts(row: Mapping[str, Any], name: str) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """The captions of a field, and where they are grouped by language the language of each."""
+    value, languages = _field(row, name, (str, list, dict)), None
+    if isinstance(value, dict):
+        # A column of a table has all languages that any row has: null where this one has none.
+        groups = {k: [v] if isinstance(v, str) else v or [] for k, v in value.items()}
+        texts = tuple(text for group in groups.values() for text in group)
+        languages = tuple(language for language, group in groups.items() for _ in group)
+    else:
+        texts = (value,) if isinstance(value, str) else tuple(value or ())
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f'"{name}" has an item that is no text')
-    return texts
+    return texts, languages
 
 
 def _label(row: Mapping[str, Any], name: str) -> str | None:

@@ -1,0 +1,59 @@
+"""Images a second from JPEG files to what the tower sees: python benchmarks/decode.py
+
+Two photographs (scikit-learn's) at three sizes, to 224 pixels, on one core; decoded in full, and reduced. The
+ratio is of the times; the difference is the mean of the pixels', 0 to 255.
+"""
+
+import dataclasses
+import io
+import time
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from lit_jax.data.image import ImageTransform
+
+TARGET = 224
+WIDTHS = (640, 1280, 2560)
+REPEATS = 15
+
+
+def seconds(transform: ImageTransform, files: list[bytes]) -> float:
+    """Of processor time for one image: the least of some rounds, what disturbs it only adds."""
+    rounds = []
+    for _ in range(REPEATS):
+        start = time.process_time()
+        for content in files:
+            transform.train(content, np.random.default_rng(0))
+        rounds.append(time.process_time() - start)
+    return min(rounds) / len(files)
+
+
+def main() -> None:
+    reduced = ImageTransform(
+        height=TARGET,
+        width=TARGET,
+        resize=(TARGET, TARGET),
+        center_crop=False,
+        resample=Image.Resampling.BICUBIC,
+        table_3x256=np.tile(np.arange(256, dtype=np.float32), (3, 1)),
+    )
+    full = dataclasses.replace(reduced, reduced_jpeg=False)
+    print(f"{'photo':>12}{'full/s':>10}{'reduced/s':>11}{'ratio':>8}{'difference':>12}")
+    for width in WIDTHS:
+        files = []
+        for photo in map(Image.fromarray, load_sample_images().images):
+            buffer = io.BytesIO()
+            photo.resize((width, width * 2 // 3)).save(buffer, "JPEG", quality=90)
+            files.append(buffer.getvalue())
+        slow, fast = seconds(full, files), seconds(reduced, files)
+        rng = np.random.default_rng(0)
+        differences = [np.abs(reduced.train(c, rng) - full.train(c, rng)).mean() for c in files]
+        size = f"{width}x{width * 2 // 3}"
+        row = f"{size:>12}{1 / slow:>10.1f}{1 / fast:>11.1f}{slow / fast:>7.2f}x"
+        print(f"{row}{np.mean(differences):>12.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""Turns any source into sharded ArrayRecord: python -m lit_jax.data.convert --source.path=DATA --output=DIR
+
+What DIR holds is a source itself. Images stay the bytes that they are; bad samples are left out and listed in
+bad.jsonl. Given again, the command goes on where it was stopped. Exit codes: 0 done, 2 bad input.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import math
+import multiprocessing
+import os
+import sys
+import typing
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from PIL import Image
+from tqdm import tqdm
+
+from lit_jax.config import SourceConfig, parse
+from lit_jax.console import command, named_folder
+from lit_jax.data import records
+from lit_jax.data.example import BadSampleError, Example, Source
+from lit_jax.data.image import decode, file_content
+from lit_jax.data.sources import open_source
+from lit_jax.data.workers import start_worker
+from lit_jax.errors import UserError
+
+PLAN_FILE = "convert.json"
+BAD_FILE = "bad.jsonl"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What fixes every byte that is written; plain values, so that it can be sent anywhere."""
+
+    source: str  # its SourceConfig as JSON
+    examples: int
+    shard_size: int  # positions in the source, also those of bad samples
+
+    @property
+    def shards(self) -> int:
+        return math.ceil(self.examples / self.shard_size)
+
+    def shard_name(self, shard: int) -> str:
+        return f"data-{shard:05}-of-{self.shards:05}.array_record"
+
+    def positions(self, shard: int) -> range:
+        return range(self.examples)[shard * self.shard_size : (shard + 1) * self.shard_size]
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m lit_jax.data.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name in _source_keys():
+        parser.add_argument(f"--source.{name}", default=argparse.SUPPRESS, metavar="TEXT")
+    parser.add_argument("--output", type=named_folder, required=True, help="folder to write")
+    parser.add_argument("--shard_size", type=int, default=10_000, help="examples a file")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument(
+        "--runner", help="of Apache Beam, in the place of workers; other flags are passed on to it"
+    )
+    args, beam_flags = parser.parse_known_args(argv)
+    if beam_flags and not args.runner:
+        raise UserError(f"{beam_flags[0]} is no flag of this command; see --help.")
+    for name in ("shard_size", "workers"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
+    given = {
+        key: getattr(args, f"source.{key}") for key in _source_keys() if f"source.{key}" in args
+    }
+    plan = make_plan(parse({"data": {"train": given}}).data.train, args.shard_size)
+    _enter(args.output, plan)
+    todo = [n for n in range(plan.shards) if not (args.output / plan.shard_name(n)).exists()]
+    if args.runner:
+        _run_beam(plan, args.output, todo, args.runner, beam_flags)
+    else:
+        _run_processes(plan, args.output, todo, args.workers)
+    print(_finish(plan, args.output))
+
+
+def _source_keys() -> list[str]:
+    """The keys of a source that are texts: where it is and what its columns are called."""
+    hints = typing.get_type_hints(SourceConfig)
+    return [key for key, kind in hints.items() if kind in (str, str | None)]
+
+
+def make_plan(source: SourceConfig, shard_size: int) -> Plan:
+    text = json.dumps(dataclasses.asdict(source))
+    return Plan(source=text, examples=len(_source(text)), shard_size=shard_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _source(text: str) -> Source:
+    """Opened once in each process: sent with every shard it could be more than what the shard holds."""
+    source = parse({"data": {"train": json.loads(text)}}).data.train
+    return open_source(source, text_only=True)
+
+
+def _enter(folder: Path, plan: Plan) -> None:
+    """Makes the output folder, or makes sure that it is one of the same conversion."""
+    file = folder / PLAN_FILE
+    wanted = json.dumps(dataclasses.asdict(plan), indent=1)
+    if not file.exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder} holds something else already; give an empty --output.")
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(file, wanted)
+    elif file.read_text() != wanted:
+        raise UserError(
+            f"{folder} was begun with another source or shard size, see {file}; give the same again, or "
+            "another --output."
+        )
+
+
+def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
+    """Writes one shard, which is there as a whole or not at all; returns how many positions it covers.
+
+    Its bad samples are written before it, so that a shard that is there has them.
+    """
+    source, bad, good = _source(plan.source), [], 0
+    file = folder / plan.shard_name(shard)
+    unfinished = _unfinished(file)
+    with _writing(folder):
+        writer = ArrayRecordWriter(str(unfinished), records.WRITER_OPTIONS)
+        for position in plan.positions(shard):
+            key = f"{position}"
+            try:
+                example = source[position]
+                key = example["key"]
+                record = records.encode(_self_contained(example))
+            except BadSampleError as reason:
+                row = {"position": position, "key": key, "kind": reason.kind}
+                bad.append(json.dumps({**row, "reason": str(reason)}))
+            else:
+                writer.write(record)
+                good += 1
+        writer.close()
+        if _count(unfinished) != good:
+            raise RuntimeError("records are missing")
+        if bad:
+            _write(_bad_file(file), "".join(f"{line}\n" for line in bad))
+        os.replace(unfinished, file)
+    return len(plan.positions(shard))
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the latter is what ArrayRecord raises
+        raise UserError(
+            f"{folder} cannot be written ({error}); mend that and give the same command again, it goes on."
+        ) from error
+
+
+def _self_contained(example: Example) -> Example:
+    """The example with the bytes of its image, which was decoded to see that it can be."""
+    image = example["image"]
+    if image is None:
+        if not any(map(str.strip, example["captions"])):
+            raise BadSampleError("neither an image nor a caption", "missing")
+        return example
+    if isinstance(image, np.ndarray):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        return {**example, "image": buffer.getvalue()}
+    content = image if isinstance(image, bytes) else file_content(image)
+    decode(content)
+    return {**example, "image": content}
+
+
+def _run_processes(plan: Plan, folder: Path, todo: Sequence[int], workers: int) -> None:
+    done = plan.examples - sum(len(plan.positions(shard)) for shard in todo)
+    convert = functools.partial(convert_shard, plan, folder)
+    with tqdm(total=plan.examples, initial=done, unit=" examples", unit_scale=True) as progress:
+        for count in _each(convert, todo, min(workers, len(todo))):
+            progress.update(count)
+
+
+def _each(convert: Callable[[int], int], todo: Sequence[int], workers: int) -> Iterator[int]:
+    if workers <= 1:
+        yield from map(convert, todo)
+        return
+    # Forked processes could inherit locks that some thread holds.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=context, initializer=start_worker
+    ) as pool:
+        futures = [pool.submit(convert, shard) for shard in todo]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            for process in multiprocessing.active_children():
+                process.kill()  # what they have begun is not missed
+            raise
+
+
+def _run_beam(
+    plan: Plan, folder: Path, todo: Sequence[int], runner: str, flags: Sequence[str]
+) -> None:
+    """The same on a cluster, whose machines have to see source and folder under the same paths."""
+    try:
+        import apache_beam as beam  # pyright: ignore[reportMissingImports]
+        from apache_beam.options import pipeline_options  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "--runner needs Apache Beam; install requirements-beam.txt (in an environment of its own)."
+        ) from error
+    with beam.Pipeline(runner, pipeline_options.PipelineOptions(list(flags))) as pipeline:
+        shards = pipeline | beam.Create(todo) | beam.Reshuffle()
+        _ = shards | beam.Map(functools.partial(convert_shard, plan, folder.absolute()))
+
+
+def _finish(plan: Plan, folder: Path) -> str:
+    """Writes bad.jsonl and the manifest; says what there is now."""
+    files = [folder / plan.shard_name(shard) for shard in range(plan.shards)]
+    shards = [records.Shard(file.name, _count(file)) for file in files]
+    reports = [file for file in map(_bad_file, files) if file.exists()]
+    bad = [line for file in reports for line in file.read_text().splitlines()]
+    good = sum(shard.count for shard in shards)
+    _write(folder / BAD_FILE, "".join(f"{line}\n" for line in bad))
+    if not good:
+        raise UserError(
+            f"None of the {plan.examples} examples can be used; {folder / BAD_FILE} says why."
+        )
+    records.write_manifest(folder, shards)
+    for rest in folder.glob(".*.new"):
+        rest.unlink()
+    kinds = collections.Counter(json.loads(line)["kind"] for line in bad)
+    lines = [f"{good} examples in {len(shards)} shards are in {folder}"]
+    if bad:
+        lines.append(f"{len(bad)} bad samples were left out, listed in {folder / BAD_FILE}:")
+        lines += [f"{count:8}  {kind}" for kind, count in kinds.most_common()]
+    return "\n".join(lines)
+
+
+def _count(file: Path) -> int:
+    reader = ArrayRecordReader(str(file))
+    try:
+        return reader.num_records()
+    finally:
+        reader.close()
+
+
+def _bad_file(shard: Path) -> Path:
+    return shard.with_name(f".{shard.name}.bad")
+
+
+def _unfinished(file: Path) -> Path:
+    """A name of this attempt alone: a cluster may try a shard twice at the same time."""
+    return file.with_name(f".{file.name}.{uuid.uuid4().hex}.new")
+
+
+def _write(file: Path, text: str) -> None:
+    unfinished = _unfinished(file)
+    unfinished.write_text(text)
+    os.replace(unfinished, file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
