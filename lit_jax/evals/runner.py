@@ -46,13 +46,13 @@ def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
 
     Raises UserError on what would end an evaluation later: call it before training.
     """
-    sources: dict[SourceConfig, Source] = {}  # the same data is one source: it is embedded once
+    sources: dict[str, Source] = {}  # the same data is one source: it is embedded once
 
     def source_of(config: SourceConfig, language: str) -> Source:
         config = dataclasses.replace(config, path=config.path.replace("{language}", language))
-        if config not in sources:
-            sources[config] = open_source(config)
-        return sources[config]
+        if repr(config) not in sources:
+            sources[repr(config)] = open_source(config)
+        return sources[repr(config)]
 
     prepared = []
     for key, config in evals.items():
