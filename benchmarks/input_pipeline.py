@@ -33,7 +33,7 @@ from benchmarks.timing import Sample, Times
 from lit_jax.config import DataConfig, SourceConfig
 from lit_jax.data.image import ImageTransform, random_box
 from lit_jax.data.pipeline import TrainStream
-from lit_jax.data.readers import ImageTextReader
+from lit_jax.data.readers import Captions, ImageTextReader, Pixels
 from lit_jax.data.sources import CAPTIONS_FILE, open_source
 from lit_jax.data.text import load_tokenizer
 
@@ -109,7 +109,9 @@ def open_stream(folder: Path, batch: int, workers: int) -> TrainStream:
     transform = ImageTransform.from_folder(DEMO / "vit", image_size=SIZE, crop_min_area=MIN_AREA)
     return TrainStream(
         open_source(SourceConfig(path=str(folder))),
-        ImageTextReader(transform, load_tokenizer(DEMO / "bert", max_length=32), 32),
+        ImageTextReader(
+            Pixels(transform), Captions(load_tokenizer(DEMO / "bert", max_length=32), 32)
+        ),
         config=DataConfig(workers=workers, threads=1),
         seed=0,
         batch_size=batch,

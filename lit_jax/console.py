@@ -62,9 +62,7 @@ def command(main: Callable[..., None]) -> Callable[..., int]:
             print("Interrupted.", file=sys.stderr, flush=True)
             return INTERRUPTED
         except Exception as error:
-            if process.number() is not None:
-                traceback.print_exc()
-            process.end(FAILED, f"{type(error).__name__}: {error}")
+            process.end(FAILED, f"{type(error).__name__}: {error}", traceback.format_exc())
             raise
         process.end(DONE)
         return DONE

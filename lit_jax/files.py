@@ -12,6 +12,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
     try:
         new.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         new.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # not that of the file beside it, which nobody knows
+        raise
     finally:
         new.unlink(missing_ok=True)
 

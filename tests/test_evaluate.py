@@ -110,7 +110,7 @@ def test_results_that_cannot_be_written_are_printed_still(run, capsys):
     printed = capsys.readouterr()
     assert "zero_shot/unseen/top1" in printed.out
     assert "/proc/results.json cannot be written (" in printed.err
-    assert printed.err.endswith("; give another --output.\n")
+    assert printed.err.endswith("; give another --output, --results or --report.\n")
 
 
 @pytest.mark.long

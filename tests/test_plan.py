@@ -10,6 +10,8 @@ import pytest
 
 from lit_jax import plan
 
+pytestmark = pytest.mark.oracle  # of the TPU compiler
+
 ROOT = Path(__file__).parents[1]
 DEMO = ["--config=configs/vit_bert.py", "--topology=v5e:2x2"]
 

@@ -71,7 +71,7 @@ class Lifeline:
             self._peers[0] = connection
             self._start(self._follow, 0, connection, connection.makefile("rb"))
 
-    def end(self, code: int, sentence: str = "") -> None:
+    def end(self, code: int, sentence: str = "", details: str = "") -> None:
         """Tells the others. Returns if the end is an orderly one; else ends the process, all of them with
         its code."""
         end = End(self._index, code, sentence)
@@ -79,7 +79,7 @@ class Lifeline:
             self._tell(end, self._peers)
             return
         time.sleep(GRACE_SECONDS)
-        self._exit(end, self._peers)
+        self._exit(end, self._peers, details)
 
     def _accept(self, server: socket.socket, token: str) -> None:
         while True:
@@ -110,11 +110,11 @@ class Lifeline:
         if not end.is_orderly:
             self._exit(end, [other for other in self._peers if other not in (peer, end.process)])
 
-    def _exit(self, end: End, others: Iterable[int]) -> NoReturn:
+    def _exit(self, end: End, others: Iterable[int], details: str = "") -> NoReturn:
         self._ending.acquire()  # for ever: the first who knows of an end speaks
         self._tell(end, others)
         # Not by sys.stderr, whose lock another thread may hold for ever. A progress bar may be on the line.
-        os.write(2, f"\n{end}\n".encode())
+        os.write(2, f"\n{details}{end}\n".encode())
         os._exit(
             end.code
         )  # nothing that waits for the others may run now, JAX's own shutdown least of all

@@ -73,14 +73,16 @@ def _steady_simulated_devices() -> None:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def end(code: int, sentence: str = "") -> None:
+def end(code: int, sentence: str = "", details: str = "") -> None:
     """Tells the other processes that this one ends with an exit code, and why.
+
+    `details`, a traceback, are printed unless another process turns out to be the cause.
 
     With several processes it returns only where others may go on (0 and 75): the others end with the same
     code, and none of them waits for another.
     """
     if _lifeline is not None:
-        _lifeline.end(code, sentence)
+        _lifeline.end(code, sentence, details)
 
 
 def number() -> int | None:

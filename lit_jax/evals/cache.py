@@ -125,17 +125,24 @@ def _checksums(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _checksum(leaf: jax.Array, seed: int) -> jax.Array:
-    """Two 32-bit sums over the bits of an array, each times an odd number of its position."""
+    """Two 32-bit sums over an array, of each number's bits and position mixed well.
+
+    A sum of products alone would not see, for one, that an even number of signs has changed.
+    """
     bits = jax.lax.bitcast_convert_type(leaf, {4: jnp.uint32, 2: jnp.uint16}[leaf.dtype.itemsize])
-    bits = bits.astype(jnp.uint32)
     position = jnp.uint32(seed)
     for axis, size in enumerate(leaf.shape):
         index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
         position = position * jnp.uint32(size) + index
-    weights = [
-        (position * jnp.uint32(a)) ^ (position >> jnp.uint32(15)) for a in (2654435761, 2246822519)
-    ]
-    return jnp.stack([(bits * (w | jnp.uint32(1))).sum(dtype=jnp.uint32) for w in weights])
+    first = _mix(_mix(position) ^ bits.astype(jnp.uint32))
+    return jnp.stack([x.sum(dtype=jnp.uint32) for x in (first, _mix(first))])
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """Each bit of the result depends on all bits of a 32-bit number (the finalizer of MurmurHash3)."""
+    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> jnp.uint32(16))
 
 
 def of_images(source: Source) -> str:

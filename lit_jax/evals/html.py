@@ -1,7 +1,7 @@
 """The report that opens from disk: numbers, samples in both directions, confusions, similarities, curves."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -51,7 +51,7 @@ def _details(evaluation: Evaluation) -> list[str]:
     prepared, details = evaluation.prepared, evaluation.details
     assert details is not None
 
-    def show(row: int, alt: str, kind: str = "") -> str:
+    def show(row: SupportsIndex, alt: str, kind: str = "") -> str:
         return picture(prepared.source[int(details.index[row])]["image"], alt, kind)
 
     if isinstance(details, RetrievalResult):

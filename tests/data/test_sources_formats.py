@@ -24,7 +24,7 @@ from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.files import expand
 from lit_jax.data.image import decode
 from lit_jax.data.pipeline import TrainStream
-from lit_jax.data.readers import ImageTextReader
+from lit_jax.data.readers import Captions, ImageTextReader, Pixels
 from lit_jax.data.sources import open_source, tar_index
 from lit_jax.data.sources.tar_index import open_index
 from lit_jax.errors import UserError
@@ -262,7 +262,7 @@ def open_stream(data, image_transform, tokenizer):
         config = DataConfig(max_text_length=24, threads=2, **config)
         return TrainStream(
             open_source(SourceConfig(path=str(data / name), split=FORMATS[name][1])),
-            ImageTextReader(image_transform, tokenizer, 24),
+            ImageTextReader(Pixels(image_transform), Captions(tokenizer, 24)),
             config=config,
             seed=0,
             batch_size=4,

@@ -12,6 +12,8 @@ from lit_jax.planning.planner import Compiled, abstract_program, compile_step, m
 from lit_jax.planning.table import table
 from tests.planning.conftest import BASE, GIANT, LARGE
 
+pytestmark = pytest.mark.oracle  # of the TPU compiler
+
 TINY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

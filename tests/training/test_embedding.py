@@ -22,7 +22,7 @@ from lit_jax.data import embeddings as data_embeddings
 from lit_jax.data.embeddings import MANIFEST, Embeddings
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import Preempted, UserError
-from lit_jax.training import embedding, loop
+from lit_jax.training import embedding, loop, program
 from lit_jax.training.embedding import embed
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.run import load_run
@@ -90,13 +90,13 @@ def test_training_from_views_of_images_and_from_their_embeddings_is_the_same(
     counts = embed(config, tmp_path / "cache", "image", batch_size=16)
     assert (counts.rows, counts.bad) == (3 * (EXAMPLES - 1), 1)
     expected = losses(config, tmp_path / "images")
-    seen, step = [], loop.train_step
+    seen, step = [], program.train_step
 
     def spy(state, frozen, batch, **rest):
         seen.append((frozen, batch))
         return step(state, frozen, batch, **rest)
 
-    monkeypatch.setattr(loop, "train_step", spy)
+    monkeypatch.setattr(program, "train_step", spy)
     of_cache = make(
         **AUGMENTED, **{"data.views": 3, "data.image_embeddings": str(tmp_path / "cache")}
     )

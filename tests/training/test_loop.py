@@ -15,7 +15,7 @@ import pytest
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import Preempted, UserError
-from lit_jax.training import loop
+from lit_jax.training import loop, program
 from lit_jax.training.checkpoints import Checkpoints
 from lit_jax.training.losses import LOSSES
 from lit_jax.training.metrics import read_metrics
@@ -41,14 +41,14 @@ def train(monkeypatch):
         some = functools.partial(make_mesh, devices=jax.devices()[:devices])
         monkeypatch.setattr(loop, "make_mesh", some)
         step = chex.assert_max_traces(UNPATCHED_STEP, n=1)
-        monkeypatch.setattr(loop, "train_step", step)
+        monkeypatch.setattr(program, "train_step", step)
         chex.clear_trace_counter()
         return loop.train(config, workdir, **kwargs)
 
     return run
 
 
-UNPATCHED_STEP = loop.train_step
+UNPATCHED_STEP = program.train_step
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,8 @@ def _texts(row: Mapping[str, Any], name: str) -> tuple[tuple[str, ...], tuple[st
     if isinstance(value, dict):
         # A column of a table has all languages that any row has: null where this one has none.
         groups = {k: [v] if isinstance(v, str) else v or [] for k, v in value.items()}
+        if not all(isinstance(group, list) for group in groups.values()):
+            raise TypeError(f'"{name}" is {value!r}')
         texts = tuple(text for group in groups.values() for text in group)
         languages = tuple(language for language, group in groups.items() for _ in group)
     else:
