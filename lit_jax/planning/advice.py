@@ -24,6 +24,17 @@ def advise(
             "more forward pass of the towers that train.",
         ),
         (
+            not (config.data.image_embeddings or config.model.teacher)
+            and "vision_model" not in trained,
+            "python -m lit_jax.embed, and --config.data.image_embeddings=FOLDER then, take the locked image "
+            "tower out of the step.",
+        ),
+        (
+            config.batch_size % (2 * config.accumulate * mesh.size) == 0,
+            f"--config.accumulate={2 * config.accumulate} computes the towers in smaller parts; the gradient "
+            "stays that of the whole batch, for one more forward pass of the towers that train.",
+        ),
+        (
             state > hbm / 4 and mesh.shape["fsdp"] < mesh.size,
             f"--config.mesh.fsdp={_next_fsdp(mesh.shape['fsdp'], mesh.size)} splits parameters and optimizer "
             f"state, now {state / 2**30:.1f} GiB a chip, over more chips.",
