@@ -45,5 +45,6 @@ def test_the_end_of_one_process_is_that_of_all(how, who):
     assert result.returncode == code, result.stderr
     for other in {0, 1, 2} - {who}:
         said = [line for line in result.stderr.splitlines() if line.startswith(f"[{other}] ")]
-        assert said[-1] == f"[{other}] {sentence.format(who)}"
+        # Perhaps not as the last: JAX's own threads may still print what they make of it.
+        assert f"[{other}] {sentence.format(who)}" in said
     assert ("Traceback" in result.stderr) == (how == "bug")
