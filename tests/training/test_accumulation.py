@@ -175,6 +175,7 @@ def test_every_device_keeps_its_rows(sizes):
     assert rows == {tuple(np.unique(shard.data)) for shard in x_Bx3.addressable_shards}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"loss_form": "lean", "accumulate": 4}])
 def test_a_run_has_the_losses_of_one_in_whole_batches(tiny, tmp_path, one_device, changes):
     exact = {"model.text.overrides": NO_DROPOUT, "duration": "4 steps"}
@@ -187,6 +188,7 @@ def test_a_run_has_the_losses_of_one_in_whole_batches(tiny, tmp_path, one_device
         np.testing.assert_allclose(row["grad_norm"], expected["grad_norm"], rtol=1e-4)
 
 
+@pytest.mark.long
 def test_a_student_learns_in_micro_batches(tmp_path, one_device):
     exact = {"model.text.overrides": NO_DROPOUT}
     loop.train(teacher_demo(**exact), tmp_path / "whole")

@@ -108,6 +108,7 @@ def test_projections_that_came_with_other_towers_start_anew(folder, train):
         np.testing.assert_array_equal(flatten(run.params["vision_model"])[path], value)
 
 
+@pytest.mark.long
 def test_align_from_scratch_keeps_running_statistics(folder, train, tmp_path):
     source = folder("align")
     run, workdir = train(

@@ -113,6 +113,7 @@ def test_training_from_views_of_images_and_from_their_embeddings_is_the_same(
         np.testing.assert_allclose(ours[path], value, atol=1e-5, err_msg=path)
 
 
+@pytest.mark.long
 def test_training_from_captions_and_from_their_embeddings_is_the_same(make, tmp_path):
     locked = {"policy.lock": "uL"}
     config = make(**locked)

@@ -137,6 +137,7 @@ def test_every_other_preset_trains(train, tiny, tmp_path, lock):
     assert run.step == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [
