@@ -1,4 +1,4 @@
-"""Images a second from JPEG files to what the tower sees: python benchmarks/decode.py
+"""Images a second from JPEG files to what the tower sees: python -m benchmarks.decode
 
 Two photographs (scikit-learn's) at three sizes, to 224 pixels, on one core; decoded in full, and reduced. The
 ratio is of the times; the difference is the mean of the pixels', 0 to 255.

@@ -1,6 +1,6 @@
 """A locked ViT-B/16 alone, against PyTorch's; reading of embeddings; time to the first step.
 
-    python benchmarks/embed.py [--batch=32]        (needs requirements-oracle.txt)
+    python -m benchmarks.embed [--batch=32]        (needs requirements-oracle.txt)
 
 Method: random weights, float32, all cores. Our tower, jitted, and PyTorch's ViTModel in eval mode without
 gradient get the same batch, in turn, median of five after one warm-up. Reading is random, one thread.

@@ -1,6 +1,6 @@
 """The softmax loss and its gradients alone: global view, lean form, and PyTorch's as open_clip computes it.
 
-    python benchmarks/loss.py [--batches=512,...] [--width=512] [--steps=5]   (needs requirements-oracle.txt)
+    python -m benchmarks.loss [--batches=512,...] [--width=512] [--steps=5]   (needs requirements-oracle.txt)
 
 Method: one CPU device, all cores, float32. Each figure comes from a process of its own: value and
 gradients of both embeddings and the scale, one warm-up, then the fastest of `steps` in seconds, and the
@@ -47,7 +47,7 @@ def main() -> None:
 
 def in_own_process(form: str, batch: int, args: argparse.Namespace) -> tuple[float, ...]:
     flags = f"--only={form}", f"--batches={batch}", f"--width={args.width}", f"--steps={args.steps}"
-    command = [sys.executable, __file__, *flags]
+    command = [sys.executable, "-m", "benchmarks.loss", *flags]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     printed = subprocess.run(
         command, env=environment, check=True, stdout=subprocess.PIPE, text=True

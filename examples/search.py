@@ -1,6 +1,6 @@
 """Finds the pictures in a folder that fit a text: an example of lit_jax's evaluation tools (docs/search.md).
 
-    python examples/search.py --model=exported --images=~/Pictures --query="a dog in the snow"
+    python -m examples.search --model=exported --images=~/Pictures --query="a dog in the snow"
 
 Writes a page with the nearest pictures to each query, to be opened in a browser. The pictures are embedded
 once; their embeddings are kept in --cache, and made anew when a picture or the model changes.

@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     process.initialize()
     counts = embed(config, args.output, args.side, batch_size=args.batch_size)
     if process.is_primary():
-        print(f"{counts.rows} rows of {config.data.train.path} are in {args.output}", end="; ")
+        data = " and ".join(config.data.mixture) or config.data.train.path
+        print(f"{counts.rows} rows of {data} are in {args.output}", end="; ")
         print(f"{counts.bad} examples are bad")
 
 

@@ -68,10 +68,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument("--workdir", type=named_folder, help="folder of a training run")
     model.add_argument("--model", help="folder or Hub id of a dual encoder")
     parser.add_argument("--step", type=int, help="of the checkpoint; the latest if not given")
-    parser.add_argument("--data", help="folder with captions.jsonl, or with prepared TFDS data")
+    parser.add_argument("--data", help="a data set in any format of docs/data.md")
     parser.add_argument("--split", help="of --data, if it has splits")
     for key in ("image_key", "caption_key", "label_key"):
-        parser.add_argument(f"--{key}", help="name of the feature in prepared TFDS data")
+        parser.add_argument(f"--{key}", help="name of the column, field or feature")
     parser.add_argument("--classes", help="JSON file with class names, ours or CLIP_benchmark's")
     parser.add_argument("--templates", help="JSON file with templates; else those of --classes")
     parser.add_argument("--labels", help="'sorted' if the labels, sorted, are the classes in order")
@@ -131,7 +131,14 @@ def _evals_of_flags(args: argparse.Namespace) -> dict[str, EvalConfig]:
         raw |= {"kind": "few_shot" if args.shots else "linear_probe", "train": train}
     if args.shots:
         raw["shots"] = _numbers(args.shots)
-    return parse({"evals": {Path(args.data).absolute().name: raw}}).evals
+    return parse({"evals": {_name(args): raw}}).evals
+
+
+def _name(args: argparse.Namespace) -> str:
+    """Of the data set, for results: as it is given, or the last part of the path that says something."""
+    path = args.data.partition("?")[0] if "://" in args.data else str(Path(args.data).absolute())
+    parts = [part for part in path.split("/") if part and "{" not in part]
+    return args.dataset or (parts[-1] if parts else "data")
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:

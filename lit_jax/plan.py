@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lit_jax.config_file import load_config, split_overrides
 from lit_jax.console import command
+from lit_jax.distributed.flags import set_flags
 from lit_jax.errors import UserError
 from lit_jax.files import write_whole
 from lit_jax.planning.chips import open_topology
@@ -45,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.compilations < 1:
         raise UserError(f"--compilations={args.compilations} must be at least 1.")
     output = args.output or Path("plan.json")
-    if not output.parent.is_dir():
-        raise UserError(f"--output={output}: there is no folder {output.parent}; create it.")
+    if not output.parent.is_dir() or output.is_dir():
+        raise UserError(f"--output={output} must name a file in a folder that exists.")
     config = load_config(args.config, split_overrides(rest))
+    set_flags()
     topology = open_topology(args.topology, slices=args.slices)
     plan = make_plan(config, topology, slices=args.slices, compilations=args.compilations)
     write_whole(output, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")

@@ -67,14 +67,15 @@ class Evaluator:
     def during_training(self, run: Run, names: Collection[str]) -> runner.Metrics:
         chosen = [task for task in self._prepared if task.key in names]
         done = runner.run(chosen, Encoder.of_setup(run.setup), run.params)
-        self._done, self._step = {e.prepared.name: e for e in done}, run.step
+        earlier = self._done if self._step == run.step else {}
+        self._done, self._step = earlier | {e.prepared.name: e for e in done}, run.step
         return runner.flat(done)
 
     def finally_of(self, run: Run) -> list[runner.Evaluation]:
         """The evaluations at the end of a run, of which only those that are not done yet are run."""
         chosen = [task for task in self._prepared if task.config.at_end]
-        if self._step != run.step or any(task.name not in self._done for task in chosen):
-            self.during_training(run, [task.key for task in chosen])
+        done = self._done if self._step == run.step else {}
+        self.during_training(run, {task.key for task in chosen if task.name not in done})
         return [self._done[task.name] for task in chosen]
 
 

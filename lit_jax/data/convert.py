@@ -44,6 +44,7 @@ class Plan:
     """What fixes every byte that is written; plain values, so that it can be sent anywhere."""
 
     source: str  # its SourceConfig as JSON
+    text_only: bool  # whether examples may lack an image
     examples: int
     shard_size: int  # positions in the source, also those of bad samples
 
@@ -69,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in _source_keys():
         parser.add_argument(f"--source.{name}", default=argparse.SUPPRESS, metavar="TEXT")
     parser.add_argument("--output", type=named_folder, required=True, help="folder to write")
+    parser.add_argument(
+        "--text_only", action="store_true", help="texts for teacher learning, without images"
+    )
     parser.add_argument("--shard_size", type=int, default=10_000, help="examples a file")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument(
@@ -83,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = {
         key: getattr(args, f"source.{key}") for key in _source_keys() if f"source.{key}" in args
     }
-    plan = make_plan(parse({"data": {"train": given}}).data.train, args.shard_size)
+    source = parse({"data": {"train": given}}).data.train
+    plan = make_plan(source, args.shard_size, text_only=args.text_only)
     _enter(args.output, plan)
     todo = [n for n in range(plan.shards) if not (args.output / plan.shard_name(n)).exists()]
     if args.runner:
@@ -99,16 +104,17 @@ def _source_keys() -> list[str]:
     return [key for key, kind in hints.items() if kind in (str, str | None)]
 
 
-def make_plan(source: SourceConfig, shard_size: int) -> Plan:
+def make_plan(source: SourceConfig, shard_size: int, *, text_only: bool = False) -> Plan:
     text = json.dumps(dataclasses.asdict(source))
-    return Plan(source=text, examples=len(_source(text)), shard_size=shard_size)
+    examples = len(_source(text, text_only))
+    return Plan(source=text, text_only=text_only, examples=examples, shard_size=shard_size)
 
 
 @functools.lru_cache(maxsize=1)
-def _source(text: str) -> Source:
+def _source(text: str, text_only: bool) -> Source:
     """Opened once in each process: sent with every shard it could be more than what the shard holds."""
     source = parse({"data": {"train": json.loads(text)}}).data.train
-    return open_source(source, text_only=True)
+    return open_source(source, text_only=text_only)
 
 
 def _enter(folder: Path, plan: Plan) -> None:
@@ -133,7 +139,7 @@ def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
 
     Its bad samples are written before it, so that a shard that is there has them.
     """
-    source, bad, good = _source(plan.source), [], 0
+    source, bad, good = _source(plan.source, plan.text_only), [], 0
     file = folder / plan.shard_name(shard)
     unfinished = _unfinished(file)
     with _writing(folder):
@@ -153,6 +159,7 @@ def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
         writer.close()
         if _count(unfinished) != good:
             raise RuntimeError("records are missing")
+        _bad_file(file).unlink(missing_ok=True)  # of an attempt with other data
         if bad:
             _write(_bad_file(file), "".join(f"{line}\n" for line in bad))
         os.replace(unfinished, file)

@@ -91,10 +91,10 @@ class ShardWriter:
         self._writer = ArrayRecordWriter(str(self._new), WRITER_OPTIONS)
         self._counts = Counts()
 
-    def add(self, record: np.ndarray | str) -> None:
+    def add(self, record: np.ndarray | BadSampleError) -> None:
         """The rows of the next example, KxP, or why it has none."""
-        if isinstance(record, str):
-            self._writer.write(record.encode() + BAD)
+        if isinstance(record, BadSampleError):
+            self._writer.write(json.dumps([record.kind, str(record)]).encode() + BAD)
             self._counts += Counts(bad=1)
         else:
             self._writer.write(record.tobytes() + GOOD)
@@ -165,7 +165,8 @@ class Embeddings:
         with reading(self.folder):
             record = self._records[index]
         if record[-1:] == BAD:
-            raise BadSampleError(record[:-1].decode())
+            kind, reason = json.loads(record[:-1])
+            raise BadSampleError(reason, kind)
         count = (len(record) - 1) // self._dtype.itemsize
         return np.frombuffer(record, self._dtype, count).reshape(-1, self.header.width)
 
@@ -215,9 +216,16 @@ class PooledTexts:
 
 
 def sampled_examples(source: Source) -> list[Example]:
-    """At most `SAMPLED` examples, evenly over the whole source."""
+    """At most `SAMPLED` examples, evenly over the whole source; one that is bad is an empty one."""
     count = min(len(source), SAMPLED)
-    return [source[int(i)] for i in np.linspace(0, len(source) - 1, count).astype(np.int64)]
+    return [_sample(source, int(i)) for i in np.linspace(0, len(source) - 1, count)]
+
+
+def _sample(source: Source, index: int) -> Example:
+    try:
+        return source[index]
+    except BadSampleError as reason:
+        return Example(key=str(reason), image=None, captions=(), label=None)
 
 
 def data_fingerprint(source: Source, sample: Sequence[Example], side: str) -> str:

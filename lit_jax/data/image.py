@@ -251,7 +251,7 @@ class ImageTransform:
         target: tuple[int, int] | None,
     ) -> float:
         """By what the decoded image is smaller; its box is still `KEPT` times as large as the target."""
-        if not self.reduced_jpeg or target is None:
+        if not (self.reduced_jpeg and self.is_random) or target is None:
             return 1.0
         left, top, right, bottom = box
         height, width = target

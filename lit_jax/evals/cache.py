@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lit_jax.data.example import BadSampleError, Source
-from lit_jax.data.files import ObjectPath
+from lit_jax.data.files import ObjectPath, signature
 from lit_jax.distributed.mesh import REPLICATED
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
@@ -158,12 +158,9 @@ def of_images(source: Source) -> str:
 
 
 def _of_image(image: Any) -> Any:
-    if isinstance(image, ObjectPath):
-        return str(image)
-    if not isinstance(image, Path):
+    if not isinstance(image, Path | ObjectPath):
         return image
     try:
-        stat = image.stat()
+        return repr(image), *signature(image)
     except (OSError, ValueError):  # missing; a null byte in the path
-        return str(image)
-    return str(image), stat.st_size, stat.st_mtime_ns
+        return repr(image)

@@ -76,7 +76,7 @@ def load_classes(config: EvalConfig, name: str, language: str = "en") -> Classes
     Raises UserError if a file is missing or not of this form, if a template has no place for a name, if a
     class is empty, or if classes cannot be told apart.
     """
-    path = (config.classes or "").format(language=language)
+    path = (config.classes or "").replace("{language}", language)
     if not path:
         raise UserError(f"config.evals.{name}.classes is missing; give the path of a class file.")
     dataset = config.dataset or name
@@ -88,7 +88,7 @@ def load_classes(config: EvalConfig, name: str, language: str = "en") -> Classes
         _check_labels(names, labels, path)
     else:
         names, labels = _strings(content, _dataset(content, dataset, path), path), ()
-    template_path = (config.templates or "").format(language=language)
+    template_path = (config.templates or "").replace("{language}", language)
     if template_path:
         given = _of_template_file(_read(template_path), dataset, template_path)
     elif own_form and "templates" in content:
@@ -122,7 +122,7 @@ def label_ids(
 
     Raises UserError at an example without a label, or with one that is not in the class list.
     """
-    labels = {i: found for i in range(len(source)) if (found := _label(source, i))}
+    labels = {i: found for i in range(len(source)) if (found := label_of(source, i))}
     known = _known_labels(classes, {label for _, label in labels.values()}, order)
     ids = {label: i for i, label in enumerate(known)}
     label_N = np.full(len(source), -1, np.int32)
@@ -136,7 +136,7 @@ def label_ids(
     return label_N
 
 
-def _label(source: Source, index: int) -> tuple[str, str] | None:
+def label_of(source: Source, index: int) -> tuple[str, str] | None:
     """Key and label of an example; None of one that cannot be read, whose image is left out, too."""
     try:
         example = source[index]

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from lit_jax.data.example import Source
 from lit_jax.errors import UserError
+from lit_jax.evals.classes import label_of
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.evals.zero_shot import top_classes, top_metrics
 
@@ -35,31 +36,31 @@ class Features:
 
 
 def class_ids(train: Source, test: Source) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " M"]]:
-    """The class of each example of both, as its position in the sorted labels of `train`.
+    """The class of each example of both, as its position in the sorted labels of `train`; -1 of one that
+    cannot be read.
 
     Raises UserError at an example without a label, and if `test` has a class that `train` has not.
     """
-    labels = []
-    for source in (train, test):
-        labels.append([source[i]["label"] for i in range(len(source))])
-        if None in labels[-1]:
-            key = source[labels[-1].index(None)]["key"]
-            raise UserError(f"The example {key} has no label; give the data's label key.")
-    ids = {label: i for i, label in enumerate(sorted(set(labels[0])))}
+    labels = [[label_of(source, i) for i in range(len(source))] for source in (train, test)]
+    found = [{known[1] for known in of_source if known} for of_source in labels]
+    ids = {label: i for i, label in enumerate(sorted(found[0]))}
     if len(ids) < 2:
         raise UserError("The training data of a probe has one class alone; give it two or more.")
-    if unknown := set(labels[1]) - set(ids):
+    if unknown := found[1] - set(ids):
         raise UserError(
             f"The class {min(unknown)!r} of the evaluation's data is not in its training data; "
             "both must have the same classes."
         )
-    train_N, test_M = (np.array([ids[label] for label in given], np.int32) for given in labels)
+    train_N, test_M = (
+        np.array([ids[known[1]] if known else -1 for known in of_source], np.int32)
+        for of_source in labels
+    )
     return train_N, test_M
 
 
 def check_counts(label_N: Int[np.ndarray, " N"], shots: Sequence[int] = ()) -> None:
     """Raises UserError if there are too few training images for `few_shot`, or else for `linear_probe`."""
-    of_class = np.bincount(label_N)
+    of_class = np.bincount(label_N[label_N >= 0])
     if shots and max(shots) > of_class.min():
         raise UserError(
             f"A class has {of_class.min()} training images, fewer than the {max(shots)} of shots; "
@@ -77,7 +78,7 @@ def features(
 ) -> Features:
     """Of all images of `source` that can be decoded."""
     rows, valid_N = encoder.features(params, source)
-    return Features(rows=rows, label=label_N)[valid_N]
+    return Features(rows=rows, label=label_N)[valid_N & (label_N >= 0)]
 
 
 def linear_probe(train: Features, test: Features) -> dict[str, float]:

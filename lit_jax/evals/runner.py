@@ -48,7 +48,10 @@ def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
     """
     sources: dict[str, Source] = {}  # the same data is one source: it is embedded once
 
-    def source_of(config: SourceConfig, language: str) -> Source:
+    def source_of(config: SourceConfig, language: str, *, captions: bool = False) -> Source:
+        """`captions`: only those in the language."""
+        if captions and "{language}" not in config.path and not config.languages:
+            config = dataclasses.replace(config, languages={language: 1.0})
         config = dataclasses.replace(config, path=config.path.replace("{language}", language))
         if repr(config) not in sources:
             sources[repr(config)] = open_source(config)
@@ -60,7 +63,8 @@ def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
             raise UserError(f"config.evals.{key} has an empty list of languages or shots; fill it.")
         for language in config.languages:
             parts = [config.kind, key, *([language] if len(config.languages) > 1 else [])]
-            source = source_of(config.data, language)
+            captions = config.kind == "retrieval" and len(config.languages) > 1
+            source = source_of(config.data, language, captions=captions)
             classes = load_classes(config, key, language) if config.kind == "zero_shot" else None
             train = source_of(config.train, language) if config.kind in _TRAINED else None
             prepared.append(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from lit_jax.config import Config
+from lit_jax.training.accumulation import normalized_by_batch
 from lit_jax.training.program import Program
 
 
@@ -26,11 +27,13 @@ def advise(
         (
             not (config.data.image_embeddings or config.model.teacher)
             and "vision_model" not in trained,
-            "python -m lit_jax.embed, and --config.data.image_embeddings=FOLDER then, take the locked image "
-            "tower out of the step.",
+            "python -m lit_jax.embed, and then --config.data.image_embeddings=FOLDER (with views if the config "
+            "augments), take the locked image tower out of the step.",
         ),
         (
-            config.batch_size % (2 * config.accumulate * mesh.size) == 0,
+            config.batch_size % (2 * config.accumulate * mesh.size) == 0
+            and bool(trained & {"vision_model", "text_model"})
+            and not normalized_by_batch(policy),
             f"--config.accumulate={2 * config.accumulate} computes the towers in smaller parts; the gradient "
             "stays that of the whole batch, for one more forward pass of the towers that train.",
         ),

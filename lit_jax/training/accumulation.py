@@ -60,13 +60,18 @@ def accumulated(embed: Embed, micro_batches: int) -> Embed:
 
 def check_accumulation(micro_batches: int, policy: Policy) -> None:
     """Raises UserError if a tower that trains normalises by the batch."""
-    for tower in {path.split("/")[0] for path, trains in policy.trainable.items() if trains}:
-        statistics = f"{tower}/.*/(mean|var)"
-        if micro_batches > 1 and any(re.fullmatch(statistics, path) for path in policy.trainable):
-            raise UserError(
-                f"config.accumulate={micro_batches}: {tower} trains with batch normalisation, over the whole "
-                "batch, which no micro-batch knows; set it to 1, or lock the tower."
-            )
+    if micro_batches > 1 and (towers := normalized_by_batch(policy)):
+        raise UserError(
+            f"config.accumulate={micro_batches}: {towers[0]} trains with batch normalisation, over the whole "
+            "batch, which no micro-batch knows; set it to 1, or lock the tower."
+        )
+
+
+def normalized_by_batch(policy: Policy) -> list[str]:
+    """The towers that train with batch normalisation."""
+    towers = {path.split("/")[0] for path, trains in policy.trainable.items() if trains}
+    statistics = [path for path in policy.trainable if re.fullmatch(r".*/(mean|var)", path)]
+    return sorted(towers & {path.split("/")[0] for path in statistics})
 
 
 def cut(x_Bx: jax.Array, micro_batches: int) -> jax.Array:

@@ -155,7 +155,6 @@ def open_embedded(config: Config, setup: Setup, source: Source) -> Embedded:
 
 
 def _open(config: Config, setup: Setup, source: Source, side: Side, folder: Path) -> Embeddings:
-    check_locked(setup, side, f"config.data.{side}_embeddings")
     embeddings = Embeddings(folder)
     found = embeddings.header
     if found.side != side:

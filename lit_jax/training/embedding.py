@@ -154,19 +154,21 @@ class _Sweep:
     rows: int
     threads: int
 
-    def records(self, examples: range) -> Iterator[np.ndarray | str | None]:
+    def records(self, examples: range) -> Iterator[np.ndarray | BadSampleError | None]:
         """The rows of each example, in order, or why it has none; None after each batch.
 
         A batch is fetched when the next one has been started, so that the devices do not wait for the host.
         """
-        units: collections.deque[int | str] = collections.deque()  # rows still to come, or a reason
+        units: collections.deque[int | BadSampleError] = (
+            collections.deque()
+        )  # rows still to come, or a reason
         ready: list[np.ndarray] = []
         outputs = ((self._pool(batch), len(batch)) for batch in self._batches(examples, units))
         pairs = itertools.pairwise(itertools.chain(outputs, [None]))
         for output, _ in pairs:
             assert output is not None
             ready.extend(jax.device_get(output[0])[: output[1]])
-            while units and (isinstance(units[0], str) or units[0] <= len(ready)):
+            while units and (isinstance(units[0], BadSampleError) or units[0] <= len(ready)):
                 unit = units.popleft()
                 if isinstance(unit, int):
                     yield np.stack(ready[:unit])
@@ -174,9 +176,13 @@ class _Sweep:
                 else:
                     yield unit
             yield None
-        yield from (unit for unit in units if isinstance(unit, str))  # behind the last row
+        yield from (
+            unit for unit in units if isinstance(unit, BadSampleError)
+        )  # behind the last row
 
-    def _batches(self, examples: range, units: collections.deque[int | str]) -> Iterator[list[Any]]:
+    def _batches(
+        self, examples: range, units: collections.deque[int | BadSampleError]
+    ) -> Iterator[list[Any]]:
         """The inputs of at most `rows` rows; `units` gets what they belong to."""
         options = grain.ReadOptions(
             num_threads=self.threads, prefetch_buffer_size=4 * max(self.threads, 1)
@@ -184,8 +190,9 @@ class _Sweep:
         read = _ReadAll(self.source, self.inputs)
         pending: list[Any] = []
         for unit in grain.MapDataset.source(examples).map(read).to_iter_dataset(options):
-            units.append(unit if isinstance(unit, str) else len(unit))
-            pending.extend([] if isinstance(unit, str) else unit)
+            is_bad = isinstance(unit, BadSampleError)
+            units.append(unit if is_bad else len(unit))
+            pending.extend([] if is_bad else unit)
             while len(pending) >= self.rows:
                 yield pending[: self.rows]
                 del pending[: self.rows]
@@ -215,11 +222,11 @@ class _ReadAll:
     source: Source
     inputs: Pixels | Captions
 
-    def __call__(self, index: int) -> list[Any] | str:
+    def __call__(self, index: int) -> list[Any] | BadSampleError:
         try:
             return self.inputs.all(index, self.source[index])
         except BadSampleError as reason:
-            return str(reason)
+            return reason
 
 
 def _embed_missing(sweep: _Sweep, folder: Path, header: Header) -> None:

@@ -4,6 +4,10 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from lit_jax.config import EvalConfig
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.run import Run
@@ -43,11 +47,16 @@ class EvalSchedule:
         ]
 
     def missing(self, step: int, workdir: Path) -> list[str]:
-        """Those due at `step` that metrics.jsonl does not have: a run was stopped before them."""
+        """Those due at `step` that metrics.jsonl does not have: a run was stopped before them.
+
+        What the first process reads holds for all: the others may see an older file, and would wait for ever
+        in an evaluation that it does not enter.
+        """
+        due = self.due(step)
         recorded = [key for row in read_metrics(workdir) if row["step"] == step for key in row]
-        starts = {name: f"{self.evals[name].kind}/{name}/" for name in self.due(step)}
-        return [
-            name
-            for name, start in starts.items()
-            if not any(key.startswith(start) for key in recorded)
-        ]
+        starts = [f"{self.evals[name].kind}/{name}/" for name in due]
+        absent = [not any(key.startswith(start) for key in recorded) for start in starts]
+        if jax.process_count() > 1:
+            with jax.transfer_guard("allow"):
+                absent = multihost_utils.broadcast_one_to_all(np.array(absent, bool))
+        return [name for name, is_absent in zip(due, absent, strict=True) if is_absent]

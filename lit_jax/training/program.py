@@ -19,7 +19,7 @@ from lit_jax.distributed.mesh import batch_sharding
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import POOLED, Side
 from lit_jax.training.accumulation import accumulated, check_accumulation
-from lit_jax.training.embedded import embedding_folders, without_towers
+from lit_jax.training.embedded import check_locked, embedding_folders, without_towers
 from lit_jax.training.losses import Loss, make_loss
 from lit_jax.training.optimizer import make_optimizer
 from lit_jax.training.setup import Setup
@@ -42,8 +42,11 @@ class Program:
 
     @classmethod
     def of(cls, config: Config, setup: Setup, schedule: optax.Schedule) -> "Program":
-        """Raises UserError for a loss that cannot be had, or not in micro-batches."""
+        """Raises UserError for a loss that cannot be had, or not in micro-batches; for embeddings of a tower
+        that trains."""
         check_accumulation(config.accumulate, setup.policy)
+        for side in embedding_folders(config):
+            check_locked(setup, side, f"config.data.{side}_embeddings")
         return cls(
             config=config,
             setup=setup,

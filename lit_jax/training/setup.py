@@ -203,7 +203,7 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
     if (config.data.views or 1) > 1 and not image_transform.is_random:
         raise UserError(
             f"config.data.views={config.data.views}, but without an augmentation all views of an image are "
-            "the same; leave it out, or set config.data.crop_min_area, random_crop or flip."
+            "the same; leave it out, or set config.data.crop_min_area, flip or another augmentation."
         )
     positions = module.text_model.config.max_length
     if config.data.max_text_length > positions:
