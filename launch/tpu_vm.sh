@@ -49,7 +49,7 @@ create() {
     [[ $type && $runtime ]] || fail "create needs --type (as v5litepod-16) and --runtime (as v2-alpha-tpuv5-lite)"
     if [[ $dry_run || ! $(state) ]]; then
         tpus queued-resources create "$name" "--node-id=$name" "--accelerator-type=$type" \
-            "--runtime-version=$runtime" ${spot:+--spot}
+            "--runtime-version=$runtime" ${spot:+--spot} || fail "the slice cannot be asked for"
     fi
     until [[ $dry_run || $(state) == ACTIVE ]]; do
         [[ $(state) =~ FAILED|SUSPEND ]] && return 1
@@ -58,8 +58,10 @@ create() {
 }
 
 install() {
-    step git archive --output=/tmp/lit_jax.tar.gz HEAD
-    tpus tpu-vm scp /tmp/lit_jax.tar.gz "$name:" --worker=all
+    # Named after the slice: another one may be installed at the same time.
+    archive=${TMPDIR:-/tmp}/$name.tar.gz
+    step git archive "--output=$archive" HEAD || return 1
+    tpus tpu-vm scp "$archive" "$name:lit_jax.tar.gz" --worker=all || return 1
     # The images of TPU machines have an older Python than lit_jax needs; uv brings its own.
     everywhere 'mkdir -p lit_jax && tar -xzf lit_jax.tar.gz -C lit_jax && cd lit_jax &&
 python3 -m pip install --quiet --user uv && { [ -d .venv ] || python3 -m uv venv --quiet --python=3.11 .venv; } &&
@@ -77,11 +79,12 @@ $(printf '%q ' "${command[@]}")< /dev/null > /dev/null 2>&1 &)"
 logs() { tpus tpu-vm ssh "$name" --worker=0 --command='tail -n 100 -F run.log'; }
 
 # The loop first, or it would start the command again.
-stop() { everywhere 'pkill -f launch/restart.s[h]; pkill -TERM -f "python.* -m lit_jax.trai[n]" || true'; }
+stop() { everywhere 'pkill -f launch/restart.s[h]; pkill -TERM -f "python.* -m lit_jax[.]" || true'; }
 
 delete() { tpus queued-resources delete "$name" --force --quiet; }
 
 keep() {
+    ((${#command[@]})) || fail "there is no command behind --"
     while true; do
         if create && install && run; then
             [[ $dry_run ]] && break
@@ -92,6 +95,7 @@ keep() {
         fi
         echo "The slice is gone; asking for another one." >&2
         delete || true
+        sleep 30  # a slice that fails at once is not asked for without end
     done
 }
 

@@ -27,8 +27,8 @@ def advise(
         (
             not (config.data.image_embeddings or config.model.teacher)
             and "vision_model" not in trained,
-            "python -m lit_jax.embed, and then --config.data.image_embeddings=FOLDER (with views if the config "
-            "augments), take the locked image tower out of the step.",
+            "python -m lit_jax.embed, and then --config.data.image_embeddings=FOLDER (with "
+            "views, if the config augments) take the locked image tower out of the step.",
         ),
         (
             config.batch_size % (2 * config.accumulate * mesh.size) == 0
