@@ -74,7 +74,7 @@ class Reporter:
         yield metrics
         last_step, last_time = self._last_row
         self._last_row = last_step, last_time + time.perf_counter() - start
-        if self._writer:
+        if self._writer and metrics:
             self._writer.write(step, metrics)
 
     def flush(self) -> None:
