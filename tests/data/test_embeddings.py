@@ -241,3 +241,22 @@ def test_of_a_large_source_the_ends_and_what_is_between_are_sampled():
     assert len(keys) == SAMPLED
     assert (keys[0], keys[-1]) == (0, 10**8 - 1)
     assert max(np.diff(keys)) < 10**8 / SAMPLED * 1.01
+
+
+def test_a_bad_example_among_the_sampled_ones_is_part_of_the_fingerprint():
+    class Source:
+        def __init__(self, bad):
+            self.bad = bad
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            if index == self.bad:
+                raise BadSampleError("no example", "no_example")
+            return Example(key=str(index), image=None, captions=("a",), label=None)
+
+    prints = {
+        data_fingerprint(s, sampled_examples(s), "text") for s in map(Source, (None, 1, 1, 2))
+    }
+    assert len(prints) == 3

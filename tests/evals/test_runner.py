@@ -196,3 +196,32 @@ def test_a_table_has_a_row_a_language(evaluations):
         "| language | top-1 % | mean per class % | images |",
         "| :-- | --: | --: | --: |",
     ]
+
+
+def test_retrieval_in_several_languages_takes_the_captions_of_each(
+    encoder, params, folder, pictures
+):
+    with (folder / "captions.jsonl").open("w") as file:
+        for example in pictures[:4]:
+            captions = {"en": [*example["captions"]], "de": "zwei Ziffern"}
+            row = {"image": f"{example['key']}.png", "captions": captions}
+            file.write(json.dumps(row) + "\n")
+    data = SourceConfig(path=str(folder))
+    evals = {"pairs": EvalConfig(kind="retrieval", data=data, languages=("en", "de"))}
+    metrics = flat(run(open_evals(evals), encoder, params))
+    assert metrics["retrieval/pairs/en/texts"] == 8
+    assert metrics["retrieval/pairs/de/texts"] == 4
+
+
+def test_a_line_that_is_no_example_is_left_out_of_every_evaluation(encoder, params, folder):
+    with (folder / "captions.jsonl").open("a") as file:
+        file.write("not json\n")
+    classes, data = str(folder / "classes.json"), SourceConfig(path=str(folder))
+    evals = {
+        "few": EvalConfig(data=data, classes=classes),
+        "pairs": EvalConfig(kind="retrieval", data=data),
+        "shots": EvalConfig(kind="few_shot", data=data, train=data, shots=(1,), draws=1),
+    }
+    metrics = flat(run(open_evals(evals), encoder, params))
+    assert metrics["zero_shot/few/n"] == metrics["retrieval/pairs/images"] == 4
+    assert metrics["few_shot/shots/n"] == 4
