@@ -417,7 +417,7 @@ def test_bad_members_are_bad_samples_of_their_kind(tmp_path, images):
             decode(source[i]["image"])
         kinds.append(raised.value.kind)
     assert kinds == [
-        "not_utf8", "no_example", "no_example", "no_example", "empty", "damaged", "not_image"
+        "not_utf8", "no_example", "no_example", "missing", "empty", "damaged", "not_image"
     ]  # fmt: skip
 
 
@@ -497,7 +497,7 @@ def test_bad_lines_of_a_table_are_bad_samples(tmp_path):
         with pytest.raises(BadSampleError) as raised:
             source[i]
         kinds.append(raised.value.kind)
-    assert kinds == ["no_example", "not_utf8", "no_example"]
+    assert kinds == ["no_example", "not_utf8", "missing"]
     assert source[3]["captions"] == ("fine",)
 
 

@@ -66,13 +66,8 @@ class DelimitedSource:
             if len(values) != len(self._names):
                 raise ValueError(f"{len(values)} fields for {len(self._names)} columns")
             row = {name: value or None for name, value in zip(self._names, values, strict=True)}
-            return example_of(
-                row,
-                self._config,
-                self._lines.file.parent,
-                key=row.get(self._config.image_key) or "",
-                text_only=self._text_only,
-            )
+            folder = self._lines.file.parent
+            return example_of(row, self._config, folder, text_only=self._text_only)
 
     def _fields(self, line: int) -> list[str]:
         text = self._lines[line].decode().rstrip("\r\n")
