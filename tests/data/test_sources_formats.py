@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import tarfile
 from pathlib import Path
 
@@ -521,6 +522,23 @@ def test_a_damaged_row_group_makes_bad_samples(tmp_path, images):
         source[0]
     assert raised.value.kind == "damaged"
     assert source[N - 1]["captions"] == (CAPTIONS[N - 1],)
+
+
+def test_more_parquet_files_than_can_be_open_at_one_time(tmp_path, images):
+    write_parquet(tmp_path, images)
+    (shard, *others) = sorted(tmp_path.glob("*.parquet"))
+    count = 200
+    for n in range(len(others), count):
+        (tmp_path / f"train-{n:05}.parquet").write_bytes(shard.read_bytes())
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    already_open = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (already_open + count // 2, limits[1]))
+    try:
+        source = open_source(SourceConfig(path=str(tmp_path)))
+        keys = {source[i]["key"] for i in range(len(source))}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(keys) == len(source) >= count
 
 
 def test_labels_out_of_range_are_bad_samples(tmp_path, images):
