@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import pickle
@@ -20,9 +21,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from lit_jax.config import DataConfig, SourceConfig
-from lit_jax.data import records
+from lit_jax.data import files, records
 from lit_jax.data.example import BadSampleError, Example
-from lit_jax.data.files import expand
+from lit_jax.data.files import expand, line_offsets
 from lit_jax.data.image import decode
 from lit_jax.data.pipeline import TrainStream
 from lit_jax.data.readers import Captions, ImageTextReader, Pixels
@@ -456,6 +457,35 @@ def test_csv_gives_back_any_text(tmp_path, texts, line_break):
         writer.writerows([("image", "caption"), *(("a.png", text) for text in texts)])
     source = open_source(SourceConfig(path=str(tmp_path / "a.csv")))
     assert [source[i]["captions"] for i in range(len(source))] == [(text,) for text in texts]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.lists(st.text('a",\n', max_size=6), min_size=1, max_size=3), min_size=1),
+    block_bytes=st.integers(1, 40),
+)
+def test_csv_lines_end_where_the_reader_of_csv_says(tmp_path, rows, block_bytes):
+    def written(field: str) -> str:
+        # Minimal: what neither begins with a quote nor has a comma or a line break stands as it is.
+        plain = field and not field.startswith('"') and not {",", "\n"} & {*field}
+        return field if plain else '"' + field.replace('"', '""') + '"'
+
+    file = tmp_path / "a.csv"
+    file.write_text("".join(",".join(map(written, row)) + "\n" for row in rows))
+    offsets = line_offsets(file, quoted=True, block_bytes=block_bytes).tolist()
+    content = file.read_text()
+    lines = [content[a:b] for a, b in itertools.pairwise(offsets)]
+    assert [next(csv.reader(io.StringIO(line, newline=""))) for line in lines] == rows
+
+
+def test_csv_that_never_ends_a_field_is_refused_early(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_FIELD_BYTES", 1000)
+    file = tmp_path / "a.csv"
+    file.write_text('image,caption\na.png,5" nails\nb.png,"a\n' + "c.png,c\n" * 1000)
+    with pytest.raises(UserError, match=r"a\.csv has a quoted field without an end at byte 35;"):
+        line_offsets(file, quoted=True, block_bytes=64)
+    file.write_text('image,caption\na.png,"a' + "\n" * 999 + '"\n')
+    assert len(line_offsets(file, quoted=True, block_bytes=64)) == 3
 
 
 def test_tsv_keeps_quotes_that_quote_nothing(tmp_path):
