@@ -615,6 +615,34 @@ def test_several_files_need_a_choice(tmp_path, images):
         open_source(SourceConfig(path=str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [
+        ("train", ["train-00000.parquet", "train-00001.parquet"]),
+        ("train_extra", ["train_extra-00000.parquet"]),
+        ("extra", ["train_extra-00000.parquet"]),
+        ("test.v2", ["test.v2.parquet"]),
+        ("val", ["coco-val.parquet"]),
+        ("clean", ["val-clean-small.parquet"]),
+        ("rain", []),
+    ],
+)
+def test_a_split_is_a_whole_part_of_the_names(tmp_path, split, names):
+    for name in (
+        "train-00000.parquet", "train-00001.parquet", "train_extra-00000.parquet",
+        "more-train-00000.parquet", "test.v2.parquet", "coco-val.parquet", "val-clean-small.parquet",
+    ):  # fmt: skip
+        table = pa.table({"image": [b""], "caption": [name]})
+        parquet.write_table(table, tmp_path / name)
+    config = SourceConfig(path=str(tmp_path), split=split)
+    if names:
+        source = open_source(config)
+        assert [source[i]["captions"] for i in range(len(source))] == [(name,) for name in names]
+    else:
+        with pytest.raises(UserError, match=f"has no split '{split}'"):
+            open_source(config)
+
+
 @pytest.mark.parametrize("path", ["http://a.b/c", "s3://", "ftp://a/b"])
 def test_other_addresses_are_refused(path):
     with pytest.raises(UserError, match="is no address that can be read"):
