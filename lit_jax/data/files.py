@@ -128,6 +128,11 @@ def read_text(file: File) -> str:
     return file.read_bytes().decode("utf-8-sig")
 
 
+def readable(name: str) -> str:
+    """A name of a file as text: what is not UTF-8 in it becomes \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def walk(folder: File) -> Iterator[str]:
     """The paths of all files in a folder, at any depth, relative to it and with slashes."""
     if isinstance(folder, ObjectPath):

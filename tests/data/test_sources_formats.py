@@ -423,6 +423,24 @@ def test_bad_members_are_bad_samples_of_their_kind(tmp_path, images):
     ]  # fmt: skip
 
 
+def test_names_that_are_not_utf8_name_images(tmp_path, images):
+    with tarfile.open(
+        tmp_path / "0.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT
+    ) as tar:
+        add(tar, "é.png", images[0])
+        add(tar, "é.txt", b"coffee")
+    example = open_tars(tmp_path / "0.tar")[0]
+    assert (example["key"], example["captions"]) == (r"0.tar/\xe9", ("coffee",))
+
+    folder = os.fsencode(tmp_path / "classes") + b"/caf\xe9"
+    os.makedirs(folder)
+    Path(os.fsdecode(folder + b"/\xff.png")).write_bytes(images[0])
+    source = open_source(SourceConfig(path=str(tmp_path / "classes")))
+    example = pickle.loads(pickle.dumps(source))[0]
+    assert (example["key"], example["label"]) == (r"caf\xe9/\xff.png", r"caf\xe9")
+    assert decode(example["image"]).size == (7, 4)
+
+
 def test_a_truncated_tar_gives_what_is_left_of_it(tmp_path, images, caplog):
     write_tars(tmp_path, images)
     file = tmp_path / "00001.tar"

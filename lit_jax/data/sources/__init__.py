@@ -162,7 +162,7 @@ def _recognise(files: Sequence[File]) -> tuple[list[File], Format | None]:
 
 
 def _of_split(files: Sequence[File], split: str) -> list[File]:
-    """The files whose names have the split between separators, as near to "train-00000.tar" as there are any."""
+    """The files whose names have the split between separators: those most like "train-00000.tar"."""
     name = re.escape(split)
     numbered = rf"{name}([-_.][0-9].*)?\.\w+"
     for pattern in (numbered, rf"(.*[-_.])?{numbered}", rf"(.*[-_.])?{name}[-_.].*"):
