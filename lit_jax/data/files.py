@@ -28,6 +28,7 @@ class ObjectPath:
     scheme: str  # "s3"
     path: PurePosixPath  # the bucket and what is in it
     options: str = ""  # "endpoint_override=..." and so on, see Arrow's URIs
+    user: str = dataclasses.field(default="", repr=False)  # "anonymous", or a key with its secret
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.path}"
@@ -53,7 +54,7 @@ class ObjectPath:
 
     @property
     def filesystem(self) -> fs.FileSystem:
-        return _filesystem(self.scheme, self.path.parts[0], self.options)
+        return _filesystem(self.scheme, self.user, self.path.parts[0], self.options)
 
     def info(self) -> fs.FileInfo:
         return self.filesystem.get_file_info(str(self.path))
@@ -81,23 +82,30 @@ File = Path | ObjectPath
 
 
 @functools.cache
-def _filesystem(scheme: str, bucket: str, options: str) -> fs.FileSystem:
-    found, _ = fs.FileSystem.from_uri(f"{scheme}://{bucket}?{options}")
+def _filesystem(scheme: str, user: str, bucket: str, options: str) -> fs.FileSystem:
+    found, _ = fs.FileSystem.from_uri(f"{scheme}://{user}{'@' if user else ''}{bucket}?{options}")
     return found
 
 
-def locate(path: str) -> File:
-    """The file or folder of this name, whether or not it exists; UserError if it is in no known store."""
+def locate(path: str, beside: File | None = None) -> File:
+    """The file or folder of this name, whether or not it exists; UserError if it is in no known store.
+
+    Without user and options of its own it has those of `beside`, if that is in the same store.
+    """
     scheme, mark, rest = path.partition("://")
     if not mark:
         return Path(path).expanduser()
     address, _, options = rest.partition("?")
-    if scheme not in ("s3", "gs") or not address.strip("/"):
+    bucket, slash, inside = address.partition("/")
+    user, _, bucket = bucket.rpartition("@")
+    if scheme not in ("s3", "gs") or not bucket:
         raise UserError(
             f"{path} is no address that can be read; it is s3://BUCKET/PATH, gs://BUCKET/PATH, or a path on "
             "this machine."
         )
-    return ObjectPath(scheme, PurePosixPath(address), options)
+    if isinstance(beside, ObjectPath) and beside.scheme == scheme and not user and not options:
+        user, options = beside.user, beside.options
+    return ObjectPath(scheme, PurePosixPath(bucket + slash + inside), options, user)
 
 
 def local(location: File, what: str) -> Path:

@@ -8,7 +8,7 @@ import os
 import pickle
 import resource
 import tarfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import datasets
 import numpy as np
@@ -19,11 +19,12 @@ from grain._src.python.testing.experimental import assert_equal_output_after_che
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from pyarrow.fs import GcsFileSystem
 
 from lit_jax.config import DataConfig, SourceConfig
 from lit_jax.data import files, records
 from lit_jax.data.example import BadSampleError, Example
-from lit_jax.data.files import expand, line_offsets
+from lit_jax.data.files import ObjectPath, expand, line_offsets, locate
 from lit_jax.data.image import decode
 from lit_jax.data.pipeline import TrainStream
 from lit_jax.data.readers import Captions, ImageTextReader, Pixels
@@ -245,6 +246,34 @@ def test_every_format_is_read_from_an_object_store(data, images, name, monkeypat
         source = open_source(config)
         check(source, name, images)
         check(pickle.loads(pickle.dumps(source)), name, images)
+
+
+def test_a_row_in_an_object_store_may_name_an_image_by_its_address(tmp_path, images, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/0.png").write_bytes(images[0])
+    row = {"image": f"s3://{BUCKET}/images/0.png", "caption": "a dog"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with serve(tmp_path) as options:
+        source = open_source(SourceConfig(path=f"s3://nobody:none@{BUCKET}/a.jsonl{options}"))
+        example = source[0]
+        assert decode(example["image"]).size == (7, 4)
+    assert str(example["image"]) == row["image"] == example["key"]
+    assert "none" not in repr(example["image"])
+
+
+def test_a_user_is_no_part_of_the_bucket():
+    address = locate("gs://anonymous@bucket/data/a.tar?retry_limit_seconds=1")
+    assert isinstance(address, ObjectPath)
+    assert str(address) == "gs://bucket/data/a.tar"
+    assert (address.user, address.options) == ("anonymous", "retry_limit_seconds=1")
+    assert isinstance(address.filesystem, GcsFileSystem)
+    assert address.parent.filesystem is (address.parent / "b.tar").filesystem
+    beside = locate("gs://other/b.jpg", address)
+    assert beside == ObjectPath("gs", PurePosixPath("other/b.jpg"), address.options, "anonymous")
+    for path in ("s3://other/b.jpg", "gs://me@other/b.jpg", "gs://other/b.jpg?project_id=a"):
+        assert locate(path, address) == locate(path)
 
 
 @pytest.mark.parametrize("name", LOCAL_ONLY)
@@ -661,7 +690,7 @@ def test_a_split_is_a_whole_part_of_the_names(tmp_path, split, names):
             open_source(config)
 
 
-@pytest.mark.parametrize("path", ["http://a.b/c", "s3://", "ftp://a/b"])
+@pytest.mark.parametrize("path", ["http://a.b/c", "s3://", "s3://me@/b", "ftp://a/b"])
 def test_other_addresses_are_refused(path):
     with pytest.raises(UserError, match="is no address that can be read"):
         open_source(SourceConfig(path=path))

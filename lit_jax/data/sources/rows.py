@@ -80,7 +80,7 @@ def _located(path: str, name: str, folder: File) -> File:
     if "://" not in path:
         return folder / path
     try:
-        return locate(path)
+        return locate(path, folder)
     except UserError as error:  # of one row, not of the data set
         raise ValueError(str(error)) from error
 
