@@ -248,6 +248,11 @@ def test_every_format_is_read_from_an_object_store(data, images, name, monkeypat
         check(pickle.loads(pickle.dumps(source)), name, images)
 
 
+def test_conceptual_captions_are_read_for_their_texts_too(data):
+    source = open_source(SourceConfig(path=str(data / "tsv")), text_only=True)
+    assert [source[i]["captions"] for i in range(len(source))] == [(flat(c),) for c in CAPTIONS]
+
+
 def test_a_row_in_an_object_store_may_name_an_image_by_its_address(tmp_path, images, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name, raising=False)

@@ -42,7 +42,7 @@ class DelimitedSource:
         if image and {config.caption_key, config.label_key} & set(first):
             return True
         pair = not self._comma and len(first) == 2
-        if pair and not self._text_only and (file.parent / first[1]).is_file():
+        if pair and (file.parent / first[1]).is_file():
             return False
         raise UserError(
             f"{file} needs the columns {config.image_key!r}, and {config.caption_key!r} or "
