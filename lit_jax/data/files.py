@@ -15,6 +15,10 @@ from lit_jax.errors import UserError
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
+# Up to the end of the text if the quote that ends it is missing. Possessive: nothing is tried twice.
+_QUOTED = re.compile(rb'"(?:[^"]++|"")*+("?)')
+
+MAX_FIELD_BYTES = 1 << 26  # of a quoted field: one that goes on has lost the quote that ends it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +28,7 @@ class ObjectPath:
     scheme: str  # "s3"
     path: PurePosixPath  # the bucket and what is in it
     options: str = ""  # "endpoint_override=..." and so on, see Arrow's URIs
+    user: str = dataclasses.field(default="", repr=False)  # "anonymous", or a key with its secret
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.path}"
@@ -49,7 +54,7 @@ class ObjectPath:
 
     @property
     def filesystem(self) -> fs.FileSystem:
-        return _filesystem(self.scheme, self.path.parts[0], self.options)
+        return _filesystem(self.scheme, self.user, self.path.parts[0], self.options)
 
     def info(self) -> fs.FileInfo:
         return self.filesystem.get_file_info(str(self.path))
@@ -77,23 +82,30 @@ File = Path | ObjectPath
 
 
 @functools.cache
-def _filesystem(scheme: str, bucket: str, options: str) -> fs.FileSystem:
-    found, _ = fs.FileSystem.from_uri(f"{scheme}://{bucket}?{options}")
+def _filesystem(scheme: str, user: str, bucket: str, options: str) -> fs.FileSystem:
+    found, _ = fs.FileSystem.from_uri(f"{scheme}://{user}{'@' if user else ''}{bucket}?{options}")
     return found
 
 
-def locate(path: str) -> File:
-    """The file or folder of this name, whether or not it exists; UserError if it is in no known store."""
+def locate(path: str, beside: File | None = None) -> File:
+    """The file or folder of this name, whether or not it exists; UserError if it is in no known store.
+
+    Without user and options of its own it has those of `beside`, if that is in the same store.
+    """
     scheme, mark, rest = path.partition("://")
     if not mark:
         return Path(path).expanduser()
     address, _, options = rest.partition("?")
-    if scheme not in ("s3", "gs") or not address.strip("/"):
+    bucket, slash, inside = address.partition("/")
+    user, _, bucket = bucket.rpartition("@")
+    if scheme not in ("s3", "gs") or not bucket:
         raise UserError(
             f"{path} is no address that can be read; it is s3://BUCKET/PATH, gs://BUCKET/PATH, or a path on "
             "this machine."
         )
-    return ObjectPath(scheme, PurePosixPath(address), options)
+    if isinstance(beside, ObjectPath) and beside.scheme == scheme and not user and not options:
+        user, options = beside.user, beside.options
+    return ObjectPath(scheme, PurePosixPath(bucket + slash + inside), options, user)
 
 
 def local(location: File, what: str) -> Path:
@@ -122,6 +134,11 @@ def signature(file: File) -> tuple[int, int]:
 def read_text(file: File) -> str:
     """A whole file of UTF-8, with or without a byte order mark; raises UnicodeDecodeError if it is not."""
     return file.read_bytes().decode("utf-8-sig")
+
+
+def readable(name: str) -> str:
+    """A name of a file as text: what is not UTF-8 in it becomes \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def walk(folder: File) -> Iterator[str]:
@@ -157,35 +174,51 @@ def line_offsets(file: File, *, quoted: bool = False, block_bytes: int = 1 << 24
     """int64 offsets of a text file's lines and of its end, without blank lines and a byte order mark.
 
     Args:
-        quoted: whether a line break between double quotes is part of the line, as in CSV (RFC 4180).
+        quoted: whether a line break in a quoted field is part of the line, as in CSV (RFC 4180).
 
-    Raises UserError if there is an odd number of such quotes.
+    Raises UserError if a quoted field has no end, in the file or within `MAX_FIELD_BYTES`.
     """
     offsets = [np.zeros(0, np.int64)]
     with file.open("rb") as stream:
         position = 3 if stream.read(3) == b"\xef\xbb\xbf" else 0
         stream.seek(position)
-        rest = b""
-        while block := stream.read(block_bytes):
+        rest, is_last = b"", False
+        while not is_last:
             # A line may go on in the next block: only what the last line break ends is taken now.
-            text = rest + block
-            ends = _line_ends(text, quoted)
+            block = stream.read(block_bytes)
+            is_last, text = not block, rest + block
+            ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n"))
+            if quoted:
+                fields_Fx2, is_open = _quoted_fields(text)
+                if is_open and (is_last or len(text) - fields_Fx2[-1, 0] > MAX_FIELD_BYTES):
+                    raise UserError(
+                        f"{file} has a quoted field without an end at byte {position + fields_Fx2[-1, 0]}; "
+                        "close its double quotes."
+                    )
+                begun, ended = (np.searchsorted(side, ends, side="right") for side in fields_Fx2.T)
+                ends = ends[begun == ended]
             whole = int(ends[-1]) + 1 if len(ends) else 0
             offsets.append(_starts(text[:whole], ends) + position)
             position, rest = position + whole, text[whole:]
-    if quoted and rest.count(b'"') % 2:
-        raise UserError(f"{file} has a quoted field without an end; close its double quotes.")
     offsets.append(_starts(rest, np.zeros(0, np.int64)) + position)
     return np.concatenate([*offsets, [position + len(rest)]])
 
 
-def _line_ends(text: bytes, quoted: bool) -> np.ndarray:
+def _quoted_fields(text: bytes) -> tuple[np.ndarray, bool]:
+    """int64 Fx2: where each quoted field starts and stops, and whether the last is still open.
+
+    Double quotes that do not begin a field stand for themselves.
+    """
     values = np.frombuffer(text, np.uint8)
-    ends = np.flatnonzero(values == ord("\n"))
-    if quoted and len(ends):
-        quotes = np.flatnonzero(values == ord('"'))
-        ends = ends[np.searchsorted(quotes, ends) % 2 == 0]
-    return ends
+    quotes = np.flatnonzero(values == ord('"'))
+    before = values[np.maximum(quotes - 1, 0)]
+    begins = (quotes == 0) | (before == ord(",")) | (before == ord("\n"))
+    fields, stop, is_open = [], 0, False
+    for start in quotes[begins].tolist():
+        if start >= stop and (match := _QUOTED.match(text, start)):
+            stop, is_open = match.end(), not match[1]
+            fields.append((start, stop))
+    return np.array(fields, np.int64).reshape(-1, 2), is_open
 
 
 def _starts(text: bytes, ends: np.ndarray) -> np.ndarray:

@@ -109,6 +109,12 @@ def test_lines_are_found_in_any_layout(
     )
 
 
+def test_jsonl_image_may_be_a_mapping_without_a_caption(tmp_path):
+    (tmp_path / "captions.jsonl").write_text('{"image": {"path": "a.png"}, "label": 3}')
+    example = open_folder(tmp_path)[0]
+    assert (example["key"], example["image"]) == ("a.png", tmp_path / "a.png")
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -119,6 +125,11 @@ def test_lines_are_found_in_any_layout(
         ('{"image": "a.png", "caption": {"a": 1}}', r"\"caption\" is \{'a': 1\}"),
         ('{"image": "a.png", "captions": ["a", 7]}', "item that is no text"),
         ('{"image": "https://a.b/c.jpg", "caption": "a"}', "is on the web; download"),
+        ('{"image": "ftp://a.b/c.jpg", "caption": "a"}', "is no address that can be read"),
+        ('{"image": "file:///c.jpg", "caption": "a"}', "is no address that can be read"),
+        ('{"image": {"path": 3}, "caption": "a"}', '"path" is 3'),
+        ('{"image": {"bytes": "iVBO"}, "caption": "a"}', "\"bytes\" is 'iVBO'"),
+        ('{"image": "", "caption": "a"}', '"image" is missing'),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, reason):
@@ -128,13 +139,13 @@ def test_a_bad_line_is_named(tmp_path, line, reason):
     place = rf"line at byte {len(good) + 1} of .*captions\.jsonl"
     with pytest.raises(BadSampleError, match=rf"{place} is no example \(.*{reason}") as raised:
         source[1]
-    assert raised.value.kind == "no_example"
+    assert raised.value.kind == ("missing" if reason == '"image" is missing' else "no_example")
     assert source[2]["captions"] == ("a dog",)
 
 
 def test_a_file_of_another_format_is_refused_at_once(tmp_path):
-    (tmp_path / "captions.jsonl").write_text("image,caption\na.png,a dog\n")
-    with pytest.raises(UserError, match=r"The line at byte 0 of .* is no example"):
+    (tmp_path / "Pairs.jsonl").write_text("image,caption\na.png,a dog\n")
+    with pytest.raises(UserError, match=r"The line at byte 0 of .*Pairs\.jsonl is no example"):
         open_folder(tmp_path)
 
 
@@ -229,6 +240,25 @@ def test_tfds_labels_and_captions_are_optional(tfds_config):
     assert captioned[2]["label"] is None
 
 
+def test_tfds_examples_may_be_without_a_label(tfds_folder, tmp_path, noise, encode):
+    folder = shutil.copytree(tfds_folder, tmp_path / "1.0.0")
+    (shard,) = folder.glob("*train*array_record*")
+    features = tfds.features.FeaturesDict({**FEATURES, "label": tfds.features.Scalar(np.int64)})
+    example = {"image": encode(noise(4, 7, 3)), "caption": "", "name": ""}
+    example |= {"several": [], "captions": []}
+    writer = ArrayRecordWriter(str(shard), "group_size:1")
+    for label in (-1, 0, 2, -2, 1):
+        encoded = features.encode_example({**example, "label": label})
+        writer.write(features.serialize_example(encoded))
+    writer.close()
+    source = open_source(SourceConfig(path=str(folder), split="train"))
+    assert [source[i]["label"] for i in (0, 1, 4)] == [None, "cat", "dog"]
+    for index in (2, 3):
+        with pytest.raises(BadSampleError, match=r'"label" is -?2, of 2 classes') as raised:
+            source[index]
+        assert raised.value.kind == "no_example"
+
+
 def test_tfds_split_may_be_a_part(tfds_config):
     source = open_source(dataclasses.replace(tfds_config, split="train[3:]"))
     assert captions_of(source) == [(CAPTIONS[3],), (CAPTIONS[4],)]
@@ -281,12 +311,15 @@ def test_tfds_damaged_files_are_refused(tfds_folder, tmp_path, file):
         open_source(SourceConfig(path=str(folder), split="train"))
 
 
-def test_tfds_damaged_shards_are_refused(tfds_folder, tmp_path):
+def test_tfds_damaged_shards_make_bad_samples(tfds_folder, tmp_path):
     folder = shutil.copytree(tfds_folder, tmp_path / "1.0.0")
     (shard,) = folder.glob("*train*array_record*")
     content = shard.read_bytes()
     for left in (len(content) // 2, 0):
         shard.write_bytes(content[:left])
         source = open_source(SourceConfig(path=str(folder), split="train"))
-        with pytest.raises(UserError, match=r"prepared data in .* is damaged \("):
+        with pytest.raises(BadSampleError, match=r"train/4 of .* cannot be read \(") as raised:
             source[4]
+        assert raised.value.kind == "damaged"
+        with pytest.raises(IndexError):
+            source[5]

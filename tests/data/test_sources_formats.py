@@ -2,11 +2,13 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import pickle
+import resource
 import tarfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import datasets
 import numpy as np
@@ -17,11 +19,12 @@ from grain._src.python.testing.experimental import assert_equal_output_after_che
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from pyarrow.fs import GcsFileSystem
 
 from lit_jax.config import DataConfig, SourceConfig
-from lit_jax.data import records
+from lit_jax.data import files, records
 from lit_jax.data.example import BadSampleError, Example
-from lit_jax.data.files import expand
+from lit_jax.data.files import ObjectPath, expand, line_offsets, locate
 from lit_jax.data.image import decode
 from lit_jax.data.pipeline import TrainStream
 from lit_jax.data.readers import Captions, ImageTextReader, Pixels
@@ -245,6 +248,39 @@ def test_every_format_is_read_from_an_object_store(data, images, name, monkeypat
         check(pickle.loads(pickle.dumps(source)), name, images)
 
 
+def test_conceptual_captions_are_read_for_their_texts_too(data):
+    source = open_source(SourceConfig(path=str(data / "tsv")), text_only=True)
+    assert [source[i]["captions"] for i in range(len(source))] == [(flat(c),) for c in CAPTIONS]
+
+
+def test_a_row_in_an_object_store_may_name_an_image_by_its_address(tmp_path, images, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/0.png").write_bytes(images[0])
+    row = {"image": f"s3://{BUCKET}/images/0.png", "caption": "a dog"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with serve(tmp_path) as options:
+        source = open_source(SourceConfig(path=f"s3://nobody:none@{BUCKET}/a.jsonl{options}"))
+        example = source[0]
+        assert decode(example["image"]).size == (7, 4)
+    assert str(example["image"]) == row["image"] == example["key"]
+    assert "none" not in repr(example["image"])
+
+
+def test_a_user_is_no_part_of_the_bucket():
+    address = locate("gs://anonymous@bucket/data/a.tar?retry_limit_seconds=1")
+    assert isinstance(address, ObjectPath)
+    assert str(address) == "gs://bucket/data/a.tar"
+    assert (address.user, address.options) == ("anonymous", "retry_limit_seconds=1")
+    assert isinstance(address.filesystem, GcsFileSystem)
+    assert address.parent.filesystem is (address.parent / "b.tar").filesystem
+    beside = locate("gs://other/b.jpg", address)
+    assert beside == ObjectPath("gs", PurePosixPath("other/b.jpg"), address.options, "anonymous")
+    for path in ("s3://other/b.jpg", "gs://me@other/b.jpg", "gs://other/b.jpg?project_id=a"):
+        assert locate(path, address) == locate(path)
+
+
 @pytest.mark.parametrize("name", LOCAL_ONLY)
 def test_what_needs_a_local_disk_says_so(data, name, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
@@ -417,8 +453,26 @@ def test_bad_members_are_bad_samples_of_their_kind(tmp_path, images):
             decode(source[i]["image"])
         kinds.append(raised.value.kind)
     assert kinds == [
-        "not_utf8", "no_example", "no_example", "no_example", "empty", "damaged", "not_image"
+        "not_utf8", "no_example", "no_example", "missing", "empty", "damaged", "not_image"
     ]  # fmt: skip
+
+
+def test_names_that_are_not_utf8_name_images(tmp_path, images):
+    with tarfile.open(
+        tmp_path / "0.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT
+    ) as tar:
+        add(tar, "é.png", images[0])
+        add(tar, "é.txt", b"coffee")
+    example = open_tars(tmp_path / "0.tar")[0]
+    assert (example["key"], example["captions"]) == (r"0.tar/\xe9", ("coffee",))
+
+    folder = os.fsencode(tmp_path / "classes") + b"/caf\xe9"
+    os.makedirs(folder)
+    Path(os.fsdecode(folder + b"/\xff.png")).write_bytes(images[0])
+    source = open_source(SourceConfig(path=str(tmp_path / "classes")))
+    example = pickle.loads(pickle.dumps(source))[0]
+    assert (example["key"], example["label"]) == (r"caf\xe9/\xff.png", r"caf\xe9")
+    assert decode(example["image"]).size == (7, 4)
 
 
 def test_a_truncated_tar_gives_what_is_left_of_it(tmp_path, images, caplog):
@@ -455,6 +509,35 @@ def test_csv_gives_back_any_text(tmp_path, texts, line_break):
         writer.writerows([("image", "caption"), *(("a.png", text) for text in texts)])
     source = open_source(SourceConfig(path=str(tmp_path / "a.csv")))
     assert [source[i]["captions"] for i in range(len(source))] == [(text,) for text in texts]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.lists(st.text('a",\n', max_size=6), min_size=1, max_size=3), min_size=1),
+    block_bytes=st.integers(1, 40),
+)
+def test_csv_lines_end_where_the_reader_of_csv_says(tmp_path, rows, block_bytes):
+    def written(field: str) -> str:
+        # Minimal: what neither begins with a quote nor has a comma or a line break stands as it is.
+        plain = field and not field.startswith('"') and not {",", "\n"} & {*field}
+        return field if plain else '"' + field.replace('"', '""') + '"'
+
+    file = tmp_path / "a.csv"
+    file.write_text("".join(",".join(map(written, row)) + "\n" for row in rows))
+    offsets = line_offsets(file, quoted=True, block_bytes=block_bytes).tolist()
+    content = file.read_text()
+    lines = [content[a:b] for a, b in itertools.pairwise(offsets)]
+    assert [next(csv.reader(io.StringIO(line, newline=""))) for line in lines] == rows
+
+
+def test_csv_that_never_ends_a_field_is_refused_early(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_FIELD_BYTES", 1000)
+    file = tmp_path / "a.csv"
+    file.write_text('image,caption\na.png,5" nails\nb.png,"a\n' + "c.png,c\n" * 1000)
+    with pytest.raises(UserError, match=r"a\.csv has a quoted field without an end at byte 35;"):
+        line_offsets(file, quoted=True, block_bytes=64)
+    file.write_text('image,caption\na.png,"a' + "\n" * 999 + '"\n')
+    assert len(line_offsets(file, quoted=True, block_bytes=64)) == 3
 
 
 def test_tsv_keeps_quotes_that_quote_nothing(tmp_path):
@@ -497,7 +580,7 @@ def test_bad_lines_of_a_table_are_bad_samples(tmp_path):
         with pytest.raises(BadSampleError) as raised:
             source[i]
         kinds.append(raised.value.kind)
-    assert kinds == ["no_example", "not_utf8", "no_example"]
+    assert kinds == ["no_example", "not_utf8", "missing"]
     assert source[3]["captions"] == ("fine",)
 
 
@@ -521,6 +604,23 @@ def test_a_damaged_row_group_makes_bad_samples(tmp_path, images):
         source[0]
     assert raised.value.kind == "damaged"
     assert source[N - 1]["captions"] == (CAPTIONS[N - 1],)
+
+
+def test_more_parquet_files_than_can_be_open_at_one_time(tmp_path, images):
+    write_parquet(tmp_path, images)
+    (shard, *others) = sorted(tmp_path.glob("*.parquet"))
+    count = 200
+    for n in range(len(others), count):
+        (tmp_path / f"train-{n:05}.parquet").write_bytes(shard.read_bytes())
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    already_open = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (already_open + count // 2, limits[1]))
+    try:
+        source = open_source(SourceConfig(path=str(tmp_path)))
+        keys = {source[i]["key"] for i in range(len(source))}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(keys) == len(source) >= count
 
 
 def test_labels_out_of_range_are_bad_samples(tmp_path, images):
@@ -567,7 +667,35 @@ def test_several_files_need_a_choice(tmp_path, images):
         open_source(SourceConfig(path=str(tmp_path)))
 
 
-@pytest.mark.parametrize("path", ["http://a.b/c", "s3://", "ftp://a/b"])
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [
+        ("train", ["train-00000.parquet", "train-00001.parquet"]),
+        ("train_extra", ["train_extra-00000.parquet"]),
+        ("extra", ["train_extra-00000.parquet"]),
+        ("test.v2", ["test.v2.parquet"]),
+        ("val", ["coco-val.parquet"]),
+        ("clean", ["val-clean-small.parquet"]),
+        ("rain", []),
+    ],
+)
+def test_a_split_is_a_whole_part_of_the_names(tmp_path, split, names):
+    for name in (
+        "train-00000.parquet", "train-00001.parquet", "train_extra-00000.parquet",
+        "more-train-00000.parquet", "test.v2.parquet", "coco-val.parquet", "val-clean-small.parquet",
+    ):  # fmt: skip
+        table = pa.table({"image": [b""], "caption": [name]})
+        parquet.write_table(table, tmp_path / name)
+    config = SourceConfig(path=str(tmp_path), split=split)
+    if names:
+        source = open_source(config)
+        assert [source[i]["captions"] for i in range(len(source))] == [(name,) for name in names]
+    else:
+        with pytest.raises(UserError, match=f"has no split '{split}'"):
+            open_source(config)
+
+
+@pytest.mark.parametrize("path", ["http://a.b/c", "s3://", "s3://me@/b", "ftp://a/b"])
 def test_other_addresses_are_refused(path):
     with pytest.raises(UserError, match="is no address that can be read"):
         open_source(SourceConfig(path=path))

@@ -132,7 +132,7 @@ def _open(places: Sequence[File], config: SourceConfig, text_only: bool) -> Sour
             files = [*files, *sorted(inside.iterdir(), key=str)]
     found, kind = _recognise(files)
     if kind and not kind.knows_splits and config.split:
-        found = [file for file in found if config.split in re.split(r"[-_.]", file.name)]
+        found = _of_split(found, config.split)
     if kind and found:
         if len(found) > 1 and not kind.several:
             raise UserError(
@@ -159,6 +159,16 @@ def _recognise(files: Sequence[File]) -> tuple[list[File], Format | None]:
         if found := [file for file in files if match(file.name)]:
             return found, kind
     return [], None
+
+
+def _of_split(files: Sequence[File], split: str) -> list[File]:
+    """The files whose names have the split between separators: those most like "train-00000.tar"."""
+    name = re.escape(split)
+    numbered = rf"{name}([-_.][0-9].*)?\.\w+"
+    for pattern in (numbered, rf"(.*[-_.])?{numbered}", rf"(.*[-_.])?{name}[-_.].*"):
+        if found := [file for file in files if re.fullmatch(pattern, file.name)]:
+            return found
+    return []
 
 
 def _home(files: Sequence[File], what: str) -> Path:

@@ -87,13 +87,13 @@ class ParquetSource:
     def __init__(self, files: Sequence[File], config: SourceConfig, *, text_only: bool = False):
         self._files = list(files)
         with ThreadPoolExecutor(16) as pool:
-            opened = list(pool.map(_open_parquet, self._files))
-        found = zip(opened, files, strict=True)
-        self._columns, *_ = [Columns.of(o.schema_arrow, f, config, text_only) for o, f in found]
+            schemas, sizes = zip(*pool.map(_read_layout, self._files), strict=True)
+        found = zip(schemas, files, strict=True)
+        self._columns, *_ = [Columns.of(s, f, config, text_only) for s, f in found]
         groups = [
-            (n, group, parquet_file.metadata.row_group(group).num_rows)
-            for n, parquet_file in enumerate(opened)
-            for group in range(parquet_file.metadata.num_row_groups)
+            (n, group, rows)
+            for n, sizes_of_file in enumerate(sizes)
+            for group, rows in enumerate(sizes_of_file)
         ]
         # Which file and which of its row groups, and the number of the first row in it and in the next.
         self._groups_Gx2 = np.array([group[:2] for group in groups], np.int64).reshape(-1, 2)
@@ -114,8 +114,9 @@ class ParquetSource:
         place = f"row {row} of row group {group} of {file}"
         table = self._cache.get(found)
         if table is None:
-            with bad_sample(place):  # Arrow's errors are ValueErrors or OSErrors
-                table = _open_parquet(file).read_row_group(group, self._columns.names)
+            # Arrow's errors are ValueErrors or OSErrors.
+            with bad_sample(place), _open_parquet(file) as opened:
+                table = opened.read_row_group(group, self._columns.names)
             self._cache.put(found, table)
         values = {name: table[name][row].as_py() for name in table.column_names}
         return self._columns.example(values, file.parent, place)
@@ -130,6 +131,14 @@ def _open_parquet(file: File) -> parquet.ParquetFile:
         raise UserError(
             f"{file} is no Parquet file that can be read ({error}); get it again or leave it out."
         ) from error
+
+
+def _read_layout(file: File) -> tuple[pa.Schema, list[int]]:
+    """The schema, and the number of rows of each row group."""
+    with _open_parquet(file) as opened:
+        about = opened.metadata
+        rows = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+        return opened.schema_arrow, rows
 
 
 class _Cache:

@@ -42,7 +42,7 @@ class DelimitedSource:
         if image and {config.caption_key, config.label_key} & set(first):
             return True
         pair = not self._comma and len(first) == 2
-        if pair and not self._text_only and (file.parent / first[1]).is_file():
+        if pair and (file.parent / first[1]).is_file():
             return False
         raise UserError(
             f"{file} needs the columns {config.image_key!r}, and {config.caption_key!r} or "
@@ -66,13 +66,8 @@ class DelimitedSource:
             if len(values) != len(self._names):
                 raise ValueError(f"{len(values)} fields for {len(self._names)} columns")
             row = {name: value or None for name, value in zip(self._names, values, strict=True)}
-            return example_of(
-                row,
-                self._config,
-                self._lines.file.parent,
-                key=row.get(self._config.image_key) or "",
-                text_only=self._text_only,
-            )
+            folder = self._lines.file.parent
+            return example_of(row, self._config, folder, text_only=self._text_only)
 
     def _fields(self, line: int) -> list[str]:
         text = self._lines[line].decode().rstrip("\r\n")

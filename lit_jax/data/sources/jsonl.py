@@ -30,9 +30,8 @@ class JsonlSource:
             self[0]  # a file of another format is better refused now than in a worker process
         except BadSampleError as error:
             image, caption = config.image_key, config.caption_key
-            raise UserError(
-                f'{error}; a line looks like {{"{image}": "a.jpg", "{caption}": "a dog"}}.'.capitalize()
-            ) from error
+            message = f'{error}; a line looks like {{"{image}": "a.jpg", "{caption}": "a dog"}}.'
+            raise UserError(message[:1].upper() + message[1:]) from error
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -43,11 +42,5 @@ class JsonlSource:
             row = json.loads(self._lines[index].decode())
             if not isinstance(row, Mapping):
                 raise TypeError("not a JSON object")
-            image = row.get(self._config.image_key)
-            return example_of(
-                row,
-                self._config,
-                self._lines.file.parent,
-                key=image if isinstance(image, str) else "",
-                text_only=self._text_only,
-            )
+            folder = self._lines.file.parent
+            return example_of(row, self._config, folder, text_only=self._text_only)

@@ -3,12 +3,13 @@
 import collections
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
 from lit_jax.data.example import Example
-from lit_jax.data.files import File, read_text, walk
+from lit_jax.data.files import File, read_text, readable, walk
 from lit_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -33,7 +34,8 @@ class ListedSource:
         labels: Sequence[str] | None = None,
     ):
         self._folder = folder
-        self._names = pa.array(names, pa.large_string())
+        # Any bytes: what a file is called need not be UTF-8.
+        self._names = pa.array(map(os.fsencode, names), pa.large_binary())
         self._captions = (
             None if captions is None else pa.array(captions, pa.large_list(pa.large_string()))
         )
@@ -44,9 +46,9 @@ class ListedSource:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Example:
-        name = self._names[index].as_py()
+        name = os.fsdecode(self._names[index].as_py())
         return Example(
-            key=name,
+            key=readable(name),
             image=self._folder / name,
             captions=tuple(self._captions[index].as_py()) if self._captions is not None else (),
             label=self._labels[index].as_py() if self._labels is not None else None,
@@ -57,9 +59,8 @@ def image_folder(folder: File) -> ListedSource | None:
     """A folder for each class, with its images at any depth; None if there is no image in a folder."""
     names = sorted(name for name in walk(folder) if name.lower().endswith(IMAGE_SUFFIXES))
     names = [name for name in names if "/" in name]
-    return (
-        ListedSource(folder, names, labels=[n.split("/", 1)[0] for n in names]) if names else None
-    )
+    labels = [readable(name.split("/", 1)[0]) for name in names]
+    return ListedSource(folder, names, labels=labels) if names else None
 
 
 def open_coco(file: File, split: str | None) -> ListedSource:

@@ -9,10 +9,16 @@ import pyarrow as pa
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.files import File, locate
+from lit_jax.errors import UserError
 
 
 def example_of(
-    row: Mapping[str, Any], config: SourceConfig, folder: File, *, key: str, text_only: bool = False
+    row: Mapping[str, Any],
+    config: SourceConfig,
+    folder: File,
+    *,
+    key: str = "",
+    text_only: bool = False,
 ) -> Example:
     """The example that a row says.
 
@@ -21,14 +27,16 @@ def example_of(
     "key". Captions may be grouped by language.
 
     Args:
-        key: names the example if the row does not; if it is empty, the first caption does.
+        key: names the example if the row does not; without it the image's path does, or the first caption.
         text_only: whether it may do without an image.
 
-    Raises TypeError or ValueError if a field is missing or of another type.
+    Raises TypeError or ValueError if a field is missing or of another type, BadSampleError if it is the image
+    that is missing.
     """
-    image = _image(row, config.image_key, folder)
-    if image is None and not text_only:
-        raise TypeError(f'"{config.image_key}" is missing')
+    content = _content(row, config.image_key)
+    if content is None and not text_only:
+        raise BadSampleError(f'"{config.image_key}" is missing', "missing")
+    image = _located(content, config.image_key, folder) if isinstance(content, str) else content
     captions, languages = _texts(row, config.caption_key)
     if config.caption_key != "captions":
         more, more_languages = _texts(row, "captions")
@@ -38,7 +46,9 @@ def example_of(
     if image is None and not captions:
         raise TypeError(f'"{config.caption_key}" is missing')
     return Example(
-        key=_field(row, "key", str) or key or captions[0],
+        key=_field(row, "key", str)
+        or key
+        or (content if isinstance(content, str) else captions[0]),
         image=image,
         captions=captions,
         languages=languages,
@@ -55,15 +65,24 @@ def _field(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> 
     return value
 
 
-def _image(row: Mapping[str, Any], name: str, folder: File) -> File | bytes | None:
+def _content(row: Mapping[str, Any], name: str) -> str | bytes | None:
+    """An image as the row has it: its path or address, or its content."""
     value = _field(row, name, (str, bytes, dict))
     if isinstance(value, dict):
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if not isinstance(value, str):
-        return value
-    if value.startswith(("http://", "https://")):
+        content, path = _field(value, "bytes", bytes), _field(value, "path", str)
+        value = path if content is None else content
+    return None if value == "" else value
+
+
+def _located(path: str, name: str, folder: File) -> File:
+    if path.startswith(("http://", "https://")):
         raise ValueError(f'"{name}" is on the web; download images first, with img2dataset')
-    return locate(value) if "://" in value else folder / value
+    if "://" not in path:
+        return folder / path
+    try:
+        return locate(path, folder)
+    except UserError as error:  # of one row, not of the data set
+        raise ValueError(str(error)) from error
 
 
 def _texts(row: Mapping[str, Any], name: str) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
@@ -93,6 +112,8 @@ def bad_sample(place: str) -> Iterator[None]:
     """What goes wrong inside makes a bad sample of what is at `place`."""
     try:
         yield
+    except BadSampleError as error:
+        raise BadSampleError(f"{place} is no example ({error})", error.kind) from error
     except UnicodeDecodeError as error:
         raise BadSampleError(f"{place} is not UTF-8 ({error})", "not_utf8") from error
     except (OSError, pa.ArrowException) as error:  # some of Arrow's are ValueErrors

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from lit_jax.data.files import File, signature
+from lit_jax.data.files import File, readable, signature
 from lit_jax.data.sources.lists import IMAGE_SUFFIXES
 from lit_jax.errors import UserError
 
@@ -155,7 +155,7 @@ def _samples(shard: int, file: File, opened: Any) -> Iterator[dict[str, Any]]:
         field = _FIELD_OF.get((dot + suffix).lower())
         if member.isdir() or field is None:
             continue
-        key = f"{folder}{slash}{stem}"
+        key = readable(f"{folder}{slash}{stem}")
         if current is None or current["key"] != key or current[f"{field}_start"] >= 0:
             if current:
                 yield current

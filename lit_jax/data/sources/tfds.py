@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_jax.config import SourceConfig
-from lit_jax.data.example import Example
+from lit_jax.data.example import BadSampleError, Example
 from lit_jax.errors import UserError
 
 
@@ -57,10 +57,14 @@ class TfdsSource:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         try:
             row = self._rows[index]
-        except Exception as error:
-            raise _damaged(self._folder, error) from error
+        except Exception as error:  # of a broken shard it lets through whatever its readers raise
+            raise BadSampleError(
+                f"{self._split}/{index} of {self._folder} cannot be read ({_shortened(error)})"
+            ) from error
         return Example(
             key=f"{self._split}/{index}",
             image=row[self._image_key],
@@ -78,14 +82,24 @@ class TfdsSource:
         if self._label_key is None:
             return None
         label = row[self._label_key]
-        return self._class_names[label] if self._class_names else _text(label)
+        if not self._class_names:
+            return _text(label)
+        # -1 is what TFDS gives to examples without a label.
+        if not -1 <= label < len(self._class_names):
+            raise BadSampleError(
+                f'"{self._label_key}" is {label}, of {len(self._class_names)} classes', "no_example"
+            )
+        return None if label < 0 else self._class_names[label]
 
 
 def _damaged(folder: Path, error: Exception) -> UserError:
-    reason = textwrap.shorten(str(error), 150)
     return UserError(
-        f"The prepared data in {folder} is damaged ({reason}); prepare the data set again."
+        f"The prepared data in {folder} is damaged ({_shortened(error)}); prepare the data set again."
     )
+
+
+def _shortened(error: Exception) -> str:
+    return textwrap.shorten(str(error), 150)
 
 
 def _check_split(splits: Mapping[str, Any], split: str | None, folder: Path) -> None:
