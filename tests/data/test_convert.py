@@ -82,7 +82,7 @@ def test_every_good_example_comes_out_as_it_went_in(folder, tmp_path, capsys):
 
 
 def test_texts_without_images_and_pixels_without_files(tmp_path):
-    assert convert("demo", tmp_path / "texts", "--source.split=parallel") == 0
+    assert convert("demo", tmp_path / "texts", "--source.split=parallel", "--text_only") == 0
     texts = read(tmp_path / "texts")
     assert len(texts) == 560
     assert all(example["image"] is None and len(example["captions"]) == 2 for example in texts)

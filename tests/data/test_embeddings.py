@@ -63,7 +63,15 @@ def rows(count, seed=0, dtype=np.float32):
 
 @pytest.fixture
 def records():
-    return [rows(2, 0), "not an image: 犬 ⛄", rows(2, 1), rows(2, 2), "", rows(2, 3), rows(2, 4)]
+    return [
+        rows(2, 0),
+        BadSampleError("not an image: 犬 ⛄", "not_image"),
+        rows(2, 1),
+        rows(2, 2),
+        BadSampleError(""),
+        rows(2, 3),
+        rows(2, 4),
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -71,7 +79,7 @@ def records():
 def test_what_is_written_comes_back_bit_for_bit(tmp_path, dtype, sent):
     kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
     # Texts have any number of captions, and what looks like the byte of a bad one may end a row.
-    records = [rows(n, n, kind) for n in (1, 3, 2, 7)] + ["no caption"]
+    records = [rows(n, n, kind) for n in (1, 3, 2, 7)] + [BadSampleError("no caption")]
     records[0].view(np.uint8)[-1, -1] = 1
     write(tmp_path, records, dtype)
     read = Embeddings(tmp_path)
@@ -90,8 +98,9 @@ def test_what_is_written_comes_back_bit_for_bit(tmp_path, dtype, sent):
 def test_bad_examples_keep_their_reasons(tmp_path, records):
     write(tmp_path, records)
     read = Embeddings(tmp_path)
-    with pytest.raises(BadSampleError, match="not an image: 犬 ⛄"):
+    with pytest.raises(BadSampleError, match="not an image: 犬 ⛄") as raised:
         read[1]
+    assert raised.value.kind == "not_image"
     with pytest.raises(BadSampleError):
         read[4]
     assert read.counts == Counts(rows=10, bad=2, bytes=read.counts.bytes)
