@@ -259,7 +259,9 @@ def test_the_numbers_are_those_of_pytorch(exported, pairs, tmp_path):
         )
         found = json.loads((tmp_path / "o").read_text())
         actual |= {name.rpartition("/")[2]: value for name, value in found.items()}
-    assert {name: actual[name] for name in expected} == pytest.approx(expected, abs=1e-9)
+    assert {name: actual[name] for name in expected} == pytest.approx(
+        {name: float(value) for name, value in expected.items()}, abs=1e-9
+    )
 
 
 def test_search_finds_a_picture_by_words(exported, tmp_path, capsys):
