@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from lit_jax.errors import BAD_INPUT, PREEMPTED
 from lit_jax.training.disk import complete_steps
@@ -251,7 +250,8 @@ def test_two_processes_train_in_micro_batches_with_the_lean_loss(command, tmp_pa
 def test_of_two_processes_one_writes_and_reports(whole_of_two):
     workdir, output = whole_of_two
     assert "zero_shot/unseen16/top1" in said_by(0, output)
-    assert said_by(1, output) == ""
+    said = said_by(1, output).splitlines()
+    assert [line for line in said if not line.startswith("[Gloo]")] == []
     assert results(workdir)["zero_shot/unseen16/n"] == 800
     assert {path.name for path in workdir.iterdir()} == {
         *("config.json", "parameters.txt", "model", "frozen", "checkpoints"),
@@ -276,59 +276,6 @@ def test_sigterm_to_one_process_stops_both_and_they_go_on(command, tmp_path, who
     assert f"Going on from step {stopped} of" in said_by(0, errors)
     assert "Going on" not in said_by(1, errors)
     assert_same_end(workdir, whole_of_two[0])
-
-
-@pytest.mark.parametrize("killed", [0, 1])
-def test_the_death_of_one_process_ends_the_other_and_they_go_on(
-    command, tmp_path, whole_of_two, killed
-):
-    """The first is also the one that JAX's own coordination needs."""
-    workdir = tmp_path / "run"
-    launcher = start_two(command, workdir)
-    wait_for_step(launcher, workdir, 3)
-    survivor = process_number(1 - killed, launcher)
-    os.kill(process_number(killed, launcher), signal.SIGKILL)
-    _, errors = launcher.communicate(timeout=60)
-    assert launcher.returncode == 128 + signal.SIGKILL  # worse than what the survivor ended with
-    assert not Path(f"/proc/{survivor}").exists()
-    assert said_by(1 - killed, errors).endswith(
-        f"Process {killed} is gone; run the same command again to go on from the latest checkpoint."
-    )
-    assert "Traceback" not in errors
-    finish(start_two(command, workdir))
-    assert_same_end(workdir, whole_of_two[0])
-
-
-def test_bad_data_of_one_process_ends_both_with_its_sentence(command, tmp_path):
-    """The second finds, in a folder of its own, images that cannot be decoded."""
-    rows = [
-        json.dumps({"image": f"{i}.png", "caption": f"the number {i}"}) + "\n" for i in range(64)
-    ]
-    for index in (0, 1):
-        data = tmp_path / str(index) / "data"
-        data.mkdir(parents=True)
-        (data / "captions.jsonl").write_text("".join(rows))
-        for i in range(64):
-            Image.new("RGB", (32, 32), (4 * i, 0, 0)).save(data / f"{i}.png")
-            if index == 1 and i % 2:
-                (data / f"{i}.png").write_bytes(b"no image")
-    elsewhere = (
-        "bash",
-        "-c",
-        f'cd {tmp_path}/$JAX_PROCESS_ID; exec env PYTHONPATH={ROOT} "$@"',
-        "-",
-    )
-    flags = (
-        *(f"--config={ROOT}/configs/vit_bert.py", "--config.data.train.path=data"),
-        *("--config.data.train.split=None", "--config.duration=2000 steps"),
-    )
-    _, errors = finish(start_two(command, tmp_path / "run", *flags, prefix=elsewhere), BAD_INPUT)
-    sentence = said_by(1, errors).splitlines()[-1]
-    assert sentence.startswith("error: process 1: ")
-    assert "mend the data or raise config.data.max_bad_fraction" in sentence
-    assert said_by(0, errors).splitlines()[-1] == sentence
-    assert "process 1: Bad sample" in said_by(1, errors)
-    assert "Traceback" not in errors
 
 
 def test_without_network_a_hub_model_is_named_with_the_key_for_a_folder(tmp_path):
