@@ -42,7 +42,7 @@ def test_the_demo_is_planned(tmp_path):
         ("--topology=v9:4x4", "no TPU topology"),
         ("--slices=0", "at least 1"),
         ("--compilations=0", "at least 1"),
-        ("--output=missing/plan.json", "no folder missing"),
+        ("--output=missing/plan.json", "a folder that exists"),
         ("--config.batch_size=130", "does not divide by the 4 devices"),
         ("--config.batchsize=8", "batch_size"),
     ],

@@ -60,7 +60,7 @@ def zero_shot(
     """
     class_embeds_CxE = embed_classes(encoder, params, classes)
     image_embeds_NxE, valid_N = encoder.images(params, source)
-    valid_N &= label_N >= 0
+    valid_N = valid_N & (label_N >= 0)
     image_embeds_NxE, label_N = image_embeds_NxE[valid_N], label_N[valid_N]
     scale = np.exp(np.float32(jax.device_get(logit_scale(params))))
     top_NxK, probability_NxK = _classify(image_embeds_NxE, class_embeds_CxE, scale)
