@@ -237,7 +237,8 @@ def test_the_numbers_are_those_of_pytorch(exported, pairs, tmp_path):
     labels = torch.tensor([content["classnames"].index(row["label"]) for row in rows])
     top5 = (images @ unit(classes).T).topk(5).indices
     right = top5[:, 0] == labels
-    scores, own = images @ texts.T, torch.arange(80) // 2
+    # Not a matrix product: its kernels sum some columns in another order, which breaks ties.
+    scores, own = (images[:, None] * texts).sum(dim=-1), torch.arange(80) // 2
     of_images = [
         1 + int((scores[i, own != i] >= scores[i, own == i].max()).sum()) for i in range(40)
     ]
@@ -262,10 +263,6 @@ def test_the_numbers_are_those_of_pytorch(exported, pairs, tmp_path):
         )
         found = json.loads((tmp_path / "o").read_text())
         actual |= {name.rpartition("/")[2]: value for name, value in found.items()}
-    # Ours are float32: of this untrained model some scores differ by less than that tells apart, and each
-    # such pair moves a rank by one.
-    near_ties = expected.pop("image_to_text_mean_rank")
-    assert actual["image_to_text_mean_rank"] == pytest.approx(near_ties, abs=0.1)
     assert {name: actual[name] for name in expected} == pytest.approx(
         {name: float(value) for name, value in expected.items()}, abs=1e-9
     )
