@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import sys
 import typing
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from lit_jax.data.image import decode, file_content
 from lit_jax.data.sources import open_source
 from lit_jax.data.workers import start_worker
 from lit_jax.errors import UserError
+from lit_jax.files import whole, write_whole
 
 PLAN_FILE = "convert.json"
 BAD_FILE = "bad.jsonl"
@@ -126,7 +126,7 @@ def _enter(folder: Path, plan: Plan) -> None:
             raise UserError(f"{folder} holds something else already; give an empty --output.")
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            _write(file, wanted)
+            write_whole(file, wanted)
     elif file.read_text() != wanted:
         raise UserError(
             f"{folder} was begun with another source or shard size, see {file}; give the same again, or "
@@ -141,9 +141,8 @@ def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
     """
     source, bad, good = _source(plan.source, plan.text_only), [], 0
     file = folder / plan.shard_name(shard)
-    unfinished = _unfinished(file)
-    with _writing(folder):
-        writer = ArrayRecordWriter(str(unfinished), records.WRITER_OPTIONS)
+    with _writing(folder), whole(file) as new:
+        writer = ArrayRecordWriter(str(new), records.WRITER_OPTIONS)
         for position in plan.positions(shard):
             key = f"{position}"
             try:
@@ -157,12 +156,11 @@ def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
                 writer.write(record)
                 good += 1
         writer.close()
-        if _count(unfinished) != good:
+        if _count(new) != good:
             raise RuntimeError("records are missing")
         _bad_file(file).unlink(missing_ok=True)  # of an attempt with other data
         if bad:
-            _write(_bad_file(file), "".join(f"{line}\n" for line in bad))
-        os.replace(unfinished, file)
+            write_whole(_bad_file(file), "".join(f"{line}\n" for line in bad))
     return len(plan.positions(shard))
 
 
@@ -244,7 +242,7 @@ def _finish(plan: Plan, folder: Path) -> str:
     reports = [file for file in map(_bad_file, files) if file.exists()]
     bad = [line for file in reports for line in file.read_text().splitlines()]
     good = sum(shard.count for shard in shards)
-    _write(folder / BAD_FILE, "".join(f"{line}\n" for line in bad))
+    write_whole(folder / BAD_FILE, "".join(f"{line}\n" for line in bad))
     if not good:
         raise UserError(
             f"None of the {plan.examples} examples can be used; {folder / BAD_FILE} says why."
@@ -270,17 +268,6 @@ def _count(file: Path) -> int:
 
 def _bad_file(shard: Path) -> Path:
     return shard.with_name(f".{shard.name}.bad")
-
-
-def _unfinished(file: Path) -> Path:
-    """A name of this attempt alone: a cluster may try a shard twice at the same time."""
-    return file.with_name(f".{file.name}.{uuid.uuid4().hex}.new")
-
-
-def _write(file: Path, text: str) -> None:
-    unfinished = _unfinished(file)
-    unfinished.write_text(text)
-    os.replace(unfinished, file)
 
 
 if __name__ == "__main__":

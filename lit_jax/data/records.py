@@ -6,7 +6,6 @@ folder without one was not finished. With `group_size:1` a record is read withou
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import msgpack
 
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.errors import UserError
+from lit_jax.files import write_json
 
 MANIFEST = "records.json"
 VERSION = 1
@@ -49,9 +49,7 @@ def decode(record: bytes) -> Example:
 def write_manifest(folder: Path, shards: Sequence[Shard]) -> None:
     """Makes the folder a data set: all shards have to be there and closed."""
     manifest = {"version": VERSION, "shards": [shard._asdict() for shard in shards]}
-    unfinished = folder / f".{MANIFEST}.new"
-    unfinished.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(unfinished, folder / MANIFEST)
+    write_json(folder / MANIFEST, manifest)
 
 
 def read_manifest(folder: Path) -> tuple[Shard, ...]:

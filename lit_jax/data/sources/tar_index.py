@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import tarfile
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ import pyarrow as pa
 from lit_jax.data.files import File, readable, signature
 from lit_jax.data.sources.lists import IMAGE_SUFFIXES
 from lit_jax.errors import UserError
+from lit_jax.files import whole
 
 log = logging.getLogger(__name__)
 
@@ -115,17 +115,9 @@ def _write(table: pa.Table, places: Sequence[Path]) -> TarIndex:
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            handle, unfinished = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
-            os.close(handle)
-            try:
-                with pa.ipc.new_file(unfinished, table.schema) as writer:
-                    batches = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
-                    writer.write_batch(batches[0])
-                os.chmod(unfinished, 0o644)
-                os.replace(unfinished, place)
-            except BaseException:
-                os.unlink(unfinished)
-                raise
+            with whole(place) as new, pa.ipc.new_file(str(new), table.schema) as writer:
+                batches = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
+                writer.write_batch(batches[0])
             return TarIndex(place)
         except OSError as error:
             problem = error
