@@ -25,7 +25,7 @@ def seconds(transform: ImageTransform, files: list[bytes]) -> float:
     for _ in range(REPEATS):
         start = time.process_time()
         for content in files:
-            transform.train(content, np.random.default_rng(0))
+            transform.normalise([transform.train(content, np.random.default_rng(0))])
         rounds.append(time.process_time() - start)
     return min(rounds) / len(files)
 
@@ -50,7 +50,7 @@ def main() -> None:
             files.append(buffer.getvalue())
         slow, fast = seconds(full, files), seconds(reduced, files)
         pairs = [[t.train(c, np.random.default_rng(0)) for t in (reduced, full)] for c in files]
-        differences = [np.abs(ours - theirs).mean() for ours, theirs in pairs]
+        differences = [np.abs(np.subtract(*pair, dtype=int)).mean() for pair in pairs]
         size = f"{width}x{width * 2 // 3}"
         row = f"{size:>12}{1 / slow:>10.1f}{1 / fast:>11.1f}{slow / fast:>7.2f}x"
         print(f"{row}{np.mean(differences):>12.2f}")

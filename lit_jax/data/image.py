@@ -11,12 +11,12 @@ import io
 import math
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, ImageOps
 
 from lit_jax.config import ColorJitterConfig, RandAugmentConfig
@@ -95,12 +95,6 @@ def _orientation(opened: Image.Image) -> int:
     return opened.getexif().get(ExifTags.Base.Orientation, 1)
 
 
-def _upright_size(opened: Image.Image) -> tuple[int, int]:
-    """(width, height), turned as the EXIF orientation says."""
-    width, height = opened.size
-    return (height, width) if _orientation(opened) in TURNED else (width, height)
-
-
 def reduce_jpeg(opened: Image.Image, part: float) -> float:
     """Has a JPEG file decoded at 1/2, 1/4 or 1/8 of its size, the smallest that is at least `part` of it.
 
@@ -123,7 +117,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
-    return image.convert("RGB")
+    if image.mode != "RGB":
+        return image.convert("RGB")
+    image.load()  # `convert` would do so too, and then copy it
+    return image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -212,12 +209,14 @@ class ImageTransform:
         if self.resize is not None:
             height, width = _target(self.resize, picture.size)
             picture = picture.resize((width, height), self.resample)
-        return self._normalise(self._crop(picture))
+        return self.normalise([np.asarray(self._crop(picture))])[0]
 
-    def train(self, image: ImageFile, rng: np.random.Generator) -> Float[np.ndarray, "H W 3"]:
-        """float32, with the augmentations that the config asks for; raises BadSampleError."""
+    def train(self, image: ImageFile, rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
+        """With the augmentations that the config asks for, to be normalised; raises BadSampleError."""
         with _opened(image) as opened:
-            size, orientation = _upright_size(opened), _orientation(opened)
+            width, height = opened.size
+            orientation = _orientation(opened)
+            size = (height, width) if orientation in TURNED else (width, height)
             box, target = self._box(size, rng)
             factor = self._reduce(opened, box, target)
             picture = _upright_rgb(opened)
@@ -234,7 +233,17 @@ class ImageTransform:
         if self.flip and rng.random() < 0.5:
             picture = ImageOps.mirror(picture)
         picture = color_jitter(picture, self.color_jitter, rng)
-        return self._normalise(rand_augment(picture, self.rand_augment, rng))
+        return np.asarray(rand_augment(picture, self.rand_augment, rng))
+
+    def normalise(
+        self, images_HxWx3: Sequence[UInt8[np.ndarray, "H W 3"]]
+    ) -> Float[np.ndarray, "N H W 3"]:
+        """What the tower gets, float32. Of many at once: one array for each would be copied once more."""
+        result_NxHxWx3 = np.empty((len(images_HxWx3), *self.output_shape), np.float32)
+        for n, pixels_HxWx3 in enumerate(images_HxWx3):
+            for c in range(3):
+                result_NxHxWx3[n, ..., c] = self.table_3x256[c][pixels_HxWx3[..., c]]
+        return result_NxHxWx3
 
     def _box(
         self, size: tuple[int, int], rng: np.random.Generator
@@ -270,13 +279,6 @@ class ImageTransform:
         else:
             left, top = (int(rng.integers(min(rest, 0), max(rest, 0) + 1)) for rest in (left, top))
         return image.crop((left, top, left + self.width, top + self.height))
-
-    def _normalise(self, image: Image.Image) -> np.ndarray:
-        pixels_HxWx3 = np.asarray(image)
-        result_HxWx3 = np.empty(pixels_HxWx3.shape, np.float32)
-        for c in range(3):  # into its place: to stack three channels takes three times as long
-            result_HxWx3[..., c] = self.table_3x256[c][pixels_HxWx3[..., c]]
-        return result_HxWx3
 
 
 def random_box(

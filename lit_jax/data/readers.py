@@ -60,7 +60,7 @@ class Pixels:
         return [self._view(index, example, view) for view in range(self.views or 1)]
 
     def collate(self, rows: Sequence[np.ndarray]) -> Batch:
-        return {"pixel_values": np.stack(rows)}
+        return {"pixel_values": self.transform.normalise(rows)}
 
     def _view(self, index: int, example: Example, view: int) -> np.ndarray:
         return self.transform.train(example["image"], np.random.default_rng((index, view)))
