@@ -50,7 +50,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             # Else, where a folder cannot be made, threads that wait for it keep the process for 20 minutes.
             async_options=ocp.AsyncOptions(
-                create_directories_asynchronously=False, barrier_sync_fn=_meet
+                create_directories_asynchronously=False, barrier_sync_fn=_barrier
             ),
         )
         with self._writing():
@@ -125,7 +125,7 @@ class Checkpoints:
         return writing(self._workdir, Exception)
 
 
-def _meet(*, key: str, timeout_ms: int) -> None:
+def _barrier(*, key: str, timeout_ms: int) -> None:
     """Orbax's barrier among processes, but none of its threads waits there with an error to report.
 
     A process whose save has failed would wait for 20 minutes: the others are at another barrier, and leave
