@@ -4,8 +4,9 @@
 #     launch/local.sh N [--devices=K] [--dry-run] -- command...
 #
 # K simulated CPU devices for each process; without it, the devices that JAX finds. Each line of output starts
-# with the number of its process. SIGTERM and Ctrl-C reach all of them. The exit code is that of what went wrong: of
-# a command's own failure before that of a process which was only left alone (76) or stopped (75).
+# with the number of its process. SIGTERM and Ctrl-C reach all of them, and where one fails the others get a SIGTERM:
+# they may still be waiting for it to join. The exit code is that of what went wrong: of a command's own failure
+# before that of a process which was only left alone (76) or stopped (75, or 143 before it could save).
 set -euo pipefail
 
 usage() {
@@ -58,15 +59,22 @@ done
 
 # How bad an exit code is: 0 done, 1 stopped, 2 left alone, 3 the cause.
 badness() {
-    case $1 in 0) echo 0 ;; 75) echo 1 ;; 76) echo 2 ;; *) echo 3 ;; esac
+    case $1 in 0) echo 0 ;; 75 | 143) echo 1 ;; 76) echo 2 ;; *) echo 3 ;; esac
 }
-worst=0
-for pid in "${pids[@]}"; do
-    while true; do
+worst=0 told=''
+while ((${#pids[@]})); do
+    for i in "${!pids[@]}"; do
+        kill -0 "${pids[i]}" 2>/dev/null && continue
         code=0
-        wait "$pid" 2>/dev/null || code=$?
-        kill -0 "$pid" 2>/dev/null || break # a signal to this script ends `wait`, too
+        wait "${pids[i]}" 2>/dev/null || code=$?
+        unset "pids[i]"
+        (($(badness "$code") > $(badness "$worst"))) && worst=$code
     done
-    (($(badness "$code") > $(badness "$worst"))) && worst=$code
+    if [[ ! $told ]] && (($(badness "$worst") > 1)); then
+        told=1
+        forward TERM
+    fi
+    sleep 0.2 &
+    wait "$!" 2>/dev/null || true # unlike a program in the foreground, it lets a signal to this script through at once
 done
 exit "$worst"

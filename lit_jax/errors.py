@@ -4,7 +4,7 @@ DONE = 0
 FAILED = 1  # what Python says after a traceback
 BAD_INPUT = 2
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again.
-GONE = 76  # another process of the run is gone: run the same command again.
+GONE = 76  # another process of the run is gone, or never came: run the same command again.
 INTERRUPTED = 130  # what shells say after Ctrl-C
 
 

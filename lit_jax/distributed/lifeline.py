@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 from lit_jax.errors import DONE, GONE, PREEMPTED, UserError
@@ -24,6 +24,8 @@ GRACE_SECONDS = 2.0
 # A machine that vanishes closes nothing: after so many seconds of silence TCP asks, three times.
 SILENCE_SECONDS = 8
 CONNECT_SECONDS = 60
+# Pods and machines of a run may come up minutes apart.
+START_SECONDS = 300
 _KEY = "lit_jax/lifeline"
 
 
@@ -127,6 +129,30 @@ class Lifeline:
     @staticmethod
     def _start(target: Any, *args: Any) -> None:
         threading.Thread(target=target, args=args, daemon=True, name="lifeline").start()
+
+
+@contextlib.contextmanager
+def assembling() -> Iterator[None]:
+    """Ends this process with 76 and a sentence if the processes have not come together in `START_SECONDS`.
+
+    JAX's own time-out cannot be caught: it aborts with a page of C++.
+    """
+    timer = threading.Timer(START_SECONDS, _give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _give_up() -> NoReturn:
+    sentence = (
+        f"The processes of this run have not come together in {START_SECONDS} s; see what the others say and "
+        "whether they reach process 0, and run the same command again."
+    )
+    os.write(2, f"error: {sentence}\n".encode())
+    os._exit(GONE)
 
 
 def _listen() -> socket.socket:

@@ -8,12 +8,16 @@ import jax
 from jax._src import distributed  # the key-value store of a run's processes has no public name
 
 from lit_jax.distributed.flags import set_flags
-from lit_jax.distributed.lifeline import Lifeline
+from lit_jax.distributed.lifeline import START_SECONDS, Lifeline, assembling
 from lit_jax.errors import UserError
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # The second line of defence: a process that hangs as a whole keeps its connections open.
 HEARTBEAT_SECONDS = 40
+_TIME_OUTS: dict[str, Any] = {
+    "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+    "initialization_timeout": 2 * START_SECONDS,  # behind `assembling`, which has a sentence
+}
 
 _lifeline: Lifeline | None = None
 
@@ -23,11 +27,13 @@ def initialize() -> None:
 
     Connects to JAX_COORDINATOR_ADDRESS (host:port) as number JAX_PROCESS_ID of JAX_NUM_PROCESSES if these are
     in the environment. Else JAX looks for a TPU slice, Slurm, Open MPI or Kubernetes job; if it finds
-    none, this process is the only one. From here on, all end if one does; see lifeline.py.
+    none, this process is the only one. From here on, all end if one does; see lifeline.py. If some do not
+    come at all, this process ends with 76 after five minutes.
     """
     set_flags()
     _steady_simulated_devices()
-    _join()
+    with assembling():
+        _join()
     joined = distributed.global_state
     if joined.num_processes > 1:
         global _lifeline
@@ -47,12 +53,10 @@ def _join() -> None:
             raise UserError(
                 f"JAX_PROCESS_ID={index} is no number from 0 to below JAX_NUM_PROCESSES={count}; correct it."
             )
-        jax.distributed.initialize(
-            address, int(count), int(index), heartbeat_timeout_seconds=HEARTBEAT_SECONDS
-        )
+        jax.distributed.initialize(address, int(count), int(index), **_TIME_OUTS)
         return
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(**_TIME_OUTS)
     except ValueError as error:
         if "coordinator_address" not in str(error):  # what JAX says where it finds no cluster
             raise

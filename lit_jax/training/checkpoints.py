@@ -10,6 +10,9 @@ moment leaves the previous checkpoint as the latest.
 
 import contextlib
 import importlib.metadata
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,8 @@ LIBRARIES = (
     "transformers",
     "numpy",
 )
+# So long an error in one of several processes waits for a save under way, which may have failed in another.
+SAVE_SECONDS = 60
 
 
 class Checkpoints:
@@ -44,7 +49,9 @@ class Checkpoints:
             keep_period=keep_every,
             cleanup_tmp_directories=True,
             # Else, where a folder cannot be made, threads that wait for it keep the process for 20 minutes.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=False, barrier_sync_fn=_barrier
+            ),
         )
         with self._writing():
             self._manager = ocp.CheckpointManager(
@@ -56,7 +63,13 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind and jax.process_count() > 1:
+            latest = time.monotonic() + SAVE_SECONDS
+            while self._manager.is_saving_in_progress():
+                if time.monotonic() > latest:
+                    return  # the process ends, and the others with it; the save is lost, as after a kill
+                time.sleep(0.05)
         self.close()
 
     def close(self) -> None:
@@ -110,6 +123,18 @@ class Checkpoints:
     def _writing(self) -> contextlib.AbstractContextManager[None]:
         # Orbax and TensorStore raise many types for a full disk or lost rights, some from a thread.
         return writing(self._workdir, Exception)
+
+
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier among processes, but none of its threads waits there with an error to report.
+
+    A process whose save has failed would wait for 20 minutes: the others are at another barrier, and leave
+    it when this process ends.
+    """
+    of_orbax = threading.current_thread() is not threading.main_thread()
+    if of_orbax and (error := sys.exception()):
+        raise error
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def restore_params(

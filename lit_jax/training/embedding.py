@@ -1,6 +1,7 @@
 """A locked tower over a whole data set: each process on its own devices, each with shards of its own."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -98,7 +99,7 @@ def _tower(setup: Setup, side: Side, params: Tree) -> dict[str, Any]:
 def _open_folder(folder: Path, header: Header) -> None:
     """Makes the folder that of these embeddings, unless it is that of others."""
     started = folder / STARTED
-    try:
+    with _writing(folder):
         if started.exists():
             found = json.loads(started.read_bytes())
             changed = [k for k, v in dataclasses.asdict(header).items() if found.get(k) != v]
@@ -108,12 +109,11 @@ def _open_folder(folder: Path, header: Header) -> None:
                 )
         elif folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} holds something else; choose another --output.")
-        _together()  # all have looked before one writes
+    _together()  # all have looked before one writes
+    with _writing(folder):
         if is_primary() and not started.exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(started, json.dumps(dataclasses.asdict(header), indent=2) + "\n")
-    except (OSError, ValueError) as error:
-        raise _unwritable(folder, error) from error
 
 
 def _close_folder(folder: Path, header: Header) -> Counts:
@@ -121,16 +121,22 @@ def _close_folder(folder: Path, header: Header) -> Counts:
     counts = sum((shard_counts(folder, header, n) for n in range(header.shards)), Counts())
     if is_primary():
         manifest = dataclasses.asdict(header) | dataclasses.asdict(counts)
-        write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        with _writing(folder):
+            write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return counts
 
 
-def _unwritable(folder: Path, error: Exception) -> UserError:
-    reason = (isinstance(error, OSError) and error.strerror) or error
-    return UserError(
-        f"{folder} cannot be written ({reason}); mend that and run the same command again, or choose another "
-        "--output."
-    )
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Raises UserError where the folder cannot be written; nothing may run on a device in here."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:  # ArrayRecord raises RuntimeError
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise UserError(
+            f"{folder} cannot be written ({reason}); mend that and run the same command again, or choose "
+            "another --output."
+        ) from error
 
 
 def _together(*, stopped: bool = False, busy: bool = False) -> tuple[bool, bool]:
@@ -258,21 +264,27 @@ def _embed_missing(sweep: _Sweep, folder: Path, header: Header) -> None:
 def _write_shard(
     sweep: _Sweep, path: Path, examples: range, stop: StopSignal, bar: "tqdm[Any]"
 ) -> None:
+    with _writing(path.parent):
+        writer = ShardWriter(path)
     complete = False
     try:
-        writer = ShardWriter(path)
-        try:
-            for record in sweep.records(examples):
-                if record is None:
-                    _raise_if(_together(stopped=stop.received, busy=True)[0])
-                    continue
+        for record in sweep.records(examples):
+            if record is None:
+                _raise_if(_together(stopped=stop.received, busy=True)[0])
+                continue
+            with _writing(path.parent):
                 writer.add(record)
-                bar.update(jax.process_count())
-            complete = True
-        finally:
+            bar.update(jax.process_count())
+        complete = True
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"The devices have too little memory for {sweep.rows} rows at once; give a smaller --batch_size."
+        ) from error
+    finally:
+        with _writing(path.parent):
             writer.close(complete=complete)
-    except (OSError, RuntimeError) as error:
-        raise _unwritable(path.parent, error) from error
 
 
 def _raise_if(stopped: bool) -> None:

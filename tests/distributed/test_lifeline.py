@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import portpicker
 import pytest
 
-from lit_jax.errors import BAD_INPUT, FAILED
+from lit_jax.errors import BAD_INPUT, FAILED, GONE
 
 ROOT = Path(__file__).parents[2]
 ENDS = {  # exit code of the launcher, and what each of the others says last
@@ -21,26 +22,22 @@ ENDS = {  # exit code of the launcher, and what each of the others says last
 }
 
 
-@pytest.mark.parametrize(("how", "who"), [("kill", 0), ("kill", 1), ("error", 2), ("bug", 1)])
-def test_the_end_of_one_process_is_that_of_all(how, who):
-    script = Path(__file__).with_name("one_of_three_processes.py")
-    result = subprocess.run(
-        [
-            ROOT / "launch" / "local.sh",
-            "3",
-            "--devices=1",
-            "--",
-            sys.executable,
-            script,
-            how,
-            str(who),
-        ],
+def start(processes, script, *arguments):
+    """Starts a script of this folder several times, by the launcher."""
+    launcher = [ROOT / "launch" / "local.sh", str(processes), "--devices=1", "--", sys.executable]
+    return subprocess.run(
+        [*launcher, Path(__file__).with_name(script), *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=200,
     )
+
+
+@pytest.mark.parametrize(("how", "who"), [("kill", 0), ("kill", 1), ("error", 2), ("bug", 1)])
+def test_the_end_of_one_process_is_that_of_all(how, who):
+    result = start(3, "one_of_three_processes.py", how, str(who))
     code, sentence = ENDS[how]
     assert result.returncode == code, result.stderr
     for other in {0, 1, 2} - {who}:
@@ -48,3 +45,33 @@ def test_the_end_of_one_process_is_that_of_all(how, who):
         # Perhaps not as the last: JAX's own threads may still print what they make of it.
         assert f"[{other}] {sentence.format(who)}" in said
     assert ("Traceback" in result.stderr) == (how == "bug")
+
+
+@pytest.mark.parametrize("index", ["0", "1"])
+def test_where_another_process_never_comes_the_wait_has_an_end_and_a_sentence(index):
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("one_of_two_at_the_start.py"), "alone"],
+        env=os.environ
+        | {
+            "PYTHONPATH": str(ROOT),
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{portpicker.pick_unused_port()}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": index,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert result.returncode == GONE, result.stderr
+    assert result.stderr == (
+        "error: The processes of this run have not come together in 2 s; see what the others say and whether "
+        "they reach process 0, and run the same command again.\n"
+    )
+
+
+def test_who_fails_before_it_joins_leaves_nobody_waiting():
+    """The launcher ends the other, which would wait for five minutes."""
+    result = start(2, "one_of_two_at_the_start.py", "fails")
+    assert result.returncode == BAD_INPUT
+    assert result.stderr == "[1] error: Mend the config.\n"

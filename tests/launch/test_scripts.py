@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from lit_jax import train
-from lit_jax.errors import BAD_INPUT, FAILED, GONE, INTERRUPTED, PREEMPTED
+from lit_jax.errors import BAD_INPUT, DONE, FAILED, GONE, INTERRUPTED, PREEMPTED
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -162,12 +162,29 @@ def test_a_mistyped_command_says_so(words):
         ((GONE, PREEMPTED), GONE),
         ((GONE, BAD_INPUT), BAD_INPUT),
         ((137, GONE), 137),
+        ((GONE, 143), GONE),
     ],
 )
 def test_local_returns_the_worst_exit_code(codes, worst):
     of_process = f"exit $(echo {' '.join(map(str, codes))} | cut -d' ' -f$((JAX_PROCESS_ID + 1)))"
     result = launch(LAUNCH / "local.sh", "2", "--", "bash", "-c", of_process)
     assert result.returncode == worst
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_local_ends_the_others_where_one_fails(failing):
+    of_process = f"[ $JAX_PROCESS_ID = {failing} ] && exit {FAILED}; exec sleep 600"
+    result = launch(LAUNCH / "local.sh", "2", "--", "bash", "-c", of_process)
+    assert result.returncode == FAILED
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("code", [DONE, PREEMPTED])
+def test_local_waits_for_the_others_where_one_ends_in_order(code):
+    of_process = f"[ $JAX_PROCESS_ID = 1 ] && exit {code}; sleep 1; echo saved; exit {code}"
+    result = launch(LAUNCH / "local.sh", "2", "--", "bash", "-c", of_process)
+    assert result.returncode == code
+    assert result.stdout == "[0] saved\n"
 
 
 def test_local_says_who_speaks_and_passes_signals_on():

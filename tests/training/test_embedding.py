@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = 40
 BAD = 7  # its image is no image
 WITHOUT_CAPTION = 11
+SHARD = "shard-00001-of-00006.array_record"
 AUGMENTED = {"data.flip": True, "data.crop_min_area": 0.3}
 
 
@@ -328,6 +329,39 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, make):
     with pytest.raises(UserError, match="holds something else"):
         embed(make(), tmp_path, "image")
     assert content(tmp_path) == {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("in_the_way", [MANIFEST, f".{SHARD}.tmp"])
+def test_a_folder_that_cannot_be_written_is_named(make, tmp_path, in_the_way):
+    """By another folder where a file should be; rights would not stop root."""
+    output = tmp_path / "cache"
+    embed(make(), output, "image", batch_size=8)
+    whole = content(output)
+    for name in (MANIFEST, SHARD):
+        (output / name).unlink()
+    (output / in_the_way).mkdir()
+    with pytest.raises(UserError) as raised:
+        embed(make(), output, "image", batch_size=8)
+    assert str(raised.value).startswith(f"{output} cannot be written (")
+    assert not (output / MANIFEST).is_file()
+    (output / in_the_way).rmdir()
+    embed(make(), output, "image", batch_size=8)
+    assert content(output) == whole
+
+
+def test_too_little_memory_on_the_device_is_not_the_folders_fault(make, tmp_path, monkeypatch):
+    def pool(*_):
+        return jax.numpy.zeros(1 << 46, np.uint8).block_until_ready()  # 64 TiB
+
+    output = tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, "_pool", pool)
+        with pytest.raises(UserError, match="8 rows at once; give a smaller --batch_size"):
+            embed(make(), output, "image", batch_size=8)
+    assert content(output).keys() == {"started.json"}
+    monkeypatch.setattr(embedding, "_pool", lambda *_: jax.numpy.zeros(3) + np.zeros(4))
+    with pytest.raises(TypeError, match="shapes"):  # other mistakes stay what they are
+        embed(make(), output, "image", batch_size=8)
 
 
 def start(module, *flags, devices=1, env=None):

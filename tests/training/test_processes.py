@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lit_jax.errors import BAD_INPUT, PREEMPTED
 from lit_jax.training.disk import complete_steps
@@ -276,6 +277,64 @@ def test_sigterm_to_one_process_stops_both_and_they_go_on(command, tmp_path, who
     assert f"Going on from step {stopped} of" in said_by(0, errors)
     assert "Going on" not in said_by(1, errors)
     assert_same_end(workdir, whole_of_two[0])
+
+
+GO_ON = "to go on from the latest checkpoint."
+
+
+def test_the_death_of_one_process_ends_the_other_and_they_go_on(command, tmp_path, whole_of_two):
+    """Now the second, now the first, which is also the one that JAX's own coordination needs."""
+    workdir, done = tmp_path / "run", 0
+    for killed in (1, 0):
+        launcher = start_two(command, workdir)
+        wait_for_step(launcher, workdir, done + 3)
+        survivor = process_number(1 - killed, launcher)
+        os.kill(process_number(killed, launcher), signal.SIGKILL)
+        _, errors = launcher.communicate(timeout=60)
+        assert launcher.returncode == 128 + signal.SIGKILL  # worse than that of the survivor
+        assert not Path(f"/proc/{survivor}").exists()
+        said = said_by(1 - killed, errors).splitlines()
+        assert f"Process {killed} is gone; run the same command again {GO_ON}" in said
+        assert "Traceback" not in errors
+        assert complete_steps(workdir)[-1] > done
+        done = read_metrics(workdir)[-1]["step"]
+    finish(start_two(command, workdir, "--config.checkpoint.every=10 steps"))
+    assert_same_end(workdir, whole_of_two[0])
+
+
+def test_bad_data_of_one_process_ends_both_with_its_sentence(command, tmp_path):
+    """The second finds, in a folder of its own, images that cannot be decoded."""
+    rows = [
+        json.dumps({"image": f"{i}.png", "caption": f"the number {i}"}) + "\n" for i in range(32)
+    ]
+    for index in (0, 1):
+        data = tmp_path / str(index) / "data"
+        data.mkdir(parents=True)
+        (data / "captions.jsonl").write_text("".join(rows))
+        for i in range(32):
+            Image.new("RGB", (32, 32), (8 * i, 0, 0)).save(data / f"{i}.png")
+            if index == 1 and i % 2:
+                (data / f"{i}.png").write_bytes(b"no image")
+    elsewhere = (
+        "bash",
+        "-c",
+        f'cd {tmp_path}/$JAX_PROCESS_ID; exec env PYTHONPATH={ROOT} "$@"',
+        "-",
+    )
+    flags = (
+        *(f"--config={ROOT}/configs/vit_bert.py", "--config.data.train.path=data"),
+        *("--config.data.train.split=None", "--config.duration=2000 steps"),
+    )
+    _, errors = finish(start_two(command, tmp_path / "run", *flags, prefix=elsewhere), BAD_INPUT)
+    sentence = said_by(1, errors).splitlines()[-1]
+    assert sentence.startswith("error: process 1: ")
+    assert "mend the data or raise config.data.max_bad_fraction" in sentence
+    assert said_by(0, errors).splitlines()[-1] == sentence
+    assert "process 1: Bad sample" in said_by(1, errors)
+    assert "Traceback" not in errors
+    saves = [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert saves  # the one under way was completed
+    assert all(name.isdigit() for name in saves)
 
 
 def test_without_network_a_hub_model_is_named_with_the_key_for_a_folder(tmp_path):

@@ -1,0 +1,45 @@
+"""A save that one of two processes cannot write: both end, soon, and the checkpoint before it stays."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_jax.errors import BAD_INPUT
+from lit_jax.training.disk import complete_steps
+
+ROOT = Path(__file__).parents[2]
+FULL = (
+    "The run folder {} cannot be written (File too large); mend that and run the same command again: "
+    "it goes on from step 1."
+)
+
+
+@pytest.mark.parametrize(
+    ("full", "how", "sentence"),
+    [
+        (0, "wait", f"error: process 0: {FULL}"),
+        pytest.param(1, "wait", f"error: process 1: {FULL}", marks=pytest.mark.long),
+        # An error of the other comes before it: it waits for the save, but not for ever.
+        (0, "error", "error: process 1: Mend the data."),
+    ],
+)
+def test_a_save_that_one_process_cannot_write_holds_up_nobody(tmp_path, full, how, sentence):
+    (tmp_path / "run").mkdir()
+    launcher = [ROOT / "launch" / "local.sh", "2", "--devices=1", "--", sys.executable]
+    script = Path(__file__).with_name("checkpoint_of_two_processes.py")
+    result = subprocess.run(
+        [*launcher, script, tmp_path / "run", str(full), how],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,  # Orbax alone waits for 20 minutes
+    )
+    assert result.returncode == BAD_INPUT
+    assert complete_steps(tmp_path / "run") == [1]
+    for index in (0, 1):
+        assert f"[{index}] {sentence.format(tmp_path / 'run')}" in result.stderr
+    assert "Traceback" not in result.stderr
