@@ -8,6 +8,7 @@ Dims: B images, T texts, L tokens, C channels, HxW pixels, N heads, D width, P p
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,6 +32,7 @@ from lit_jax.models.families import build_tower
 from lit_jax.models.layers import Tower, TowerOutput
 from lit_jax.training.losses import make_loss
 from lit_jax.training.similarity import similarity_logits
+from lit_jax.trees import flatten
 from lit_jax.weights import hub, load, save
 
 Dtype = Literal["float32", "bfloat16"]
@@ -38,13 +40,18 @@ Params = Mapping[str, Any]
 Pixels = Float[Array | np.ndarray, "B C H W"]
 Ids = Int[Array | np.ndarray, "T L"]
 
+# Where a block records something: all equal ones are 'layer', those from the Nth on 'layer_from_N', each of
+# these with a leading depth axis; a single one is 'layer_N', and ConvNeXt has 'stages_N'.
+_BLOCK = re.compile(r"(?:encoder/)?(?:layer|stages)_?(?P<from>from_)?(?P<index>\d*)/(?P<name>.*)")
+
 
 class ModelOutput(NamedTuple):
     """What a tower computes."""
 
     last_hidden_state: Float[Array, "B L D"]
     pooler_output: Float[Array, "B P"]
-    hidden_states: tuple[Float[Array, "B L D"], ...] | None  # input of the blocks, output of each
+    # Input of the blocks, output of each; of a ConvNeXt, of each stage.
+    hidden_states: tuple[Float[Array, "B L D"], ...] | None
     attentions: tuple[Float[Array, "B N L L"], ...] | None  # probabilities of each block
 
 
@@ -389,14 +396,29 @@ def _texts(*inputs: Any) -> tuple[Any, ...]:
 def _model_output(
     output: TowerOutput, recorded: Mapping[str, Any], *, hidden_states: bool, attentions: bool
 ) -> ModelOutput:
-    """With what the blocks of the tower recorded: one array of all blocks each."""
-    encoder = recorded.get("encoder", {})
-    if "layer" not in encoder:  # not recorded, or no transformer
+    """With what the blocks of the tower recorded; those that are convolutions have no attentions."""
+    if not recorded:
         return ModelOutput(*output, None, None)
-    (first,), layer = encoder["input"], encoder["layer"]
-    (states,), (probabilities,) = layer["hidden_state"], layer["attention"]["probability"]
+    (first,) = recorded.get("input") or recorded["encoder"]["input"]
+    states = [first, *_of_blocks(recorded, "hidden_state")]
+    probabilities = _of_blocks(recorded, "attention/probability")
     return ModelOutput(
         *output,
-        hidden_states=(first, *states) if hidden_states else None,
-        attentions=tuple(probabilities) if attentions else None,
+        hidden_states=tuple(map(_sequence, states)) if hidden_states else None,
+        attentions=tuple(probabilities) if attentions and probabilities else None,
     )
+
+
+def _of_blocks(recorded: Mapping[str, Any], name: str) -> list[Array]:
+    """What every block recorded under `name`, from the first block to the last."""
+    found: list[tuple[int, list[Array]]] = []
+    for path, (value,) in flatten(recorded).items():
+        if (block := _BLOCK.fullmatch(path)) and block["name"] == name:
+            is_stack = block["from"] or not block["index"]
+            found.append((int(block["index"] or 0), list(value) if is_stack else [value]))
+    return [value for _, values in sorted(found, key=lambda item: item[0]) for value in values]
+
+
+def _sequence(state: Array) -> Float[Array, "B L D"]:
+    """Tokens as they are, the positions of a map row by row."""
+    return state.reshape(len(state), -1, state.shape[-1])

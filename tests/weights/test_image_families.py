@@ -37,6 +37,7 @@ BASE_MODELS = {
     "dinov2_swiglu": ("Dinov2Model", {"use_swiglu_ffn": True}),
     "dinov2_with_registers": ("Dinov2WithRegistersModel", {"num_register_tokens": 3}),
     "dinov3": ("DINOv3ViTModel", {"num_register_tokens": 4}),
+    "dinov3_without_registers": ("DINOv3ViTModel", {"num_register_tokens": 0}),
     "dinov3_gated": (
         "DINOv3ViTModel",
         {"num_register_tokens": 1, "use_gated_mlp": True, "mlp_bias": False},
