@@ -20,12 +20,14 @@ from jaxtyping import Array, Float, Int
 from transformers import AutoConfig, PreTrainedConfig
 
 from lit_jax.config import ModelConfig, Pooling, TowerConfig
+from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import (
     SYSTEMS,
     DualEncoderModule,
     Side,
     build_dual_encoder,
     build_system,
+    check_side,
     normalize,
 )
 from lit_jax.models.families import build_tower
@@ -95,6 +97,7 @@ class _TowerModel(_Model):
     @classmethod
     def from_config(cls, config: PreTrainedConfig, *, seed: int = 0, dtype: Dtype = "float32"):
         """A tower of random weights."""
+        check_side(cls._side, config.to_dict(), "The config")
         module = build_tower(config.to_dict(), pooling="pooler", dtype=dtype)
         return cls(config=config, module=module, params=_draw(module, module.example_input, seed))
 
@@ -108,6 +111,7 @@ class _TowerModel(_Model):
         """
         folder = hub.local_folder(str(model), config_key="model")
         hf = hub.read_tower_config(folder, cls._side)
+        check_side(cls._side, hf, str(folder))
         module = build_tower(hf, pooling=pooling, dtype=dtype)
         params, _ = load.load_tower(folder, module)
         return cls(config=_config(hf), module=module, params=jax.tree.map(jnp.asarray, params))
@@ -272,8 +276,14 @@ class DualEncoder(_Model):
         """Compares every image with every text, as their processor makes them.
 
         `return_loss` is for pairs, B = T: the loss that the kind of model was trained with, over this
-        batch. With `dropout_rng` both towers compute as in training.
+        batch. With `dropout_rng` both towers compute as in training. Raises UserError, when traced, for a
+        loss of what are no pairs.
         """
+        if return_loss and len(input_ids) != len(pixel_values):
+            raise UserError(
+                f"return_loss wants a text for each image, not {len(input_ids)} texts for "
+                f"{len(pixel_values)} images."
+            )
         texts = _texts(input_ids, attention_mask, token_type_ids, position_ids)
         images_BxHxWxC, deterministic = _channels_last(pixel_values), dropout_rng is None
 

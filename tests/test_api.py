@@ -336,10 +336,21 @@ def test_the_example_of_the_documentation(model, tmp_path):
     assert np.isfinite(outputs.loss)
 
 
-def test_what_is_no_model_is_refused(tmp_path):
+def test_what_is_no_model_is_refused(model, inputs, tmp_path):
     with pytest.raises(UserError, match=r"config\.json is missing"):
         lit_jax.DualEncoder.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="model is 'no/such', which is no folder here"):
         lit_jax.TextModel.from_pretrained("no/such")
+    model.text_model.save_pretrained(tmp_path / "text")
+    with pytest.raises(
+        UserError, match="text is of model_type 'bert'; as image tower lit_jax has vit"
+    ):
+        lit_jax.VisionModel.from_pretrained(tmp_path / "text")
+    with pytest.raises(
+        UserError, match="config is of model_type 'vit'; as text tower lit_jax has bert"
+    ):
+        lit_jax.TextModel.from_config(model.config.vision_config)
+    with pytest.raises(UserError, match="not 2 texts for 3 images"):
+        model(inputs["input_ids"][:2], inputs["pixel_values"], return_loss=True)
     with pytest.raises(AttributeError, match="no attribute 'Dual'"):
         lit_jax.Dual  # noqa: B018
