@@ -8,6 +8,7 @@ Dims: B images, T texts, L tokens, C channels, HxW pixels, N heads, D width, P p
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,18 +20,21 @@ from jaxtyping import Array, Float, Int
 from transformers import AutoConfig, PreTrainedConfig
 
 from lit_jax.config import ModelConfig, Pooling, TowerConfig
+from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import (
     SYSTEMS,
     DualEncoderModule,
     Side,
     build_dual_encoder,
     build_system,
+    check_side,
     normalize,
 )
 from lit_jax.models.families import build_tower
 from lit_jax.models.layers import Tower, TowerOutput
 from lit_jax.training.losses import make_loss
 from lit_jax.training.similarity import similarity_logits
+from lit_jax.trees import flatten
 from lit_jax.weights import hub, load, save
 
 Dtype = Literal["float32", "bfloat16"]
@@ -38,13 +42,18 @@ Params = Mapping[str, Any]
 Pixels = Float[Array | np.ndarray, "B C H W"]
 Ids = Int[Array | np.ndarray, "T L"]
 
+# Where a block records something: all equal ones are 'layer', those from the Nth on 'layer_from_N', each of
+# these with a leading depth axis; a single one is 'layer_N', and ConvNeXt has 'stages_N'.
+_BLOCK = re.compile(r"(?:encoder/)?(?:layer|stages)_?(?P<from>from_)?(?P<index>\d*)/(?P<name>.*)")
+
 
 class ModelOutput(NamedTuple):
     """What a tower computes."""
 
     last_hidden_state: Float[Array, "B L D"]
     pooler_output: Float[Array, "B P"]
-    hidden_states: tuple[Float[Array, "B L D"], ...] | None  # input of the blocks, output of each
+    # Input of the blocks, output of each; of a ConvNeXt, of each stage.
+    hidden_states: tuple[Float[Array, "B L D"], ...] | None
     attentions: tuple[Float[Array, "B N L L"], ...] | None  # probabilities of each block
 
 
@@ -88,6 +97,7 @@ class _TowerModel(_Model):
     @classmethod
     def from_config(cls, config: PreTrainedConfig, *, seed: int = 0, dtype: Dtype = "float32"):
         """A tower of random weights."""
+        check_side(cls._side, config.to_dict(), "The config")
         module = build_tower(config.to_dict(), pooling="pooler", dtype=dtype)
         return cls(config=config, module=module, params=_draw(module, module.example_input, seed))
 
@@ -101,6 +111,7 @@ class _TowerModel(_Model):
         """
         folder = hub.local_folder(str(model), config_key="model")
         hf = hub.read_tower_config(folder, cls._side)
+        check_side(cls._side, hf, str(folder))
         module = build_tower(hf, pooling=pooling, dtype=dtype)
         params, _ = load.load_tower(folder, module)
         return cls(config=_config(hf), module=module, params=jax.tree.map(jnp.asarray, params))
@@ -265,8 +276,14 @@ class DualEncoder(_Model):
         """Compares every image with every text, as their processor makes them.
 
         `return_loss` is for pairs, B = T: the loss that the kind of model was trained with, over this
-        batch. With `dropout_rng` both towers compute as in training.
+        batch. With `dropout_rng` both towers compute as in training. Raises UserError, when traced, for a
+        loss of what are no pairs.
         """
+        if return_loss and len(input_ids) != len(pixel_values):
+            raise UserError(
+                f"return_loss wants a text for each image, not {len(input_ids)} texts for "
+                f"{len(pixel_values)} images."
+            )
         texts = _texts(input_ids, attention_mask, token_type_ids, position_ids)
         images_BxHxWxC, deterministic = _channels_last(pixel_values), dropout_rng is None
 
@@ -389,14 +406,29 @@ def _texts(*inputs: Any) -> tuple[Any, ...]:
 def _model_output(
     output: TowerOutput, recorded: Mapping[str, Any], *, hidden_states: bool, attentions: bool
 ) -> ModelOutput:
-    """With what the blocks of the tower recorded: one array of all blocks each."""
-    encoder = recorded.get("encoder", {})
-    if "layer" not in encoder:  # not recorded, or no transformer
+    """With what the blocks of the tower recorded; those that are convolutions have no attentions."""
+    if not recorded:
         return ModelOutput(*output, None, None)
-    (first,), layer = encoder["input"], encoder["layer"]
-    (states,), (probabilities,) = layer["hidden_state"], layer["attention"]["probability"]
+    (first,) = recorded.get("input") or recorded["encoder"]["input"]
+    states = [first, *_of_blocks(recorded, "hidden_state")]
+    probabilities = _of_blocks(recorded, "attention/probability")
     return ModelOutput(
         *output,
-        hidden_states=(first, *states) if hidden_states else None,
-        attentions=tuple(probabilities) if attentions else None,
+        hidden_states=tuple(map(_sequence, states)) if hidden_states else None,
+        attentions=tuple(probabilities) if attentions and probabilities else None,
     )
+
+
+def _of_blocks(recorded: Mapping[str, Any], name: str) -> list[Array]:
+    """What every block recorded under `name`, from the first block to the last."""
+    found: list[tuple[int, list[Array]]] = []
+    for path, (value,) in flatten(recorded).items():
+        if (block := _BLOCK.fullmatch(path)) and block["name"] == name:
+            is_stack = block["from"] or not block["index"]
+            found.append((int(block["index"] or 0), list(value) if is_stack else [value]))
+    return [value for _, values in sorted(found, key=lambda item: item[0]) for value in values]
+
+
+def _sequence(state: Array) -> Float[Array, "B L D"]:
+    """Tokens as they are, the positions of a map row by row."""
+    return state.reshape(len(state), -1, state.shape[-1])

@@ -136,11 +136,13 @@ def compare_towers(ours, theirs, *, pooled=True):
     np.testing.assert_allclose(ours.last_hidden_state, hidden, atol=1e-4)
     if pooled and theirs.pooler_output is not None:
         np.testing.assert_allclose(ours.pooler_output, theirs.pooler_output, atol=1e-4)
-    if ours.hidden_states is not None:
-        for ours_, theirs_ in zip(ours.hidden_states, theirs.hidden_states, strict=True):
-            np.testing.assert_allclose(ours_, theirs_, atol=1e-4)
-        for ours_, theirs_ in zip(ours.attentions, theirs.attentions, strict=True):
-            np.testing.assert_allclose(ours_, theirs_, atol=1e-5)
+    recorded = [output.get("hidden_states") or () for output in (ours._asdict(), theirs)]
+    for ours_, theirs_ in zip(*recorded, strict=True):
+        expected = theirs_.flatten(2).mT if theirs_.ndim == 4 else theirs_
+        np.testing.assert_allclose(ours_, expected, atol=1e-4)
+    recorded = [output.get("attentions") or () for output in (ours._asdict(), theirs)]
+    for ours_, theirs_ in zip(*recorded, strict=True):
+        np.testing.assert_allclose(ours_, theirs_, atol=1e-5)
 
 
 @pytest.mark.oracle
@@ -173,6 +175,57 @@ def test_towers_alone_compute_what_pytorch_computes(tmp_path, name, text_class, 
         alone.load_state_dict(theirs.state_dict())
         alone.save_pretrained(tmp_path / class_)
         compare_towers(ours.from_pretrained(tmp_path / class_)(**batch), expected)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["convnext", "efficientnet", "modernbert"])
+def test_states_of_towers_whose_blocks_differ(tmp_path, name):
+    import torch
+
+    configs = {
+        "convnext": tr.ConvNextConfig(
+            hidden_sizes=[4, 6], depths=[1, 2], num_stages=2, image_size=16
+        ),
+        "efficientnet": tr.EfficientNetConfig(**EFFICIENTNET | {"hidden_dim": 1280}),
+        "modernbert": tr.ModernBertConfig(
+            **TEXT | {"num_hidden_layers": 4, "max_position_embeddings": 20, "local_attention": 4},
+            **{f"{token}_token_id": 0 for token in ("pad", "bos", "eos", "cls", "sep")},
+        ),
+    }
+    torch.manual_seed(0)
+    theirs = tr.AutoModel.from_config(configs[name], attn_implementation="eager").eval()
+    theirs.save_pretrained(tmp_path)
+    batch = {"pixel_values": np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype("f4")}
+    ours = lit_jax.VisionModel
+    if name == "modernbert":
+        batch, ours = {"input_ids": np.arange(14).reshape(2, 7)}, lit_jax.TextModel
+    pooling = "cls" if name == "modernbert" else "pooler"
+    asked = {"output_hidden_states": True, "output_attentions": name == "modernbert"}
+    with torch.no_grad():
+        expected = theirs(**{key: torch.tensor(value) for key, value in batch.items()}, **asked)
+    if name == "modernbert":  # theirs ends with the state after the last normalisation
+        blocks = list(expected.hidden_states[:-1])
+        with torch.no_grad():
+            states = []
+            theirs.layers[-1].register_forward_hook(lambda *args: states.append(args[-1]))
+            theirs(**{key: torch.tensor(value) for key, value in batch.items()})
+        expected["hidden_states"] = (*blocks, states[0])
+    output = ours.from_pretrained(tmp_path, pooling=pooling)(**batch, **asked)
+    assert len(output.hidden_states) > 2
+    compare_towers(output, expected, pooled=False)
+
+
+def test_every_tower_gives_its_states_when_asked():
+    config = CONFIGS["align"]()
+    model = lit_jax.DualEncoder.from_config(config)
+    asked = model(**inputs_for(config), output_hidden_states=True, output_attentions=True)
+    states = asked.vision_model_output.hidden_states
+    assert [state.shape for state in states] == [(3, 256, 32), (3, 256, 8), (3, 64, 16)]
+    np.testing.assert_array_equal(states[-1], asked.vision_model_output.last_hidden_state)
+    assert asked.vision_model_output.attentions is None
+    assert len(asked.text_model_output.attentions) == 2
+    plain = model(**inputs_for(config)).vision_model_output
+    assert plain.hidden_states is None
 
 
 def test_calls_are_functions_of_jax(model, inputs):
@@ -283,10 +336,21 @@ def test_the_example_of_the_documentation(model, tmp_path):
     assert np.isfinite(outputs.loss)
 
 
-def test_what_is_no_model_is_refused(tmp_path):
+def test_what_is_no_model_is_refused(model, inputs, tmp_path):
     with pytest.raises(UserError, match=r"config\.json is missing"):
         lit_jax.DualEncoder.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="model is 'no/such', which is no folder here"):
         lit_jax.TextModel.from_pretrained("no/such")
+    model.text_model.save_pretrained(tmp_path / "text")
+    with pytest.raises(
+        UserError, match="text is of model_type 'bert'; as image tower lit_jax has vit"
+    ):
+        lit_jax.VisionModel.from_pretrained(tmp_path / "text")
+    with pytest.raises(
+        UserError, match="config is of model_type 'vit'; as text tower lit_jax has bert"
+    ):
+        lit_jax.TextModel.from_config(model.config.vision_config)
+    with pytest.raises(UserError, match="not 2 texts for 3 images"):
+        model(inputs["input_ids"][:2], inputs["pixel_values"], return_loss=True)
     with pytest.raises(AttributeError, match="no attribute 'Dual'"):
         lit_jax.Dual  # noqa: B018

@@ -113,8 +113,8 @@ class Embeddings(nn.Module):
 class Encoder(nn.Module):
     """Stages of equal blocks, which are scanned; each but the first begins with half the resolution.
 
-    The collection 'intermediates', where it is mutable, gets 'input', and of each block 'hidden_state',
-    its output.
+    The collection 'intermediates', where it is mutable, gets 'input', and of each stage and each
+    block 'hidden_state', its output.
     """
 
     config: ConvNextV2Config
@@ -154,7 +154,9 @@ class Stage(nn.Module):
                 name="downsampling_layer_1",
             )(_normed(x_BxYxXxC, "downsampling_layer_0", self.dtype))
         block = Block(cfg, self.width, self.dtype, name="layer")
-        return scan_blocks(block, x_BxYxXxC, rates_N, deterministic, self.remat)
+        x_BxYxXxC = scan_blocks(block, x_BxYxXxC, rates_N, deterministic, self.remat)
+        self.sow("intermediates", "hidden_state", x_BxYxXxC)
+        return x_BxYxXxC
 
 
 class Block(nn.Module):

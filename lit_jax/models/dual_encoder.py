@@ -217,6 +217,16 @@ def normalize(embeds_BxE: Float[Array, "B E"]) -> Float[Array, "B E"]:
     return embeds_BxE * jax.lax.rsqrt(jnp.maximum(squared_Bx1, 1e-24))
 
 
+def check_side(side: Side, hf: Mapping[str, Any], what: str) -> None:
+    """Raises UserError, which names `what`, if the config.json content is not of a tower for this side."""
+    families = VISION if side == "image" else TEXT
+    if hf.get("model_type") not in families:
+        raise UserError(
+            f"{what} is of model_type {hf.get('model_type')!r}; as {side} tower lit_jax has "
+            f"{', '.join(families)}."
+        )
+
+
 def build_dual_encoder(
     vision_hf: Mapping[str, Any], text_hf: Mapping[str, Any], config: ModelConfig
 ) -> DualEncoderModule:
@@ -224,12 +234,8 @@ def build_dual_encoder(
 
     Raises UserError if one is not of a tower family for its side.
     """
-    for side, families, hf in (("image", VISION, vision_hf), ("text", TEXT, text_hf)):
-        if hf.get("model_type") not in families:
-            raise UserError(
-                f"config.model.{side}.model is of model_type {hf.get('model_type')!r}; "
-                f"as {side} tower lit_jax has {', '.join(families)}."
-            )
+    check_side("image", vision_hf, "config.model.image.model")
+    check_side("text", text_hf, "config.model.text.model")
     return DualEncoderModule(
         build_tower(vision_hf, pooling=config.image.pooling, dtype=config.dtype),
         build_tower(text_hf, pooling=config.text.pooling, dtype=config.dtype),
@@ -276,9 +282,14 @@ SYSTEMS: Mapping[str, System] = {
 
 
 def build_system(hf_config: Mapping[str, Any], *, dtype: Any) -> DualEncoderModule:
-    """The dual encoder that `hf_config`, the content of a config.json, describes."""
+    """The dual encoder that `hf_config`, the content of a config.json, describes.
+
+    Raises UserError if one of its towers is not of a family for its side.
+    """
     system = SYSTEMS[hf_config["model_type"]]
     vision, text = hf_config["vision_config"], hf_config["text_config"]
+    check_side("image", vision, "The vision_config of the model's config.json")
+    check_side("text", text, "The text_config of the model's config.json")
     return DualEncoderModule(
         build_tower(vision, pooling="pooler", dtype=dtype),
         build_tower(text, pooling=system.text_pooling, dtype=dtype),

@@ -117,11 +117,16 @@ def _family(hf: Mapping[str, Any]) -> tuple[type[Any], type[Tower]]:
     families = {**VISION, **TEXT}
     model_type = hf.get("model_type")
     if model_type not in families:
-        raise UserError(
-            f"The model's config.json has model_type {model_type!r}, which lit_jax does not have; "
-            f"its image towers are {', '.join(VISION)} and its text towers {', '.join(TEXT)}."
-        )
+        raise UserError(f"{unknown(model_type)}.")
     return families[model_type]
+
+
+def unknown(model_type: Any) -> str:
+    """What to say of a `model_type` that is none of ours; without a full stop."""
+    return (
+        f"The model's config.json has model_type {model_type!r}, which lit_jax does not have; "
+        f"its image towers are {', '.join(VISION)} and its text towers {', '.join(TEXT)}"
+    )
 
 
 def _value(value: Any, type_: Any) -> Any:

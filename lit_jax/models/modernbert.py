@@ -172,7 +172,12 @@ class ModernBert(Tower):
         rotary: Rotary,
         deterministic: bool,
     ) -> Array:
-        """The first block, which has parameters of its own, and then the others as one scan."""
+        """The first block, which has parameters of its own, and then the others as one scan.
+
+        The collection 'intermediates', where it is mutable, gets 'input', and of the blocks what those of
+        any `Encoder` record.
+        """
+        self.sow("intermediates", "input", x_BxLxD)
         block = self.config.block
         kind, *other_kinds = self.config.kinds
         # Its tokens are normalised already.

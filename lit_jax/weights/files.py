@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 from flax import serialization
 
@@ -131,8 +132,25 @@ def _flatten(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return flat
 
 
+def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+    with safetensors.safe_open(file, "np") as content:
+        for name in content.keys():  # noqa: SIM118  (it is no dict)
+            if (dtype := content.get_slice(name).get_dtype()) not in _SAFETENSORS_DTYPES:
+                raise UserError(
+                    f"{file} holds {name} as {dtype}, which lit_jax does not read; take the model in "
+                    "float32, float16 or bfloat16."
+                )
+    return safetensors.numpy.load_file(file)
+
+
+# Of the format's dtypes those that are numbers of whole bytes, without the 8 bit floats.
+_SAFETENSORS_DTYPES = {
+    "BOOL",
+    "BF16",
+    *(f"{kind}{bits}" for kind in "IUF" for bits in (8, 16, 32, 64)),
+}
 FORMATS = (
-    Format("model", ".safetensors", safetensors.numpy.load_file),
+    Format("model", ".safetensors", _read_safetensors),
     Format("flax_model", ".msgpack", _read_msgpack),
     Format("pytorch_model", ".bin", torch_pickle.read),
 )

@@ -9,13 +9,15 @@ import huggingface_hub
 from transformers import AutoConfig
 
 from lit_jax.errors import UserError
-from lit_jax.models.dual_encoder import TOWERS, Side
+from lit_jax.models.dual_encoder import SYSTEMS, TOWERS, Side
+from lit_jax.models.families import TEXT, VISION, unknown
 from lit_jax.weights.files import FORMATS, one_line
 
 # The model_type of a dual encoder of ours that transformers has no class for; else a VisionTextDualEncoder.
 OWN_TYPE = "lit_jax"
 # Of FlaxHybridCLIP, which became VisionTextDualEncoder.
 _FORMER_TYPES = {"hybrid-clip": "vision-text-dual-encoder"}
+_OWN_TYPES = {*VISION, *TEXT, *SYSTEMS, *_FORMER_TYPES}
 # Configs, tokenizers, image processors, indices of sharded weights.
 _SMALL_FILES = ("*.json", "*.txt", "*.model")
 _TIMEOUT = 10  # seconds
@@ -63,11 +65,14 @@ def _download(model: str) -> pathlib.Path:
 def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
     """The content of config.json, completed with transformers' defaults for its `model_type`.
 
-    Raises UserError if there is none, or none that transformers understands.
+    Raises UserError if there is none, none that transformers understands, or of a kind of model that is
+    none of ours.
     """
     file = pathlib.Path(folder) / "config.json"
     try:
         return complete(json.loads(file.read_bytes()))
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{file} is missing; give the folder of a Hugging Face model.") from None
     except Exception as error:  # each of transformers' configs checks its fields in its own way
@@ -78,8 +83,16 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
 
 
 def complete(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a config.json with transformers' defaults for its `model_type`."""
+    """The content of a config.json with transformers' defaults for its `model_type`.
+
+    Raises UserError if that, or the one of a tower in it, is none of ours.
+    """
     content = dict(content)
+    parts = (content.get(f"{tower}_config") or {} for tower in TOWERS.values())
+    of_towers = (part.get("model_type") or None for part in parts)
+    for kind in (content.get("model_type"), *of_towers):
+        if isinstance(kind, str) and kind not in _OWN_TYPES:
+            raise UserError(f"{unknown(kind)}; its dual encoders are {', '.join(SYSTEMS)}.")
     former: Any = content.pop("model_type")
     model_type = _FORMER_TYPES.get(former, former)
     config_type: Any = "vision-text-dual-encoder" if model_type == OWN_TYPE else model_type

@@ -28,6 +28,9 @@ class Family:
     aliases: Renames = ()  # from other spellings in files to those above
     pooler: str = r"(?!)"  # regex of the names that only pooling='pooler' has a use for
     vectors: tuple[str, ...] = ()  # scalars that the file has as vectors of one element
+    # (name, of another): tensors that the file has without elements where a tower has no such parameter; but
+    # for their second axis, which is 0 long, they are like the other.
+    empty: tuple[tuple[str, str], ...] = ()
     ignore: tuple[str, ...] = ()  # regexes of names, without prefix, that no tower has a use for
     beside: str = r"(?!)"  # regex of names without prefix, of a head, that a tower has too
 
@@ -257,6 +260,7 @@ FAMILIES: Mapping[str, Family] = {
             (r"\.mlp_scale\.factor$", ".layer_scale2.lambda1"),
         ),
         aliases=((r"^model\.layer\.", "layer."),),  # save_original_format=False
+        empty=(("embeddings.register_tokens", "embeddings.cls_token"),),
     ),
     "bert": _BERT,
     "roberta": _ROBERTA,

@@ -117,6 +117,8 @@ def tensors_of(
             # Torch counts batches; nothing reads the number, but a file without it counts as incomplete.
             counter = name.replace("running_var", "num_batches_tracked")
             tensors[counter] = np.zeros((), np.int64)
+    for name, like in family.empty:
+        tensors.setdefault(name, tensors[like][:, :0])
     return tensors
 
 

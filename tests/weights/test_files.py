@@ -58,6 +58,12 @@ def test_msgpack_with_something_else_is_an_error(tmp_path):
         assert "damaged or not what its name says" in error_of(tmp_path)
 
 
+def test_a_dtype_that_is_not_read_is_named(tmp_path):
+    tensors = {"a": np.ones(2), "b": np.ones(2, ml_dtypes.float8_e4m3fn)}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    assert "holds b as F8_E4M3, which lit_jax does not read" in error_of(tmp_path)
+
+
 def test_safetensors_is_preferred_to_msgpack_to_bin(golden, tmp_path):
     names = ["model.safetensors", "flax_model.msgpack", "pytorch_model.bin"]
     shutil.copy(golden / "dual_torch" / names[0], tmp_path)

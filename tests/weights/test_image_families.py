@@ -37,6 +37,7 @@ BASE_MODELS = {
     "dinov2_swiglu": ("Dinov2Model", {"use_swiglu_ffn": True}),
     "dinov2_with_registers": ("Dinov2WithRegistersModel", {"num_register_tokens": 3}),
     "dinov3": ("DINOv3ViTModel", {"num_register_tokens": 4}),
+    "dinov3_without_registers": ("DINOv3ViTModel", {"num_register_tokens": 0}),
     "dinov3_gated": (
         "DINOv3ViTModel",
         {"num_register_tokens": 1, "use_gated_mlp": True, "mlp_bias": False},
@@ -144,6 +145,10 @@ def test_a_dinov3_may_have_a_tensor_of_no_registers(tower, tmp_path):
     params, report = load_params(folder, tower)
     assert "register_tokens" not in params["embeddings"]
     assert not report.ignored
+    # transformers misses it in a file without.
+    save.save_tower(tmp_path / "new", config, tower(folder), params)
+    written = safetensors.numpy.load_file(tmp_path / "new/model.safetensors")
+    assert written["embeddings.register_tokens"].shape == (1, 0, 8)
 
 
 @pytest.fixture(scope="module")

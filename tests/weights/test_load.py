@@ -1,3 +1,4 @@
+import json
 import re
 
 import jax
@@ -289,3 +290,26 @@ def test_the_computation_has_the_dtype_that_was_asked_for(golden):
     module, params, _, _ = load.load_dual_encoder(golden / "dual_torch", dtype="bfloat16")
     assert module.vision_model.dtype == module.text_model.dtype == "bfloat16"
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("kind", ["eva02", "swin"])
+@pytest.mark.parametrize("part", ["", "vision_config", "text_config"])
+def test_a_kind_of_model_that_is_none_of_ours_is_named_with_those_that_are(golden, kind, part):
+    """Also one that transformers does not have."""
+    content = json.loads((golden / "dual_torch/config.json").read_text())
+    described = content[part] if part else content
+    described["model_type"] = kind
+    with pytest.raises(
+        UserError, match=rf"model_type '{kind}'.* towers are vit, .* towers bert, .* encoders are"
+    ):
+        hub.complete(content)
+
+
+def test_the_towers_of_a_dual_encoder_are_each_on_their_side(golden):
+    content = json.loads((golden / "dual_torch/config.json").read_text())
+    content["vision_config"], content["text_config"] = (
+        content["text_config"],
+        content["vision_config"],
+    )
+    with pytest.raises(UserError, match=r"vision_config .* of model_type 'bert'; as image tower"):
+        load.dual_encoder_module(hub.complete(content), dtype="float32")
