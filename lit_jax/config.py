@@ -28,6 +28,8 @@ class Range(NamedTuple):
 Count = Annotated[int, Range(1)]
 NotNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
+_DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]{1,2})?)\s+(step|epoch|example)s?\s*")
+Duration = Annotated[str, _DURATION]  # "300 steps", "2.5 epochs" or "9e8 examples"; see `steps`
 
 Pooling = Literal["pooler", "cls", "mean"]
 Remat = Literal["none", "matmuls", "block"]
@@ -107,9 +109,9 @@ class OptimizerConfig:
 class ScheduleConfig:
     name: Literal["cosine", "rsqrt", "linear", "constant"] = "cosine"
     learning_rate: NotNegative = 1e-3  # at the end of the warm-up
-    warmup: str = "0 steps"
-    cooldown: str = "0 steps"  # linear to zero at the end
-    timescale: str = "10000 steps"  # of rsqrt alone
+    warmup: Duration = "0 steps"
+    cooldown: Duration = "0 steps"  # linear to zero at the end
+    timescale: Duration = "10000 steps"  # of rsqrt alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,14 +180,14 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every: str = "1000 steps"
+    every: Duration = "1000 steps"
     keep_last: Count = 2
-    keep_every: str | None = None
+    keep_every: Duration | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    every: str = "50 steps"
+    every: Duration = "50 steps"
     tensorboard: bool = True
     wandb_project: str | None = None
 
@@ -206,7 +208,7 @@ class EvalConfig:
     shots: tuple[Count, ...] = (1, 2, 4, 8, 16)  # few_shot: training images of each class
     draws: Count = 5  # few_shot: of those images, whose results are averaged
     batch_size: Count = 256
-    every: str | None = None  # during training, such as '1000 steps'
+    every: Duration | None = None  # during training, such as '1000 steps'
     at_start: bool = False  # before the first step
     at_end: bool = True  # after the last one
 
@@ -214,8 +216,8 @@ class EvalConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    batch_size: int = 128  # pairs a step, over all devices and processes
-    duration: str = "1000 steps"
+    batch_size: Count = 128  # pairs a step, over all devices and processes
+    duration: Duration = "1000 steps"
     loss: Literal["softmax", "sigmoid", "mse"] = "softmax"  # mse: with a teacher, and only then
     # How a contrastive loss is computed: "lean" without a similarity matrix, the same up to rounding; "auto"
     # decides by the batch size and the devices (docs/scale.md).
@@ -263,7 +265,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         # What config.json would give back: JSON knows no tuples.
         return list(value) if isinstance(value, tuple) else value
     if origin is Annotated:
-        return _in_range(_convert(args[0], value, where), args[1], where)
+        converted, limit = _convert(args[0], value, where), args[1]
+        if isinstance(limit, Range):
+            return _in_range(converted, limit, where)
+        return _duration(converted, where)
     if origin is Literal:
         if value not in args:
             raise UserError(
@@ -286,8 +291,17 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     elif origin is None and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
         return value
-    name = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
-    raise UserError(f"{where} is {value!r}; it must be of type {name}.")
+    raise UserError(f"{where} is {value!r}; it must be of type {_name(kind)}.")
+
+
+def _name(kind: Any) -> str:
+    """As one would write it in Python: 'tuple[tuple[str, float], ...]'."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _name(args[0])
+    if origin is None:
+        return "..." if kind is Ellipsis else kind.__name__
+    return f"{origin.__name__}[{', '.join(map(_name, args))}]"
 
 
 def _in_range(number: int | float, allowed: Range, where: str) -> int | float:
@@ -295,6 +309,14 @@ def _in_range(number: int | float, allowed: Range, where: str) -> int | float:
         return number
     most = "" if allowed.most == math.inf else f" and at most {allowed.most}"
     raise UserError(f"{where} is {number}; it must be at least {allowed.least}{most}.")
+
+
+def _duration(text: str, where: str) -> str:
+    if _DURATION.fullmatch(text):
+        return text
+    raise UserError(
+        f"{where}={text!r} is no duration; write for example '300 steps', '2.5 epochs' or '9e8 examples'."
+    )
 
 
 def _convert_dataclass(kind: type, value: Any, where: str) -> Any:
@@ -347,17 +369,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def steps(duration: str, *, batch_size: int, examples_per_epoch: int) -> int:
-    """Converts "300 steps", "2.5 epochs" or "900e6 examples" to a number of steps, rounded down.
-
-    Raises UserError if the text is none of these.
-    """
-    match = re.fullmatch(
-        r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]{1,2})?)\s+(step|epoch|example)s?\s*", duration
-    )
-    if not match:
-        raise UserError(
-            f"{duration!r} is no duration; write for example '300 steps', '2.5 epochs' or '9e8 examples'."
-        )
+    """Converts a `Duration` to a number of steps, rounded down."""
+    match = _DURATION.fullmatch(duration)
+    assert match, duration  # `parse` has looked
     amount, unit = float(match[1]), match[2]
     examples = {"step": batch_size, "epoch": examples_per_epoch, "example": 1}[unit]
     return int(amount * examples / batch_size + 1e-9)

@@ -53,6 +53,11 @@ def test_config_survives_json():
         ({"policy": {"learning_rate": [["x", "1"]]}}, r"learning_rate\[0\] is '1'; .* type float"),
         ({"policy": {"weight_decay": [["x", -1]]}}, r"weight_decay\[0\] is -1.0; .* at least 0"),
         ({"model": {"image": {"overrides": {1: 2}}}}, r"overrides is {1: 2}; .* type dict\[str"),
+        (
+            {"policy": {"learning_rate": "x"}},
+            r"must be of type tuple\[tuple\[str, float\], ...\]\.$",
+        ),
+        ({"evals": 3}, r"config.evals is 3; it must be of type dict\[str, EvalConfig\]\.$"),
         ({"seed": -1}, "config.seed is -1; it must be at least 0 and at most 4294967295"),
         ({"optimizer": {"clip_norm": -1.0}}, "clip_norm is -1.0; it must be at least 0"),
         ({"label_smoothing": 2}, "label_smoothing is 2.0; it must be at least 0 and at most 1"),
@@ -109,11 +114,13 @@ def test_durations(duration, expected):
 
 @pytest.mark.parametrize("text", ["1.2.3 steps", ". steps", "1e400 steps", "5", "-1 steps"])
 def test_a_number_that_is_none_is_no_duration(text):
-    with pytest.raises(UserError, match="is no duration"):
-        steps(text, batch_size=10, examples_per_epoch=100)
+    with pytest.raises(
+        UserError, match=rf"^config\.schedule\.warmup='{text}' is no duration; write"
+    ):
+        parse({"schedule": {"warmup": text}})
 
 
 @given(st.text(max_size=12))
 def test_any_other_text_is_no_duration(text):
-    with pytest.raises(UserError, match="is no duration"):
-        steps(f"x{text}", batch_size=10, examples_per_epoch=100)
+    with pytest.raises(UserError, match=r"config\.checkpoint\.keep_every=.* is no duration"):
+        parse({"checkpoint": {"keep_every": f"x{text}"}})

@@ -175,20 +175,23 @@ class ImageTransform:
                 f"config.data.crop_min_area is {crop_min_area}; it must be above 0 and at most 1."
             )
         processor = load_processor(folder, image_size=image_size)
-        transform = cls(
-            **_geometry(processor, folder),
-            resample=int(processor.resample),
-            table_3x256=_table(processor),
-            crop_min_area=crop_min_area,
-            random_crop=random_crop,
-            **augmentations,
-        )
+        # null, where the processor does not resize; a random crop does, as transformers' own default.
+        resample = Image.Resampling.BILINEAR if processor.resample is None else processor.resample
+        with _usable(folder):
+            transform = cls(
+                **_geometry(processor, folder),
+                resample=int(resample),
+                table_3x256=_table(processor),
+                crop_min_area=crop_min_area,
+                random_crop=random_crop,
+                **augmentations,
+            )
+            _check(transform, processor, folder)
         if random_crop and (not transform.center_crop or crop_min_area is not None):
             raise UserError(
                 "config.data.random_crop moves the crop of the image processor: it needs a processor that "
                 f"crops ({folder} has {'one' if transform.center_crop else 'none'}), and no crop_min_area."
             )
-        _check(transform, processor, folder)
         return transform
 
     @property
@@ -315,16 +318,11 @@ def load_processor(folder: Path, *, image_size: int | None = None) -> Any:
         raise UserError(
             f"{folder} has no image processor; put the image model's {PROCESSOR_FILES[0]} there."
         )
-    try:
+    with _usable(folder):
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         # Most settings are first checked when they are used; an image_std of 0 would only be a warning.
         with np.errstate(divide="raise", invalid="raise"):
             processor(Image.new("RGB", (9, 8)))
-    except Exception as error:  # of a broken file transformers lets through whatever it raises
-        raise UserError(
-            f"The image processor in {folder} cannot be used ({textwrap.shorten(str(error), 150)}); "
-            f"put the image model's own {PROCESSOR_FILES[0]} there."
-        ) from error
     if image_size is None:
         return processor
     square = {"height": image_size, "width": image_size}
@@ -339,6 +337,20 @@ def load_processor(folder: Path, *, image_size: int | None = None) -> Any:
     else:
         processor.size = square
     return processor
+
+
+@contextlib.contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    """Raises UserError for whatever transformers lets through where a setting of a processor is broken."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"The image processor in {folder} cannot be used ({textwrap.shorten(str(error), 150)}); "
+            f"put the image model's own {PROCESSOR_FILES[0]} there."
+        ) from error
 
 
 def _geometry(processor: Any, folder: Path) -> dict[str, Any]:

@@ -132,6 +132,10 @@ def _make_plan(config: Config, workdir: Path) -> _Plan:
     check_config(config)
     mesh = make_mesh(config.mesh)
     check_batch_size(config.batch_size, mesh, config.accumulate)
+    trained = complete_steps(workdir)
+    # Before the data: whoever starts without network and without data learns first where the towers may lie.
+    # The run folder has configs and tokenizer, but the first step needs the weights, too.
+    towers = saved_towers(workdir) if trained else find_towers(config.model)
     source = open_training_data(config.data, text_only=bool(config.model.teacher))
     to_steps = functools.partial(
         steps, batch_size=config.batch_size, examples_per_epoch=len(source)
@@ -144,7 +148,6 @@ def _make_plan(config: Config, workdir: Path) -> _Plan:
         return count
 
     total = at_least_one("duration", config.duration)
-    trained = complete_steps(workdir)
     if trained and trained[-1] > total:
         raise UserError(
             f"{workdir} has trained {trained[-1]} steps already, more than the {total} of config.duration; "
@@ -152,8 +155,6 @@ def _make_plan(config: Config, workdir: Path) -> _Plan:
         )
     keep_every = config.checkpoint.keep_every
     schedule = make_schedule(config.schedule, total=total, steps=to_steps)
-    # The run folder has configs and tokenizer, but the first step needs the weights, too.
-    towers = saved_towers(workdir) if trained else find_towers(config.model)
     setup = prepare(config, towers, mesh)
     return _Plan(
         config=config,

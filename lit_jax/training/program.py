@@ -120,9 +120,9 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int) -> None:
     """Raises UserError, naming the next size that does, if a batch does not divide by devices and
     micro-batches."""
     unit = mesh.size * accumulate
-    if batch_size < 1 or batch_size % unit:
+    if batch_size % unit:
         times = "" if accumulate == 1 else f" times config.accumulate={accumulate}"
         raise UserError(
             f"config.batch_size={batch_size} does not divide by the {mesh.size} devices of the mesh{times}; "
-            f"the next that does is {-(-max(batch_size, 1) // unit) * unit}."
+            f"the next that does is {-(-batch_size // unit) * unit}."
         )

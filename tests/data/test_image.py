@@ -102,6 +102,12 @@ def test_families_of_image_models(processor_folder, noise, family, image_size):
     assert_equal_to_processor(folder, noise(301, 256, 3), image_size)
 
 
+def test_a_processor_that_does_not_resize_needs_no_resample(processor_folder, noise):
+    folder = processor_folder(**FAMILIES["clip"], do_resize=False, resample=None)
+    assert_equal_to_processor(folder, noise(61, 301, 3))
+    assert ImageTransform.from_folder(folder).resample == Image.Resampling.BILINEAR
+
+
 def test_image_size_keeps_the_ratio_of_resize_to_crop(processor_folder):
     transform = ImageTransform.from_folder(processor_folder(**FAMILIES["dinov2"]), image_size=112)
     assert transform.output_shape == (112, 112, 3)
@@ -140,6 +146,10 @@ def test_a_missing_or_broken_processor_is_refused(tmp_path):
         {"image_mean": [0.5]},
         {"image_std": [0, 0, 0]},
         {"resample": 99},
+        {"resample": "bilinear"},
+        {"resample": None},
+        {"size": True},
+        {"input_data_format": 0},
         {"rescale_factor": "x"},
         {"size": {"height": -3, "width": 5}},
         {"do_center_crop": True, "crop_size": {"shortest_edge": 5}},

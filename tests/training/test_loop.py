@@ -189,15 +189,19 @@ def test_a_run_goes_on_only_with_the_config_it_was_started_with(train, tiny, tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"batch_size": 0}, "config.batch_size is 0; it must be at least 1"),
         ({"batch_size": 12}, "config.batch_size=12 does not divide by the 8 devices.* is 16"),
         ({"mesh.data": 3}, "config.mesh.data=-1"),
-        ({"duration": "6 stops"}, "'6 stops' is no duration"),
+        ({"duration": "6 stops"}, "config.duration='6 stops' is no duration"),
         ({"duration": "8 examples"}, "config.duration='8 examples' is less than one step"),
         ({"checkpoint.every": "0 steps"}, "config.checkpoint.every='0 steps' is less than one"),
         ({"checkpoint.keep_every": "8 examples"}, "config.checkpoint.keep_every='8 examples'"),
-        ({"log.every": "6 stops"}, "'6 stops' is no duration"),
+        ({"log.every": "6 stops"}, "config.log.every='6 stops' is no duration"),
         ({"data.train.path": "/no/such"}, "/no/such"),
-        ({"model.image.model": "/no/such"}, "config.model.image.model"),
+        (
+            {"model.image.model": "an/id", "data.train.path": ""},
+            "config.model.image.model is 'an/id'.* set config.model.image.model to a local folder",
+        ),
         ({"data.max_text_length": 33}, "max_text_length"),
     ],
 )
