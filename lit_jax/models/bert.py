@@ -27,6 +27,7 @@ from lit_jax.models.layers import (
     check_length,
     dense,
     mean_of_attended,
+    table,
 )
 from lit_jax.models.transformer import BlockConfig, Encoder
 
@@ -290,7 +291,7 @@ class Embeddings(nn.Module):
             position_ids_BxL = _positions(input_ids_BxL, cfg.padding_id)
 
         def embed(name: str, size: int, ids_BxL: Array, init: Any = normal) -> Array:
-            return nn.Embed(size, width, dtype=self.dtype, embedding_init=init, name=name)(ids_BxL)
+            return table(size, width, name=name, init=init, dtype=self.dtype)(ids_BxL)
 
         x_BxLxD = embed("word_embeddings", cfg.vocab_size, input_ids_BxL)
         if cfg.token_types:

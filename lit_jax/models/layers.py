@@ -12,9 +12,11 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
 
 from lit_jax.config import Pooling, Remat, nearest
+from lit_jax.distributed.sharding import gathered
 from lit_jax.errors import UserError
 
 
@@ -223,7 +225,36 @@ def dense(
 ) -> nn.Dense:
     """A dense layer as Hugging Face initialises it: normal kernel, bias zero."""
     init = normal(init_std, init_cutoff)
-    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=init, name=name)
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=init,
+        dot_general=dot_gathered,
+        name=name,
+    )
+
+
+def table(size: int, width: int, *, name: str, init: Any, dtype: Any) -> nn.Embed:
+    """A table of `size` embeddings, gathered for the look-up if it is split over the mesh."""
+    return nn.Embed(
+        size, width, dtype=dtype, embedding_init=init, promote_dtype=_promoted_whole, name=name
+    )
+
+
+def _promoted_whole(table: Array, *, dtype: Any, inexact: bool) -> list[Array]:
+    return [gathered(whole) for whole in promote_dtype(table, dtype=dtype, inexact=inexact)]
+
+
+def dot_gathered(x: Array, kernel: Array, dimensions: Any, precision: Any = None) -> Array:
+    """`jax.lax.dot_general` with a kernel that may be split over the mesh: it is gathered for the product,
+    and once more for the gradient, so that no gathered one waits in memory for its gradient.
+    """
+
+    def dot(x: Array, kernel: Array) -> Array:
+        return jax.lax.dot_general(x, gathered(kernel), dimensions, precision=precision)
+
+    return jax.checkpoint(dot, prevent_cse=False)(x, kernel)
 
 
 class DenseAct(nn.Module):

@@ -27,6 +27,7 @@ from lit_jax.models.layers import (
     mean_of_attended,
     normal,
     rematerialized,
+    table,
 )
 from lit_jax.models.transformer import Block, BlockConfig, Encoder, Rotary
 
@@ -206,12 +207,12 @@ class Embeddings(nn.Module):
         self, input_ids_BxL: Int[Array, "B L"], deterministic: bool
     ) -> Float[Array, "B L D"]:
         cfg = self.config
-        x_BxLxD = nn.Embed(
+        x_BxLxD = table(
             cfg.vocab_size,
             cfg.hidden_size,
-            dtype=self.dtype,
-            embedding_init=normal(cfg.initializer_range, cfg.initializer_cutoff_factor),
             name="tok_embeddings",
+            init=normal(cfg.initializer_range, cfg.initializer_cutoff_factor),
+            dtype=self.dtype,
         )(input_ids_BxL)
         x_BxLxD = LayerNorm(cfg.norm_eps, self.dtype, cfg.norm_bias, name="norm")(x_BxLxD)
         x_BxLxD = nn.Dropout(cfg.embedding_dropout)(x_BxLxD, deterministic=deterministic)
