@@ -44,16 +44,20 @@ def matrix_spec(shape: tuple[int, ...], axis: str, parts: int) -> PartitionSpec:
     return REPLICATED
 
 
+def fsdp_parts() -> int:
+    """Into how many parts the mesh of `jax.set_mesh` cuts matrices; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["fsdp"]
+
+
 def gathered(kernel: jax.Array) -> jax.Array:
     """A kernel whole on all devices of the mesh of `jax.set_mesh`, for the product that it is in.
 
     Left alone, the compiler gathers some kernels of a block twice for its gradient. What comes back is split
     at once as the kernel itself is, so that no device sums all of it.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1:
-        return kernel
-    return _gathered(matrix_spec(kernel.shape, "fsdp", mesh.shape["fsdp"]), kernel)
+    parts = fsdp_parts()
+    return kernel if parts == 1 else _gathered(matrix_spec(kernel.shape, "fsdp", parts), kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -16,7 +16,7 @@ from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
 
 from lit_jax.config import Pooling, Remat, nearest
-from lit_jax.distributed.sharding import gathered
+from lit_jax.distributed.sharding import fsdp_parts, gathered
 from lit_jax.errors import UserError
 
 
@@ -242,8 +242,11 @@ def table(size: int, width: int, *, name: str, init: Any, dtype: Any) -> nn.Embe
     )
 
 
-def _promoted_whole(table: Array, *, dtype: Any, inexact: bool) -> list[Array]:
-    return [gathered(whole) for whole in promote_dtype(table, dtype=dtype, inexact=inexact)]
+def _promoted_whole(
+    *tables: Array | None, dtype: Any = None, inexact: bool = True
+) -> list[Array | None]:
+    promoted = promote_dtype(*tables, dtype=dtype, inexact=inexact)
+    return [x if x is None else gathered(x) for x in promoted]
 
 
 def dot_gathered(x: Array, kernel: Array, dimensions: Any, precision: Any = None) -> Array:
@@ -254,7 +257,8 @@ def dot_gathered(x: Array, kernel: Array, dimensions: Any, precision: Any = None
     def dot(x: Array, kernel: Array) -> Array:
         return jax.lax.dot_general(x, gathered(kernel), dimensions, precision=precision)
 
-    return jax.checkpoint(dot, prevent_cse=False)(x, kernel)
+    whole = fsdp_parts() == 1
+    return dot(x, kernel) if whole else jax.checkpoint(dot, prevent_cse=False)(x, kernel)
 
 
 class DenseAct(nn.Module):

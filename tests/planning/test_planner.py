@@ -8,6 +8,7 @@ from lit_jax.planning import planner
 from lit_jax.planning.chips import CHIPS, open_topology
 from lit_jax.planning.planner import Compiled, abstract_program, compile_step, make_plan, next_batch
 from lit_jax.planning.table import table
+from lit_jax.trees import flatten
 from tests.planning.conftest import BASE, GIANT, LARGE
 
 pytestmark = pytest.mark.oracle  # of the TPU compiler
@@ -151,6 +152,34 @@ def test_recipes_of_the_paper_fit(config_of, topology, image, text, batch_size, 
     plan = make_plan(config_of(image, text, batch_size), open_topology(topology), compilations=1)
     assert plan.fits, table(plan)
     assert plan.total < most * GIB, table(plan)
+
+
+@pytest.mark.usefixtures("little_effort")
+@pytest.mark.long
+def test_split_matrices_are_gathered_and_their_gradients_scattered(config_of):
+    """Each matrix is gathered once for the forward and once for the backward pass, its gradient is summed
+    where its part lies; of the size of the batch nothing is sent but the ring of the loss.
+    """
+    fsdp, batch_size = 8, 4096
+    changes = {"data.image_embeddings": "anywhere", "mesh.fsdp": fsdp, "optimizer.name": "adamw"}
+    config = config_of(LARGE, LARGE, batch_size, **changes)
+    program = abstract_program(config, open_topology("v5e:4x4"))
+    batch = program.abstract_batch(batch_size)
+    leaves = flatten(program.setup.abstract_trainable).values()
+    matrices = sum(leaf.size for leaf in leaves if not leaf.sharding.is_fully_replicated)
+    vectors = sum(leaf.size for leaf in leaves) - matrices
+    assert vectors < 0.01 * matrices
+    held = planner.held_bytes(program, batch)
+    assert held["parameters"] == 4 * (matrices // fsdp + vectors)
+    compiled = compile_step(program, batch)
+    sent = compiled.traffic.sent
+    once = 2 * matrices * (fsdp - 1) / fsdp  # bytes that a chip sends of all matrices in bfloat16
+    assert 1.9 * once < sent["all-gather"] < 2.1 * once
+    assert 0.9 * once < sent["reduce-scatter"] < 1.1 * once
+    assert sent["all-reduce"] < 0.2 * once  # of what is scattered, over the rest of the mesh
+    assert sent["all-to-all"] == 0
+    assert sent["collective-permute"] < 4 * batch_size * 1024 * 4
+    assert compiled.total < 4 * GIB
 
 
 @pytest.mark.usefixtures("little_effort")
