@@ -27,7 +27,6 @@ from lit_jax.models.layers import (
     check_length,
     dense,
     mean_of_attended,
-    table,
 )
 from lit_jax.models.transformer import BlockConfig, Encoder
 
@@ -291,7 +290,7 @@ class Embeddings(nn.Module):
             position_ids_BxL = _positions(input_ids_BxL, cfg.padding_id)
 
         def embed(name: str, size: int, ids_BxL: Array, init: Any = normal) -> Array:
-            return table(size, width, name=name, init=init, dtype=self.dtype)(ids_BxL)
+            return nn.Embed(size, width, dtype=self.dtype, embedding_init=init, name=name)(ids_BxL)
 
         x_BxLxD = embed("word_embeddings", cfg.vocab_size, input_ids_BxL)
         if cfg.token_types:

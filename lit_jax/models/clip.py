@@ -24,7 +24,6 @@ from lit_jax.models.layers import (
     attention_bias,
     check_length,
     mean_of_attended,
-    table,
 )
 from lit_jax.models.patches import ImageTower, PatchEmbeddings, Size, patch_grid, resize_positions
 from lit_jax.models.transformer import BlockConfig, Encoder
@@ -279,8 +278,9 @@ class TextEmbeddings(nn.Module):
 
         def embed(name: str, size: int, ids_BxL: Array) -> Array:
             init = nn.initializers.normal(cfg.embedding_init_std)
-            width = cfg.hidden_size
-            return table(size, width, name=name, init=init, dtype=self.dtype)(ids_BxL)
+            return nn.Embed(
+                size, cfg.hidden_size, dtype=self.dtype, embedding_init=init, name=name
+            )(ids_BxL)
 
         x_BxLxD = embed("token_embedding", cfg.vocab_size, input_ids_BxL)
         x_BxLxD += embed("position_embedding", cfg.max_position_embeddings, position_ids_BxL)

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
 
 from lit_jax.config import Pooling, Remat, nearest
@@ -233,20 +232,6 @@ def dense(
         dot_general=dot_gathered,
         name=name,
     )
-
-
-def table(size: int, width: int, *, name: str, init: Any, dtype: Any) -> nn.Embed:
-    """A table of `size` embeddings, gathered for the look-up if it is split over the mesh."""
-    return nn.Embed(
-        size, width, dtype=dtype, embedding_init=init, promote_dtype=_promoted_whole, name=name
-    )
-
-
-def _promoted_whole(
-    *tables: Array | None, dtype: Any = None, inexact: bool = True
-) -> list[Array | None]:
-    promoted = promote_dtype(*tables, dtype=dtype, inexact=inexact)
-    return [x if x is None else gathered(x) for x in promoted]
 
 
 def dot_gathered(x: Array, kernel: Array, dimensions: Any, precision: Any = None) -> Array:

@@ -27,7 +27,6 @@ from lit_jax.models.layers import (
     mean_of_attended,
     normal,
     rematerialized,
-    table,
 )
 from lit_jax.models.transformer import Block, BlockConfig, Encoder, Rotary
 
@@ -207,12 +206,12 @@ class Embeddings(nn.Module):
         self, input_ids_BxL: Int[Array, "B L"], deterministic: bool
     ) -> Float[Array, "B L D"]:
         cfg = self.config
-        x_BxLxD = table(
+        x_BxLxD = nn.Embed(
             cfg.vocab_size,
             cfg.hidden_size,
-            name="tok_embeddings",
-            init=normal(cfg.initializer_range, cfg.initializer_cutoff_factor),
             dtype=self.dtype,
+            embedding_init=normal(cfg.initializer_range, cfg.initializer_cutoff_factor),
+            name="tok_embeddings",
         )(input_ids_BxL)
         x_BxLxD = LayerNorm(cfg.norm_eps, self.dtype, cfg.norm_bias, name="norm")(x_BxLxD)
         x_BxLxD = nn.Dropout(cfg.embedding_dropout)(x_BxLxD, deterministic=deterministic)

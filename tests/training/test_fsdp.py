@@ -82,9 +82,9 @@ def _two_steps(tiny, fsdp, changes):
 @pytest.mark.parametrize(
     ("fsdp", "changes"),
     [
-        (2, {}),
         (4, {"remat": "matmuls", "loss_form": "lean"}),
         (8, {}),
+        pytest.param(2, {}, marks=pytest.mark.long),
         pytest.param(4, {"optimizer.name": "adafactor"}, marks=pytest.mark.long),
     ],
 )
