@@ -17,7 +17,7 @@ from lit_jax.config import ModelConfig, Pooling, Remat
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models.families import TEXT, VISION, build_tower
-from lit_jax.models.layers import Tower, TowerOutput
+from lit_jax.models.layers import Tower, TowerOutput, dot_gathered
 
 Projection = Literal["none", "linear", "linear_bias"]
 Side = Literal["image", "text"]
@@ -187,6 +187,7 @@ class DualEncoderModule(nn.Module):
             use_bias=kind == "linear_bias",
             dtype=jnp.float32,
             kernel_init=nn.initializers.normal(0.02),
+            dot_general=dot_gathered,
             name=name,
         )
 

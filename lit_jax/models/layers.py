@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lit_jax.config import Pooling, Remat, nearest
+from lit_jax.distributed.sharding import fsdp_parts, gathered
 from lit_jax.errors import UserError
 
 
@@ -223,7 +224,26 @@ def dense(
 ) -> nn.Dense:
     """A dense layer as Hugging Face initialises it: normal kernel, bias zero."""
     init = normal(init_std, init_cutoff)
-    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=init, name=name)
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=init,
+        dot_general=dot_gathered,
+        name=name,
+    )
+
+
+def dot_gathered(x: Array, kernel: Array, dimensions: Any, precision: Any = None) -> Array:
+    """`jax.lax.dot_general` with a kernel that may be split over the mesh: it is gathered for the product,
+    and once more for the gradient, so that no gathered one waits in memory for its gradient.
+    """
+
+    def dot(x: Array, kernel: Array) -> Array:
+        return jax.lax.dot_general(x, gathered(kernel), dimensions, precision=precision)
+
+    whole = fsdp_parts() == 1
+    return dot(x, kernel) if whole else jax.checkpoint(dot, prevent_cse=False)(x, kernel)
 
 
 class DenseAct(nn.Module):

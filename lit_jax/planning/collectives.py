@@ -3,6 +3,7 @@
 A computation counts as often as it runs: that of a loop as often as the loop turns.
 """
 
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -18,6 +19,7 @@ _SENT: dict[str, Callable[[int], float]] = {
     "collective-permute": lambda g: 1,
 }
 KINDS = tuple(_SENT)
+_COMPUTES = ("convolution", "custom-call", "dot", "fusion", "while")
 
 _BITS = re.compile(r"[a-z]+(\d+)")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
@@ -41,23 +43,44 @@ class Instruction(NamedTuple):
 Computation = dict[str, Instruction]
 
 
-def sent_bytes(hlo: str, devices: int) -> dict[str, int]:
-    """Bytes that one chip sends in a run of the program, by kind of collective; all of `KINDS` are there.
+class Traffic(NamedTuple):
+    """Bytes that one chip sends in a run of the program, by kind of collective; all of `KINDS` are there."""
 
-    `devices` is the size of a group that the text does not write out.
-    """
+    sent: dict[str, int]
+    waited: dict[str, int]  # of these, what it sends without computing anything beside
+
+
+def traffic(hlo: str, devices: int) -> Traffic:
+    """Of a program. `devices` is the size of a group that the text does not write out."""
     computations, entry = parse(hlo)
-    sent: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+    sent, waited = (Counter(dict.fromkeys(KINDS, 0)) for _ in range(2))
     seen: set[str] = set()
     for name, times in _runs(computations, entry).items():
         for instruction in computations[name].values():
             kind = instruction.opcode.removesuffix("-start")
             if kind not in _SENT or _is_seen(instruction, seen):
                 continue
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"  # a fusion with a slice of what is summed
             group = _group_size(instruction.rest, devices)
             size = sum(_bytes(computations[name][o].shape) for o in instruction.operands)
-            sent[kind] += round(times * size * _SENT[kind](group))
-    return dict(sent)
+            size = round(times * size * _SENT[kind](group))
+            sent[kind] += size
+            waited[kind] += 0 if _is_beside(instruction, computations[name]) else size
+    return Traffic(dict(sent), dict(waited))
+
+
+def _is_beside(collective: Instruction, inside: Computation) -> bool:
+    """Whether the chip computes during a collective of a scheduled program: it is part of a chain of fusions
+    with products, or something is computed between its start and its end.
+    """
+    if "chain_id=" in collective.rest:
+        return True
+    if not collective.opcode.endswith("-start"):
+        return False
+    between = itertools.dropwhile(lambda i: i.name != collective.name, inside.values())
+    between = itertools.takewhile(lambda i: collective.name not in i.operands, between)
+    return any(i.opcode in _COMPUTES for i in between)
 
 
 def _is_seen(instruction: Instruction, seen: set[str]) -> bool:
@@ -168,7 +191,9 @@ def _constant(computation: Computation, name: str, depth: int = 4) -> int:
 
 def _group_size(attributes: str, devices: int) -> int:
     """How many chips take part, of the three ways in which HLO writes groups."""
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    if match := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\}", attributes
+    ):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):

@@ -13,7 +13,7 @@ from lit_jax.config import Config
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.planning.advice import advise
 from lit_jax.planning.chips import Topology
-from lit_jax.planning.collectives import sent_bytes
+from lit_jax.planning.collectives import Traffic, traffic
 from lit_jax.planning.flops import matmul_flops
 from lit_jax.training.program import AbstractBatch, Program, check_batch_size
 from lit_jax.training.setup import find_towers, prepare
@@ -36,7 +36,7 @@ class Compiled:
     limit: int | None  # of the chip, as far as the compiler says it: where the program does not fit
     temporaries: int | None = None  # None where it does not fit
     code: int | None = None  # the program itself, and what the layout on the chip pads arrays with
-    sent: Mapping[str, int] | None = None  # by kind of collective
+    traffic: Traffic | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,10 +53,9 @@ class Plan:
     bytes: Mapping[str, int | None]  # by kind; temporaries and code are None where it does not fit
     total: int
     matmul_flops: int
-    sent: Mapping[str, int] | None
-    bound: (
-        Mapping[str, float] | None
-    )  # seconds: compute, memory, interconnect, and the largest as step
+    sent: Mapping[str, int] | None  # by kind of collective
+    waited: Mapping[str, int] | None  # of these, what is sent while nothing is computed
+    bound: Mapping[str, float] | None  # seconds: compute, memory, interconnect, waiting, and step
     largest_batch: int | None  # that was seen to fit; None: not searched, or none did
     smallest_too_large: int | None
     compilations: int
@@ -112,7 +111,8 @@ def make_plan(
         bytes=held | {"temporaries": first.temporaries, "code": first.code},
         total=first.total,
         matmul_flops=flops,
-        sent=first.sent,
+        sent=first.traffic.sent if first.traffic else None,
+        waited=first.traffic.waited if first.traffic else None,
         bound=_bound(first, flops, topology) if first.fits else None,
         largest_batch=largest,
         smallest_too_large=min(too_large, default=None),
@@ -140,7 +140,7 @@ def compile_step(program: Program, batch: AbstractBatch) -> Compiled:
         limit=None,
         temporaries=temporaries,
         code=total - temporaries - sum(held_bytes(program, batch).values()),
-        sent=sent_bytes(compiled.as_text(), mesh.size),
+        traffic=traffic(compiled.as_text(), mesh.size),
     )
 
 
@@ -219,14 +219,16 @@ def next_batch(tried: Mapping[int, Compiled], fixed: int, hbm: int, unit: int) -
 
 def _bound(compiled: Compiled, flops: int, topology: Topology) -> dict[str, float]:
     """The least seconds that each resource allows: all FLOPs at the bfloat16 peak; what the chip holds read,
-    and its temporaries written and read, once; all that is sent, at the speed of all links. A step takes at
-    least the longest of them.
+    and its temporaries written and read, once; all that is sent, at the speed of all links. Waiting is the
+    part of it during which nothing is computed, as the program is scheduled. A step takes at least the
+    longest of them, and at least computing and waiting together.
     """
-    chip = topology.chip
-    moved = compiled.total + (compiled.temporaries or 0)
+    chip, moved = topology.chip, compiled.total + (compiled.temporaries or 0)
+    sent, waited = compiled.traffic or Traffic({}, {})
     seconds = {
         "compute": flops / chip.flops,
         "memory": moved / chip.hbm_bandwidth,
-        "interconnect": sum((compiled.sent or {}).values()) / chip.ici_bandwidth,
+        "interconnect": sum(sent.values()) / chip.ici_bandwidth,
+        "waiting": sum(waited.values()) / chip.ici_bandwidth,
     }
-    return seconds | {"step": max(seconds.values())}
+    return seconds | {"step": max(*seconds.values(), seconds["compute"] + seconds["waiting"])}

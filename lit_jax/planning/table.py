@@ -22,14 +22,14 @@ def _lines(plan: Plan) -> Iterator[str]:
         kind = {"code": "code and padding"}.get(kind, kind)
         yield f"  {kind:24} {'?' if size is None else f'{size / _GIB:.3f}':>10}"
     yield f"  {'in all':24} {plan.total / _GIB:10.3f}   of {plan.hbm / _GIB:g}"
-    if plan.sent is not None:
-        yield "MiB that each chip sends in a step"
+    if plan.sent is not None and plan.waited is not None:
+        yield "MiB that each chip sends in a step    in all   beside no computation"
         for kind, size in plan.sent.items():
             if size:
-                yield f"  {kind:24} {size / 2**20:10.1f}"
+                yield f"  {kind:24} {size / 2**20:17.1f} {plan.waited[kind] / 2**20:23.1f}"
     yield f"TFLOPs of matrix products of each chip in a step{plan.matmul_flops / 1e12:9.3f}"
     if plan.bound is not None:
-        yield "Milliseconds that a step takes at least, at the published peak of"
+        yield "Milliseconds that a step takes at least, at the published peak of (and waiting for links)"
         for resource, seconds in plan.bound.items():
             if resource != "step":
                 yield f"  {resource:24} {1e3 * seconds:10.2f}"

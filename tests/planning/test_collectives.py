@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import make_mesh
-from lit_jax.planning.collectives import KINDS, parse, sent_bytes, trip_count
+from lit_jax.planning.collectives import KINDS, parse, traffic, trip_count
 
 BYTES = 4 * 8 * 16  # of a device's part, float32
 
@@ -22,7 +22,7 @@ def sent(function, *, turns=1, axes=("data", "fsdp")):
     spec = P(("data", "fsdp"))
     mapped = jax.shard_map(loop, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     compiled = jax.jit(mapped).lower(jnp.ones((64, 16))).compile()
-    return sent_bytes(compiled.as_text(), 8)
+    return traffic(compiled.as_text(), 8).sent
 
 
 def permute(x, axes):
@@ -94,6 +94,7 @@ ENTRY %main (x: bf16[4,128]) -> (s32[], bf16[4,128]) {
         ("[2,4]<=[8]", 4),
         ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
         ("mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", 8),
+        ("mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}", 4),
         ("{}", 8),
     ],
 )
@@ -102,7 +103,7 @@ def test_loops_and_groups_as_the_tpu_compiler_writes_them(groups, size):
     assert entry == "main"
     assert trip_count(computations["main"]["loop"], computations, "main") == 5
     expected = round(5 * 2 * (size - 1) / size * 4 * 128 * 2)
-    assert sent_bytes(LOOP.replace("GROUPS", groups), 8)["all-reduce"] == expected
+    assert traffic(LOOP.replace("GROUPS", groups), 8).sent["all-reduce"] == expected
 
 
 def test_the_parts_of_a_split_collective_count_once():
@@ -111,12 +112,38 @@ def test_the_parts_of_a_split_collective_count_once():
     chained = line.replace("to_apply=%add", part)
     again = chained.replace("%sum =", "%sum.1 =")
     text = LOOP.replace(line, f"{chained}\n{again}").replace("GROUPS", "{}")
-    assert sent_bytes(text, 8) == sent_bytes(LOOP.replace("GROUPS", "{}"), 8)
+    once = traffic(LOOP.replace("GROUPS", "{}"), 8)
+    assert once.waited == once.sent
+    assert traffic(text, 8).sent == once.sent
+    assert set(traffic(text, 8).waited.values()) == {0}  # the parts are computed beside
     counted_twice = text.replace('chain_id="0"', "")
-    assert sent_bytes(counted_twice, 8) != sent_bytes(text, 8)
+    assert traffic(counted_twice, 8).sent != once.sent
 
 
 def test_a_loop_that_does_not_say_how_often_it_turns_is_refused():
     text = LOOP.replace("direction=LT", "direction=NE").replace("GROUPS", "{}")
     with pytest.raises(ValueError, match="does not say how often"):
-        sent_bytes(text, 8)
+        traffic(text, 8)
+
+
+def test_a_sum_of_which_a_part_is_kept_is_a_reduce_scatter():
+    text = LOOP.replace("GROUPS", "{}").replace("%body", "%all-reduce-scatter.1")
+    sent = traffic(text, 8).sent
+    assert sent["all-reduce"] == 0
+    assert sent["reduce-scatter"] == round(5 * 7 / 8 * 4 * 128 * 2)
+
+
+@pytest.mark.parametrize(("between", "waits"), [("fusion", False), ("bitcast", True)])
+def test_a_collective_is_beside_what_is_computed_before_its_end(between, waits):
+    line = next(line for line in LOOP.splitlines() if "all-reduce" in line)
+    start = line.replace("%sum =", "%start.1 =").replace("all-reduce(", "all-reduce-start(")
+    lines = (
+        start,
+        f"  %other = bf16[4,128]{{1,0}} {between}(%x)",
+        "  %sum = bf16[4,128]{1,0} all-reduce-done(%start.1)",
+        "  %later = bf16[4,128]{1,0} fusion(%sum)",
+    )
+    text = LOOP.replace(line, "\n".join(lines)).replace("GROUPS", "{}")
+    sent, waited = traffic(text, 8)
+    assert sent["all-reduce"] == round(5 * 2 * 7 / 8 * 4 * 128 * 2)
+    assert waited["all-reduce"] == (sent["all-reduce"] if waits else 0)

@@ -8,6 +8,7 @@ from lit_jax.planning import planner
 from lit_jax.planning.chips import CHIPS, open_topology
 from lit_jax.planning.planner import Compiled, abstract_program, compile_step, make_plan, next_batch
 from lit_jax.planning.table import table
+from lit_jax.trees import flatten
 from tests.planning.conftest import BASE, GIANT, LARGE
 
 pytestmark = pytest.mark.oracle  # of the TPU compiler
@@ -151,6 +152,37 @@ def test_recipes_of_the_paper_fit(config_of, topology, image, text, batch_size, 
     plan = make_plan(config_of(image, text, batch_size), open_topology(topology), compilations=1)
     assert plan.fits, table(plan)
     assert plan.total < most * GIB, table(plan)
+
+
+@pytest.mark.usefixtures("little_effort")
+@pytest.mark.long
+def test_split_matrices_are_gathered_and_their_gradients_scattered(config_of):
+    """Each matrix of a block is gathered once for the forward and once for the backward pass, its gradient is
+    summed where its part lies. Of activations, only embeddings and looked-up words are sent.
+    """
+    fsdp, batch_size = 8, 4096
+    changes = {"data.image_embeddings": "anywhere", "mesh.fsdp": fsdp, "optimizer.name": "adamw"}
+    config = config_of(LARGE, LARGE, batch_size, **changes)
+    program = abstract_program(config, open_topology("v5e:4x4"))
+    batch = program.abstract_batch(batch_size)
+    leaves = flatten(program.setup.abstract_trainable).values()
+    matrices = sum(leaf.size for leaf in leaves if not leaf.sharding.is_fully_replicated)
+    vectors = sum(leaf.size for leaf in leaves) - matrices
+    assert vectors < 0.01 * matrices
+    held = planner.held_bytes(program, batch)
+    assert held["parameters"] == 4 * (matrices // fsdp + vectors)
+    compiled = compile_step(program, batch)
+    sent = compiled.traffic.sent
+    once = 2 * matrices * (fsdp - 1) / fsdp  # bytes that a chip sends of all matrices in bfloat16
+    # The table of words, a tenth of them, need not be gathered, as what is looked up is smaller; its gradient
+    # is summed whole. Of all others the parts are summed over the rest of the mesh.
+    assert 1.7 * once < sent["all-gather"] < 2.1 * once
+    assert 0.85 * once < sent["reduce-scatter"] < 1.1 * once
+    assert sent["all-reduce"] < 0.45 * once
+    looked_up = 2 * batch_size // 16 * config.data.max_text_length * 1024
+    assert sent["all-to-all"] < looked_up
+    assert sent["collective-permute"] < 4 * batch_size * 1024 * 4
+    assert compiled.total < 2 * GIB
 
 
 @pytest.mark.usefixtures("little_effort")
