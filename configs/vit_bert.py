@@ -40,6 +40,7 @@ def demo() -> ConfigDict:
     config.model.image.model = str(DEMO / "vit")
     config.model.image.pooling = "cls"
     config.model.text.model = str(DEMO / "bert")
+    config.model.text.pooling = "cls"
     config.model.projection_dim = 64
     config.optimizer.weight_decay = 0.01
     config.schedule.learning_rate = 2e-3
