@@ -131,9 +131,9 @@ def compile_step(program: Program, batch: AbstractBatch) -> Compiled:
         except jax.errors.JaxRuntimeError as error:
             return _too_large(error, program, batch)
     memory = compiled.memory_analysis()
-    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    temporaries = memory.temp_size_in_bytes + new
-    total = memory.argument_size_in_bytes + temporaries + memory.generated_code_size_in_bytes
+    # The peak, not the size of all temporaries: of those, several may have the same place.
+    total = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+    temporaries = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
     return Compiled(
         fits=True,
         total=total,
