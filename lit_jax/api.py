@@ -8,7 +8,6 @@ Dims: B images, T texts, L tokens, C channels, HxW pixels, N heads, D width, P p
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,29 +31,15 @@ from lit_jax.models.dual_encoder import (
 )
 from lit_jax.models.families import build_tower
 from lit_jax.models.layers import Tower, TowerOutput
+from lit_jax.models.outputs import ModelOutput, model_output
 from lit_jax.training.losses import make_loss
 from lit_jax.training.similarity import similarity_logits
-from lit_jax.trees import flatten
 from lit_jax.weights import hub, load, save
 
 Dtype = Literal["float32", "bfloat16"]
 Params = Mapping[str, Any]
 Pixels = Float[Array | np.ndarray, "B C H W"]
 Ids = Int[Array | np.ndarray, "T L"]
-
-# Where a block records something: all equal ones are 'layer', those from the Nth on 'layer_from_N', each of
-# these with a leading depth axis; a single one is 'layer_N', and ConvNeXt has 'stages_N'.
-_BLOCK = re.compile(r"(?:encoder/)?(?:layer|stages)_?(?P<from>from_)?(?P<index>\d*)/(?P<name>.*)")
-
-
-class ModelOutput(NamedTuple):
-    """What a tower computes."""
-
-    last_hidden_state: Float[Array, "B L D"]
-    pooler_output: Float[Array, "B P"]
-    # Input of the blocks, output of each; of a ConvNeXt, of each stage.
-    hidden_states: tuple[Float[Array, "B L D"], ...] | None
-    attentions: tuple[Float[Array, "B N L L"], ...] | None  # probabilities of each block
 
 
 class DualEncoderOutput(NamedTuple):
@@ -132,7 +117,7 @@ class _TowerModel(_Model):
             return tower(*inputs, deterministic=dropout_rng is None)
 
         output, recorded = self._run(compute, params, dropout_rng, hidden_states or attentions)
-        return _model_output(output, recorded, hidden_states=hidden_states, attentions=attentions)
+        return model_output(output, recorded, hidden_states=hidden_states, attentions=attentions)
 
 
 class VisionModel(_TowerModel):
@@ -172,7 +157,7 @@ class TextModel(_TowerModel):
         output_attentions: bool = False,
     ) -> ModelOutput:
         """Encodes texts as their tokenizer makes them; with `dropout_rng` as in training."""
-        inputs = _texts(input_ids, attention_mask, token_type_ids, position_ids)
+        inputs = _texts(self.config, input_ids, attention_mask, token_type_ids, position_ids)
         return self._call(inputs, params, dropout_rng, output_hidden_states, output_attentions)
 
 
@@ -284,7 +269,9 @@ class DualEncoder(_Model):
                 f"return_loss wants a text for each image, not {len(input_ids)} texts for "
                 f"{len(pixel_values)} images."
             )
-        texts = _texts(input_ids, attention_mask, token_type_ids, position_ids)
+        texts = _texts(
+            self.config.text_config, input_ids, attention_mask, token_type_ids, position_ids
+        )
         images_BxHxWxC, deterministic = _channels_last(pixel_values), dropout_rng is None
 
         def compute(module: DualEncoderModule) -> tuple:
@@ -298,7 +285,7 @@ class DualEncoder(_Model):
             compute, params, dropout_rng, output_hidden_states or output_attentions
         )
         outputs = (
-            _model_output(
+            model_output(
                 output,
                 recorded.get(part, {}),
                 hidden_states=output_hidden_states,
@@ -344,7 +331,9 @@ class DualEncoder(_Model):
         dropout_rng: Array | None = None,
     ) -> Float[Array, "T E"]:
         """The embeddings of texts: projected, not normalised."""
-        texts = _texts(input_ids, attention_mask, token_type_ids, position_ids)
+        texts = _texts(
+            self.config.text_config, input_ids, attention_mask, token_type_ids, position_ids
+        )
 
         def compute(module: DualEncoderModule) -> Array:
             return module.encode_text(*texts, deterministic=dropout_rng is None)
@@ -398,37 +387,14 @@ def _channels_last(pixel_values_BxCxHxW: Pixels) -> Float[Array, "B H W C"]:
     return jnp.moveaxis(jnp.asarray(pixel_values_BxCxHxW), 1, -1)
 
 
-def _texts(*inputs: Any) -> tuple[Any, ...]:
-    """Token inputs as int32: NumPy's tokenizers give int64."""
-    return tuple(None if x is None else jnp.asarray(x, jnp.int32) for x in inputs)
-
-
-def _model_output(
-    output: TowerOutput, recorded: Mapping[str, Any], *, hidden_states: bool, attentions: bool
-) -> ModelOutput:
-    """With what the blocks of the tower recorded; those that are convolutions have no attentions."""
-    if not recorded:
-        return ModelOutput(*output, None, None)
-    (first,) = recorded.get("input") or recorded["encoder"]["input"]
-    states = [first, *_of_blocks(recorded, "hidden_state")]
-    probabilities = _of_blocks(recorded, "attention/probability")
-    return ModelOutput(
-        *output,
-        hidden_states=tuple(map(_sequence, states)) if hidden_states else None,
-        attentions=tuple(probabilities) if attentions and probabilities else None,
-    )
-
-
-def _of_blocks(recorded: Mapping[str, Any], name: str) -> list[Array]:
-    """What every block recorded under `name`, from the first block to the last."""
-    found: list[tuple[int, list[Array]]] = []
-    for path, (value,) in flatten(recorded).items():
-        if (block := _BLOCK.fullmatch(path)) and block["name"] == name:
-            is_stack = block["from"] or not block["index"]
-            found.append((int(block["index"] or 0), list(value) if is_stack else [value]))
-    return [value for _, values in sorted(found, key=lambda item: item[0]) for value in values]
-
-
-def _sequence(state: Array) -> Float[Array, "B L D"]:
-    """Tokens as they are, the positions of a map row by row."""
-    return state.reshape(len(state), -1, state.shape[-1])
+def _texts(config: PreTrainedConfig, input_ids: Ids, *others: Ids | None) -> tuple[Any, ...]:
+    """Token inputs as int32: tokenizers give int64. Raises UserError for what a tokenizer of another model
+    makes of a text: JAX itself has no error for an index that is out of range.
+    """
+    size = config.vocab_size
+    if isinstance(input_ids, np.ndarray) and ((input_ids < 0) | (input_ids >= size)).any():
+        raise UserError(
+            f"input_ids has numbers from {input_ids.min()} to {input_ids.max()}, but the text tower has only "
+            f"{size} tokens; use the model's own tokenizer."
+        )
+    return tuple(None if x is None else jnp.asarray(x, jnp.int32) for x in (input_ids, *others))

@@ -352,5 +352,8 @@ def test_what_is_no_model_is_refused(model, inputs, tmp_path):
         lit_jax.TextModel.from_config(model.config.vision_config)
     with pytest.raises(UserError, match="not 2 texts for 3 images"):
         model(inputs["input_ids"][:2], inputs["pixel_values"], return_loss=True)
+    for wrong in (-1, model.config.text_config.vocab_size):
+        with pytest.raises(UserError, match="use the model's own tokenizer"):
+            model.get_text_features(np.array([[1, wrong]]))
     with pytest.raises(AttributeError, match="no attribute 'Dual'"):
         lit_jax.Dual  # noqa: B018

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -200,4 +201,7 @@ def _wandb(workdir: Path, project: str) -> Any:
         raise UserError(
             "config.log.wandb_project is set but wandb is not installed; pip install wandb, or unset it."
         ) from None
-    return wandb.init(project=project, dir=str(workdir), id=workdir.name, resume="allow")
+    # The run that a resumed one goes on with: of this folder, not of any folder that is called like it.
+    folder = zlib.crc32(str(workdir.resolve()).encode())
+    name = f"{workdir.resolve().name}-{folder:08x}"
+    return wandb.init(project=project, dir=str(workdir), id=name, name=name, resume="allow")
