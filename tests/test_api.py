@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import transformers as tr
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
 import lit_jax
@@ -265,6 +266,18 @@ def test_on_a_mesh_the_numbers_are_the_same(model):
     with jax.set_mesh(mesh):
         output = jax.jit(lambda params, batch: model(**batch, params=params))(params, batch)
     np.testing.assert_allclose(output.logits_per_image, expected.logits_per_image, atol=1e-5)
+
+
+def test_on_a_mesh_of_other_axes_the_caller_says_what_lies_where(model):
+    inputs = inputs_for(model.config, pairs=4)
+    expected = model(**inputs)
+    mesh = jax.make_mesh((2,), ("mine",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    split = NamedSharding(mesh, PartitionSpec("mine"))
+    batch = {key: jax.device_put(jnp.asarray(value), split) for key, value in inputs.items()}
+    with jax.set_mesh(mesh):
+        output = jax.jit(lambda batch: model(**batch, return_loss=True))(batch)
+    np.testing.assert_allclose(output.logits_per_image, expected.logits_per_image, atol=1e-5)
+    assert output.text_embeds.sharding.is_equivalent_to(split, 2)
 
 
 def test_optional_inputs_count(model, inputs):

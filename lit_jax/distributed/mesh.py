@@ -1,5 +1,6 @@
 """The device mesh, and the one sharding rule for everything that has a batch axis."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lit_jax.config import MeshConfig
 from lit_jax.errors import UserError
 
-BATCH = PartitionSpec(("data", "fsdp"))
+AXES = ("data", "fsdp")
+BATCH = PartitionSpec(AXES)
 REPLICATED = PartitionSpec()
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all (or the given) devices over the axes ('data', 'fsdp').
+    """A mesh of all (or the given) devices over the axes 'data' and 'fsdp'.
 
     Raises UserError if the two sizes do not multiply to the number of devices.
     """
@@ -29,8 +31,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     # Auto is written out: the default, Explicit, rejects stock layers (gather, convolution).
     return jax.make_mesh(
-        (data, config.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices
+        (data, config.fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
     )
+
+
+def mesh_parts() -> Mapping[str, int]:
+    """Into how many parts each axis of the mesh of `jax.set_mesh` cuts arrays; empty if none is set.
+
+    So it is for a mesh of other axes: of a model called from Python the caller says what lies where.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape if mesh.axis_names == AXES else {}
+
+
+def mesh_size() -> int:
+    """The number of devices of the mesh of `jax.set_mesh`; 1 without it."""
+    return math.prod(mesh_parts().values())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -56,6 +72,6 @@ def shard_batch(x: jax.Array) -> jax.Array:
 
     Inside every scanned block: without it the compiler was seen to replicate the batch.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if not mesh_parts():
         return x
     return jax.lax.with_sharding_constraint(x, BATCH)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lit_jax.distributed.mesh import REPLICATED, replicated
+from lit_jax.distributed.mesh import REPLICATED, mesh_parts, replicated
 from lit_jax.trees import Tree, flatten, unflatten
 
 # Matrices are split over 'fsdp', and gathered where they are used. Vectors are too small to be worth it.
@@ -46,8 +46,7 @@ def matrix_spec(shape: tuple[int, ...], axis: str, parts: int) -> PartitionSpec:
 
 def fsdp_parts() -> int:
     """Into how many parts the mesh of `jax.set_mesh` cuts matrices; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["fsdp"]
+    return mesh_parts().get("fsdp", 1)
 
 
 def gathered(kernel: jax.Array) -> jax.Array:

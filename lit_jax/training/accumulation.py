@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lit_jax.distributed.mesh import BATCH, shard_batch
+from lit_jax.distributed.mesh import BATCH, mesh_parts, mesh_size, shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import POOLED
 from lit_jax.training.policy import Policy
@@ -76,23 +76,18 @@ def normalized_by_batch(policy: Policy) -> list[str]:
 
 def cut(x_Bx: jax.Array, micro_batches: int) -> jax.Array:
     """B... as KxB/K..., each micro-batch with its part of every device's rows: nothing is sent."""
-    parts = x_Bx.reshape(_devices(), micro_batches, -1, *x_Bx.shape[1:])
+    parts = x_Bx.reshape(mesh_size(), micro_batches, -1, *x_Bx.shape[1:])
     return _split_second(parts.swapaxes(0, 1).reshape(micro_batches, -1, *x_Bx.shape[1:]))
 
 
 def join(parts_KxN: jax.Array) -> jax.Array:
     """The array of which `cut` made KxB/K... ones."""
     count, _, *shape = parts_KxN.shape
-    rows = _split_second(parts_KxN).reshape(count, _devices(), -1, *shape)
+    rows = _split_second(parts_KxN).reshape(count, mesh_size(), -1, *shape)
     return shard_batch(rows.swapaxes(0, 1).reshape(-1, *shape))
 
 
-def _devices() -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.size
-
-
 def _split_second(x: jax.Array) -> jax.Array:
-    if jax.sharding.get_abstract_mesh().empty:
+    if not mesh_parts():
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(None, *BATCH))

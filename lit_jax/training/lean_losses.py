@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lit_jax.distributed.mesh import BATCH
+from lit_jax.distributed.mesh import BATCH, mesh_parts, mesh_size
 from lit_jax.training.similarity import Embeddings, Scalar, exact_dot
 
 # 16 MiB of float32 logits: the TPU compiler keeps them in the chip's vector memory and never writes them out.
@@ -186,10 +186,9 @@ def _meet(
 
     `visit` says what the images and the texts of one tile gather from each other.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if not mesh_parts():
         return _meet_in_ring(visit, images, texts, ring=1)
-    ring = functools.partial(_meet_in_ring, visit, ring=mesh.size)
+    ring = functools.partial(_meet_in_ring, visit, ring=mesh_size())
     # Not checked: what is gathered starts as constants, which to the checker are the same on all devices.
     return jax.shard_map(ring, in_specs=BATCH, out_specs=BATCH, check_vma=False)(images, texts)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from lit_jax.distributed.mesh import mesh_size
 from lit_jax.errors import UserError
 from lit_jax.training.lean_losses import TILE, lean_sigmoid_loss, lean_softmax_loss
 from lit_jax.training.similarity import Embeddings, Loss, Scalar, similarity_logits
@@ -105,6 +106,5 @@ def pays_lean(batch: int) -> bool:
     Where a device's part of the similarity matrix is smaller than a tile, there is no memory to save; above
     that the lean form takes about as long and ever less memory (docs/scale.md has the measurement).
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else mesh.size
+    devices = mesh_size()
     return batch % devices == 0 and batch * (batch // devices) >= TILE**2

@@ -80,7 +80,7 @@ def tiny(towers):
     def make(**changes):
         raw = get_config("demo")
         raw.model.image.model, raw.model.text.model = towers["image"], towers["text"]
-        raw.model.image.pooling = "pooler"
+        raw.model.image.pooling = raw.model.text.pooling = "pooler"
         raw.model.projection_dim = 8
         raw.policy.lock = "LU"
         raw.batch_size, raw.duration, raw.seed = 16, "6 steps", 3
