@@ -56,7 +56,7 @@ def main() -> None:
     images, batch = (4, 2) if args.tiny else (args.images, args.batch)
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as open_streams:
         folder = Path(name)
-        make_data(folder, images)
+        make_data(folder, images, EXAMPLES)
         runs: dict[str, Callable[[], Sample]] = {
             "loop": functools.partial(sample, loop(folder, images))
         }
@@ -81,7 +81,7 @@ def main() -> None:
         )
 
 
-def make_data(folder: Path, count: int) -> None:
+def make_data(folder: Path, count: int, examples: int) -> None:
     random = np.random.default_rng(0)
     for i in range(count):
         coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
@@ -90,7 +90,7 @@ def make_data(folder: Path, count: int) -> None:
         picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
         picture.save(folder / f"{i}.jpg", quality=90)
     with (folder / CAPTIONS_FILE).open("w") as captions:
-        for i in range(EXAMPLES):
+        for i in range(examples):
             row = {"image": f"{i % count}.jpg", "caption": "a photo of the number forty two"}
             captions.write(json.dumps(row) + "\n")
 

@@ -48,7 +48,7 @@ def main() -> None:
     encoder = make_encoder(args.batch, args.tiny)
     params = random_parameters(encoder)
     with tempfile.TemporaryDirectory() as folder:
-        make_data(Path(folder), images)
+        make_data(Path(folder), images, images)
         source = open_source(SourceConfig(path=folder))
         names = tuple(f"number {i}" for i in range(args.classes))
         classes = Classes(names=names, templates=("a photo of the {}",))
