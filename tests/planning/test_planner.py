@@ -129,8 +129,7 @@ def test_what_does_not_fit_is_an_answer_with_advice(config_of):
 
 @pytest.fixture
 def little_effort():
-    """The compiler of the commands, told to be quick: it then takes a quarter of its minutes. For the first
-    recipe below it found 6.4 GiB so, and 7.2 GiB as the commands call it."""
+    """The compiler of the commands, told to be quick: it then takes a quarter of its minutes."""
     jax.config.update("jax_optimization_level", "O1")
     yield
     jax.config.update("jax_optimization_level", "UNKNOWN")
