@@ -28,8 +28,8 @@ from tqdm import tqdm
 from lit_jax.config import SourceConfig, parse
 from lit_jax.console import command, named_folder
 from lit_jax.data import records
+from lit_jax.data.decode import decode, file_content
 from lit_jax.data.example import BadSampleError, Example, Source
-from lit_jax.data.image import decode, file_content
 from lit_jax.data.sources import open_source
 from lit_jax.data.workers import start_worker
 from lit_jax.errors import UserError

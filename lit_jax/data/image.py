@@ -7,120 +7,28 @@ the processor itself copies every image several times and rescales in float64.
 
 import contextlib
 import dataclasses
-import io
 import math
 import textwrap
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from lit_jax.config import ColorJitterConfig, RandAugmentConfig
 from lit_jax.data.augment import NO_JITTER, NO_OPERATIONS, color_jitter, rand_augment
-from lit_jax.data.example import BadSampleError
-from lit_jax.data.files import File, ObjectPath
+from lit_jax.data.decode import ImageFile, decode, opened, orientation_of, reduce_jpeg, upright_rgb
 from lit_jax.errors import UserError
 
-# Pillow only warns about images of more than 89 megapixels; as an error they become bad samples.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
-
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-# What a source gives; None: there is no image.
-ImageFile = File | bytes | np.ndarray | None
-WHITE = (255, 255, 255, 255)
 # By EXIF orientation: where width is height, and which ends of a file's rows or columns come first upright.
 TURNED = (5, 6, 7, 8)
 FROM_RIGHT, FROM_BOTTOM = (2, 3, 6, 7), (3, 4, 7, 8)
 # A JPEG file decoded at a reduced size is still so many times as high and wide as what is made of it, so that
 # the last resizing averages pixels as it would have: about half a grey level away from decoding in full.
 KEPT = 1.5
-
-
-def decode(image: ImageFile) -> Image.Image:
-    """The first frame of an image as upright RGB.
-
-    The EXIF orientation is applied, transparency is put on white and 16-bit grey is scaled to 8 bits.
-
-    Raises:
-        BadSampleError: there is no such file, or it holds no complete image of a sane size.
-    """
-    with _opened(image) as picture:
-        return _upright_rgb(picture)
-
-
-def file_content(path: File) -> bytes:
-    """Raises BadSampleError if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadSampleError(error.strerror or str(error), "missing") from error
-    except ValueError as error:  # no path at all: it has a null byte, or is no valid Unicode
-        raise BadSampleError(str(error), "missing") from error
-
-
-@contextlib.contextmanager
-def _opened(image: ImageFile) -> Iterator[Image.Image]:
-    """The image with no more than its header read; what goes wrong inside the block is a bad sample."""
-    if image is None:
-        raise BadSampleError("no image", "missing")
-    if isinstance(image, np.ndarray):
-        yield Image.fromarray(image)
-        return
-    content = file_content(image) if isinstance(image, Path | ObjectPath) else image
-    if not content:
-        raise BadSampleError("0 bytes", "empty")
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
-            yield opened
-    except Image.UnidentifiedImageError as error:
-        raise BadSampleError("not an image", "not_image") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise BadSampleError(str(error), "too_large") from error
-    except (
-        Exception
-    ) as error:  # Pillow's parsers let through whatever a broken file makes them raise
-        raise BadSampleError(str(error) or type(error).__name__) from error
-
-
-def _upright_rgb(opened: Image.Image) -> Image.Image:
-    ImageOps.exif_transpose(opened, in_place=True)  # an upright one is not copied
-    return _to_rgb(opened)
-
-
-def _orientation(opened: Image.Image) -> int:
-    return opened.getexif().get(ExifTags.Base.Orientation, 1)
-
-
-def reduce_jpeg(opened: Image.Image, part: float) -> float:
-    """Has a JPEG file decoded at 1/2, 1/4 or 1/8 of its size, the smallest that is at least `part` of it.
-
-    Returns by what its size is divided then; 1 for files of other formats. The decoder computes only the low
-    frequencies of each block of 8x8 pixels, which saves time and averages the pixels.
-    """
-    width, height = opened.size
-    drafted = opened.draft(None, (math.ceil(width * part), math.ceil(height * part)))
-    if drafted is None:
-        return 1.0
-    _, (_, _, reduced_width, _) = drafted
-    return width / reduced_width
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise BadSampleError(f"pixels of mode {image.mode} have no known range")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
-    if image.mode != "RGB":
-        return image.convert("RGB")
-    image.load()  # `convert` would do so too, and then copy it
-    return image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -216,13 +124,13 @@ class ImageTransform:
 
     def train(self, image: ImageFile, rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
         """With the augmentations that the config asks for, to be normalised; raises BadSampleError."""
-        with _opened(image) as opened:
-            width, height = opened.size
-            orientation = _orientation(opened)
+        with opened(image) as picture:
+            width, height = picture.size
+            orientation = orientation_of(picture)
             size = (height, width) if orientation in TURNED else (width, height)
             box, target = self._box(size, rng)
-            factor = self._reduce(opened, box, target)
-            picture = _upright_rgb(opened)
+            factor = self._reduce(picture, box, target)
+            picture = upright_rgb(picture)
         if target is not None:
             height, width = target
             # The last pixel of a reduced row or column may stand for fewer; upright it may be the first.
@@ -258,7 +166,7 @@ class ImageTransform:
 
     def _reduce(
         self,
-        opened: Image.Image,
+        picture: Image.Image,
         box: tuple[int, int, int, int],
         target: tuple[int, int] | None,
     ) -> float:
@@ -268,7 +176,7 @@ class ImageTransform:
         left, top, right, bottom = box
         height, width = target
         least = KEPT * max(width / (right - left), height / (bottom - top))
-        return reduce_jpeg(opened, min(1.0, least))
+        return reduce_jpeg(picture, min(1.0, least))
 
     def _crop(self, image: Image.Image, rng: np.random.Generator | None = None) -> Image.Image:
         """Out of the middle, with `rng` at a random place; if the processor crops at all."""

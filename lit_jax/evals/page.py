@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lit_jax.data.image import ImageFile, decode
+from lit_jax.data.decode import ImageFile, decode
 from lit_jax.evals.figures import FAINT, INK, RIGHT, UNSEEN
 from lit_jax.evals.results import Table
 

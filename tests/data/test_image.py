@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 
+from lit_jax.data.decode import decode
 from lit_jax.data.example import BadSampleError
-from lit_jax.data.image import ImageTransform, decode, load_processor, random_box
+from lit_jax.data.image import ImageTransform, load_processor, random_box
 from lit_jax.errors import UserError
 
 EDGE = st.integers(1, 40)

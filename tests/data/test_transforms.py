@@ -14,7 +14,8 @@ from sklearn.datasets import load_sample_images
 
 from lit_jax.config import ColorJitterConfig, RandAugmentConfig
 from lit_jax.data.augment import JITTER, RAND_AUGMENT, color_jitter, rand_augment
-from lit_jax.data.image import ImageTransform, decode, reduce_jpeg
+from lit_jax.data.decode import decode, reduce_jpeg
+from lit_jax.data.image import ImageTransform
 
 LUMA = np.array([0.299, 0.587, 0.114])
 

@@ -1,0 +1,104 @@
+"""Image files of any kind to RGB pixels the right way up; a broken one is a bad sample."""
+
+import contextlib
+import io
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from lit_jax.data.example import BadSampleError
+from lit_jax.data.files import File, ObjectPath
+
+# Pillow only warns about images of more than 89 megapixels; as an error they become bad samples.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+# What a source gives; None: there is no image.
+ImageFile = File | bytes | np.ndarray | None
+WHITE = (255, 255, 255, 255)
+
+
+def decode(image: ImageFile) -> Image.Image:
+    """The first frame of an image as upright RGB.
+
+    The EXIF orientation is applied, transparency is put on white and 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        BadSampleError: there is no such file, or it holds no complete image of a sane size.
+    """
+    with opened(image) as picture:
+        return upright_rgb(picture)
+
+
+def file_content(path: File) -> bytes:
+    """Raises BadSampleError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadSampleError(error.strerror or str(error), "missing") from error
+    except ValueError as error:  # no path at all: it has a null byte, or is no valid Unicode
+        raise BadSampleError(str(error), "missing") from error
+
+
+@contextlib.contextmanager
+def opened(image: ImageFile) -> Iterator[Image.Image]:
+    """The image with no more than its header read; what goes wrong inside the block is a bad sample."""
+    if image is None:
+        raise BadSampleError("no image", "missing")
+    if isinstance(image, np.ndarray):
+        yield Image.fromarray(image)
+        return
+    content = file_content(image) if isinstance(image, Path | ObjectPath) else image
+    if not content:
+        raise BadSampleError("0 bytes", "empty")
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            yield picture
+    except Image.UnidentifiedImageError as error:
+        raise BadSampleError("not an image", "not_image") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise BadSampleError(str(error), "too_large") from error
+    except (
+        Exception
+    ) as error:  # Pillow's parsers let through whatever a broken file makes them raise
+        raise BadSampleError(str(error) or type(error).__name__) from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(image, in_place=True)  # an upright one is not copied
+    return _to_rgb(image)
+
+
+def orientation_of(image: Image.Image) -> int:
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def reduce_jpeg(image: Image.Image, part: float) -> float:
+    """Has a JPEG file decoded at 1/2, 1/4 or 1/8 of its size, the smallest that is at least `part` of it.
+
+    Returns by what its size is divided then; 1 for files of other formats. The decoder computes only the low
+    frequencies of each block of 8x8 pixels, which saves time and averages the pixels.
+    """
+    width, height = image.size
+    drafted = image.draft(None, (math.ceil(width * part), math.ceil(height * part)))
+    if drafted is None:
+        return 1.0
+    _, (_, _, reduced_width, _) = drafted
+    return width / reduced_width
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadSampleError(f"pixels of mode {image.mode} have no known range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
+    if image.mode != "RGB":
+        return image.convert("RGB")
+    image.load()  # `convert` would do so too, and then copy it
+    return image
