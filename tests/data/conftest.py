@@ -17,6 +17,11 @@ DEMO = Path(__file__).parents[2] / "configs/demo"
 MAX_TEXT_LENGTH = 24
 
 
+def train(transform: ImageTransform, image: Any, seed: int | np.random.Generator = 0) -> np.ndarray:
+    """What the tower gets of an image in training."""
+    return transform.normalise([transform.train(image, np.random.default_rng(seed))])[0]
+
+
 @pytest.fixture(scope="session")
 def demo_folder() -> Path:
     return DEMO

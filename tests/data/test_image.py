@@ -18,6 +18,7 @@ from lit_jax.data.decode import decode
 from lit_jax.data.example import BadSampleError
 from lit_jax.data.image import ImageTransform, load_processor, random_box
 from lit_jax.errors import UserError
+from tests.data.conftest import train
 
 EDGE = st.integers(1, 40)
 THREE = st.lists(st.floats(0.1, 0.9), min_size=3, max_size=3)
@@ -243,11 +244,6 @@ def test_a_broken_file_is_a_bad_sample_or_an_image(noise, encode, data):
     content = bytes(content[: data.draw(st.integers(0, len(content)))])
     with contextlib.suppress(BadSampleError):
         assert decode(content).mode == "RGB"
-
-
-def train(transform: ImageTransform, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What the tower gets of it in training."""
-    return transform.normalise([transform.train(image, rng)])[0]
 
 
 def test_train_without_augmentation_is_eval(processor_folder, noise):

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from lit_jax.config import ColorJitterConfig, RandAugmentConfig
 from lit_jax.data.augment import JITTER, RAND_AUGMENT, color_jitter, rand_augment
 from lit_jax.data.decode import decode, reduce_jpeg
 from lit_jax.data.image import ImageTransform
+from tests.data.conftest import train
 
 LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -455,11 +455,6 @@ PROCESSORS = {
     "squeezed": {"image_processor_type": "ViTImageProcessor"},
     "cropped": {"image_processor_type": "CLIPImageProcessor"},
 }
-
-
-def train(transform: ImageTransform, image: Any, seed: int = 0) -> np.ndarray:
-    """What the tower gets of it in training."""
-    return transform.normalise([transform.train(image, np.random.default_rng(seed))])[0]
 
 
 @pytest.mark.parametrize("size", [64, 112, 224, 320])
