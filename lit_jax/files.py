@@ -7,6 +7,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lit_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raises UserError where the --output of a command that goes on where it stopped cannot be written.
+
+    Nothing may run on a device in here: JAX's errors are RuntimeErrors, too.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the latter is what ArrayRecord raises
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise UserError(
+            f"{folder} cannot be written ({reason}); mend that and give the same command again, it goes on, "
+            "or choose another --output."
+        ) from error
+
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:

@@ -7,7 +7,6 @@ bad.jsonl. Given again, the command goes on where it was stopped. Exit codes: 0 
 import argparse
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import io
@@ -33,7 +32,7 @@ from lit_jax.data.example import BadSampleError, Example, Source
 from lit_jax.data.sources import open_source
 from lit_jax.data.workers import start_worker
 from lit_jax.errors import UserError
-from lit_jax.files import whole, write_whole
+from lit_jax.files import whole, write_whole, writing
 
 PLAN_FILE = "convert.json"
 BAD_FILE = "bad.jsonl"
@@ -124,7 +123,7 @@ def _enter(folder: Path, plan: Plan) -> None:
     if not file.exists():
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} holds something else already; give an empty --output.")
-        with _writing(folder):
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(file, wanted)
     elif file.read_text() != wanted:
@@ -141,7 +140,7 @@ def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
     """
     source, bad, good = _source(plan.source, plan.text_only), [], 0
     file = folder / plan.shard_name(shard)
-    with _writing(folder), whole(file) as new:
+    with writing(folder), whole(file) as new:
         writer = ArrayRecordWriter(str(new), records.WRITER_OPTIONS)
         for position in plan.positions(shard):
             key = f"{position}"
@@ -162,16 +161,6 @@ def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
         if bad:
             write_whole(_bad_file(file), "".join(f"{line}\n" for line in bad))
     return len(plan.positions(shard))
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # the latter is what ArrayRecord raises
-        raise UserError(
-            f"{folder} cannot be written ({error}); mend that and give the same command again, it goes on."
-        ) from error
 
 
 def _self_contained(example: Example) -> Example:

@@ -61,9 +61,8 @@ def opened(image: ImageFile) -> Iterator[Image.Image]:
         raise BadSampleError("not an image", "not_image") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadSampleError(str(error), "too_large") from error
-    except (
-        Exception
-    ) as error:  # Pillow's parsers let through whatever a broken file makes them raise
+    except Exception as error:
+        # Pillow's parsers let through whatever a broken file makes them raise.
         raise BadSampleError(str(error) or type(error).__name__) from error
 
 

@@ -1,7 +1,6 @@
 """A locked tower over a whole data set: each process on its own devices, each with shards of its own."""
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -25,6 +24,7 @@ from lit_jax.data.embeddings import (
     Header,
     ShardWriter,
     complete_shards,
+    reading,
     shard_counts,
 )
 from lit_jax.data.example import BadSampleError, Source
@@ -33,7 +33,7 @@ from lit_jax.data.readers import Captions, Pixels
 from lit_jax.distributed.mesh import BATCH, global_batch, make_mesh
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import Preempted, UserError
-from lit_jax.files import write_whole
+from lit_jax.files import write_whole, writing
 from lit_jax.models.dual_encoder import DualEncoderModule, Side
 from lit_jax.training.embedded import check_locked, describe, tower_fingerprint, tower_name
 from lit_jax.training.policy import merge
@@ -99,9 +99,10 @@ def _tower(setup: Setup, side: Side, params: Tree) -> dict[str, Any]:
 def _open_folder(folder: Path, header: Header) -> None:
     """Makes the folder that of these embeddings, unless it is that of others."""
     started = folder / STARTED
-    with _writing(folder):
+    with writing(folder):
         if started.exists():
-            found = json.loads(started.read_bytes())
+            with reading(started):
+                found = dict(json.loads(started.read_bytes()))
             changed = [k for k, v in dataclasses.asdict(header).items() if found.get(k) != v]
             if changed:
                 raise UserError(
@@ -110,7 +111,7 @@ def _open_folder(folder: Path, header: Header) -> None:
         elif folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} holds something else; choose another --output.")
     _together()  # all have looked before one writes
-    with _writing(folder):
+    with writing(folder):
         if is_primary() and not started.exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(started, json.dumps(dataclasses.asdict(header), indent=2) + "\n")
@@ -121,22 +122,9 @@ def _close_folder(folder: Path, header: Header) -> Counts:
     counts = sum((shard_counts(folder, header, n) for n in range(header.shards)), Counts())
     if is_primary():
         manifest = dataclasses.asdict(header) | dataclasses.asdict(counts)
-        with _writing(folder):
+        with writing(folder):
             write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return counts
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Raises UserError where the folder cannot be written; nothing may run on a device in here."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as error:  # ArrayRecord raises RuntimeError
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        raise UserError(
-            f"{folder} cannot be written ({reason}); mend that and run the same command again, or choose "
-            "another --output."
-        ) from error
 
 
 def _together(*, stopped: bool = False, busy: bool = False) -> tuple[bool, bool]:
@@ -264,7 +252,7 @@ def _embed_missing(sweep: _Sweep, folder: Path, header: Header) -> None:
 def _write_shard(
     sweep: _Sweep, path: Path, examples: range, stop: StopSignal, bar: "tqdm[Any]"
 ) -> None:
-    with _writing(path.parent):
+    with writing(path.parent):
         writer = ShardWriter(path)
     complete = False
     try:
@@ -272,7 +260,7 @@ def _write_shard(
             if record is None:
                 _raise_if(_together(stopped=stop.received, busy=True)[0])
                 continue
-            with _writing(path.parent):
+            with writing(path.parent):
                 writer.add(record)
             bar.update(jax.process_count())
         complete = True
@@ -283,7 +271,7 @@ def _write_shard(
             f"The devices have too little memory for {sweep.rows} rows at once; give a smaller --batch_size."
         ) from error
     finally:
-        with _writing(path.parent):
+        with writing(path.parent):
             writer.close(complete=complete)
 
 

@@ -134,8 +134,9 @@ def _flatten(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
     with safetensors.safe_open(file, "np") as content:
-        for name in content.keys():  # noqa: SIM118  (it is no dict)
-            if (dtype := content.get_slice(name).get_dtype()) not in _SAFETENSORS_DTYPES:
+        dtypes = {name: content.get_slice(name).get_dtype() for name in content.offset_keys()}
+        for name, dtype in dtypes.items():
+            if dtype not in _SAFETENSORS_DTYPES:
                 raise UserError(
                     f"{file} holds {name} as {dtype}, which lit_jax does not read; take the model in "
                     "float32, float16 or bfloat16."

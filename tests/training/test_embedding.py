@@ -331,6 +331,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, make):
     assert content(tmp_path) == {"notes.txt": b"mine"}
 
 
+def test_a_damaged_note_of_what_was_started_is_named(make, tmp_path):
+    (tmp_path / "started.json").write_text('{"side": "ima')
+    with pytest.raises(UserError, match=r"started.json are damaged .* remove that"):
+        embed(make(), tmp_path, "image")
+    assert content(tmp_path).keys() == {"started.json"}
+
+
 @pytest.mark.parametrize("in_the_way", [MANIFEST, f".{SHARD}.tmp"])
 def test_a_folder_that_cannot_be_written_is_named(make, tmp_path, in_the_way):
     """By another folder where a file should be; rights would not stop root."""
