@@ -143,13 +143,18 @@ def tower_configs(name: str, dropout: float = 0.1) -> tuple[Any, Any]:
 
 def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
     """`cached`: the batch brings what the locked image tower has pooled, and the step has no such tower."""
+    sys.modules["torch"] = (
+        None  # transformers imports it where it finds it; lit_jax does not ask for it
+    )
+
     import jax
     import jax.numpy as jnp
     import optax
 
-    from lit_jax.config import ModelConfig, PolicyConfig, TowerConfig
+    from lit_jax.config import ModelConfig, OptimizerConfig, PolicyConfig, TowerConfig
     from lit_jax.models.dual_encoder import POOLED, build_dual_encoder
     from lit_jax.training.losses import softmax_loss
+    from lit_jax.training.optimizer import make_optimizer
     from lit_jax.training.policy import resolve_policy
     from lit_jax.training.step import State, jit_train_step, train_step
 
@@ -164,12 +169,12 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
         batch[POOLED["image"]] = np.ones((settings.batch, vit["hidden_size"]), np.float32)
     batch = jax.device_put(batch)
     params = jax.jit(module.init)(jax.random.key(0), batch)["params"]
-    trainable, frozen = resolve_policy(PolicyConfig(lock=lock), params).split(params)
+    policy = resolve_policy(PolicyConfig(lock=lock), params)
+    trainable, frozen = policy.split(params)
     frozen = jax.tree.map(lambda leaf: leaf.astype(dtype), frozen)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(CLIP_NORM),
-        optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY),
-    )
+    schedule = optax.constant_schedule(LEARNING_RATE)
+    of_optimizer = OptimizerConfig(clip_norm=CLIP_NORM, weight_decay=WEIGHT_DECAY)
+    optimizer = make_optimizer(of_optimizer, schedule, policy)
     state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
     del params, trainable  # the step takes over the state's buffers
     step = jit_train_step(
@@ -178,7 +183,7 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
             embed=module.apply,
             loss=softmax_loss,
             optimizer=optimizer,
-            schedule=optax.constant_schedule(LEARNING_RATE),
+            schedule=schedule,
             seed=0,
         ),
         jax.tree.map(lambda leaf: leaf.sharding, state),
