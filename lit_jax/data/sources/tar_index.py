@@ -57,18 +57,18 @@ class TarIndex:
         # One batch: so that a column is one piece and a sample is found at once.
         with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
             self.about = reader.schema.metadata
-            self._rows = reader.get_batch(0)
+            shard, self._key, self._hostile, *spans = reader.get_batch(0).columns
+        self._numbers = [column.to_numpy() for column in (shard, *spans)]  # no copies
 
     def __reduce__(self):
         return TarIndex, (self._path,)
 
     def __len__(self) -> int:
-        return self._rows.num_rows
+        return len(self._key)
 
     def __getitem__(self, index: int) -> Sample:
-        shard, key, hostile, start, stop, *spans = (
-            column[index].as_py() for column in self._rows.columns
-        )
+        shard, start, stop, *spans = (column.item(index) for column in self._numbers)
+        key, hostile = self._key[index].as_py(), self._hostile[index].as_py()
         return Sample(
             shard, key, hostile, start, stop, [*zip(spans[::2], spans[1::2], strict=True)]
         )
