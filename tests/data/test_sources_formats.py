@@ -259,6 +259,18 @@ def test_conceptual_captions_are_read_for_their_texts_too(data):
     assert [source[i]["captions"] for i in range(len(source))] == [(flat(c),) for c in CAPTIONS]
 
 
+@pytest.mark.parametrize("image", ["https://a.org/" + "a" * 300, "a" * 300], ids=["web", "long"])
+def test_a_tsv_without_names_of_columns_may_have_any_second_field(tmp_path, image):
+    """A name that is too long for a file is none; pictures on the web are enough for their texts."""
+    file = tmp_path / "a.tsv"
+    file.write_text(f"a dog\t{image}\na cat\t{image}\n")
+    if image.startswith("https"):
+        source = open_source(SourceConfig(path=str(file)), text_only=True)
+        assert [source[i]["captions"] for i in range(2)] == [("a dog",), ("a cat",)]
+    with pytest.raises(UserError, match="needs the columns 'image'"):
+        open_source(SourceConfig(path=str(file)))
+
+
 def test_a_row_in_an_object_store_may_name_an_image_by_its_address(tmp_path, images, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name, raising=False)
