@@ -46,19 +46,28 @@ class EmbeddingCache:
                 ) from None
 
     def once(
-        self, key: Hashable, fingerprint: Callable[[], str], compute: Callable[[], Arrays]
+        self,
+        key: Hashable,
+        fingerprint: Callable[[], str],
+        compute: Callable[[], Arrays],
+        complete: Callable[[Arrays], Arrays],
     ) -> Arrays:
         """What `compute` returns, computed only if it is not there.
 
         Args:
             key: names it in memory.
             fingerprint: names it on disk; called only if there is a folder.
+            complete: tries again what the arrays from disk lack; gives them back as they are if in vain.
         """
         if key not in self._memory:
-            self._memory[key] = self._on_disk(fingerprint(), compute) if self._folder else compute()
+            self._memory[key] = (
+                self._on_disk(fingerprint(), compute, complete) if self._folder else compute()
+            )
         return self._memory[key]
 
-    def _on_disk(self, name: str, compute: Callable[[], Arrays]) -> Arrays:
+    def _on_disk(
+        self, name: str, compute: Callable[[], Arrays], complete: Callable[[Arrays], Arrays]
+    ) -> Arrays:
         assert self._folder is not None
         file = self._folder / f"{name}.npz"
         arrays = self._read(file) if is_primary() else None
@@ -68,8 +77,12 @@ class EmbeddingCache:
         if shapes:
             if arrays is None:
                 arrays = tuple(np.zeros(shape, dtype) for shape, dtype in shapes)
-            return tuple(multihost_utils.broadcast_one_to_all(arrays))
-        arrays = compute()
+            found = tuple(map(np.asarray, multihost_utils.broadcast_one_to_all(arrays)))
+            arrays = complete(found)
+            if arrays is found:
+                return found
+        else:
+            arrays = compute()
         if is_primary():
             content = io.BytesIO()
             np.savez(content, *arrays)
