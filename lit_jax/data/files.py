@@ -130,11 +130,10 @@ def local(location: File, what: str) -> Path:
 
 def read(file: File, start: int, stop: int) -> bytes:
     """Bytes `start` to `stop` of a file, fewer if it ends before."""
-    with file.open("rb") as opened:
-        if isinstance(
-            file, ObjectPath
-        ):  # after a seek Google's client asks for all bytes to the end
+    if isinstance(file, ObjectPath):  # after a seek Google's client asks for all bytes to the end
+        with file.open() as opened:
             return opened.read_at(stop - start, start)
+    with file.open("rb") as opened:
         opened.seek(start)
         return opened.read(stop - start)
 
