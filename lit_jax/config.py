@@ -28,6 +28,9 @@ class Range(NamedTuple):
 Count = Annotated[int, Range(1)]
 NotNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
+Decay = Annotated[
+    float, Range(0, 0.999999)
+]  # of 1, and of what is 1 in float32, nothing would be left
 _DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]{1,2})?)\s+(step|epoch|example)s?\s*")
 Duration = Annotated[str, _DURATION]  # "300 steps", "2.5 epochs" or "9e8 examples"; see `steps`
 
@@ -95,8 +98,8 @@ class PolicyConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     name: Literal["adamw", "adafactor", "lion", "lamb"] = "adamw"
-    b1: Fraction = 0.9
-    b2: Fraction = 0.999
+    b1: Decay = 0.9
+    b2: Decay = 0.999
     eps: NotNegative = 1e-8
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
     weight_decay: NotNegative = (

@@ -73,6 +73,8 @@ def in_languages(example: Example, wanted: Mapping[str, float]) -> Example:
         if text.strip() and wanted.get(language)
     ]
     counts = Counter(language for _, language in kept)
+    if not kept and languages:
+        example = {**example, "left_out": tuple(dict.fromkeys(languages))}
     return {
         **example,
         "captions": tuple(text for text, _ in kept),

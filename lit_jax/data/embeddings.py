@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -87,7 +88,8 @@ class ShardWriter:
 
     def __init__(self, path: Path):
         self._path = path
-        self._new = path.with_name(f".{path.name}.tmp")
+        # Of this process alone: another command may embed into the same folder at the same time.
+        self._new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._writer = ArrayRecordWriter(str(self._new), WRITER_OPTIONS)
         self._counts = Counts()
 
@@ -106,10 +108,16 @@ class ShardWriter:
             counts = {"rows": self._counts.rows, "bad": self._counts.bad}
             self._writer.write(json.dumps(counts).encode())
         self._writer.close()
-        if complete:
+        if complete and not self._path.exists():
             self._new.replace(self._path)
         else:
             self._new.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What killed commands have left behind."""
+    for file in folder.glob(".*.tmp"):
+        file.unlink(missing_ok=True)
 
 
 def shard_counts(folder: Path, header: Header, number: int) -> Counts:

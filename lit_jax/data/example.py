@@ -28,6 +28,9 @@ class Example(TypedDict):
     image: File | bytes | np.ndarray | None
     captions: tuple[str, ...]
     languages: NotRequired[tuple[str, ...] | None]  # of the captions, one by one, where it is known
+    left_out: NotRequired[
+        tuple[str, ...]
+    ]  # languages of captions that were not wanted, if no other was
     caption_weights: NotRequired[tuple[float, ...]]  # how often each is drawn; without: all alike
     teacher_caption: NotRequired[str | None]  # what they say, in the language of a text teacher
     label: str | None  # name of its class

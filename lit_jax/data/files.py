@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 from pyarrow import fs
@@ -17,6 +18,9 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
 # Up to the end of the text if the quote that ends it is missing. Possessive: nothing is tried twice.
 _QUOTED = re.compile(rb'"(?:[^"]++|"")*+("?)')
+
+# Arrow's own: nothing is said for 15 minutes of a store that does not answer; without a user it is http.
+_GOOGLE_DEFAULTS = {"retry_limit_seconds": "60", "scheme": "https"}
 
 MAX_FIELD_BYTES = 1 << 26  # of a quoted field: one that goes on has lost the quote that ends it
 
@@ -66,6 +70,7 @@ class ObjectPath:
         return self.info().type == fs.FileType.Directory
 
     def iterdir(self) -> Iterator["ObjectPath"]:
+        """All files in a folder. Of folders Arrow lists those that were made as such, and on S3 all."""
         for info in self.filesystem.get_file_info(fs.FileSelector(str(self.path))):
             yield dataclasses.replace(self, path=PurePosixPath(info.path))
 
@@ -83,7 +88,15 @@ File = Path | ObjectPath
 
 @functools.cache
 def _filesystem(scheme: str, user: str, bucket: str, options: str) -> fs.FileSystem:
-    found, _ = fs.FileSystem.from_uri(f"{scheme}://{user}{'@' if user else ''}{bucket}?{options}")
+    if scheme == "gs":
+        given = dict(parse_qsl(options, keep_blank_values=True))
+        options = urlencode(_GOOGLE_DEFAULTS | given)
+    try:
+        found, _ = fs.FileSystem.from_uri(
+            f"{scheme}://{user}{'@' if user else ''}{bucket}?{options}"
+        )
+    except ValueError as error:
+        raise UserError(f"{scheme}://{bucket} cannot be opened ({error}).") from error
     return found
 
 
@@ -117,6 +130,9 @@ def local(location: File, what: str) -> Path:
 
 def read(file: File, start: int, stop: int) -> bytes:
     """Bytes `start` to `stop` of a file, fewer if it ends before."""
+    if isinstance(file, ObjectPath):  # after a seek Google's client asks for all bytes to the end
+        with file.open() as opened:
+            return opened.read_at(stop - start, start)
     with file.open("rb") as opened:
         opened.seek(start)
         return opened.read(stop - start)

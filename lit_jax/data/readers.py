@@ -154,5 +154,7 @@ def _usable(example: Example) -> list[tuple[str, float]]:
     weights = example.get("caption_weights") or (1.0,) * len(texts)
     usable = [pair for pair in zip(texts, weights, strict=True) if pair[0].strip()]
     if not usable:
-        raise BadSampleError("no caption", "no_caption")
+        others = ", ".join(example.get("left_out", ()))
+        wanted = f" in a language that the config names; there are captions in {others}"
+        raise BadSampleError(f"no caption{wanted if others else ''}", "no_caption")
     return usable

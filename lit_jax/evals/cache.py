@@ -4,19 +4,17 @@ import hashlib
 import io
 import json
 import logging
-import zlib
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from lit_jax.data.example import BadSampleError, Source
 from lit_jax.data.files import ObjectPath, signature
-from lit_jax.distributed.mesh import REPLICATED
+from lit_jax.distributed.checksums import checksums
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import write_whole
@@ -46,19 +44,28 @@ class EmbeddingCache:
                 ) from None
 
     def once(
-        self, key: Hashable, fingerprint: Callable[[], str], compute: Callable[[], Arrays]
+        self,
+        key: Hashable,
+        fingerprint: Callable[[], str],
+        compute: Callable[[], Arrays],
+        complete: Callable[[Arrays], Arrays],
     ) -> Arrays:
         """What `compute` returns, computed only if it is not there.
 
         Args:
             key: names it in memory.
             fingerprint: names it on disk; called only if there is a folder.
+            complete: tries again what the arrays from disk lack; gives them back as they are if in vain.
         """
         if key not in self._memory:
-            self._memory[key] = self._on_disk(fingerprint(), compute) if self._folder else compute()
+            self._memory[key] = (
+                self._on_disk(fingerprint(), compute, complete) if self._folder else compute()
+            )
         return self._memory[key]
 
-    def _on_disk(self, name: str, compute: Callable[[], Arrays]) -> Arrays:
+    def _on_disk(
+        self, name: str, compute: Callable[[], Arrays], complete: Callable[[Arrays], Arrays]
+    ) -> Arrays:
         assert self._folder is not None
         file = self._folder / f"{name}.npz"
         arrays = self._read(file) if is_primary() else None
@@ -68,8 +75,12 @@ class EmbeddingCache:
         if shapes:
             if arrays is None:
                 arrays = tuple(np.zeros(shape, dtype) for shape, dtype in shapes)
-            return tuple(multihost_utils.broadcast_one_to_all(arrays))
-        arrays = compute()
+            found = tuple(map(np.asarray, multihost_utils.broadcast_one_to_all(arrays)))
+            arrays = complete(found)
+            if arrays is found:
+                return found
+        else:
+            arrays = compute()
         if is_primary():
             content = io.BytesIO()
             np.savez(content, *arrays)
@@ -113,36 +124,8 @@ def of_side(params: Mapping[str, Any], tower: str) -> str:
     """Tells the parameters of a tower and its projection apart by each bit; under `jax.set_mesh`."""
     others = {"vision_model", "text_model"} - {tower}
     leaves = flatten({name: tree for name, tree in params.items() if name not in others})
-    sums = jax.device_get(_checksums(leaves))
+    sums = jax.device_get(checksums(leaves))
     return of_parts(sums)
-
-
-@jax.jit
-def _checksums(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    # Integer sums come out the same in any order: on any mesh.
-    sums = {path: _checksum(leaf, zlib.crc32(path.encode())) for path, leaf in leaves.items()}
-    return jax.lax.with_sharding_constraint(sums, REPLICATED)
-
-
-def _checksum(leaf: jax.Array, seed: int) -> jax.Array:
-    """Two 32-bit sums over an array, of each number's bits and position mixed well.
-
-    A sum of products alone would not see, for one, that an even number of signs has changed.
-    """
-    bits = jax.lax.bitcast_convert_type(leaf, {4: jnp.uint32, 2: jnp.uint16}[leaf.dtype.itemsize])
-    position = jnp.uint32(seed)
-    for axis, size in enumerate(leaf.shape):
-        index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        position = position * jnp.uint32(size) + index
-    first = _mix(_mix(position) ^ bits.astype(jnp.uint32))
-    return jnp.stack([x.sum(dtype=jnp.uint32) for x in (first, _mix(first))])
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """Each bit of the result depends on all bits of a 32-bit number (the finalizer of MurmurHash3)."""
-    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> jnp.uint32(16))
 
 
 def of_images(source: Source) -> str:

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import json
-import logging
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,6 @@ from jaxtyping import Int
 from lit_jax.config import EvalConfig, nearest
 from lit_jax.data.example import BadSampleError, Source
 from lit_jax.errors import UserError
-
-log = logging.getLogger(__name__)
 
 PLACEHOLDER = re.compile(r"\{c?\}")
 SORTED = "sorted"  # what `labels` says where the data's labels, sorted, are the classes in order
@@ -130,9 +127,6 @@ def label_ids(
         if label not in ids:
             raise UserError(_unknown_label(key, label, classes, ids))
         label_N[i] = ids[label]
-    unused = len(classes.names) - len(set(label_N.tolist()) - {-1})
-    if unused:
-        log.info("%d of the %d classes have no image.", unused, len(classes.names))
     return label_N
 
 

@@ -31,13 +31,18 @@ h2 {{ font-size: 1.4rem; line-height: 1.25; margin: 3.5rem 0 0.4rem; padding-top
 h3 {{ font-size: 1.05rem; margin: 2rem 0 0.3rem; }}
 p {{ margin: 0.2rem 0 0.8rem; max-width: 44rem; }}
 .note {{ color: var(--faint); font-size: 0.92rem; }}
-.wide {{ overflow-x: auto; }}
+.pan {{ overflow-x: auto; }}
+.wide {{ overflow-x: auto; background-repeat: no-repeat;
+  background-image: linear-gradient(to left, white 30%, transparent),
+    linear-gradient(to left, #0003, transparent);
+  background-position: right; background-size: 2rem 100%, 0.7rem 100%;
+  background-attachment: local, scroll; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0.4rem 0 1rem;
   font-size: 0.95rem; }}
 th, td {{ padding: 0.4rem 0.9rem 0.4rem 0; text-align: right; vertical-align: middle;
   border-bottom: 1px solid var(--line); }}
-th {{ color: var(--faint); font-weight: 500; font-size: 0.85rem; white-space: nowrap; }}
-th:first-child, td:first-child, td.text, th.text {{ text-align: left; white-space: normal; }}
+th {{ color: var(--faint); font-weight: 500; font-size: 0.85rem; line-height: 1.25; vertical-align: bottom; }}
+th:first-child, td:first-child, td.text, th.text {{ text-align: left; }}
 td:first-child {{ font-weight: 600; }}
 .cards {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: 1.4rem 1.2rem;
   margin: 0.8rem 0 1rem; }}
@@ -62,13 +67,14 @@ td:first-child {{ font-weight: 600; }}
 .pixels {{ image-rendering: pixelated; }}
 .answer {{ display: grid; grid-template-columns: minmax(6rem, 9rem) 1fr; gap: 0.4rem 1.2rem;
   margin: 1.2rem 0 1.6rem; }}
-.answer > img {{ width: 100%; border-radius: 6px; display: block; }}
-.answer ol {{ margin: 0; padding: 0 0 0 1.4rem; color: var(--faint); overflow-wrap: anywhere; }}
+.answer > img {{ width: 100%; max-height: 12rem; object-fit: contain; object-position: top left;
+  border-radius: 6px; display: block; }}
+.answer ol {{ margin: 0; padding: 0 1.4rem; color: var(--faint); overflow-wrap: anywhere; }}
 .answer li {{ padding: 0.1rem 0; }}
 .answer li.right {{ color: var(--right); font-weight: 600; }}
 @media (max-width: 40rem) {{ .cards {{ grid-template-columns: 1fr 1fr; }}
   .strip {{ grid-template-columns: repeat(4, 1fr); }} }}
-.figure {{ width: 100%; height: auto; display: block; margin: 0.6rem 0; }}
+.figure {{ width: 100%; min-width: 36rem; height: auto; display: block; margin: 0.6rem 0; }}
 """.strip()
 
 
@@ -99,9 +105,10 @@ def table(content: Table) -> str:
 
 def plain_table(columns: Sequence[str], rows: str, texts: int = 1) -> str:
     """A table of rows that are HTML already; the first `texts` columns hold no numbers."""
+    whole = [text(column).replace(" %", "&nbsp;%").replace(" →", "&nbsp;→") for column in columns]
     head = "".join(
-        f'<th class="text">{text(column)}</th>' if i < texts else f"<th>{text(column)}</th>"
-        for i, column in enumerate(columns)
+        f'<th class="text">{column}</th>' if i < texts else f"<th>{column}</th>"
+        for i, column in enumerate(whole)
     )
     return f'<div class="wide"><table>\n<tr>{head}</tr>\n{rows}\n</table></div>'
 
@@ -126,7 +133,7 @@ def drawing(figure: Figure, alt: str) -> str:
         warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support")
         figure.savefig(content, format="svg", metadata={"Date": None}, bbox_inches="tight")
     image = _image("image/svg+xml", content.getvalue(), alt, "figure")
-    return f'<div style="max-width:{figure.get_figwidth() * 110:.0f}px">{image}</div>'
+    return f'<div class="pan" style="max-width:{figure.get_figwidth() * 110:.0f}px">{image}</div>'
 
 
 def _image(mime: str, content: bytes, alt: str, kind: str) -> str:

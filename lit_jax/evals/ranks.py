@@ -41,8 +41,8 @@ def ranks(
     The devices of the mesh share the images; a device holds `chunk` / devices of them and `chunk` texts.
     """
     block = min(block, _power_of_two(max(-(-len(image_embeds_NxE) // mesh.size), 8)))
-    height = _chunk_size(len(image_embeds_NxE), block * mesh.size, chunk)
-    width = _chunk_size(len(text_embeds_MxE), block, chunk)
+    height = chunk_size(len(image_embeds_NxE), block * mesh.size, chunk)
+    width = chunk_size(len(text_embeds_MxE), block, chunk)
     own_M = _own_scores(image_embeds_NxE, text_embeds_MxE, image_of_text_M, mesh, block, width)
     best_N = np.full(len(image_embeds_NxE), -np.inf, np.float32)
     with np.errstate(invalid="ignore"):
@@ -56,7 +56,7 @@ def ranks(
         best = place(_filled(height, best_N[rows], 0), spec=BATCH)
         for columns in _slices(len(text_embeds_MxE), width):
             of_images, of_texts = jax.device_get(
-                _count_ahead(
+                count_ahead(
                     images,
                     best,
                     index,
@@ -104,7 +104,7 @@ def _diagonal(images_CxE, texts_CxE, *, mesh: Mesh, block: int):
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "block"))
-def _count_ahead(images_IxE, best_I, index_I, texts_TxE, own_T, image_of_T, *, mesh, block):
+def count_ahead(images_IxE, best_I, index_I, texts_TxE, own_T, image_of_T, *, mesh, block):
     """How many texts of others are not behind each image's best own one, and how many other images are not
     behind each text's own. "Not less" counts ties, and NaN. An index of -1 is padding.
     """
@@ -157,9 +157,16 @@ def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _chunk_size(count: int, multiple: int, most: int) -> int:
-    """Few different sizes, so that few programs are compiled: a power of two times `multiple`."""
-    return min(_power_of_two(-(-count // multiple)), max(most // multiple, 1)) * multiple
+def chunk_size(count: int, multiple: int, most: int) -> int:
+    """Of chunks as equal as can be, about `most` each at most, or one `multiple`.
+
+    Rounded up to one of eight sizes between a power of two and the next, so that data of about the same size
+    share a compiled program and little is computed for nothing.
+    """
+    chunks = -(-count // max(most, multiple))
+    multiples = -(-count // (chunks * multiple))
+    step = max(_power_of_two(multiples) // 16, 1)
+    return -(-multiples // step) * step * multiple
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:

@@ -19,6 +19,10 @@ def captions_of(source: Source) -> list[tuple[str, ...]]:
     """The captions of every example, blank ones left out. Raises UserError if there is none at all."""
     captions = [_captions(source, i) for i in range(len(source))]
     if not any(captions):
+        if others := {language for i in range(len(source)) for language in _left_out(source, i)}:
+            raise UserError(
+                f"No caption is in a language that is asked for; the data has {', '.join(sorted(others))}."
+            )
         raise UserError(
             "Retrieval needs captions, and no example has one; "
             "give the data's caption key, or a class file for zero-shot classification."
@@ -30,6 +34,13 @@ def _captions(source: Source, index: int) -> tuple[str, ...]:
     try:
         return tuple(text for text in source[index]["captions"] if text.strip())
     except BadSampleError:  # its image is left out, too
+        return ()
+
+
+def _left_out(source: Source, index: int) -> tuple[str, ...]:
+    try:
+        return source[index].get("left_out", ())
+    except BadSampleError:
         return ()
 
 

@@ -1,6 +1,7 @@
 """The evaluations that a config names: opened and checked before training, run at any time."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from lit_jax.evals.classes import Classes, label_ids, load_classes
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.evals.retrieval import RetrievalResult, captions_of, evaluate_retrieval
 from lit_jax.evals.zero_shot import ZeroShotResult, zero_shot
+
+log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
 Details = ZeroShotResult | RetrievalResult | None
@@ -125,8 +128,11 @@ Measure = Callable[[Encoder, Params], tuple[Metrics, Details]]
 def _open_zero_shot(config: EvalConfig, source: Source, classes: Classes, _: None) -> Measure:
     order = None if config.labels == "given" else config.labels
     label_N = label_ids(source, classes, order=order)
+    unused = len(classes.names) - len(set(label_N.tolist()) - {-1})
 
     def measure(encoder: Encoder, params: Params) -> tuple[Metrics, Details]:
+        if unused:
+            log.info("%d of the %d classes have no image.", unused, len(classes.names))
         result = zero_shot(encoder, params, source, classes, label_N)
         return result.metrics, result
 

@@ -1,13 +1,11 @@
 """Training from what a locked tower has made of the data before: is it what this run's tower would make?"""
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from lit_jax.config import Config
 from lit_jax.data.embeddings import (
@@ -23,6 +21,7 @@ from lit_jax.data.embeddings import (
 from lit_jax.data.example import Example, Source
 from lit_jax.data.readers import Inputs
 from lit_jax.data.text import tokenize
+from lit_jax.distributed.checksums import checksums
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import POOLED, TOWERS, Side
 from lit_jax.training.setup import Setup
@@ -86,25 +85,19 @@ _PREPROCESSING = {"image": _image_preprocessing, "text": _text_preprocessing}
 
 
 def tower_fingerprint(setup: Setup, side: Side, params: Tree) -> str:
-    """Of the tower's config and parameters; `params` has them on the mesh, in the dtype of the computation.
+    """Of the tower's config and parameters; `params` has them on the mesh of `jax.set_mesh`, in the dtype of
+    the computation.
 
     All processes must call it.
     """
     tower = getattr(setup.module, tower_name(side))
     of_text = setup.module.text_first_token if side == "text" else None
-    digest = hashlib.sha256(
-        f"{tower.config} {tower.pooling} {np.dtype(tower.dtype)} {of_text}".encode()
+    about = f"{tower.config} {tower.pooling} {np.dtype(tower.dtype)} {of_text}"
+    leaves = flatten(params[tower_name(side)])
+    sums = jax.device_get(checksums(leaves))
+    return fingerprint(
+        [about, {path: [f"{leaves[path].shape} {leaves[path].dtype}", sums[path]] for path in sums}]
     )
-    for path, array in sorted(flatten(params[tower_name(side)]).items()):
-        digest.update(f"{path} {array.shape} {array.dtype}".encode())
-        digest.update(_on_host(array).tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _on_host(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from lit_jax.data.embeddings import (
     ShardWriter,
     complete_shards,
     reading,
+    remove_unfinished,
     shard_counts,
 )
 from lit_jax.data.example import BadSampleError, Source
@@ -124,6 +125,7 @@ def _close_folder(folder: Path, header: Header) -> Counts:
         manifest = dataclasses.asdict(header) | dataclasses.asdict(counts)
         with writing(folder):
             write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+            remove_unfinished(folder)
     return counts
 
 

@@ -204,4 +204,17 @@ def _wandb(workdir: Path, project: str) -> Any:
     # The run that a resumed one goes on with: of this folder, not of any folder that is called like it.
     folder = zlib.crc32(str(workdir.resolve()).encode())
     name = f"{workdir.resolve().name}-{folder:08x}"
-    return wandb.init(project=project, dir=str(workdir), id=name, name=name, resume="allow")
+    try:
+        return wandb.init(
+            project=project,
+            dir=str(workdir),
+            id=name,
+            name=name,
+            resume="allow",
+            config=json.loads((workdir / "config.json").read_bytes()),
+            allow_val_change=True,  # what a resumed run may change
+        )
+    except wandb.Error as error:  # not logged in, no network
+        raise UserError(
+            f"W&B cannot start ({error}); log in, set WANDB_MODE=offline, or unset config.log.wandb_project."
+        ) from error

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from lit_jax.config import DataConfig, SourceConfig, default, parse
 from lit_jax.data.demo import CAPTIONS
-from lit_jax.data.example import Example, Source
+from lit_jax.data.example import BadSampleError, Example, Source
 from lit_jax.data.mixture import Interleave, Mixture, open_training_data, part_of, training_order
 from lit_jax.data.pipeline import TrainStream
 from lit_jax.data.readers import draw_caption
 from lit_jax.data.sources import open_source
 from lit_jax.errors import UserError
+from lit_jax.evals.retrieval import captions_of
 
 
 class Numbers:
@@ -288,6 +289,12 @@ def test_text_in_any_script_comes_out_as_it_went_in(multilingual):
 def test_without_a_caption_in_the_language_there_is_none(multilingual):
     assert multilingual(en=1.0)[1]["captions"] == ()
     assert multilingual(de=0.0, th=1.0)[0]["captions"] == ()
+    with pytest.raises(BadSampleError, match=r"there are captions in en, de, ar$"):
+        draw_caption(multilingual(de=0.0, th=1.0)[0], np.random.default_rng(0))
+    with pytest.raises(
+        UserError, match=r"No caption is in a language .* the data has ar, de, en, th"
+    ):
+        captions_of(multilingual(xx=1.0))
 
 
 def test_bad_languages_are_refused(multilingual, jsonl_folder):

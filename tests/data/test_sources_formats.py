@@ -216,6 +216,12 @@ def data(tmp_path_factory, images) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def served(data):
+    with serve(data) as address:
+        yield address
+
+
 def check(source, name: str, images) -> None:
     _, _, captions, labels = FORMATS[name]
     examples = [source[i] for i in range(len(source))]
@@ -236,21 +242,33 @@ def test_every_format_gives_its_examples(data, images, name):
     check(pickle.loads(pickle.dumps(source)), name, images)
 
 
+@pytest.mark.parametrize("store", ["s3://nobody:none", "gs://anonymous"])
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in LOCAL_ONLY])
-def test_every_format_is_read_from_an_object_store(data, images, name, monkeypatch, tmp_path):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+def test_every_format_is_read_from_an_object_store(
+    served, images, name, store, monkeypatch, tmp_path
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with serve(data) as options:
-        config = SourceConfig(path=f"s3://{BUCKET}/{name}{options}", split=FORMATS[name][1])
-        source = open_source(config)
-        check(source, name, images)
-        check(pickle.loads(pickle.dumps(source)), name, images)
+    path = served(f"{store}@{BUCKET}/{name}")
+    source = open_source(SourceConfig(path=path, split=FORMATS[name][1]))
+    check(source, name, images)
+    check(pickle.loads(pickle.dumps(source)), name, images)
 
 
 def test_conceptual_captions_are_read_for_their_texts_too(data):
     source = open_source(SourceConfig(path=str(data / "tsv")), text_only=True)
     assert [source[i]["captions"] for i in range(len(source))] == [(flat(c),) for c in CAPTIONS]
+
+
+@pytest.mark.parametrize("image", ["https://a.org/" + "a" * 300, "a" * 300], ids=["web", "long"])
+def test_a_tsv_without_names_of_columns_may_have_any_second_field(tmp_path, image):
+    """A name that is too long for a file is none; pictures on the web are enough for their texts."""
+    file = tmp_path / "a.tsv"
+    file.write_text(f"a dog\t{image}\na cat\t{image}\n")
+    if image.startswith("https"):
+        source = open_source(SourceConfig(path=str(file)), text_only=True)
+        assert [source[i]["captions"] for i in range(2)] == [("a dog",), ("a cat",)]
+    with pytest.raises(UserError, match="needs the columns 'image'"):
+        open_source(SourceConfig(path=str(file)))
 
 
 def test_a_row_in_an_object_store_may_name_an_image_by_its_address(tmp_path, images, monkeypatch):
@@ -260,8 +278,8 @@ def test_a_row_in_an_object_store_may_name_an_image_by_its_address(tmp_path, ima
     (tmp_path / "images/0.png").write_bytes(images[0])
     row = {"image": f"s3://{BUCKET}/images/0.png", "caption": "a dog"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    with serve(tmp_path) as options:
-        source = open_source(SourceConfig(path=f"s3://nobody:none@{BUCKET}/a.jsonl{options}"))
+    with serve(tmp_path) as address:
+        source = open_source(SourceConfig(path=address(f"s3://nobody:none@{BUCKET}/a.jsonl")))
         example = source[0]
         assert decode(example["image"]).size == (7, 4)
     assert str(example["image"]) == row["image"] == example["key"]
@@ -282,14 +300,35 @@ def test_a_user_is_no_part_of_the_bucket():
 
 
 @pytest.mark.parametrize("name", LOCAL_ONLY)
-def test_what_needs_a_local_disk_says_so(data, name, monkeypatch):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
-    with (
-        serve(data) as options,
-        pytest.raises(UserError, match=r"local disks alone; copy s3://"),
-    ):
-        open_source(SourceConfig(path=f"s3://{BUCKET}/{name}{options}"))
+def test_what_needs_a_local_disk_says_so(served, name):
+    with pytest.raises(UserError, match=r"local disks alone; copy s3://"):
+        open_source(SourceConfig(path=served(f"s3://nobody:none@{BUCKET}/{name}")))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("gs://bucket/a?scheme=http&nonsense=1", "gs://bucket cannot be opened .*'nonsense'"),
+        ("s3://bucket/a?region=x&scheme=htp", "s3://bucket cannot be opened .*'htp'"),
+        (
+            "gs://anonymous@bucket/a?endpoint_override=127.0.0.1:1&scheme=http&retry_limit_seconds=1",
+            "cannot be read .*Could not connect",
+        ),
+    ],
+)
+def test_a_store_that_cannot_be_reached_is_told(path, message):
+    with pytest.raises(UserError, match=message):
+        open_source(SourceConfig(path=path))
+
+
+def test_a_google_store_that_does_not_answer_is_given_up_after_a_minute():
+    """Arrow's own default is a quarter of an hour, and http without a user."""
+    found = [
+        locate(f"gs://anonymous@bucket/a{options}").filesystem.__reduce__()[1][0]
+        for options in ("", "?scheme=http", "?retry_limit_seconds=1")
+    ]
+    assert [about["retry_time_limit"].total_seconds() for about in found] == [60, 60, 1]
+    assert [about["scheme"] for about in found] == ["https", "http", "https"]
 
 
 @pytest.fixture

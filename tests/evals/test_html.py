@@ -99,29 +99,31 @@ def test_it_has_all_that_is_promised(page):
 
 @pytest.mark.long
 def test_chromium_shows_it(page, tmp_path):
-    """All images load, and the page is no wider than a telephone."""
+    """All images load, the page is no wider than a telephone, and on a desktop no table is cut."""
     chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
     assert chromium, "This test needs Chromium: apt-get install chromium"
     check = (
         "<script>addEventListener('load', () => { const broken = [...document.images].filter("
         "i => !i.naturalWidth).length; document.title = `images ${document.images.length} broken "
-        "${broken} wide ${document.documentElement.scrollWidth <= innerWidth}`; })</script></body>"
+        "${broken} wide ${document.documentElement.scrollWidth <= innerWidth} whole ${[...document."
+        "querySelectorAll('.wide')].every(t => t.scrollWidth <= t.clientWidth)}`; })</script></body>"
     )
     file = tmp_path / "report.html"
     file.write_text(page.replace("</body>", check), encoding="utf-8")
     quiet = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
     quiet += ["--disable-background-networking", "--disable-component-update"]
 
-    def headless(*flags) -> str:
+    def headless(*flags, width=500) -> str:
         command = [chromium, "--headless", "--no-sandbox", *quiet]
-        command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900", *flags]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", *flags]
         done = subprocess.run([*command, file.as_uri()], capture_output=True, timeout=180)
         assert done.returncode == 0
         return done.stdout.decode()
 
-    title = re.search("<title>(.*?)</title>", headless("--dump-dom"))
-    assert title
-    assert re.fullmatch(r"images \d+ broken 0 wide true", title[1])
+    for width, whole in ((500, "false"), (1280, "true")):
+        title = re.search("<title>(.*?)</title>", headless("--dump-dom", width=width))
+        assert title
+        assert re.fullmatch(rf"images \d+ broken 0 wide true whole {whole}", title[1])
     headless(f"--screenshot={tmp_path / 'page.png'}")
     with Image.open(tmp_path / "page.png") as shot:
         assert np.asarray(shot.convert("L")).std() > 10  # not blank

@@ -1,6 +1,7 @@
 """Ranks against a brute-force count, ties included."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import UserError
-from lit_jax.evals.ranks import ranks
+from lit_jax.evals.ranks import CHUNK, chunk_size, count_ahead, ranks
 from lit_jax.evals.retrieval import captions_of, evaluate_retrieval, retrieval
 
 RANDOM = np.random.default_rng(0)
@@ -88,6 +89,38 @@ def test_copies_tie_wherever_they_stand(width):
     np.testing.assert_array_equal(found.of_images, 7 * (above[of] + 1))
     above = (scores > np.diagonal(scores)[None, :]).sum(0)
     np.testing.assert_array_equal(found.of_texts, 7 * (above[of] + 1))
+
+
+def test_a_million_by_a_million_is_never_a_matrix():
+    """As one program, of which `ranks` runs smaller ones, the compiler wants 20 MiB; a matrix is 4 TB."""
+    million, width, devices = 123 * 8192, 64, 8
+    rows, scores, index = (
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in [
+            ((million, width), jnp.float32),
+            ((million,), jnp.float32),
+            ((million,), jnp.int32),
+        ]
+    )
+    sides = (rows, scores, index) * 2
+    compiled = count_ahead.lower(*sides, mesh=mesh_of(devices), block=1024).compile()
+    counts = 4 * 2 * million
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * counts + 8 * 1024**2 * 4
+
+
+@given(st.integers(1, 10**7), st.sampled_from([8, 1024, 1024 * 8, 1024 * 96]))
+def test_chunks_cover_the_rows_with_little_for_nothing(count, multiple):
+    size = chunk_size(count, multiple, CHUNK)
+    chunks = -(-count // size)
+    assert size % multiple == 0
+    assert size <= max(CHUNK, multiple) * 9 / 8 + multiple
+    assert chunks * size <= count * 9 / 8 + 2 * chunks * multiple
+
+
+def test_chunks_have_few_sizes():
+    """A program is compiled for each."""
+    sizes = {chunk_size(count, 1024, CHUNK) for count in range(1, 10**6, 999)}
+    assert len(sizes) <= 48
 
 
 def test_a_perfect_model_finds_everything():

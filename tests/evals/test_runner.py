@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -102,6 +103,27 @@ def test_a_cache_on_disk_gives_back_the_same_and_notices_changes(
     files[1].write_bytes(b"")
     assert measure().keys() == first.keys()
     assert "is damaged" in caplog.text
+
+
+def test_an_image_that_could_not_be_read_is_tried_again(encoder, params, folder, tmp_path, caplog):
+    """Although nothing about the file says that its content is another one now."""
+    evals = {"few": evals_of(folder)["few"]}
+    image = folder / "picture2.png"
+    content, when = image.read_bytes(), image.stat()
+
+    def measure(content: bytes):
+        image.write_bytes(content)
+        os.utime(image, ns=(when.st_atime_ns, when.st_mtime_ns))
+        caplog.clear()
+        return flat(run(open_evals(evals), encoder, params, cache=tmp_path / "cache"))
+
+    for _ in range(2):
+        assert measure(bytes(len(content)))["zero_shot/few/n"] == 3
+        assert "Bad sample picture2" in caplog.text  # said each time, not only when it is embedded
+    mended = measure(content)
+    assert mended == flat(run(open_evals(evals), encoder, params))
+    assert "Bad sample" not in caplog.text
+    assert measure(bytes(len(content))) == mended  # kept from then on
 
 
 def test_a_cache_that_cannot_be_written(encoder, params):

@@ -338,7 +338,9 @@ def test_a_damaged_note_of_what_was_started_is_named(make, tmp_path):
     assert content(tmp_path).keys() == {"started.json"}
 
 
-@pytest.mark.parametrize("in_the_way", [MANIFEST, f".{SHARD}.tmp"])
+@pytest.mark.parametrize(
+    "in_the_way", [MANIFEST, f".{SHARD}.{os.getpid()}.tmp"], ids=["manifest", "shard"]
+)
 def test_a_folder_that_cannot_be_written_is_named(make, tmp_path, in_the_way):
     """By another folder where a file should be; rights would not stop root."""
     output = tmp_path / "cache"

@@ -128,7 +128,8 @@ def _open(places: Sequence[File], config: SourceConfig, text_only: bool) -> Sour
     folder = files[0] if len(files) == 1 and files[0].is_dir() else None
     if folder:
         files = sorted(folder.iterdir(), key=str)
-        for inside in (file for file in files if file.name == "annotations"):  # COCO
+        inside = folder / "annotations"  # COCO; asked for, since Google's stores do not list it
+        if inside.is_dir():
             files = [*files, *sorted(inside.iterdir(), key=str)]
     found, kind = _recognise(files)
     if kind and not kind.knows_splits and config.split:

@@ -108,7 +108,7 @@ class ParquetSource:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        found = int(np.searchsorted(self._starts, index, side="right")) - 1
+        found = int(self._starts.searchsorted(index, side="right")) - 1
         n, group = self._groups_Gx2[found].tolist()
         file, row = self._files[n], index - int(self._starts[found])
         place = f"row {row} of row group {group} of {file}"
@@ -195,7 +195,7 @@ class HuggingFaceSource:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        found = int(np.searchsorted(self._starts, index, side="right")) - 1
+        found = int(self._starts.searchsorted(index, side="right")) - 1
         table, row = self._tables[found], index - int(self._starts[found])
         values = {name: table[name][row].as_py() for name in self._columns.names}
         return self._columns.example(values, self._folder, f"row {index} of {self._folder}")

@@ -1,12 +1,13 @@
 """Tables of text: CSV and TSV."""
 
 import csv
+import errno
 from collections.abc import Sequence
 
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import Example
 from lit_jax.data.files import File, Lines
-from lit_jax.data.sources.rows import bad_sample, example_of
+from lit_jax.data.sources.rows import WEB, bad_sample, example_of
 from lit_jax.errors import UserError
 
 
@@ -42,13 +43,23 @@ class DelimitedSource:
         if image and {config.caption_key, config.label_key} & set(first):
             return True
         pair = not self._comma and len(first) == 2
-        if pair and (file.parent / first[1]).is_file():
+        if pair and self._is_image(first[1]):
             return False
         raise UserError(
             f"{file} needs the columns {config.image_key!r}, and {config.caption_key!r} or "
             f"{config.label_key!r}, but its first line has {', '.join(map(repr, first))}; set image_key, "
             "caption_key and label_key of this source to names of columns."
         )
+
+    def _is_image(self, field: str) -> bool:
+        if field.startswith(WEB):
+            return self._text_only
+        try:
+            return (self._lines.file.parent / field).is_file()
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return False
+            raise
 
     def __len__(self) -> int:
         return len(self._lines) - self._first

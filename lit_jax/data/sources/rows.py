@@ -11,6 +11,8 @@ from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.files import File, locate
 from lit_jax.errors import UserError
 
+WEB = ("http://", "https://")
+
 
 def example_of(
     row: Mapping[str, Any],
@@ -28,7 +30,7 @@ def example_of(
 
     Args:
         key: names the example if the row does not; without it the image's path does, or the first caption.
-        text_only: whether it may do without an image.
+        text_only: whether it may do without an image, or with one that is on the web.
 
     Raises TypeError or ValueError if a field is missing or of another type, BadSampleError if it is the image
     that is missing.
@@ -36,7 +38,11 @@ def example_of(
     content = _content(row, config.image_key)
     if content is None and not text_only:
         raise BadSampleError(f'"{config.image_key}" is missing', "missing")
-    image = _located(content, config.image_key, folder) if isinstance(content, str) else content
+    if isinstance(content, str):
+        unused = text_only and content.startswith(WEB)
+        image = None if unused else _located(content, config.image_key, folder)
+    else:
+        image = content
     captions, languages = _texts(row, config.caption_key)
     if config.caption_key != "captions":
         more, more_languages = _texts(row, "captions")
@@ -75,7 +81,7 @@ def _content(row: Mapping[str, Any], name: str) -> str | bytes | None:
 
 
 def _located(path: str, name: str, folder: File) -> File:
-    if path.startswith(("http://", "https://")):
+    if path.startswith(WEB):
         raise ValueError(f'"{name}" is on the web; download images first, with img2dataset')
     if "://" not in path:
         return folder / path

@@ -6,6 +6,7 @@ the size or the time of a tar file changes, it is made again.
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 FIELDS = {"image": IMAGE_SUFFIXES, "txt": (".txt",), "json": (".json",), "cls": (".cls",)}
+_STORE_BYTES = 1 << 22  # that are read at a time from an object store
 _FIELD_OF = {suffix: field for field, suffixes in FIELDS.items() for suffix in suffixes}
 _SPANS = [f"{field}_{end}" for field in FIELDS for end in ("start", "stop")]
 _SCHEMA = pa.schema(
@@ -55,18 +57,18 @@ class TarIndex:
         # One batch: so that a column is one piece and a sample is found at once.
         with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
             self.about = reader.schema.metadata
-            self._rows = reader.get_batch(0)
+            shard, self._key, self._hostile, *spans = reader.get_batch(0).columns
+        self._numbers = [column.to_numpy() for column in (shard, *spans)]  # no copies
 
     def __reduce__(self):
         return TarIndex, (self._path,)
 
     def __len__(self) -> int:
-        return self._rows.num_rows
+        return len(self._key)
 
     def __getitem__(self, index: int) -> Sample:
-        shard, key, hostile, start, stop, *spans = (
-            column[index].as_py() for column in self._rows.columns
-        )
+        shard, start, stop, *spans = (column.item(index) for column in self._numbers)
+        key, hostile = self._key[index].as_py(), self._hostile[index].as_py()
         return Sample(
             shard, key, hostile, start, stop, [*zip(spans[::2], spans[1::2], strict=True)]
         )
@@ -129,13 +131,19 @@ def _write(table: pa.Table, places: Sequence[Path]) -> TarIndex:
 
 def _scan(shard: int, file: File) -> pa.RecordBatch:
     try:
-        with file.open("rb") as opened:
+        with _open_tar(file) as opened:
             rows = list(_samples(shard, file, opened))
     except (OSError, tarfile.TarError) as error:
         raise UserError(
             f"{file} is no tar file that can be read ({error}); get it again or leave it out."
         ) from error
     return pa.RecordBatch.from_pylist(rows, _SCHEMA)
+
+
+def _open_tar(file: File) -> Any:
+    """For a pass over its headers: a request to a store takes longer than the bytes between two of them."""
+    opened = file.open("rb")
+    return opened if isinstance(file, Path) else io.BufferedReader(opened, _STORE_BYTES)
 
 
 def _samples(shard: int, file: File, opened: Any) -> Iterator[dict[str, Any]]:
