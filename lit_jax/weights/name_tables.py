@@ -262,6 +262,24 @@ FAMILIES: Mapping[str, Family] = {
         aliases=((r"^model\.layer\.", "layer."),),  # save_original_format=False
         empty=(("embeddings.register_tokens", "embeddings.cls_token"),),
     ),
+    "dinov3_convnext": Family(
+        architecture="DINOv3ConvNextModel",
+        modules=(
+            (r"^embeddings\.patch_embeddings\.", "stages.0.downsample_layers.0."),
+            (r"^embeddings\.layernorm\.", "stages.0.downsample_layers.1."),
+            (
+                r"^encoder\.stages_(\d+)\.downsampling_layer_(\d)\.",
+                r"stages.\1.downsample_layers.\2.",
+            ),
+            (r"^encoder\.stages_(\d+)\.layer\.", r"stages.\1.layers."),
+            (r"\.projection\.", "."),
+            (r"\.dwconv\.", ".depthwise_conv."),
+            (r"\.pwconv(\d)\.", r".pointwise_conv\1."),
+            (r"\.layer_scale\.factor$", ".gamma"),
+            (r"(^|\.)layernorm\.", r"\1layer_norm."),
+        ),
+        aliases=((r"^model\.stages\.", "stages."),),  # save_original_format=False
+    ),
     "bert": _BERT,
     "roberta": _ROBERTA,
     # The prefix of these is that of RoBERTa, too.
