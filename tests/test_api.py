@@ -318,12 +318,15 @@ def test_a_model_of_two_pretrained_towers(model, inputs, tmp_path):
     assert_same_params(again.params, pair.params)
 
 
-def test_bfloat16_is_close(model, inputs, tmp_path):
+@pytest.mark.parametrize(("dtype", "atol"), [("bfloat16", 0.03), (jnp.float16, 0.004)])
+def test_half_precision_is_close(model, inputs, tmp_path, dtype, atol):
     model.save_pretrained(tmp_path)
-    half = lit_jax.DualEncoder.from_pretrained(tmp_path, dtype="bfloat16")(**inputs)
+    half = lit_jax.DualEncoder.from_pretrained(tmp_path, dtype=dtype)(**inputs)
     full = model(**inputs)
+    assert half.vision_model_output.pooler_output.dtype == jnp.dtype(dtype)
+    assert half.text_model_output.last_hidden_state.dtype == jnp.dtype(dtype)
     assert half.image_embeds.dtype == jnp.float32
-    assert 0 < np.abs(half.image_embeds - full.image_embeds).max() < 0.03
+    assert 0 < np.abs(half.image_embeds - full.image_embeds).max() < atol
 
 
 def test_the_example_of_the_documentation(model, tmp_path):
@@ -365,8 +368,13 @@ def test_what_is_no_model_is_refused(model, inputs, tmp_path):
         lit_jax.TextModel.from_config(model.config.vision_config)
     with pytest.raises(UserError, match="not 2 texts for 3 images"):
         model(inputs["input_ids"][:2], inputs["pixel_values"], return_loss=True)
-    for wrong in (-1, model.config.text_config.vocab_size):
-        with pytest.raises(UserError, match="use the model's own tokenizer"):
-            model.get_text_features(np.array([[1, wrong]]))
+    with pytest.raises(UserError, match="only 40 tokens; use the model's own tokenizer"):
+        model.get_text_features(np.array([[1, 40]]))
+    with pytest.raises(UserError, match="only 2 token types"):
+        model(**inputs, token_type_ids=np.full((3, 7), 2))
+    with pytest.raises(UserError, match="only 20 positions"):
+        model.text_model(inputs["input_ids"], position_ids=np.full((3, 7), 20))
+    with pytest.raises(UserError, match="dtype is 'int8'"):
+        lit_jax.TextModel.from_pretrained(tmp_path / "text", dtype="int8")
     with pytest.raises(AttributeError, match="no attribute 'Dual'"):
         lit_jax.Dual  # noqa: B018
