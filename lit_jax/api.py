@@ -10,7 +10,7 @@ Dims: B images, T texts, L tokens, C channels, HxW pixels, N heads, D width, P p
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,9 +77,14 @@ class _Model:
         return output, state.get("intermediates", {})
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _TowerModel(_Model):
+    """`pooler` is that of the checkpoint, if `module` has no use for it; it is written again."""
+
     module: Tower
-    _side: Side
+    pooler: Params = dataclasses.field(default_factory=dict)
+
+    _side: ClassVar[Side]
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, *, seed: int = 0, dtype: Dtype = "float32"):
@@ -100,12 +105,14 @@ class _TowerModel(_Model):
         hf = hub.read_tower_config(folder, cls._side)
         check_side(cls._side, hf, str(folder))
         module = build_tower(hf, pooling=pooling, dtype=dtype_of(dtype))
-        params, _ = load.load_tower(folder, module)
-        return cls(config=_config(hf), module=module, params=jax.tree.map(jnp.asarray, params))
+        params, pooler = load.load_tower_and_pooler(folder, module)
+        params = jax.tree.map(jnp.asarray, params)
+        return cls(config=_config(hf), module=module, params=params, pooler=pooler)
 
     def save_pretrained(self, folder: str | Path, processor: save.Saveable | None = None) -> None:
         """Writes a folder that transformers loads, with the files of the tokenizer or image processor."""
-        save.save_tower(folder, self.config.to_dict(), self.module, dict(self.params), processor)
+        hf, params = self.config.to_dict(), dict(self.params)
+        save.save_tower(folder, hf, self.module, params, processor, dict(self.pooler))
 
     def _call(
         self,

@@ -316,6 +316,12 @@ def test_a_model_of_two_pretrained_towers(model, inputs, tmp_path):
     pair.save_pretrained(tmp_path / "pair")
     again = lit_jax.DualEncoder.from_pretrained(tmp_path / "pair")
     assert_same_params(again.params, pair.params)
+    # A pooler that is not used is not lost.
+    tower = lit_jax.VisionModel.from_pretrained(tmp_path / "vision", pooling="mean")
+    assert "pooler" not in tower.params
+    tower.save_pretrained(tmp_path / "tower")
+    whole = lit_jax.VisionModel.from_pretrained(tmp_path / "tower")
+    assert_same_params(whole.params, model.params["vision_model"])
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [("bfloat16", 0.03), (jnp.float16, 0.004)])

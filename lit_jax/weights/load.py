@@ -95,6 +95,22 @@ def load_tower(folder: str | pathlib.Path, module: Tower) -> tuple[Params, LoadR
     return params, account.close()
 
 
+def load_tower_and_pooler(folder: str | pathlib.Path, module: Tower) -> tuple[Params, Params]:
+    """`load_tower`, and the parameters of a pooler of the folder that `module` has no use for: with
+    them, a tower that is written again is whole.
+    """
+    if module.pooling == "pooler" or "pooler" not in module.poolings:
+        return load_tower(folder, module)[0], {}
+    try:
+        whole, _ = load_tower(folder, module.clone(pooling="pooler"))
+    except UserError:  # without a pooler, or in a way that concerns `module`, too
+        return load_tower(folder, module)[0], {}
+    own = shapes_of(module, module.example_input)
+    return {name: whole[name] for name in own}, {
+        name: value for name, value in whole.items() if name not in own
+    }
+
+
 def load_dual_encoder(
     folder: str | pathlib.Path, *, dtype: Any
 ) -> tuple[DualEncoderModule, Params, dict[str, Any], LoadReport]:
