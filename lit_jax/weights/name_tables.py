@@ -116,6 +116,8 @@ _DINOV2 = Family(
     ignore=(r"classifier\.",),
 )
 
+_NO_REGISTERS = (("embeddings.register_tokens", "embeddings.cls_token"),)
+
 _EFFICIENTNET = Family(
     architecture="EfficientNetModel",
     prefix="efficientnet.",
@@ -239,7 +241,10 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "dinov2": _DINOV2,
     "dinov2_with_registers": dataclasses.replace(
-        _DINOV2, architecture="Dinov2WithRegistersModel", prefix="dinov2_with_registers."
+        _DINOV2,
+        architecture="Dinov2WithRegistersModel",
+        prefix="dinov2_with_registers.",
+        empty=_NO_REGISTERS,
     ),
     "dinov3_vit": Family(
         architecture="DINOv3ViTModel",
@@ -260,7 +265,7 @@ FAMILIES: Mapping[str, Family] = {
             (r"\.mlp_scale\.factor$", ".layer_scale2.lambda1"),
         ),
         aliases=((r"^model\.layer\.", "layer."),),  # save_original_format=False
-        empty=(("embeddings.register_tokens", "embeddings.cls_token"),),
+        empty=_NO_REGISTERS,
     ),
     "dinov3_convnext": Family(
         architecture="DINOv3ConvNextModel",
