@@ -10,7 +10,7 @@ Dims: B images, T texts, L tokens, C channels, HxW pixels, N heads, D width, P p
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +36,7 @@ from lit_jax.training.losses import make_loss
 from lit_jax.training.similarity import similarity_logits
 from lit_jax.weights import hub, load, save
 
-Dtype = (
-    Literal["float32", "bfloat16", "float16"] | Any
-)  # a name, or JAX's own, such as jnp.bfloat16
+Dtype = str | type | np.dtype  # "float32", "bfloat16" or "float16", or jnp.bfloat16 ...
 Params = Mapping[str, Any]
 Pixels = Float[Array | np.ndarray, "B C H W"]
 Ids = Int[Array | np.ndarray, "T L"]

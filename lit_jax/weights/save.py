@@ -64,8 +64,8 @@ def save_tower(
         config["vision_use_head"] = "head" in params
     elif lacking := _lacking(module, params, family):
         log.warning(
-            "%s has no %s, as the tower has none with pooling %r; transformers draws them at random, unless "
-            "it is told add_pooling_layer=False.",
+            "%s has no %s, as the tower has none with pooling %r; transformers draws them at random (most of "
+            "its classes can be told add_pooling_layer=False).",
             folder,
             " and no ".join(lacking),
             module.pooling,
