@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax import core
+from jaxtyping import Array, Float
 
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import TEXT_INPUTS
@@ -44,9 +45,7 @@ def images_of(pixel_values_BxCxHxW: Given) -> Float[Array, "B H W C"]:
     return jnp.moveaxis(jnp.asarray(pixel_values_BxCxHxW), 1, -1)
 
 
-def texts_of(
-    rows: Mapping[str, int], *inputs: Given | None
-) -> tuple[Int[Array, "T L"] | None, ...]:
+def texts_of(rows: Mapping[str, int], *inputs: Given | None) -> tuple[Any, ...]:
     """`TEXT_INPUTS` in their order as int32, as tokenizers give int64; a single row is one for every text.
 
     `rows` is the `rows` of the tower's config. Raises UserError for inputs that do not belong together or to
@@ -75,7 +74,7 @@ def texts_of(
 
 def _is_known(x: Any) -> bool:
     """Whether this process can look at the numbers: not while it traces, and not at those of others."""
-    is_traced = isinstance(x, jax.core.Tracer)
+    is_traced = isinstance(x, core.Tracer)
     return not is_traced and (not isinstance(x, jax.Array) or x.is_fully_addressable)
 
 
