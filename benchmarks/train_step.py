@@ -13,9 +13,10 @@ Contenders, each in a process of its own (benchmarks/contenders.py):
 
 Method: the same shapes and kind of values, random weights, dropout of 0.1 in the text tower and the gradient
 clipped to length 1 in all; lit_jax with its own optimizer, and in processes without PyTorch, as its users
-have them. Two steps to warm up, then `steps` of each, in turn, on all cores. Prints median seconds on the clock,
-spread (half the distance between quartiles), median seconds of processor time, the most memory the process ever
-had, compiling included, and the ratios PyTorch / contender: above 1 the contender is faster, or takes less memory.
+have them. Two steps to warm up, then `steps` of each, in turn, on all cores. Prints median seconds on the
+clock, spread (half the distance between quartiles), median seconds of processor time, the most memory the
+process ever had, compiling included, and the ratios PyTorch / contender: above 1 the contender is faster, or
+takes less memory.
 """
 
 import argparse

@@ -10,7 +10,7 @@ Dims: B images, T texts, L tokens, C channels, HxW pixels, N heads, D width, P p
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +18,25 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from transformers import AutoConfig, PreTrainedConfig
 
-from lit_jax.config import ModelConfig, Pooling, TowerConfig
+from lit_jax.config import Pooling
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import (
     SYSTEMS,
     DualEncoderModule,
     Side,
-    build_dual_encoder,
     build_system,
     check_side,
     normalize,
 )
 from lit_jax.models.families import build_tower
+from lit_jax.models.inputs import dtype_of, images_of, texts_of
 from lit_jax.models.layers import Tower, TowerOutput
 from lit_jax.models.outputs import ModelOutput, model_output
 from lit_jax.training.losses import make_loss
 from lit_jax.training.similarity import similarity_logits
 from lit_jax.weights import hub, load, save
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = str | type | np.dtype  # "float32", "bfloat16" or "float16", or jnp.bfloat16 ...
 Params = Mapping[str, Any]
 Pixels = Float[Array | np.ndarray, "B C H W"]
 Ids = Int[Array | np.ndarray, "T L"]
@@ -75,15 +75,20 @@ class _Model:
         return output, state.get("intermediates", {})
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _TowerModel(_Model):
+    """`pooler` is that of the checkpoint, if `module` has no use for it; it is written again."""
+
     module: Tower
-    _side: Side
+    pooler: Params = dataclasses.field(default_factory=dict)
+
+    _side: ClassVar[Side]
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, *, seed: int = 0, dtype: Dtype = "float32"):
         """A tower of random weights."""
         check_side(cls._side, config.to_dict(), "The config")
-        module = build_tower(config.to_dict(), pooling="pooler", dtype=dtype)
+        module = build_tower(config.to_dict(), pooling="pooler", dtype=dtype_of(dtype))
         return cls(config=config, module=module, params=_draw(module, module.example_input, seed))
 
     @classmethod
@@ -97,13 +102,15 @@ class _TowerModel(_Model):
         folder = hub.local_folder(str(model), config_key="model")
         hf = hub.read_tower_config(folder, cls._side)
         check_side(cls._side, hf, str(folder))
-        module = build_tower(hf, pooling=pooling, dtype=dtype)
-        params, _ = load.load_tower(folder, module)
-        return cls(config=_config(hf), module=module, params=jax.tree.map(jnp.asarray, params))
+        module = build_tower(hf, pooling=pooling, dtype=dtype_of(dtype))
+        params, pooler = load.load_tower_and_pooler(folder, module)
+        params = jax.tree.map(jnp.asarray, params)
+        return cls(config=_config(hf), module=module, params=params, pooler=pooler)
 
     def save_pretrained(self, folder: str | Path, processor: save.Saveable | None = None) -> None:
         """Writes a folder that transformers loads, with the files of the tokenizer or image processor."""
-        save.save_tower(folder, self.config.to_dict(), self.module, dict(self.params), processor)
+        hf, params = self.config.to_dict(), dict(self.params)
+        save.save_tower(folder, hf, self.module, params, processor, dict(self.pooler))
 
     def _call(
         self,
@@ -135,7 +142,7 @@ class VisionModel(_TowerModel):
         output_attentions: bool = False,
     ) -> ModelOutput:
         """Encodes images as their processor makes them; with `dropout_rng` as in training."""
-        inputs = (_channels_last(pixel_values),)
+        inputs = (images_of(pixel_values),)
         return self._call(inputs, params, dropout_rng, output_hidden_states, output_attentions)
 
 
@@ -157,7 +164,8 @@ class TextModel(_TowerModel):
         output_attentions: bool = False,
     ) -> ModelOutput:
         """Encodes texts as their tokenizer makes them; with `dropout_rng` as in training."""
-        inputs = _texts(self.config, input_ids, attention_mask, token_type_ids, position_ids)
+        rows = self.module.config.rows
+        inputs = texts_of(rows, input_ids, attention_mask, token_type_ids, position_ids)
         return self._call(inputs, params, dropout_rng, output_hidden_states, output_attentions)
 
 
@@ -173,7 +181,7 @@ class DualEncoder(_Model):
         Raises UserError if it cannot be had or is not what its config.json says.
         """
         folder = hub.local_folder(str(model), config_key="model")
-        module, params, hf, _ = load.load_dual_encoder(folder, dtype=dtype)
+        module, params, hf, _ = load.load_dual_encoder(folder, dtype=dtype_of(dtype))
         return cls(config=_config(hf), module=module, params=jax.tree.map(jnp.asarray, params))
 
     @classmethod
@@ -181,7 +189,7 @@ class DualEncoder(_Model):
         cls, config: PreTrainedConfig, *, seed: int = 0, dtype: Dtype = "float32"
     ) -> "DualEncoder":
         """Random weights for a CLIPConfig, SiglipConfig, AlignConfig, AltCLIPConfig ..."""
-        module = build_system(hub.complete(config.to_dict()), dtype=dtype)
+        module = build_system(hub.complete(config.to_dict()), dtype=dtype_of(dtype))
         return cls(config=config, module=module, params=_draw(module, module.example_batch, seed))
 
     @classmethod
@@ -223,17 +231,8 @@ class DualEncoder(_Model):
             projection_dim,
             logit_scale_init_value,
         )
-        module = build_dual_encoder(
-            hf["vision_config"],
-            hf["text_config"],
-            ModelConfig(
-                image=TowerConfig(pooling=image_pooling),
-                text=TowerConfig(pooling=text_pooling),
-                projection_dim=projection_dim,
-                logit_scale_init=logit_scale_init_value,
-                dtype=dtype,
-            ),
-        )
+        towers = (image_tower.module, text_tower.module)
+        module = DualEncoderModule(*towers, projection_dim, logit_scale_init=logit_scale_init_value)
         params = _draw(module, module.example_batch, seed)
         params |= {"vision_model": image_tower.params, "text_model": text_tower.params}
         return cls(config=_config(hf), module=module, params=params)
@@ -269,10 +268,9 @@ class DualEncoder(_Model):
                 f"return_loss wants a text for each image, not {len(input_ids)} texts for "
                 f"{len(pixel_values)} images."
             )
-        texts = _texts(
-            self.config.text_config, input_ids, attention_mask, token_type_ids, position_ids
-        )
-        images_BxHxWxC, deterministic = _channels_last(pixel_values), dropout_rng is None
+        rows = self.module.text_model.config.rows
+        texts = texts_of(rows, input_ids, attention_mask, token_type_ids, position_ids)
+        images_BxHxWxC, deterministic = images_of(pixel_values), dropout_rng is None
 
         def compute(module: DualEncoderModule) -> tuple:
             image = module.vision_model(images_BxHxWxC, deterministic=deterministic)
@@ -313,7 +311,7 @@ class DualEncoder(_Model):
         dropout_rng: Array | None = None,
     ) -> Float[Array, "B E"]:
         """The embeddings of images: projected, not normalised."""
-        images_BxHxWxC = _channels_last(pixel_values)
+        images_BxHxWxC = images_of(pixel_values)
 
         def compute(module: DualEncoderModule) -> Array:
             return module.encode_image(images_BxHxWxC, deterministic=dropout_rng is None)
@@ -331,9 +329,8 @@ class DualEncoder(_Model):
         dropout_rng: Array | None = None,
     ) -> Float[Array, "T E"]:
         """The embeddings of texts: projected, not normalised."""
-        texts = _texts(
-            self.config.text_config, input_ids, attention_mask, token_type_ids, position_ids
-        )
+        rows = self.module.text_model.config.rows
+        texts = texts_of(rows, input_ids, attention_mask, token_type_ids, position_ids)
 
         def compute(module: DualEncoderModule) -> Array:
             return module.encode_text(*texts, deterministic=dropout_rng is None)
@@ -381,20 +378,3 @@ def _config(hf: Mapping[str, Any]) -> PreTrainedConfig:
 def _draw(module: Any, example: Any, seed: int) -> dict[str, Any]:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
     return dict(jax.jit(module.init)(jax.random.key(seed), zeros)["params"])
-
-
-def _channels_last(pixel_values_BxCxHxW: Pixels) -> Float[Array, "B H W C"]:
-    return jnp.moveaxis(jnp.asarray(pixel_values_BxCxHxW), 1, -1)
-
-
-def _texts(config: PreTrainedConfig, input_ids: Ids, *others: Ids | None) -> tuple[Any, ...]:
-    """Token inputs as int32: tokenizers give int64. Raises UserError for what a tokenizer of another model
-    makes of a text: JAX itself has no error for an index that is out of range.
-    """
-    size = config.vocab_size
-    if isinstance(input_ids, np.ndarray) and ((input_ids < 0) | (input_ids >= size)).any():
-        raise UserError(
-            f"input_ids has numbers from {input_ids.min()} to {input_ids.max()}, but the text tower has only "
-            f"{size} tokens; use the model's own tokenizer."
-        )
-    return tuple(None if x is None else jnp.asarray(x, jnp.int32) for x in (input_ids, *others))

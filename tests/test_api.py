@@ -1,5 +1,7 @@
 """lit_jax.DualEncoder and its towers as the documentation of transformers uses theirs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,8 +64,12 @@ CONFIGS = {
 }
 
 
-def inputs_for(config, pairs=3):
-    """What a processor makes of pairs: NumPy, int64, channels first, texts of different lengths."""
+def inputs_for(config, pairs=2):
+    """What a processor makes of pairs: NumPy, int64, channels first, texts of different lengths.
+
+    As many and as long ones as in the example of the documentation: what is not compiled as a whole is then
+    compiled once for all tests.
+    """
     random = np.random.default_rng(0)
     length = 7
     mask = np.arange(length) < np.arange(length, length - pairs, -1)[:, None]
@@ -219,14 +225,14 @@ def test_states_of_towers_whose_blocks_differ(tmp_path, name):
 def test_every_tower_gives_its_states_when_asked():
     config = CONFIGS["align"]()
     model = lit_jax.DualEncoder.from_config(config)
-    asked = model(**inputs_for(config), output_hidden_states=True, output_attentions=True)
+    call = functools.partial(model, **inputs_for(config))
+    asked = jax.jit(lambda: call(output_hidden_states=True, output_attentions=True))()
     states = asked.vision_model_output.hidden_states
-    assert [state.shape for state in states] == [(3, 256, 32), (3, 256, 8), (3, 64, 16)]
+    assert [state.shape for state in states] == [(2, 256, 32), (2, 256, 8), (2, 64, 16)]
     np.testing.assert_array_equal(states[-1], asked.vision_model_output.last_hidden_state)
     assert asked.vision_model_output.attentions is None
     assert len(asked.text_model_output.attentions) == 2
-    plain = model(**inputs_for(config)).vision_model_output
-    assert plain.hidden_states is None
+    assert jax.eval_shape(call).vision_model_output.hidden_states is None
 
 
 def test_calls_are_functions_of_jax(model, inputs):
@@ -234,7 +240,7 @@ def test_calls_are_functions_of_jax(model, inputs):
         jnp.asarray(inputs[key]) for key in ("input_ids", "attention_mask", "pixel_values")
     )
     output = model(ids, pixels, mask, return_loss=True)
-    assert output.logits_per_image.shape == (3, 3)
+    assert output.logits_per_image.shape == (2, 2)
     np.testing.assert_array_equal(output.logits_per_text, output.logits_per_image.T)
 
     jitted = jax.jit(lambda params: model(ids, pixels, mask, params=params, return_loss=True))
@@ -286,7 +292,7 @@ def test_optional_inputs_count(model, inputs):
     for extra in (
         {"attention_mask": inputs["attention_mask"]},
         {"token_type_ids": np.ones_like(ids)},
-        {"position_ids": np.arange(7)[None].repeat(3, 0) + 1},
+        {"position_ids": np.arange(7)[None].repeat(2, 0) + 1},
     ):
         assert np.abs(model(ids, pixels, **extra).text_embeds - plain).max() > 1e-4, extra
         same = model.get_text_features(ids, **extra)
@@ -312,18 +318,27 @@ def test_a_model_of_two_pretrained_towers(model, inputs, tmp_path):
     assert pair.config.projection_dim == 4
     assert pair.params["visual_projection"]["kernel"].shape == (16, 4)
     assert pair.params["logit_scale"] == 1.0
-    assert pair(**inputs).text_embeds.shape == (3, 4)
+    assert jax.eval_shape(lambda: pair(**inputs)).text_embeds.shape == (2, 4)
     pair.save_pretrained(tmp_path / "pair")
     again = lit_jax.DualEncoder.from_pretrained(tmp_path / "pair")
     assert_same_params(again.params, pair.params)
+    # A pooler that is not used is not lost.
+    tower = lit_jax.VisionModel.from_pretrained(tmp_path / "vision", pooling="mean")
+    assert "pooler" not in tower.params
+    tower.save_pretrained(tmp_path / "tower")
+    whole = lit_jax.VisionModel.from_pretrained(tmp_path / "tower")
+    assert_same_params(whole.params, model.params["vision_model"])
 
 
-def test_bfloat16_is_close(model, inputs, tmp_path):
+@pytest.mark.parametrize(("dtype", "atol"), [("bfloat16", 0.03), (jnp.float16, 0.004)])
+def test_half_precision_is_close(model, inputs, tmp_path, dtype, atol):
     model.save_pretrained(tmp_path)
-    half = lit_jax.DualEncoder.from_pretrained(tmp_path, dtype="bfloat16")(**inputs)
-    full = model(**inputs)
+    half = lit_jax.DualEncoder.from_pretrained(tmp_path, dtype=dtype)
+    half, full = (jax.jit(functools.partial(each, **inputs))() for each in (half, model))
+    assert half.vision_model_output.pooler_output.dtype == jnp.dtype(dtype)
+    assert half.text_model_output.last_hidden_state.dtype == jnp.dtype(dtype)
     assert half.image_embeds.dtype == jnp.float32
-    assert 0 < np.abs(half.image_embeds - full.image_embeds).max() < 0.03
+    assert 0 < np.abs(half.image_embeds - full.image_embeds).max() < atol
 
 
 def test_the_example_of_the_documentation(model, tmp_path):
@@ -363,10 +378,15 @@ def test_what_is_no_model_is_refused(model, inputs, tmp_path):
         UserError, match="config is of model_type 'vit'; as text tower lit_jax has bert"
     ):
         lit_jax.TextModel.from_config(model.config.vision_config)
-    with pytest.raises(UserError, match="not 2 texts for 3 images"):
-        model(inputs["input_ids"][:2], inputs["pixel_values"], return_loss=True)
-    for wrong in (-1, model.config.text_config.vocab_size):
-        with pytest.raises(UserError, match="use the model's own tokenizer"):
-            model.get_text_features(np.array([[1, wrong]]))
+    with pytest.raises(UserError, match="not 1 texts for 2 images"):
+        model(inputs["input_ids"][:1], inputs["pixel_values"], return_loss=True)
+    with pytest.raises(UserError, match="only 40 tokens; use the model's own tokenizer"):
+        model.get_text_features(np.array([[1, 40]]))
+    with pytest.raises(UserError, match="only 2 token types"):
+        model(**inputs, token_type_ids=np.full((2, 7), 2))
+    with pytest.raises(UserError, match="only 20 positions"):
+        model.text_model(inputs["input_ids"], position_ids=np.full((2, 7), 20))
+    with pytest.raises(UserError, match="dtype is 'int8'"):
+        lit_jax.TextModel.from_pretrained(tmp_path / "text", dtype="int8")
     with pytest.raises(AttributeError, match="no attribute 'Dual'"):
         lit_jax.Dual  # noqa: B018

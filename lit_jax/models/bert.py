@@ -45,6 +45,12 @@ class EmbeddingConfig:
     sinusoidal: bool = False  # at the start; they are trained like others
 
     @property
+    def rows(self) -> dict[str, int]:
+        """Of the tables that token inputs are looked up in."""
+        rows = {"input_ids": self.vocab_size, "position_ids": self.positions}
+        return rows | ({"token_type_ids": self.token_types} if self.token_types else {})
+
+    @property
     def max_length(self) -> int:
         return self.positions - (0 if self.padding_id is None else self.padding_id + 1)
 
@@ -92,6 +98,11 @@ class PlainConfig:
             positions=self.max_position_embeddings,
             dropout=self.hidden_dropout_prob,
         )
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Of the tables that token inputs are looked up in."""
+        return self.embedding.rows
 
     @property
     def max_length(self) -> int:

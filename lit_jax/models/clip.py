@@ -122,6 +122,11 @@ class CLIPTextConfig(CLIPFields):
     eos_token_id: int | tuple[int, ...] | None = 49407
 
     @property
+    def rows(self) -> dict[str, int]:
+        """Of the tables that token inputs are looked up in."""
+        return {"input_ids": self.vocab_size, "position_ids": self.max_position_embeddings}
+
+    @property
     def max_length(self) -> int:
         """The most tokens that a text can have."""
         return self.max_position_embeddings

@@ -1,5 +1,6 @@
-"""ConvNeXt (https://arxiv.org/abs/2201.03545) and ConvNeXt V2 (https://arxiv.org/abs/2301.00808),
-numerically Hugging Face's ConvNextModel and ConvNextV2Model.
+"""ConvNeXt (https://arxiv.org/abs/2201.03545), ConvNeXt V2 (https://arxiv.org/abs/2301.00808) and DINOv3's
+(https://arxiv.org/abs/2508.10104), numerically Hugging Face's ConvNextModel, ConvNextV2Model and
+DINOv3ConvNextModel.
 
 Dims: B batch, HxW pixels, YxX positions of a feature map, L = Y * X positions, C channels,
 D width of the last map, F four times the width, N depth.
@@ -19,25 +20,27 @@ from lit_jax.models.layers import LayerNorm, TowerOutput, activation, dense, dro
 from lit_jax.models.patches import ImageTower, PatchEmbeddings, Size
 from lit_jax.models.transformer import LayerScale
 
-_EPSILON = 1e-6  # of every normalisation but the last, whatever config.json says
 _KERNEL_SIZE = 7
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvNextV2Config:
-    """The fields of config.json that change a number; names and defaults are Hugging Face's."""
+class ConvNextFields:
+    """The fields of config.json that change a number and that every version has; names and defaults are
+    Hugging Face's.
+    """
 
-    model_type: str = "convnextv2"
     num_channels: int = 3
-    patch_size: Size = 4
-    num_stages: int = 4
     hidden_sizes: tuple[int, ...] = (96, 192, 384, 768)
     depths: tuple[int, ...] = (3, 3, 9, 3)
     hidden_act: str = "gelu"
     initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12  # of the pooler's
     drop_path_rate: float = 0.0
     image_size: Size = 224
+
+    @property
+    def norm_epsilon(self) -> float:
+        """Of every normalisation but the last."""
+        return 1e-6  # whatever config.json says
 
     @property
     def layer_scale(self) -> float | None:
@@ -47,27 +50,64 @@ class ConvNextV2Config:
     @property
     def response_norm(self) -> bool:
         """Whether blocks have global response normalisation."""
-        return True
+        return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvNextConfig(ConvNextV2Config):
+class ConvNextConfig(ConvNextFields):
     model_type: str = "convnext"
+    patch_size: Size = 4
+    num_stages: int = 4
+    layer_norm_eps: float = 1e-12  # of the pooler's
     layer_scale_init_value: float = 1e-6  # 0: no factor
 
     @property
     def layer_scale(self) -> float | None:
         return self.layer_scale_init_value if self.layer_scale_init_value > 0 else None
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvNextV2Config(ConvNextFields):
+    model_type: str = "convnextv2"
+    patch_size: Size = 4
+    num_stages: int = 4
+    layer_norm_eps: float = 1e-12  # of the pooler's
+
     @property
     def response_norm(self) -> bool:
-        return False
+        return True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dinov3ConvNextConfig(ConvNextFields):
+    model_type: str = "dinov3_convnext"
+    layer_norm_eps: float = 1e-6
+    layer_scale_init_value: float = 1e-6
+
+    @property
+    def patch_size(self) -> Size:
+        return 4
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.hidden_sizes)
+
+    @property
+    def norm_epsilon(self) -> float:
+        return self.layer_norm_eps
+
+    @property
+    def layer_scale(self) -> float | None:
+        return self.layer_scale_init_value
+
+
+Config = ConvNextConfig | ConvNextV2Config | Dinov3ConvNextConfig
 
 
 class ConvNext(ImageTower):
     """The image tower. Its pooler is a normalisation of the mean over all positions."""
 
-    config: ConvNextV2Config
+    config: Config
 
     poolings = ("pooler", "mean")
 
@@ -80,20 +120,49 @@ class ConvNext(ImageTower):
 
         Not `deterministic`: blocks are left out of some examples, with the rng 'dropout'.
         """
-        cfg = self.config
-        x_BxYxXxC = Embeddings(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
-        x_BxYxXxD = Encoder(cfg, self.dtype, self.remat, name="encoder")(x_BxYxXxC, deterministic)
-        x_BxLxD = positions(x_BxYxXxD)
+        x_BxLxD = self.encode(pixel_values_BxHxWxC, deterministic)
         pooled_Bx1xD = x_BxLxD.mean(1, keepdims=True)
         if self.pooling == "pooler":
-            pooled_Bx1xD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layernorm")(pooled_Bx1xD)
+            norm = LayerNorm(self.config.layer_norm_eps, self.dtype, name="layernorm")
+            pooled_Bx1xD = norm(pooled_Bx1xD)
         return TowerOutput(x_BxLxD, jnp.squeeze(pooled_Bx1xD, 1))
+
+    def encode(
+        self, pixel_values_BxHxWxC: Float[Array, "B H W C"], deterministic: bool
+    ) -> Float[Array, "B L D"]:
+        """The positions of the last map, not normalised."""
+        cfg = self.config
+        x_BxYxXxC = Embeddings(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
+        encoder = Encoder(cfg, self.dtype, self.remat, name="encoder")
+        return positions(encoder(x_BxYxXxC, deterministic))
+
+
+class Dinov3ConvNext(ConvNext):
+    """The image tower of DINOv3: as in its vision transformers, a token for the whole image comes first."""
+
+    poolings = ("pooler", "cls", "mean")
+
+    @nn.compact
+    def __call__(
+        self, pixel_values_BxHxWxC: Float[Array, "B H W C"], *, deterministic: bool = True
+    ) -> TowerOutput:
+        """Pixels, normalised by the image processor, to the mean over the positions of the last map and these
+        positions, each normalised, and a pooled vector: 'pooler' and 'cls' are that mean. Images may have any
+        size.
+
+        Not `deterministic`: blocks are left out of some examples, with the rng 'dropout'.
+        """
+        x_BxLxD = self.encode(pixel_values_BxHxWxC, deterministic)
+        x_BxLxD = jnp.concatenate([x_BxLxD.mean(1, keepdims=True), x_BxLxD], axis=1)
+        x_BxLxD = LayerNorm(self.config.layer_norm_eps, self.dtype, name="layernorm")(x_BxLxD)
+        pooled_BxD = x_BxLxD[:, 1:].mean(1) if self.pooling == "mean" else x_BxLxD[:, 0]
+        return TowerOutput(x_BxLxD, pooled_BxD)
 
 
 class Embeddings(nn.Module):
     """Patches of the image, normalised."""
 
-    config: ConvNextV2Config
+    config: Config
     dtype: Any
 
     @nn.compact
@@ -107,7 +176,7 @@ class Embeddings(nn.Module):
             self.dtype,
             name="patch_embeddings",
         )(pixel_values_BxHxWxC)
-        return _normed(x_BxYxXxC, "layernorm", self.dtype)
+        return _normed(x_BxYxXxC, "layernorm", cfg.norm_epsilon, self.dtype)
 
 
 class Encoder(nn.Module):
@@ -117,7 +186,7 @@ class Encoder(nn.Module):
     block 'hidden_state', its output.
     """
 
-    config: ConvNextV2Config
+    config: Config
     dtype: Any
     remat: Remat = "none"
 
@@ -134,7 +203,7 @@ class Encoder(nn.Module):
 
 
 class Stage(nn.Module):
-    config: ConvNextV2Config
+    config: Config
     width: int
     dtype: Any
     remat: Remat
@@ -152,7 +221,7 @@ class Stage(nn.Module):
                 cfg.initializer_range,
                 self.dtype,
                 name="downsampling_layer_1",
-            )(_normed(x_BxYxXxC, "downsampling_layer_0", self.dtype))
+            )(_normed(x_BxYxXxC, "downsampling_layer_0", cfg.norm_epsilon, self.dtype))
         block = Block(cfg, self.width, self.dtype, name="layer")
         x_BxYxXxC = scan_blocks(block, x_BxYxXxC, rates_N, deterministic, self.remat)
         self.sow("intermediates", "hidden_state", x_BxYxXxC)
@@ -162,7 +231,7 @@ class Stage(nn.Module):
 class Block(nn.Module):
     """A depthwise convolution, then an MLP at each position."""
 
-    config: ConvNextV2Config
+    config: Config
     width: int
     dtype: Any
 
@@ -175,7 +244,7 @@ class Block(nn.Module):
                 x_BxYxXxC
             )
         )
-        h_BxLxC = LayerNorm(_EPSILON, dtype, name="layernorm")(h_BxLxC)
+        h_BxLxC = LayerNorm(cfg.norm_epsilon, dtype, name="layernorm")(h_BxLxC)
         h_BxLxF = dense(4 * self.width, name="pwconv1", init_std=std, dtype=dtype)(h_BxLxC)
         h_BxLxF = activation(cfg.hidden_act)(h_BxLxF)
         if cfg.response_norm:
@@ -212,5 +281,5 @@ class GlobalResponseNorm(nn.Module):
         return h_BxLxF.astype(x_BxLxF.dtype)
 
 
-def _normed(x_BxYxXxC: Map, name: str, dtype: Any) -> Map:
-    return LayerNorm(_EPSILON, dtype, name=name)(positions(x_BxYxXxC)).reshape(x_BxYxXxC.shape)
+def _normed(x_BxYxXxC: Map, name: str, epsilon: float, dtype: Any) -> Map:
+    return LayerNorm(epsilon, dtype, name=name)(positions(x_BxYxXxC)).reshape(x_BxYxXxC.shape)

@@ -54,6 +54,11 @@ class DistilBertConfig:
         )
 
     @property
+    def rows(self) -> dict[str, int]:
+        """Of the tables that token inputs are looked up in."""
+        return self.embedding.rows
+
+    @property
     def max_length(self) -> int:
         """The most tokens that a text can have."""
         return self.embedding.max_length

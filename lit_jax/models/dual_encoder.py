@@ -90,6 +90,11 @@ class DualEncoderModule(nn.Module):
         image, text = (tower.clone(remat=remat) for tower in self.towers.values())
         return self.clone(vision_model=image, text_model=text)
 
+    def with_dtype(self, dtype: Any) -> "DualEncoderModule":
+        """The same with towers that compute in `dtype`."""
+        image, text = (tower.clone(dtype=jnp.dtype(dtype)) for tower in self.towers.values())
+        return self.clone(vision_model=image, text_model=text)
+
     @property
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the smallest batch, to initialise with."""

@@ -28,7 +28,13 @@ from lit_jax.models.clip import (
     CLIPVision,
     CLIPVisionConfig,
 )
-from lit_jax.models.convnext import ConvNext, ConvNextConfig, ConvNextV2Config
+from lit_jax.models.convnext import (
+    ConvNext,
+    ConvNextConfig,
+    ConvNextV2Config,
+    Dinov3ConvNext,
+    Dinov3ConvNextConfig,
+)
 from lit_jax.models.dinov2 import Dinov2, Dinov2Config, Dinov2WithRegistersConfig
 from lit_jax.models.dinov3 import Dinov3, Dinov3Config
 from lit_jax.models.distilbert import DistilBert, DistilBertConfig
@@ -48,6 +54,7 @@ VISION: Families = {
     "dinov2": (Dinov2Config, Dinov2),
     "dinov2_with_registers": (Dinov2WithRegistersConfig, Dinov2),
     "dinov3_vit": (Dinov3Config, Dinov3),
+    "dinov3_convnext": (Dinov3ConvNextConfig, Dinov3ConvNext),
     "efficientnet": (EfficientNetConfig, EfficientNet),
     "align_vision_model": (AlignVisionConfig, EfficientNet),
     "convnext": (ConvNextConfig, ConvNext),

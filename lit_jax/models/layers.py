@@ -269,7 +269,7 @@ def check_length(length: int, max_length: int) -> None:
     if length > max_length:
         raise UserError(
             f"The texts are {length} tokens long and the text tower has only positions for "
-            f"{max_length}; set config.data.max_text_length lower."
+            f"{max_length}; make them shorter (config.data.max_text_length)."
         )
 
 

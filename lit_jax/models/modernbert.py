@@ -90,6 +90,11 @@ class ModernBertConfig:
         )
 
     @property
+    def rows(self) -> dict[str, int]:
+        """Of the tables that token inputs are looked up in: positions are turned into angles."""
+        return {"input_ids": self.vocab_size}
+
+    @property
     def max_length(self) -> int:
         """The most tokens that a text can have."""
         return self.max_position_embeddings

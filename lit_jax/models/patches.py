@@ -179,7 +179,7 @@ class PatchEmbeddings(nn.Module):
         if not rows or not columns:
             raise UserError(
                 f"Images of {height}x{width} pixels are smaller than one patch of the image tower, "
-                f"{patch_height}x{patch_width}; set config.data.image_size higher."
+                f"{patch_height}x{patch_width}; make them larger (config.data.image_size)."
             )
         whole = pixel_values_BxHxWxC[:, : rows * patch_height, : columns * patch_width]
         patches = whole.reshape(batch, rows, patch_height, columns, patch_width, channels)

@@ -68,6 +68,11 @@ class SiglipTextConfig(SiglipFields):
     projection_size: int | None = None  # None: hidden_size
 
     @property
+    def rows(self) -> dict[str, int]:
+        """Of the tables that token inputs are looked up in."""
+        return {"input_ids": self.vocab_size, "position_ids": self.max_position_embeddings}
+
+    @property
     def max_length(self) -> int:
         """The most tokens that a text can have."""
         return self.max_position_embeddings
@@ -97,8 +102,8 @@ class SiglipVision(ImageTower):
         cfg = self.config
         if self.pooling == "pooler" and not cfg.vision_use_head:
             raise UserError(
-                "The model's config.json has vision_use_head=False, so it has no pooler; set "
-                "config.model.image.pooling to 'mean'."
+                "The model's config.json has vision_use_head=False, so it has no pooler; set the image "
+                "tower's pooling (config.model.image.pooling) to 'mean'."
             )
         x_BxLxD = ImageEmbeddings(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
         x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, name="encoder")(

@@ -9,7 +9,7 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -88,15 +88,31 @@ def load_tower(folder: str | pathlib.Path, module: Tower) -> tuple[Params, LoadR
         poolings = " or ".join(repr(name) for name in module.poolings if name != "pooler")
         raise UserError(
             f"{account.file} has no pooler weights ({pooler[0]}), and a random pooler would be worse "
-            f"than none; set config.model.{side}.pooling to {poolings}."
+            f"than none; set the {side} tower's pooling (config.model.{side}.pooling) to {poolings}."
         )
     if whole:
         account.ignore(account.left())
     return params, account.close()
 
 
+def load_tower_and_pooler(folder: str | pathlib.Path, module: Tower) -> tuple[Params, Params]:
+    """`load_tower`, and the parameters of a pooler of the folder that `module` has no use for: with
+    them, a tower that is written again is whole.
+    """
+    if module.pooling == "pooler" or "pooler" not in module.poolings:
+        return load_tower(folder, module)[0], {}
+    try:
+        whole, _ = load_tower(folder, module.clone(pooling="pooler"))
+    except UserError:  # without a pooler, or in a way that concerns `module`, too
+        return load_tower(folder, module)[0], {}
+    own = shapes_of(module, module.example_input)
+    return {name: whole[name] for name in own}, {
+        name: value for name, value in whole.items() if name not in own
+    }
+
+
 def load_dual_encoder(
-    folder: str | pathlib.Path, *, dtype: Literal["float32", "bfloat16"]
+    folder: str | pathlib.Path, *, dtype: Any
 ) -> tuple[DualEncoderModule, Params, dict[str, Any], LoadReport]:
     """The module of a dual encoder's folder, its parameters, its config.json and what was read.
 
@@ -129,9 +145,7 @@ def load_dual_encoder(
     return module, params, hf_config, report
 
 
-def dual_encoder_module(
-    hf_config: Mapping[str, Any], *, dtype: Literal["float32", "bfloat16"]
-) -> DualEncoderModule:
+def dual_encoder_module(hf_config: Mapping[str, Any], *, dtype: Any) -> DualEncoderModule:
     """The module that `load_dual_encoder` returns for this config.json, unless transformers trained it on."""
     if "lit_jax" not in hf_config:
         return build_system(hf_config, dtype=dtype)
@@ -140,11 +154,11 @@ def dual_encoder_module(
         image=TowerConfig(pooling=settings.image_pooling, projection=settings.image_projection),
         text=TowerConfig(pooling=settings.text_pooling, projection=settings.text_projection),
         projection_dim=hf_config["projection_dim"],
-        dtype=dtype,
         logit_scale_init=hf_config["logit_scale_init_value"],
         logit_bias_init=hf_config.get("logit_bias"),
     )
-    return build_dual_encoder(hf_config["vision_config"], hf_config["text_config"], config)
+    module = build_dual_encoder(hf_config["vision_config"], hf_config["text_config"], config)
+    return module.with_dtype(dtype)
 
 
 def _take_dual_encoder(

@@ -116,6 +116,8 @@ _DINOV2 = Family(
     ignore=(r"classifier\.",),
 )
 
+_NO_REGISTERS = (("embeddings.register_tokens", "embeddings.cls_token"),)
+
 _EFFICIENTNET = Family(
     architecture="EfficientNetModel",
     prefix="efficientnet.",
@@ -239,7 +241,10 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "dinov2": _DINOV2,
     "dinov2_with_registers": dataclasses.replace(
-        _DINOV2, architecture="Dinov2WithRegistersModel", prefix="dinov2_with_registers."
+        _DINOV2,
+        architecture="Dinov2WithRegistersModel",
+        prefix="dinov2_with_registers.",
+        empty=_NO_REGISTERS,
     ),
     "dinov3_vit": Family(
         architecture="DINOv3ViTModel",
@@ -260,7 +265,25 @@ FAMILIES: Mapping[str, Family] = {
             (r"\.mlp_scale\.factor$", ".layer_scale2.lambda1"),
         ),
         aliases=((r"^model\.layer\.", "layer."),),  # save_original_format=False
-        empty=(("embeddings.register_tokens", "embeddings.cls_token"),),
+        empty=_NO_REGISTERS,
+    ),
+    "dinov3_convnext": Family(
+        architecture="DINOv3ConvNextModel",
+        modules=(
+            (r"^embeddings\.patch_embeddings\.", "stages.0.downsample_layers.0."),
+            (r"^embeddings\.layernorm\.", "stages.0.downsample_layers.1."),
+            (
+                r"^encoder\.stages_(\d+)\.downsampling_layer_(\d)\.",
+                r"stages.\1.downsample_layers.\2.",
+            ),
+            (r"^encoder\.stages_(\d+)\.layer\.", r"stages.\1.layers."),
+            (r"\.projection\.", "."),
+            (r"\.dwconv\.", ".depthwise_conv."),
+            (r"\.pwconv(\d)\.", r".pointwise_conv\1."),
+            (r"\.layer_scale\.factor$", ".gamma"),
+            (r"(^|\.)layernorm\.", r"\1layer_norm."),
+        ),
+        aliases=((r"^model\.stages\.", "stages."),),  # save_original_format=False
     ),
     "bert": _BERT,
     "roberta": _ROBERTA,

@@ -24,7 +24,7 @@ from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.models.layers import Tower
 from lit_jax.trees import flatten
-from lit_jax.weights import dual_encoder_form, name_tables, names
+from lit_jax.weights import dual_encoder_form, load, name_tables, names
 from lit_jax.weights.dual_encoder_form import Params
 from lit_jax.weights.hub import OWN_TYPE
 
@@ -44,13 +44,16 @@ def save_tower(
     module: Tower,
     params: Params,
     processor: Saveable | None = None,
+    pooler: Params | None = None,
 ) -> None:
     """Writes config.json, model.safetensors with torch's names, and the processor's files, of one tower.
 
-    A tower without pooler is written without one: torch loads it with add_pooling_layer=False.
+    `pooler` is what `load_tower_and_pooler` has found beside `params`. A tower without pooler is written
+    without one: most of torch's classes load it with add_pooling_layer=False, and a warning says so.
     Raises UserError if `folder` cannot be written or holds something else.
     """
     family = name_tables.FAMILIES[module.config.model_type]
+    params = {**params, **(pooler or {})}
     config = {
         **hf_config,
         "architectures": [family.architecture],
@@ -58,13 +61,34 @@ def save_tower(
         "lit_jax": {"pooling": module.pooling},
     }
     if hasattr(module.config, "vision_use_head"):  # SigLIP's says there whether it has a pooler
-        config["vision_use_head"] = module.pooling == "pooler"
+        config["vision_use_head"] = "head" in params
+    elif lacking := _lacking(module, params, family):
+        log.warning(
+            "%s has no %s, as the tower has none with pooling %r; transformers draws them at random (most of "
+            "its classes can be told add_pooling_layer=False).",
+            folder,
+            " and no ".join(lacking),
+            module.pooling,
+        )
     with _new_folder(pathlib.Path(folder)) as new:
         _write_json(new / "config.json", config)
         tensors = names.tensors_of(flatten(_float32(params)), family, "torch")
         _write_torch(new, {_inner(family) + name: array for name, array in tensors.items()})
         if processor is not None:
             processor.save_pretrained(str(new))
+
+
+def _lacking(module: Tower, params: Params, family: name_tables.Family) -> list[str]:
+    """The names of what a tower of that family has with its pooler only, and `params` has not."""
+    if family.pooler == name_tables.Family.pooler:  # none has
+        return []
+    whole = flatten(load.shapes_of(module.clone(pooling="pooler"), module.example_input))
+    missing = {path: leaf for path, leaf in whole.items() if path not in flatten(params)}
+    return [
+        place.name
+        for path, leaf in missing.items()
+        for place in names.places(path, leaf.shape, family, "torch")[0]
+    ]
 
 
 def save_dual_encoder(

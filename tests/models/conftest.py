@@ -20,11 +20,11 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="session")
 def random_variables() -> Callable[..., dict[str, Any]]:
-    """Draws variables for a module and an example of its input: module.init compiles for seconds."""
+    """Draws variables for a module and an example of its inputs: module.init compiles for seconds."""
 
-    def draw(module: nn.Module, example: Any) -> dict[str, Any]:
+    def draw(module: nn.Module, *example: Any) -> dict[str, Any]:
         random = np.random.default_rng(0)
-        shapes = jax.eval_shape(module.init, jax.random.key(0), example)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), *example)
 
         def value(path, leaf):
             values = random.normal(0, 0.3, leaf.shape)

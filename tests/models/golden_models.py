@@ -211,6 +211,9 @@ UNUSUAL_CONVNEXT = transformers.ConvNextConfig(
 CONVNEXT_V2 = transformers.ConvNextV2Config(
     hidden_sizes=[4, 6], depths=[1, 2], num_stages=2, patch_size=3, hidden_act="relu"
 )
+DINOV3_CONVNEXT = transformers.DINOv3ConvNextConfig(
+    hidden_sizes=[4, 6], depths=[1, 2], layer_norm_eps=0.1, layer_scale_init_value=0.5
+)
 TYPES, POSITIONS = "token_type_ids", "position_ids"
 TOWERS = {
     "vit": (VIT, random_images(0, 2, 12, 12, 3), "pooler"),
@@ -263,6 +266,8 @@ TOWERS = {
     "convnext": (CONVNEXT, random_images(45, 2, 17, 24, 3), "pooler"),
     "convnext_unusual": (UNUSUAL_CONVNEXT, random_images(46, 2, 13, 12, 1), "pooler"),
     "convnextv2": (CONVNEXT_V2, random_images(47, 2, 12, 17, 3), "mean"),
+    "dinov3_convnext": (DINOV3_CONVNEXT, random_images(48, 2, 17, 24, 3), "pooler"),
+    "dinov3_convnext_mean": (DINOV3_CONVNEXT, random_images(49, 2, 8, 17, 3), "mean"),
     "modernbert": (MODERNBERT, random_texts(16, MODERNBERT, length=9), "cls"),
     "modernbert_unusual": (
         UNUSUAL_MODERNBERT,

@@ -20,7 +20,10 @@ TINY = {"hidden_sizes": (4, 6), "depths": (1, 3), "num_stages": 2, "patch_size":
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 12, 3)), jnp.float32)
 
 
-@pytest.mark.parametrize("name", ["convnext", "convnext_unusual", "convnextv2"])
+@pytest.mark.parametrize(
+    "name",
+    ["convnext", "convnext_unusual", "convnextv2", "dinov3_convnext", "dinov3_convnext_mean"],
+)
 def test_parity_with_pytorch(check_tower, goldens, name):
     check_tower(goldens / name)
 

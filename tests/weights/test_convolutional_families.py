@@ -64,7 +64,9 @@ def names_of_layers(params):
         yield from [path] * (len(leaf) if "layer_from" in path else 1)
 
 
-@pytest.mark.parametrize("name", ["efficientnet", "align_vision", "convnext", "convnextv2"])
+@pytest.mark.parametrize(
+    "name", ["efficientnet", "align_vision", "convnext", "convnextv2", "dinov3_convnext"]
+)
 def test_what_is_written_is_what_was_read(tower, tmp_path, name):
     module = tower(GOLDENS / name, "pooler" if name != "convnextv2" else "mean")
     params, _ = load.load_tower(GOLDENS / name, module)

@@ -136,10 +136,9 @@ def test_the_halves_of_swiglu(tower):
     np.testing.assert_array_equal(mlp["up"]["kernel"][1].T, weight_2FxD[16:])
 
 
-def test_a_dinov3_may_have_a_tensor_of_no_registers(tower, tmp_path):
-    folder = save_renamed(
-        tmp_path, "dinov3_unusual", **{"embeddings.register_tokens": np.zeros((1, 0, 8))}
-    )
+@pytest.mark.parametrize("golden", ["dinov3_unusual", "dinov2_with_registers"])
+def test_a_dino_may_have_a_tensor_of_no_registers(tower, tmp_path, golden):
+    folder = save_renamed(tmp_path, golden, **{"embeddings.register_tokens": np.zeros((1, 0, 8))})
     config = hub.read_config(folder) | {"num_register_tokens": 0}
     (folder / "config.json").write_text(json.dumps(config))
     params, report = load_params(folder, tower)

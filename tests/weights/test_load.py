@@ -155,7 +155,7 @@ def test_head_model_without_pooler(changed, tower, vit, pooling):
     assert_same_tree(params, {name: part for name, part in vit.items() if name != "pooler"})
     assert report.ignored == ("classifier.bias", "classifier.weight")
 
-    with pytest.raises(UserError, match=r"no pooler .* set config\.model\.image\.pooling to 'cls'"):
+    with pytest.raises(UserError, match=r"no pooler .*\(config\.model\.image\.pooling\) to 'cls'"):
         load.load_tower(folder, tower(folder, "pooler"))
 
 

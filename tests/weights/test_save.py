@@ -1,6 +1,7 @@
 import functools
 import json
 import os
+import pathlib
 import re
 import resource
 
@@ -16,6 +17,7 @@ from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import build_dual_encoder, build_system
 from lit_jax.weights import files, hub, load, save
 
+TESTS = pathlib.Path(__file__).parents[1]
 # Pooling and projection of the image tower, of the text tower, projection_dim.
 EXPRESSIBLE = [
     (("pooler", "linear"), ("pooler", "linear"), 6),
@@ -92,6 +94,49 @@ def test_a_tower_without_pooler_is_read_back(golden, tower, tmp_path, pooling):
     again, report = load.load_tower(tmp_path / "new", module)
     assert_same_tree(again, params)
     assert not report.ignored
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [
+        ("weights/golden/vit_torch", "cls"),
+        ("weights/golden/bert_torch", "mean"),
+        ("weights/golden/clip_vision_torch", "mean"),
+        ("weights/golden/siglip_vision_torch", "mean"),
+        ("weights/golden/siglip_text_torch", "mean"),
+        ("models/goldens/convnext", "mean"),
+    ],
+)
+def test_a_pooler_that_is_not_used_is_written_again(tower, tmp_path, name, pooling, caplog):
+    folder = TESTS / name
+    module = tower(folder, pooling)
+    params, pooler = load.load_tower_and_pooler(folder, module)
+    assert_same_tree(params, load.load_tower(folder, module)[0])
+    hf = hub.read_config(folder)
+    save.save_tower(tmp_path / "new", hf, module, params, pooler=pooler)
+    ours, theirs = (files.read_tensors(path).values for path in (tmp_path / "new", folder))
+    assert set(ours) == set(theirs)
+    for key, array in theirs.items():
+        np.testing.assert_array_equal(ours[key], array)
+    written = hub.read_config(tmp_path / "new")
+    assert written.get("vision_use_head") == hf.get("vision_use_head")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking"),
+    [
+        ("weights/golden/bert_torch", "pooler.dense.weight"),
+        ("models/goldens/convnext", "layernorm.weight"),
+        ("models/goldens/dinov2", None),
+    ],
+)
+def test_what_transformers_will_draw_at_random_is_said(tower, tmp_path, name, lacking, caplog):
+    folder = TESTS / name
+    module = tower(folder, "mean")
+    params, _ = load.load_tower(folder, module)
+    save.save_tower(tmp_path / "new", hub.read_config(folder), module, params)
+    assert [lacking in record.getMessage() for record in caplog.records] == [True] * bool(lacking)
 
 
 @pytest.mark.parametrize(("image", "text", "projection_dim"), EXPRESSIBLE)

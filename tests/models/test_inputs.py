@@ -1,0 +1,82 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lit_jax.errors import UserError
+from lit_jax.models.families import TEXT
+from lit_jax.models.inputs import dtype_of, images_of, texts_of
+
+ROWS = {"input_ids": 20, "position_ids": 9, "token_type_ids": 2}
+IDS = np.arange(6).reshape(2, 3)
+MASK = np.ones((2, 3), int)
+
+
+@pytest.mark.parametrize("dtype", ["float16", jnp.float16, np.dtype("float16"), np.float16])
+def test_a_dtype_is_a_name_or_jaxs_own(dtype):
+    assert dtype_of(dtype) == jnp.float16
+
+
+@pytest.mark.parametrize("dtype", ["int8", "half", jnp.float64, None])
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(UserError, match="choose float32, bfloat16 or float16"):
+        dtype_of(dtype)
+
+
+def test_images_get_their_channels_last():
+    pixels = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
+    np.testing.assert_array_equal(images_of(pixels), pixels.transpose(0, 2, 3, 1))
+
+
+def test_one_image_is_no_batch():
+    with pytest.raises(UserError, match=r"shape \[3, 4, 5\].*\[images, channels, height, width\]"):
+        images_of(np.zeros((3, 4, 5), np.float32))
+
+
+def test_texts_are_int32_and_one_row_is_for_all():
+    ids, mask, types, positions = texts_of(ROWS, IDS, None, MASK, IDS[:1])
+    assert mask is None
+    assert ids.dtype == types.dtype == positions.dtype == jnp.int32
+    np.testing.assert_array_equal(ids, IDS)
+    np.testing.assert_array_equal(positions, IDS[[0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((IDS[0],), r"input_ids has the shape \[3\].*padding=True"),
+        ((IDS, MASK[:, :2]), r"attention_mask has the shape \[2, 2\] and input_ids \[2, 3\]"),
+        ((IDS, None, MASK[0]), r"token_type_ids has the shape \[3\]"),
+        ((IDS, None, None, np.zeros((3, 3), int)), r"position_ids has the shape \[3, 3\]"),
+        ((IDS + 17,), "input_ids has numbers from 17 to 22, but .* only 20 tokens; .* tokenizer"),
+        ((IDS - 1,), "input_ids has numbers from -1 to 4"),
+        ((IDS, None, IDS), "token_type_ids has numbers from 0 to 5, but .* only 2 token types"),
+        ((IDS, None, None, IDS + 9), "position_ids has numbers from 9 to 14, but .* 9 positions"),
+    ],
+)
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_texts_that_do_not_fit_are_refused(inputs, message, kind):
+    inputs = [None if x is None else kind(x) for x in inputs]
+    with pytest.raises(UserError, match=message):
+        texts_of(ROWS, *inputs, *[None] * (4 - len(inputs)))
+
+
+def test_numbers_are_looked_at_only_where_there_is_a_table_and_they_are_known():
+    texts_of({"input_ids": 6}, IDS, None, None, IDS + 100)
+    traced = jax.jit(lambda ids: texts_of({"input_ids": 3}, ids, None, None, None)[0])
+    np.testing.assert_array_equal(traced(IDS), IDS)
+
+
+@pytest.mark.parametrize("family", TEXT)
+def test_rows_are_those_of_the_tables(family):
+    """A family has no other table of a token input than those that its config speaks of."""
+    config_class, module_class = TEXT[family]
+    tower = module_class(config_class(), pooling=module_class.poolings[0])
+    tables = {
+        path[-2].key: leaf.shape[0]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            jax.eval_shape(tower.init, jax.random.key(0), tower.example_input)
+        )
+        if path[-1].key == "embedding" and path[-2].key != "relative_attention_bias"
+    }
+    assert sorted(tables.values()) == sorted(tower.config.rows.values())
