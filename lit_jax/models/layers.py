@@ -137,7 +137,7 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         width = x_BxLxD.shape[-1]
-        scale_D = self.param("scale", nn.initializers.ones, (width,)).astype(jnp.float32)
+        scale_D = jnp.asarray(self.param("scale", nn.initializers.ones, (width,)), jnp.float32)
         result_BxLxD: Any = _normalized(self.epsilon, x_BxLxD, scale_D)
         if self.use_bias:
             bias_D = self.param("bias", nn.initializers.zeros, (width,)).astype(jnp.float32)
