@@ -31,11 +31,13 @@ def softmax_loss(
     `label_smoothing` is spread over all B classes (ALIGN, 2102.05918, section 4.1).
     """
     logits_BxB = similarity_logits(zimg_BxD, ztxt_BxD, logit_scale, logit_bias)
+    # Not jnp.diagonal: split over devices, it gathers positions and values from all of them.
+    own_B = jnp.sum(logits_BxB, axis=1, where=jnp.eye(logits_BxB.shape[0], dtype=bool))
 
     def cross_entropy(axis: int) -> Scalar:
-        target_B = jnp.diagonal(logits_BxB)
+        target_B = own_B
         if label_smoothing:
-            target_B = (1 - label_smoothing) * target_B + label_smoothing * logits_BxB.mean(axis)
+            target_B = (1 - label_smoothing) * own_B + label_smoothing * logits_BxB.mean(axis)
         return (jax.nn.logsumexp(logits_BxB, axis=axis) - target_B).mean()
 
     return (cross_entropy(1) + cross_entropy(0)) / 2

@@ -2,12 +2,13 @@
 
 import functools
 import json
+import re
 import shutil
-import threading
+import subprocess
+import sys
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -23,7 +24,6 @@ from lit_jax.training.optimizer import make_optimizer
 from lit_jax.training.run import load_run
 from lit_jax.training.setup import example_batch, find_towers, prepare
 from lit_jax.training.state import abstract_state, first_or_latest_state
-from lit_jax.training.step import State
 from lit_jax.trees import flatten
 from lit_jax.weights.load import load_tower
 from tests.training.conftest import stop_after
@@ -295,16 +295,35 @@ def test_a_damaged_run_folder_is_named(finished, tiny, train, tmp_path, damage, 
             read(workdir)
 
 
-def test_a_checkpoint_folder_that_cannot_be_made_leaves_no_thread_waiting(tmp_path):
-    before = set(threading.enumerate())
-    state = State(jnp.zeros((), jnp.int32), {"a": jnp.ones(3)}, optax.EmptyState())
-    with Checkpoints(tmp_path) as checkpoints:
-        (tmp_path / "checkpoints").rmdir()
-        (tmp_path / "checkpoints").write_text("")
-        with pytest.raises(UserError, match=r"cannot be written \(.*choose another --workdir\.$"):
-            checkpoints.save(1, state, {}, {})
-    left = set(threading.enumerate()) - before
-    assert [thread.name for thread in left if not thread.daemon] == []  # the exit would wait for it
+def test_where_no_checkpoint_folder_can_be_made_the_process_says_so_and_ends(tmp_path):
+    """In a process of its own: a thread that waits for the folder would hold its end up for 20 minutes."""
+    program = """if True:
+        import sys
+        from pathlib import Path
+        import jax.numpy as jnp
+        import optax
+        from lit_jax.errors import UserError
+        from lit_jax.training.checkpoints import Checkpoints
+        from lit_jax.training.step import State
+        workdir = Path(sys.argv[1])
+        state = State(jnp.zeros((), jnp.int32), {"a": jnp.ones(3)}, optax.EmptyState())
+        with Checkpoints(workdir) as checkpoints:
+            (workdir / "checkpoints").rmdir()
+            (workdir / "checkpoints").write_text("")
+            try:
+                checkpoints.save(1, state, {}, {})
+            except UserError as error:
+                print(error)
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    sentence = process.stdout.splitlines()[-1]
+    assert re.search(r"cannot be written \(.*choose another --workdir\.$", sentence)
 
 
 def test_a_file_among_the_checkpoints_is_none(finished, tmp_path):

@@ -1,5 +1,7 @@
 """Both losses against float64 NumPy, in value and in every gradient."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +117,23 @@ def test_split_over_devices_it_is_the_same_loss(name, mesh_config):
     np.testing.assert_allclose(split, alone, rtol=1e-6)
     for ours, theirs in zip(split_grads, alone_grads, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONTRASTIVE)
+def test_split_over_devices_it_sends_no_positions(name):
+    """Which pairs match, every device knows: only embeddings, their gradients and sums are sent."""
+    mesh = make_mesh(MeshConfig(data=8))
+
+    def loss(zimg, ztxt):
+        scale_and_bias = jnp.float32(2.6592), jnp.float32(-2.0)
+        return CONTRASTIVE[name](shard_batch(zimg), shard_batch(ztxt), *scale_and_bias)
+
+    with jax.set_mesh(mesh):
+        z = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=batch_sharding(mesh))
+        program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(z, z).compile().as_text()
+    sent = re.findall(r"= \(?(\w+)\[.* (?:all-gather|all-reduce)\(", program)
+    assert set(sent) == {"f32"}
+    assert "conditional(" not in program
 
 
 def test_label_smoothing_of_a_sigmoid_is_refused():
