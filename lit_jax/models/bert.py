@@ -20,6 +20,7 @@ from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models.layers import (
     DenseAct,
+    Dropout,
     LayerNorm,
     Tower,
     TowerOutput,
@@ -309,7 +310,7 @@ class Embeddings(nn.Module):
         init = _sinusoids if cfg.sinusoidal else normal
         x_BxLxD += embed("position_embeddings", cfg.positions, position_ids_BxL, init)
         x_BxLxD = LayerNorm(self.block.norm_epsilon, self.dtype, name="LayerNorm")(x_BxLxD)
-        x_BxLxD = nn.Dropout(cfg.dropout)(x_BxLxD, deterministic=deterministic)
+        x_BxLxD = Dropout(cfg.dropout)(x_BxLxD, deterministic=deterministic)
         return shard_batch(x_BxLxD)
 
 

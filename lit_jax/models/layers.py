@@ -67,15 +67,33 @@ def rematerialized(call: Callable[..., Any], remat: Remat, *, scanned: bool) -> 
     )
 
 
+Elementwise = Callable[[Array], Array]
+
+
+def _keeping_slope(function: Elementwise) -> Elementwise:
+    """`function`, whose gradient keeps its slope at x, and none of the values on the way to it."""
+
+    with_slope = jax.custom_jvp(function)
+
+    @with_slope.defjvp
+    def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+        value, slope = jax.jvp(function, primals, (jnp.ones_like(primals[0]),))
+        return value, slope * tangents[0]
+
+    return with_slope
+
+
+@_keeping_slope
 def _gelu(x: Array) -> Array:
     # By erf, as in torch; jax.nn.gelu uses erfc, three times slower on CPU.
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
-_gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+_gelu_tanh = _keeping_slope(functools.partial(jax.nn.gelu, approximate=True))
+_silu = _keeping_slope(jax.nn.silu)
 
 # By the names that config.json uses (transformers' ACT2FN); several names are one function.
-ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+ACTIVATIONS: Mapping[str, Elementwise] = {
     "gelu": _gelu,
     "gelu_python": _gelu,
     "gelu_10": lambda x: jnp.clip(_gelu(x), -10, 10),
@@ -84,22 +102,22 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu_new": _gelu_tanh,
     "gelu_python_tanh": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "quick_gelu": _keeping_slope(lambda x: x * jax.nn.sigmoid(1.702 * x)),
     "hardswish": jax.nn.hard_swish,
     "leaky_relu": jax.nn.leaky_relu,
     "linear": lambda x: x,
-    "mish": jax.nn.mish,
+    "mish": _keeping_slope(jax.nn.mish),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "relu6": jax.nn.relu6,
     "sigmoid": jax.nn.sigmoid,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
+    "silu": _silu,
+    "swish": _silu,
     "tanh": jnp.tanh,
 }
 
 
-def activation(name: str) -> Callable[[Array], Array]:
+def activation(name: str) -> Elementwise:
     """The activation that config.json calls `name`. Raises UserError if there is none."""
     if name not in ACTIVATIONS:
         raise UserError(
@@ -119,17 +137,48 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         width = x_BxLxD.shape[-1]
-        scale_D = self.param("scale", nn.initializers.ones, (width,)).astype(jnp.float32)
-        x_BxLxD = x_BxLxD.astype(jnp.float32)
-        centred_BxLxD = x_BxLxD - x_BxLxD.mean(-1, keepdims=True)
-        # The mean of the squared differences, not E[x^2] - E[x]^2: that one cancels in float32.
-        variance_BxLx1 = jnp.square(centred_BxLxD).mean(-1, keepdims=True)
-        normed_BxLxD = centred_BxLxD * jax.lax.rsqrt(variance_BxLx1 + self.epsilon)
-        result_BxLxD = normed_BxLxD * scale_D[None, None]
+        scale_D = jnp.asarray(self.param("scale", nn.initializers.ones, (width,)), jnp.float32)
+        result_BxLxD: Any = _normalized(self.epsilon, x_BxLxD, scale_D)
         if self.use_bias:
             bias_D = self.param("bias", nn.initializers.zeros, (width,)).astype(jnp.float32)
             result_BxLxD += bias_D[None, None]
         return result_BxLxD.astype(self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalized(epsilon: float, x_BxLxD: Array, scale_D: Array) -> Array:
+    """(x - mean) / deviation * scale over the last axis, in float32. Its gradient keeps x, in x's dtype."""
+    return _normalized_forward(epsilon, x_BxLxD, scale_D)[0]
+
+
+def _normalized_forward(
+    epsilon: float, x_BxLxD: Array, scale_D: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    mean_BxLx1 = x_BxLxD.astype(jnp.float32).mean(-1, keepdims=True)
+    centred_BxLxD = x_BxLxD.astype(jnp.float32) - mean_BxLx1
+    # The mean of the squared differences, not E[x^2] - E[x]^2: that one cancels in float32.
+    variance_BxLx1 = jnp.square(centred_BxLxD).mean(-1, keepdims=True)
+    inverse_BxLx1 = jax.lax.rsqrt(variance_BxLx1 + epsilon)
+    result_BxLxD = centred_BxLxD * inverse_BxLx1 * scale_D[None, None]
+    return result_BxLxD, (x_BxLxD, mean_BxLx1, inverse_BxLx1, scale_D)
+
+
+def _normalized_backward(
+    epsilon: float, kept: tuple[Array, ...], grad_BxLxD: Array
+) -> tuple[Array, Array]:
+    x_BxLxD, mean_BxLx1, inverse_BxLx1, scale_D = kept
+    normed_BxLxD = (x_BxLxD.astype(jnp.float32) - mean_BxLx1) * inverse_BxLx1
+    scaled_BxLxD = grad_BxLxD * scale_D[None, None]
+    # What does not change the mean or the variance of a row.
+    along_mean_BxLx1 = scaled_BxLxD.mean(-1, keepdims=True)
+    along_normed_BxLx1 = (scaled_BxLxD * normed_BxLxD).mean(-1, keepdims=True)
+    grad_x_BxLxD = inverse_BxLx1 * (
+        scaled_BxLxD - along_mean_BxLx1 - normed_BxLxD * along_normed_BxLx1
+    )
+    return grad_x_BxLxD.astype(x_BxLxD.dtype), (grad_BxLxD * normed_BxLxD).sum((0, 1))
+
+
+_normalized.defvjp(_normalized_forward, _normalized_backward)
 
 
 def attend(
@@ -141,11 +190,11 @@ def attend(
 ) -> Float[Array, "B H Q K"]:
     """Scaled dot-product attention; `bias` is added to the logits, `dropout` is of the probabilities.
 
-    On CPU about three times as fast as jax.nn.dot_product_attention: both products are plain batched
-    matrix products because the axes are in this order, and the division comes last.
+    On CPU several times as fast as jax.nn.dot_product_attention: both products are plain batched matrix
+    products because the axes are in this order, and what can be done to Q x K numbers is not done to Q x S.
     """
-    scale = q_BxHxQxK.shape[-1] ** -0.5
-    logits_BxHxQxS = scale * jnp.einsum(
+    q_BxHxQxK *= q_BxHxQxK.shape[-1] ** -0.5
+    logits_BxHxQxS = jnp.einsum(
         "bhqk,bhsk->bhqs", q_BxHxQxK, k_BxHxSxK, preferred_element_type=jnp.float32
     )
     if bias is not None:
@@ -153,7 +202,6 @@ def attend(
     top_BxHxQx1 = jax.lax.stop_gradient(logits_BxHxQxS.max(-1, keepdims=True))
     weights_BxHxQxS = jnp.exp(logits_BxHxQxS - top_BxHxQx1)
     sum_BxHxQx1 = weights_BxHxQxS.sum(-1, keepdims=True)
-    # To divide after the product with the values touches Q x K numbers instead of Q x S.
     context_BxHxQxK = jnp.einsum(
         "bhqs,bhsk->bhqk",
         dropout(weights_BxHxQxS).astype(v_BxHxSxK.dtype),
@@ -185,16 +233,35 @@ def mean_of_attended(
     return ((x_BxLxD.astype(jnp.float32) * weight_BxLx1).sum(1) / count_Bx1).astype(x_BxLxD.dtype)
 
 
+class Dropout(nn.Module):
+    """Dropout of single numbers (Srivastava et al., 2014), drawn from the stream 'dropout'."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*X"], *, deterministic: bool) -> Float[Array, "*X"]:
+        if deterministic or not self.rate:
+            return x
+        return drop(x, jnp.float32(self.rate), self.make_rng("dropout"), x.shape)
+
+
 def drop(
     x: Float[Array, "*X"], rate: Float[Array, ""], key: jax.Array, shape: tuple[int, ...]
 ) -> Float[Array, "*X"]:
     """Sets parts of `x` to 0 with probability `rate`, and scales the others so that the mean stays.
 
-    `shape` broadcasts to that of `x`: an axis of length 1 is dropped or kept as a whole.
+    `shape` broadcasts to that of `x`: an axis of length 1 is dropped or kept as a whole. The rate is rounded
+    to a multiple of 2^-16, so that two draws come of each 32 random bits: these cost as much as everything
+    else in dropout.
     """
-    keep = 1 - rate.astype(jnp.float32)
-    kept = jax.random.bernoulli(key, keep, shape)
-    return (jnp.where(kept, x.astype(jnp.float32), 0.0) / keep).astype(x.dtype)
+    steps = jnp.round((1 - rate.astype(jnp.float32)) * 2**16)
+    *rows, last = shape
+    bits = jax.random.bits(key, (*rows, -(-last // 2)), jnp.uint32)
+    draws = jnp.concatenate([bits & 0xFFFF, bits >> 16], axis=-1)[..., :last]
+    kept = draws < steps.astype(jnp.uint32)
+    return (jnp.where(kept, x.astype(jnp.float32), 0.0) * (2**16 / jnp.maximum(steps, 1))).astype(
+        x.dtype
+    )
 
 
 def check_length(length: int, max_length: int) -> None:

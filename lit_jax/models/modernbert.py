@@ -19,6 +19,7 @@ from lit_jax.config import Pooling
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models.layers import (
+    Dropout,
     LayerNorm,
     Tower,
     TowerOutput,
@@ -224,7 +225,7 @@ class Embeddings(nn.Module):
             name="tok_embeddings",
         )(input_ids_BxL)
         x_BxLxD = LayerNorm(cfg.norm_eps, self.dtype, cfg.norm_bias, name="norm")(x_BxLxD)
-        x_BxLxD = nn.Dropout(cfg.embedding_dropout)(x_BxLxD, deterministic=deterministic)
+        x_BxLxD = Dropout(cfg.embedding_dropout)(x_BxLxD, deterministic=deterministic)
         return shard_batch(x_BxLxD)
 
 

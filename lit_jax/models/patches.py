@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
-from lit_jax.models.layers import Tower
+from lit_jax.models.layers import Dropout, Tower
 from lit_jax.trees import Tree, flatten, unflatten
 
 Size = int | tuple[int, int]
@@ -147,7 +147,7 @@ class Embeddings(nn.Module):
         if cfg.mask_token is not None:
             # Only so that the files we write have it, as Hugging Face's classes want.
             self.param("mask_token", nn.initializers.zeros, cfg.mask_token)
-        x_BxLxD = nn.Dropout(cfg.dropout)(x_BxLxD, deterministic=deterministic)
+        x_BxLxD = Dropout(cfg.dropout)(x_BxLxD, deterministic=deterministic)
         return shard_batch(x_BxLxD)
 
 

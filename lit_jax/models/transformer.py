@@ -20,7 +20,15 @@ from jaxtyping import Array, Float, Int
 from lit_jax.config import Remat
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
-from lit_jax.models.layers import LayerNorm, activation, attend, dense, drop, rematerialized
+from lit_jax.models.layers import (
+    Dropout,
+    LayerNorm,
+    activation,
+    attend,
+    dense,
+    drop,
+    rematerialized,
+)
 
 Bias = Float[Array, "#B #H #L L"]
 BiasOfTable = Callable[[Float[Array, "R H"]], Bias]
@@ -149,7 +157,7 @@ class Block(nn.Module):
             )
             norm_first = cfg.norm_first and (name != "attention" or cfg.norm_attention)
             h_BxLxD = part(norm(x_BxLxD) if norm_first else x_BxLxD)
-            h_BxLxD = nn.Dropout(dropout)(h_BxLxD, deterministic=deterministic)
+            h_BxLxD = Dropout(dropout)(h_BxLxD, deterministic=deterministic)
             if cfg.layer_scale is not None:
                 h_BxLxD = LayerScale(cfg.layer_scale, name=f"{name}_scale")(h_BxLxD)
             if cfg.drop_path and not deterministic:
@@ -202,7 +210,7 @@ class Attention(nn.Module):
             if self.is_mutable_collection("intermediates"):
                 probability = weights_BxHxQxL / weights_BxHxQxL.sum(-1, keepdims=True)
                 self.sow("intermediates", "probability", probability)
-            return nn.Dropout(cfg.attention_dropout)(weights_BxHxQxL, deterministic=deterministic)
+            return Dropout(cfg.attention_dropout)(weights_BxHxQxL, deterministic=deterministic)
 
         context_BxHxQxK = attend(query_BxHxQxK, key_BxHxLxK, value_BxHxLxK, bias, dropout)
         batch, _, queries, _ = context_BxHxQxK.shape
@@ -234,7 +242,7 @@ class Mlp(nn.Module):
 
         # Other names for other layers: a family may have both, and calls them differently in files.
         h_BxLxF = act(wide("gate")) * wide("up") if cfg.gated_mlp else act(wide("fc1"))
-        h_BxLxF = nn.Dropout(cfg.hidden_dropout)(h_BxLxF, deterministic=deterministic)
+        h_BxLxF = Dropout(cfg.hidden_dropout)(h_BxLxF, deterministic=deterministic)
         return _dense(cfg, cfg.width, "down" if cfg.gated_mlp else "fc2", self.dtype)(h_BxLxF)
 
 

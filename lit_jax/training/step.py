@@ -65,7 +65,6 @@ def train_step(
     params = _replace(optax.apply_updates(state.params, updates), statistics)
     metrics |= {
         "grad_norm": optax.tree.norm(grads),
-        "update_norm": optax.tree.norm(updates),
         "learning_rate": schedule(state.step),
     }
     return State(state.step + 1, params, opt_state), metrics

@@ -80,7 +80,7 @@ def test_a_run_writes_what_it_promises(train, tiny, tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
     assert "vision_model/layernorm/scale" in (tmp_path / "parameters.txt").read_text()
     row = read_metrics(tmp_path)[-1]
-    assert {"learning_rate", "logit_scale", "pairs_per_second", "update_norm"} <= row.keys()
+    assert {"learning_rate", "logit_scale", "pairs_per_second", "grad_norm"} <= row.keys()
     assert row["examples"] == 96
     loaded = load_run(tmp_path)
     assert loaded.step == run.step == 6
