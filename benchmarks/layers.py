@@ -84,12 +84,16 @@ def cases(batch: int, lengths: tuple[int, int], head: int, heads: int) -> list[C
 
 
 def our_attention(q, k, v, heads, bias):
-    split = lambda x: x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)  # noqa: E731
+    def split(x):
+        return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+
     return attend(split(q), split(k), split(v), bias, lambda x: x).swapaxes(1, 2).reshape(q.shape)
 
 
 def their_attention(q, k, v, heads, bias):
-    split = lambda x: x.view(*x.shape[:2], heads, -1).transpose(1, 2)  # noqa: E731
+    def split(x):
+        return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+
     context = functional.scaled_dot_product_attention(split(q), split(k), split(v), attn_mask=bias)
     return context.transpose(1, 2).reshape(q.shape)
 

@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -68,8 +69,7 @@ def measure(count: int, width: int) -> tuple[float, float, float]:
     """Seconds, processor seconds and GiB of all ranks."""
     images, texts = embeddings(count, width)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    run = lambda: ranks(images, texts, np.arange(count), mesh)  # noqa: E731
-    return *once(run), peak_memory()
+    return *once(partial(ranks, images, texts, np.arange(count), mesh)), peak_memory()
 
 
 def embeddings(count: int, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ import random
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -68,8 +69,8 @@ def main() -> None:
             peer = write(root / name, folder, pairs)
             report(name, count, args.repeats, peer, of_source(root / name))
         plan = make_plan(SourceConfig(path=str(folder)), count)
-        loop = lambda: convert_in_a_loop(folder, lines, root / "loop.array_record")  # noqa: E731
-        compare("conversion", count, args.repeats, loop, lambda: convert_shard(plan, root, 0))
+        loop = partial(convert_in_a_loop, folder, lines, root / "loop.array_record")
+        compare("conversion", count, args.repeats, loop, partial(convert_shard, plan, root, 0))
 
 
 def of_source(path: Path) -> Read:
@@ -86,8 +87,12 @@ def of_source(path: Path) -> Read:
 def report(name: str, count: int, repeats: int, peer: Read, ours: Read) -> None:
     order = random.Random(0).sample(range(count), count)
     assert list(map(peer, order[:100])) == list(map(ours, order[:100])), name
-    through = lambda read: lambda: sum(len(read(index)[0]) for index in order)  # noqa: E731
-    compare(name, count, repeats, through(peer), through(ours))
+    compare(name, count, repeats, partial(read_all, peer, order), partial(read_all, ours, order))
+
+
+def read_all(read: Read, order: Iterable[int]) -> int:
+    """The bytes of the images."""
+    return sum(len(read(index)[0]) for index in order)
 
 
 def compare(name: str, count: int, repeats: int, peer: Callable, ours: Callable) -> None:

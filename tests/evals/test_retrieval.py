@@ -45,9 +45,11 @@ def problems(draw):
     images, width = draw(st.integers(1, 14)), draw(st.integers(1, 3))
     image_of_text = draw(st.lists(st.integers(0, images - 1), min_size=1, max_size=20))
     entries = st.integers(-2, 2)
-    rows = lambda count: np.array(  # noqa: E731
-        draw(st.lists(entries, min_size=count * width, max_size=count * width)), np.float32
-    ).reshape(count, width)
+
+    def rows(count):
+        numbers = draw(st.lists(entries, min_size=count * width, max_size=count * width))
+        return np.array(numbers, np.float32).reshape(count, width)
+
     return rows(images), rows(len(image_of_text)), np.array(image_of_text)
 
 

@@ -205,7 +205,7 @@ def test_bfloat16_computation_is_close(case):
     expected = case.forward().last_hidden_state
     apply = jax.jit(build(case.model_type, dtype="bfloat16").apply)
     for dtype in (jnp.float32, jnp.bfloat16):
-        variables = jax.tree.map(lambda leaf: leaf.astype(dtype), case.variables)  # noqa: B023
+        variables = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), case.variables)
         output = apply(variables, case.x)
         assert output.last_hidden_state.dtype == output.pooled.dtype == jnp.bfloat16
         error = np.abs(output.last_hidden_state.astype(jnp.float32) - expected).mean()

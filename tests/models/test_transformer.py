@@ -193,7 +193,7 @@ def test_a_block_has_the_bias_and_the_rotary_positions_of_its_kind(random_variab
     actual = encoder.apply(variables, x, bias_TxBxHxLxL, True, rotary, jnp.array([1, 0, 1]))
     block = Encoder(dataclasses.replace(CONFIG, width=8, depth=1), jnp.float32)
     for i, kind in enumerate([1, 0, 1]):
-        own = jax.tree.map(lambda leaf: leaf[i : i + 1], variables)  # noqa: B023
+        own = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], variables)
         own_rotary = Rotary(rotary.cos[kind], rotary.sin[kind])
         x = block.apply(own, x, bias_TxBxHxLxL[kind], True, own_rotary)
     np.testing.assert_allclose(actual, x, atol=1e-5)
