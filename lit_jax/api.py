@@ -2,7 +2,8 @@
 
 What the documentation of transformers shows for VisionTextDualEncoderModel, CLIPModel, SiglipModel,
 AlignModel and AltCLIPModel, in JAX: `module` is a linen module and `params` a tree that can be given call
-by call, so that a call can be differentiated, vmapped, compiled and sharded as any function of JAX.
+by call, so that a call can be differentiated (in reverse), vmapped, compiled and sharded as any function
+of JAX.
 
 Dims: B images, T texts, L tokens, C channels, HxW pixels, N heads, D width, P pooled width, E embedding.
 """

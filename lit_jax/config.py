@@ -28,9 +28,8 @@ class Range(NamedTuple):
 Count = Annotated[int, Range(1)]
 NotNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
-Decay = Annotated[
-    float, Range(0, 0.999999)
-]  # of 1, and of what is 1 in float32, nothing would be left
+# Of a gradient times 1 - 1 nothing would be left; Adafactor's own decay takes 3e7 steps to get above that.
+Decay = Annotated[float, Range(0, 0.999999)]
 _DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]{1,2})?)\s+(step|epoch|example)s?\s*")
 Duration = Annotated[str, _DURATION]  # "300 steps", "2.5 epochs" or "9e8 examples"; see `steps`
 

@@ -73,8 +73,10 @@ def in_languages(example: Example, wanted: Mapping[str, float]) -> Example:
         if text.strip() and wanted.get(language)
     ]
     counts = Counter(language for _, language in kept)
-    if not kept and languages:
-        example = {**example, "left_out": tuple(dict.fromkeys(languages))}
+    if not kept:
+        written = zip(example["captions"], languages, strict=True)
+        left_out = dict.fromkeys(language for text, language in written if text.strip())
+        example = {**example, "left_out": tuple(left_out)} if left_out else example
     return {
         **example,
         "captions": tuple(text for text, _ in kept),

@@ -13,8 +13,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import textwrap
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,8 @@ class ShardWriter:
 
     def __init__(self, path: Path):
         self._path = path
-        # Of this process alone: another command may embed into the same folder at the same time.
-        self._new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        # Of this writer alone: another command may embed into the same folder, from another machine.
+        self._new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         self._writer = ArrayRecordWriter(str(self._new), WRITER_OPTIONS)
         self._counts = Counts()
 

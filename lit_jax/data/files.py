@@ -86,6 +86,10 @@ class ObjectPath:
 File = Path | ObjectPath
 
 
+class AddressError(ValueError):
+    """An address of a known store with options that it does not know. One bad row may have it."""
+
+
 @functools.cache
 def _filesystem(scheme: str, user: str, bucket: str, options: str) -> fs.FileSystem:
     if scheme == "gs":
@@ -96,7 +100,8 @@ def _filesystem(scheme: str, user: str, bucket: str, options: str) -> fs.FileSys
             f"{scheme}://{user}{'@' if user else ''}{bucket}?{options}"
         )
     except ValueError as error:
-        raise UserError(f"{scheme}://{bucket} cannot be opened ({error}).") from error
+        reason = str(error).replace(f"{user}@", "") if user else str(error)  # no keys in messages
+        raise AddressError(f"{scheme}://{bucket} cannot be opened ({reason}).") from None
     return found
 
 

@@ -192,9 +192,10 @@ def eval_batches(
     batch_size: int,
     process_index: int,
     process_count: int,
+    positions: Sequence[int] | None = None,
     threads: int = 8,
 ) -> Iterator[Batch]:
-    """All images once, in order, this process's share of them.
+    """The images at `positions` of the source, or all, once, in order, this process's share of them.
 
     Every process gets the same number of equally large batches.
 
@@ -202,12 +203,13 @@ def eval_batches(
         batch_size: over all processes.
 
     Yields:
-        'pixel_values' float32 (rows, height, width, 3); 'index' int32 (rows): the image's position in the
-        source, or -1 for padding and for an image that cannot be decoded (its key is logged).
+        'pixel_values' float32 (rows, height, width, 3); 'index' int32 (rows): its place among `positions`,
+        or -1 for padding and for an image that cannot be decoded (its key is logged).
     """
     rows = local_rows(batch_size, process_count)
-    load = _LoadImages(source, image_transform, rows, process_index, process_count)
-    batches = grain.MapDataset.range(math.ceil(len(source) / batch_size)).map(load)
+    positions = range(len(source)) if positions is None else positions
+    load = _LoadImages(source, positions, image_transform, rows, process_index, process_count)
+    batches = grain.MapDataset.range(math.ceil(len(positions) / batch_size)).map(load)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     bad = 0
     for batch in batches.to_iter_dataset(options):
@@ -224,6 +226,7 @@ class _LoadImages:
     """One process's rows of the n-th batch of an evaluation."""
 
     source: Source
+    positions: Sequence[int]
     image_transform: ImageTransform
     rows: int
     process_index: int
@@ -234,13 +237,13 @@ class _LoadImages:
         index_B = np.full(self.rows, -1, np.int32)
         skipped = []
         first = (n * self.process_count + self.process_index) * self.rows
-        for row, index in enumerate(range(first, min(first + self.rows, len(self.source)))):
-            key = f"number {index}"
+        for row, position in enumerate(self.positions[first : first + self.rows]):
+            key = f"number {position}"
             try:
-                example = self.source[index]
+                example = self.source[position]
                 key = example["key"]
                 pixels[row] = self.image_transform.eval(example["image"])
-                index_B[row] = index
+                index_B[row] = first + row
             except BadSampleError as reason:
                 skipped.append((key, reason.kind, str(reason)))
         return {"pixel_values": pixels, "index": index_B, "skipped": tuple(skipped)}

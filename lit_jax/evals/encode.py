@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from transformers import PreTrainedTokenizerBase
 
-from lit_jax.data.example import Example, Source
+from lit_jax.data.example import Source
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.pipeline import eval_batches
 from lit_jax.data.text import tokenize
@@ -29,20 +29,6 @@ _INPUTS = {
     "pool_image": ("pixel_values",),
     "encode_text": ("input_ids", "attention_mask", "token_type_ids"),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Some:
-    """The examples at `index` of a source."""
-
-    source: Source
-    index: Int[np.ndarray, " N"]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, i: int) -> Example:
-        return self.source[int(self.index[i])]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,22 +100,23 @@ class Encoder:
         return embeds_MxE
 
     def _images(self, method: str, params: Params, source: Source) -> tuple[np.ndarray, np.ndarray]:
-        def embed(some: Source = source) -> Arrays:
+        def embed(positions: Sequence[int]) -> Arrays:
             batches = eval_batches(
-                some,
+                source,
                 self.image_transform,
                 batch_size=self.rows,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
+                positions=positions,
             )
-            return self._embed(method, params, batches, len(some))
+            return self._embed(method, params, batches, len(positions))
 
         def again(found: Arrays) -> Arrays:
             """What could not be read may be there today: a disk or a store that did not answer."""
             bad = np.flatnonzero(~found[1])
             if not len(bad):
                 return found
-            more = embed(_Some(source, bad))
+            more = embed(bad.tolist())
             if not more[1].any():
                 return found
             embeds_NxE, valid_N = (array.copy() for array in found)
@@ -140,7 +127,9 @@ class Encoder:
             side, transform = of_side(params, "vision_model"), vars(self.image_transform)
             return [method, side, transform, of_images(source)]
 
-        embeds_NxE, valid_N = self._once((method, id(source)), parts, embed, again)
+        embeds_NxE, valid_N = self._once(
+            (method, id(source)), parts, lambda: embed(range(len(source))), again
+        )
         if not valid_N.any():
             raise UserError(f"None of the {len(source)} images of an evaluation can be decoded.")
         return embeds_NxE, valid_N

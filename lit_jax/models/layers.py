@@ -190,12 +190,15 @@ def attend(
 ) -> Float[Array, "B H Q K"]:
     """Scaled dot-product attention; `bias` is added to the logits, `dropout` is of the probabilities.
 
-    On CPU several times as fast as jax.nn.dot_product_attention: both products are plain batched matrix
+    On CPU about three times as fast as jax.nn.dot_product_attention: both products are plain batched matrix
     products because the axes are in this order, and what can be done to Q x K numbers is not done to Q x S.
     """
-    q_BxHxQxK *= q_BxHxQxK.shape[-1] ** -0.5
+    scaled_BxHxQxK = q_BxHxQxK.astype(jnp.float32) * q_BxHxQxK.shape[-1] ** -0.5
     logits_BxHxQxS = jnp.einsum(
-        "bhqk,bhsk->bhqs", q_BxHxQxK, k_BxHxSxK, preferred_element_type=jnp.float32
+        "bhqk,bhsk->bhqs",
+        scaled_BxHxQxK.astype(q_BxHxQxK.dtype),
+        k_BxHxSxK,
+        preferred_element_type=jnp.float32,
     )
     if bias is not None:
         logits_BxHxQxS += bias

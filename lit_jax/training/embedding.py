@@ -24,7 +24,6 @@ from lit_jax.data.embeddings import (
     Header,
     ShardWriter,
     complete_shards,
-    reading,
     remove_unfinished,
     shard_counts,
 )
@@ -102,8 +101,13 @@ def _open_folder(folder: Path, header: Header) -> None:
     started = folder / STARTED
     with writing(folder):
         if started.exists():
-            with reading(started):
+            try:
                 found = dict(json.loads(started.read_bytes()))
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"{started} is damaged ({error}), and nothing else says what {folder} holds; remove the "
+                    "folder or choose another --output."
+                ) from error
             changed = [k for k, v in dataclasses.asdict(header).items() if found.get(k) != v]
             if changed:
                 raise UserError(

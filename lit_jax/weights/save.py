@@ -83,7 +83,8 @@ def _lacking(module: Tower, params: Params, family: name_tables.Family) -> list[
     if family.pooler == name_tables.Family.pooler:  # none has
         return []
     whole = flatten(load.shapes_of(module.clone(pooling="pooler"), module.example_input))
-    missing = {path: leaf for path, leaf in whole.items() if path not in flatten(params)}
+    there = flatten(params)
+    missing = {path: leaf for path, leaf in whole.items() if path not in there}
     return [
         place.name
         for path, leaf in missing.items()

@@ -292,6 +292,10 @@ def test_without_a_caption_in_the_language_there_is_none(multilingual):
     with pytest.raises(BadSampleError, match=r"there are captions in en, de, ar$"):
         draw_caption(multilingual(de=0.0, th=1.0)[0], np.random.default_rng(0))
     with pytest.raises(
+        BadSampleError, match=r"there are captions in th$"
+    ):  # the English one is blank
+        draw_caption(multilingual(en=1.0)[1], np.random.default_rng(0))
+    with pytest.raises(
         UserError, match=r"No caption is in a language .* the data has ar, de, en, th"
     ):
         captions_of(multilingual(xx=1.0))

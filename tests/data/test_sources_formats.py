@@ -309,7 +309,7 @@ def test_what_needs_a_local_disk_says_so(served, name):
     ("path", "message"),
     [
         ("gs://bucket/a?scheme=http&nonsense=1", "gs://bucket cannot be opened .*'nonsense'"),
-        ("s3://bucket/a?region=x&scheme=htp", "s3://bucket cannot be opened .*'htp'"),
+        ("s3://KEY:SECRET@bucket/a?region=x&scheme=htp", "s3://bucket cannot be opened .*'htp'"),
         (
             "gs://anonymous@bucket/a?endpoint_override=127.0.0.1:1&scheme=http&retry_limit_seconds=1",
             "cannot be read .*Could not connect",
@@ -317,8 +317,17 @@ def test_what_needs_a_local_disk_says_so(served, name):
     ],
 )
 def test_a_store_that_cannot_be_reached_is_told(path, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as raised:
         open_source(SourceConfig(path=path))
+    assert "SECRET" not in str(raised.value)
+
+
+def test_an_image_at_an_address_that_means_nothing_is_a_bad_sample(tmp_path):
+    row = {"image": "s3://bucket/x.png?nonsense=1", "caption": "x"}
+    (tmp_path / "captions.jsonl").write_text(json.dumps(row) + "\n")
+    source = open_source(SourceConfig(path=str(tmp_path)))
+    with pytest.raises(BadSampleError, match=r"s3://bucket cannot be opened .*'nonsense'"):
+        decode(source[0]["image"])
 
 
 def test_a_google_store_that_does_not_answer_is_given_up_after_a_minute():

@@ -120,6 +120,7 @@ def test_an_image_that_could_not_be_read_is_tried_again(encoder, params, folder,
     for _ in range(2):
         assert measure(bytes(len(content)))["zero_shot/few/n"] == 3
         assert "Bad sample picture2" in caplog.text  # said each time, not only when it is embedded
+        assert "1 of 4 samples are left out" in caplog.text
     mended = measure(content)
     assert mended == flat(run(open_evals(evals), encoder, params))
     assert "Bad sample" not in caplog.text

@@ -64,6 +64,20 @@ def test_attention_survives_large_logits():
     assert np.isfinite(attend(q, q, q, None, dropout=lambda x: x)).all()
 
 
+@pytest.mark.parametrize("width", [64, 72])
+def test_attention_in_bfloat16_has_its_temperature(width):
+    """1 / sqrt(72) is no bfloat16: as one, it would make all logits 0.15% smaller."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(0.1 * rng.normal(size=(1, 1, 4096, width)), jnp.bfloat16)
+    key = jnp.asarray(rng.normal(size=(1, 1, 1, width)), jnp.bfloat16)
+    keys = jnp.concatenate([jnp.zeros_like(key), key], axis=2)
+    values = jnp.stack([jnp.zeros(width), jnp.ones(width)])[None, None]
+    share = np.asarray(attend(q, keys, values, None, lambda x: x), np.float64)[0, 0, :, 0]
+    logits = np.log(share / (1 - share))
+    exact = np.asarray(q, np.float64)[0, 0] @ np.asarray(key, np.float64)[0, 0, 0] * width**-0.5
+    assert abs((logits @ exact) / (exact @ exact) - 1) < 2e-4
+
+
 def test_attention_drops_probabilities_without_renormalising():
     v = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 3, 4)), jnp.float32)
     half = attend(v, v, v, None, dropout=lambda x: x / 2)

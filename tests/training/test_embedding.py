@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import jax
@@ -332,17 +333,25 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, make):
 
 
 def test_a_damaged_note_of_what_was_started_is_named(make, tmp_path):
-    (tmp_path / "started.json").write_text('{"side": "ima')
-    with pytest.raises(UserError, match=r"started.json are damaged .* remove that"):
-        embed(make(), tmp_path, "image")
-    assert content(tmp_path).keys() == {"started.json"}
+    """The shards alone do not say of what they are."""
+    output = tmp_path / "cache"
+    embed(make(), output, "image", batch_size=8)
+    (output / "started.json").write_text('{"side": "ima')
+    whole = content(output)
+    with pytest.raises(UserError, match=r"started.json is damaged .* remove the folder or"):
+        embed(make(), output, "image", batch_size=8)
+    assert content(output) == whole
+
+
+ONE_NAME = uuid.UUID(int=0)
 
 
 @pytest.mark.parametrize(
-    "in_the_way", [MANIFEST, f".{SHARD}.{os.getpid()}.tmp"], ids=["manifest", "shard"]
+    "in_the_way", [MANIFEST, f".{SHARD}.{ONE_NAME.hex}.tmp"], ids=["manifest", "shard"]
 )
-def test_a_folder_that_cannot_be_written_is_named(make, tmp_path, in_the_way):
+def test_a_folder_that_cannot_be_written_is_named(make, tmp_path, monkeypatch, in_the_way):
     """By another folder where a file should be; rights would not stop root."""
+    monkeypatch.setattr(uuid, "uuid4", lambda: ONE_NAME)
     output = tmp_path / "cache"
     embed(make(), output, "image", batch_size=8)
     whole = content(output)
@@ -356,6 +365,17 @@ def test_a_folder_that_cannot_be_written_is_named(make, tmp_path, in_the_way):
     (output / in_the_way).rmdir()
     embed(make(), output, "image", batch_size=8)
     assert content(output) == whole
+
+
+def test_two_writers_of_one_shard_leave_one_whole(tmp_path):
+    """Of two commands, on two machines, perhaps of the same process number."""
+    first, second = (data_embeddings.ShardWriter(tmp_path / SHARD) for _ in range(2))
+    for writer in (first, second):
+        writer.add(np.ones((1, 4), np.float16))
+    first.close(complete=True)
+    whole = (tmp_path / SHARD).read_bytes()
+    second.close(complete=True)
+    assert content(tmp_path) == {SHARD: whole}
 
 
 def test_too_little_memory_on_the_device_is_not_the_folders_fault(make, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from lit_jax.config import SourceConfig
 from lit_jax.data import captions
 from lit_jax.data.demo import PARALLEL, DemoSource, ParallelDemoSource
 from lit_jax.data.example import Source
-from lit_jax.data.files import File, expand, local, locate
+from lit_jax.data.files import AddressError, File, expand, local, locate
 from lit_jax.data.records import MANIFEST
 from lit_jax.data.sources import columns, lists
 from lit_jax.data.sources.delimited import DelimitedSource
@@ -110,6 +110,8 @@ def _find(config: SourceConfig, text_only: bool) -> Source:
         places = [locate(path) for path in expand(config.path)] if config.path else []
         if source := _open(places, config, text_only):
             return source
+    except AddressError as error:
+        raise UserError(str(error)) from error
     except OSError as error:  # no permission, no network, no credentials
         raise UserError(f"{config.path!r} cannot be read ({error}).") from error
     raise UserError(
