@@ -28,7 +28,7 @@ class Range(NamedTuple):
 Count = Annotated[int, Range(1)]
 NotNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
-# Of a gradient times 1 - 1 nothing would be left; Adafactor's own decay takes 3e7 steps to get above that.
+# A moment with a decay of 1 never moves. Adafactor, whose b2 is a cap, is below this one for 3e7 steps.
 Decay = Annotated[float, Range(0, 0.999999)]
 _DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]{1,2})?)\s+(step|epoch|example)s?\s*")
 Duration = Annotated[str, _DURATION]  # "300 steps", "2.5 epochs" or "9e8 examples"; see `steps`

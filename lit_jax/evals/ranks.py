@@ -38,7 +38,7 @@ def ranks(
     with it comes out of products of the same shape, block x block (the last ones are filled up), so that
     equal embeddings have equal scores to the last bit and a tie is a tie.
 
-    The devices of the mesh share the images; a device holds about `chunk` / devices of them and as many as
+    The devices of the mesh share the images; a device holds about `chunk` / devices of them and about
     `chunk` texts.
     """
     block = min(block, _power_of_two(max(-(-len(image_embeds_NxE) // mesh.size), 8)))

@@ -193,6 +193,7 @@ def attend(
     On CPU about three times as fast as jax.nn.dot_product_attention: both products are plain batched matrix
     products because the axes are in this order, and what can be done to Q x K numbers is not done to Q x S.
     """
+    # In float32: as a bfloat16 the factor of a width like 72 would change the temperature.
     scaled_BxHxQxK = q_BxHxQxK.astype(jnp.float32) * q_BxHxQxK.shape[-1] ** -0.5
     logits_BxHxQxS = jnp.einsum(
         "bhqk,bhsk->bhqs",

@@ -31,7 +31,7 @@ def softmax_loss(
     `label_smoothing` is spread over all B classes (ALIGN, 2102.05918, section 4.1).
     """
     logits_BxB = similarity_logits(zimg_BxD, ztxt_BxD, logit_scale, logit_bias)
-    # Not jnp.diagonal: split over devices, it gathers positions and values from all of them.
+    # Not jnp.diagonal: off the TPU that is a gather, which devices answer by sending positions and values.
     own_B = jnp.sum(logits_BxB, axis=1, where=jnp.eye(logits_BxB.shape[0], dtype=bool))
 
     def cross_entropy(axis: int) -> Scalar:

@@ -309,7 +309,11 @@ def test_what_needs_a_local_disk_says_so(served, name):
     ("path", "message"),
     [
         ("gs://bucket/a?scheme=http&nonsense=1", "gs://bucket cannot be opened .*'nonsense'"),
-        ("s3://KEY:SECRET@bucket/a?region=x&scheme=htp", "s3://bucket cannot be opened .*'htp'"),
+        ("s3://bucket/a?region=x&scheme=htp", "s3://bucket cannot be opened .*'htp'"),
+        (
+            "s3://KEY:SECRET@bucket/a?endpoint_override=a b",
+            "s3://bucket cannot .* parse URI: 's3://b",
+        ),
         (
             "gs://anonymous@bucket/a?endpoint_override=127.0.0.1:1&scheme=http&retry_limit_seconds=1",
             "cannot be read .*Could not connect",
