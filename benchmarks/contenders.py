@@ -146,6 +146,9 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
     sys.modules["torch"] = (
         None  # transformers imports it where it finds it; lit_jax does not ask for it
     )
+    from lit_jax.distributed.flags import set_flags
+
+    set_flags()
 
     import jax
     import jax.numpy as jnp
@@ -162,7 +165,7 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
     lock: Any = settings.lock
     config = ModelConfig(image=TowerConfig(pooling="cls"), projection_dim=PROJECTION, dtype=dtype)
     vit, bert = (tower.to_dict() for tower in tower_configs(settings.size, settings.dropout))
-    module = build_dual_encoder(vit, bert, config)
+    module = build_dual_encoder(vit, bert, config).pooled_only()
     batch = images_and_texts(settings)
     if cached:
         del batch["pixel_values"]

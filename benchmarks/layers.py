@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.timing import in_turn
+from lit_jax.distributed.flags import set_flags
 from lit_jax.models.layers import LayerNorm, activation, attend
 
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
     args = parser.parse_args()
+    set_flags()
     print(f"{'':26}  lit_jax ms      PyTorch ms      ratio  ratio of processor time")
     all_cases = cases(2, (5, 3), 4, 2) if args.tiny else cases(args.batch, (197, 32), 64, 12)
     for case in all_cases:

@@ -75,7 +75,7 @@ def make_encoder(batch: int, tiny: bool) -> Encoder:
     tokenizer = load_tokenizer(DEMO / "bert", max_length=32)
     bert["vocab_size"] = max(bert["vocab_size"], len(tokenizer))
     return Encoder(
-        module=build_dual_encoder(vit, bert, ModelConfig()),
+        module=build_dual_encoder(vit, bert, ModelConfig()).pooled_only(),
         mesh=make_mesh(MeshConfig()),
         image_transform=ImageTransform.from_folder(DEMO / "vit", image_size=vit["image_size"]),
         tokenizer=tokenizer,

@@ -175,7 +175,7 @@ def load_folder(model: str) -> tuple[Encoder, Params]:
     module, params, _, _ = load_dual_encoder(folder, dtype="float32")
     mesh = make_mesh(MeshConfig())
     encoder = Encoder(
-        module=module,
+        module=module.pooled_only(),
         mesh=mesh,
         image_transform=ImageTransform.from_folder(folder),
         tokenizer=load_tokenizer(folder, max_length=_text_length(folder, module)),

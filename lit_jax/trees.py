@@ -9,8 +9,9 @@ from flax import traverse_util
 Tree = Mapping[str, Any]
 
 # Below `layer/` a parameter has a leading depth axis. The layers of it count from 0, those of
-# `layer_from_7/`, a stack behind others, from 7.
+# `layer_from_7/`, a stack behind others, from 7. Layer 11, if it is not in a stack, is `layer_11/`.
 STACK = re.compile(r"(?P<above>(?:.*/)?layer)(?:_from_(?P<first>\d+))?/(?P<below>.*)")
+BLOCK = re.compile(r"\blayer_(\d+)/")
 
 
 def flatten(tree: Tree) -> dict[str, Any]:

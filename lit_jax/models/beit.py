@@ -116,7 +116,7 @@ class Beit(ImageTower):
         )
         _, height, width, _ = pixel_values_BxHxWxC.shape
         bias = self._bias(patch_grid((height, width), cfg.patch_size))
-        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, name="encoder")(
+        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, self.last_block, name="encoder")(
             x_BxLxD, bias, deterministic
         )
         if not cfg.use_mean_pooling:
@@ -128,6 +128,12 @@ class Beit(ImageTower):
         else:
             pooled_BxD = x_BxLxD[:, 0]
         return TowerOutput(x_BxLxD, pooled_BxD)
+
+    @property
+    def pools_first_token(self) -> bool:
+        """Whether what is pooled is made of the first token of the last hidden state alone."""
+        is_mean = self.pooling == "pooler" and self.config.use_mean_pooling
+        return super().pools_first_token and not is_mean
 
     def at_size(self, path: str, value: Array | np.ndarray, image_size: int) -> Array | np.ndarray:
         """The parameter at `path` for images of `image_size`."""

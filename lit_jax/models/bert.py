@@ -233,7 +233,7 @@ class Bert(Tower):
         # Only BERT's and RoBERTa's configs have the option to be a decoder.
         bias = attention_bias(attended_BxL, causal=getattr(cfg, "is_decoder", False))
         bias = self.with_learned_bias(bias, input_ids_BxL.shape[1])
-        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, name="encoder")(
+        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, self.last_block, name="encoder")(
             x_BxLxD, bias, deterministic
         )
         x_BxLxD = self.transform(x_BxLxD)

@@ -154,7 +154,7 @@ class CLIPVision(ImageTower):
         x_BxLxD = ImageEmbeddings(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
         # Hugging Face misspelled the name once, and its files have kept it.
         x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="pre_layrnorm")(x_BxLxD)
-        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, name="encoder")(
+        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, self.last_block, name="encoder")(
             x_BxLxD, None, deterministic
         )
         if self.pooling == "pooler":
@@ -235,7 +235,7 @@ class CLIPText(Tower):
             input_ids_BxL, position_ids_BxL
         )
         bias = attention_bias(attended_BxL, causal=self.causal)
-        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, name="encoder")(
+        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, self.last_block, name="encoder")(
             x_BxLxD, bias, deterministic
         )
         x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="final_layer_norm")(x_BxLxD)

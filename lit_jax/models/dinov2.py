@@ -129,7 +129,7 @@ class Dinov2(ImageTower):
         )
         _, height, width, _ = pixel_values_BxHxWxC.shape
         rotary = self._rotary(patch_grid((height, width), cfg.patch_size), deterministic)
-        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, name="encoder")(
+        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, self.last_block, name="encoder")(
             x_BxLxD, None, deterministic, rotary
         )
         x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layernorm")(x_BxLxD)

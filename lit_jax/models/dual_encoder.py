@@ -90,6 +90,11 @@ class DualEncoderModule(nn.Module):
         image, text = (tower.clone(remat=remat) for tower in self.towers.values())
         return self.clone(vision_model=image, text_model=text)
 
+    def pooled_only(self) -> "DualEncoderModule":
+        """The same with towers that compute what is pooled and not all tokens; see `layers.Tower`."""
+        image, text = (tower.clone(all_tokens=False) for tower in self.towers.values())
+        return self.clone(vision_model=image, text_model=text)
+
     def with_dtype(self, dtype: Any) -> "DualEncoderModule":
         """The same with towers that compute in `dtype`."""
         image, text = (tower.clone(dtype=jnp.dtype(dtype)) for tower in self.towers.values())

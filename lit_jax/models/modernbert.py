@@ -198,7 +198,7 @@ class ModernBert(Tower):
         if not other_kinds:
             return x_BxLxD
         others = dataclasses.replace(block, depth=len(other_kinds))
-        encoder = Encoder(others, self.dtype, self.remat, first=1, name="encoder")
+        encoder = Encoder(others, self.dtype, self.remat, self.last_block, first=1, name="encoder")
         return encoder(x_BxLxD, bias, deterministic, rotary, jnp.array(other_kinds))
 
     @property

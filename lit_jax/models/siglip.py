@@ -106,7 +106,7 @@ class SiglipVision(ImageTower):
                 "tower's pooling (config.model.image.pooling) to 'mean'."
             )
         x_BxLxD = ImageEmbeddings(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
-        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, name="encoder")(
+        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, self.last_block, name="encoder")(
             x_BxLxD, None, deterministic
         )
         x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="post_layernorm")(x_BxLxD)

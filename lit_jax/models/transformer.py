@@ -3,8 +3,8 @@
 A family file says with a `BlockConfig` what is particular to its blocks. The parameters of a block are
 called alike in every family; lit_jax/weights/names.py knows what each family's files call them.
 
-Dims: B batch, L tokens, D width, H heads, K width of a head, F width of the MLP, R rows of a table of
-attention biases, T kinds of block, N depth.
+Dims: B batch, L tokens (Q as queries), D width, H heads, K width of a head, F width of the MLP, R rows of a
+table of attention biases, T kinds of block, N depth.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models.layers import (
     Dropout,
+    LastBlock,
     LayerNorm,
     activation,
     attend,
@@ -75,16 +76,18 @@ class BlockConfig:
 
 
 class Encoder(nn.Module):
-    """The blocks as one scanned `layer`, whose parameters have a leading depth axis.
+    """The blocks as one scanned `layer`, whose parameters have a leading depth axis; the last one may be
+    apart, `layer_11` of 12.
 
     Neither the time to compile nor the size of the program grows with depth. The collection
     'intermediates', where it is mutable, gets 'input' BxLxD, 'layer/hidden_state' NxBxLxD, the output of
-    each block, and 'layer/attention/probability' NxBxHxLxL.
+    each block, and 'layer/attention/probability' NxBxHxLxL; of a block apart without N.
     """
 
     config: BlockConfig
     dtype: Any
     remat: Remat = "none"
+    last_block: LastBlock = "scanned"
     first: int = 0  # which block of a tower is the first of these; see weights/names.py
 
     @nn.compact
@@ -95,8 +98,10 @@ class Encoder(nn.Module):
         deterministic: bool,
         rotary: Rotary | None = None,
         kind_N: Int[Array, " N"] | None = None,
-    ) -> Tokens:
-        """`bias` is added to the attention logits: 0 and float32's lowest number, or learned ones.
+    ) -> Float[Array, "B Q D"]:
+        """All tokens, or the first alone, as `last_block` says.
+
+        `bias` is added to the attention logits: 0 and float32's lowest number, or learned ones.
 
         With `bias_rows` it is a function that makes it of the table that each block has. With `kind_N`
         `bias` and `rotary` have one more axis in front, and a block of kind i has what is there at i.
@@ -111,25 +116,39 @@ class Encoder(nn.Module):
                 own_bias, own_rotary = jax.tree.map(lambda x: x[kind], (bias, rotary))
             return shard_batch(block(x_BxLxD, own_bias, drop_path, deterministic, own_rotary)), None
 
-        scan = nn.scan(
-            rematerialized(step, self.remat, scanned=True),
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True},
-            length=self.config.depth,
-        )
+        cfg = self.config
         self.sow("intermediates", "input", x_BxLxD)
-        first = 0.0 if self.config.drop_path_rises else self.config.drop_path
-        drop_path_N = jnp.linspace(first, self.config.drop_path, self.config.depth)
-        name = f"layer_from_{self.first}" if self.first else "layer"
-        block = Block(self.config, self.dtype, name=name)
-        return scan(block, x_BxLxD, (drop_path_N, kind_N))[0]
+        first_rate = 0.0 if cfg.drop_path_rises else cfg.drop_path
+        drop_path_N = jnp.linspace(first_rate, cfg.drop_path, cfg.depth)
+        scanned = cfg.depth if self.last_block == "scanned" else cfg.depth - 1
+        if scanned:
+            scan = nn.scan(
+                rematerialized(step, self.remat, scanned=True),
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True, "dropout": True},
+                length=scanned,
+            )
+            name = f"layer_from_{self.first}" if self.first else "layer"
+            of_blocks = jax.tree.map(lambda x: x[:scanned], (drop_path_N, kind_N))
+            x_BxLxD, _ = scan(Block(cfg, self.dtype, name=name), x_BxLxD, of_blocks)
+        if scanned < cfg.depth:
+            name = f"layer_{self.first + scanned}"
+            block = Block(cfg, self.dtype, self.last_block == "first token", name=name)
+            of_block = jax.tree.map(lambda x: x[scanned], (drop_path_N, kind_N))
+            x_BxLxD, _ = rematerialized(step, self.remat, scanned=False)(block, x_BxLxD, of_block)
+        return x_BxLxD
 
 
 class Block(nn.Module):
-    """Attention, then an MLP; what each computes is added to the tokens."""
+    """Attention, then an MLP; what each computes is added to the tokens.
+
+    Of `first_token_only` the others are read and not computed: the attention of the first token needs them as
+    keys and values.
+    """
 
     config: BlockConfig
     dtype: Any
+    first_token_only: bool = False
 
     @nn.compact
     def __call__(
@@ -139,7 +158,7 @@ class Block(nn.Module):
         drop_path: Float[Array, ""],
         deterministic: bool,
         rotary: Rotary | None,
-    ) -> Tokens:
+    ) -> Float[Array, "B Q D"]:
         cfg = self.config
         attention = functools.partial(
             Attention(cfg, self.dtype, name="attention"),
@@ -156,7 +175,11 @@ class Block(nn.Module):
                 cfg.norm_epsilon, self.dtype, "norm" not in cfg.without_bias, name=f"{name}_norm"
             )
             norm_first = cfg.norm_first and (name != "attention" or cfg.norm_attention)
-            h_BxLxD = part(norm(x_BxLxD) if norm_first else x_BxLxD)
+            h_BxLxD = norm(x_BxLxD) if norm_first else x_BxLxD
+            if self.first_token_only and name == "attention":  # from here on L is 1
+                h_BxLxD, x_BxLxD = part(h_BxLxD, h_BxLxD[:, :1]), x_BxLxD[:, :1]
+            else:
+                h_BxLxD = part(h_BxLxD)
             h_BxLxD = Dropout(dropout)(h_BxLxD, deterministic=deterministic)
             if cfg.layer_scale is not None:
                 h_BxLxD = LayerScale(cfg.layer_scale, name=f"{name}_scale")(h_BxLxD)
@@ -171,7 +194,10 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, of the tokens to each other or of `queries_BxQxD` to them."""
+    """Multi-head attention, of the tokens to each other or of `queries_BxQxD` to them.
+
+    `bias` and `rotary` are of all tokens. With them, queries are the first of the tokens.
+    """
 
     config: BlockConfig
     dtype: Any
@@ -199,11 +225,16 @@ class Attention(nn.Module):
 
         query_BxHxQxK = heads("query", x_BxLxD if queries_BxQxD is None else queries_BxQxD)
         key_BxHxLxK, value_BxHxLxK = heads("key", x_BxLxD), heads("value", x_BxLxD)
+        queries = query_BxHxQxK.shape[2]
         if rotary is not None:
-            query_BxHxQxK, key_BxHxLxK = (_rotate(x, rotary) for x in (query_BxHxQxK, key_BxHxLxK))
+            of_queries = Rotary(*(table[..., :queries, :] for table in rotary))
+            query_BxHxQxK = _rotate(query_BxHxQxK, of_queries)
+            key_BxHxLxK = _rotate(key_BxHxLxK, rotary)
         if callable(bias):
             shape = (cfg.bias_rows, cfg.num_heads)
             bias = bias(self.param("position_bias_table", nn.initializers.zeros, shape))
+        if bias is not None:
+            bias = bias[:, :, :queries]
 
         def dropout(weights_BxHxQxL: Array) -> Array:
             # The weights are not divided by their sum yet; see `attend`.
@@ -213,8 +244,7 @@ class Attention(nn.Module):
             return Dropout(cfg.attention_dropout)(weights_BxHxQxL, deterministic=deterministic)
 
         context_BxHxQxK = attend(query_BxHxQxK, key_BxHxLxK, value_BxHxLxK, bias, dropout)
-        batch, _, queries, _ = context_BxHxQxK.shape
-        context_BxQxD = context_BxHxQxK.swapaxes(1, 2).reshape(batch, queries, cfg.width)
+        context_BxQxD = context_BxHxQxK.swapaxes(1, 2).reshape(len(x_BxLxD), queries, cfg.width)
         return _dense(cfg, cfg.width, "output", self.dtype)(context_BxQxD)
 
 

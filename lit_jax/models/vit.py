@@ -92,7 +92,7 @@ class ViT(ImageTower):
         x_BxLxD = Embeddings(cfg.embeddings, self.dtype, name="embeddings")(
             pixel_values_BxHxWxC, deterministic
         )
-        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, name="encoder")(
+        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, self.last_block, name="encoder")(
             x_BxLxD, None, deterministic
         )
         x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layernorm")(x_BxLxD)

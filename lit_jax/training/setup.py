@@ -189,7 +189,7 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
         module = build_dual_encoder(
             towers.hf_config["vision_config"], towers.hf_config["text_config"], config.model
         )
-    module = module.with_remat(config.remat)
+    module = module.with_remat(config.remat).pooled_only()
     image_transform = ImageTransform.from_folder(
         towers.image_folder,
         image_size=config.data.image_size,
@@ -283,7 +283,7 @@ def _pretrained_parameters(config: Config, setup: Setup, towers: Towers) -> dict
     if towers.is_whole and image and text:
         module, params, _, report = load_dual_encoder(towers.image_folder, dtype=config.model.dtype)
         log.info("%s", report)
-        if module.with_remat(config.remat).towers != setup.module.towers:
+        if module.with_remat(config.remat).pooled_only().towers != setup.module.towers:
             raise UserError(
                 f"config.model.dual_encoder: {towers.image_folder} was exported by lit_jax and then trained "
                 "on with transformers; save it with transformers once more without the key 'lit_jax' in its "

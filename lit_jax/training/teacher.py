@@ -83,6 +83,7 @@ def altclip_config(clip: dict[str, Any], student: dict[str, Any]) -> dict[str, A
 def load_teacher(teacher: TeacherFolder, config: Config) -> Teacher:
     """Module and tokenizer; reads no weights."""
     module = build_tower(teacher.hf_config, pooling="pooler", dtype=config.model.dtype)
+    module = module.clone(all_tokens=False)
     length = min(config.data.max_text_length, module.config.max_length)
     tokenizer = load_tokenizer(teacher.folder, max_length=length)
     check_vocabulary(tokenizer, teacher.hf_config["vocab_size"], CONFIG_KEY)

@@ -99,16 +99,14 @@ def load_tower_and_pooler(folder: str | pathlib.Path, module: Tower) -> tuple[Pa
     """`load_tower`, and the parameters of a pooler of the folder that `module` has no use for: with
     them, a tower that is written again is whole.
     """
+    own, _ = load_tower(folder, module)
     if module.pooling == "pooler" or "pooler" not in module.poolings:
-        return load_tower(folder, module)[0], {}
+        return own, {}
     try:
         whole, _ = load_tower(folder, module.clone(pooling="pooler"))
-    except UserError:  # without a pooler, or in a way that concerns `module`, too
-        return load_tower(folder, module)[0], {}
-    own = shapes_of(module, module.example_input)
-    return {name: whole[name] for name in own}, {
-        name: value for name, value in whole.items() if name not in own
-    }
+    except UserError:  # it has none
+        return own, {}
+    return own, {name: value for name, value in whole.items() if name not in own}
 
 
 def load_dual_encoder(

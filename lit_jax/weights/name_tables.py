@@ -122,7 +122,7 @@ _EFFICIENTNET = Family(
     architecture="EfficientNetModel",
     prefix="efficientnet.",
     modules=(
-        (r"^encoder\.layer[._](\d+)\.", r"encoder.blocks.\1."),
+        (r"^encoder\.layer\.", "encoder.blocks."),
         (r"\.expansion\.convolution\.", ".expansion.expand_conv."),
         (r"\.expansion\.batchnorm\.", ".expansion.expand_bn."),
         (r"\.depthwise\.convolution\.", ".depthwise_conv.depthwise_conv."),
@@ -331,8 +331,7 @@ FAMILIES: Mapping[str, Family] = {
         architecture="ModernBertModel",
         prefix="model.",
         modules=(
-            (r"^layer_0\.", "layers.0."),
-            (r"^encoder\.layer\.", "layers."),
+            (r"^(encoder\.)?layer\.", "layers."),
             (r"\.attention\.output\.", ".attn.Wo."),
             (r"\.attention_norm\.", ".attn_norm."),
             (r"\.mlp\.down\.", ".mlp.Wo."),

@@ -1,8 +1,8 @@
 """From our names of parameters to those in Hugging Face's files, and back, by the tables of name_tables.py.
 
-One kernel has three names. `encoder/layer/mlp/fc2/kernel` in lit_jax holds all layers of any
-transformer; its slice [3] is, for a BERT, `encoder.layer.3.output.dense.kernel` in a Flax file and
-`encoder.layer.3.output.dense.weight`, transposed, in a torch file.
+One kernel has three names. `encoder/layer/mlp/fc2/kernel` in lit_jax holds the layers of any
+transformer (the last one may be apart); its slice [3] is, for a BERT, `encoder.layer.3.output.dense.kernel`
+in a Flax file and `encoder.layer.3.output.dense.weight`, transposed, in a torch file.
 """
 
 import collections
@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lit_jax.errors import UserError
-from lit_jax.trees import STACK
+from lit_jax.trees import BLOCK, STACK
 from lit_jax.weights.name_tables import Family, Joined, Renames
 
 Layout = Literal["torch", "flax"]
@@ -54,7 +54,7 @@ def places(
 
 
 def _place(path: str, family: Family, layout: Layout) -> Place:
-    name = path.replace("/", ".")
+    name = BLOCK.sub(r"layer/\1/", path).replace("/", ".")
     if layout == "torch":
         module, dot, leaf = name.rpartition(".")
         name = module + dot + (_TORCH_LEAF.get(leaf, leaf) if module else leaf)

@@ -82,12 +82,11 @@ def _lacking(module: Tower, params: Params, family: name_tables.Family) -> list[
     """The names of what a tower of that family has with its pooler only, and `params` has not."""
     if family.pooler == name_tables.Family.pooler:  # none has
         return []
-    whole = flatten(load.shapes_of(module.clone(pooling="pooler"), module.example_input))
-    there = flatten(params)
-    missing = {path: leaf for path, leaf in whole.items() if path not in there}
+    whole = load.shapes_of(module.clone(pooling="pooler"), module.example_input)
+    missing = {name: part for name, part in whole.items() if name not in params}
     return [
         place.name
-        for path, leaf in missing.items()
+        for path, leaf in flatten(missing).items()
         for place in names.places(path, leaf.shape, family, "torch")[0]
     ]
 

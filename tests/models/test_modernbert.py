@@ -108,7 +108,7 @@ def test_positions_are_relative_and_token_types_ignored(run):
 def test_the_first_block_does_not_normalise_what_is_normalised_already(random_variables):
     params = random_variables(ModernBert(TINY, pooling="cls"), IDS)["params"]
     assert set(params["layer_0"]) == {"attention", "mlp", "mlp_norm"}
-    assert "attention_norm" in params["encoder"]["layer_from_1"]
+    assert "attention_norm" in params["encoder"][f"layer_{TINY.num_hidden_layers - 1}"]
     single = dataclasses.replace(TINY, num_hidden_layers=1)
     assert "encoder" not in random_variables(ModernBert(single, pooling="cls"), IDS)["params"]
 

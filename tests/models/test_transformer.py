@@ -240,3 +240,45 @@ def test_kernels_are_initialised_as_told():
     init = jax.jit(_Call(Encoder(config, jnp.float32)).init)
     params = init(jax.random.key(0, impl="rbg"), jnp.zeros((1, 1, 64)))["params"]
     assert 0.7 < np.abs(params["layer"]["mlp"]["fc1"]["kernel"]).max() <= 0.75
+
+
+@pytest.mark.parametrize(
+    "fields", [{"norm_first": True}, {"norm_first": False}, {"depth": 1, "layer_scale": 0.5}]
+)
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_the_last_block_can_be_computed_for_the_first_token_alone(random_variables, fields, remat):
+    config = dataclasses.replace(CONFIG, width=8, **fields)
+    angle = jnp.asarray(np.random.default_rng(1).normal(size=(4, 4)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 8)), jnp.float32)
+    bias = jnp.asarray(np.random.default_rng(2).normal(size=(2, 1, 4, 4)), jnp.float32)
+    whole, first_only = (
+        Encoder(config, jnp.float32, remat, last_block) for last_block in ("apart", "first token")
+    )
+    variables = random_variables(_Call(whole), x)
+    assert set(variables["params"]) == {"layer", f"layer_{config.depth - 1}"} - (
+        {"layer"} if config.depth == 1 else set()
+    )
+
+    def first_token(encoder):
+        def call(variables, x):
+            return encoder.apply(variables, x, bias, True, Rotary(jnp.cos(angle), jnp.sin(angle)))
+
+        value, gradient = jax.value_and_grad(
+            lambda *given: jnp.sin(call(*given)[:, 0]).sum(), (0, 1)
+        )(variables, x)
+        return call(variables, x)[:, 0], value, gradient
+
+    actual, expected = first_token(first_only), first_token(whole)
+    assert first_only.apply(variables, x, bias, True).shape == (2, 1, 8)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), actual, expected)
+
+
+def test_a_block_apart_computes_what_it_does_in_the_stack(random_variables):
+    scanned = Encoder(CONFIG, jnp.float32)
+    params = random_variables(_Call(scanned), X)["params"]["layer"]
+    stack, last = (jax.tree.map(part, params) for part in (lambda x: x[:-1], lambda x: x[-1]))
+    apart = Encoder(CONFIG, jnp.float32, last_block="apart")
+    name = f"layer_{CONFIG.depth - 1}"
+    actual = apart.apply({"params": {"layer": stack, name: last}}, X, None, True)
+    expected = scanned.apply({"params": {"layer": params}}, X, None, True)
+    np.testing.assert_allclose(actual, expected, atol=1e-6)

@@ -130,10 +130,10 @@ def test_a_beit_without_pooler_weights_is_refused_only_as_pooler(tower, tmp_path
 def test_the_halves_of_swiglu(tower):
     params, _ = load_params(GOLDENS / "dinov2_swiglu", tower)
     tensors = files.read_tensors(GOLDENS / "dinov2_swiglu").values
-    mlp = params["encoder"]["layer"]["mlp"]
+    mlp = params["encoder"]["layer_1"]["mlp"]
     weight_2FxD = tensors["encoder.layer.1.mlp.weights_in.weight"]
-    np.testing.assert_array_equal(mlp["gate"]["kernel"][1].T, weight_2FxD[:16])
-    np.testing.assert_array_equal(mlp["up"]["kernel"][1].T, weight_2FxD[16:])
+    np.testing.assert_array_equal(mlp["gate"]["kernel"].T, weight_2FxD[:16])
+    np.testing.assert_array_equal(mlp["up"]["kernel"].T, weight_2FxD[16:])
 
 
 @pytest.mark.parametrize("golden", ["dinov3_unusual", "dinov2_with_registers"])

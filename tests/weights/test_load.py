@@ -99,9 +99,13 @@ def test_dual_encoder_computes_what_torch_computes(golden, outputs, name):
 
 def test_layers_are_stacked_and_kernels_transposed(golden, vit):
     tensors = safetensors.numpy.load_file(golden / "vit_torch/model.safetensors")
-    kernel = vit["encoder"]["layer"]["mlp"]["fc2"]["kernel"]
-    assert kernel.shape == (2, 12, 8)
-    np.testing.assert_array_equal(kernel[1], tensors["encoder.layer.1.output.dense.weight"].T)
+    encoder = vit["encoder"]
+    kernel_1xFxD, last_FxD = (
+        encoder[name]["mlp"]["fc2"]["kernel"] for name in ("layer", "layer_1")
+    )
+    assert kernel_1xFxD.shape == (1, 12, 8)
+    np.testing.assert_array_equal(kernel_1xFxD[0], tensors["encoder.layer.0.output.dense.weight"].T)
+    np.testing.assert_array_equal(last_FxD, tensors["encoder.layer.1.output.dense.weight"].T)
     patches = vit["embeddings"]["patch_embeddings"]["projection"]["kernel"]
     weight_OxIxHxW = tensors["embeddings.patch_embeddings.projection.weight"]
     np.testing.assert_array_equal(patches, weight_OxIxHxW.transpose(2, 3, 1, 0))
@@ -152,7 +156,12 @@ def test_head_model_without_pooler(changed, tower, vit, pooling):
 
     folder = changed("vit_torch", with_head)
     params, report = load.load_tower(folder, tower(folder, pooling))
-    assert_same_tree(params, {name: part for name, part in vit.items() if name != "pooler"})
+    if pooling == "cls":
+        assert_same_tree(params, {name: part for name, part in vit.items() if name != "pooler"})
+    else:  # its last block is in the stack
+        first, last = (vit["encoder"][name]["mlp"]["fc2"]["bias"] for name in ("layer", "layer_1"))
+        stack = params["encoder"]["layer"]["mlp"]["fc2"]["bias"]
+        np.testing.assert_array_equal(stack, [*first, last])
     assert report.ignored == ("classifier.bias", "classifier.weight")
 
     with pytest.raises(UserError, match=r"no pooler .*\(config\.model\.image\.pooling\) to 'cls'"):
