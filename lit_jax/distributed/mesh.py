@@ -19,7 +19,9 @@ REPLICATED = PartitionSpec()
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all (or the given) devices over the axes 'data' and 'fsdp'.
 
-    Raises UserError if the two sizes do not multiply to the number of devices.
+    Of several TPU slices 'data' counts the slices, too: split matrices are gathered inside each of them, and
+    only the sums over 'data' go through the data-centre network. Raises UserError if the two sizes do not
+    multiply to the number of devices, or fsdp does not divide the number of devices of a slice.
     """
     devices = jax.devices() if devices is None else devices
     fsdp = max(config.fsdp, 1)
@@ -29,10 +31,30 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"A mesh of data={config.data} x fsdp={config.fsdp} does not match {len(devices)} devices; "
             "set config.mesh.data=-1 and let config.mesh.fsdp divide the number of devices."
         )
+    slices = _slices(devices)
+    of_slice = len(devices) // len(slices)
+    if of_slice % fsdp:
+        raise UserError(
+            f"config.mesh.fsdp={fsdp} does not divide the {of_slice} devices of each of the {len(slices)} "
+            "slices; matrices are split inside one slice only."
+        )
+    # Slice by slice: jax.make_mesh refuses the devices of several.
     # Auto is written out: the default, Explicit, rejects stock layers (gather, convolution).
-    return jax.make_mesh(
-        (data, config.fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
-    )
+    types = (AxisType.Auto,) * 2
+    parts = [
+        jax.make_mesh((of_slice // fsdp, fsdp), AXES, axis_types=types, devices=part).devices
+        for part in slices
+    ]
+    return Mesh(np.concatenate(parts), AXES, axis_types=types)
+
+
+def _slices(devices: Sequence[Any]) -> list[list[Any]]:
+    """The devices by TPU slice; all are in one where they do not name theirs."""
+    numbers = [getattr(device, "slice_index", 0) for device in devices]
+    return [
+        [device for device, number in zip(devices, numbers, strict=True) if number == wanted]
+        for wanted in sorted(set(numbers))
+    ]
 
 
 def mesh_parts() -> Mapping[str, int]:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -19,6 +21,32 @@ def test_a_mesh_takes_all_devices(data, fsdp, shape):
 def test_sizes_that_do_not_fit_are_refused(data, fsdp):
     with pytest.raises(UserError, match=r"8 devices; set config.mesh.data=-1"):
         make_mesh(MeshConfig(data=data, fsdp=fsdp))
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    id: int
+    slice_index: int
+    platform: str = "tpu of some kind"
+    device_kind: str = "that JAX does not know"
+
+
+# In no order: what counts is the slice that each of them names.
+TWO_SLICES = [Device(id=n, slice_index=n % 2) for n in range(8)]
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 4])
+def test_fsdp_stays_inside_a_slice(fsdp):
+    mesh = make_mesh(MeshConfig(fsdp=fsdp), TWO_SLICES)
+    assert mesh.devices.shape == (8 // fsdp, fsdp)
+    slices = [{device.slice_index for device in row} for row in mesh.devices]
+    assert slices == [{0}] * (4 // fsdp) + [{1}] * (4 // fsdp)
+    assert {device.id for device in mesh.devices.flat} == set(range(8))
+
+
+def test_fsdp_over_two_slices_is_refused():
+    with pytest.raises(UserError, match=r"fsdp=8 does not divide the 4 devices of each of the 2"):
+        make_mesh(MeshConfig(fsdp=8), TWO_SLICES)
 
 
 def test_rows_are_split_over_both_axes():
