@@ -31,7 +31,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"A mesh of data={config.data} x fsdp={config.fsdp} does not match {len(devices)} devices; "
             "set config.mesh.data=-1 and let config.mesh.fsdp divide the number of devices."
         )
-    slices = _slices(devices)
+    slices = by_slice(devices)
     of_slice = len(devices) // len(slices)
     if of_slice % fsdp:
         raise UserError(
@@ -48,8 +48,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.concatenate(parts), AXES, axis_types=types)
 
 
-def _slices(devices: Sequence[Any]) -> list[list[Any]]:
-    """The devices by TPU slice; all are in one where they do not name theirs."""
+def by_slice(devices: Sequence[Any]) -> list[list[Any]]:
+    """The devices of each TPU slice; all are in one where they do not name theirs."""
     numbers = [getattr(device, "slice_index", 0) for device in devices]
     return [
         [device for device, number in zip(devices, numbers, strict=True) if number == wanted]
