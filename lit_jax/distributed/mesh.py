@@ -19,7 +19,10 @@ REPLICATED = PartitionSpec()
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all (or the given) devices over the axes 'data' and 'fsdp'.
 
-    Raises UserError if the two sizes do not multiply to the number of devices.
+    Of several slices 'data' counts the slices, too: split matrices are gathered inside each of them, and only
+    the sums over 'data' go through the network between them; unless 'fsdp' is a multiple of a slice. Raises
+    UserError if the two sizes do not multiply to the number of devices, or neither of fsdp and the number of
+    devices of a slice divides the other.
     """
     devices = jax.devices() if devices is None else devices
     fsdp = max(config.fsdp, 1)
@@ -29,10 +32,31 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"A mesh of data={config.data} x fsdp={config.fsdp} does not match {len(devices)} devices; "
             "set config.mesh.data=-1 and let config.mesh.fsdp divide the number of devices."
         )
+    slices = by_slice(devices)
+    of_slice = len(devices) // len(slices)
+    inside = min(fsdp, of_slice)
+    if of_slice % inside or fsdp % inside:
+        raise UserError(
+            f"config.mesh.fsdp={fsdp} and the {of_slice} devices of each of the {len(slices)} slices do not "
+            "divide; set it to a divisor of them or to a multiple."
+        )
+    # Slice by slice: jax.make_mesh refuses the devices of several.
     # Auto is written out: the default, Explicit, rejects stock layers (gather, convolution).
-    return jax.make_mesh(
-        (data, config.fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
-    )
+    types = (AxisType.Auto,) * 2
+    parts = [
+        jax.make_mesh((of_slice // inside, inside), AXES, axis_types=types, devices=part).devices
+        for part in slices
+    ]
+    return Mesh(np.concatenate(parts).reshape(data, fsdp), AXES, axis_types=types)
+
+
+def by_slice(devices: Sequence[Any]) -> list[list[Any]]:
+    """The devices of each TPU slice, or of each machine with GPUs; all are in one where they name none."""
+    numbers = [getattr(device, "slice_index", 0) for device in devices]
+    return [
+        [device for device, number in zip(devices, numbers, strict=True) if number == wanted]
+        for wanted in sorted(set(numbers))
+    ]
 
 
 def mesh_parts() -> Mapping[str, int]:

@@ -22,6 +22,9 @@ class Chip:
     hbm_gib: int
     hbm_bandwidth: float  # bytes a second
     ici_bandwidth: float  # bytes a second that it sends to its neighbours, over all links
+    dcn_bandwidth: (
+        float | None
+    )  # its part of what its host sends to other slices; None: not published
     shapes: tuple[str, ...]  # common ones of a slice
     largest: int  # slice, in chips
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)  # for the compiler
@@ -32,12 +35,16 @@ _SPACE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x4"
 
 # Sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "Key specifications". There the bandwidth between chips
 # is that of both directions, here of one. That of v4 is six links of 50 GB/s (Jouppi et al., 2304.01433).
+# Data-centre network: the same pages say 6.4 Tbps a pod of 256 v5e (two cards of 100 Gbps a host of eight),
+# 25.6 Tbps a pod of 256 v6e (four of 200), 50 Gbps a chip of v5p, nothing of v4; "How to Scale Your Model",
+# part 2 (jax-ml.github.io/scaling-book/tpus), has the same figures as what a chip sends.
 CHIPS: Mapping[str, Chip] = {
     "v4": Chip(
         flops=275e12,
         hbm_gib=32,
         hbm_bandwidth=1200e9,
         ici_bandwidth=300e9,
+        dcn_bandwidth=None,
         shapes=_SPACE,
         largest=4096,
         options={"chip_config_name": "megacore"},  # else each of its two cores is a device
@@ -47,6 +54,7 @@ CHIPS: Mapping[str, Chip] = {
         hbm_gib=16,
         hbm_bandwidth=819e9,
         ici_bandwidth=200e9,
+        dcn_bandwidth=3.125e9,
         shapes=_PLANE,
         largest=256,
     ),
@@ -55,6 +63,7 @@ CHIPS: Mapping[str, Chip] = {
         hbm_gib=95,
         hbm_bandwidth=2765e9,
         ici_bandwidth=600e9,
+        dcn_bandwidth=6.25e9,
         shapes=_SPACE,
         largest=6144,
     ),
@@ -63,6 +72,7 @@ CHIPS: Mapping[str, Chip] = {
         hbm_gib=32,
         hbm_bandwidth=1638e9,
         ici_bandwidth=400e9,
+        dcn_bandwidth=12.5e9,
         shapes=_PLANE,
         largest=256,
     ),

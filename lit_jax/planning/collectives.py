@@ -1,6 +1,7 @@
-"""What a compiled program sends from chip to chip, read from its HLO text.
+"""What a compiled program sends from chip to chip of a slice, read from its HLO text.
 
-A computation counts as often as it runs: that of a loop as often as the loop turns.
+A computation counts as often as it runs: that of a loop as often as the loop turns. What goes to other slices
+is in network.py.
 """
 
 import itertools
@@ -11,14 +12,14 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 # What one chip of a group of g sends for an operand of one byte, by the algorithms that reach the bound.
-_SENT: dict[str, Callable[[int], float]] = {
+SENT: dict[str, Callable[[int], float]] = {
     "all-gather": lambda g: g - 1,
     "all-reduce": lambda g: 2 * (g - 1) / g,
     "reduce-scatter": lambda g: (g - 1) / g,
     "all-to-all": lambda g: (g - 1) / g,
     "collective-permute": lambda g: 1,
 }
-KINDS = tuple(_SENT)
+KINDS = tuple(SENT)
 _COMPUTES = ("convolution", "custom-call", "dot", "fusion", "while")
 
 _BITS = re.compile(r"[a-z]+(\d+)")
@@ -51,20 +52,20 @@ class Traffic(NamedTuple):
 
 
 def traffic(hlo: str, devices: int) -> Traffic:
-    """Of a program. `devices` is the size of a group that the text does not write out."""
+    """Inside a slice. `devices` is the size of a group that the text does not write out: all of the slice."""
     computations, entry = parse(hlo)
     sent, waited = (Counter(dict.fromkeys(KINDS, 0)) for _ in range(2))
     seen: set[str] = set()
-    for name, times in _runs(computations, entry).items():
+    for name, times in runs(computations, entry).items():
         for instruction in computations[name].values():
             kind = instruction.opcode.removesuffix("-start")
-            if kind not in _SENT or _is_seen(instruction, seen):
+            if kind not in SENT or _is_seen(instruction, seen):
                 continue
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # a fusion with a slice of what is summed
             group = _group_size(instruction.rest, devices)
-            size = sum(_bytes(computations[name][o].shape) for o in instruction.operands)
-            size = round(times * size * _SENT[kind](group))
+            size = sum(shape_bytes(computations[name][o].shape) for o in instruction.operands)
+            size = round(times * size * SENT[kind](group))
             sent[kind] += size
             waited[kind] += 0 if _is_beside(instruction, computations[name]) else size
     return Traffic(dict(sent), dict(waited))
@@ -78,9 +79,15 @@ def _is_beside(collective: Instruction, inside: Computation) -> bool:
         return True
     if not collective.opcode.endswith("-start"):
         return False
-    between = itertools.dropwhile(lambda i: i.name != collective.name, inside.values())
-    between = itertools.takewhile(lambda i: collective.name not in i.operands, between)
-    return any(i.opcode in _COMPUTES for i in between)
+    return computes_until(lambda i: collective.name in i.operands, collective, inside)
+
+
+def computes_until(
+    end: Callable[[Instruction], bool], start: Instruction, inside: Computation
+) -> bool:
+    """Whether something is computed between `start` and the first instruction after it that is the `end`."""
+    between = itertools.dropwhile(lambda i: i.name != start.name, inside.values())
+    return any(i.opcode in _COMPUTES for i in itertools.takewhile(lambda i: not end(i), between))
 
 
 def _is_seen(instruction: Instruction, seen: set[str]) -> bool:
@@ -126,12 +133,12 @@ def _closing(text: str) -> int:
     return len(text)
 
 
-def _runs(computations: dict[str, Computation], entry: str) -> dict[str, int]:
+def runs(computations: dict[str, Computation], entry: str) -> dict[str, int]:
     """How often each computation runs; those that only say how to reduce are among them."""
-    runs: defaultdict[str, int] = defaultdict(int)
+    counts: defaultdict[str, int] = defaultdict(int)
 
     def visit(name: str, times: int) -> None:
-        runs[name] += times
+        counts[name] += times
         for instruction in computations[name].values():
             turns = (
                 trip_count(instruction, computations, name) if instruction.opcode == "while" else 1
@@ -140,7 +147,7 @@ def _runs(computations: dict[str, Computation], entry: str) -> dict[str, int]:
                 visit(called, times * turns)
 
     visit(entry, 1)
-    return runs
+    return counts
 
 
 def _called(instruction: Instruction) -> Iterator[str]:
@@ -203,7 +210,7 @@ def _group_size(attributes: str, devices: int) -> int:
     return devices
 
 
-def _bytes(shape: str) -> int:
+def shape_bytes(shape: str) -> int:
     """Of an array, or of a tuple of them."""
     total = 0
     for dtype, dims in _ARRAY.findall(shape):

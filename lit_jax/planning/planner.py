@@ -10,11 +10,12 @@ import jax
 import optax
 
 from lit_jax.config import Config
-from lit_jax.distributed.mesh import make_mesh
+from lit_jax.distributed.mesh import by_slice, make_mesh
 from lit_jax.planning.advice import advise
 from lit_jax.planning.chips import Topology
 from lit_jax.planning.collectives import Traffic, traffic
 from lit_jax.planning.flops import matmul_flops
+from lit_jax.planning.network import network_traffic
 from lit_jax.training.program import AbstractBatch, Program, check_batch_size
 from lit_jax.training.setup import find_towers, prepare
 from lit_jax.training.teacher import check_config
@@ -36,7 +37,8 @@ class Compiled:
     limit: int | None  # of the chip, as far as the compiler says it: where the program does not fit
     temporaries: int | None = None  # None where it does not fit
     code: int | None = None  # the program itself, and what the layout on the chip pads arrays with
-    traffic: Traffic | None = None
+    traffic: Traffic | None = None  # inside a slice
+    network: Traffic | None = None  # between slices; None where there is one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,9 +55,13 @@ class Plan:
     bytes: Mapping[str, int | None]  # by kind; temporaries and code are None where it does not fit
     total: int
     matmul_flops: int
-    sent: Mapping[str, int] | None  # by kind of collective
+    sent: Mapping[str, int] | None  # inside a slice, by kind of collective
     waited: Mapping[str, int] | None  # of these, what is sent while nothing is computed
-    bound: Mapping[str, float] | None  # seconds: compute, memory, interconnect, waiting, and step
+    network_sent: Mapping[str, int] | None  # to other slices; None where there is one slice
+    network_waited: Mapping[str, int] | None
+    # Seconds: compute, memory, interconnect, network (of several slices, if its speed is published), waiting,
+    # and step.
+    bound: Mapping[str, float] | None
     largest_batch: int | None  # that was seen to fit; None: not searched, or none did
     smallest_too_large: int | None
     compilations: int
@@ -113,6 +119,8 @@ def make_plan(
         matmul_flops=flops,
         sent=first.traffic.sent if first.traffic else None,
         waited=first.traffic.waited if first.traffic else None,
+        network_sent=first.network.sent if first.network else None,
+        network_waited=first.network.waited if first.network else None,
         bound=_bound(first, flops, topology) if first.fits else None,
         largest_batch=largest,
         smallest_too_large=min(too_large, default=None),
@@ -134,13 +142,16 @@ def compile_step(program: Program, batch: AbstractBatch) -> Compiled:
     # The peak, not the size of all temporaries: of those, several may have the same place.
     total = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     temporaries = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+    hlo, devices = compiled.as_text(), list(mesh.devices.flat)
+    slices = by_slice(devices)
     return Compiled(
         fits=True,
         total=total,
         limit=None,
         temporaries=temporaries,
         code=total - temporaries - sum(held_bytes(program, batch).values()),
-        traffic=traffic(compiled.as_text(), mesh.size),
+        traffic=traffic(hlo, len(slices[0])),
+        network=network_traffic(hlo, devices) if len(slices) > 1 else None,
     )
 
 
@@ -219,16 +230,19 @@ def next_batch(tried: Mapping[int, Compiled], fixed: int, hbm: int, unit: int) -
 
 def _bound(compiled: Compiled, flops: int, topology: Topology) -> dict[str, float]:
     """The least seconds that each resource allows: all FLOPs at the bfloat16 peak; what the chip holds read,
-    and its temporaries written and read, once; all that is sent, at the speed of all links. Waiting is the
-    part of it during which nothing is computed, as the program is scheduled. A step takes at least the
-    longest of them, and at least computing and waiting together.
+    and its temporaries written and read, once; all that is sent, at the speed of all links, and to other
+    slices at the chip's part of its host's network. Waiting is the part of both during which nothing is
+    computed, as the program is scheduled. A step takes at least the longest of them, and at least computing
+    and waiting together.
     """
     chip, moved = topology.chip, compiled.total + (compiled.temporaries or 0)
-    sent, waited = compiled.traffic or Traffic({}, {})
-    seconds = {
-        "compute": flops / chip.flops,
-        "memory": moved / chip.hbm_bandwidth,
-        "interconnect": sum(sent.values()) / chip.ici_bandwidth,
-        "waiting": sum(waited.values()) / chip.ici_bandwidth,
-    }
-    return seconds | {"step": max(*seconds.values(), seconds["compute"] + seconds["waiting"])}
+    ways = {"interconnect": (compiled.traffic, chip.ici_bandwidth)}
+    ways |= {"network": (compiled.network, chip.dcn_bandwidth)}
+    seconds = {"compute": flops / chip.flops, "memory": moved / chip.hbm_bandwidth}
+    waiting = 0.0
+    for way, (sent, bandwidth) in ways.items():
+        if sent is not None and bandwidth is not None:
+            seconds[way] = sum(sent.sent.values()) / bandwidth
+            waiting += sum(sent.waited.values()) / bandwidth
+    step = max(*seconds.values(), seconds["compute"] + waiting)
+    return seconds | {"waiting": waiting, "step": step}

@@ -1,6 +1,6 @@
 """A plan as text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from lit_jax.planning.planner import Plan
 
@@ -22,17 +22,17 @@ def _lines(plan: Plan) -> Iterator[str]:
         kind = {"code": "code and padding"}.get(kind, kind)
         yield f"  {kind:24} {'?' if size is None else f'{size / _GIB:.3f}':>10}"
     yield f"  {'in all':24} {plan.total / _GIB:10.3f}   of {plan.hbm / _GIB:g}"
-    if plan.sent is not None and plan.waited is not None:
-        yield "MiB that each chip sends in a step    in all   beside no computation"
-        for kind, size in plan.sent.items():
-            if size:
-                yield f"  {kind:24} {size / 2**20:17.1f} {plan.waited[kind] / 2**20:23.1f}"
+    where = "inside its slice" if plan.slices > 1 else ""
+    yield from _sent(where, plan.sent, plan.waited)
+    yield from _sent("to other slices", plan.network_sent, plan.network_waited)
     yield f"TFLOPs of matrix products of each chip in a step{plan.matmul_flops / 1e12:9.3f}"
     if plan.bound is not None:
         yield "Milliseconds that a step takes at least, at the published peak of (and waiting for links)"
         for resource, seconds in plan.bound.items():
             if resource != "step":
                 yield f"  {resource:24} {1e3 * seconds:10.2f}"
+        if plan.network_sent is not None and "network" not in plan.bound:
+            yield f"  {'network':24} {'?':>10}   not published for this chip; the bound leaves it out"
         rate = plan.batch_size / plan.bound["step"]
         yield f"so it trains at most {rate:,.0f} pairs a second."
     if plan.largest_batch is not None:
@@ -40,3 +40,14 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"Largest batch seen to fit: {plan.largest_batch:,}{too_large}."
     for line in plan.advice:
         yield f"- {line}"
+
+
+def _sent(
+    where: str, sent: Mapping[str, int] | None, waited: Mapping[str, int] | None
+) -> Iterator[str]:
+    if sent is None or waited is None:
+        return
+    yield f"{f'MiB that each chip sends {where}':42} in a step   beside no computation"
+    for kind, size in sent.items():
+        if size:
+            yield f"  {kind:24} {size / 2**20:26.1f} {waited[kind] / 2**20:23.1f}"

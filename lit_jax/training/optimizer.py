@@ -1,5 +1,6 @@
 """Schedules and optimizers. Everything here sees the trainable parameters alone."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -89,18 +90,29 @@ def _lion(config: OptimizerConfig) -> optax.GradientTransformation:
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
     """Adafactor for vision (2106.04560, section 3.4; big_vision's settings).
 
-    The second moment is factored and its decay 1 - t^-0.8 is capped at b2; no update clipping and no
-    scaling by the parameter; momentum b1 is added, without bias correction, in `momentum_dtype`.
+    The second moment of matrices is factored and its decay 1 - t^-0.8 is capped at b2; no update clipping and
+    no scaling by the parameter; momentum b1 is added, without bias correction, in `momentum_dtype`.
     """
 
     def decay_rate(step: Any, exponent: Any) -> Any:
         t = jnp.asarray(step, jnp.float32) + 1.0
         return jnp.minimum(config.b2, 1.0 - t ** (-exponent))
 
+    def second_moment(*, factored: bool) -> optax.GradientTransformation:
+        return optax.scale_by_factored_rms(
+            factored, 0.8, min_dim_size_to_factor=32, epsilon=1e-30, decay_rate_fn=decay_rate
+        )
+
+    def are_vectors(params: Any, *, wanted: bool) -> Any:
+        flat = flatten(params)
+        return unflatten(
+            {p: (bool(STACK.fullmatch(p)) and x.ndim == 2) == wanted for p, x in flat.items()}
+        )
+
+    # Optax would take the vectors of a stack of 32 layers for a matrix.
     return optax.chain(
-        optax.scale_by_factored_rms(
-            decay_rate=0.8, min_dim_size_to_factor=32, epsilon=1e-30, decay_rate_fn=decay_rate
-        ),
+        optax.masked(second_moment(factored=False), functools.partial(are_vectors, wanted=True)),
+        optax.masked(second_moment(factored=True), functools.partial(are_vectors, wanted=False)),
         optax.ema(config.b1, debias=False, accumulator_dtype=jnp.dtype(config.momentum_dtype)),
     )
 

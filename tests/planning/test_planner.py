@@ -6,6 +6,7 @@ import pytest
 from lit_jax.errors import UserError
 from lit_jax.planning import planner
 from lit_jax.planning.chips import CHIPS, open_topology
+from lit_jax.planning.collectives import KINDS, Traffic
 from lit_jax.planning.planner import Compiled, abstract_program, compile_step, make_plan, next_batch
 from lit_jax.planning.table import table
 from lit_jax.trees import flatten
@@ -127,12 +128,64 @@ def test_what_does_not_fit_is_an_answer_with_advice(config_of):
         assert knob in text, knob
 
 
+@pytest.mark.parametrize(("topology", "slices"), [("v5e:2x2", 2), ("v4:2x2x1", 2), ("v5e:2x2", 1)])
+def test_the_network_between_slices_bounds_a_step_where_its_speed_is_published(
+    config_of, monkeypatch, topology, slices
+):
+    def by_kind(**sent):
+        return dict.fromkeys(KINDS, 0) | {kind.replace("_", "-"): n for kind, n in sent.items()}
+
+    inside = Traffic(by_kind(all_gather=4 * GIB), by_kind(all_gather=GIB))
+    network = Traffic(by_kind(all_reduce=3 * GIB, all_gather=GIB), by_kind(all_reduce=2 * GIB))
+    compiled = Compiled(
+        fits=True,
+        total=GIB,
+        limit=None,
+        temporaries=0,
+        traffic=inside,
+        network=network if slices > 1 else None,
+    )
+    monkeypatch.setattr(planner, "compile_step", lambda program, batch: compiled)
+    opened = open_topology(topology, slices=slices)
+    plan = make_plan(config_of(TINY, TINY, 64), opened, slices=slices, compilations=1)
+    ici, dcn = opened.chip.ici_bandwidth, opened.chip.dcn_bandwidth
+    waiting = GIB / ici
+    if slices > 1 and dcn:
+        assert plan.bound["network"] == 4 * GIB / dcn
+        waiting += 2 * GIB / dcn
+    else:
+        assert "network" not in plan.bound
+    assert plan.bound["waiting"] == waiting
+    assert plan.bound["step"] == max(
+        plan.bound["compute"] + waiting, plan.bound.get("network", 0), plan.bound["interconnect"]
+    )
+    text = table(plan)
+    assert ("to other slices" in text) == (plan.network_sent is not None) == (slices > 1)
+    assert ("not published" in text) == (topology.startswith("v4"))
+
+
 @pytest.fixture
 def little_effort():
     """The compiler of the commands, told to be quick: it then takes a quarter of its minutes."""
     jax.config.update("jax_optimization_level", "O1")
     yield
     jax.config.update("jax_optimization_level", "UNKNOWN")
+
+
+@pytest.mark.usefixtures("little_effort")
+@pytest.mark.long
+def test_a_gradient_crosses_between_slices_once(config_of):
+    """Each of the four chips of a slice sends a part; parameters stay inside, split over fsdp."""
+    program = abstract_program(
+        config_of(TINY, TINY, 64, **{"mesh.fsdp": 2}), open_topology("v5e:2x2", slices=2)
+    )
+    network = compile_step(program, program.abstract_batch(64)).network.sent
+    leaves = flatten(program.setup.abstract_trainable).values()
+    gradients = 2 * sum(
+        leaf.size for leaf in leaves
+    )  # bfloat16; between two slices each is sent once
+    assert gradients < 4 * network["all-reduce"] < 1.3 * gradients
+    assert sum(network.values()) - network["all-reduce"] < 0.1 * gradients
 
 
 # GiB of a chip.

@@ -145,6 +145,37 @@ def test_adafactor_equals_numpy_over_several_steps():
     np.testing.assert_allclose(params["w"]["kernel"], expected, atol=2e-5)
 
 
+def test_adafactor_factors_no_vectors_of_a_deep_stack():
+    """A stack of as many layers as a matrix needs rows to be factored moves as the layers alone do."""
+    rng = np.random.default_rng(0)
+
+    def tree(**arrays):
+        return {"text_model": {"layer": arrays}}
+
+    def draw():
+        return tree(kernel=rng.normal(size=(32, 33, 34)), bias=rng.normal(size=(32, 34)))
+
+    def run(params, grads):
+        policy = resolve_policy(PolicyConfig(lock="uu"), params)
+        config = OptimizerConfig(name="adafactor", clip_norm=None, weight_decay=0.0)
+        optimizer = make_optimizer(config, optax.constant_schedule(0.1), policy)
+        state = optimizer.init(params)
+        for grad in grads:
+            updates, state = jax.jit(optimizer.update)(grad, state, params)
+            params = optax.apply_updates(params, updates)
+        return params["text_model"]
+
+    trees = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), [draw() for _ in range(4)])
+    stacked = run(trees[0], trees[1:])["layer"]
+    first = [
+        {"text_model": {"last": jax.tree.map(lambda x: x[0], tree["text_model"]["layer"])}}
+        for tree in trees
+    ]
+    alone = run(first[0], first[1:])["last"]
+    for name in ("kernel", "bias"):
+        np.testing.assert_allclose(stacked[name][0], alone[name], rtol=1e-5, atol=1e-6)
+
+
 def test_adafactor_keeps_no_second_moment_of_the_size_of_a_matrix():
     params = {"w": {"kernel": jnp.zeros((64, 48))}}
     policy = resolve_policy(PolicyConfig(lock="uu"), params)

@@ -1,0 +1,119 @@
+"""What a program compiled for several slices sends through the data-centre network (DCN), read from its HLO.
+
+libtpu compiles one program for all slices. Its collectives stay inside a slice. What has to leave it goes to
+the host and comes back from there: a `send` and a `recv` with the same rendezvous, the kind, and who takes
+part. As libtpu 0.0.42.1 writes it (slices count from 1; device i of slice s is 100000 s + i):
+
+    _xla_megascale_transfer_type="ALL_REDUCE", _xla_megascale_target="{1,2}x{0:15}"
+        each chip with those of the same number in the other slices; so ALL_GATHER and REDUCE_SCATTER
+    _xla_megascale_transfer_type="ALL_TO_ALL", _xla_megascale_target={{100000,100001,200000,200001}}
+    _xla_megascale_transfer_type="ONE_TO_ONE", _xla_megascale_target={{100003->200000},{200003->100000}}
+
+Large sums are hierarchical: summed inside each slice, a part by each chip over the slices, then gathered.
+
+The model: in a group over n slices a chip sends what it would in a group of n chips, by the algorithms that
+reach the bound (`collectives.SENT`): 2 (n - 1) / n of what it sums, n - 1 times what others gather. Of a
+permutation only the pairs between slices stand there, and only their sources send. The chips of a host share
+its network cards, so it is hosts that are compared: the one that sends most counts.
+"""
+
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from lit_jax.planning.collectives import (
+    KINDS,
+    SENT,
+    Computation,
+    Instruction,
+    Traffic,
+    computes_until,
+    parse,
+    runs,
+    shape_bytes,
+)
+
+_TYPE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_PRODUCT = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}x\{([\d,:]+)\}"')
+_GROUPS = re.compile(r"_xla_megascale_target=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}")
+_PAIRS = re.compile(r"\{(\d+)->(\d+)\}")
+_RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]+)"')
+_OF_SLICE = 100_000  # device numbers of a slice
+
+
+class _Transfer(NamedTuple):
+    kind: str  # one of KINDS
+    senders: frozenset[int]  # devices, as the program numbers them
+    slices: int  # in a group
+
+
+def network_traffic(hlo: str, devices: Sequence[Any]) -> Traffic:
+    """Bytes that a chip sends to other slices in a run of the program, by kind of collective: of the host
+    that sends most, divided by its chips.
+
+    `devices` are all that the program runs on: their `id` is the one in the program, their `process_index`
+    tells the hosts apart. Raises ValueError for a transfer in none of the forms above.
+    """
+    hosts = {device.id: device.process_index for device in devices}
+    chips = Counter(hosts.values())
+    sent, waited = (defaultdict[tuple[int, str], float](float) for _ in range(2))
+    computations, entry = parse(hlo)
+    for name, times in runs(computations, entry).items():
+        inside = computations[name]
+        for instruction in inside.values():
+            if instruction.opcode != "send" or "is_host_transfer=true" not in instruction.rest:
+                continue
+            transfer = _transfer(instruction)
+            array = inside[instruction.operands[0]]
+            size = times * shape_bytes(array.shape) * SENT[transfer.kind](transfer.slices)
+            is_waited = not _is_beside(instruction, inside)
+            for host, senders in Counter(hosts[device] for device in transfer.senders).items():
+                of_chip = size * senders / chips[host]
+                sent[host, transfer.kind] += of_chip
+                waited[host, transfer.kind] += of_chip if is_waited else 0
+    busiest = max(chips, key=lambda host: sum(sent[host, kind] for kind in KINDS))
+    return Traffic(
+        {kind: round(sent[busiest, kind]) for kind in KINDS},
+        {kind: round(waited[busiest, kind]) for kind in KINDS},
+    )
+
+
+def _transfer(send: Instruction) -> _Transfer:
+    found = _TYPE.search(send.rest)
+    kind = found[1].lower().replace("_", "-") if found else ""
+    if kind == "one-to-one" and (pairs := _PAIRS.findall(send.rest)):
+        return _Transfer("collective-permute", frozenset(int(source) for source, _ in pairs), 2)
+    groups = _groups(send.rest)
+    if kind not in KINDS or not groups:
+        raise ValueError(f"What {send.name} sends between slices has an unknown form: {send.rest}")
+    slices = {device // _OF_SLICE for device in groups[0]}
+    return _Transfer(kind, frozenset(itertools.chain(*groups)), len(slices))
+
+
+def _groups(attributes: str) -> list[list[int]]:
+    """The devices that exchange with one another; empty where the attributes do not say."""
+    if product := _PRODUCT.search(attributes):
+        slices, numbers = (list(_numbers(text)) for text in product.groups())
+        return [[_OF_SLICE * s + number for s in slices] for number in numbers]
+    listed = _GROUPS.search(attributes)
+    return [list(_numbers(group)) for group in listed[1][1:-1].split("},{")] if listed else []
+
+
+def _numbers(text: str) -> Iterator[int]:
+    """Of '1,2' or, with the last one among them, '0:15'."""
+    for part in text.split(","):
+        first, _, last = part.partition(":")
+        yield from range(int(first), int(last or first) + 1)
+
+
+def _is_beside(send: Instruction, inside: Computation) -> bool:
+    """Whether the chip computes between a send and the end of the recv of the same rendezvous."""
+    name = _RENDEZVOUS.search(send.rest)
+    received = {
+        i.name for i in inside.values() if i.opcode == "recv" and name and name[0] in i.rest
+    }
+    return computes_until(
+        lambda i: i.opcode == "recv-done" and i.operands[0] in received, send, inside
+    )
