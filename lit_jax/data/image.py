@@ -152,8 +152,8 @@ class ImageTransform:
         """What the tower gets, float32. Of many at once: one array for each would be copied once more."""
         result_NxHxWx3 = np.empty((len(images_HxWx3), *self.output_shape), np.float32)
         for n, pixels_HxWx3 in enumerate(images_HxWx3):
-            for c in range(3):
-                result_NxHxWx3[n, ..., c] = self.table_3x256[c][pixels_HxWx3[..., c]]
+            channels = [self.table_3x256[c].take(pixels_HxWx3[..., c]) for c in range(3)]
+            np.stack(channels, axis=-1, out=result_NxHxWx3[n])
         return result_NxHxWx3
 
     def _box(
