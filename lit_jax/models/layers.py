@@ -214,15 +214,11 @@ def attend(
     """Scaled dot-product attention; `bias` is added to the logits, `dropout` is of the probabilities.
 
     On CPU about three times as fast as jax.nn.dot_product_attention: both products are plain batched matrix
-    products because the axes are in this order, and what can be done to Q x K numbers is not done to Q x S.
+    products because the axes are in this order, and the division by the sum is of Q x K numbers, not Q x S.
     """
-    # In float32: as a bfloat16 the factor of a width like 72 would change the temperature.
-    scaled_BxHxQxK = q_BxHxQxK.astype(jnp.float32) * q_BxHxQxK.shape[-1] ** -0.5
-    logits_BxHxQxS = jnp.einsum(
-        "bhqk,bhsk->bhqs",
-        scaled_BxHxQxK.astype(q_BxHxQxK.dtype),
-        k_BxHxSxK,
-        preferred_element_type=jnp.float32,
+    # The logits are scaled, not the queries: those would be one more array that a TPU keeps for the gradient.
+    logits_BxHxQxS = q_BxHxQxK.shape[-1] ** -0.5 * jnp.einsum(
+        "bhqk,bhsk->bhqs", q_BxHxQxK, k_BxHxSxK, preferred_element_type=jnp.float32
     )
     if bias is not None:
         logits_BxHxQxS += bias
