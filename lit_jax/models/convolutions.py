@@ -231,7 +231,7 @@ def scan_blocks(
         return shard_batch(block(x_BxYxXxC, rate, deterministic)), None
 
     scan = nn.scan(
-        rematerialized(step, remat, scanned=True),
+        rematerialized(step, remat, prevent_cse=False),
         variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
         length=len(rates_N),

@@ -208,7 +208,7 @@ class Encoder(nn.Module):
         for stage, depth in enumerate(cfg.depths):
             config = cfg.first_block(stage)
             first = Block(cfg, config, self.dtype, name=f"layer_{n}")
-            x_BxYxXxC = rematerialized(call, self.remat, scanned=False)(first, x_BxYxXxC)
+            x_BxYxXxC = rematerialized(call, self.remat, prevent_cse=True)(first, x_BxYxXxC)
             if depth > 1:
                 others = Block(cfg, config.following, self.dtype, name=f"layer_from_{n + 1}")
                 rates_N = cfg.drop_connect_rate * np.arange(n + 1, n + depth) / sum(cfg.depths)

@@ -75,7 +75,9 @@ class Tower(nn.Module):
         return "apart" if self.all_tokens else "first token"
 
 
-def rematerialized(call: Callable[..., Any], remat: Remat, *, scanned: bool) -> Callable[..., Any]:
+def rematerialized(
+    call: Callable[..., Any], remat: Remat, *, prevent_cse: bool
+) -> Callable[..., Any]:
     """`call`, a function of a block and arrays, so that its gradient keeps only what `remat` says.
 
     The gradient is the same: what is computed again draws the same dropout. Without one it does nothing.
@@ -83,11 +85,10 @@ def rematerialized(call: Callable[..., Any], remat: Remat, *, scanned: bool) -> 
     if remat == "none":
         return call
     keep_matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    # The compiler might take what is computed again for what was computed before, and keep it; not across the
-    # two loops that a scan and its gradient are.
-    return nn.remat(
-        call, policy=keep_matmuls if remat == "matmuls" else None, prevent_cse=not scanned
-    )
+    # `prevent_cse`: the compiler might take what is computed again for what was computed before, and keep it;
+    # not across the two loops that a scan and its gradient are.
+    policy = keep_matmuls if remat == "matmuls" else None
+    return nn.remat(call, policy=policy, prevent_cse=prevent_cse)
 
 
 Elementwise = Callable[[Array], Array]

@@ -193,7 +193,7 @@ class ModernBert(Tower):
         def call(block: nn.Module, x_BxLxD: Array) -> Array:
             return block(x_BxLxD, own_bias, jnp.zeros(()), deterministic, own_rotary)
 
-        x_BxLxD = rematerialized(call, self.remat, scanned=False)(first, x_BxLxD)
+        x_BxLxD = rematerialized(call, self.remat, prevent_cse=True)(first, x_BxLxD)
         x_BxLxD = shard_batch(x_BxLxD)
         if not other_kinds:
             return x_BxLxD

@@ -123,7 +123,7 @@ class Encoder(nn.Module):
         scanned = cfg.depth if self.last_block == "scanned" else cfg.depth - 1
         if scanned:
             scan = nn.scan(
-                rematerialized(step, self.remat, scanned=True),
+                rematerialized(step, self.remat, prevent_cse=False),
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=scanned,
@@ -135,7 +135,9 @@ class Encoder(nn.Module):
             name = f"layer_{self.first + scanned}"
             block = Block(cfg, self.dtype, self.last_block == "first token", name=name)
             of_block = jax.tree.map(lambda x: x[scanned], (drop_path_N, kind_N))
-            x_BxLxD, _ = rematerialized(step, self.remat, scanned=False)(block, x_BxLxD, of_block)
+            # Its gradient comes at once: the compiler may keep what would be computed and gathered again.
+            of_last = rematerialized(step, self.remat, prevent_cse=False)
+            x_BxLxD, _ = of_last(block, x_BxLxD, of_block)
         return x_BxLxD
 
 

@@ -64,9 +64,14 @@ def test_flops_of_a_step_are_those_of_its_products(config_of):
     config = config_of(TINY, TINY, batch)
     program = abstract_program(config, open_topology("v5e:2x2"))
 
+    def block(tokens, queries):
+        """Keys and values of all tokens; the rest for as many as are wanted."""
+        of_query = 2 * width * width + 2 * width * wide
+        products = 2 * (tokens * 2 * width * width + queries * of_query)
+        return products + 4 * queries * tokens * width
+
     def tower(tokens):
-        block = 2 * tokens * (4 * width * width + 2 * width * wide) + 4 * tokens**2 * width
-        return 2 * block  # layers
+        return block(tokens, tokens) + block(tokens, 1)
 
     image = tower(197) + 2 * 196 * (16 * 16 * 3) * width
     heads = 2 * width * width  # pooler, and the projection of the text
