@@ -231,21 +231,23 @@ def test_the_numbers_are_those_of_pytorch(exported, pairs, tmp_path):
             ]
         )
         captions = [text for row in rows for text in row["captions"]]
-        # Each text once: rounding must not break the ties of those that several images share.
-        unique = list(dict.fromkeys(captions))
-        texts = embed(unique)[[unique.index(text) for text in captions]]
+        # Each text once: rounding must not break the ties of those that several images share. Cut to 16
+        # tokens, different captions are one text, too.
+        cut = [tuple(tokenizer(text, truncation=True, max_length=16).input_ids) for text in captions]
+        first = [cut.index(tokens) for tokens in cut]
+        unique = sorted(set(first))
+        texts = embed([captions[i] for i in unique])[[unique.index(i) for i in first]]
     labels = torch.tensor([content["classnames"].index(row["label"]) for row in rows])
     top5 = (images @ unit(classes).T).topk(5).indices
     right = top5[:, 0] == labels
     # Not a matrix product: its kernels sum some columns in another order, which breaks ties.
     scores, own = (images[:, None] * texts).sum(dim=-1), torch.arange(80) // 2
-    # One caption of two images is a tie, and float32 may break it: products of equal rows differ in the last
-    # bit by where in a batch they are. The rank is between those of both ways to see it.
-    own_best = [scores[i, own == i].max() for i in range(40)]
-    fewest, most = (
-        sum(1 + int((scores[i, own != i] >= own_best[i] + slack).sum()) for i in range(40)) / 40
-        for slack in (1e-6, -1e-6)
-    )
+    gaps = [scores[i, own != i] - scores[i, own == i].max() for i in range(40)]
+    # A tie counts as lost. Different texts closer than float32 can tell may be on either side: few are.
+    fewest = np.array([1 + int(((gap == 0) | (gap > 1e-7)).sum()) for gap in gaps])
+    most = np.array([1 + int((gap > -1e-7).sum()) for gap in gaps])
+    assert (most - fewest).sum() <= 4
+    assert ((fewest <= 5) == (most <= 5)).all()
     of_texts = [1 + int((scores[:, m] > scores[own[m], m]).sum()) for m in range(80)]
     expected = {
         "top1": right.double().mean(),
@@ -255,6 +257,7 @@ def test_the_numbers_are_those_of_pytorch(exported, pairs, tmp_path):
         ).mean(),
         "text_to_image_mean_rank": sum(of_texts) / 80,
         "text_to_image_median_rank": np.median(of_texts),
+        "image_to_text_recall_at_5": (most <= 5).mean(),
         "text_to_image_recall_at_10": sum(rank <= 10 for rank in of_texts) / 80,
     }
     actual = {}
@@ -265,7 +268,7 @@ def test_the_numbers_are_those_of_pytorch(exported, pairs, tmp_path):
         )
         found = json.loads((tmp_path / "o").read_text())
         actual |= {name.rpartition("/")[2]: value for name, value in found.items()}
-    assert fewest <= actual["image_to_text_mean_rank"] <= most < fewest + 2
+    assert fewest.mean() <= actual["image_to_text_mean_rank"] <= most.mean()
     assert {name: actual[name] for name in expected} == pytest.approx(
         {name: float(value) for name, value in expected.items()}, abs=1e-9
     )
