@@ -233,7 +233,9 @@ def test_the_numbers_are_those_of_pytorch(exported, pairs, tmp_path):
         captions = [text for row in rows for text in row["captions"]]
         # Each text once: rounding must not break the ties of those that several images share. Cut to 16
         # tokens, different captions are one text, too.
-        cut = [tuple(tokenizer(text, truncation=True, max_length=16).input_ids) for text in captions]
+        cut = [
+            tuple(tokenizer(text, truncation=True, max_length=16).input_ids) for text in captions
+        ]
         first = [cut.index(tokens) for tokens in cut]
         unique = sorted(set(first))
         texts = embed([captions[i] for i in unique])[[unique.index(i) for i in first]]

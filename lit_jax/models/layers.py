@@ -69,7 +69,9 @@ class Tower(nn.Module):
 
     @property
     def last_block(self) -> LastBlock:
-        """Not `all_tokens` alone: the tree of parameters has to be the same for both."""
+        """How `Encoder` has it. It is apart whether all tokens are wanted or one: so both have the same tree
+        of parameters, and no step copies the other blocks out of a stack of all.
+        """
         if not self.pools_first_token:
             return "scanned"
         return "apart" if self.all_tokens else "first token"

@@ -135,7 +135,7 @@ class Encoder(nn.Module):
             name = f"layer_{self.first + scanned}"
             block = Block(cfg, self.dtype, self.last_block == "first token", name=name)
             of_block = jax.tree.map(lambda x: x[scanned], (drop_path_N, kind_N))
-            # Its gradient comes at once: the compiler may keep what would be computed and gathered again.
+            # To keep this one block costs little, and to prevent it gathered split matrices twice more.
             of_last = rematerialized(step, self.remat, prevent_cse=False)
             x_BxLxD, _ = of_last(block, x_BxLxD, of_block)
         return x_BxLxD

@@ -22,9 +22,8 @@ class Chip:
     hbm_gib: int
     hbm_bandwidth: float  # bytes a second
     ici_bandwidth: float  # bytes a second that it sends to its neighbours, over all links
-    dcn_bandwidth: (
-        float | None
-    )  # its part of what its host sends to other slices; None: not published
+    # Bytes a second: its part of what its host sends to other slices. None: not published.
+    dcn_bandwidth: float | None
     shapes: tuple[str, ...]  # common ones of a slice
     largest: int  # slice, in chips
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)  # for the compiler

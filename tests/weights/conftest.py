@@ -17,6 +17,16 @@ from lit_jax.weights import files, hub
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+def in_one_stack(params: dict) -> dict:
+    """A tower with its last block in the stack, as a pooling by all tokens has it."""
+    layers = [
+        tree if name == "layer" else jax.tree.map(lambda x: x[None], tree)
+        for name, tree in params["encoder"].items()
+    ]
+    stack = jax.tree.map(lambda *parts: np.concatenate(parts), *layers)
+    return {**params, "encoder": {"layer": stack}}
+
+
 @pytest.fixture(scope="session")
 def golden() -> pathlib.Path:
     return GOLDEN
