@@ -7,15 +7,14 @@ temporary folder. Both give 224 x 224 images. Each file is listed many times, as
 usual size: to shuffle a few hundred numbers takes Grain longer than to shuffle a million.
 
 Method: the peer is a loop in one thread that opens a file with Pillow, decodes it to RGB, cuts out a random
-box of at least half of the area and resizes it: no caption, no normalisation, no batch. "whole loop" makes
-of that what a training step takes: float32 pixels through a table for each channel, stacked, and token ids by
-one call of the tokenizer for each batch; its captions lie ready. lit_jax's TrainStream also shuffles, reads
-each caption from its file and replaces bad samples: on one thread of this process, and in one and two worker
-processes of one thread, from which batches come through shared memory. What was read ahead is not measured at
-either end: before, as many batches are taken as can lie ready. In turn, `repeats` times `images` rows. Prints
-median images/s on the clock, spread (half the distance between quartiles), and two ratios to the loop: of
-images/s, and of images per second of processor time, over all processes: what a core is worth, on a busy
-machine too.
+box of at least half of the area and resizes it: no caption, no batch. "whole loop" makes of that what a
+training step takes: the pixels stacked, and token ids by one call of the tokenizer for each batch; its
+captions lie ready. lit_jax's TrainStream also shuffles, reads each caption from its file and replaces bad
+samples: on one thread of this process, and in one and two worker processes of one thread, from which batches
+come through shared memory. What was read ahead is not measured at either end: before, as many batches are taken as can lie
+ready. In turn, `repeats` times `images` rows. Prints median images/s on the clock, spread (half the distance
+between quartiles), and two ratios to the loop: of images/s, and of images per second of processor time, over
+all processes: what a core is worth, on a busy machine too.
 """
 
 import argparse
@@ -119,13 +118,10 @@ def loop(folder: Path, count: int) -> Callable[[], None]:
 def whole_loop(folder: Path, count: int, batch: int) -> Callable[[], None]:
     random = np.random.default_rng(0)
     tokenizer = load_tokenizer(DEMO / "bert", max_length=32)
-    table = ((np.arange(256) / 255 - 0.5) / 0.5).astype(np.float32)
-    tables = (table, table, table)  # in general they differ
 
     def run() -> None:
         for start in range(0, count, batch):
-            pictures = [read(folder / f"{start + i}.jpg", random) for i in range(batch)]
-            np.stack([normalised(picture, tables) for picture in pictures])
+            np.stack([read(folder / f"{start + i}.jpg", random) for i in range(batch)])
             captions = [CAPTION] * batch
             tokenizer(captions, padding="max_length", truncation=True, return_tensors="np")
 
@@ -138,10 +134,6 @@ def read(file: Path, random: np.random.Generator) -> np.ndarray:
         box = random_box(image.size, MIN_AREA, random)
         picture = image.convert("RGB")
     return np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box))
-
-
-def normalised(picture: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
-    return np.stack([tables[c].take(picture[..., c]) for c in range(3)], axis=-1)
 
 
 def open_stream(folder: Path, batch: int, workers: int) -> TrainStream:

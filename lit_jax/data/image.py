@@ -1,15 +1,15 @@
-"""Image files to the numbers that the image tower expects.
+"""Image files to the pixels that the image tower gets, and what it makes of them.
 
-For evaluation the result equals, bit for bit, that of the model's own image processor (transformers, PIL
-backend) on the decoded image. It is computed from uint8 pixels with Pillow and one table look-up, since
-the processor itself copies every image several times and rescales in float64.
+For evaluation the pixels equal those that the model's own image processor (transformers, PIL backend)
+rescales and normalises, to the last bit. Rescaling and normalising are one multiplication and one addition,
+which the device does in front of the tower: on the way there bytes are a quarter of float32.
 """
 
 import contextlib
 import dataclasses
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lit_jax.config import ColorJitterConfig, RandAugmentConfig
 from lit_jax.data.augment import NO_JITTER, NO_OPERATIONS, color_jitter, rand_augment
 from lit_jax.data.decode import ImageFile, decode, opened, orientation_of, reduce_jpeg, upright_rgb
 from lit_jax.errors import UserError
+from lit_jax.models.normalization import Normalization
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # By EXIF orientation: where width is height, and which ends of a file's rows or columns come first upright.
@@ -40,7 +41,7 @@ class ImageTransform:
         resize: (height, width) to resize to; one number: the shorter edge; None: no resizing.
         center_crop: whether the result is cut out of the middle of what was resized.
         resample: Pillow's number of the interpolation.
-        table_3x256: float32; what each channel's pixel values become (rescaled and normalised).
+        normalization: what the processor makes of a pixel's value; not done here.
         crop_min_area, random_crop, flip, color_jitter, rand_augment, reduced_jpeg: of `train`, see
             `DataConfig`.
     """
@@ -50,7 +51,7 @@ class ImageTransform:
     resize: tuple[int, int] | int | None
     center_crop: bool
     resample: int
-    table_3x256: np.ndarray
+    normalization: Normalization
     crop_min_area: float | None = None
     random_crop: bool = False
     flip: bool = False
@@ -86,15 +87,16 @@ class ImageTransform:
         # null, where the processor does not resize; a random crop does, as transformers' own default.
         resample = Image.Resampling.BILINEAR if processor.resample is None else processor.resample
         with _usable(folder):
+            table_3x256 = _table(processor)
             transform = cls(
                 **_geometry(processor, folder),
                 resample=int(resample),
-                table_3x256=_table(processor),
+                normalization=Normalization.through(table_3x256[:, 0], table_3x256[:, 255]),
                 crop_min_area=crop_min_area,
                 random_crop=random_crop,
                 **augmentations,
             )
-            _check(transform, processor, folder)
+            _check(transform, table_3x256, processor, folder)
         if random_crop and (not transform.center_crop or crop_min_area is not None):
             raise UserError(
                 "config.data.random_crop moves the crop of the image processor: it needs a processor that "
@@ -114,16 +116,16 @@ class ImageTransform:
             any(augmentations) or self.color_jitter != NO_JITTER or self.rand_augment.operations > 0
         )
 
-    def eval(self, image: ImageFile) -> Float[np.ndarray, "H W 3"]:
-        """float32; raises BadSampleError."""
+    def eval(self, image: ImageFile) -> UInt8[np.ndarray, "H W 3"]:
+        """Without augmentations; raises BadSampleError."""
         picture = decode(image)
         if self.resize is not None:
             height, width = _target(self.resize, picture.size)
             picture = picture.resize((width, height), self.resample)
-        return self.normalise([np.asarray(self._crop(picture))])[0]
+        return np.asarray(self._crop(picture))
 
     def train(self, image: ImageFile, rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
-        """With the augmentations that the config asks for, to be normalised; raises BadSampleError."""
+        """With the augmentations that the config asks for; raises BadSampleError."""
         with opened(image) as picture:
             width, height = picture.size
             orientation = orientation_of(picture)
@@ -145,16 +147,6 @@ class ImageTransform:
             picture = ImageOps.mirror(picture)
         picture = color_jitter(picture, self.color_jitter, rng)
         return np.asarray(rand_augment(picture, self.rand_augment, rng))
-
-    def normalise(
-        self, images_HxWx3: Sequence[UInt8[np.ndarray, "H W 3"]]
-    ) -> Float[np.ndarray, "N H W 3"]:
-        """What the tower gets, float32. Of many at once: one array for each would be copied once more."""
-        result_NxHxWx3 = np.empty((len(images_HxWx3), *self.output_shape), np.float32)
-        for n, pixels_HxWx3 in enumerate(images_HxWx3):
-            channels = [self.table_3x256[c].take(pixels_HxWx3[..., c]) for c in range(3)]
-            np.stack(channels, axis=-1, out=result_NxHxWx3[n])
-        return result_NxHxWx3
 
     def _box(
         self, size: tuple[int, int], rng: np.random.Generator
@@ -281,22 +273,32 @@ def _geometry(processor: Any, folder: Path) -> dict[str, Any]:
     return {"height": height, "width": width, "resize": resize, "center_crop": crop is not None}
 
 
-def _table(processor: Any) -> np.ndarray:
-    """What the processor makes of the values 0..255 in each channel: float32 3x256."""
+def _table(processor: Any) -> Float[np.ndarray, "3 256"]:
+    """What the processor makes of the values 0..255 in each channel, float32."""
     ramp_16x16x3 = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
     as_is = {"do_resize": False, "do_center_crop": False, "do_pad": False}
     result = processor(ramp_16x16x3, **as_is, return_tensors="np")
     return result["pixel_values"].reshape(3, 256).astype(np.float32)
 
 
-def _check(transform: ImageTransform, processor: Any, folder: Path) -> None:
+def _check(
+    transform: ImageTransform,
+    table_3x256: Float[np.ndarray, "3 256"],
+    processor: Any,
+    folder: Path,
+) -> None:
     """Raises UserError unless `transform` does on three noise images what `processor` does."""
+    ramp_256x3 = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
+    affine = transform.normalization(ramp_256x3).T
+    same = np.allclose(affine, table_3x256, rtol=0, atol=1e-6 * np.abs(table_3x256).max())
     rng = np.random.default_rng(0)
     height, width = transform.height, transform.width
     for shape in ((2 * height + 1, width + 4), (height + 3, 2 * width), (height // 2 + 1, width)):
         noise = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
         expected = processor(Image.fromarray(noise), return_tensors="np")["pixel_values"][0]
-        if not np.array_equal(transform.eval(noise), expected.transpose(1, 2, 0)):
+        pixels_HxWx3 = transform.eval(noise)
+        channels = [table_3x256[c].take(pixels_HxWx3[..., c]) for c in range(3)]
+        if not (same and np.array_equal(np.stack(channels), expected)):
             raise UserError(
                 f"The image processor in {folder} ({type(processor).__name__}) does more than to resize, "
                 "crop, rescale and normalise; use the preprocessor_config.json of a ViT or CLIP processor."

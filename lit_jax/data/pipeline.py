@@ -203,7 +203,7 @@ def eval_batches(
         batch_size: over all processes.
 
     Yields:
-        'pixel_values' float32 (rows, height, width, 3); 'index' int32 (rows): its place among `positions`,
+        'pixel_values' uint8 (rows, height, width, 3); 'index' int32 (rows): its place among `positions`,
         or -1 for padding and for an image that cannot be decoded (its key is logged).
     """
     rows = local_rows(batch_size, process_count)
@@ -233,7 +233,7 @@ class _LoadImages:
     process_count: int
 
     def __call__(self, n: int) -> dict[str, Any]:
-        pixels = np.zeros((self.rows, *self.image_transform.output_shape), np.float32)
+        pixels = np.zeros((self.rows, *self.image_transform.output_shape), np.uint8)
         index_B = np.full(self.rows, -1, np.int32)
         skipped = []
         first = (n * self.process_count + self.process_index) * self.rows

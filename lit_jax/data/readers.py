@@ -41,7 +41,7 @@ class Inputs(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """'pixel_values' float32 (rows, height, width, 3).
+    """'pixel_values' uint8 (rows, height, width, 3).
 
     With `views` an image is not augmented anew each time: of this many fixed views one is drawn. They depend
     on its position in the source alone, so that runs of all seeds share them.
@@ -60,7 +60,7 @@ class Pixels:
         return [self._view(index, example, view) for view in range(self.views or 1)]
 
     def collate(self, rows: Sequence[np.ndarray]) -> Batch:
-        return {"pixel_values": self.transform.normalise(rows)}
+        return {"pixel_values": np.stack(rows)}
 
     def _view(self, index: int, example: Example, view: int) -> np.ndarray:
         return self.transform.train(example["image"], np.random.default_rng((index, view)))

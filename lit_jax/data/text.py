@@ -83,13 +83,14 @@ def tokenize(
         padding="max_length",
         truncation=True,
         max_length=tokenizer.model_max_length,
-        return_tensors="np",
     )
+    # transformers' own way to arrays takes longer than its tokens.
+    arrays = {name: np.array(rows, np.int32) for name, rows in tokens.items()}
     if length is None:
         # A model without a mask (SigLIP) sees the padding, too: always as much as it was trained with.
-        mask_NxL = tokens.get("attention_mask", np.ones_like(tokens["input_ids"]))
+        mask_NxL = arrays.get("attention_mask", np.ones_like(arrays["input_ids"]))
         length = -(-int(mask_NxL.sum(axis=1).max()) // 8) * 8
-    return {name: array[:, :length].astype(np.int32) for name, array in tokens.items()}
+    return {name: array[:, :length].copy() for name, array in arrays.items()}
 
 
 def _valid_unicode(text: str) -> str:

@@ -11,14 +11,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from lit_jax.config import ModelConfig, Pooling, Remat
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models.families import TEXT, VISION, build_tower
 from lit_jax.models.layers import Tower, TowerOutput, dot_gathered
+from lit_jax.models.normalization import Normalization
 
+Pixels = Float[Array, "B H W C"] | UInt8[Array, "B H W C"]
 Projection = Literal["none", "linear", "linear_bias"]
 Side = Literal["image", "text"]
 # How the two are called in names: vision_model and vision_config.
@@ -57,6 +59,7 @@ class DualEncoderModule(nn.Module):
             has a pooler, but ALIGN does not use it.
         temperature_init: a number replaces the parameter logit_scale by a temperature, as in ALIGN.
         logit_bias_init: a number adds the parameter logit_bias, as in SigLIP.
+        normalization: of images that are given as bytes, uint8; others come normalised.
     """
 
     vision_model: Tower
@@ -68,6 +71,7 @@ class DualEncoderModule(nn.Module):
     logit_scale_init: float = 2.6592
     temperature_init: float | None = None
     logit_bias_init: float | None = None
+    normalization: Normalization | None = None
 
     def setup(self):
         self.image_head = self._make_head(self.image_projection, "visual_projection")
@@ -117,7 +121,7 @@ class DualEncoderModule(nn.Module):
         deterministic_image: bool = True,
         deterministic_text: bool = True,
     ) -> DualEncoderOutput:
-        """Embeds the pairs of a batch: 'pixel_values' float32 BxHxWxC, 'input_ids' and
+        """Embeds the pairs of a batch: 'pixel_values' uint8 or float32 BxHxWxC, 'input_ids' and
         'attention_mask' int32 BxL, optionally 'token_type_ids' int32 BxL; or, of either side, what its tower
         has pooled already (`POOLED`), and then that tower is not called.
 
@@ -139,9 +143,15 @@ class DualEncoderModule(nn.Module):
         )
 
     def pool_image(
-        self, pixel_values: Float[Array, "B H W C"], *, deterministic: bool = True
+        self, pixel_values: Pixels, *, deterministic: bool = True
     ) -> Float[Array, "B P"]:
         """What of images the projection gets, in the tower's dtype."""
+        if pixel_values.dtype == jnp.uint8:
+            if self.normalization is None:
+                raise UserError(
+                    "pixel_values are bytes; give them as the model's image processor makes them, float32."
+                )
+            pixel_values = self.normalization(pixel_values)
         return self.vision_model(pixel_values, deterministic=deterministic).pooled
 
     def pool_text(
@@ -164,7 +174,7 @@ class DualEncoderModule(nn.Module):
         return output.last_hidden_state[:, 0] if self.text_first_token else output.pooled
 
     def encode_image(
-        self, pixel_values: Float[Array, "B H W C"], *, deterministic: bool = True
+        self, pixel_values: Pixels, *, deterministic: bool = True
     ) -> Float[Array, "B E"]:
         """The embeddings of what `pool_image` takes: projected, not normalised, float32."""
         return self.project_image(self.pool_image(pixel_values, deterministic=deterministic))

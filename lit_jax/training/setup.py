@@ -189,7 +189,6 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
         module = build_dual_encoder(
             towers.hf_config["vision_config"], towers.hf_config["text_config"], config.model
         )
-    module = module.with_remat(config.remat).pooled_only()
     image_transform = ImageTransform.from_folder(
         towers.image_folder,
         image_size=config.data.image_size,
@@ -200,6 +199,8 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
         rand_augment=config.data.rand_augment,
         reduced_jpeg=config.data.reduced_jpeg,
     )
+    module = module.with_remat(config.remat).pooled_only()
+    module = module.clone(normalization=image_transform.normalization)
     if (config.data.views or 1) > 1 and not image_transform.is_random:
         raise UserError(
             f"config.data.views={config.data.views}, but without an augmentation all views of an image are "
@@ -234,7 +235,7 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
 
 def example_batch(image_transform: ImageTransform, tokenizer: Any) -> dict[str, jax.Array]:
     """The smallest batch: enough to shape the parameters."""
-    pixels = np.zeros((1, *image_transform.output_shape), np.float32)
+    pixels = np.zeros((1, *image_transform.output_shape), np.uint8)
     batch = {"pixel_values": pixels, **tokenize(tokenizer, ["a"])}
     return {name: jnp.asarray(array) for name, array in batch.items()}
 

@@ -18,8 +18,8 @@ MAX_TEXT_LENGTH = 24
 
 
 def train(transform: ImageTransform, image: Any, seed: int | np.random.Generator = 0) -> np.ndarray:
-    """What the tower gets of an image in training."""
-    return transform.normalise([transform.train(image, np.random.default_rng(seed))])[0]
+    """uint8 HxWx3."""
+    return transform.train(image, np.random.default_rng(seed))
 
 
 @pytest.fixture(scope="session")

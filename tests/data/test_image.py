@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -79,11 +80,18 @@ FAMILIES = {
 def assert_equal_to_processor(folder: Path, image: np.ndarray, image_size: int | None = None):
     transform = ImageTransform.from_folder(folder, image_size=image_size)
     processor = load_processor(folder, image_size=image_size)
-    expected = processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
-    result = transform.eval(image)
-    assert result.dtype == np.float32
-    assert result.shape == transform.output_shape
-    np.testing.assert_array_equal(result, expected.transpose(1, 2, 0))
+    expected_3xHxW = processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
+    pixels_HxWx3 = transform.eval(image)
+    assert pixels_HxWx3.dtype == np.uint8
+    assert pixels_HxWx3.shape == transform.output_shape
+    as_is = {"do_resize": False, "do_center_crop": False}
+    same = processor(Image.fromarray(pixels_HxWx3), return_tensors="np", **as_is)
+    np.testing.assert_array_equal(same["pixel_values"][0], expected_3xHxW)
+    normalised_HxWx3 = np.asarray(jax.jit(transform.normalization)(pixels_HxWx3))
+    assert normalised_HxWx3.dtype == np.float32
+    black_and_white = transform.normalization(np.array([[0] * 3, [255] * 3], np.uint8))
+    difference = np.abs(normalised_HxWx3.transpose(2, 0, 1) - expected_3xHxW).max()
+    assert difference <= 1e-6 * np.abs(black_and_white).max()
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -93,7 +101,9 @@ def assert_equal_to_processor(folder: Path, image: np.ndarray, image_size: int |
     width=st.integers(1, 60),
     seed=st.integers(0, 99),
 )
-def test_eval_is_the_processor_bit_for_bit(processor_folder, noise, processor, height, width, seed):
+def test_pixels_are_the_processors_bit_for_bit_and_normalised_to_a_millionth(
+    processor_folder, noise, processor, height, width, seed
+):
     assert_equal_to_processor(processor_folder(**processor), noise(height, width, 3, seed=seed))
 
 
@@ -341,6 +351,4 @@ def test_transform_needs_no_heavy_library_in_a_worker(image_transform, noise, tm
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    np.testing.assert_array_equal(
-        np.array(json.loads(result.stdout), np.float32), image_transform.eval(noise(9, 8, 3))
-    )
+    np.testing.assert_array_equal(json.loads(result.stdout), image_transform.eval(noise(9, 8, 3)))

@@ -99,7 +99,7 @@ def assert_equal(batches, others):
 def test_batch_has_what_the_model_takes(source, open_stream):
     batch = next(open_stream(source, batch_size=6))
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
-        "pixel_values": ((6, 6, 5, 3), np.float32),
+        "pixel_values": ((6, 6, 5, 3), np.uint8),
         "input_ids": ((6, 24), np.int32),
         "attention_mask": ((6, 24), np.int32),
         "token_type_ids": ((6, 24), np.int32),

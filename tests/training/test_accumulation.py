@@ -31,7 +31,7 @@ def random_batch(setup):
     rng, example = np.random.default_rng(0), example_batch(setup.image_transform, setup.tokenizer)
     batch = {name: jnp.concatenate([leaf] * BATCH_SIZE) for name, leaf in example.items()}
     pixels, ids = batch["pixel_values"], batch["input_ids"]
-    pixels = jnp.asarray(rng.normal(size=pixels.shape).astype(np.float32))
+    pixels = jnp.asarray(rng.integers(0, 256, pixels.shape, np.uint8))
     ids = jnp.asarray(rng.integers(1, 9, ids.shape, np.int32))
     return {**batch, "pixel_values": pixels, "input_ids": ids}
 

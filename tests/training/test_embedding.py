@@ -143,7 +143,8 @@ def test_eight_devices_embed_as_one_does_and_as_the_tower_does(make, tmp_path, m
         if i != BAD
     ]
     expected = jax.jit(plan.setup.module.vision_model.apply)(
-        {"params": frozen["vision_model"]}, np.stack(pixels)
+        {"params": frozen["vision_model"]},
+        plan.setup.image_transform.normalization(np.stack(pixels)),
     ).pooled
     for read in (one, eight):
         rows = np.concatenate([read[i] for i in range(EXAMPLES) if i != BAD])

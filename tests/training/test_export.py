@@ -51,7 +51,9 @@ def our_logits(folder):
 
 def compute_logits(module, params, tokens, transform):
     source = DemoSource("unseen")
-    pixels = np.stack([transform.eval(source[i]["image"]) for i in range(3)])
+    pixels = transform.normalization(
+        np.stack([transform.eval(source[i]["image"]) for i in range(3)])
+    )
     output = jax.jit(module.apply)({"params": params}, {"pixel_values": pixels, **tokens})
     return np.exp(output.logit_scale) * output.image_embeds @ output.text_embeds.T
 

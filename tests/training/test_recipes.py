@@ -95,7 +95,9 @@ def test_a_recipe_from_training_to_pytorch(name, tmp_path, monkeypatch, one_devi
 def logits(module, params, folder):
     source, transform = DemoSource("unseen"), ImageTransform.from_folder(folder)
     tokens = tokenize(load_tokenizer(folder, max_length=24), TEXTS)
-    pixels = np.stack([transform.eval(source[i]["image"]) for i in range(3)])
+    pixels = transform.normalization(
+        np.stack([transform.eval(source[i]["image"]) for i in range(3)])
+    )
     output = jax.jit(module.apply)({"params": params}, {"pixel_values": pixels, **tokens})
     values = np.exp(output.logit_scale) * output.image_embeds @ output.text_embeds.T
     return values if output.logit_bias is None else values + output.logit_bias

@@ -1,0 +1,32 @@
+"""What an image processor makes of a pixel's value."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    """value * scale + offset, a pair of these for each channel: transformers' rescale and normalize in one.
+
+    Both are float32 and differ by their rounding.
+    """
+
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+
+    @classmethod
+    def through(
+        cls, black_C: Float[np.ndarray, " C"], white_C: Float[np.ndarray, " C"]
+    ) -> "Normalization":
+        """That which makes `black_C` of 0 and `white_C` of 255."""
+        scale_C = (white_C.astype(np.float64) - black_C) / 255
+        return cls(tuple(scale_C.tolist()), tuple(black_C.tolist()))
+
+    def __call__(self, pixels: UInt8[Any, "*rest C"]) -> Float[Any, "*rest C"]:
+        """float32; of an array of JAX or of NumPy, as worker processes have no JAX."""
+        ones = (1,) * (pixels.ndim - 1)
+        scale, offset = (np.float32(x).reshape(*ones, -1) for x in (self.scale, self.offset))
+        return pixels.astype(np.float32) * scale + offset
