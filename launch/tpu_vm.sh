@@ -93,10 +93,17 @@ $(printf '%q ' "${command[@]}")< /dev/null > /dev/null 2>&1 &)"
 
 logs() { tpus tpu-vm ssh "${nodes[0]}" --worker=0 --command='tail -n 100 -F run.log'; }
 
-# The loop first, or it would start the command again.
-stop() { everywhere 'pkill -f launch/restart.s[h]; pkill -TERM -f "python.* -m lit_jax[.]" || true'; }
+# The loop first, or it would start the command again. Its shell ends with it, and can leave no exit code itself.
+stop() {
+    everywhere 'pkill -f launch/restart.s[h] && echo 143 > run.exit; pkill -TERM -f "python.* -m lit_jax[.]" || true'
+}
 
 delete() { tpus queued-resources delete "$name" --force --quiet; }
+
+# The exit code of the command in a slice; 'none' if it neither runs nor has ended there; nothing as long as it runs.
+left() {
+    tpus tpu-vm ssh "$1" --worker=0 --command="flock -n run.lock sh -c 'cat run.exit || echo none'" 2>/dev/null || true
+}
 
 keep() {
     ((${#command[@]})) || fail "there is no command behind --"
@@ -104,7 +111,14 @@ keep() {
         if create && install && run; then
             [[ $dry_run ]] && break
             while [[ $(state) == ACTIVE ]]; do
-                code=$(tpus tpu-vm ssh "${nodes[0]}" --worker=0 --command='cat run.exit' 2>/dev/null) && exit "$code"
+                for node in "${nodes[@]}"; do
+                    code=$(left "$node")
+                    [[ $node == "${nodes[0]}" && $code =~ ^[0-9]+$ ]] && exit "$code"
+                    [[ $code == none ]] || continue
+                    # For a lost slice of several Google makes a new one, and restarts the machines of the others.
+                    { install && run; } || true
+                    break
+                done
                 sleep 60
             done
         fi

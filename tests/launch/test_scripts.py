@@ -123,6 +123,43 @@ def test_tpu_vm_reaches_the_machines_of_all_slices():
     assert {"lit-0", "--worker=0"} < set(shlex.split(follow))
 
 
+def test_tpu_vm_starts_again_in_a_slice_that_came_back_empty(tmp_path):
+    """gcloud is a stand-in: a slice is a folder. The second one is lost while the first waits for it."""
+    gcloud = """
+        for word; do case $word in
+            --command=*) command=${word#--command=} ;;
+            lit-?*) folder=$SLICES/${word%%:*} ;;
+        esac; done
+        case $4 in
+            describe) echo ACTIVE ;;
+            scp) mkdir -p "$folder/lit_jax"; cp -r launch "$folder/lit_jax"; echo >> "$folder/copied" ;;
+            ssh)
+                cd "$folder"
+                case "$command $folder" in
+                    *requirements.lock*) exit ;;
+                    *restart.sh*lit-1) [ -e lost ] || exec touch lost ;;
+                esac
+                exec bash -c "$command" ;;
+        esac"""
+    for name, body in (("gcloud", gcloud), ("sleep", "exec /bin/sleep 0.2")):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    keep = next(words for words in of_script("tpu_vm.sh") if words[1] == "keep")
+    together = (
+        "echo >> ../../started; until [ $(wc -l < ../../started) = 2 ]; do sleep 1; done; exit 2"
+    )
+    result = launch(
+        *keep[: keep.index("--")],
+        "--slices=2",
+        *("--", "timeout", "30", "bash", "-c", together),
+        env=with_tools(tmp_path) | {"SLICES": str(tmp_path), "TMPDIR": str(tmp_path)},
+    )
+    assert result.returncode == BAD_INPUT, result.stderr
+    assert (tmp_path / "started").read_text() == "\n" * 2
+    for node in ("lit-0", "lit-1"):
+        assert (tmp_path / node / "copied").read_text() == "\n" * 2
+
+
 def test_slurm_submits_itself_with_time_to_save():
     (words,) = of_script("slurm.sh")
     submit, start = (shlex.split(line) for line in dry(words).splitlines())
