@@ -2,19 +2,20 @@
 # A run on Google Kubernetes Engine, as a JobSet (https://jobset.sigs.k8s.io, to be installed in the cluster):
 #
 #     launch/gke.sh --name=NAME --image=IMAGE --claim=VOLUME_CLAIM --accelerator=LABEL --nodes=N --chips=CHIPS_OF_A_NODE
-#                   [--topology=4x4] [--spot] [--dry-run] -- command...
+#                   [--topology=4x4] [--slices=N] [--spot] [--dry-run] -- command...
 #
-# With --topology the accelerator is a TPU (tpu-v5-lite-podslice), else a GPU (nvidia-h100-80gb). The claim is mounted
-# as /runs in all pods. A pod that is stopped or left alone starts all of them again; after an error none is.
+# With --topology the accelerator is a TPU (tpu-v5-lite-podslice), else a GPU (nvidia-h100-80gb). With --slices the
+# run has N slices of that topology, and --nodes are those of one. The claim is mounted as /runs in all pods. A pod
+# that is stopped or left alone starts all of them again; after an error none is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/again.sh
 
-name='' image='' claim='' accelerator='' nodes='' chips='' topology='' spot='' dry_run=''
+name='' image='' claim='' accelerator='' nodes='' chips='' topology='' slices=1 spot='' dry_run=''
 while (($#)); do
     case $1 in
     --) shift && break ;;
-    --name=* | --image=* | --claim=* | --accelerator=* | --nodes=* | --chips=* | --topology=*)
+    --name=* | --image=* | --claim=* | --accelerator=* | --nodes=* | --chips=* | --topology=* | --slices=*)
         key=${1%%=*}
         printf -v "${key#--}" '%s' "${1#*=}"
         ;;
@@ -27,12 +28,21 @@ done
 for key in name image claim accelerator nodes chips; do
     [[ ${!key} ]] || fail "--$key is missing"
 done
+[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices='$slices' is no number of slices"
+if ((slices > 1)); then
+    [[ $topology ]] || fail "--slices are of TPUs; give their --topology, too"
+    [[ $nodes != 1 ]] || fail "GKE joins no slices of a single node; give a larger --topology, and its --nodes"
+fi
 (($#)) || fail "there is no command behind --"
 
+placement=''
 if [[ $topology ]]; then
     resource=google.com/tpu label=cloud.google.com/gke-tpu-accelerator
-    # GKE itself tells the processes on TPUs of each other.
+    # GKE itself tells the processes on TPUs of each other, and which slice is theirs.
     environment=''
+    # A slice of several nodes is a node pool; of two with the same topology, both would get some of its pods.
+    [[ $nodes == 1 ]] || placement="
+  annotations: {alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool}"
 else
     resource=nvidia.com/gpu label=cloud.google.com/gke-accelerator
     environment="
@@ -49,7 +59,7 @@ arguments=$(python3 -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@")
 manifest="apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: $name
+  name: $name$placement
 spec:
   failurePolicy:
     maxRestarts: 1000
@@ -57,7 +67,7 @@ spec:
     - {action: FailJobSet, onJobFailureReasons: [PodFailurePolicy]}
   replicatedJobs:
   - name: workers
-    replicas: 1
+    replicas: $slices
     template:
       spec:
         parallelism: $nodes

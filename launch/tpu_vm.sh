@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU slice, from your own machine, by gcloud:
+# A run on a Cloud TPU slice, or on several, from your own machine, by gcloud:
 #
-#     launch/tpu_vm.sh ACTION --name=NAME --zone=ZONE --type=TYPE --runtime=VERSION [--project=ID] [--spot]
-#                      [--dry-run] [-- command...]
+#     launch/tpu_vm.sh ACTION --name=NAME --zone=ZONE --type=TYPE --runtime=VERSION [--slices=N] [--project=ID]
+#                      [--spot] [--dry-run] [-- command...]
 #
-#     create    asks for the slice, and waits until it is there
+#     create    asks for the slice, or for N of its type, NAME-0, NAME-1 ..., and waits until all are there
 #     install   copies this commit to all its machines, and installs it
 #     run       starts the command on all of them; it goes on when this connection ends, and after exit code 75 or 76
 #     logs      follows what the first machine prints
@@ -12,14 +12,14 @@
 #     delete    gives the slice back
 #     keep      all of it: create, install, run, and again if the slice is taken away, until the command is done
 #
-# Each action can be given again: what is there already is left as it is.
+# Each action can be given again, with the same --slices: what is there already is left as it is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/again.sh
 
 action=${1:-}
 (($#)) && shift
-name='' zone='' type='' runtime='' project='' spot='' dry_run=''
+name='' zone='' type='' runtime='' slices=1 project='' spot='' dry_run=''
 while (($#)); do
     case $1 in
     --) shift && break ;;
@@ -27,6 +27,7 @@ while (($#)); do
     --zone=*) zone=${1#*=} ;;
     --type=*) type=${1#*=} ;;
     --runtime=*) runtime=${1#*=} ;;
+    --slices=*) slices=${1#*=} ;;
     --project=*) project=${1#*=} ;;
     --spot) spot=1 ;;
     --dry-run) dry_run=1 ;;
@@ -38,7 +39,15 @@ command=("$@")
 where=("--zone=$zone" ${project:+"--project=$project"})
 
 tpus() { step gcloud compute tpus "$@" "${where[@]}"; }
-everywhere() { tpus tpu-vm ssh "$name" --worker=all --command="$1"; }
+
+# The rest goes on if a slice cannot be reached.
+everywhere() {
+    local node code=0
+    for node in "${nodes[@]}"; do
+        tpus tpu-vm ssh "$node" --worker=all --command="$1" || code=$?
+    done
+    return "$code"
+}
 
 # ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED (taken away) ...; nothing if there is none.
 state() {
@@ -48,7 +57,10 @@ state() {
 create() {
     [[ $type && $runtime ]] || fail "create needs --type (as v5litepod-16) and --runtime (as v2-alpha-tpuv5-lite)"
     if [[ $dry_run || ! $(state) ]]; then
-        tpus queued-resources create "$name" "--node-id=$name" "--accelerator-type=$type" \
+        # With a count Google tells the machines of the other slices (MEGASCALE_...), which JAX reads.
+        local asked=("--node-id=$name")
+        ((slices == 1)) || asked=("--node-count=$slices" "--node-prefix=$name")
+        tpus queued-resources create "$name" "${asked[@]}" "--accelerator-type=$type" \
             "--runtime-version=$runtime" ${spot:+--spot} || fail "the slice cannot be asked for"
     fi
     until [[ $dry_run || $(state) == ACTIVE ]]; do
@@ -61,7 +73,10 @@ install() {
     # Named after the slice: another one may be installed at the same time.
     archive=${TMPDIR:-/tmp}/$name.tar.gz
     step git archive "--output=$archive" HEAD || return 1
-    tpus tpu-vm scp "$archive" "$name:lit_jax.tar.gz" --worker=all || return 1
+    local node
+    for node in "${nodes[@]}"; do
+        tpus tpu-vm scp "$archive" "$node:lit_jax.tar.gz" --worker=all || return 1
+    done
     # The images of TPU machines have an older Python than lit_jax needs; uv brings its own.
     everywhere 'mkdir -p lit_jax && tar -xzf lit_jax.tar.gz -C lit_jax && cd lit_jax &&
 python3 -m pip install --quiet --user uv && { [ -d .venv ] || python3 -m uv venv --quiet --python=3.11 .venv; } &&
@@ -76,12 +91,19 @@ run() {
 $(printf '%q ' "${command[@]}")< /dev/null > /dev/null 2>&1 &)"
 }
 
-logs() { tpus tpu-vm ssh "$name" --worker=0 --command='tail -n 100 -F run.log'; }
+logs() { tpus tpu-vm ssh "${nodes[0]}" --worker=0 --command='tail -n 100 -F run.log'; }
 
-# The loop first, or it would start the command again.
-stop() { everywhere 'pkill -f launch/restart.s[h]; pkill -TERM -f "python.* -m lit_jax[.]" || true'; }
+# The loop first, or it would start the command again. Its shell ends with it, and can leave no exit code itself.
+stop() {
+    everywhere 'pkill -f launch/restart.s[h] && echo 143 > run.exit; pkill -TERM -f "python.* -m lit_jax[.]" || true'
+}
 
 delete() { tpus queued-resources delete "$name" --force --quiet; }
+
+# The exit code of the command in a slice; 'none' if it neither runs nor has ended there; nothing as long as it runs.
+left() {
+    tpus tpu-vm ssh "$1" --worker=0 --command="flock -n run.lock sh -c 'cat run.exit || echo none'" 2>/dev/null || true
+}
 
 keep() {
     ((${#command[@]})) || fail "there is no command behind --"
@@ -89,7 +111,14 @@ keep() {
         if create && install && run; then
             [[ $dry_run ]] && break
             while [[ $(state) == ACTIVE ]]; do
-                code=$(tpus tpu-vm ssh "$name" --worker=0 --command='cat run.exit' 2>/dev/null) && exit "$code"
+                for node in "${nodes[@]}"; do
+                    code=$(left "$node")
+                    [[ $node == "${nodes[0]}" && $code =~ ^[0-9]+$ ]] && exit "$code"
+                    [[ $code == none ]] || continue
+                    # For a lost slice of several Google makes a new one, and restarts the machines of the others.
+                    { install && run; } || true
+                    break
+                done
                 sleep 60
             done
         fi
@@ -104,4 +133,10 @@ create | install | run | logs | stop | delete | keep) ;;
 *) fail "'$action' is no action; known are create, install, run, logs, stop, delete, keep" ;;
 esac
 [[ $name && $zone ]] || fail "$action needs --name and --zone"
+[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices='$slices' is no number of slices"
+nodes=("$name") # Cloud TPU's word for a slice
+if ((slices > 1)); then
+    nodes=()
+    for ((i = 0; i < slices; i++)); do nodes+=("$name-$i"); done
+fi
 "$action"

@@ -26,7 +26,7 @@ def initialize() -> None:
     """Joins the run's processes; call before anything touches a device.
 
     Connects to JAX_COORDINATOR_ADDRESS (host:port) as number JAX_PROCESS_ID of JAX_NUM_PROCESSES if these are
-    in the environment. Else JAX looks for a TPU slice, Slurm, Open MPI or Kubernetes job; if it finds
+    in the environment. Else JAX looks for TPU slices, Slurm, Open MPI or Kubernetes job; if it finds
     none, this process is the only one. From here on, all end if one does; see lifeline.py. If some do not
     come at all, this process ends with 76 after five minutes.
     """

@@ -1,4 +1,4 @@
-"""What test_lifeline.py runs in each of three processes: collectives without end, and an end of its own."""
+"""What test_lifeline.py runs in each of several processes: collectives without end, and an end of its own."""
 
 import os
 import signal

@@ -47,6 +47,37 @@ def test_the_end_of_one_process_is_that_of_all(how, who):
     assert ("Traceback" in result.stderr) == (how == "bug")
 
 
+def test_the_processes_of_several_slices_find_each_other():
+    """By what Google tells the pods of two slices with two machines each; JAX numbers them slice by slice."""
+    together = {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_FORCE_TPU_INIT": "1",  # lets JAX take this machine for one with TPUs
+        "JAX_COORDINATOR_PORT": str(portpicker.pick_unused_port()),
+        "TPU_WORKER_HOSTNAMES": "localhost,localhost",
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080",
+        "MEGASCALE_NUM_SLICES": "2",
+    }
+    script = Path(__file__).with_name("one_of_three_processes.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, "kill", "2"],
+            env=os.environ
+            | together
+            | {"MEGASCALE_SLICE_ID": str(number // 2), "TPU_WORKER_ID": str(number % 2)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(4)
+    ]
+    said = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [GONE, GONE, -signal.SIGKILL, GONE], (
+        said
+    )
+    for number in (0, 1, 3):
+        assert ENDS["kill"][1].format(2) in said[number].splitlines()
+
+
 @pytest.mark.parametrize("index", ["0", "1"])
 def test_where_another_process_never_comes_the_wait_has_an_end_and_a_sentence(index):
     result = subprocess.run(

@@ -104,6 +104,62 @@ def test_tpu_vm_says_each_action(action):
     assert "gcloud compute tpus" in dry([keep[0], action, *keep[2:]])
 
 
+def test_tpu_vm_reaches_the_machines_of_all_slices():
+    keep = next(words for words in of_script("tpu_vm.sh") if words[1] == "keep")
+    create, _, *lines = (
+        shlex.split(line) for line in dry([*keep[:2], "--slices=2", *keep[2:]]).splitlines()
+    )
+    assert {"--node-count=2", "--node-prefix=lit"} < set(create)
+    assert not any("--node-id" in word for word in create)
+    reached = [
+        word.partition(":")[0]
+        for line in lines
+        for word in line
+        if re.fullmatch(r"lit-\d(:.*)?", word)
+    ]
+    assert reached == ["lit-0", "lit-1"] * 3  # copied to, installed on, started on
+    assert all("--worker=all" in line for line in lines)
+    (follow,) = dry([keep[0], "logs", "--slices=2", *keep[2:]]).splitlines()
+    assert {"lit-0", "--worker=0"} < set(shlex.split(follow))
+
+
+def test_tpu_vm_starts_again_in_a_slice_that_came_back_empty(tmp_path):
+    """gcloud is a stand-in: a slice is a folder. The second one is lost while the first waits for it."""
+    gcloud = """
+        for word; do case $word in
+            --command=*) command=${word#--command=} ;;
+            lit-?*) folder=$SLICES/${word%%:*} ;;
+        esac; done
+        case $4 in
+            describe) echo ACTIVE ;;
+            scp) mkdir -p "$folder/lit_jax"; cp -r launch "$folder/lit_jax"; echo >> "$folder/copied" ;;
+            ssh)
+                cd "$folder"
+                case "$command $folder" in
+                    *requirements.lock*) exit ;;
+                    *restart.sh*lit-1) [ -e lost ] || exec touch lost ;;
+                esac
+                exec bash -c "$command" ;;
+        esac"""
+    for name, body in (("gcloud", gcloud), ("sleep", "exec /bin/sleep 0.2")):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    keep = next(words for words in of_script("tpu_vm.sh") if words[1] == "keep")
+    together = (
+        "echo >> ../../started; until [ $(wc -l < ../../started) = 2 ]; do sleep 1; done; exit 2"
+    )
+    result = launch(
+        *keep[: keep.index("--")],
+        "--slices=2",
+        *("--", "timeout", "30", "bash", "-c", together),
+        env=with_tools(tmp_path) | {"SLICES": str(tmp_path), "TMPDIR": str(tmp_path)},
+    )
+    assert result.returncode == BAD_INPUT, result.stderr
+    assert (tmp_path / "started").read_text() == "\n" * 2
+    for node in ("lit-0", "lit-1"):
+        assert (tmp_path / node / "copied").read_text() == "\n" * 2
+
+
 def test_slurm_submits_itself_with_time_to_save():
     (words,) = of_script("slurm.sh")
     submit, start = (shlex.split(line) for line in dry(words).splitlines())
@@ -114,14 +170,23 @@ def test_slurm_submits_itself_with_time_to_save():
     assert submit[-len(command) :] == start[-len(command) :] == command
 
 
-@pytest.mark.parametrize("kind", ["tpu", "gpu"])
-def test_gke_writes_a_jobset(kind):
-    words = next(
+def for_gke(kind):
+    return next(
         w for w in of_script("gke.sh") if any("--topology" in x for x in w) == (kind == "tpu")
     )
+
+
+@pytest.mark.parametrize(("kind", "slices"), [("tpu", 1), ("tpu", 2), ("gpu", 1)])
+def test_gke_writes_a_jobset(kind, slices):
+    words = for_gke(kind)
+    words.insert(1, f"--slices={slices}")
     manifest = yaml.safe_load(dry(words))
     assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    placement = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    assert manifest["metadata"].get("annotations") == (placement if kind == "tpu" else None)
+    (replicated,) = manifest["spec"]["replicatedJobs"]
+    assert replicated["replicas"] == slices
+    job = replicated["template"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
     assert container["command"] == words[words.index("--") + 1 :]
     given = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
@@ -134,6 +199,28 @@ def test_gke_writes_a_jobset(kind):
     assert rule["onExitCodes"]["values"] == [FAILED, BAD_INPUT]
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_gke_keeps_a_slice_of_several_nodes_together(nodes):
+    words = [f"--nodes={nodes}" if "--nodes" in word else word for word in for_gke("tpu")]
+    assert ("annotations" in yaml.safe_load(dry(words))["metadata"]) == (nodes > 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("tpu", ["--slices=0"], "no number of slices"),
+        ("gpu", ["--slices=2"], "give their --topology"),
+        ("tpu", ["--slices=2", "--nodes=1"], "slices of a single node"),
+    ],
+)
+def test_gke_refuses_slices_that_cannot_be(kind, changes, message):
+    words = for_gke(kind)
+    at = words.index("--")
+    result = launch(*words[:at], *changes, *words[at:])
+    assert result.returncode == BAD_INPUT
+    assert re.fullmatch(f"error: .*{message}.*\n", result.stderr)
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -143,6 +230,7 @@ def test_gke_writes_a_jobset(kind):
         ("restart.sh", "true"),
         ("tpu_vm.sh", "make", "--name=a"),
         ("tpu_vm.sh", "run", "--name=a", "--zone=b"),
+        ("tpu_vm.sh", "logs", "--name=a", "--zone=b", "--slices=two"),
         ("slurm.sh", "--gpus=", "--", "true"),
         ("gke.sh", "--name=a", "--", "true"),
     ],
