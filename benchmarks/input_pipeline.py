@@ -11,10 +11,10 @@ box of at least half of the area and resizes it: no caption, no batch. "whole lo
 training step takes: the pixels stacked, and token ids by one call of the tokenizer for each batch; its
 captions lie ready. lit_jax's TrainStream also shuffles, reads each caption from its file and replaces bad
 samples: on one thread of this process, and in one and two worker processes of one thread, from which batches
-come through shared memory. What was read ahead is not measured at either end: before, as many batches are taken as can lie
-ready. In turn, `repeats` times `images` rows. Prints median images/s on the clock, spread (half the distance
-between quartiles), and two ratios to the loop: of images/s, and of images per second of processor time, over
-all processes: what a core is worth, on a busy machine too.
+come through shared memory. What was read ahead is not measured at either end: before, as many batches are
+taken as can lie ready. In turn, `repeats` times `images` rows. Prints median images/s on the clock, spread
+(half the distance between quartiles), and two ratios to the loop: of images/s, and of images per second of
+processor time, over all processes: what a core is worth, on a busy machine too.
 """
 
 import argparse

@@ -28,5 +28,7 @@ class Normalization:
     def __call__(self, pixels: UInt8[Any, "*rest C"]) -> Float[Any, "*rest C"]:
         """float32; of an array of JAX or of NumPy, as worker processes have no JAX."""
         ones = (1,) * (pixels.ndim - 1)
-        scale, offset = (np.float32(x).reshape(*ones, -1) for x in (self.scale, self.offset))
+        scale, offset = (
+            np.asarray(x, np.float32).reshape(*ones, -1) for x in (self.scale, self.offset)
+        )
         return pixels.astype(np.float32) * scale + offset

@@ -4,6 +4,10 @@ Each device keeps its own images and meets the texts of all devices, which trave
 mesh with what they have gathered so far. One tile of logits exists at a time, of at most TILE x TILE. The
 gradient of the softmax computes the tiles once more instead of keeping them.
 
+Each of several slices has a ring of its own. Beside a round in it, every device hands its texts to the device
+of the same place in the next slice: the slower network between slices has the time of a round for what a ring
+of all devices would send through it at every step.
+
 Dims: B global batch, D embedding, b rows of one device, T tiles of them, R rows of a tile.
 """
 
@@ -33,10 +37,11 @@ def lean_softmax_loss(
     logit_bias: Scalar | None = None,
     *,
     label_smoothing: float = 0.0,
+    slices: int = 1,
 ) -> Scalar:
-    """`losses.softmax_loss`; like there, a bias has no effect."""
+    """`losses.softmax_loss`; like there, a bias has no effect. `slices`: see `_meet`."""
     del logit_bias
-    function = functools.partial(_softmax, label_smoothing=label_smoothing)
+    function = functools.partial(_softmax, label_smoothing=label_smoothing, slices=slices)
     zimg_BxD, ztxt_BxD = zimg_BxD.astype(jnp.float32), ztxt_BxD.astype(jnp.float32)
     return _differentiable(function, zimg_BxD, ztxt_BxD, logit_scale)
 
@@ -46,11 +51,14 @@ def lean_sigmoid_loss(
     ztxt_BxD: Embeddings,
     logit_scale: Scalar,
     logit_bias: Scalar | None = None,
+    *,
+    slices: int = 1,
 ) -> Scalar:
-    """`losses.sigmoid_loss`."""
+    """`losses.sigmoid_loss`. `slices`: see `_meet`."""
     bias = jnp.float32(0) if logit_bias is None else logit_bias
     zimg_BxD, ztxt_BxD = zimg_BxD.astype(jnp.float32), ztxt_BxD.astype(jnp.float32)
-    return _differentiable(_sigmoid, zimg_BxD, ztxt_BxD, logit_scale, bias)
+    function = functools.partial(_sigmoid, slices=slices)
+    return _differentiable(function, zimg_BxD, ztxt_BxD, logit_scale, bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -108,7 +116,12 @@ _Gathered = Any
 
 
 def _softmax(
-    zimg_BxD: Embeddings, ztxt_BxD: Embeddings, logit_scale: Scalar, *, label_smoothing: float
+    zimg_BxD: Embeddings,
+    ztxt_BxD: Embeddings,
+    logit_scale: Scalar,
+    *,
+    label_smoothing: float,
+    slices: int,
 ) -> tuple[Scalar, tuple[Array, ...]]:
     """The value, and the gradients of the three arrays."""
     count, scale = len(zimg_BxD), jnp.exp(logit_scale)
@@ -132,10 +145,9 @@ def _softmax(
         return exact_dot(gradient_RxR, text.z), exact_dot(gradient_RxR.T, image.z)
 
     images, texts = _rows(zimg_BxD), _rows(ztxt_BxD)
-    (image_sum, target_B), text_sum = _meet(sums_of, images, texts)
-    gimg_BxD, gtxt_BxD = _meet(
-        gradients_of, images._replace(log_sum=image_sum), texts._replace(log_sum=text_sum)
-    )
+    (image_sum, target_B), text_sum = _meet(sums_of, images, texts, slices)
+    images, texts = images._replace(log_sum=image_sum), texts._replace(log_sum=text_sum)
+    gimg_BxD, gtxt_BxD = _meet(gradients_of, images, texts, slices)
     losses_B = (image_sum.minus(target_B) + text_sum.minus(target_B)) / 2
     if label_smoothing:  # the mean of all logits is the logit of the mean image and the mean text
         mean = scale * (zimg_BxD.mean(0) * ztxt_BxD.mean(0)).sum()
@@ -145,7 +157,12 @@ def _softmax(
 
 
 def _sigmoid(
-    zimg_BxD: Embeddings, ztxt_BxD: Embeddings, logit_scale: Scalar, logit_bias: Scalar
+    zimg_BxD: Embeddings,
+    ztxt_BxD: Embeddings,
+    logit_scale: Scalar,
+    logit_bias: Scalar,
+    *,
+    slices: int,
 ) -> tuple[Scalar, tuple[Array, ...]]:
     """The value, and the gradients of the four arrays."""
     count, scale = len(zimg_BxD), jnp.exp(logit_scale)
@@ -161,7 +178,8 @@ def _sigmoid(
         gtxt_RxD = exact_dot(gradient_RxR.T, image.z)
         return (gimg_RxD, losses_RxR.sum(1), gradient_RxR.sum(1)), gtxt_RxD
 
-    (gimg_BxD, losses_B, gbias_B), gtxt_BxD = _meet(gradients_of, _rows(zimg_BxD), _rows(ztxt_BxD))
+    images, texts = _rows(zimg_BxD), _rows(ztxt_BxD)
+    (gimg_BxD, losses_B, gbias_B), gtxt_BxD = _meet(gradients_of, images, texts, slices)
     gimg_BxD, gtxt_BxD = gimg_BxD * (scale / count), gtxt_BxD * (scale / count)
     gradients = gimg_BxD, gtxt_BxD, (zimg_BxD * gimg_BxD).sum(), gbias_B.mean()
     return losses_B.mean(), gradients
@@ -180,29 +198,33 @@ def _is_real(image: _Rows, text: _Rows) -> Bool[Array, "R R"]:
 
 
 def _meet(
-    visit: Callable[[_Rows, _Rows], tuple[_Gathered, _Gathered]], images: _Rows, texts: _Rows
+    visit: Callable[[_Rows, _Rows], tuple[_Gathered, _Gathered]],
+    images: _Rows,
+    texts: _Rows,
+    slices: int,
 ) -> tuple[_Gathered, _Gathered]:
     """What every image gathers from all texts, and every text from all images; leaves are B... arrays.
 
-    `visit` says what the images and the texts of one tile gather from each other.
+    `visit` says what the images and the texts of one tile gather from each other. `slices`: of equally many
+    devices, into which the devices of the mesh fall in their order.
     """
     if not mesh_parts():
-        return _meet_in_ring(visit, images, texts, ring=1)
-    ring = functools.partial(_meet_in_ring, visit, ring=mesh_size())
+        return _meet_on_devices(visit, images, texts, slices=1, ring=1)
+    on_device = functools.partial(
+        _meet_on_devices, visit, slices=slices, ring=mesh_size() // slices
+    )
     # Not checked: what is gathered starts as constants, which to the checker are the same on all devices.
-    return jax.shard_map(ring, in_specs=BATCH, out_specs=BATCH, check_vma=False)(images, texts)
+    return jax.shard_map(on_device, in_specs=BATCH, out_specs=BATCH, check_vma=False)(images, texts)
 
 
-def _meet_in_ring(visit, images: _Rows, texts: _Rows, *, ring: int) -> tuple[_Gathered, _Gathered]:
+def _meet_on_devices(
+    visit, images: _Rows, texts: _Rows, *, slices: int, ring: int
+) -> tuple[_Gathered, _Gathered]:
     """`_meet`, of this device's rows: its texts, and what they have gathered, pass all devices once."""
     rows = len(images.number)
     images, texts = _tiles(images), _tiles(texts)
-    tile = jax.tree.map(lambda x: x[0], (images, texts))
+    count, tile = len(texts.number), jax.tree.map(lambda x: x[0], (images, texts))
     nothing_for_image, nothing_for_text = map(_nothing, jax.eval_shape(visit, *tile))
-
-    def pass_on(tree: Any) -> Any:
-        steps = [(device, (device - 1) % ring) for device in range(ring)]
-        return jax.lax.ppermute(tree, BATCH[0], steps) if ring > 1 else tree
 
     def meet_text(of_images: _Gathered, text: _Rows) -> tuple[_Gathered, _Gathered]:
         def meet_image(of_text: _Gathered, image: tuple[_Rows, _Gathered]) -> tuple:
@@ -212,18 +234,50 @@ def _meet_in_ring(visit, images: _Rows, texts: _Rows, *, ring: int) -> tuple[_Ga
         of_text, of_images = jax.lax.scan(meet_image, nothing_for_text, (images, of_images))
         return of_images, of_text
 
+    def here(of_images: _Gathered, texts: _Rows) -> tuple[_Gathered, _Gathered]:
+        return jax.lax.scan(meet_text, of_images, texts)
+
+    nothing_for_texts = _stack(nothing_for_text, count)
+    places = [divmod(device, ring) for device in range(slices * ring)]
+    in_ring = [part * ring + (place - 1) % ring for part, place in places]
+    between_slices = [(part - 1) % slices * ring + place for part, place in places]
+    in_slice = _round(here, nothing_for_texts, in_ring, ring)
+    everywhere = _round(in_slice, nothing_for_texts, between_slices, slices)
+    gathered = everywhere(_stack(nothing_for_image, count), texts)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], gathered)
+
+
+_Meeting = Callable[[_Gathered, _Rows], tuple[_Gathered, _Gathered]]
+
+
+def _round(
+    meet: _Meeting, nothing_for_texts: _Gathered, receivers: list[int], stops: int
+) -> _Meeting:
+    """From what happens on one device (or in one slice), to a round of the texts through all `stops` of them.
+
+    A meeting takes what this device's images have gathered, and texts; it returns the former with what these
+    texts add, and what the texts gather. `receivers` says to which device each one passes them on.
+    """
+    if stops == 1:
+        return meet
+    steps = list(enumerate(receivers))
+
+    def pass_on(tree: Any) -> Any:
+        return jax.lax.ppermute(tree, BATCH[0], steps)
+
     def step(carry: tuple[_Rows, _Gathered, _Gathered], _: None) -> tuple[tuple, None]:
         texts, of_images, of_texts = carry
         # No transfer waits for the tiles, nor they for it: texts travel ahead of what they have gathered.
         of_texts, next_texts = pass_on(of_texts), pass_on(texts)
-        of_images, to_texts = jax.lax.scan(meet_text, of_images, texts)
+        of_images, to_texts = meet(of_images, texts)
         return (next_texts, of_images, _add(of_texts, to_texts)), None
 
-    count = len(texts.number)
-    start = texts, _stack(nothing_for_image, count), _stack(nothing_for_text, count)
-    (_, of_images, of_texts), _ = jax.lax.scan(step, start, length=ring)
-    gathered = of_images, pass_on(of_texts)  # which are one device short of home
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], gathered)
+    def whole(of_images: _Gathered, texts: _Rows) -> tuple[_Gathered, _Gathered]:
+        start = texts, of_images, nothing_for_texts
+        (_, of_images, of_texts), _ = jax.lax.scan(step, start, length=stops)
+        return of_images, pass_on(of_texts)  # which are one device short of home
+
+    return whole
 
 
 def _tiles(tree: _Rows) -> _Rows:

@@ -80,8 +80,12 @@ def make_loss(
     *,
     form: Form = "auto",
     label_smoothing: float = 0.0,
+    slices: int = 1,
 ) -> Loss:
     """The loss that a config names, in the form that it names; 'auto' decides by the shapes.
+
+    `slices`: how many the mesh has, equally large and one after the other. The value is the same for any
+    number; between slices the lean form sends less.
 
     Raises UserError for label smoothing, or a form, where it has no meaning.
     """
@@ -96,8 +100,9 @@ def make_loss(
     options = {"label_smoothing": label_smoothing} if label_smoothing else {}
 
     def loss(zimg_BxD: Embeddings, *others: Any) -> Scalar:
-        lean = form == "lean" or (form == "auto" and pays_lean(len(zimg_BxD)))
-        return (LEAN if lean else CONTRASTIVE)[name](zimg_BxD, *others, **options)
+        if form == "lean" or (form == "auto" and pays_lean(len(zimg_BxD))):
+            return LEAN[name](zimg_BxD, *others, **options, slices=slices)
+        return CONTRASTIVE[name](zimg_BxD, *others, **options)
 
     return loss
 

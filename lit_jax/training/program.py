@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from lit_jax.config import Config
 from lit_jax.data.example import Example
 from lit_jax.data.readers import Batch, Inputs
-from lit_jax.distributed.mesh import batch_sharding
+from lit_jax.distributed.mesh import batch_sharding, by_slice
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import POOLED, Side
 from lit_jax.training.accumulation import accumulated, check_accumulation
@@ -51,7 +51,10 @@ class Program:
             config=config,
             setup=setup,
             loss=make_loss(
-                config.loss, form=config.loss_form, label_smoothing=config.label_smoothing
+                config.loss,
+                form=config.loss_form,
+                label_smoothing=config.label_smoothing,
+                slices=len(by_slice(list(setup.mesh.devices.flat))),
             ),
             schedule=schedule,
             optimizer=make_optimizer(config.optimizer, schedule, setup.policy),

@@ -1,5 +1,6 @@
 """The lean losses equal float64 NumPy in value and every gradient on every mesh, without a big buffer."""
 
+import functools
 import json
 import os
 import re
@@ -32,11 +33,11 @@ def mesh_of(sizes):
     return make_mesh(MeshConfig(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
 
 
-def both(*args, form="lean"):
+def both(*args, form="lean", slices=1):
     """{loss: (value, gradients of the four arguments)} of both losses, in one program."""
     found = {}
     for name, smoothing in (("softmax", SMOOTHING), ("sigmoid", 0.0)):
-        loss = make_loss(name, form=form, label_smoothing=smoothing)
+        loss = make_loss(name, form=form, label_smoothing=smoothing, slices=slices)
         found[name] = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(*args)
     return found
 
@@ -100,6 +101,7 @@ def test_value_and_gradients_equal_float64_on_every_mesh(sizes, monkeypatch):
 @settings(max_examples=8)
 @given(
     sizes=st.sampled_from(MESHES[2:]),
+    slices=st.sampled_from([1, 2, 4, 8]),
     rows=st.integers(1, 5),
     width=st.integers(1, 9),
     tile=st.integers(1, 6),
@@ -107,11 +109,17 @@ def test_value_and_gradients_equal_float64_on_every_mesh(sizes, monkeypatch):
     bias=st.floats(-20, 5),
     seed=st.integers(0, 99),
 )
-def test_any_batch_equals_float64(sizes, rows, width, tile, scale, bias, seed):
+def test_any_batch_equals_float64(sizes, slices, rows, width, tile, scale, bias, seed):
     args = (*embeddings(8 * rows, width, seed), np.float32(scale), np.float32(bias))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lean_losses, "TILE", tile)
-        assert_equal(on_mesh(sizes, both, *args), args)
+        assert_equal(on_mesh(sizes, functools.partial(both, slices=slices), *args), args)
+
+
+@pytest.mark.parametrize("slices", [2, 4, 8])
+def test_slices_change_neither_value_nor_gradients(slices):
+    args = (*embeddings(24, 5), np.float32(np.log(100)), np.float32(-10))
+    assert_equal(on_mesh((4, 2), functools.partial(both, slices=slices), *args), args)
 
 
 def test_a_perfect_match_costs_nothing_and_one_pair_has_no_negatives():
@@ -189,7 +197,7 @@ def test_the_lean_form_runs_where_a_device_has_more_than_a_tile(batch, sizes, le
 @pytest.mark.parametrize(("form", "runs"), [("global", 0), ("lean", 1), ("auto", 0)])
 def test_the_config_chooses_the_form(form, runs, monkeypatch):
     called = []
-    spy = {"softmax": lambda *args: called.append(args) or jnp.float32(0)}
+    spy = {"softmax": lambda *args, slices: called.append(args) or jnp.float32(0)}
     monkeypatch.setattr(losses, "LEAN", spy)
     pairs = map(jnp.asarray, embeddings(4))
     make_loss("softmax", form=form)(*pairs, jnp.float32(0.0), None)
