@@ -74,12 +74,10 @@ def make_encoder(batch: int, tiny: bool) -> Encoder:
     vit, bert = (tower.to_dict() for tower in tower_configs("tiny" if tiny else "B/16"))
     tokenizer = load_tokenizer(DEMO / "bert", max_length=32)
     bert["vocab_size"] = max(bert["vocab_size"], len(tokenizer))
-    image_transform = ImageTransform.from_folder(DEMO / "vit", image_size=vit["image_size"])
-    module = build_dual_encoder(vit, bert, ModelConfig()).pooled_only()
     return Encoder(
-        module=module.clone(normalization=image_transform.normalization),
+        module=build_dual_encoder(vit, bert, ModelConfig()).pooled_only(),
         mesh=make_mesh(MeshConfig()),
-        image_transform=image_transform,
+        image_transform=ImageTransform.from_folder(DEMO / "vit", image_size=vit["image_size"]),
         tokenizer=tokenizer,
         batch_size=batch,
     )

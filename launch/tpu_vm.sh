@@ -9,8 +9,9 @@
 #     run       starts the command on all of them; it goes on when this connection ends, and after exit code 75 or 76
 #     logs      follows what the first machine prints
 #     stop      SIGTERM to all: the run saves and ends
-#     delete    gives the slice back
-#     keep      all of it: create, install, run, and again if the slice is taken away, until the command is done
+#     delete    gives back what create asked for
+#     keep      all of it: create, install, run; run again on machines that were replaced, all of it again if a slice
+#               is taken away, until the command is done
 #
 # Each action can be given again, with the same --slices: what is there already is left as it is.
 set -euo pipefail
@@ -85,9 +86,11 @@ python3 -m uv pip install --quiet --python=.venv/bin/python -c requirements.lock
 
 run() {
     ((${#command[@]})) || fail "there is no command behind --"
-    # flock: a second start beside a first that still runs is none. The command finds lit_jax's own python first.
-    everywhere "cd lit_jax && export PATH=\$PWD/.venv/bin:\$PATH && (setsid flock -n ../run.lock bash -c \
-'rm -f ../run.exit; launch/restart.sh -- \"\$@\" >> ../run.log 2>&1; echo \$? > ../run.exit' - \
+    # The lock: a second start beside a first that still runs is none; to look whether one does takes it for a moment.
+    # The command finds lit_jax's own python first.
+    everywhere "cd lit_jax && export PATH=\$PWD/.venv/bin:\$PATH && { flock -n ../run.lock rm -f ../run.exit || true; } && \
+(setsid flock -w 10 ../run.lock bash -c \
+'[ -e ../run.exit ] || { launch/restart.sh -- \"\$@\" >> ../run.log 2>&1; echo \$? > ../run.exit; }' - \
 $(printf '%q ' "${command[@]}")< /dev/null > /dev/null 2>&1 &)"
 }
 
@@ -100,29 +103,41 @@ stop() {
 
 delete() { tpus queued-resources delete "$name" --force --quiet; }
 
-# The exit code of the command in a slice; 'none' if it neither runs nor has ended there; nothing as long as it runs.
+# The exit code that the command left on the first machine; nothing as long as it runs.
 left() {
-    tpus tpu-vm ssh "$1" --worker=0 --command="flock -n run.lock sh -c 'cat run.exit || echo none'" 2>/dev/null || true
+    tpus tpu-vm ssh "${nodes[0]}" --worker=0 --command='flock -n run.lock cat run.exit' 2>/dev/null || true
+}
+
+# Whether the command neither runs nor has ended on some machine: a lost slice of several is replaced by a new one,
+# and the machines of the others are restarted.
+missing() {
+    local said
+    said=$(everywhere 'flock -n run.lock [ -e run.exit ] || flock -n run.lock echo missing' 2>/dev/null || true)
+    [[ $said == *missing* ]]
+}
+
+start() {
+    until install && run; do
+        [[ $(state) == ACTIVE ]] || return 0
+        echo "Not all machines could be reached; trying again." >&2
+        sleep 30
+    done
 }
 
 keep() {
     ((${#command[@]})) || fail "there is no command behind --"
     while true; do
-        if create && install && run; then
+        if create; then
+            start
             [[ $dry_run ]] && break
             while [[ $(state) == ACTIVE ]]; do
-                for node in "${nodes[@]}"; do
-                    code=$(left "$node")
-                    [[ $node == "${nodes[0]}" && $code =~ ^[0-9]+$ ]] && exit "$code"
-                    [[ $code == none ]] || continue
-                    # For a lost slice of several Google makes a new one, and restarts the machines of the others.
-                    { install && run; } || true
-                    break
-                done
                 sleep 60
+                code=$(left)
+                [[ $code ]] && exit "$code"
+                if missing; then start; fi
             done
         fi
-        echo "The slice is gone; asking for another one." >&2
+        echo "A slice is gone; asking for new ones." >&2
         delete || true
         sleep 30  # a slice that fails at once is not asked for without end
     done

@@ -174,11 +174,10 @@ def load_folder(model: str) -> tuple[Encoder, Params]:
     folder = local_folder(model, config_key="--model")
     module, params, _, _ = load_dual_encoder(folder, dtype="float32")
     mesh = make_mesh(MeshConfig())
-    image_transform = ImageTransform.from_folder(folder)
     encoder = Encoder(
-        module=module.pooled_only().clone(normalization=image_transform.normalization),
+        module=module.pooled_only(),
         mesh=mesh,
-        image_transform=image_transform,
+        image_transform=ImageTransform.from_folder(folder),
         tokenizer=load_tokenizer(folder, max_length=_text_length(folder, module)),
     )
     return encoder, jax.device_put(params, replicated(mesh))

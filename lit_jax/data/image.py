@@ -1,4 +1,4 @@
-"""Image files to the pixels that the image tower gets, and what it makes of them.
+"""Image files to the bytes that go to the devices, and how those are normalised there.
 
 For evaluation the pixels equal those that the model's own image processor (transformers, PIL backend)
 rescales and normalises, to the last bit. Rescaling and normalising are one multiplication and one addition,
@@ -32,7 +32,7 @@ FROM_RIGHT, FROM_BOTTOM = (2, 3, 6, 7), (3, 4, 7, 8)
 KEPT = 1.5
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageTransform:
     """Pixels for the image tower; plain values, so that it can be sent to worker processes.
 
@@ -287,10 +287,11 @@ def _check(
     processor: Any,
     folder: Path,
 ) -> None:
-    """Raises UserError unless `transform` does on three noise images what `processor` does."""
+    """Raises UserError unless `transform` does on three noise images what `processor` does, and normalises
+    every value as `table_3x256` says."""
     ramp_256x3 = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
-    affine = transform.normalization(ramp_256x3).T
-    same = np.allclose(affine, table_3x256, rtol=0, atol=1e-6 * np.abs(table_3x256).max())
+    difference_3x256 = np.abs(transform.normalization(ramp_256x3).T - table_3x256)
+    is_affine = difference_3x256.max() <= 1e-6 * np.abs(table_3x256).max()
     rng = np.random.default_rng(0)
     height, width = transform.height, transform.width
     for shape in ((2 * height + 1, width + 4), (height + 3, 2 * width), (height // 2 + 1, width)):
@@ -298,7 +299,7 @@ def _check(
         expected = processor(Image.fromarray(noise), return_tensors="np")["pixel_values"][0]
         pixels_HxWx3 = transform.eval(noise)
         channels = [table_3x256[c].take(pixels_HxWx3[..., c]) for c in range(3)]
-        if not (same and np.array_equal(np.stack(channels), expected)):
+        if not (is_affine and np.array_equal(np.stack(channels), expected)):
             raise UserError(
                 f"The image processor in {folder} ({type(processor).__name__}) does more than to resize, "
                 "crop, rescale and normalise; use the preprocessor_config.json of a ViT or CLIP processor."

@@ -84,13 +84,13 @@ def tokenize(
         truncation=True,
         max_length=tokenizer.model_max_length,
     )
-    # transformers' own way to arrays takes longer than its tokens.
+    # Not by return_tensors: that takes longer than to find the tokens.
     arrays = {name: np.array(rows, np.int32) for name, rows in tokens.items()}
     if length is None:
         # A model without a mask (SigLIP) sees the padding, too: always as much as it was trained with.
         mask_NxL = arrays.get("attention_mask", np.ones_like(arrays["input_ids"]))
         length = -(-int(mask_NxL.sum(axis=1).max()) // 8) * 8
-    return {name: array[:, :length].copy() for name, array in arrays.items()}
+    return {name: np.ascontiguousarray(array[:, :length]) for name, array in arrays.items()}
 
 
 def _valid_unicode(text: str) -> str:

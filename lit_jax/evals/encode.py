@@ -41,6 +41,7 @@ class Encoder:
     Attributes:
         batch_size: over all devices and processes; rounded up to a multiple of the devices.
         cache: gives back what was embedded before. It belongs to one set of parameters.
+        module: without a normalization of its own; images get that of `image_transform`.
     """
 
     module: DualEncoderModule
@@ -54,7 +55,7 @@ class Encoder:
     def of_setup(cls, setup: Any) -> "Encoder":
         """The encoder of a run's `training.setup.Setup`, which this room may not import."""
         return cls(
-            module=setup.module,
+            module=setup.module.clone(normalization=None),
             mesh=setup.mesh,
             image_transform=setup.image_transform,
             tokenizer=setup.tokenizer,
@@ -164,10 +165,9 @@ class Encoder:
         self, method: str, params: Params, batches: Iterable[Batch], count: int
     ) -> tuple[np.ndarray, np.ndarray]:
         embeds_NxE, valid_N = np.zeros((count, 0), np.float32), np.zeros(count, bool)
+        module = self.module.clone(normalization=self.image_transform.normalization)
         with jax.set_mesh(self.mesh):
-            outputs = (
-                _encode(params, global_batch(b, self.mesh), self.module, method) for b in batches
-            )
+            outputs = (_encode(params, global_batch(b, self.mesh), module, method) for b in batches)
             for z_BxE, index_B in _fetch_one_late(outputs):
                 if not embeds_NxE.size:
                     embeds_NxE = np.zeros((count, z_BxE.shape[1]), np.float32)

@@ -20,7 +20,7 @@ from lit_jax.models.families import TEXT, VISION, build_tower
 from lit_jax.models.layers import Tower, TowerOutput, dot_gathered
 from lit_jax.models.normalization import Normalization
 
-Pixels = Float[Array, "B H W C"] | UInt8[Array, "B H W C"]
+Images = Float[Array, "B H W C"] | UInt8[Array, "B H W C"]
 Projection = Literal["none", "linear", "linear_bias"]
 Side = Literal["image", "text"]
 # How the two are called in names: vision_model and vision_config.
@@ -143,14 +143,12 @@ class DualEncoderModule(nn.Module):
         )
 
     def pool_image(
-        self, pixel_values: Pixels, *, deterministic: bool = True
+        self, pixel_values: Images, *, deterministic: bool = True
     ) -> Float[Array, "B P"]:
         """What of images the projection gets, in the tower's dtype."""
         if pixel_values.dtype == jnp.uint8:
             if self.normalization is None:
-                raise UserError(
-                    "pixel_values are bytes; give them as the model's image processor makes them, float32."
-                )
+                raise ValueError("Images given as bytes need a normalization.")
             pixel_values = self.normalization(pixel_values)
         return self.vision_model(pixel_values, deterministic=deterministic).pooled
 
@@ -174,7 +172,7 @@ class DualEncoderModule(nn.Module):
         return output.last_hidden_state[:, 0] if self.text_first_token else output.pooled
 
     def encode_image(
-        self, pixel_values: Pixels, *, deterministic: bool = True
+        self, pixel_values: Images, *, deterministic: bool = True
     ) -> Float[Array, "B E"]:
         """The embeddings of what `pool_image` takes: projected, not normalised, float32."""
         return self.project_image(self.pool_image(pixel_values, deterministic=deterministic))

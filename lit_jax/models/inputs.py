@@ -35,14 +35,17 @@ def dtype_of(dtype: Any) -> Any:
 
 
 def images_of(pixel_values_BxCxHxW: Given) -> Float[Array, "B H W C"]:
-    """Raises UserError for what is no batch of images."""
+    """Integers, which a processor that does not normalise gives, as float32. Raises UserError for what is no
+    batch of images."""
     shape = np.shape(pixel_values_BxCxHxW)
     if len(shape) != 4:
         raise UserError(
             f"pixel_values has the shape {[*shape]}; give images as their processor makes them, "
             "[images, channels, height, width]."
         )
-    return jnp.moveaxis(jnp.asarray(pixel_values_BxCxHxW), 1, -1)
+    images_BxHxWxC = jnp.moveaxis(jnp.asarray(pixel_values_BxCxHxW), 1, -1)
+    is_float = jnp.issubdtype(images_BxHxWxC.dtype, jnp.floating)
+    return images_BxHxWxC if is_float else images_BxHxWxC.astype(jnp.float32)
 
 
 def texts_of(rows: Mapping[str, int], *inputs: Given | None) -> tuple[Any, ...]:

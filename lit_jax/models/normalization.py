@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 class Normalization:
     """value * scale + offset, a pair of these for each channel: transformers' rescale and normalize in one.
 
-    Both are float32 and differ by their rounding.
+    The result is theirs up to the rounding of float32.
     """
 
     scale: tuple[float, ...]
@@ -21,7 +21,7 @@ class Normalization:
     def through(
         cls, black_C: Float[np.ndarray, " C"], white_C: Float[np.ndarray, " C"]
     ) -> "Normalization":
-        """That which makes `black_C` of 0 and `white_C` of 255."""
+        """The one that makes `black_C` of 0 and `white_C` of 255."""
         scale_C = (white_C.astype(np.float64) - black_C) / 255
         return cls(tuple(scale_C.tolist()), tuple(black_C.tolist()))
 

@@ -1,12 +1,12 @@
 """The contrastive losses of `losses.py` without a similarity matrix: same values and gradients, less memory.
 
-Each device keeps its own images and meets the texts of all devices, which travel round the ring of the
-mesh with what they have gathered so far. One tile of logits exists at a time, of at most TILE x TILE. The
-gradient of the softmax computes the tiles once more instead of keeping them.
+Each device keeps its own images and meets the texts of all devices, which travel round a ring with what they
+have gathered so far. One tile of logits exists at a time, of at most TILE x TILE. The gradient of the softmax
+computes the tiles once more instead of keeping them.
 
-Each of several slices has a ring of its own. Beside a round in it, every device hands its texts to the device
-of the same place in the next slice: the slower network between slices has the time of a round for what a ring
-of all devices would send through it at every step.
+Each of several slices has a ring of its own; once a round, every device hands its texts to the device of the
+same place in the next slice. So all devices share the slower network between slices, and have a whole round
+for it: in one ring of all devices everything would go through one device of each slice.
 
 Dims: B global batch, D embedding, b rows of one device, T tiles of them, R rows of a tile.
 """
@@ -208,11 +208,12 @@ def _meet(
     `visit` says what the images and the texts of one tile gather from each other. `slices`: of equally many
     devices, into which the devices of the mesh fall in their order.
     """
+    ring, rest = divmod(mesh_size(), slices)
+    if rest:
+        raise ValueError(f"{mesh_size()} devices are not {slices} equal slices.")
+    on_device = functools.partial(_meet_on_devices, visit, slices=slices, ring=ring)
     if not mesh_parts():
-        return _meet_on_devices(visit, images, texts, slices=1, ring=1)
-    on_device = functools.partial(
-        _meet_on_devices, visit, slices=slices, ring=mesh_size() // slices
-    )
+        return on_device(images, texts)
     # Not checked: what is gathered starts as constants, which to the checker are the same on all devices.
     return jax.shard_map(on_device, in_specs=BATCH, out_specs=BATCH, check_vma=False)(images, texts)
 
@@ -267,7 +268,9 @@ def _round(
 
     def step(carry: tuple[_Rows, _Gathered, _Gathered], _: None) -> tuple[tuple, None]:
         texts, of_images, of_texts = carry
-        # No transfer waits for the tiles, nor they for it: texts travel ahead of what they have gathered.
+        # No transfer waits for the tiles, nor they for it: texts travel ahead of what they have gathered. The
+        # last transfer of texts and the first of the other are not needed; without them there would be three
+        # kinds of step to compile.
         of_texts, next_texts = pass_on(of_texts), pass_on(texts)
         of_images, to_texts = meet(of_images, texts)
         return (next_texts, of_images, _add(of_texts, to_texts)), None
@@ -275,7 +278,7 @@ def _round(
     def whole(of_images: _Gathered, texts: _Rows) -> tuple[_Gathered, _Gathered]:
         start = texts, of_images, nothing_for_texts
         (_, of_images, of_texts), _ = jax.lax.scan(step, start, length=stops)
-        return of_images, pass_on(of_texts)  # which are one device short of home
+        return of_images, pass_on(of_texts)  # which are one stop short of home
 
     return whole
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import AutoImageProcessor, ViTImageProcessorPil
 from transformers.image_transforms import convert_to_rgb
 
 from lit_jax.data.decode import decode
@@ -142,6 +143,20 @@ def test_a_processor_that_does_more_is_refused(processor_folder):
     )
     with pytest.raises(UserError, match=r"ViTImageProcessorPil\) does more than to resize"):
         ImageTransform.from_folder(folder)
+
+
+def test_a_processor_that_is_not_affine_is_refused(processor_folder, monkeypatch):
+    """It would do more than one multiplication and one addition to a value, a gamma correction say."""
+
+    class Gamma(ViTImageProcessorPil):
+        def rescale(self, image, scale, **kwargs):
+            return super().rescale(image, scale, **kwargs) ** 2
+
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", lambda *_, **__: Gamma())
+    with pytest.raises(
+        UserError, match=r"Gamma\) does more than to resize, crop, rescale and norm"
+    ):
+        ImageTransform.from_folder(processor_folder(**FAMILIES["vit"]))
 
 
 def test_a_missing_or_broken_processor_is_refused(tmp_path):

@@ -37,7 +37,7 @@ def start(processes, script, *arguments):
 
 @pytest.mark.parametrize(("how", "who"), [("kill", 0), ("kill", 1), ("error", 2), ("bug", 1)])
 def test_the_end_of_one_process_is_that_of_all(how, who):
-    result = start(3, "one_of_three_processes.py", how, str(who))
+    result = start(3, "one_of_several_processes.py", how, str(who))
     code, sentence = ENDS[how]
     assert result.returncode == code, result.stderr
     for other in {0, 1, 2} - {who}:
@@ -58,7 +58,7 @@ def test_the_processes_of_several_slices_find_each_other():
         "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080",
         "MEGASCALE_NUM_SLICES": "2",
     }
-    script = Path(__file__).with_name("one_of_three_processes.py")
+    script = Path(__file__).with_name("one_of_several_processes.py")
     processes = [
         subprocess.Popen(
             [sys.executable, script, "kill", "2"],
@@ -70,7 +70,11 @@ def test_the_processes_of_several_slices_find_each_other():
         )
         for number in range(4)
     ]
-    said = [process.communicate(timeout=200)[1] for process in processes]
+    try:
+        said = [process.communicate(timeout=200)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [GONE, GONE, -signal.SIGKILL, GONE], (
         said
     )

@@ -35,11 +35,10 @@ def make_encoder() -> Encoder:
         {"model_type": "bert", "vocab_size": len(tokenizer), "pad_token_id": 0, **TINY},
         ModelConfig(projection_dim=8),
     )
-    image_transform = ImageTransform.from_folder(DEMO / "vit")
     return Encoder(
-        module=module.clone(normalization=image_transform.normalization),
+        module=module,
         mesh=make_mesh(MeshConfig()),
-        image_transform=image_transform,
+        image_transform=ImageTransform.from_folder(DEMO / "vit"),
         tokenizer=tokenizer,
         batch_size=16,
     )

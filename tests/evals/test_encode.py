@@ -40,7 +40,8 @@ def test_images_embed_as_they_do_alone(encoder, params, pictures):
     assert embeds_NxE.dtype == np.float32
     assert valid_N.all()
     for i in (0, 15, 16, 20):
-        pixels = encoder.image_transform.eval(pictures[i]["image"])[None]
+        transform = encoder.image_transform
+        pixels = transform.normalization(transform.eval(pictures[i]["image"])[None])
         expected = alone(params, pixels, module=encoder.module, method="encode_image")
         np.testing.assert_allclose(embeds_NxE[i], expected[0], atol=1e-6)
 

@@ -53,7 +53,8 @@ def test_features_are_what_the_tower_has_pooled(encoder, params, pictures_with_b
     label_N = np.arange(21, dtype=np.int32)
     got = features(encoder, params, pictures_with_bad, label_N)
     assert got.label.tolist() == [*range(4), *range(5, 21)]
-    pixels = encoder.image_transform.eval(pictures_with_bad[7]["image"])[None]
+    transform = encoder.image_transform
+    pixels = transform.normalization(transform.eval(pictures_with_bad[7]["image"])[None])
     apply = jax.jit(functools.partial(encoder.module.apply, method="pool_image"))
     expected = apply({"params": params}, pixels)
     np.testing.assert_allclose(got.rows[6], expected[0], atol=1e-6)

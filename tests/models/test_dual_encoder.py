@@ -10,6 +10,7 @@ from lit_jax.config import MeshConfig, ModelConfig, TowerConfig
 from lit_jax.distributed.mesh import BATCH, batch_sharding, make_mesh
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import DualEncoderModule, build_dual_encoder, normalize
+from lit_jax.models.normalization import Normalization
 from lit_jax.weights.load import load_dual_encoder
 
 SMALL = {
@@ -123,6 +124,22 @@ def test_without_projection_an_embedding_is_the_pooled_output(random_variables):
     tower = {"params": variables["params"]["vision_model"]}
     pooled = jax.jit(module.vision_model.apply)(tower, BATCH_OF_8["pixel_values"]).pooled
     np.testing.assert_allclose(encode_image(module, variables), pooled, atol=1e-6)
+
+
+def test_bytes_are_normalised_before_the_tower(model):
+    module, variables, _ = model
+    pixels = RANDOM.integers(0, 256, (2, 8, 8, 3), np.uint8)
+    normalization = Normalization((0.01, 0.02, 0.03), (-1.0, -2.0, 0.5))
+    exact = pixels * np.array([0.01, 0.02, 0.03]) + np.array([-1.0, -2.0, 0.5])
+    pixels, normalised = jnp.asarray(pixels), jnp.asarray(exact, jnp.float32)
+    expected = module.apply(variables, normalised, method="pool_image")
+    of_bytes = module.clone(normalization=normalization)
+    got = of_bytes.apply(variables, pixels, method="pool_image")
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    already = of_bytes.apply(variables, normalised, method="pool_image")
+    np.testing.assert_array_equal(already, expected)
+    with pytest.raises(ValueError, match="as bytes need a normalization"):
+        module.apply(variables, pixels, method="pool_image")
 
 
 @pytest.mark.parametrize("side", ["image", "text"])

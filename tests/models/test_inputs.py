@@ -28,6 +28,14 @@ def test_images_get_their_channels_last():
     np.testing.assert_array_equal(images_of(pixels), pixels.transpose(0, 2, 3, 1))
 
 
+def test_images_that_are_not_normalised_are_numbers_still():
+    """So they come from a processor with do_rescale and do_normalize false."""
+    pixels = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
+    images = images_of(pixels)
+    assert images.dtype == jnp.float32
+    np.testing.assert_array_equal(images, pixels.transpose(0, 2, 3, 1))
+
+
 def test_one_image_is_no_batch():
     with pytest.raises(UserError, match=r"shape \[3, 4, 5\].*\[images, channels, height, width\]"):
         images_of(np.zeros((3, 4, 5), np.float32))

@@ -122,6 +122,26 @@ def test_slices_change_neither_value_nor_gradients(slices):
     assert_equal(on_mesh((4, 2), functools.partial(both, slices=slices), *args), args)
 
 
+def test_texts_stay_in_their_slice_but_for_one_hand_over_a_round():
+    """Devices 0 to 3 are one slice, 4 to 7 the other."""
+    args = (*embeddings(8, 3), np.float32(2.0), np.float32(0.0))
+    with jax.set_mesh(mesh_of((4, 2))):
+        program = str(jax.make_jaxpr(functools.partial(both, slices=2))(*args))
+    routes = {
+        frozenset(re.findall(r"\((\d), (\d)\)", found))
+        for found in re.findall(r"perm=\(((?:\(\d, \d\),? ?)+)\)", program)
+    }
+    ring = {(str(a), str(4 * (a // 4) + (a - 1) % 4)) for a in range(8)}
+    between = {(str(a), str((a + 4) % 8)) for a in range(8)}
+    assert routes == {frozenset(ring), frozenset(between)}
+
+
+def test_slices_that_do_not_divide_the_mesh_are_an_error():
+    args = (*embeddings(8, 3), np.float32(2.0), np.float32(0.0))
+    with pytest.raises(ValueError, match="8 devices are not 3 equal slices"):
+        on_mesh((4, 2), functools.partial(both, slices=3), *args)
+
+
 def test_a_perfect_match_costs_nothing_and_one_pair_has_no_negatives():
     """Where all digits cancel, none may be left over."""
     z_BxD = np.eye(4, dtype=np.float32)
