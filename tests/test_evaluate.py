@@ -245,11 +245,11 @@ def test_the_numbers_are_those_of_pytorch(exported, pairs, tmp_path):
     # Not a matrix product: its kernels sum some columns in another order, which breaks ties.
     scores, own = (images[:, None] * texts).sum(dim=-1), torch.arange(80) // 2
     gaps = [scores[i, own != i] - scores[i, own == i].max() for i in range(40)]
-    # A tie counts as lost. Different texts closer than float32 can tell may be on either side: few are.
+    # A tie counts as lost. Different texts closer than float32 can tell may be on either side: few are, but
+    # which and how many is up to the rounding of the two steps that made the model.
     fewest = np.array([1 + int(((gap == 0) | (gap > 1e-7)).sum()) for gap in gaps])
     most = np.array([1 + int((gap > -1e-7).sum()) for gap in gaps])
-    assert (most - fewest).sum() <= 4
-    assert ((fewest <= 5) == (most <= 5)).all()
+    assert (most - fewest).mean() <= 0.5  # of ranks up to 79
     of_texts = [1 + int((scores[:, m] > scores[own[m], m]).sum()) for m in range(80)]
     expected = {
         "top1": right.double().mean(),
@@ -259,7 +259,6 @@ def test_the_numbers_are_those_of_pytorch(exported, pairs, tmp_path):
         ).mean(),
         "text_to_image_mean_rank": sum(of_texts) / 80,
         "text_to_image_median_rank": np.median(of_texts),
-        "image_to_text_recall_at_5": (most <= 5).mean(),
         "text_to_image_recall_at_10": sum(rank <= 10 for rank in of_texts) / 80,
     }
     actual = {}
@@ -271,6 +270,8 @@ def test_the_numbers_are_those_of_pytorch(exported, pairs, tmp_path):
         found = json.loads((tmp_path / "o").read_text())
         actual |= {name.rpartition("/")[2]: value for name, value in found.items()}
     assert fewest.mean() <= actual["image_to_text_mean_rank"] <= most.mean()
+    recall_at_5 = actual["image_to_text_recall_at_5"]
+    assert (most <= 5).mean() <= recall_at_5 <= (fewest <= 5).mean()
     assert {name: actual[name] for name in expected} == pytest.approx(
         {name: float(value) for name, value in expected.items()}, abs=1e-9
     )

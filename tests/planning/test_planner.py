@@ -48,7 +48,7 @@ def test_what_a_chip_holds_is_counted_by_kind(config_of):
     config = config_of(TINY, TINY, 64, **{"mesh.fsdp": 2})
     program = abstract_program(config, open_topology("v5e:2x2"))
     held = planner.held_bytes(program, program.abstract_batch(64))
-    assert held["batch"] == 64 // 4 * (224 * 224 * 3 * 4 + 3 * 16 * 4)
+    assert held["batch"] == 64 // 4 * (224 * 224 * 3 + 3 * 16 * 4)  # pixels are bytes
     embedding = 30522 * 32 // 2 * 4
     blocks = 2 * (4 * 32 * 32 + 2 * 32 * 64) // 2 * 4
     assert embedding + blocks < held["parameters"] < 1.2 * (embedding + blocks)
