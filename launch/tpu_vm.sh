@@ -112,7 +112,7 @@ left() {
 # and the machines of the others are restarted.
 missing() {
     local said
-    said=$(everywhere 'flock -n run.lock [ -e run.exit ] || flock -n run.lock echo missing' 2>/dev/null || true)
+    said=$(everywhere "flock -n run.lock sh -c '[ -e run.exit ] || echo missing'" 2>/dev/null || true)
     [[ $said == *missing* ]]
 }
 

@@ -39,9 +39,10 @@ class Encoder:
     text, rounded up to a multiple of 8). All processes must make the same calls.
 
     Attributes:
+        module: without a normalization: images get that of `image_transform`. What is cached of texts must
+            not depend on it.
         batch_size: over all devices and processes; rounded up to a multiple of the devices.
         cache: gives back what was embedded before. It belongs to one set of parameters.
-        module: without a normalization of its own; images get that of `image_transform`.
     """
 
     module: DualEncoderModule
