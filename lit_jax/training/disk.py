@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def quiet_orbax() -> None:
     """Keeps Orbax from printing pages about a failed write, which it also raises where we wait for it."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_news)
+    # Writes that had not begun when the first one failed.
+    warnings.filterwarnings("ignore", r"coroutine '.*write.*' was never awaited", RuntimeWarning)
     sys.unraisablehook = _print_unraisable
 
 
