@@ -146,9 +146,9 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
     sys.modules["torch"] = (
         None  # transformers imports it where it finds it; lit_jax does not ask for it
     )
-    from lit_jax.distributed.flags import set_flags
+    from lit_jax.distributed import process
 
-    set_flags()
+    process.initialize()
 
     import jax
     import jax.numpy as jnp
@@ -179,6 +179,7 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
     of_optimizer = OptimizerConfig(clip_norm=CLIP_NORM, weight_decay=WEIGHT_DECAY)
     optimizer = make_optimizer(of_optimizer, schedule, policy)
     state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+    state = jax.device_put(state, jax.devices()[0])  # there to stay, as the one of the next step
     del params, trainable  # the step takes over the state's buffers
     step = jit_train_step(
         functools.partial(

@@ -38,13 +38,21 @@ class Times(NamedTuple):
         return (high - low) / 2 / self.wall
 
 
-def in_turn(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Times]:
-    """Calls each contender once to warm up, then `repeats` times, in turn. A call returns when it is done."""
+def in_turn(
+    contenders: Mapping[str, Callable[[], object]], repeats: int, uncounted: int = 0
+) -> dict[str, Times]:
+    """Calls each contender once to warm up, then `repeats` times, in turn. A call returns when it is done.
+
+    `uncounted`: calls before each that counts. Of calls that take milliseconds, so many that the threads of
+    the contender before no longer wait for work: those of OpenMP do so by keeping a core busy.
+    """
     for call in contenders.values():
         call()
     samples = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, call in contenders.items():
+            for _ in range(uncounted):
+                call()
             samples[name].append(once(call))
     return {name: Times(tuple(of_name)) for name, of_name in samples.items()}
 

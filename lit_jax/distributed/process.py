@@ -1,5 +1,6 @@
 """Process set-up: the one place where a command joins the other processes of its run."""
 
+import ctypes
 import os
 import re
 from typing import Any
@@ -14,6 +15,7 @@ from lit_jax.errors import UserError
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # The second line of defence: a process that hangs as a whole keeps its connections open.
 HEARTBEAT_SECONDS = 40
+COMPILE_SECONDS = 1.0  # what a shorter compilation leaves in memory is not worth looking for
 _TIME_OUTS: dict[str, Any] = {
     "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
     "initialization_timeout": 2 * START_SECONDS,  # behind `assembling`, which has a sentence
@@ -32,6 +34,7 @@ def initialize() -> None:
     """
     set_flags()
     _steady_simulated_devices()
+    _give_memory_back_after_compiling()
     with assembling():
         _join()
     joined = distributed.global_state
@@ -75,6 +78,25 @@ def _steady_simulated_devices() -> None:
     if devices > 1:
         os.environ.setdefault("NPROC", str(32 * devices))
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def _give_memory_back_after_compiling() -> None:
+    """What compiling leaves free goes back to the system before the program that was compiled takes its own.
+
+    The C library would keep it: of the step of a locked ViT-B/16 and BERT-base 0.3 GiB.
+    """
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if give_back is None:  # not glibc
+        return
+
+    def after(event: str, duration_secs: float, **_: Any) -> None:
+        if (
+            event == "/jax/core/compile/backend_compile_duration"
+            and duration_secs >= COMPILE_SECONDS
+        ):
+            give_back(0)
+
+    jax.monitoring.register_event_duration_secs_listener(after)
 
 
 def end(code: int, sentence: str = "", details: str = "") -> None:

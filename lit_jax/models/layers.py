@@ -180,12 +180,13 @@ def _normalized(epsilon: float, x_BxLxD: Array, scale_D: Array) -> Array:
 def _normalized_forward(
     epsilon: float, x_BxLxD: Array, scale_D: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    mean_BxLx1 = x_BxLxD.astype(jnp.float32).mean(-1, keepdims=True)
-    centred_BxLxD = x_BxLxD.astype(jnp.float32) - mean_BxLx1
+    x32_BxLxD = x_BxLxD.astype(jnp.float32)
+    mean_BxLx1 = x32_BxLxD.mean(-1, keepdims=True)
     # The mean of the squared differences, not E[x^2] - E[x]^2: that one cancels in float32.
-    variance_BxLx1 = jnp.square(centred_BxLxD).mean(-1, keepdims=True)
+    variance_BxLx1 = jnp.square(x32_BxLxD - mean_BxLx1).mean(-1, keepdims=True)
     inverse_BxLx1 = jax.lax.rsqrt(variance_BxLx1 + epsilon)
-    result_BxLxD = centred_BxLxD * inverse_BxLx1 * scale_D[None, None]
+    # Not the differences from above: on CPU, XLA would write to memory what two results are made of.
+    result_BxLxD = (x32_BxLxD * inverse_BxLx1 - mean_BxLx1 * inverse_BxLx1) * scale_D[None, None]
     return result_BxLxD, (x_BxLxD, mean_BxLx1, inverse_BxLx1, scale_D)
 
 
@@ -193,15 +194,21 @@ def _normalized_backward(
     epsilon: float, kept: tuple[Array, ...], grad_BxLxD: Array
 ) -> tuple[Array, Array]:
     x_BxLxD, mean_BxLx1, inverse_BxLx1, scale_D = kept
-    normed_BxLxD = (x_BxLxD.astype(jnp.float32) - mean_BxLx1) * inverse_BxLx1
-    scaled_BxLxD = grad_BxLxD * scale_D[None, None]
+    normed_BxLxD = x_BxLxD.astype(jnp.float32) * inverse_BxLx1 - mean_BxLx1 * inverse_BxLx1
+    product_BxLxD = grad_BxLxD * normed_BxLxD
     # What does not change the mean or the variance of a row.
-    along_mean_BxLx1 = scaled_BxLxD.mean(-1, keepdims=True)
-    along_normed_BxLx1 = (scaled_BxLxD * normed_BxLxD).mean(-1, keepdims=True)
+    along_mean_BxLx1 = _mean_of_product(grad_BxLxD, scale_D)
+    along_normed_BxLx1 = _mean_of_product(product_BxLxD, scale_D)
     grad_x_BxLxD = inverse_BxLx1 * (
-        scaled_BxLxD - along_mean_BxLx1 - normed_BxLxD * along_normed_BxLx1
+        grad_BxLxD * scale_D[None, None] - along_mean_BxLx1 - normed_BxLxD * along_normed_BxLx1
     )
-    return grad_x_BxLxD.astype(x_BxLxD.dtype), (grad_BxLxD * normed_BxLxD).sum((0, 1))
+    return grad_x_BxLxD.astype(x_BxLxD.dtype), product_BxLxD.sum((0, 1))
+
+
+def _mean_of_product(x_BxLxD: Array, y_D: Array) -> Array:
+    """BxLx1. As a matrix product, which reads both once on CPU; XLA makes a sum of it on TPUs and GPUs."""
+    precision = jax.lax.Precision.HIGHEST
+    return jnp.einsum("bld,d->bl", x_BxLxD, y_D, precision=precision)[..., None] / len(y_D)
 
 
 _normalized.defvjp(_normalized_forward, _normalized_backward)

@@ -1,3 +1,8 @@
+import ctypes
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
 import pytest
 
 from lit_jax.distributed import process
@@ -18,3 +23,26 @@ def test_mistakes_in_the_environment_are_named(monkeypatch, count, index, messag
     monkeypatch.setenv("JAX_PROCESS_ID", index)
     with pytest.raises(UserError, match=message):
         process.initialize()
+
+
+def resident():
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_after_compiling_free_memory_goes_back_to_the_system(monkeypatch):
+    monkeypatch.setattr(process, "COMPILE_SECONDS", 0.0)
+    process._give_memory_back_after_compiling()
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    blocks = [libc.malloc(64 * 1024) for _ in range(4000)]
+    for block in blocks:
+        ctypes.memset(block, 1, 64 * 1024)
+    for block in blocks[
+        :-1
+    ]:  # the last lies behind all that is free, which the C library then keeps
+        libc.free(ctypes.c_void_p(block))
+    kept = resident()
+    jax.jit(lambda x: x * 3 + 1)(jnp.ones(7)).block_until_ready()
+    assert kept - resident() > 100 * 2**20
+    libc.free(ctypes.c_void_p(blocks[-1]))
