@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_jax.errors import UserError
+from lit_jax.models import layers
 from lit_jax.models.layers import ACTIVATIONS, Dropout, LayerNorm, activation, attend, drop
 
 
@@ -125,6 +126,14 @@ def test_the_gradient_of_layer_norm_keeps_its_input_as_it_came():
     assert [leaf.dtype for leaf in wide] == [jnp.bfloat16]
 
 
+@pytest.fixture(params=["here", "elsewhere"])
+def where(request, monkeypatch):
+    """Dropout draws on CPUs in another way than on TPUs and GPUs; both are functions that run anywhere."""
+    if request.param == "elsewhere":
+        monkeypatch.setattr(layers, "_sixteen_bits", layers._one_of_each)
+
+
+@pytest.mark.usefixtures("where")
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
     x = jnp.ones((64, 32, 101))
@@ -139,6 +148,7 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
         assert abs(np.corrcoef(kept.ravel(), other.ravel())[0, 1]) < 5 / x.size**0.5
 
 
+@pytest.mark.usefixtures("where")
 def test_dropout_at_its_ends():
     x = jnp.linspace(-1, 1, 7).reshape(1, 7)
     key = jax.random.key(0)
@@ -149,8 +159,18 @@ def test_dropout_at_its_ends():
     assert 40 < (np.asarray(rows)[:, 0, 0] == 0).sum() < 80
 
 
+@pytest.mark.usefixtures("where")
 def test_dropout_draws_the_same_on_any_mesh():
     x = jnp.ones((16, 6, 10))
     dropped = jax.jit(lambda x: drop(x, jnp.float32(0.5), jax.random.key(3), x.shape))
     sharding = jax.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P("data"))
     np.testing.assert_array_equal(dropped(jax.device_put(x, sharding)), dropped(x))
+
+
+@pytest.mark.parametrize(("platform", "halves"), [("cpu", 1), ("tpu", 0), ("cuda", 0)])
+def test_only_cpus_put_halves_of_random_numbers_side_by_side(platform, halves):
+    x = jnp.ones((2, 4))
+    dropped = jax.jit(lambda x, key: drop(x, jnp.float32(0.5), key, x.shape))
+    traced = dropped.trace(x, jax.random.key(3))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.concatenate") == halves
