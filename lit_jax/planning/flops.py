@@ -42,9 +42,16 @@ def _flops(equation: Any) -> int:
 
 
 def _of_dot(equation: Any) -> int:
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    left, (out,) = equation.invars[0].aval, equation.outvars
-    return 2 * out.aval.size * math.prod(left.shape[axis] for axis in contracted)
+    """None of a product with a vector: the compiler makes a sum of it, in which no matrix unit has a part."""
+    contracted, batch = equation.params["dimension_numbers"]
+    sides = [variable.aval for variable in equation.invars]
+    if any(
+        side.ndim == len(axes) + len(of_batch)
+        for side, axes, of_batch in zip(sides, contracted, batch, strict=True)
+    ):
+        return 0
+    (out,) = equation.outvars
+    return 2 * out.aval.size * math.prod(sides[0].shape[axis] for axis in contracted[0])
 
 
 def _of_convolution(equation: Any) -> int:

@@ -22,6 +22,8 @@ def test_of_a_product_each_multiplication_and_addition_counts():
     batched = jnp.ones((4, 3, 5))
     assert count(lambda x, w: jnp.einsum("bij,jk->bik", x, w), batched, W) == 4 * ONE
     assert count(lambda x: jnp.einsum("bij,bkj->bik", x, x), batched) == 2 * 4 * 3 * 3 * 5
+    assert count(lambda x: jnp.einsum("bij,bj->bi", x, x[:, 0]), batched) == 0  # a sum
+    assert count(lambda x: jnp.einsum("bij,bkj->bik", x, x[:, :1]), batched) == 2 * 4 * 3 * 5
 
 
 def test_of_a_convolution_its_kernel_at_each_position():
