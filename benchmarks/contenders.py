@@ -179,7 +179,8 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
     of_optimizer = OptimizerConfig(clip_norm=CLIP_NORM, weight_decay=WEIGHT_DECAY)
     optimizer = make_optimizer(of_optimizer, schedule, policy)
     state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
-    state = jax.device_put(state, jax.devices()[0])  # there to stay, as the one of the next step
+    # As steps return it, or the second one compiles again.
+    state = jax.device_put(state, jax.devices()[0])
     del params, trainable  # the step takes over the state's buffers
     step = jit_train_step(
         functools.partial(

@@ -15,11 +15,11 @@ from lit_jax.errors import UserError
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # The second line of defence: a process that hangs as a whole keeps its connections open.
 HEARTBEAT_SECONDS = 40
-COMPILE_SECONDS = 1.0  # what a shorter compilation leaves in memory is not worth looking for
 _TIME_OUTS: dict[str, Any] = {
     "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
     "initialization_timeout": 2 * START_SECONDS,  # behind `assembling`, which has a sentence
 }
+COMPILE_SECONDS = 1.0  # what a shorter compilation leaves in memory is not worth looking for
 
 _lifeline: Lifeline | None = None
 

@@ -38,9 +38,8 @@ def test_after_compiling_free_memory_goes_back_to_the_system(monkeypatch):
     blocks = [libc.malloc(64 * 1024) for _ in range(4000)]
     for block in blocks:
         ctypes.memset(block, 1, 64 * 1024)
-    for block in blocks[
-        :-1
-    ]:  # the last lies behind all that is free, which the C library then keeps
+    # The last lies behind all that is free, which the C library then keeps.
+    for block in blocks[:-1]:
         libc.free(ctypes.c_void_p(block))
     kept = resident()
     jax.jit(lambda x: x * 3 + 1)(jnp.ones(7)).block_until_ready()
