@@ -130,10 +130,10 @@ class Beit(ImageTower):
         return TowerOutput(x_BxLxD, pooled_BxD)
 
     @property
-    def pools_first_token(self) -> bool:
-        """Whether what is pooled is made of the first token of the last hidden state alone."""
+    def pools_one_token(self) -> bool:
+        """Whether what is pooled is made of one token of the last hidden state alone."""
         is_mean = self.pooling == "pooler" and self.config.use_mean_pooling
-        return super().pools_first_token and not is_mean
+        return super().pools_one_token and not is_mean
 
     def at_size(self, path: str, value: Array | np.ndarray, image_size: int) -> Array | np.ndarray:
         """The parameter at `path` for images of `image_size`."""

@@ -26,7 +26,7 @@ from lit_jax.models.layers import (
     mean_of_attended,
 )
 from lit_jax.models.patches import ImageTower, PatchEmbeddings, Size, patch_grid, resize_positions
-from lit_jax.models.transformer import BlockConfig, Encoder
+from lit_jax.models.transformer import BlockConfig, Encoder, Pick, first_token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,19 +235,27 @@ class CLIPText(Tower):
             input_ids_BxL, position_ids_BxL
         )
         bias = attention_bias(attended_BxL, causal=self.causal)
+        token = self.pooled_token(input_ids_BxL) if self.pools_one_token else first_token
         x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, self.last_block, name="encoder")(
-            x_BxLxD, bias, deterministic
+            x_BxLxD, bias, deterministic, token=token
         )
         x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="final_layer_norm")(x_BxLxD)
-        if self.pooling == "pooler":
-            pooled_BxP = self.pool(x_BxLxD, input_ids_BxL)
+        if self.pools_one_token:
+            x_Bx1xD = token(x_BxLxD, 1) if self.all_tokens else x_BxLxD
+            pooled_BxP = self.pool(x_Bx1xD[:, 0])
         else:
             pooled_BxP = mean_of_attended(x_BxLxD, attended_BxL)
         return TowerOutput(x_BxLxD, pooled_BxP)
 
-    def pool(
-        self, x_BxLxD: Float[Array, "B L D"], input_ids_BxL: Int[Array, "B L"]
-    ) -> Float[Array, "B P"]:
+    @property
+    def pools_one_token(self) -> bool:
+        return self.pooling == "pooler"
+
+    def pool(self, x_BxD: Float[Array, "B D"]) -> Float[Array, "B P"]:
+        """What the pooler makes of the pooled token."""
+        return x_BxD
+
+    def pooled_token(self, input_ids_BxL: Int[Array, "B L"]) -> Pick:
         """The token that ends the text; the first token of a text without it."""
         eos = self.config.eos_token_id
         if not isinstance(eos, int):
@@ -259,7 +267,11 @@ class CLIPText(Tower):
         # one that ends the text was the last of the vocabulary.
         is_end_BxL = input_ids_BxL if eos == 2 else input_ids_BxL == eos
         end_B = jnp.argmax(is_end_BxL, axis=1)  # of equal ones the first
-        return jnp.take_along_axis(x_BxLxD, end_B[:, None, None], axis=1)[:, 0]
+
+        def take(x: Array, axis: int) -> Array:
+            return jnp.take_along_axis(x, end_B.reshape(-1, *(1,) * (x.ndim - 1)), axis)
+
+        return take
 
     @property
     def example_input(self) -> jax.ShapeDtypeStruct:

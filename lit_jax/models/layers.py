@@ -22,7 +22,7 @@ from lit_jax.errors import UserError
 class TowerOutput(NamedTuple):
     """What every tower returns: its tokens, and the one vector that stands for the input.
 
-    The tokens are all there are, or the first alone; see `Tower.all_tokens`.
+    The tokens are all there are, or the pooled one alone; see `Tower.all_tokens`.
     """
 
     last_hidden_state: Float[Array, "B Q D"]
@@ -31,7 +31,7 @@ class TowerOutput(NamedTuple):
 
 # How a transformer has its last block: scanned with the others; apart, with parameters of its own in the
 # tree; or apart and computed for the first token alone.
-LastBlock = Literal["scanned", "apart", "first token"]
+LastBlock = Literal["scanned", "apart", "one token"]
 
 
 class Tower(nn.Module):
@@ -63,8 +63,8 @@ class Tower(nn.Module):
         raise NotImplementedError
 
     @property
-    def pools_first_token(self) -> bool:
-        """Whether what is pooled is made of the first token of the last hidden state alone."""
+    def pools_one_token(self) -> bool:
+        """Whether what is pooled is made of one token of the last hidden state alone."""
         return "cls" in self.poolings and self.pooling != "mean"
 
     @property
@@ -72,9 +72,9 @@ class Tower(nn.Module):
         """How `Encoder` has it. It is apart whether all tokens are wanted or one: so both have the same tree
         of parameters, and no step copies the other blocks out of a stack of all.
         """
-        if not self.pools_first_token:
+        if not self.pools_one_token:
             return "scanned"
-        return "apart" if self.all_tokens else "first token"
+        return "apart" if self.all_tokens else "one token"
 
 
 def rematerialized(

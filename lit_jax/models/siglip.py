@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -16,7 +17,7 @@ from lit_jax.errors import UserError
 from lit_jax.models.clip import BlockFields, CLIPText, ImageEmbeddings
 from lit_jax.models.layers import LayerNorm, TowerOutput, dense
 from lit_jax.models.patches import ImageTower, Size, pair
-from lit_jax.models.transformer import Attention, Encoder, Mlp
+from lit_jax.models.transformer import Attention, Encoder, Mlp, Pick
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,11 +154,12 @@ class SiglipText(CLIPText):
 
     causal: ClassVar[bool] = False
 
-    def pool(
-        self, x_BxLxD: Float[Array, "B L D"], input_ids_BxL: Int[Array, "B L"]
-    ) -> Float[Array, "B P"]:
+    def pooled_token(self, input_ids_BxL: Int[Array, "B L"]) -> Pick:
         del input_ids_BxL
+        return lambda x, axis: jax.lax.slice_in_dim(x, -1, None, axis=axis)
+
+    def pool(self, x_BxD: Float[Array, "B D"]) -> Float[Array, "B P"]:
         cfg = self.config
         width = cfg.projection_size or cfg.hidden_size
         head = dense(width, name="head", init_std=cfg.hidden_size**-0.5, dtype=self.dtype)
-        return head(x_BxLxD[:, -1])
+        return head(x_BxD)

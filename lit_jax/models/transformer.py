@@ -35,6 +35,11 @@ Bias = Float[Array, "#B #H #L L"]
 BiasOfTable = Callable[[Float[Array, "R H"]], Bias]
 BiasOfKinds = Float[Array, "T #B #H #L L"]
 Tokens = Float[Array, "B L D"]
+Pick = Callable[[Array, int], Array]  # one of the tokens along an axis, which stays
+
+
+def first_token(x: Array, axis: int) -> Array:
+    return jax.lax.slice_in_dim(x, 0, 1, axis=axis)
 
 
 class Rotary(NamedTuple):
@@ -98,8 +103,9 @@ class Encoder(nn.Module):
         deterministic: bool,
         rotary: Rotary | None = None,
         kind_N: Int[Array, " N"] | None = None,
+        token: Pick = first_token,
     ) -> Float[Array, "B Q D"]:
-        """All tokens, or the first alone, as `last_block` says.
+        """All tokens, or the one of each row that `token` takes, as `last_block` says.
 
         `bias` is added to the attention logits: 0 and float32's lowest number, or learned ones.
 
@@ -108,13 +114,17 @@ class Encoder(nn.Module):
         """
 
         def step(
-            block: nn.Module, x_BxLxD: Array, of_block: tuple[Array, Array | None]
+            block: nn.Module,
+            x_BxLxD: Array,
+            of_block: tuple[Array, Array | None],
+            token: Pick | None = None,
         ) -> tuple[Array, None]:
             drop_path, kind = of_block
             own_bias, own_rotary = bias, rotary
             if kind is not None:
                 own_bias, own_rotary = jax.tree.map(lambda x: x[kind], (bias, rotary))
-            return shard_batch(block(x_BxLxD, own_bias, drop_path, deterministic, own_rotary)), None
+            y_BxLxD = block(x_BxLxD, own_bias, drop_path, deterministic, own_rotary, token)
+            return shard_batch(y_BxLxD), None
 
         cfg = self.config
         self.sow("intermediates", "input", x_BxLxD)
@@ -133,10 +143,13 @@ class Encoder(nn.Module):
             x_BxLxD, _ = scan(Block(cfg, self.dtype, name=name), x_BxLxD, of_blocks)
         if scanned < cfg.depth:
             name = f"layer_{self.first + scanned}"
-            block = Block(cfg, self.dtype, self.last_block == "first token", name=name)
+            block = Block(cfg, self.dtype, name=name)
             of_block = jax.tree.map(lambda x: x[scanned], (drop_path_N, kind_N))
             # To keep this one block costs little, and to prevent it gathered split matrices twice more.
-            of_last = rematerialized(step, self.remat, prevent_cse=False)
+            last_step = functools.partial(
+                step, token=token if self.last_block == "one token" else None
+            )
+            of_last = rematerialized(last_step, self.remat, prevent_cse=False)
             x_BxLxD, _ = of_last(block, x_BxLxD, of_block)
         return x_BxLxD
 
@@ -144,13 +157,12 @@ class Encoder(nn.Module):
 class Block(nn.Module):
     """Attention, then an MLP; what each computes is added to the tokens.
 
-    Of `first_token_only` the others are read and not computed: the attention of the first token needs them as
+    With `token` the others are read and not computed: the attention of the one that it takes needs them as
     keys and values.
     """
 
     config: BlockConfig
     dtype: Any
-    first_token_only: bool = False
 
     @nn.compact
     def __call__(
@@ -160,6 +172,7 @@ class Block(nn.Module):
         drop_path: Float[Array, ""],
         deterministic: bool,
         rotary: Rotary | None,
+        token: Pick | None = None,
     ) -> Float[Array, "B Q D"]:
         cfg = self.config
         attention = functools.partial(
@@ -167,6 +180,7 @@ class Block(nn.Module):
             bias=bias,
             deterministic=deterministic,
             rotary=rotary,
+            token=token,
         )
         mlp = functools.partial(Mlp(cfg, self.dtype, name="mlp"), deterministic=deterministic)
         for part, name, dropout in (
@@ -178,8 +192,8 @@ class Block(nn.Module):
             )
             norm_first = cfg.norm_first and (name != "attention" or cfg.norm_attention)
             h_BxLxD = norm(x_BxLxD) if norm_first else x_BxLxD
-            if self.first_token_only and name == "attention":  # from here on L is 1
-                h_BxLxD, x_BxLxD = part(h_BxLxD, h_BxLxD[:, :1]), x_BxLxD[:, :1]
+            if token is not None and name == "attention":  # from here on L is 1
+                h_BxLxD, x_BxLxD = part(h_BxLxD, token(h_BxLxD, 1)), token(x_BxLxD, 1)
             else:
                 h_BxLxD = part(h_BxLxD)
             h_BxLxD = Dropout(dropout)(h_BxLxD, deterministic=deterministic)
@@ -198,7 +212,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention, of the tokens to each other or of `queries_BxQxD` to them.
 
-    `bias` and `rotary` are of all tokens. With them, queries are the first of the tokens.
+    `bias` and `rotary` are of all tokens; `token` takes what is the queries'.
     """
 
     config: BlockConfig
@@ -213,6 +227,7 @@ class Attention(nn.Module):
         bias: Bias | BiasOfTable | None = None,
         deterministic: bool,
         rotary: Rotary | None = None,
+        token: Pick | None = None,
     ) -> Float[Array, "B Q D"]:
         cfg = self.config
         if cfg.width % cfg.num_heads:
@@ -227,16 +242,17 @@ class Attention(nn.Module):
 
         query_BxHxQxK = heads("query", x_BxLxD if queries_BxQxD is None else queries_BxQxD)
         key_BxHxLxK, value_BxHxLxK = heads("key", x_BxLxD), heads("value", x_BxLxD)
-        queries = query_BxHxQxK.shape[2]
         if rotary is not None:
-            of_queries = Rotary(*(table[..., :queries, :] for table in rotary))
+            of_queries = Rotary(*(token(x, x.ndim - 2) for x in rotary)) if token else rotary
             query_BxHxQxK = _rotate(query_BxHxQxK, of_queries)
             key_BxHxLxK = _rotate(key_BxHxLxK, rotary)
         if callable(bias):
             shape = (cfg.bias_rows, cfg.num_heads)
             bias = bias(self.param("position_bias_table", nn.initializers.zeros, shape))
-        if bias is not None:
-            bias = bias[:, :, :queries]
+        if (
+            token is not None and bias is not None and bias.shape[2] > 1
+        ):  # 1: the same for all queries
+            bias = token(bias, 2)
 
         def dropout(weights_BxHxQxL: Array) -> Array:
             # The weights are not divided by their sum yet; see `attend`.
@@ -246,7 +262,8 @@ class Attention(nn.Module):
             return Dropout(cfg.attention_dropout)(weights_BxHxQxL, deterministic=deterministic)
 
         context_BxHxQxK = attend(query_BxHxQxK, key_BxHxLxK, value_BxHxLxK, bias, dropout)
-        context_BxQxD = context_BxHxQxK.swapaxes(1, 2).reshape(len(x_BxLxD), queries, cfg.width)
+        context_BxQxHxK = context_BxHxQxK.swapaxes(1, 2)
+        context_BxQxD = context_BxQxHxK.reshape(*context_BxQxHxK.shape[:2], cfg.width)
         return _dense(cfg, cfg.width, "output", self.dtype)(context_BxQxD)
 
 

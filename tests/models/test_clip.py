@@ -175,12 +175,15 @@ def test_pooling_of_images(pooling, random_variables):
 
 @pytest.fixture(scope="module")
 def text(random_variables):
-    """Pooling, eos_token_id and inputs to TowerOutput, always with the same parameters."""
-    variables = random_variables(CLIPText(TEXT), IDS)
+    """Pooling, eos_token_id and inputs to TowerOutput, with parameters that only the pooling changes."""
+    variables = {
+        pooling: random_variables(CLIPText(TEXT, pooling=pooling), IDS)
+        for pooling in CLIPText.poolings
+    }
 
     def run(*inputs, pooling="pooler", eos=7):
         config = CLIPTextConfig(**{**vars(TEXT), "eos_token_id": eos})
-        return jax.jit(CLIPText(config, pooling=pooling).apply)(variables, *inputs)
+        return jax.jit(CLIPText(config, pooling=pooling).apply)(variables[pooling], *inputs)
 
     return run
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lit_jax.models.transformer import Attention, BlockConfig, Encoder, Rotary
+from lit_jax.models.transformer import Attention, BlockConfig, Encoder, Rotary, first_token
 
 CONFIG = BlockConfig(
     depth=2,
@@ -250,32 +250,46 @@ def test_kernels_are_initialised_as_told():
         ({"depth": 1, "layer_scale": 0.5}, "none"),
     ],
 )
-def test_the_last_block_can_be_computed_for_the_first_token_alone(random_variables, fields, remat):
+@pytest.mark.parametrize("index_B", [(0, 0), (3, 1)])
+def test_the_last_block_can_be_computed_for_one_token_alone(
+    random_variables, fields, remat, index_B
+):
+    def token(x, axis):
+        return jnp.stack(
+            [row.take(jnp.array([i]), axis - 1) for row, i in zip(x, index_B, strict=True)]
+        )
+
     config = dataclasses.replace(CONFIG, width=8, **fields)
-    angle = jnp.asarray(np.random.default_rng(1).normal(size=(4, 4)), jnp.float32)
+    angle = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 4)), jnp.float32)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 8)), jnp.float32)
     bias = jnp.asarray(np.random.default_rng(2).normal(size=(2, 1, 4, 4)), jnp.float32)
-    whole, first_only = (
-        Encoder(config, jnp.float32, remat, last_block) for last_block in ("apart", "first token")
+    whole, one_only = (
+        Encoder(config, jnp.float32, remat, last_block) for last_block in ("apart", "one token")
     )
     variables = random_variables(_Call(whole), x)
     assert set(variables["params"]) == {"layer", f"layer_{config.depth - 1}"} - (
         {"layer"} if config.depth == 1 else set()
     )
 
-    def first_token(encoder):
+    def gradient_of(encoder, pick, **chosen):
         def loss(variables, x):
             rotary = Rotary(jnp.cos(angle), jnp.sin(angle))
-            tokens_BxQxD = encoder.apply(variables, x, bias, True, rotary)
-            return jnp.sin(tokens_BxQxD[:, 0]).sum(), tokens_BxQxD
+            tokens_BxQxD = encoder.apply(variables, x, bias, True, rotary, **chosen)
+            picked_Bx1xD = pick(tokens_BxQxD, 1)
+            return jnp.sin(picked_Bx1xD).sum(), (tokens_BxQxD.shape[1], picked_Bx1xD)
 
         gradient = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-        (value, tokens_BxQxD), gradients = gradient(variables, x)
-        return tokens_BxQxD.shape[1], (value, tokens_BxQxD[:, 0], gradients)
+        return gradient(variables, x)
 
-    (one, actual), (four, expected) = first_token(first_only), first_token(whole)
+    chosen = {"token": token} if any(index_B) else {}  # without it: the first
+    (_, (one, actual)), gradients = gradient_of(one_only, first_token, **chosen)
+    (_, (four, expected)), expected_gradients = gradient_of(whole, token)
     assert (one, four) == (1, 4)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), actual, expected)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-5),
+        (actual, gradients),
+        (expected, expected_gradients),
+    )
 
 
 def test_a_block_apart_computes_what_it_does_in_the_stack(random_variables):
