@@ -50,22 +50,41 @@ everywhere() {
     return "$code"
 }
 
-# ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED (taken away) ...; nothing if there is none.
+# ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED (taken away) ..., NONE if nothing was asked for, and UNKNOWN where gcloud
+# says something else, which is no reason to ask again or to give anything back.
 state() {
-    gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null || true
+    local ask=(gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)') said
+    if "${ask[@]}" 2>/dev/null; then return; fi
+    said=$("${ask[@]}" 2>&1 > /dev/null || true)
+    if [[ $said == *NOT_FOUND* ]]; then
+        echo NONE
+    else
+        echo "$said" >&2
+        echo UNKNOWN
+    fi
+}
+
+ask_for_it() {
+    [[ $type && $runtime ]] || fail "$action needs --type (as v5litepod-16) and --runtime (as v2-alpha-tpuv5-lite)"
+    # With a count Google tells the machines of the other slices (MEGASCALE_...), which JAX reads.
+    local asked=("--node-id=$name")
+    ((slices == 1)) || asked=("--node-count=$slices" "--node-prefix=$name")
+    tpus queued-resources create "$name" "${asked[@]}" "--accelerator-type=$type" \
+        "--runtime-version=$runtime" ${spot:+--spot} || fail "the slice cannot be asked for"
 }
 
 create() {
-    [[ $type && $runtime ]] || fail "create needs --type (as v5litepod-16) and --runtime (as v2-alpha-tpuv5-lite)"
-    if [[ $dry_run || ! $(state) ]]; then
-        # With a count Google tells the machines of the other slices (MEGASCALE_...), which JAX reads.
-        local asked=("--node-id=$name")
-        ((slices == 1)) || asked=("--node-count=$slices" "--node-prefix=$name")
-        tpus queued-resources create "$name" "${asked[@]}" "--accelerator-type=$type" \
-            "--runtime-version=$runtime" ${spot:+--spot} || fail "the slice cannot be asked for"
+    if [[ $dry_run ]]; then
+        ask_for_it
+        return
     fi
-    until [[ $dry_run || $(state) == ACTIVE ]]; do
-        [[ $(state) =~ FAILED|SUSPEND ]] && return 1
+    case $(state) in
+    NONE) ask_for_it ;;
+    UNKNOWN) fail "gcloud does not say whether $name is there; see what it says above" ;;
+    esac
+    until [[ $(state) == ACTIVE ]]; do
+        [[ $(state) =~ FAILED|SUSPEND|NONE ]] && fail "the slice did not come; see gcloud compute tpus queued-resources \
+describe $name, give it back by launch/tpu_vm.sh delete, and ask again"
         sleep 30
     done
 }
@@ -118,7 +137,7 @@ missing() {
 
 start() {
     until install && run; do
-        [[ $(state) == ACTIVE ]] || return 0
+        [[ $(state) =~ ACTIVE|UNKNOWN ]] || return 0
         echo "Not all machines could be reached; trying again." >&2
         sleep 30
     done
@@ -126,20 +145,26 @@ start() {
 
 keep() {
     ((${#command[@]})) || fail "there is no command behind --"
+    if [[ $dry_run ]]; then
+        create && install && run
+        return
+    fi
+    local started='' code=''
     while true; do
-        if create; then
-            start
-            [[ $dry_run ]] && break
-            while [[ $(state) == ACTIVE ]]; do
-                sleep 60
-                code=$(left)
-                [[ $code ]] && exit "$code"
-                if missing; then start; fi
-            done
-        fi
-        echo "A slice is gone; asking for new ones." >&2
-        delete || true
-        sleep 30  # a slice that fails at once is not asked for without end
+        case $(state) in
+        NONE) ask_for_it ;;
+        ACTIVE)
+            [[ $started ]] && code=$(left)
+            [[ $code ]] && exit "$code"
+            if [[ ! $started ]] || missing; then start; fi
+            started=1
+            ;;
+        *FAILED* | *SUSPEND*)
+            echo "A slice is gone; asking for new ones." >&2
+            delete || true
+            ;;
+        esac
+        sleep 60
     done
 }
 

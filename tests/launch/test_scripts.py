@@ -123,6 +123,60 @@ def test_tpu_vm_reaches_the_machines_of_all_slices():
     assert {"lit-0", "--worker=0"} < set(shlex.split(follow))
 
 
+def stand_in(folder, gcloud):
+    """Programs for the path: this gcloud, and a sleep that is short."""
+    for name, body in (("gcloud", gcloud), ("sleep", "exec /bin/sleep 0.2")):
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        (["ACTIVE"], ["start"]),
+        (["UNAVAILABLE", "ACTIVE", "UNAVAILABLE", "UNAVAILABLE", "ACTIVE"], ["start"]),
+        (["NOT_FOUND", "WAITING_FOR_RESOURCES", "ACTIVE"], ["create", "start"]),
+        (
+            ["ACTIVE", "SUSPENDED", "NOT_FOUND", "CREATING", "ACTIVE"],
+            ["start", "delete", "create", "start"],
+        ),
+    ],
+)
+def test_tpu_vm_asks_and_gives_back_by_what_gcloud_says(tmp_path, answers, expected):
+    """gcloud is a stand-in that answers `describe` by one line of a file after another, the last for ever."""
+    gcloud = """
+        cd "$STATES"
+        case $4 in
+            describe)
+                answer=$(head -n 1 answers)
+                if [[ $answer =~ UNAVAILABLE|NOT_FOUND && ! -e asked ]]; then
+                    touch asked # it is asked once more for its error alone
+                else
+                    rm -f asked
+                    [ "$(wc -l < answers)" = 1 ] || sed -i 1d answers
+                fi
+                [[ $answer =~ UNAVAILABLE|NOT_FOUND ]] || exec echo "$answer"
+                echo "$answer: queued resource" >&2
+                exit 1 ;;
+            create) echo create >> calls; touch empty ;;
+            delete) echo delete >> calls ;;
+            ssh)
+                case "$*" in
+                    *restart.sh*) echo start >> calls; rm -f empty ;;
+                    *"cat run.exit"*) [ -e empty ] || [ "$(wc -l < answers)" != 1 ] || echo 0 ;;
+                    *missing*) [ ! -e empty ] || echo missing ;;
+                esac ;;
+        esac"""
+    stand_in(tmp_path, gcloud)
+    (tmp_path / "answers").write_text("".join(f"{answer}\n" for answer in answers))
+    keep = next(words for words in of_script("tpu_vm.sh") if words[1] == "keep")
+    environment = with_tools(tmp_path) | {"STATES": str(tmp_path), "TMPDIR": str(tmp_path)}
+    result = launch(*keep, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "calls").read_text().split() == expected
+    assert ("UNAVAILABLE: queued resource" in result.stderr) == ("UNAVAILABLE" in answers)
+
+
 def test_tpu_vm_starts_again_in_a_slice_that_came_back_empty(tmp_path):
     """gcloud is a stand-in: a slice is a folder. The second one is lost while the first waits for it."""
     gcloud = """
@@ -141,9 +195,7 @@ def test_tpu_vm_starts_again_in_a_slice_that_came_back_empty(tmp_path):
                 esac
                 exec bash -c "$command" ;;
         esac"""
-    for name, body in (("gcloud", gcloud), ("sleep", "exec /bin/sleep 0.2")):
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    stand_in(tmp_path, gcloud)
     keep = next(words for words in of_script("tpu_vm.sh") if words[1] == "keep")
     together = (
         "echo >> ../../started; until [ $(wc -l < ../../started) = 2 ]; do sleep 1; done; exit 2"
