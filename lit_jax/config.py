@@ -27,6 +27,7 @@ class Range(NamedTuple):
 
 Count = Annotated[int, Range(1)]
 NotNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(math.ulp(0.0))]
 Fraction = Annotated[float, Range(0, 1)]
 # A moment with a decay of 1 never moves. Adafactor, whose b2 is a cap, is below this one for 3e7 steps.
 Decay = Annotated[float, Range(0, 0.999999)]
@@ -64,8 +65,10 @@ class ModelConfig:
     2211.06679, section 3.2). The result is an AltCLIP, whose other parts are the teacher's.
     """
 
-    dual_encoder: str = ""  # then image and text stay as they are here, but for their overrides
-    teacher: str = ""  # Hub id or folder of a CLIP; then image stays as it is here
+    # Beside one of these two, image and what joins the towers stay as they are here. So does text beside a
+    # dual encoder, but there overrides of both can be set.
+    dual_encoder: str = ""
+    teacher: str = ""  # Hub id or folder of a CLIP
     image: TowerConfig = TowerConfig()
     text: TowerConfig = TowerConfig()
     projection_dim: Count = 512
@@ -104,7 +107,7 @@ class OptimizerConfig:
     weight_decay: NotNegative = (
         0.0  # decoupled: each step takes away learning_rate * weight_decay * parameter
     )
-    clip_norm: NotNegative | None = 1.0  # of the gradient of the trainable parameters
+    clip_norm: Positive | None = 1.0  # of the gradient of the trainable parameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,7 +187,7 @@ class MeshConfig:
 class CheckpointConfig:
     every: Duration = "1000 steps"
     keep_last: Count = 2
-    keep_every: Duration | None = None
+    keep_every: Duration | None = None  # also saved so often, and kept for good
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ def load_config(spec: str, overrides: Iterable[tuple[str, str]]) -> Config:
             f"There is no config file {path}; give --config=FILE.py or FILE.py:ARGUMENT."
         )
     # One config may start from another: `from configs import vit_bert`.
-    sys.path.insert(0, str(Path(path).resolve().parents[1]))
+    sys.path.insert(0, str(Path(path).resolve().parent.parent))
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:

@@ -47,9 +47,8 @@ def command(main: Callable[..., None]) -> Callable[..., int]:
             if os.environ.get("LIT_JAX_TRACEBACK") == "1":
                 traceback.print_exc()
             if isinstance(error, PermissionError):
-                error = (
-                    f"There is no permission for {error.filename}; get it, or give another path."
-                )
+                what = error.filename or "something that this command needs"
+                error = f"There is no permission for {what}; get it, or give another path."
             process.end(BAD_INPUT, str(error))
             print(f"error: {error}", file=sys.stderr, flush=True)
             return BAD_INPUT

@@ -6,7 +6,8 @@
 
 Train from it with --config.data.image_embeddings=DIR (text_embeddings), and the same --config.data.views=K.
 Given again, the command goes on after the last whole shard, on any devices and any number of processes.
-Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM (run it again to go on).
+Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM, 76 another process of the same run is gone; after
+the last two run it again to go on.
 """
 
 import argparse

@@ -9,7 +9,7 @@
 Prints a table, and writes the numbers to --output as flat JSON, to --results in CLIP_benchmark's layout and
 as Markdown, and to --report as a page for a browser. A run's own evaluations at its latest checkpoint go into
 its results.json and evals/ if not told otherwise. --cache keeps embeddings for the next time.
-Exit codes: 0 done, 2 bad input.
+Exit codes: 0 done, 2 bad input, 76 another process of the same run is gone.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from lit_jax.evals.encode import Encoder, Params
 from lit_jax.evals.html import html_report
 from lit_jax.evals.results import Subject, write_results
 from lit_jax.evals.runner import Evaluation, flat, open_evals, run, table
-from lit_jax.files import write_json, write_whole
+from lit_jax.files import write_json, write_whole, writing_files
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.run import load_run, read_config
@@ -198,7 +198,7 @@ def _write(args: argparse.Namespace, evaluations: Sequence[Evaluation]) -> None:
         subject = Subject(model=args.workdir.absolute().name, pretrained=f"step {args.step}")
     else:
         subject = Subject(model=args.model)
-    try:
+    with writing_files("--output, --results or --report"):
         if args.output:
             write_json(args.output, flat(evaluations))
         if args.results:
@@ -206,11 +206,6 @@ def _write(args: argparse.Namespace, evaluations: Sequence[Evaluation]) -> None:
         if args.report:
             metrics = read_metrics(args.workdir) if args.workdir else ()
             write_whole(args.report, html_report(evaluations, subject, metrics))
-    except OSError as error:
-        raise UserError(
-            f"{error.filename} cannot be written ({error.strerror}); give another --output, --results or "
-            "--report."
-        ) from None
 
 
 if __name__ == "__main__":

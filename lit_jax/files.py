@@ -27,6 +27,17 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def writing_files(flags: str) -> Iterator[None]:
+    """Raises UserError where a file that one of `flags` names cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be written ({error.strerror}); give another {flags}."
+        ) from error
+
+
+@contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """The name under which to write what takes the place of `path` when the block ends without an error.
 
@@ -38,7 +49,7 @@ def whole(path: Path) -> Iterator[Path]:
         yield new
         new.replace(path)
     except OSError as error:
-        if error.filename == str(new):
+        if error.filename in (None, str(new)):
             error.filename = str(path)  # not that of the file beside it, which nobody knows
         raise
     finally:

@@ -9,7 +9,6 @@ Exit codes: 0 with an answer, be it that the step does not fit; 2 bad input.
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from lit_jax.config_file import load_config, split_overrides
 from lit_jax.console import command
 from lit_jax.distributed.flags import set_flags
 from lit_jax.errors import UserError
-from lit_jax.files import write_whole
+from lit_jax.files import write_json, writing_files
 from lit_jax.planning.chips import open_topology
 from lit_jax.planning.planner import make_plan
 from lit_jax.planning.table import table
@@ -41,20 +40,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=6,
         help="at most, of which all but one search the largest batch that fits (default: 6)",
     )
-    parser.add_argument("--output", type=Path, help="JSON file to write (default: plan.json)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("plan.json"),
+        help="JSON file to write (default: plan.json)",
+    )
     args, rest = parser.parse_known_args(argv)
     if args.compilations < 1:
         raise UserError(f"--compilations={args.compilations} must be at least 1.")
-    output = args.output or Path("plan.json")
-    if not output.parent.is_dir() or output.is_dir():
-        raise UserError(f"--output={output} must name a file in a folder that exists.")
+    if not args.output.parent.is_dir() or args.output.is_dir():
+        raise UserError(f"--output={args.output} must name a file in a folder that exists.")
     config = load_config(args.config, split_overrides(rest))
     set_flags()
     topology = open_topology(args.topology, slices=args.slices)
     plan = make_plan(config, topology, slices=args.slices, compilations=args.compilations)
-    write_whole(output, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
-    print(table(plan))
-    print(f"\n{output}")
+    print(table(plan), flush=True)  # first: what took minutes to find is not lost with the file
+    with writing_files("--output"):
+        write_json(args.output, dataclasses.asdict(plan))
+    print(f"\n{args.output}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ def test_exit_codes_and_one_line_messages(capsys, monkeypatch):
     assert capsys.readouterr().err == (
         "error: There is no permission for /a/b; get it, or give another path.\n"
     )
+    assert main(PermissionError(1, "Operation not permitted")) == BAD_INPUT
+    assert "permission for something that this command needs;" in capsys.readouterr().err
 
 
 def test_the_traceback_is_shown_on_request(capsys, monkeypatch):

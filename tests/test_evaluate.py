@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,20 @@ def test_results_that_cannot_be_written_are_printed_still(run, capsys):
     assert "zero_shot/unseen/top1" in printed.out
     assert "/proc/results.json cannot be written (" in printed.err
     assert printed.err.endswith("; give another --output, --results or --report.\n")
+
+
+def test_results_on_a_full_disk_are_printed_still(run, capsys, tmp_path):
+    _, workdir = run
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))  # bytes of a file; Python ignores SIGXFSZ
+    try:
+        assert main([f"--workdir={workdir}", f"--output={tmp_path / 'all.json'}"]) == BAD_INPUT
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    printed = capsys.readouterr()
+    assert "zero_shot/unseen/top1" in printed.out
+    assert f"{tmp_path / 'all.json'} cannot be written (File too large)" in printed.err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.long

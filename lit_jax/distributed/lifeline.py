@@ -92,8 +92,11 @@ class Lifeline:
         """Lets in who knows the token; anything else that finds the port is none of ours."""
         _keep_alive(connection)
         lines = connection.makefile("rb")
-        given, _, index = lines.readline(100).decode(errors="replace").partition(" ")
-        if not secrets.compare_digest(given, token):
+        given = b""
+        with contextlib.suppress(OSError):  # reset before a line came
+            given, _, index = lines.readline(100).partition(b" ")
+        if not secrets.compare_digest(given, token.encode()):
+            lines.close()
             connection.close()
             return
         self._peers[int(index)] = connection

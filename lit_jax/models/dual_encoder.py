@@ -78,9 +78,10 @@ class DualEncoderModule(nn.Module):
         self.text_head = self._make_head(self.text_projection, "text_projection")
         constant = nn.initializers.constant
         if self.temperature_init is None:
-            self.scale = self.param("logit_scale", constant(self.logit_scale_init), ())
+            name, first = "logit_scale", self.logit_scale_init
         else:
-            self.temperature = self.param("temperature", constant(self.temperature_init), ())
+            name, first = "temperature", self.temperature_init
+        self.scale = {name: self.param(name, constant(first), ())}
         if self.logit_bias_init is not None:
             self.bias = self.param("logit_bias", constant(self.logit_bias_init), ())
 
@@ -193,9 +194,8 @@ class DualEncoderModule(nn.Module):
 
     def logit_parameters(self) -> tuple[Float[Array, ""], Float[Array, ""] | None]:
         """logit_scale, a logarithm, and logit_bias, float32."""
-        scale = self.scale if self.temperature_init is None else -jnp.log(self.temperature)
         bias = None if self.logit_bias_init is None else jnp.asarray(self.bias, jnp.float32)
-        return jnp.asarray(scale, jnp.float32), bias
+        return logit_scale(self.scale), bias
 
     def _make_head(self, kind: Projection, name: str) -> nn.Dense | None:
         if kind == "none":
@@ -224,9 +224,11 @@ class DualEncoderModule(nn.Module):
         return shard_batch(embeds_BxE)
 
 
-def logit_scale(params: Mapping[str, Any]) -> Any:
-    """The logarithm of what the logits are scaled by, from the parameters of a dual encoder."""
-    return params["logit_scale"] if "logit_scale" in params else -jnp.log(params["temperature"])
+def logit_scale(params: Mapping[str, Any]) -> Float[Array, ""]:
+    """The logarithm, float32, of what the logits are scaled by, from the parameters of a dual encoder."""
+    if "logit_scale" in params:
+        return jnp.asarray(params["logit_scale"], jnp.float32)
+    return -jnp.log(jnp.asarray(params["temperature"], jnp.float32))
 
 
 def normalize(embeds_BxE: Float[Array, "B E"]) -> Float[Array, "B E"]:

@@ -41,7 +41,7 @@ SAVE_SECONDS = 60
 class Checkpoints:
     """The checkpoints of one run folder. Close it, or use it in `with`, to wait for the last save."""
 
-    def __init__(self, workdir: Path, keep_last: int = 1, keep_every: int | None = None):
+    def __init__(self, workdir: Path, keep_last: int, keep_every: int | None = None):
         quiet_orbax()
         self._workdir = workdir
         options = ocp.CheckpointManagerOptions(

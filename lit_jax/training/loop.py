@@ -59,6 +59,10 @@ class _Plan:
     def mesh(self) -> Mesh:
         return self.setup.mesh
 
+    def saves_at(self, step: int) -> bool:
+        is_kept = self.keep_every is not None and step % self.keep_every == 0
+        return step == self.total or step % self.save_every == 0 or is_kept
+
 
 def train(
     config: Config,
@@ -113,7 +117,7 @@ def train(
                 state, metrics = step_fn(state, frozen, batch)
                 reporter.add(step, metrics, bad_samples=stream.bad_samples)
                 stopping = stop.requested(step)
-                if stopping or step == plan.total or step % plan.save_every == 0:
+                if stopping or plan.saves_at(step):
                     reporter.flush()  # also refuses to save a state that is no longer finite
                     checkpoints.save(step, state, stream.get_state(), dataclasses.asdict(config))
                 if stopping and step < plan.total:

@@ -57,7 +57,7 @@ def make_optimizer(
     parentheses scaled, for each parameter, to the length of that parameter.
     """
     return optax.chain(
-        _clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.identity() if config.clip_norm is None else _clip_by_global_norm(config.clip_norm),
         _DIRECTIONS[config.name](config),
         _add_weight_decay(config.weight_decay, policy),
         optax.stateless(_scale_to_parameter) if config.name == "lamb" else optax.identity(),

@@ -31,8 +31,9 @@ LOCK_RULES: dict[str, Rules] = {
 _ONLY_TEXT: Rules = ((r"text_model/.*", True), (r".*", False))
 LEARNING_RATE_RULES: Rules = ((r".*", 1.0),)
 WEIGHT_DECAY_RULES: Rules = (
-    # Vectors and scalars, and the running statistics of BatchNorm, which the step itself replaces.
-    (r"logit_(scale|bias)|temperature|.*/(bias|scale|factor|mean|var)", 0.0),
+    # What shifts and scales, and the running statistics of BatchNorm, which the step itself replaces. Learned
+    # tokens decay as the tables of embeddings do.
+    (r"logit_(scale|bias)|temperature|.*/(bias|scale|factor|grn/weight|mean|var)", 0.0),
     (r".*", 1.0),
 )
 

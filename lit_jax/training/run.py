@@ -23,7 +23,7 @@ from lit_jax.data.text import without_state
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
-from lit_jax.files import write_json
+from lit_jax.files import write_json, write_whole
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.training.checkpoints import restore_frozen, restore_params
 from lit_jax.training.disk import complete_steps
@@ -36,7 +36,9 @@ from lit_jax.weights.hub import read_config as read_hf_config
 log = logging.getLogger(__name__)
 
 # What names the towers that a run starts from; from its first checkpoint on it has them itself.
-TOWER_KEYS = {f"model.{key}" for key in ("dual_encoder", "teacher", "image.model", "text.model")}
+TOWER_KEYS = {"model.dual_encoder", "model.teacher"} | {
+    f"model.{side}.{key}" for side in ("image", "text") for key in ("model", "overrides")
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,7 @@ def save_parameter_table(workdir: Path, setup: Setup) -> None:
         setup.mesh.size,
     )
     if is_primary():
-        (workdir / "parameters.txt").write_text(setup.policy.table(setup.abstract))
+        write_whole(workdir / "parameters.txt", setup.policy.table(setup.abstract))
 
 
 def read_config(workdir: Path) -> Config | None:

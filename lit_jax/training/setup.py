@@ -131,6 +131,21 @@ def find_towers(config: ModelConfig) -> Towers:
     return Towers(image_folder=image, text_folder=text, hf_config=hf_config)
 
 
+def _check_joint(config: ModelConfig, key: str) -> None:
+    """Raises UserError for what would do nothing beside `key`, which names a model that is joined already."""
+    names = ("projection_dim", "logit_scale_init", "logit_bias_init")
+    set_too = [
+        f"config.model.{name}"
+        for name in names
+        if getattr(config, name) != getattr(ModelConfig(), name)
+    ]
+    if set_too:
+        raise UserError(
+            f"config.model.{key} brings what joins the two towers; leave {' and '.join(set_too)} as by "
+            "default."
+        )
+
+
 def _find_student(config: ModelConfig) -> Towers:
     """As `find_towers`, of a CLIP with another text tower."""
     if config.dual_encoder or config.image != TowerConfig():
@@ -138,6 +153,7 @@ def _find_student(config: ModelConfig) -> Towers:
             "config.model.teacher names the CLIP whose image tower is kept; leave config.model.dual_encoder "
             "and config.model.image as they are by default."
         )
+    _check_joint(config, "teacher")
     teacher, clip = find_teacher(config.teacher)
     text = local_folder(config.text.model, config_key="config.model.text.model")
     student = _override(read_tower_config(text, "text"), config.text, "text")
@@ -151,6 +167,7 @@ def _find_student(config: ModelConfig) -> Towers:
 
 def _find_dual_encoder(config: ModelConfig) -> Towers:
     """As `find_towers`, of a folder that has both."""
+    _check_joint(config, "dual_encoder")
     folder = local_folder(config.dual_encoder, config_key="config.model.dual_encoder")
     hf_config = read_config(folder)
     if hf_config["model_type"] not in SYSTEMS:
@@ -241,17 +258,21 @@ def example_batch(image_transform: ImageTransform, tokenizer: Any) -> dict[str, 
 
 
 def _abstract(shapes: Tree, policy: Policy, config: Config, mesh: Mesh) -> Tree:
-    # Trainable parameters are float32 masters; locked ones are stored in the dtype they are used in.
     shardings = flatten(parameter_shardings(shapes, mesh))
-    flat = {
-        path: jax.ShapeDtypeStruct(
-            leaf.shape,
-            leaf.dtype if policy.trainable[path] else jnp.dtype(config.model.dtype),
-            sharding=shardings[path],
-        )
-        for path, leaf in flatten(shapes).items()
-    }
-    return unflatten(flat)
+    towers = {f"{name}_model" for name in TOWERS.values()} | {TEACHER}
+
+    def dtype(path: str) -> Any:
+        # Trainable parameters are float32 masters; locked ones are stored in the dtype they are used in, and
+        # outside the towers that is float32.
+        in_tower = path.partition("/")[0] in towers
+        return config.model.dtype if in_tower and not policy.trainable[path] else jnp.float32
+
+    return unflatten(
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, dtype(path), sharding=shardings[path])
+            for path, leaf in flatten(shapes).items()
+        }
+    )
 
 
 def first_parameters(config: Config, setup: Setup, towers: Towers) -> tuple[Tree, Tree]:

@@ -1,7 +1,10 @@
 """Where one process ends, all end with a sentence: the first, on which JAX itself depends, or another."""
 
+import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import portpicker
 import pytest
 
+from lit_jax.distributed import lifeline
 from lit_jax.errors import BAD_INPUT, FAILED, GONE
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +49,31 @@ def test_the_end_of_one_process_is_that_of_all(how, who):
         # Perhaps not as the last: JAX's own threads may still print what they make of it.
         assert f"[{other}] {sentence.format(who)}" in said
     assert ("Traceback" in result.stderr) == (how == "bug")
+
+
+class Store(dict):
+    """What of JAX's key-value store a lifeline uses."""
+
+    key_value_set = dict.__setitem__
+
+    def blocking_key_value_get(self, key, timeout_ms):
+        return self[key]
+
+
+def test_a_stranger_at_the_port_is_turned_away(monkeypatch):
+    monkeypatch.setattr(lifeline, "_delay_aborts", lambda: None)  # of this process
+    store = Store()
+    first = lifeline.Lifeline(0, store, "localhost")
+    ((port, token),) = map(json.loads, store.values())
+    for greeting in (b"\x16\x03\x01\xff\n", b"GET / HTTP/1.1\r\n", f"{token}".encode()[:-1], b""):
+        with socket.create_connection(("localhost", port), timeout=10) as stranger:
+            stranger.sendall(greeting)
+            stranger.shutdown(socket.SHUT_WR)
+            assert stranger.recv(1) == b"", greeting
+    with socket.create_connection(("localhost", port), timeout=10) as stranger:
+        reset = struct.pack("ii", 1, 0)
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+    assert not first._peers
 
 
 def test_the_processes_of_several_slices_find_each_other():

@@ -23,7 +23,7 @@ def main(workdir: str, full: int, how: str) -> None:
     rows = {"step": np.zeros(1), "kernel": np.random.default_rng(0).normal(size=(1, 50_000))}
     arrays = global_batch(rows, make_mesh(MeshConfig()))
     state = State(step=arrays["step"], params={"kernel": arrays["kernel"]}, opt_state=())
-    with checkpoints.Checkpoints(Path(workdir)) as saved:
+    with checkpoints.Checkpoints(Path(workdir), keep_last=1) as saved:
         saved.save(1, state, {}, {})
         saved.wait()
         if process.number() == full:

@@ -96,6 +96,28 @@ def test_a_pretrained_clip_trains_on_and_is_exported_as_a_clip(folder, train, tm
     assert type(processor).__name__ == "CLIPProcessor"
 
 
+@pytest.mark.parametrize("key", ["projection_dim", "logit_scale_init", "logit_bias_init"])
+def test_what_joins_the_towers_is_not_chosen_beside_them(folder, train, key):
+    with pytest.raises(UserError, match=rf"dual_encoder brings .*; leave config\.model\.{key} as"):
+        train(folder("clip"), **{f"model.{key}": 8})
+
+
+def test_what_joins_the_towers_is_float32_though_it_is_locked(folder, train):
+    rules = ((r"logit_scale|.*_projection/kernel", False),)
+    run, _ = train(
+        folder("clip"),
+        **{"model.dtype": "bfloat16", "policy.trainable": rules, "duration": "2 steps"},
+    )
+    assert run.setup.policy.trainable["logit_scale"] is False
+    dtypes = {path: str(leaf.dtype) for path, leaf in flatten(run.params).items()}
+    assert dtypes.pop("logit_scale") == "float32"
+    assert (
+        dtypes.pop("text_projection/kernel") == dtypes.pop("visual_projection/kernel") == "float32"
+    )
+    locked = {dtypes[path] for path in dtypes if not run.setup.policy.trainable[path]}
+    assert locked == {"bfloat16"}
+
+
 def test_projections_that_came_with_other_towers_start_anew(folder, train):
     source = folder("clip")
     _, before, _, _ = load_dual_encoder(source, dtype="float32")

@@ -177,6 +177,13 @@ def test_non_finite_values_stop_the_run_and_name_the_last_checkpoint(train, tiny
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
+def test_checkpoints_are_kept_at_the_steps_that_the_config_says(train, tiny, tmp_path):
+    """Though they are no multiples of those at which one is saved anyway."""
+    changes = {"checkpoint.every": "2 steps", "checkpoint.keep_every": "3 steps"}
+    train(tiny(**changes, **{"checkpoint.keep_last": 1, "duration": "7 steps"}), tmp_path)
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"3", "6", "7"}
+
+
 def test_a_run_goes_on_only_with_the_config_it_was_started_with(train, tiny, tmp_path):
     train(tiny(), tmp_path)
     with pytest.raises(UserError, match=r"schedule.learning_rate: 0.002 -> 0.1.*--allow_changes="):
@@ -203,6 +210,7 @@ def test_a_run_goes_on_only_with_the_config_it_was_started_with(train, tiny, tmp
             "config.model.image.model is 'an/id'.* set config.model.image.model to a local folder",
         ),
         ({"data.max_text_length": 33}, "max_text_length"),
+        ({"optimizer.clip_norm": 0.0}, "config.optimizer.clip_norm"),
     ],
 )
 def test_bad_input_leaves_no_run_folder(train, tiny, tmp_path, changes, message):
@@ -307,7 +315,7 @@ def test_where_no_checkpoint_folder_can_be_made_the_process_says_so_and_ends(tmp
         from lit_jax.training.step import State
         workdir = Path(sys.argv[1])
         state = State(jnp.zeros((), jnp.int32), {"a": jnp.ones(3)}, optax.EmptyState())
-        with Checkpoints(workdir) as checkpoints:
+        with Checkpoints(workdir, keep_last=1) as checkpoints:
             (workdir / "checkpoints").rmdir()
             (workdir / "checkpoints").write_text("")
             try:
@@ -350,10 +358,11 @@ def test_a_run_with_a_checkpoint_says_that_it_keeps_its_towers(
 ):
     workdir = shutil.copytree(finished, tmp_path / "run")
     elsewhere = shutil.copytree(towers["image"], tmp_path / "elsewhere")
-    moved = tiny(**{"model.image.model": str(elsewhere)})
+    changes = {"model.image.model": str(elsewhere), "model.text.overrides": {"pad_token_id": 0}}
     with caplog.at_level("WARNING", logger="lit_jax"):
-        train(moved, workdir, allowed_changes=["model.image.model"])
-    assert "goes on with those; model.image.model is only noted" in caplog.text
+        train(tiny(**changes), workdir, allowed_changes=list(changes))
+    noted = "goes on with those; model.image.model and model.text.overrides is only noted"
+    assert noted in caplog.text
 
 
 def test_reading_a_run_leaves_alone_what_it_is_just_saving(train, tiny, tmp_path):
@@ -415,7 +424,7 @@ def test_a_checkpoint_moves_to_other_devices(tiny, tmp_path, first, second):
         mesh = make_mesh(MeshConfig(fsdp=fsdp), jax.devices()[:devices])
         setup = prepare(config, find_towers(config.model), mesh)
         optimizer = make_optimizer(config.optimizer, optax.constant_schedule(0.1), setup.policy)
-        with Checkpoints(tmp_path) as checkpoints:
+        with Checkpoints(tmp_path, keep_last=1) as checkpoints:
             state, _, position = first_or_latest_state(
                 config, setup, find_towers(config.model), optimizer, tmp_path, checkpoints
             )

@@ -67,6 +67,13 @@ def test_multipliers_cover_the_trainable_parameters_alone():
         assert policy.weight_decay[path] == 0.0
 
 
+def test_what_shifts_and_scales_does_not_decay():
+    block = {"mlp": {"kernel": 0, "grn": {"weight": 0, "bias": 0}}, "norm": {"scale": 0}}
+    policy = resolve_policy(PolicyConfig(lock="UU"), {"vision_model": block, "logit_bias": 0})
+    decayed = {path for path, rate in policy.weight_decay.items() if rate}
+    assert decayed == {"vision_model/mlp/kernel"}
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
