@@ -16,6 +16,7 @@ import jax
 
 from configs.vit_bert import get_config
 from lit_jax.config import parse
+from lit_jax.distributed.flags import set_flags
 from lit_jax.planning.chips import CHIPS, Topology, open_topology
 from lit_jax.planning.planner import abstract_program, traced
 
@@ -24,10 +25,13 @@ BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--depths", default="12,24,48")
     parser.add_argument("--topology", default="v5e:2x2")
     args = parser.parse_args()
+    set_flags()
     # The chip's figures are not used here.
     cpu = Topology(name="CPU", chip=CHIPS["v4"], devices=tuple(jax.devices("cpu")))
     targets = [cpu]

@@ -11,19 +11,18 @@ ratios PyTorch / ours of the seconds: above 1 ours is faster.
 
 import argparse
 import json
-import os
-import resource
-import subprocess
-import sys
-import time
 
 import numpy as np
+
+from benchmarks.timing import in_own_process, once, peak_memory
 
 FORMS = ("global", "lean", "PyTorch")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batches", default="512,1024,2048,4096,8192,16384")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--steps", type=int, default=5)
@@ -39,20 +38,11 @@ def main() -> None:
         "global x lean x",
     )
     for batch in batches:
-        figures = [in_own_process(form, batch, args) for form in FORMS]
+        shape = f"--batches={batch}", f"--width={args.width}", f"--steps={args.steps}"
+        figures = [in_own_process("benchmarks.loss", f"--only={form}", *shape) for form in FORMS]
         columns = ("{:11.4f} {:8.4f} {:6.0f}".format(*figure) for figure in figures)
         ratios = (f"{figures[2][0] / ours[0]:7.2f}" for ours in figures[:2])
         print(f"{batch:7}", *columns, *ratios, flush=True)
-
-
-def in_own_process(form: str, batch: int, args: argparse.Namespace) -> tuple[float, ...]:
-    flags = f"--only={form}", f"--batches={batch}", f"--width={args.width}", f"--steps={args.steps}"
-    command = [sys.executable, "-m", "benchmarks.loss", *flags]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    printed = subprocess.run(
-        command, env=environment, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-    return tuple(json.loads(printed))
 
 
 def measure(form: str, batch: int, width: int, steps: int) -> tuple[float, ...]:
@@ -61,27 +51,20 @@ def measure(form: str, batch: int, width: int, steps: int) -> tuple[float, ...]:
     z_2xBxD = rng.normal(size=(2, batch, width)).astype(np.float32)
     z_2xBxD /= np.linalg.norm(z_2xBxD, axis=-1, keepdims=True)
     run = (torch_loss if form == "PyTorch" else lit_jax_loss)(form, *z_2xBxD)
-    before = held()
-    seconds, cpu_seconds = [], []
-    for _ in range(steps + 1):
-        start, cpu_start = time.perf_counter(), time.process_time()
-        run()
-        seconds.append(time.perf_counter() - start)
-        cpu_seconds.append(time.process_time() - cpu_start)
-    return min(seconds[1:]), min(cpu_seconds[1:]), held() - before
-
-
-def held() -> float:
-    """MiB at most since the process started."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    before = peak_memory()
+    run()
+    wall, cpu = zip(*(once(run) for _ in range(steps)), strict=True)
+    return min(wall), min(cpu), 1024 * (peak_memory() - before)
 
 
 def lit_jax_loss(form, zimg, ztxt):
     import jax
     import jax.numpy as jnp
 
+    from lit_jax.distributed.flags import set_flags
     from lit_jax.training.losses import make_loss
 
+    set_flags()
     gradients = jax.value_and_grad(make_loss("softmax", form=form), argnums=(0, 1, 2))
     args = jnp.asarray(zimg), jnp.asarray(ztxt), jnp.float32(2.6592)
     compiled = jax.jit(gradients).lower(*args).compile()

@@ -15,17 +15,15 @@ in one program, MiB. `taskset -c 0` and OPENBLAS_NUM_THREADS=1 before the comman
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import Sample, once, peak_memory
+from benchmarks.timing import Sample, in_own_process, once, peak_memory
 from lit_jax.config import MeshConfig
+from lit_jax.distributed.flags import set_flags
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.evals.ranks import BLOCK, count_ahead, ranks
 
@@ -42,6 +40,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
     parser.add_argument("--only", help="measure this N and width, here")
     args = parser.parse_args()
+    set_flags()
     if args.only:
         print(json.dumps(measure(*map(int, args.only.split(",")))))
         return
@@ -49,7 +48,7 @@ def main() -> None:
     print(f"{'':16} {'s':>8} {'cpu s':>8} {'ratio':>6} {'of cpu':>6} {'GiB':>6} {'matrix':>7}")
     for count in [3000] if args.tiny else map(int, args.counts.split(",")):
         for width in widths:
-            *times, gib = in_own_process(count, width)
+            *times, gib = in_own_process("benchmarks.retrieval", f"--only={count},{width}")
             products = np.array(numpy_products(*embeddings(count, width)))
             ratios = "{:6.2f} {:6.2f}".format(*products / times)
             seconds = "{:8.1f} {:8.1f}".format(*times)
@@ -57,12 +56,6 @@ def main() -> None:
             print(f"{name:16} {seconds} {ratios} {gib:6.2f} {count**2 / 2**28:7.2f}", flush=True)
     for width in widths:
         print(f"a million of {width}: {temporary_memory(width):.0f} MiB of temporary memory")
-
-
-def in_own_process(count: int, width: int) -> list[float]:
-    command = [sys.executable, "-m", "benchmarks.retrieval", f"--only={count},{width}"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return json.loads(subprocess.check_output(command, env=environment))
 
 
 def measure(count: int, width: int) -> tuple[float, float, float]:

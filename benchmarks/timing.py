@@ -1,7 +1,11 @@
 """Times of several contenders, measured in turn, so that a noisy machine is noisy for all of them."""
 
+import json
+import os
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -61,6 +65,12 @@ def once(call: Callable[[], object]) -> Sample:
     cpu, wall = time.process_time(), time.perf_counter()
     call()
     return Sample(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def in_own_process(*command: str) -> list[float]:
+    """The figures that `python -m COMMAND` prints as JSON, on CPU."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return json.loads(subprocess.check_output([sys.executable, "-m", *command], env=environment))
 
 
 def peak_memory() -> float:

@@ -28,6 +28,7 @@ from lit_jax.config import MeshConfig, ModelConfig, SourceConfig
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.sources import open_source
 from lit_jax.data.text import load_tokenizer
+from lit_jax.distributed.flags import set_flags
 from lit_jax.distributed.mesh import make_mesh, replicated
 from lit_jax.evals.encode import Encoder
 from lit_jax.evals.zero_shot import Classes, zero_shot
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
     args = parser.parse_args()
+    set_flags()
     images = 2 * args.batch if args.tiny else args.images
     encoder = make_encoder(args.batch, args.tiny)
     params = random_parameters(encoder)

@@ -28,7 +28,15 @@ done
 for key in name image claim accelerator nodes chips; do
     [[ ${!key} ]] || fail "--$key is missing"
 done
-[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices='$slices' is no number of slices"
+[[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "--name='$name' must be of a-z, 0-9 and -, a letter first"
+for key in nodes chips slices; do
+    [[ ${!key} =~ ^[1-9][0-9]*$ ]] || fail "--$key='${!key}' is no number of $key"
+done
+if [[ $topology ]]; then
+    [[ $topology =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || fail "--topology='$topology' is none, such as 4x4"
+elif [[ $accelerator == tpu* ]]; then
+    fail "$accelerator is a TPU; give its --topology, too"
+fi
 if ((slices > 1)); then
     [[ $topology ]] || fail "--slices are of TPUs; give their --topology, too"
     [[ $nodes != 1 ]] || fail "GKE joins no slices of a single node; give a larger --topology, and its --nodes"
@@ -54,12 +62,13 @@ else
                   fieldRef:
                     fieldPath: metadata.annotations['batch.kubernetes.io/job-completion-index']"
 fi
-arguments=$(python3 -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@")
+# Kubernetes makes $ of $$, and reads $(NAME) as a variable.
+arguments=$(python3 -c 'import json, sys; print(json.dumps([word.replace("$", "$$") for word in sys.argv[1:]]))' "$@")
 
 manifest="apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: $name$placement
+  name: '$name'$placement
 spec:
   failurePolicy:
     maxRestarts: 1000
@@ -91,8 +100,10 @@ spec:
               image: $image
               command: $arguments$environment
               resources: {limits: {$resource: $chips}}
-              volumeMounts: [{name: runs, mountPath: /runs}]
+              volumeMounts: [{name: runs, mountPath: /runs}, {name: shm, mountPath: /dev/shm}]
             volumes:
+            # Batches come from the data's worker processes through it; 64 MiB by default.
+            - {name: shm, emptyDir: {medium: Memory}}
             - name: runs
               persistentVolumeClaim: {claimName: $claim}"
 

@@ -5,8 +5,9 @@
 #
 # K simulated CPU devices for each process; without it, the devices that JAX finds. Each line of output starts
 # with the number of its process. SIGTERM and Ctrl-C reach all of them, and where one fails the others get a SIGTERM:
-# they may still be waiting for it to join. The exit code is that of what went wrong: of a command's own failure
-# before that of a process which was only left alone (76) or stopped (75, or 143 before it could save).
+# they may still be waiting for it to join. What is still there 90 seconds later is killed. The exit code is that of what
+# went wrong: of a command's own failure before that of a process which was only left alone (76) or stopped (75, or 143
+# before it could save).
 set -euo pipefail
 
 usage() {
@@ -21,7 +22,7 @@ while (($#)); do
     --devices=*) devices=${1#*=} ;;
     --dry-run) dry_run=1 ;;
     -*) usage "unknown flag $1" ;;
-    *) processes=$1 ;;
+    *) [[ ! $processes ]] || usage "there are two numbers of processes, $processes and $1" && processes=$1 ;;
     esac
     shift
 done
@@ -71,9 +72,11 @@ while ((${#pids[@]})); do
         (($(badness "$code") > $(badness "$worst"))) && worst=$code
     done
     if [[ ! $told ]] && (($(badness "$worst") > 1)); then
-        told=1
+        told=$SECONDS
         forward TERM
     fi
+    # More than the minute that a checkpoint under way is given: what is there still listens to nothing.
+    [[ ! $told ]] || ((SECONDS - told < 90)) || forward KILL
     sleep 0.2 &
     wait "$!" 2>/dev/null || true # unlike a program in the foreground, it lets a signal to this script through at once
 done

@@ -6,7 +6,13 @@
 # Five minutes before its time is over, or when it is preempted, the run saves and ends with 75, and the job goes back
 # into the queue. `sbatch` flags that are not here (account, partition) can be set by SBATCH_ACCOUNT and so on.
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}" # Slurm runs a copy of this file, elsewhere
+submitted=''
+if [[ ${1:-} == --submitted ]]; then # in the folder that it was submitted from, as a copy that lies elsewhere
+    submitted=1
+    shift
+else
+    cd "$(dirname "${BASH_SOURCE[0]}")/.."
+fi
 . launch/again.sh
 
 nodes=1 gpus='' time=24:00:00 dry_run=''
@@ -21,16 +27,17 @@ while (($#)); do
     esac
     shift
 done
+[[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "--nodes='$nodes' is no number of nodes"
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "--gpus='$gpus' is no number of GPUs of a node"
 (($#)) || fail "there is no command behind --"
 
 # Each process sees all GPUs of its node, and JAX takes the one with its own number: no --gpus-per-task here.
 # A process that fails before it has met the others ends them after a minute; later they end by themselves.
 run=(srun --label --wait=60 "$@")
-if [[ ! ${SLURM_JOB_ID:-} ]]; then
+if [[ ! $submitted ]]; then
     step sbatch --job-name=lit_jax "--nodes=$nodes" "--ntasks-per-node=$gpus" "--gpus-per-node=$gpus" \
         "--time=$time" --signal=TERM@300 --requeue --open-mode=append --output=slurm-%j.log \
-        launch/slurm.sh "--gpus=$gpus" -- "$@"
+        launch/slurm.sh --submitted "--gpus=$gpus" -- "$@"
     [[ ! $dry_run ]] || step "${run[@]}"
     exit
 fi

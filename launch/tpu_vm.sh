@@ -6,7 +6,8 @@
 #
 #     create    asks for the slice, or for N of its type, NAME-0, NAME-1 ..., and waits until all are there
 #     install   copies this commit to all its machines, and installs it
-#     run       starts the command on all of them; it goes on when this connection ends, and after exit code 75 or 76
+#     run       starts the command on all of them; it goes on when this connection ends, and after exit code
+#               75 or 76, or a kill
 #     logs      follows what the first machine prints
 #     stop      SIGTERM to all: the run saves and ends
 #     delete    gives back what create asked for
@@ -92,7 +93,7 @@ describe $name, give it back by launch/tpu_vm.sh delete, and ask again"
 install() {
     # Named after the slice: another one may be installed at the same time.
     archive=${TMPDIR:-/tmp}/$name.tar.gz
-    step git archive "--output=$archive" HEAD || return 1
+    step git archive "--output=$archive" HEAD || fail "this is no clone of the repository; run it in one"
     local node
     for node in "${nodes[@]}"; do
         tpus tpu-vm scp "$archive" "$node:lit_jax.tar.gz" --worker=all || return 1
@@ -138,7 +139,7 @@ missing() {
 start() {
     until install && run; do
         [[ $(state) =~ ACTIVE|UNKNOWN ]] || return 0
-        echo "Not all machines could be reached; trying again." >&2
+        echo "Not all machines could be reached and installed; see above. Trying again." >&2
         sleep 30
     done
 }
@@ -155,7 +156,10 @@ keep() {
         NONE) ask_for_it ;;
         ACTIVE)
             [[ $started ]] && code=$(left)
-            [[ $code ]] && exit "$code"
+            if [[ $code ]]; then
+                echo "The command has ended with $code; launch/tpu_vm.sh delete gives the slice back." >&2
+                exit "$code"
+            fi
             if [[ ! $started ]] || missing; then start; fi
             started=1
             ;;

@@ -180,7 +180,7 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     data: int = -1  # -1: all devices that fsdp leaves
-    fsdp: int = 1
+    fsdp: Count = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

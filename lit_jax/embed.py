@@ -19,7 +19,7 @@ from lit_jax.config_file import load_config, split_overrides
 from lit_jax.console import command, named_folder
 from lit_jax.distributed import process
 from lit_jax.errors import UserError
-from lit_jax.training.embedding import embed
+from lit_jax.training.embed_data import embed
 
 
 @command

@@ -11,7 +11,7 @@ from lit_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing_output(folder: Path) -> Iterator[None]:
     """Raises UserError where the --output of a command that goes on where it stopped cannot be written.
 
     Nothing may run on a device in here: JAX's errors are RuntimeErrors, too.

@@ -66,17 +66,22 @@ class Evaluator:
 
     def during_training(self, run: Run, names: Collection[str]) -> runner.Metrics:
         chosen = [task for task in self._prepared if task.key in names]
-        done = runner.run(chosen, Encoder.of_setup(run.setup), run.params)
-        earlier = self._done if self._step == run.step else {}
-        self._done, self._step = earlier | {e.prepared.name: e for e in done}, run.step
-        return runner.flat(done)
+        return runner.flat(self._evaluate(run, chosen))
 
     def finally_of(self, run: Run) -> list[runner.Evaluation]:
         """The evaluations at the end of a run, of which only those that are not done yet are run."""
         chosen = [task for task in self._prepared if task.config.at_end]
         done = self._done if self._step == run.step else {}
-        self.during_training(run, {task.key for task in chosen if task.name not in done})
+        self._evaluate(run, [task for task in chosen if task.name not in done])
         return [self._done[task.name] for task in chosen]
+
+    def _evaluate(
+        self, run: Run, tasks: Sequence[runner.PreparedEval]
+    ) -> Sequence[runner.Evaluation]:
+        done = runner.run(tasks, Encoder.of_setup(run.setup), run.params)
+        earlier = self._done if self._step == run.step else {}
+        self._done, self._step = earlier | {e.prepared.name: e for e in done}, run.step
+        return done
 
 
 def finish(

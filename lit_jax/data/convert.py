@@ -32,7 +32,7 @@ from lit_jax.data.example import BadSampleError, Example, Source
 from lit_jax.data.sources import open_source
 from lit_jax.data.workers import start_worker
 from lit_jax.errors import UserError
-from lit_jax.files import whole, write_whole, writing
+from lit_jax.files import whole, write_whole, writing_output
 
 PLAN_FILE = "convert.json"
 BAD_FILE = "bad.jsonl"
@@ -123,7 +123,7 @@ def _enter(folder: Path, plan: Plan) -> None:
     if not file.exists():
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} holds something else already; give an empty --output.")
-        with writing(folder):
+        with writing_output(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(file, wanted)
     elif file.read_text() != wanted:
@@ -140,7 +140,7 @@ def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
     """
     source, bad, good = _source(plan.source, plan.text_only), [], 0
     file = folder / plan.shard_name(shard)
-    with writing(folder), whole(file) as new:
+    with writing_output(folder), whole(file) as new:
         writer = ArrayRecordWriter(str(new), records.WRITER_OPTIONS)
         for position in plan.positions(shard):
             key = f"{position}"

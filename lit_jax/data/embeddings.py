@@ -54,6 +54,14 @@ class Header:
     dtype: str  # of the numbers, the tower's own
     shard_size: int  # examples
 
+    def __post_init__(self):
+        """Raises ValueError for what no command has written."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name == "views" else 1
+            if type(value) is not field.type or (field.type is int and value < least):
+                raise ValueError(f"{field.name} is {value!r}")
+
     @property
     def shards(self) -> int:
         return -(-self.examples // self.shard_size)
@@ -170,13 +178,17 @@ class Embeddings:
 
     def __getitem__(self, index: int) -> Float[np.ndarray, "K P"]:
         """The views of an image, or the captions of an example. Raises BadSampleError if it has none."""
-        with reading(self.folder):
+        header = self.header
+        with reading(self.folder / header.shard_name(index // header.shard_size)):
             record = self._records[index]
-        if record[-1:] == BAD:
-            kind, reason = json.loads(record[:-1])
-            raise BadSampleError(reason, kind)
-        count = (len(record) - 1) // self._dtype.itemsize
-        return np.frombuffer(record, self._dtype, count).reshape(-1, self.header.width)
+            if record[-1:] == BAD:
+                bad = BadSampleError(*reversed(json.loads(record[:-1])))
+            else:
+                rows_KxP = np.frombuffer(record[:-1], self._dtype).reshape(-1, header.width)
+                if header.views not in (0, len(rows_KxP)):
+                    raise ValueError(f"{len(rows_KxP)} views of an image, not {header.views}")
+                return rows_KxP
+        raise bad
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from lit_jax.data.example import BAD_KINDS, BadKind, BadSampleError, Source
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.mixture import part_of, training_order
 from lit_jax.data.readers import Batch, Reader
-from lit_jax.data.workers import start_worker
+from lit_jax.data.workers import start_worker, worker_errors
 from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,8 @@ class TrainStream:
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._iterator)
+        with worker_errors():
+            batch = next(self._iterator)
         self._next_batch += 1
         self._account(batch.pop("skipped"))
         return batch

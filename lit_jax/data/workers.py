@@ -1,9 +1,14 @@
-"""What every worker process of the data does first."""
+"""Worker processes of the data: what each does first, and what is said where one is killed."""
 
+import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import threading
+from collections.abc import Iterator
+
+from lit_jax.errors import UserError
 
 
 def start_worker() -> None:
@@ -20,3 +25,23 @@ def _exit_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+@contextlib.contextmanager
+def worker_errors() -> Iterator[None]:
+    """Raises UserError where a worker was killed by a signal; other errors stay what they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        killed = re.search(r"terminated unexpectedly with exit code -(\d+)", str(error))
+        if killed is None:
+            raise
+        name = signal.Signals(int(killed[1])).name
+        # SIGBUS is how Linux says that shared memory, a file in /dev/shm, cannot be had.
+        advice = {
+            "SIGBUS": "enlarge /dev/shm, through which batches come (docker run --shm-size=8g)",
+            "SIGKILL": "lower config.data.workers if memory ran out",
+        }.get(name, "see what it printed above")
+        raise UserError(
+            f"A worker process of the data was killed ({name}); {advice}, and run the same command again."
+        ) from error

@@ -38,10 +38,7 @@ class End(NamedTuple):
 
     def __str__(self) -> str:
         if self.code == GONE:
-            return (
-                f"Process {self.process} is gone; run the same command again to go on from the "
-                "latest checkpoint."
-            )
+            return f"Process {self.process} is gone; run the same command again to go on from what is saved."
         return f"error: process {self.process}: {self.sentence}"
 
     @property

@@ -25,11 +25,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices of a slice divides the other.
     """
     devices = jax.devices() if devices is None else devices
-    fsdp = max(config.fsdp, 1)
+    fsdp = config.fsdp
     data = len(devices) // fsdp if config.data == -1 else config.data
-    if config.fsdp < 1 or data * fsdp != len(devices):
+    if data * fsdp != len(devices):
         raise UserError(
-            f"A mesh of data={config.data} x fsdp={config.fsdp} does not match {len(devices)} devices; "
+            f"A mesh of data={config.data} x fsdp={fsdp} does not match {len(devices)} devices; "
             "set config.mesh.data=-1 and let config.mesh.fsdp divide the number of devices."
         )
     slices = by_slice(devices)

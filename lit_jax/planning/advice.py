@@ -2,8 +2,13 @@
 
 from collections.abc import Mapping
 
+from jax.sharding import Mesh
+
 from lit_jax.config import Config
+from lit_jax.distributed.mesh import by_slice
+from lit_jax.models.dual_encoder import TOWERS
 from lit_jax.training.accumulation import normalized_by_batch
+from lit_jax.training.from_embeddings import embedding_folders
 from lit_jax.training.program import Program
 
 
@@ -24,11 +29,15 @@ def advise(
             "--config.remat=block keeps only the inputs of a tower's blocks for the gradient; it costs one "
             "more forward pass of the towers that train.",
         ),
-        (
-            not (config.data.image_embeddings or config.model.teacher)
-            and "vision_model" not in trained,
-            "python -m lit_jax.embed, and then --config.data.image_embeddings=FOLDER (with "
-            "views, if the config augments) take the locked image tower out of the step.",
+        *(
+            (
+                not config.model.teacher
+                and side not in embedding_folders(config)
+                and f"{name}_model" not in trained,
+                f"python -m lit_jax.embed --side={side}, and then --config.data.{side}_embeddings=FOLDER (of "
+                f"images with views, if the config augments) take the locked {side} tower out of the step.",
+            )
+            for side, name in TOWERS.items()
         ),
         (
             config.batch_size % (2 * config.accumulate * mesh.size) == 0
@@ -39,7 +48,7 @@ def advise(
         ),
         (
             state > hbm / 4 and mesh.shape["fsdp"] < mesh.size,
-            f"--config.mesh.fsdp={_next_fsdp(mesh.shape['fsdp'], mesh.size)} splits parameters and optimizer "
+            f"--config.mesh.fsdp={_next_fsdp(mesh)} splits parameters and optimizer "
             f"state, now {state / 2**30:.1f} GiB a chip, over more chips.",
         ),
         (
@@ -55,7 +64,12 @@ def advise(
     return tuple(text for applies, text in known if applies)
 
 
-def _next_fsdp(now: int, devices: int) -> int:
-    """The next larger divisor of the number of devices that is at least four times as much, or all."""
-    larger = [size for size in range(now + 1, devices + 1) if devices % size == 0]
-    return next((size for size in larger if size >= 4 * now), devices)
+def _next_fsdp(mesh: Mesh) -> int:
+    """The next larger size that `make_mesh` takes and is at least four times as much, or all devices."""
+    now, of_slice = mesh.shape["fsdp"], mesh.size // len(by_slice(list(mesh.devices.flat)))
+    sizes = (
+        size
+        for size in range(4 * now, mesh.size)
+        if mesh.size % size == 0 and (of_slice % size == 0 or size % of_slice == 0)
+    )
+    return next(sizes, mesh.size)

@@ -26,6 +26,7 @@ class Chip:
     dcn_bandwidth: float | None
     shapes: tuple[str, ...]  # common ones of a slice
     largest: int  # slice, in chips
+    longest: int | None = None  # side of one; None: as long as there are chips
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)  # for the compiler
 
 
@@ -56,6 +57,7 @@ CHIPS: Mapping[str, Chip] = {
         dcn_bandwidth=3.125e9,
         shapes=_PLANE,
         largest=256,
+        longest=16,
     ),
     "v5p": Chip(
         flops=459e12,
@@ -74,6 +76,7 @@ CHIPS: Mapping[str, Chip] = {
         dcn_bandwidth=12.5e9,
         shapes=_PLANE,
         largest=256,
+        longest=16,
     ),
 }
 
@@ -96,7 +99,11 @@ def open_topology(name: str, *, slices: int = 1) -> Topology:
     if match is None or match[1] not in CHIPS:
         raise UserError(_unknown(name))
     chip, sides = CHIPS[match[1]], [int(side) for side in match[2].split("x")]
-    if len(sides) != chip.shapes[0].count("x") + 1 or math.prod(sides) > chip.largest:
+    if (
+        len(sides) != chip.shapes[0].count("x") + 1
+        or math.prod(sides) > chip.largest
+        or max(sides) > (chip.longest or chip.largest)
+    ):
         raise UserError(_unknown(name))
     if slices < 1:
         raise UserError(f"--slices={slices} must be at least 1.")

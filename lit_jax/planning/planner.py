@@ -50,8 +50,10 @@ class Plan:
     chips: int
     mesh: Mapping[str, int]
     batch_size: int
+    inputs: Mapping[str, tuple[int, ...]]  # shapes of what is in a row of the batch
     fits: bool
     hbm: int  # what a chip has
+    limit: int | None  # what the compiler leaves of it; None where it does not say so
     bytes: Mapping[str, int | None]  # by kind; temporaries and code are None where it does not fit
     total: int
     matmul_flops: int
@@ -112,7 +114,9 @@ def make_plan(
         chips=chips,
         mesh=dict(program.setup.mesh.shape),
         batch_size=config.batch_size,
+        inputs={name: array.shape[1:] for name, array in batch.items()},
         fits=first.fits,
+        limit=first.limit,
         hbm=int(topology.chip.hbm_gib * 2**30),
         bytes=held | {"temporaries": first.temporaries, "code": first.code},
         total=first.total,

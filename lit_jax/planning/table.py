@@ -15,13 +15,16 @@ def _lines(plan: Plan) -> Iterator[str]:
     slices = f"{plan.slices} slices of " if plan.slices > 1 else ""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     yield f"{slices}{plan.topology}: {plan.chips} chips ({mesh}), batch {plan.batch_size:,}"
+    shapes = (f"{name} {'x'.join(map(str, shape))}" for name, shape in plan.inputs.items())
+    yield f"of {', '.join(shapes)}"
     yield ("It fits." if plan.fits else "It does NOT fit.")
     yield ""
     yield "GiB of each chip"
     for kind, size in plan.bytes.items():
         kind = {"code": "code and padding"}.get(kind, kind)
         yield f"  {kind:24} {'?' if size is None else f'{size / _GIB:.3f}':>10}"
-    yield f"  {'in all':24} {plan.total / _GIB:10.3f}   of {plan.hbm / _GIB:g}"
+    limit = f", {plan.limit / _GIB:.2f} for programs" if plan.limit else ""
+    yield f"  {'in all':24} {plan.total / _GIB:10.3f}   of {plan.hbm / _GIB:g}{limit}"
     where = "inside its slice" if plan.slices > 1 else ""
     yield from _sent(where, plan.sent, plan.waited)
     yield from _sent("to other slices", plan.network_sent, plan.network_waited)
@@ -36,8 +39,10 @@ def _lines(plan: Plan) -> Iterator[str]:
         rate = plan.batch_size / plan.bound["step"]
         yield f"so it trains at most {rate:,.0f} pairs a second."
     if plan.largest_batch is not None:
-        too_large = f"; {plan.smallest_too_large:,} does not" if plan.smallest_too_large else ""
-        yield f"Largest batch seen to fit: {plan.largest_batch:,}{too_large}."
+        beyond = "no larger one was tried"
+        if plan.smallest_too_large:
+            beyond = f"{plan.smallest_too_large:,} does not"
+        yield f"Largest batch seen to fit: {plan.largest_batch:,}; {beyond}."
     for line in plan.advice:
         yield f"- {line}"
 

@@ -17,8 +17,8 @@ from lit_jax.distributed.mesh import global_batch, make_mesh
 from lit_jax.errors import Preempted, UserError
 from lit_jax.training.checkpoints import Checkpoints
 from lit_jax.training.disk import complete_steps, writing
-from lit_jax.training.embedded import Embedded, open_embedded
 from lit_jax.training.evaluation import EvalSchedule, Evaluate
+from lit_jax.training.from_embeddings import Embedded, open_embedded
 from lit_jax.training.metrics import Reporter
 from lit_jax.training.optimizer import make_schedule
 from lit_jax.training.preemption import StopSignal
@@ -37,7 +37,7 @@ from lit_jax.training.teacher import check_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plan:
+class _Prepared:
     """All of a run that is known before it writes anything. What lasts or recurs is counted in steps."""
 
     config: Config
@@ -78,60 +78,60 @@ def train(
     Returns the trained run. Raises UserError on bad input, with nothing written if it can be known
     before, and Preempted after SIGTERM, once a checkpoint of the last step is on disk.
     """
-    plan = _make_plan(config, workdir)
+    ready = _prepare(config, workdir)
     with writing(workdir):
         open_workdir(workdir, config, allowed_changes)
-        save_model_files(workdir, config, plan.towers, plan.setup)
-        save_parameter_table(workdir, plan.setup)
+        save_model_files(workdir, config, ready.towers, ready.setup)
+        save_parameter_table(workdir, ready.setup)
     with (
-        jax.set_mesh(plan.mesh),
+        jax.set_mesh(ready.mesh),
         StopSignal() as stop,
-        Checkpoints(workdir, config.checkpoint.keep_last, plan.keep_every) as checkpoints,
+        Checkpoints(workdir, config.checkpoint.keep_last, ready.keep_every) as checkpoints,
     ):
         state, locked, position = first_or_latest_state(
-            config, plan.setup, plan.towers, plan.program.optimizer, workdir, checkpoints
+            config, ready.setup, ready.towers, ready.program.optimizer, workdir, checkpoints
         )
-        plan.embedded.check_towers(plan.setup, locked)
-        frozen = plan.embedded.needed(locked)
+        ready.embedded.check_towers(ready.setup, locked)
+        frozen = ready.embedded.needed(locked)
         with writing(workdir):
             save_config(workdir, config)
-        step_fn = plan.program.compiled_step()
+        step_fn = ready.program.compiled_step()
         start = checkpoints.latest or 0
         # Nothing may wait for the device by accident: implicit transfers are errors in here.
         with (
-            contextlib.closing(_open_stream(plan, position)) as stream,
-            _open_reporter(plan, workdir, start, checkpoints) as reporter,
+            contextlib.closing(_open_stream(ready, position)) as stream,
+            _open_reporter(ready, workdir, start, checkpoints) as reporter,
             jax.transfer_guard("disallow"),
         ):
 
             def evaluate_at(step: int, names: Collection[str]) -> None:
                 if names:
                     with reporter.evaluating(step) as results, jax.transfer_guard("allow"):
-                        run = Run.of(config, plan.setup, state.params, locked, step)
+                        run = Run.of(config, ready.setup, state.params, locked, step)
                         results |= evaluate(run, names)
 
-            evaluate_at(start, plan.evals.missing(start, workdir))
-            for step in range(start + 1, plan.total + 1):
+            evaluate_at(start, ready.evals.missing(start, workdir))
+            for step in range(start + 1, ready.total + 1):
                 # The stream moves on only here, after any save: its position is then that of `step`.
-                batch = global_batch(next(stream), plan.mesh)
+                batch = global_batch(next(stream), ready.mesh)
                 state, metrics = step_fn(state, frozen, batch)
                 reporter.add(step, metrics, bad_samples=stream.bad_samples)
                 stopping = stop.requested(step)
-                if stopping or plan.saves_at(step):
+                if stopping or ready.saves_at(step):
                     reporter.flush()  # also refuses to save a state that is no longer finite
                     checkpoints.save(step, state, stream.get_state(), dataclasses.asdict(config))
-                if stopping and step < plan.total:
+                if stopping and step < ready.total:
                     checkpoints.wait()
                     raise Preempted(
-                        f"Stopped by SIGTERM after step {step} of {plan.total}, which is saved; run the "
+                        f"Stopped by SIGTERM after step {step} of {ready.total}, which is saved; run the "
                         "same command again to go on."
                     )
                 # After the checkpoint: killed in here, the run resumes with what is missing of this.
-                evaluate_at(step, plan.evals.due(step))
-    return Run.of(config, plan.setup, state.params, locked, plan.total)
+                evaluate_at(step, ready.evals.due(step))
+    return Run.of(config, ready.setup, state.params, locked, ready.total)
 
 
-def _make_plan(config: Config, workdir: Path) -> _Plan:
+def _prepare(config: Config, workdir: Path) -> _Prepared:
     """Raises UserError on all bad input that can be known before the run folder is touched."""
     check_config(config)
     mesh = make_mesh(config.mesh)
@@ -160,7 +160,7 @@ def _make_plan(config: Config, workdir: Path) -> _Plan:
     keep_every = config.checkpoint.keep_every
     schedule = make_schedule(config.schedule, total=total, steps=to_steps)
     setup = prepare(config, towers, mesh)
-    return _Plan(
+    return _Prepared(
         config=config,
         source=source,
         towers=towers,
@@ -174,13 +174,13 @@ def _make_plan(config: Config, workdir: Path) -> _Plan:
     )
 
 
-def _open_stream(plan: _Plan, position: dict[str, int] | None) -> TrainStream:
+def _open_stream(ready: _Prepared, position: dict[str, int] | None) -> TrainStream:
     stream = TrainStream(
-        plan.source,
-        plan.setup.reader(plan.config.data, plan.embedded.inputs),
-        config=plan.config.data,
-        seed=plan.config.seed,
-        batch_size=plan.config.batch_size,
+        ready.source,
+        ready.setup.reader(ready.config.data, ready.embedded.inputs),
+        config=ready.config.data,
+        seed=ready.config.seed,
+        batch_size=ready.config.batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -189,13 +189,15 @@ def _open_stream(plan: _Plan, position: dict[str, int] | None) -> TrainStream:
     return stream
 
 
-def _open_reporter(plan: _Plan, workdir: Path, start: int, checkpoints: Checkpoints) -> Reporter:
+def _open_reporter(
+    ready: _Prepared, workdir: Path, start: int, checkpoints: Checkpoints
+) -> Reporter:
     return Reporter(
         workdir,
-        plan.config.log,
-        every=plan.log_every,
-        batch_size=plan.config.batch_size,
+        ready.config.log,
+        every=ready.log_every,
+        batch_size=ready.config.batch_size,
         start=start,
-        total=plan.total,
+        total=ready.total,
         last_saved=lambda: checkpoints.latest,
     )

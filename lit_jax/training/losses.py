@@ -69,7 +69,6 @@ def mse_loss(student_BxP: Embeddings, teacher_BxP: Embeddings) -> Scalar:
 
 CONTRASTIVE: dict[str, Loss] = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
 LEAN: dict[str, Loss] = {"softmax": lean_softmax_loss, "sigmoid": lean_sigmoid_loss}
-LOSSES: dict[str, Loss] = {**CONTRASTIVE, "mse": mse_loss}
 
 
 Form = Literal["auto", "global", "lean"]
@@ -96,7 +95,7 @@ def make_loss(
             raise UserError(
                 f"config.loss_form is for contrastive losses; with {name!r} leave it 'auto'."
             )
-        return LOSSES[name]
+        return mse_loss
     options = {"label_smoothing": label_smoothing} if label_smoothing else {}
 
     def loss(zimg_BxD: Embeddings, *others: Any) -> Scalar:

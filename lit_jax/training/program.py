@@ -19,7 +19,7 @@ from lit_jax.distributed.mesh import batch_sharding, by_slice
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import POOLED, Side
 from lit_jax.training.accumulation import accumulated, check_accumulation
-from lit_jax.training.embedded import check_locked, embedding_folders, without_towers
+from lit_jax.training.from_embeddings import check_locked, embedding_folders, without_towers
 from lit_jax.training.losses import Loss, make_loss
 from lit_jax.training.optimizer import make_optimizer
 from lit_jax.training.setup import Setup

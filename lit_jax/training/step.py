@@ -43,8 +43,9 @@ def train_step(
 ) -> tuple[State, Metrics]:
     """One step on the global batch: gradient of the trainable parameters, update, metrics.
 
-    `embed` is `DualEncoderModule.apply`, or `TextDistillation.apply`. A tower without trainable parameters is
-    a constant to the gradient and computes as in evaluation: no dropout, BatchNorm by its running statistics.
+    `embed` is `DualEncoderModule.apply` or `TextDistillation.apply`, or one of them in micro-batches. A tower
+    without trainable parameters is a constant to the gradient and computes as in evaluation: no dropout,
+    BatchNorm by its running statistics.
     """
     dropout_key = named_key(seed, "dropout", state.step)
 

@@ -57,8 +57,6 @@ class Settings:
             ) from error
 
 
-PLAIN = Settings()
-
 # What 'pooler' is for the towers that VisionTextDualEncoder takes, by model_type.
 _POOLERS: Mapping[str, Literal["head on the first token", "first token", "own"]] = {
     **dict.fromkeys(

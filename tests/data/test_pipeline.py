@@ -312,6 +312,23 @@ def test_an_error_of_a_worker_is_the_error_of_the_stream(jsonl_folder, open_stre
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("end", "advice"),
+    [
+        (signal.SIGKILL, "SIGKILL.; lower config.data.workers if memory ran out"),
+        (signal.SIGBUS, "SIGBUS.; enlarge /dev/shm"),
+    ],
+)
+def test_a_worker_that_is_killed_is_no_riddle(source, open_stream, end, advice):
+    stream = open_stream(source, workers=1)
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, end)
+    with pytest.raises(UserError, match=advice):
+        take(stream, 20)  # what lies ready first
+
+
+@pytest.mark.long
 def test_workers_end_when_training_is_killed(source, demo_folder, tmp_path):
     code = """if True:
         import multiprocessing, os, signal, sys

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 ENDS = {  # exit code of the launcher, and what each of the others says last
     "kill": (
         128 + signal.SIGKILL,
-        "Process {} is gone; run the same command again to go on from the latest checkpoint.",
+        "Process {} is gone; run the same command again to go on from what is saved.",
     ),
     "error": (BAD_INPUT, "error: process {}: Mend the data."),
     "bug": (FAILED, "error: process {}: KeyError: 'no such key'"),

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,6 +223,14 @@ def test_slurm_submits_itself_with_time_to_save():
     assert submit[-len(command) :] == start[-len(command) :] == command
 
 
+def test_slurm_says_the_same_inside_an_allocation(tmp_path):
+    (words,) = of_script("slurm.sh")
+    at = words.index("--")
+    inside = os.environ | {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    result = launch(*words[:at], "--dry-run", *words[at:], env=inside)
+    assert (result.returncode, result.stdout) == (0, dry(words))
+
+
 def for_gke(kind):
     return next(
         w for w in of_script("gke.sh") if any("--topology" in x for x in w) == (kind == "tpu")
@@ -241,6 +250,9 @@ def test_gke_writes_a_jobset(kind, slices):
     job = replicated["template"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
     assert container["command"] == words[words.index("--") + 1 :]
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    volumes = {volume.pop("name"): volume for volume in job["template"]["spec"]["volumes"]}
+    assert volumes[mounts["/dev/shm"]] == {"emptyDir": {"medium": "Memory"}}  # for data workers
     given = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
     assert job["parallelism"] == job["completions"] == int(given["nodes"])
     resource = {"tpu": "google.com/tpu", "gpu": "nvidia.com/gpu"}[kind]
@@ -249,6 +261,17 @@ def test_gke_writes_a_jobset(kind, slices):
     assert len(variables) == {"tpu": 0, "gpu": 3}[kind]
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["values"] == [FAILED, BAD_INPUT]
+
+
+def test_gke_passes_words_as_they_are():
+    """Kubernetes makes $ of $$, and takes $(NAME) for a variable."""
+    words = [*for_gke("tpu"), "a b", "'$x'", "$(HOME)", "$$"]
+    words[words.index("--name=lit")] = "--name=on"
+    manifest = yaml.safe_load(dry(words))
+    assert manifest["metadata"]["name"] == "on"
+    (replicated,) = manifest["spec"]["replicatedJobs"]
+    (container,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["command"][-4:] == ["a b", "'$$x'", "$$(HOME)", "$$$$"]
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
@@ -261,11 +284,15 @@ def test_gke_keeps_a_slice_of_several_nodes_together(nodes):
     ("kind", "changes", "message"),
     [
         ("tpu", ["--slices=0"], "no number of slices"),
+        ("tpu", ["--nodes=two"], "no number of nodes"),
+        ("tpu", ["--name=Lit_X"], "must be of a-z"),
+        ("tpu", ["--topology=banana"], "such as 4x4"),
+        ("tpu", ["--topology="], "is a TPU; give its --topology"),
         ("gpu", ["--slices=2"], "give their --topology"),
         ("tpu", ["--slices=2", "--nodes=1"], "slices of a single node"),
     ],
 )
-def test_gke_refuses_slices_that_cannot_be(kind, changes, message):
+def test_gke_refuses_what_cannot_be(kind, changes, message):
     words = for_gke(kind)
     at = words.index("--")
     result = launch(*words[:at], *changes, *words[at:])
@@ -279,11 +306,13 @@ def test_gke_refuses_slices_that_cannot_be(kind, changes, message):
         ("local.sh", "two", "--", "true"),
         ("local.sh", "2"),
         ("local.sh", "2", "--devices=x", "--", "true"),
+        ("local.sh", "2", "3", "--", "true"),
         ("restart.sh", "true"),
         ("tpu_vm.sh", "make", "--name=a"),
         ("tpu_vm.sh", "run", "--name=a", "--zone=b"),
         ("tpu_vm.sh", "logs", "--name=a", "--zone=b", "--slices=two"),
         ("slurm.sh", "--gpus=", "--", "true"),
+        ("slurm.sh", "--gpus=8", "--nodes=two", "--", "true"),
         ("gke.sh", "--name=a", "--", "true"),
     ],
 )
@@ -381,8 +410,10 @@ def test_a_slurm_job_goes_back_into_the_queue(tmp_path):
         for name, body in (("srun", f"exit {code}"), ("scontrol", f'echo "$@" > {asked}')):
             (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
             (tmp_path / name).chmod(0o755)
-        job = with_tools(tmp_path) | {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT)}
-        result = launch(LAUNCH / "slurm.sh", "--gpus=8", "--", "true", env=job)
+        job = with_tools(tmp_path) | {"SLURM_JOB_ID": "7"}
+        # Slurm runs a copy of it, in the folder that it was submitted from.
+        copy = shutil.copy(LAUNCH / "slurm.sh", tmp_path / "slurm_script")
+        result = launch(copy, "--submitted", "--gpus=8", "--", "true", env=job)
         assert result.returncode == code
         assert asked.exists() == requeued
         assert not requeued or asked.read_text() == "requeue 7\n"

@@ -18,7 +18,7 @@ from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import Preempted, UserError
 from lit_jax.training import loop, program
 from lit_jax.training.checkpoints import Checkpoints
-from lit_jax.training.losses import LOSSES
+from lit_jax.training.losses import softmax_loss
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.optimizer import make_optimizer
 from lit_jax.training.run import load_run
@@ -390,7 +390,7 @@ def step_costs(config):
     step = functools.partial(
         UNPATCHED_STEP,
         embed=setup.module.apply,
-        loss=LOSSES["softmax"],
+        loss=softmax_loss,
         optimizer=optimizer,
         schedule=optax.constant_schedule(0.1),
         seed=0,

@@ -279,7 +279,7 @@ def test_sigterm_to_one_process_stops_both_and_they_go_on(command, tmp_path, who
     assert_same_end(workdir, whole_of_two[0])
 
 
-GO_ON = "to go on from the latest checkpoint."
+GO_ON = "to go on from what is saved."
 
 
 def test_the_death_of_one_process_ends_the_other_and_they_go_on(command, tmp_path, whole_of_two):

@@ -162,7 +162,7 @@ def _open(config: Config, setup: Setup, source: Source, side: Side, folder: Path
         raise _differs(
             side,
             folder,
-            f"{found.examples} examples, where config.data.train has {wanted.examples}",
+            f"{found.examples} examples, where this config's data are {wanted.examples}",
         )
     for name, what in _DIFFERENCES.items():
         if getattr(found, name) != getattr(wanted, name):
@@ -176,7 +176,7 @@ def _open(config: Config, setup: Setup, source: Source, side: Side, folder: Path
 
 # By the field of `Header`.
 _DIFFERENCES = {
-    "data": "other data than config.data.train",
+    "data": "other data than this config's",
     "preprocessing": "another preprocessing or augmentation",
     "width": "another tower",
     "dtype": "another config.model.dtype",

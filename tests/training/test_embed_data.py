@@ -23,8 +23,8 @@ from lit_jax.data import embeddings as data_embeddings
 from lit_jax.data.embeddings import MANIFEST, Embeddings
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import Preempted, UserError
-from lit_jax.training import embedding, loop, program
-from lit_jax.training.embedding import embed
+from lit_jax.training import embed_data, loop, program
+from lit_jax.training.embed_data import embed
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.run import load_run
 from lit_jax.training.setup import first_parameters
@@ -69,7 +69,7 @@ def make(tiny, folder, monkeypatch):
 
 def on_devices(monkeypatch, count):
     monkeypatch.setattr(
-        embedding, "make_mesh", lambda config, devices: make_mesh(config, devices[:count])
+        embed_data, "make_mesh", lambda config, devices: make_mesh(config, devices[:count])
     )
     some = functools.partial(make_mesh, devices=jax.devices()[:count])
     monkeypatch.setattr(loop, "make_mesh", some)
@@ -134,7 +134,7 @@ def test_eight_devices_embed_as_one_does_and_as_the_tower_does(make, tmp_path, m
     embed(make(), tmp_path / "eight", "image", batch_size=8)
     one, eight = Embeddings(tmp_path / "one"), Embeddings(tmp_path / "eight")
     assert one.header == eight.header
-    plan = loop._make_plan(make(), tmp_path / "run")
+    plan = loop._prepare(make(), tmp_path / "run")
     with jax.set_mesh(plan.mesh):
         _, frozen = first_parameters(plan.config, plan.setup, plan.towers)
     pixels = [
@@ -154,7 +154,7 @@ def test_eight_devices_embed_as_one_does_and_as_the_tower_does(make, tmp_path, m
 def test_stopped_and_resumed_gives_the_same_bytes(make, tmp_path, monkeypatch):
     config = make(**AUGMENTED, **{"data.views": 2})
     embed(config, tmp_path / "whole", "image", batch_size=8)
-    together, asked = embedding._together, []
+    together, asked = embed_data._together, []
 
     def stop_at_the_fifth(**kwargs):
         asked.append(1)
@@ -163,7 +163,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(make, tmp_path, monkeypatch):
         return together(**kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(embedding, "_together", stop_at_the_fifth)
+        patch.setattr(embed_data, "_together", stop_at_the_fifth)
         with pytest.raises(Preempted, match="run the same command again"):
             embed(config, tmp_path / "parts", "image", batch_size=8)
     there = content(tmp_path / "parts")
@@ -172,7 +172,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(make, tmp_path, monkeypatch):
     (tmp_path / "parts" / ".shard-00002-of-00006.array_record.tmp").write_bytes(b"as kill -9")
     times = {name: (tmp_path / "parts" / name).stat().st_mtime_ns for name in there}
     with pytest.raises(UserError, match="holds no complete embeddings"):
-        loop._make_plan(
+        loop._prepare(
             make(
                 **AUGMENTED, **{"data.views": 2, "data.image_embeddings": str(tmp_path / "parts")}
             ),
@@ -233,7 +233,7 @@ def test_another_config_than_that_of_the_embeddings_is_refused(
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(shorter, "40 examples, where config.data.train has 39"), (renamed, "other data than")],
+    [(shorter, "40 examples, where this config's data are 39"), (renamed, "other data than")],
 )
 def test_other_data_than_that_of_the_embeddings_is_refused(
     make, folder, cache, tmp_path, change, message
@@ -385,11 +385,11 @@ def test_too_little_memory_on_the_device_is_not_the_folders_fault(make, tmp_path
 
     output = tmp_path / "cache"
     with monkeypatch.context() as patch:
-        patch.setattr(embedding, "_pool", pool)
+        patch.setattr(embed_data, "_pool", pool)
         with pytest.raises(UserError, match="8 rows at once; give a smaller --batch_size"):
             embed(make(), output, "image", batch_size=8)
     assert content(output).keys() == {"started.json"}
-    monkeypatch.setattr(embedding, "_pool", lambda *_: jax.numpy.zeros(3) + np.zeros(4))
+    monkeypatch.setattr(embed_data, "_pool", lambda *_: jax.numpy.zeros(3) + np.zeros(4))
     with pytest.raises(TypeError, match="shapes"):  # other mistakes stay what they are
         embed(make(), output, "image", batch_size=8)
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,13 +34,15 @@ from lit_jax.data.readers import Captions, Pixels
 from lit_jax.distributed.mesh import BATCH, global_batch, make_mesh
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import Preempted, UserError
-from lit_jax.files import write_whole, writing
+from lit_jax.files import write_whole, writing_output
 from lit_jax.models.dual_encoder import DualEncoderModule, Side
-from lit_jax.training.embedded import check_locked, describe, tower_fingerprint, tower_name
+from lit_jax.training.from_embeddings import check_locked, describe, tower_fingerprint, tower_name
 from lit_jax.training.policy import merge
 from lit_jax.training.preemption import StopSignal
 from lit_jax.training.setup import Setup, find_towers, first_parameters, prepare
 from lit_jax.trees import Tree
+
+log = logging.getLogger(__name__)
 
 ROWS_PER_DEVICE = 64
 
@@ -53,11 +56,13 @@ def embed(config: Config, folder: Path, side: Side, *, batch_size: int | None = 
     Args:
         batch_size: rows a step of this process; 64 for each of its devices if not given.
 
-    Raises UserError on bad input, and Preempted after SIGTERM; shards that are not whole are then lost.
+    Raises UserError on bad input, also where too many samples are bad, and Preempted after SIGTERM; shards
+    that are not whole are then lost.
     """
+    _check_free(folder)  # before the weights: this error should not take minutes
     # Only the tower's own axis is asked for, as far as it fits into this process.
     devices = jax.local_devices()
-    fsdp = math.gcd(max(config.mesh.fsdp, 1), len(devices))
+    fsdp = math.gcd(config.mesh.fsdp, len(devices))
     mesh = make_mesh(dataclasses.replace(config.mesh, data=-1, fsdp=fsdp), devices)
     source = open_training_data(config.data)
     towers = find_towers(config.model)
@@ -84,7 +89,7 @@ def embed(config: Config, folder: Path, side: Side, *, batch_size: int | None = 
         threads=config.data.threads,
     )
     _embed_missing(sweep, folder, header)
-    return _close_folder(folder, header)
+    return _close_folder(folder, header, config.data.max_bad_fraction)
 
 
 def _tower(setup: Setup, side: Side, params: Tree) -> dict[str, Any]:
@@ -96,10 +101,16 @@ def _tower(setup: Setup, side: Side, params: Tree) -> dict[str, Any]:
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), needed, abstract)
 
 
+def _check_free(folder: Path) -> None:
+    with writing_output(folder):
+        if folder.exists() and any(folder.iterdir()) and not (folder / STARTED).exists():
+            raise UserError(f"{folder} holds something else; choose another --output.")
+
+
 def _open_folder(folder: Path, header: Header) -> None:
     """Makes the folder that of these embeddings, unless it is that of others."""
     started = folder / STARTED
-    with writing(folder):
+    with writing_output(folder):
         if started.exists():
             try:
                 found = dict(json.loads(started.read_bytes()))
@@ -113,21 +124,24 @@ def _open_folder(folder: Path, header: Header) -> None:
                 raise UserError(
                     f"{folder} holds embeddings that differ in {', '.join(changed)}; choose another --output."
                 )
-        elif folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} holds something else; choose another --output.")
     _together()  # all have looked before one writes
-    with writing(folder):
+    with writing_output(folder):
         if is_primary() and not started.exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(started, json.dumps(dataclasses.asdict(header), indent=2) + "\n")
 
 
-def _close_folder(folder: Path, header: Header) -> Counts:
+def _close_folder(folder: Path, header: Header, max_bad_fraction: float) -> Counts:
     """Writes the manifest when all shards are there."""
     counts = sum((shard_counts(folder, header, n) for n in range(header.shards)), Counts())
+    if (fraction := counts.bad / header.examples) > max_bad_fraction:
+        raise UserError(
+            f"{counts.bad} of {header.examples} samples are bad ({fraction:.1%}); mend the data and choose "
+            "another --output, or raise config.data.max_bad_fraction."
+        )
     if is_primary():
         manifest = dataclasses.asdict(header) | dataclasses.asdict(counts)
-        with writing(folder):
+        with writing_output(folder):
             write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
             remove_unfinished(folder)
     return counts
@@ -258,15 +272,18 @@ def _embed_missing(sweep: _Sweep, folder: Path, header: Header) -> None:
 def _write_shard(
     sweep: _Sweep, path: Path, examples: range, stop: StopSignal, bar: "tqdm[Any]"
 ) -> None:
-    with writing(path.parent):
+    with writing_output(path.parent):
         writer = ShardWriter(path)
-    complete = False
+    complete, numbers = False, iter(examples)
     try:
         for record in sweep.records(examples):
             if record is None:
                 _raise_if(_together(stopped=stop.received, busy=True)[0])
                 continue
-            with writing(path.parent):
+            number = next(numbers)
+            if isinstance(record, BadSampleError):
+                log.warning("Bad sample number %d has no embedding: %s.", number, record)
+            with writing_output(path.parent):
                 writer.add(record)
             bar.update(jax.process_count())
         complete = True
@@ -277,7 +294,7 @@ def _write_shard(
             f"The devices have too little memory for {sweep.rows} rows at once; give a smaller --batch_size."
         ) from error
     finally:
-        with writing(path.parent):
+        with writing_output(path.parent):
             writer.close(complete=complete)
 
 
