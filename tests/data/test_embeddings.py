@@ -1,6 +1,7 @@
 """The format: what is written comes back, and what is damaged is refused."""
 
 import dataclasses
+import functools
 import json
 import pickle
 
@@ -33,13 +34,13 @@ from lit_jax.errors import UserError
 WIDTH = 5
 
 
-def write(folder, records, dtype="float32", shard=3):
+def write(folder, records, dtype="float32", shard=3, views=2):
     header = Header(
         side="image",
         tower="t",
         preprocessing="p",
         data="d",
-        views=2,
+        views=views,
         examples=len(records),
         width=WIDTH,
         dtype=dtype,
@@ -81,7 +82,7 @@ def test_what_is_written_comes_back_bit_for_bit(tmp_path, dtype, sent):
     # Texts have any number of captions, and what looks like the byte of a bad one may end a row.
     records = [rows(n, n, kind) for n in (1, 3, 2, 7)] + [BadSampleError("no caption")]
     records[0].view(np.uint8)[-1, -1] = 1
-    write(tmp_path, records, dtype)
+    write(tmp_path, records, dtype, views=0)
     read = Embeddings(tmp_path)
     if sent:
         read = pickle.loads(pickle.dumps(read))
@@ -128,13 +129,22 @@ def damage_manifest(folder):
     (folder / MANIFEST).write_text("{")
 
 
-def damage_field(folder):
-    manifest = json.loads((folder / MANIFEST).read_text())
-    del manifest["width"]
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+def change(folder, **fields):
+    manifest = json.loads((folder / MANIFEST).read_text()) | fields
+    kept = {name: value for name, value in manifest.items() if value is not None}
+    (folder / MANIFEST).write_text(json.dumps(kept))
 
 
-@pytest.mark.parametrize("damage", [damage_name, damage_length, damage_manifest, damage_field])
+CHANGES = ({"width": None}, {"shard_size": 0}, {"views": "2"}, {"examples": 6.0}, {"dtype": "int"})
+DAMAGES = [
+    damage_name,
+    damage_length,
+    damage_manifest,
+    *(functools.partial(change, **fields) for fields in CHANGES),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_refused_when_it_is_opened(tmp_path, records, damage):
     write(tmp_path, records)
     damage(tmp_path)
@@ -152,6 +162,13 @@ def test_damaged_numbers_are_refused_when_they_are_read(tmp_path, records):
     read = Embeddings(tmp_path)
     with pytest.raises(UserError, match="are damaged"):
         read[0]
+
+
+def test_other_views_than_the_manifest_says_are_damage(tmp_path, records):
+    write(tmp_path, records)
+    change(tmp_path, views=3)
+    with pytest.raises(UserError, match=r"shard-00000\S* are damaged \(2 views of an image, not 3"):
+        Embeddings(tmp_path)[0]
 
 
 def test_without_a_manifest_it_is_no_cache(tmp_path, records):
@@ -200,8 +217,8 @@ def test_the_same_draws_choose_the_same_rows(tmp_path, image_transform, tokenize
     assert not np.array_equal(views[0], views[1])
     (tmp_path / "image").mkdir()
     (tmp_path / "text").mkdir()
-    write(tmp_path / "image", [np.full((4, WIDTH), np.arange(4)[:, None], np.float32)])
-    write(tmp_path / "text", [np.full((3, WIDTH), np.arange(3)[:, None], np.float32)])
+    write(tmp_path / "image", [np.full((4, WIDTH), np.arange(4)[:, None], np.float32)], views=4)
+    write(tmp_path / "text", [np.full((3, WIDTH), np.arange(3)[:, None], np.float32)], views=0)
     images = PooledImages("image_pooled", Embeddings(tmp_path / "image"), views=4)
     pooled = PooledTexts("text_pooled", Embeddings(tmp_path / "text"))
     for seed in range(20):
