@@ -51,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, config in evals.items()
         }
     prepared = open_evals(evals)  # before the weights: its errors should not take minutes
-    encoder, params = _load_run(args) if args.workdir else load_folder(args.model)
+    encoder, params, subject = _load(args)
     evaluations = run(prepared, encoder, params, cache=args.cache)
     if process.is_primary():
         print(table(flat(evaluations)))
-        _write(args, evaluations)
+        _write(args, evaluations, subject)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -163,10 +163,12 @@ def _evals_of_run(workdir: Path) -> dict[str, EvalConfig]:
     return config.evals
 
 
-def _load_run(args: argparse.Namespace) -> tuple[Encoder, Params]:
+def _load(args: argparse.Namespace) -> tuple[Encoder, Params, Subject]:
+    if not args.workdir:
+        return *load_folder(args.model), Subject(model=args.model)
     trained = load_run(args.workdir, step=args.step)
-    args.step = trained.step
-    return Encoder.of_setup(trained.setup), trained.params
+    subject = Subject(model=args.workdir.absolute().name, pretrained=f"step {trained.step}")
+    return Encoder.of_setup(trained.setup), trained.params, subject
 
 
 def load_folder(model: str) -> tuple[Encoder, Params]:
@@ -193,11 +195,7 @@ def _text_length(folder: Path, module: DualEncoderModule) -> int:
     return min(positions, saved or positions)
 
 
-def _write(args: argparse.Namespace, evaluations: Sequence[Evaluation]) -> None:
-    if args.workdir:
-        subject = Subject(model=args.workdir.absolute().name, pretrained=f"step {args.step}")
-    else:
-        subject = Subject(model=args.model)
+def _write(args: argparse.Namespace, evaluations: Sequence[Evaluation], subject: Subject) -> None:
     with writing_files("--output, --results or --report"):
         if args.output:
             write_json(args.output, flat(evaluations))

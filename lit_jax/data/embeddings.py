@@ -205,10 +205,19 @@ def reading(path: Path) -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class PooledImages:
-    """`name` (rows, width): of each image one of the first `views` views, drawn as `Pixels` draws it."""
+class Pooled:
+    """`name` (rows, width): what a tower has pooled takes the place of its inputs."""
 
     name: str
+
+    def collate(self, rows: Sequence[np.ndarray]) -> Batch:
+        return {self.name: np.stack(rows)}
+
+
+@dataclasses.dataclass(frozen=True)
+class PooledImages(Pooled):
+    """Of each image one of the first `views` views, drawn as `Pixels` draws it."""
+
     embeddings: Embeddings
     views: int
 
@@ -216,23 +225,16 @@ class PooledImages:
         view = int(rng.integers(self.views))  # before it is known whether the image is bad
         return self.embeddings[index][view]
 
-    def collate(self, rows: Sequence[np.ndarray]) -> Batch:
-        return {self.name: np.stack(rows)}
-
 
 @dataclasses.dataclass(frozen=True)
-class PooledTexts:
-    """`name` (rows, width): of each example one caption, drawn as `Captions` draws it."""
+class PooledTexts(Pooled):
+    """Of each example one caption, drawn as `Captions` draws it."""
 
-    name: str
     embeddings: Embeddings
 
     def draw(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
         caption = caption_index(example, rng)
         return self.embeddings[index][caption]
-
-    def collate(self, rows: Sequence[np.ndarray]) -> Batch:
-        return {self.name: np.stack(rows)}
 
 
 def sampled_examples(source: Source) -> list[Example]:

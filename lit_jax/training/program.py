@@ -4,7 +4,7 @@ compiles it.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,8 +13,9 @@ import optax
 from jax.sharding import Mesh
 
 from lit_jax.config import Config
+from lit_jax.data.embeddings import Pooled
 from lit_jax.data.example import Example
-from lit_jax.data.readers import Batch, Inputs
+from lit_jax.data.readers import Inputs
 from lit_jax.distributed.mesh import batch_sharding, by_slice
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import POOLED, Side
@@ -106,17 +107,13 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
-class _BlankPooled:
+class _BlankPooled(Pooled):
     """Rows such as those of an embedded tower, where there is no folder of them yet."""
 
-    name: str
     shape: jax.ShapeDtypeStruct
 
     def draw(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
         return np.zeros(self.shape.shape[1:], self.shape.dtype)
-
-    def collate(self, rows: Sequence[np.ndarray]) -> Batch:
-        return {self.name: np.stack(rows)}
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int) -> None:
