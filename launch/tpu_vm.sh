@@ -98,8 +98,10 @@ install() {
     for node in "${nodes[@]}"; do
         tpus tpu-vm scp "$archive" "$node:lit_jax.tar.gz" --worker=all || return 1
     done
-    # The images of TPU machines have an older Python than lit_jax needs; uv brings its own.
-    everywhere 'mkdir -p lit_jax && tar -xzf lit_jax.tar.gz -C lit_jax && cd lit_jax &&
+    # With huge pages the TPU runtime starts and ends faster; JAX warns where they are off. The images of TPU machines
+    # have an older Python than lit_jax needs; uv brings its own.
+    everywhere '{ sudo sh -c "echo always > /sys/kernel/mm/transparent_hugepage/enabled" || true; } &&
+mkdir -p lit_jax && tar -xzf lit_jax.tar.gz -C lit_jax && cd lit_jax &&
 python3 -m pip install --quiet --user uv && { [ -d .venv ] || python3 -m uv venv --quiet --python=3.11 .venv; } &&
 python3 -m uv pip install --quiet --python=.venv/bin/python -c requirements.lock -r requirements-tpu.txt'
 }
