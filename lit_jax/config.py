@@ -27,7 +27,7 @@ class Range(NamedTuple):
 
 Count = Annotated[int, Range(1)]
 NotNegative = Annotated[float, Range(0)]
-Positive = Annotated[float, Range(math.ulp(0.0))]
+Positive = Annotated[float, Range(1e-6)]
 Fraction = Annotated[float, Range(0, 1)]
 # A moment with a decay of 1 never moves. Adafactor, whose b2 is a cap, is below this one for 3e7 steps.
 Decay = Annotated[float, Range(0, 0.999999)]

@@ -212,15 +212,14 @@ def eval_batches(
     load = _LoadImages(source, positions, image_transform, rows, process_index, process_count)
     batches = grain.MapDataset.range(math.ceil(len(positions) / batch_size)).map(load)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    good = bad = 0
+    bad = 0
     for batch in batches.to_iter_dataset(options):
-        good += int((batch["index"] >= 0).sum())
         for key, _, reason in batch.pop("skipped"):
             log.warning("Bad sample %s is left out of the evaluation: %s.", key, reason)
             bad += 1
         yield batch
-    if bad:  # of this process
-        log.warning("%d of %d samples are left out of the evaluation.", bad, good + bad)
+    if bad:
+        log.warning("%d of %d samples are left out of the evaluation.", bad, len(source))
 
 
 @dataclasses.dataclass(frozen=True)

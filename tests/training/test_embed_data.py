@@ -184,6 +184,15 @@ def test_stopped_and_resumed_gives_the_same_bytes(make, tmp_path, monkeypatch):
         assert (tmp_path / "parts" / name).stat().st_mtime_ns == when
 
 
+def test_too_many_bad_samples_are_told_and_are_no_embeddings(make, tmp_path, caplog):
+    with pytest.raises(UserError, match=r"1 of 40 samples are bad \(2.5%\); .*max_bad_fraction"):
+        embed(make(**{"data.max_bad_fraction": 0.02}), tmp_path / "cache", "image", batch_size=8)
+    assert f"Bad sample number {BAD} has no embedding: " in caplog.text
+    assert not (tmp_path / "cache" / MANIFEST).exists()
+    embed(make(), tmp_path / "cache", "image", batch_size=8)  # goes on where it stopped
+    assert Embeddings(tmp_path / "cache").counts.bad == 1
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory, tiny, folder):
     """Two views of each of the pairs' images."""
@@ -191,6 +200,7 @@ def cache(tmp_path_factory, tiny, folder):
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         on_devices(patch, 1)
         raw = {"data.train.path": str(folder), "data.train.split": None, "data.views": 2}
+        raw["data.max_bad_fraction"] = 1.0
         embed(tiny(**raw, **AUGMENTED), path, "image", batch_size=16)
     return path
 
