@@ -235,13 +235,13 @@ class CLIPText(Tower):
             input_ids_BxL, position_ids_BxL
         )
         bias = attention_bias(attended_BxL, causal=self.causal)
-        token = self.pooled_token(input_ids_BxL) if self.pools_one_token else first_token
+        pick = self.pooled_token(input_ids_BxL) if self.pools_one_token else first_token
         x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, self.last_block, name="encoder")(
-            x_BxLxD, bias, deterministic, token=token
+            x_BxLxD, bias, deterministic, pick=pick
         )
         x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="final_layer_norm")(x_BxLxD)
         if self.pools_one_token:
-            x_Bx1xD = token(x_BxLxD, 1) if self.all_tokens else x_BxLxD
+            x_Bx1xD = pick(x_BxLxD, 1) if self.all_tokens else x_BxLxD
             pooled_BxP = self.pool(x_Bx1xD[:, 0])
         else:
             pooled_BxP = mean_of_attended(x_BxLxD, attended_BxL)
@@ -268,10 +268,10 @@ class CLIPText(Tower):
         is_end_BxL = input_ids_BxL if eos == 2 else input_ids_BxL == eos
         end_B = jnp.argmax(is_end_BxL, axis=1)  # of equal ones the first
 
-        def take(x: Array, axis: int) -> Array:
+        def pick(x: Array, axis: int) -> Array:
             return jnp.take_along_axis(x, end_B.reshape(-1, *(1,) * (x.ndim - 1)), axis)
 
-        return take
+        return pick
 
     @property
     def example_input(self) -> jax.ShapeDtypeStruct:

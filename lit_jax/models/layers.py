@@ -30,7 +30,7 @@ class TowerOutput(NamedTuple):
 
 
 # How a transformer has its last block: scanned with the others; apart, with parameters of its own in the
-# tree; or apart and computed for the first token alone.
+# tree; or apart and computed for the pooled token alone.
 LastBlock = Literal["scanned", "apart", "one token"]
 
 
@@ -44,8 +44,8 @@ class Tower(nn.Module):
             tokens.
         dtype: of the computation.
         remat: what of a block the backward pass computes again; see lit_jax/config.py.
-        all_tokens: whether the last hidden state is wanted. If not, a transformer that is pooled by its first
-            token computes its last block for that token alone: of a ViT-B/16 or a BERT-base, 7% less.
+        all_tokens: whether the last hidden state is wanted. If not, a transformer that is pooled by one token
+            computes its last block for that token alone: of a ViT-B/16 or a BERT-base, 7% less.
         poolings: those that the family has.
     """
 

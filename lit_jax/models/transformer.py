@@ -35,7 +35,7 @@ Bias = Float[Array, "#B #H #L L"]
 BiasOfTable = Callable[[Float[Array, "R H"]], Bias]
 BiasOfKinds = Float[Array, "T #B #H #L L"]
 Tokens = Float[Array, "B L D"]
-Pick = Callable[[Array, int], Array]  # one of the tokens along an axis, which stays
+Pick = Callable[[Array, int], Array]  # takes one token of each row along an axis, which stays
 
 
 def first_token(x: Array, axis: int) -> Array:
@@ -103,9 +103,9 @@ class Encoder(nn.Module):
         deterministic: bool,
         rotary: Rotary | None = None,
         kind_N: Int[Array, " N"] | None = None,
-        token: Pick = first_token,
+        pick: Pick = first_token,
     ) -> Float[Array, "B Q D"]:
-        """All tokens, or the one of each row that `token` takes, as `last_block` says.
+        """All tokens, or the one of each row that `pick` takes, as `last_block` says.
 
         `bias` is added to the attention logits: 0 and float32's lowest number, or learned ones.
 
@@ -117,13 +117,13 @@ class Encoder(nn.Module):
             block: nn.Module,
             x_BxLxD: Array,
             of_block: tuple[Array, Array | None],
-            token: Pick | None = None,
+            pick: Pick | None = None,
         ) -> tuple[Array, None]:
             drop_path, kind = of_block
             own_bias, own_rotary = bias, rotary
             if kind is not None:
                 own_bias, own_rotary = jax.tree.map(lambda x: x[kind], (bias, rotary))
-            y_BxLxD = block(x_BxLxD, own_bias, drop_path, deterministic, own_rotary, token)
+            y_BxLxD = block(x_BxLxD, own_bias, drop_path, deterministic, own_rotary, pick)
             return shard_batch(y_BxLxD), None
 
         cfg = self.config
@@ -146,9 +146,8 @@ class Encoder(nn.Module):
             block = Block(cfg, self.dtype, name=name)
             of_block = jax.tree.map(lambda x: x[scanned], (drop_path_N, kind_N))
             # To keep this one block costs little, and to prevent it gathered split matrices twice more.
-            last_step = functools.partial(
-                step, token=token if self.last_block == "one token" else None
-            )
+            of_one = functools.partial(step, pick=pick)
+            last_step = of_one if self.last_block == "one token" else step
             of_last = rematerialized(last_step, self.remat, prevent_cse=False)
             x_BxLxD, _ = of_last(block, x_BxLxD, of_block)
         return x_BxLxD
@@ -157,7 +156,7 @@ class Encoder(nn.Module):
 class Block(nn.Module):
     """Attention, then an MLP; what each computes is added to the tokens.
 
-    With `token` the others are read and not computed: the attention of the one that it takes needs them as
+    With `pick` the others are read and not computed: the attention of the one that it takes needs them as
     keys and values.
     """
 
@@ -172,7 +171,7 @@ class Block(nn.Module):
         drop_path: Float[Array, ""],
         deterministic: bool,
         rotary: Rotary | None,
-        token: Pick | None = None,
+        pick: Pick | None = None,
     ) -> Float[Array, "B Q D"]:
         cfg = self.config
         attention = functools.partial(
@@ -180,7 +179,7 @@ class Block(nn.Module):
             bias=bias,
             deterministic=deterministic,
             rotary=rotary,
-            token=token,
+            pick=pick,
         )
         mlp = functools.partial(Mlp(cfg, self.dtype, name="mlp"), deterministic=deterministic)
         for part, name, dropout in (
@@ -192,8 +191,8 @@ class Block(nn.Module):
             )
             norm_first = cfg.norm_first and (name != "attention" or cfg.norm_attention)
             h_BxLxD = norm(x_BxLxD) if norm_first else x_BxLxD
-            if token is not None and name == "attention":  # from here on L is 1
-                h_BxLxD, x_BxLxD = part(h_BxLxD, token(h_BxLxD, 1)), token(x_BxLxD, 1)
+            if pick is not None and name == "attention":  # from here on L is 1
+                h_BxLxD, x_BxLxD = part(h_BxLxD, pick(h_BxLxD, 1)), pick(x_BxLxD, 1)
             else:
                 h_BxLxD = part(h_BxLxD)
             h_BxLxD = Dropout(dropout)(h_BxLxD, deterministic=deterministic)
@@ -212,7 +211,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention, of the tokens to each other or of `queries_BxQxD` to them.
 
-    `bias` and `rotary` are of all tokens; `token` takes what is the queries'.
+    `bias` and `rotary` are of all tokens; `pick` takes what is the query's.
     """
 
     config: BlockConfig
@@ -227,7 +226,7 @@ class Attention(nn.Module):
         bias: Bias | BiasOfTable | None = None,
         deterministic: bool,
         rotary: Rotary | None = None,
-        token: Pick | None = None,
+        pick: Pick | None = None,
     ) -> Float[Array, "B Q D"]:
         cfg = self.config
         if cfg.width % cfg.num_heads:
@@ -243,16 +242,14 @@ class Attention(nn.Module):
         query_BxHxQxK = heads("query", x_BxLxD if queries_BxQxD is None else queries_BxQxD)
         key_BxHxLxK, value_BxHxLxK = heads("key", x_BxLxD), heads("value", x_BxLxD)
         if rotary is not None:
-            of_queries = Rotary(*(token(x, x.ndim - 2) for x in rotary)) if token else rotary
+            of_queries = Rotary(*(pick(x, x.ndim - 2) for x in rotary)) if pick else rotary
             query_BxHxQxK = _rotate(query_BxHxQxK, of_queries)
             key_BxHxLxK = _rotate(key_BxHxLxK, rotary)
         if callable(bias):
             shape = (cfg.bias_rows, cfg.num_heads)
             bias = bias(self.param("position_bias_table", nn.initializers.zeros, shape))
-        if (
-            token is not None and bias is not None and bias.shape[2] > 1
-        ):  # 1: the same for all queries
-            bias = token(bias, 2)
+        if pick and bias is not None and bias.shape[2] > 1:  # else it is the same for all queries
+            bias = pick(bias, 2)
 
         def dropout(weights_BxHxQxL: Array) -> Array:
             # The weights are not divided by their sum yet; see `attend`.

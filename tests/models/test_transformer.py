@@ -271,17 +271,17 @@ def test_the_last_block_can_be_computed_for_one_token_alone(
         {"layer"} if config.depth == 1 else set()
     )
 
-    def gradient_of(encoder, pick, **chosen):
+    def gradient_of(encoder, of_output, **chosen):
         def loss(variables, x):
             rotary = Rotary(jnp.cos(angle), jnp.sin(angle))
             tokens_BxQxD = encoder.apply(variables, x, bias, True, rotary, **chosen)
-            picked_Bx1xD = pick(tokens_BxQxD, 1)
+            picked_Bx1xD = of_output(tokens_BxQxD, 1)
             return jnp.sin(picked_Bx1xD).sum(), (tokens_BxQxD.shape[1], picked_Bx1xD)
 
         gradient = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
         return gradient(variables, x)
 
-    chosen = {"token": token} if any(index_B) else {}  # without it: the first
+    chosen = {"pick": token} if any(index_B) else {}  # without it: the first
     (_, (one, actual)), gradients = gradient_of(one_only, first_token, **chosen)
     (_, (four, expected)), expected_gradients = gradient_of(whole, token)
     assert (one, four) == (1, 4)
