@@ -26,6 +26,12 @@ Side = Literal["image", "text"]
 # How the two are called in names: vision_model and vision_config.
 TOWERS: Mapping[Side, str] = {"image": "vision", "text": "text"}
 
+
+def tower_name(side: Side) -> str:
+    """The tower's key in the tree of parameters."""
+    return f"{TOWERS[side]}_model"
+
+
 # Of a batch, in the order in which every text tower takes them.
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 

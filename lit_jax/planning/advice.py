@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from lit_jax.config import Config
 from lit_jax.distributed.mesh import by_slice
-from lit_jax.models.dual_encoder import TOWERS
+from lit_jax.models.dual_encoder import TOWERS, tower_name
 from lit_jax.training.accumulation import normalized_by_batch
 from lit_jax.training.from_embeddings import embedding_folders
 from lit_jax.training.program import Program
@@ -33,11 +33,11 @@ def advise(
             (
                 not config.model.teacher
                 and side not in embedding_folders(config)
-                and f"{name}_model" not in trained,
+                and tower_name(side) not in trained,
                 f"python -m lit_jax.embed --side={side}, and then --config.data.{side}_embeddings=FOLDER (of "
                 f"images with views, if the config augments) take the locked {side} tower out of the step.",
             )
-            for side, name in TOWERS.items()
+            for side in TOWERS
         ),
         (
             config.batch_size % (2 * config.accumulate * mesh.size) == 0

@@ -35,8 +35,8 @@ from lit_jax.distributed.mesh import BATCH, global_batch, make_mesh
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import Preempted, UserError
 from lit_jax.files import write_whole, writing_output
-from lit_jax.models.dual_encoder import DualEncoderModule, Side
-from lit_jax.training.from_embeddings import check_locked, describe, tower_fingerprint, tower_name
+from lit_jax.models.dual_encoder import DualEncoderModule, Side, tower_name
+from lit_jax.training.from_embeddings import check_locked, describe, tower_fingerprint
 from lit_jax.training.policy import merge
 from lit_jax.training.preemption import StopSignal
 from lit_jax.training.setup import Setup, find_towers, first_parameters, prepare

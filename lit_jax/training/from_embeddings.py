@@ -23,16 +23,11 @@ from lit_jax.data.readers import Inputs
 from lit_jax.data.text import tokenize
 from lit_jax.distributed.checksums import checksums
 from lit_jax.errors import UserError
-from lit_jax.models.dual_encoder import POOLED, TOWERS, Side
+from lit_jax.models.dual_encoder import POOLED, Side, tower_name
 from lit_jax.training.setup import Setup
 from lit_jax.trees import Tree, flatten
 
 TOKENIZED = 256  # captions that stand for the tokenizer in its fingerprint
-
-
-def tower_name(side: Side) -> str:
-    """The tower's key in the tree of parameters."""
-    return f"{TOWERS[side]}_model"
 
 
 def check_locked(setup: Setup, side: Side, what_for: str) -> None:

@@ -26,6 +26,7 @@ from lit_jax.models.dual_encoder import (
     DualEncoderModule,
     Side,
     build_dual_encoder,
+    tower_name,
 )
 from lit_jax.models.families import tower_fields
 from lit_jax.training.policy import Policy, is_pretrained, resolve_policy
@@ -259,7 +260,7 @@ def example_batch(image_transform: ImageTransform, tokenizer: Any) -> dict[str, 
 
 def _abstract(shapes: Tree, policy: Policy, config: Config, mesh: Mesh) -> Tree:
     shardings = flatten(parameter_shardings(shapes, mesh))
-    towers = {f"{name}_model" for name in TOWERS.values()} | {TEACHER}
+    towers = {*map(tower_name, TOWERS), TEACHER}
 
     def dtype(path: str) -> Any:
         # Trainable parameters are float32 masters; locked ones are stored in the dtype they are used in, and
