@@ -22,7 +22,10 @@ while (($#)); do
     --devices=*) devices=${1#*=} ;;
     --dry-run) dry_run=1 ;;
     -*) usage "unknown flag $1" ;;
-    *) [[ ! $processes ]] || usage "there are two numbers of processes, $processes and $1" && processes=$1 ;;
+    *)
+        [[ ! $processes ]] || usage "there are two numbers of processes, $processes and $1"
+        processes=$1
+        ;;
     esac
     shift
 done

@@ -65,7 +65,7 @@ state() {
     fi
 }
 
-ask_for_it() {
+request() {
     [[ $type && $runtime ]] || fail "$action needs --type (as v5litepod-16) and --runtime (as v2-alpha-tpuv5-lite)"
     # With a count Google tells the machines of the other slices (MEGASCALE_...), which JAX reads.
     local asked=("--node-id=$name")
@@ -74,17 +74,19 @@ ask_for_it() {
         "--runtime-version=$runtime" ${spot:+--spot} || fail "the slice cannot be asked for"
 }
 
+# So that a mistake in the flags, or no log-in, is said at once.
+known() { [[ $(state) != UNKNOWN ]] || fail "gcloud does not say whether $name is there; see what it says above"; }
+
 create() {
     if [[ $dry_run ]]; then
-        ask_for_it
+        request
         return
     fi
-    case $(state) in
-    NONE) ask_for_it ;;
-    UNKNOWN) fail "gcloud does not say whether $name is there; see what it says above" ;;
-    esac
-    until [[ $(state) == ACTIVE ]]; do
-        [[ $(state) =~ FAILED|SUSPEND|NONE ]] && fail "the slice did not come; see gcloud compute tpus queued-resources \
+    known
+    [[ $(state) != NONE ]] || request
+    local now
+    while now=$(state) && [[ $now != ACTIVE ]]; do
+        [[ $now =~ FAILED|SUSPEND ]] && fail "the slice did not come; see gcloud compute tpus queued-resources \
 describe $name, give it back by launch/tpu_vm.sh delete, and ask again"
         sleep 30
     done
@@ -152,10 +154,11 @@ keep() {
         create && install && run
         return
     fi
+    known
     local started='' code=''
     while true; do
         case $(state) in
-        NONE) ask_for_it ;;
+        NONE) request ;;
         ACTIVE)
             [[ $started ]] && code=$(left)
             if [[ $code ]]; then

@@ -135,10 +135,10 @@ def stand_in(folder, gcloud):
     ("answers", "expected"),
     [
         (["ACTIVE"], ["start"]),
-        (["UNAVAILABLE", "ACTIVE", "UNAVAILABLE", "UNAVAILABLE", "ACTIVE"], ["start"]),
-        (["NOT_FOUND", "WAITING_FOR_RESOURCES", "ACTIVE"], ["create", "start"]),
+        (["ACTIVE", "ACTIVE", "UNAVAILABLE", "UNAVAILABLE", "ACTIVE"], ["start"]),
+        (["NOT_FOUND", "NOT_FOUND", "WAITING_FOR_RESOURCES", "ACTIVE"], ["create", "start"]),
         (
-            ["ACTIVE", "SUSPENDED", "NOT_FOUND", "CREATING", "ACTIVE"],
+            ["ACTIVE", "ACTIVE", "SUSPENDED", "NOT_FOUND", "CREATING", "ACTIVE"],
             ["start", "delete", "create", "start"],
         ),
     ],
@@ -176,6 +176,17 @@ def test_tpu_vm_asks_and_gives_back_by_what_gcloud_says(tmp_path, answers, expec
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "calls").read_text().split() == expected
     assert ("UNAVAILABLE: queued resource" in result.stderr) == ("UNAVAILABLE" in answers)
+
+
+@pytest.mark.parametrize("action", ["create", "keep"])
+def test_tpu_vm_says_at_once_that_gcloud_does_not_answer(tmp_path, action):
+    stand_in(tmp_path, '[ $4 = describe ] || echo "$4"; echo "no such project" >&2; exit 1')
+    keep = next(words for words in of_script("tpu_vm.sh") if words[1] == "keep")
+    result = launch(keep[0], action, *keep[2:], env=with_tools(tmp_path))
+    assert (result.returncode, result.stdout) == (BAD_INPUT, "")
+    said, error = result.stderr.splitlines()
+    assert said == "no such project"
+    assert error.startswith("error: gcloud does not say whether lit is there")
 
 
 def test_tpu_vm_starts_again_in_a_slice_that_came_back_empty(tmp_path):
