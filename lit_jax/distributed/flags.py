@@ -22,7 +22,7 @@ FLAGS = {
         # On CPUs, operations in the order that needs least memory, not the one in which most can run at once:
         # there are far fewer cores than that. The step of a locked ViT-B/16 and BERT-base needs 0.2 GiB less,
         # and takes no longer.
-        "xla_cpu_enable_concurrency_optimized_scheduler": "false",
+        "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
         # The same for GPUs: gradients of one layer are summed over the devices while those of the next are
         # computed. Recommended by JAX's page on GPU performance.
         "xla_gpu_enable_latency_hiding_scheduler": "true",
