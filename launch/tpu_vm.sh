@@ -74,21 +74,27 @@ request() {
         "--runtime-version=$runtime" ${spot:+--spot} || fail "the slice cannot be asked for"
 }
 
-# So that a mistake in the flags, or no log-in, is said at once.
-known() { [[ $(state) != UNKNOWN ]] || fail "gcloud does not say whether $name is there; see what it says above"; }
+# The state, to begin with: a mistake in the flags, or no log-in, is said at once.
+first_state() {
+    local now
+    now=$(state)
+    [[ $now != UNKNOWN ]] || fail "gcloud does not say whether $name is there; see what it says above"
+    echo "$now"
+}
 
 create() {
     if [[ $dry_run ]]; then
         request
         return
     fi
-    known
-    [[ $(state) != NONE ]] || request
     local now
-    while now=$(state) && [[ $now != ACTIVE ]]; do
+    now=$(first_state)
+    [[ $now != NONE ]] || request
+    until [[ $now == ACTIVE ]]; do
         [[ $now =~ FAILED|SUSPEND ]] && fail "the slice did not come; see gcloud compute tpus queued-resources \
 describe $name, give it back by launch/tpu_vm.sh delete, and ask again"
         sleep 30
+        now=$(state)
     done
 }
 
@@ -154,7 +160,7 @@ keep() {
         create && install && run
         return
     fi
-    known
+    first_state > /dev/null
     local started='' code=''
     while true; do
         case $(state) in
