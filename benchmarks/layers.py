@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from benchmarks.timing import in_turn
 from lit_jax.distributed.flags import set_flags
-from lit_jax.models.layers import LayerNorm, activation, attend
+from lit_jax.models.attention import attend
+from lit_jax.models.layers import LayerNorm, activation
 
 
 class Case(NamedTuple):

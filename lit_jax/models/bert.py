@@ -18,13 +18,13 @@ from jaxtyping import Array, Float, Int
 
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
+from lit_jax.models.attention import attention_bias
 from lit_jax.models.layers import (
     DenseAct,
     Dropout,
     LayerNorm,
     Tower,
     TowerOutput,
-    attention_bias,
     check_length,
     dense,
     mean_of_attended,

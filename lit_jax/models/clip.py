@@ -17,11 +17,11 @@ from jaxtyping import Array, Float, Int
 from lit_jax.config import Pooling
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
+from lit_jax.models.attention import attention_bias
 from lit_jax.models.layers import (
     LayerNorm,
     Tower,
     TowerOutput,
-    attention_bias,
     check_length,
     mean_of_attended,
 )

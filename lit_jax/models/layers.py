@@ -1,8 +1,8 @@
-"""What the towers share: activations, normalisation, attention, masks, pooling.
+"""What the towers share: activations, normalisation, dense layers, dropout, pooling.
 
-Dims: B batch, L tokens (Q as queries, S as keys), D width, H heads, K width of a head,
-P width of the output. Parameters are float32 when initialised, and may be given in another dtype.
-`dtype` is that of the computation; normalisation and softmax are float32 whatever it is.
+Dims: B batch, L tokens (Q as queries), D width, P width of the output. Parameters are float32 when
+initialised, and may be given in another dtype. `dtype` is that of the computation; normalisation is
+float32 whatever it is.
 """
 
 import functools
@@ -212,49 +212,6 @@ def _mean_of_product(x_BxLxD: Array, y_D: Array) -> Array:
 
 
 _normalized.defvjp(_normalized_forward, _normalized_backward)
-
-
-def attend(
-    q_BxHxQxK: Float[Array, "B H Q K"],
-    k_BxHxSxK: Float[Array, "B H S K"],
-    v_BxHxSxK: Float[Array, "B H S K"],
-    bias: Float[Array, "#B #H #Q S"] | None,
-    dropout: Callable[[Array], Array],
-) -> Float[Array, "B H Q K"]:
-    """Scaled dot-product attention; `bias` is added to the logits, `dropout` is of the probabilities.
-
-    On CPU about three times as fast as jax.nn.dot_product_attention: both products are plain batched matrix
-    products because the axes are in this order, and the division by the sum is of Q x K numbers, not Q x S.
-    """
-    # The logits are scaled, not the queries: those would be one more array that a TPU keeps for the gradient.
-    logits_BxHxQxS = q_BxHxQxK.shape[-1] ** -0.5 * jnp.einsum(
-        "bhqk,bhsk->bhqs", q_BxHxQxK, k_BxHxSxK, preferred_element_type=jnp.float32
-    )
-    if bias is not None:
-        logits_BxHxQxS += bias
-    top_BxHxQx1 = jax.lax.stop_gradient(logits_BxHxQxS.max(-1, keepdims=True))
-    weights_BxHxQxS = jnp.exp(logits_BxHxQxS - top_BxHxQx1)
-    sum_BxHxQx1 = weights_BxHxQxS.sum(-1, keepdims=True)
-    context_BxHxQxK = jnp.einsum(
-        "bhqs,bhsk->bhqk",
-        dropout(weights_BxHxQxS).astype(v_BxHxSxK.dtype),
-        v_BxHxSxK,
-        preferred_element_type=jnp.float32,
-    )
-    return (context_BxHxQxK / sum_BxHxQx1).astype(v_BxHxSxK.dtype)
-
-
-def attention_bias(
-    attended_BxL: Bool[Array, "B L"], *, causal: bool = False
-) -> Float[Array, "B 1 #L L"]:
-    """0 where a token may attend, else float32's lowest number.
-
-    Not -inf: a text without any attended token then attends everywhere, where -inf gives NaN.
-    """
-    mask_Bx1xLxL = attended_BxL[:, None, None, :]
-    if causal:
-        mask_Bx1xLxL &= nn.make_causal_mask(attended_BxL, dtype=bool)
-    return jnp.where(mask_Bx1xLxL, 0.0, jnp.finfo(jnp.float32).min)
 
 
 def mean_of_attended(

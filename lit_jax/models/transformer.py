@@ -20,12 +20,12 @@ from jaxtyping import Array, Float, Int
 from lit_jax.config import Remat
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
+from lit_jax.models.attention import attend
 from lit_jax.models.layers import (
     Dropout,
     LastBlock,
     LayerNorm,
     activation,
-    attend,
     dense,
     drop,
     rematerialized,
