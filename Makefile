@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A file's tests stay in one process: they share its fixtures and what it has compiled.
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: train test test-all check parity lock clean
+.PHONY: train test test-all test-gpu check parity lock clean
 
 train: .venv/run.stamp
 	$(BIN)/python -m lit_jax.train --config=configs/vit_bert.py --workdir=runs/demo
@@ -15,6 +15,11 @@ test: .venv/dev.stamp
 # Also the long tests, and those that compare with a live PyTorch.
 test-all: .venv/oracle.stamp
 	$(PYTEST) -m "long or oracle"
+
+# What the compiler makes for GPUs; no GPU is needed. In an environment of its own: where none is, the plugin
+# that brings this compiler lets every command begin with a traceback.
+test-gpu: .venv-gpu/stamp
+	.venv-gpu/bin/python -m pytest -m gpu
 
 # Measures the differences from PyTorch again and writes docs/parity.md.
 parity: .venv/oracle.stamp
@@ -33,13 +38,17 @@ lock:
 	.venv-lock/bin/pip freeze --exclude lit_jax | sed 's/+cpu$$//' > requirements.lock
 	rm -rf .venv-lock
 
-clean:
-	rm -rf .venv .venv-lock
+.venv-gpu/stamp: .venv-gpu/bin/pip requirements.txt requirements-dev.txt requirements-gpu.txt requirements.lock
+	.venv-gpu/bin/pip install --quiet -c requirements.lock -r requirements-gpu.txt -r requirements-dev.txt
+	touch $@
 
-.venv/bin/pip:
+clean:
+	rm -rf .venv .venv-gpu .venv-lock
+
+.venv/bin/pip .venv-gpu/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(@D)/..
 
 .venv/run.stamp: .venv/bin/pip requirements.txt requirements.lock
 	$(BIN)/pip install --quiet -c requirements.lock -r requirements.txt

@@ -10,14 +10,16 @@ of the lowered program, in lines, stands beside it. Compile time is not to grow 
 import argparse
 import importlib.util
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from configs.vit_bert import get_config
 from lit_jax.config import parse
 from lit_jax.distributed.flags import set_flags
-from lit_jax.planning.chips import CHIPS, Topology, open_topology
+from lit_jax.planning.chips import open_topology
 from lit_jax.planning.planner import abstract_program, traced
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo"
@@ -32,25 +34,23 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:2x2")
     args = parser.parse_args()
     set_flags()
-    # The chip's figures are not used here.
-    cpu = Topology(name="CPU", chip=CHIPS["v4"], devices=tuple(jax.devices("cpu")))
-    targets = [cpu]
+    targets = {"CPU": jax.devices("cpu")}
     if importlib.util.find_spec("libtpu") is not None:
-        targets.append(open_topology(args.topology))
+        targets[args.topology] = open_topology(args.topology).devices
     print(f"{'target':10} {'depth':>6} {'trace':>8} {'compile':>8} {'lines':>8}")
-    for target in targets:
+    for target, devices in targets.items():
         for depth in map(int, args.depths.split(",")):
-            print_row(target, depth)
+            print_row(target, devices, depth)
 
 
-def print_row(target: Topology, depth: int) -> None:
+def print_row(target: str, devices: Sequence[Any], depth: int) -> None:
     raw = get_config("base")
     raw.model.image.model, raw.model.text.model = str(DEMO / "vit"), str(DEMO / "bert")
     layers = {**BASE, "num_hidden_layers": depth}
     raw.model.image.overrides = {**layers, "image_size": 224, "patch_size": 16}
     raw.model.text.overrides = layers
     raw.data.image_size, raw.batch_size = 224, 32
-    program = abstract_program(parse(raw), target)
+    program = abstract_program(parse(raw), devices)
     start = time.process_time()
     with jax.set_mesh(program.setup.mesh):
         lowered = traced(program, program.abstract_batch(32)).lower()
@@ -58,7 +58,7 @@ def print_row(target: Topology, depth: int) -> None:
         lowered.compile()
     times = (traced_at - start, time.process_time() - traced_at)
     lines = lowered.as_text().count("\n")
-    print(f"{target.name:10} {depth:6} {times[0]:8.1f} {times[1]:8.1f} {lines:8}", flush=True)
+    print(f"{target:10} {depth:6} {times[0]:8.1f} {times[1]:8.1f} {lines:8}", flush=True)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,12 @@ def mesh_parts() -> Mapping[str, int]:
     return mesh.shape if mesh.axis_names == AXES else {}
 
 
+def device_kind() -> str:
+    """What the devices of the mesh of `jax.set_mesh` are, as 'NVIDIA H100 80GB HBM3'; '' without it."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return "" if device is None else device.device_kind
+
+
 def mesh_size() -> int:
     """The number of devices of the mesh of `jax.set_mesh`; 1 without it."""
     return math.prod(mesh_parts().values())

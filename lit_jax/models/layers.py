@@ -174,20 +174,35 @@ class LayerNorm(nn.Module):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _normalized(epsilon: float, x_BxLxD: Array, scale_D: Array) -> Array:
     """(x - mean) / deviation * scale over the last axis, in float32. Its gradient keeps x, in x's dtype."""
-    return _normalized_forward(epsilon, x_BxLxD, scale_D)[0]
+
+    def in_one(x_BxLxD: Array, scale_D: Array) -> Array:
+        # Of this form XLA makes one kernel for GPUs, which reads x once; of the other one five.
+        mean_BxLx1, inverse_BxLx1 = _statistics(epsilon, x_BxLxD)
+        difference_BxLxD = x_BxLxD.astype(jnp.float32) - mean_BxLx1
+        return difference_BxLxD * inverse_BxLx1 * scale_D[None, None]
+
+    def for_cpu(x_BxLxD: Array, scale_D: Array) -> Array:
+        return _normalized_forward(epsilon, x_BxLxD, scale_D)[0]
+
+    return jax.lax.platform_dependent(x_BxLxD, scale_D, cpu=for_cpu, default=in_one)
+
+
+def _statistics(epsilon: float, x_BxLxD: Array) -> tuple[Array, Array]:
+    """The mean and 1 / deviation, in float32."""
+    x32_BxLxD = x_BxLxD.astype(jnp.float32)
+    mean_BxLx1 = x32_BxLxD.mean(-1, keepdims=True)
+    # The mean of the squared differences, not E[x^2] - E[x]^2: that one cancels in float32.
+    variance_BxLx1 = jnp.square(x32_BxLxD - mean_BxLx1).mean(-1, keepdims=True)
+    return mean_BxLx1, jax.lax.rsqrt(variance_BxLx1 + epsilon)
 
 
 def _normalized_forward(
     epsilon: float, x_BxLxD: Array, scale_D: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    x32_BxLxD = x_BxLxD.astype(jnp.float32)
-    mean_BxLx1 = x32_BxLxD.mean(-1, keepdims=True)
-    # The mean of the squared differences, not E[x^2] - E[x]^2: that one cancels in float32.
-    variance_BxLx1 = jnp.square(x32_BxLxD - mean_BxLx1).mean(-1, keepdims=True)
-    inverse_BxLx1 = jax.lax.rsqrt(variance_BxLx1 + epsilon)
+    mean_BxLx1, inverse_BxLx1 = _statistics(epsilon, x_BxLxD)
     # Not the differences from above: on CPU, XLA would write to memory what two results are made of.
-    result_BxLxD = (x32_BxLxD * inverse_BxLx1 - mean_BxLx1 * inverse_BxLx1) * scale_D[None, None]
-    return result_BxLxD, (x_BxLxD, mean_BxLx1, inverse_BxLx1, scale_D)
+    normed_BxLxD = x_BxLxD.astype(jnp.float32) * inverse_BxLx1 - mean_BxLx1 * inverse_BxLx1
+    return normed_BxLxD * scale_D[None, None], (x_BxLxD, mean_BxLx1, inverse_BxLx1, scale_D)
 
 
 def _normalized_backward(

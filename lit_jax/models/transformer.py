@@ -251,14 +251,19 @@ class Attention(nn.Module):
         if pick and bias is not None and bias.shape[2] > 1:  # else it is the same for all queries
             bias = pick(bias, 2)
 
+        shown = self.is_mutable_collection("intermediates")
+
         def dropout(weights_BxHxQxL: Array) -> Array:
             # The weights are not divided by their sum yet; see `attend`.
-            if self.is_mutable_collection("intermediates"):
+            if shown:
                 probability = weights_BxHxQxL / weights_BxHxQxL.sum(-1, keepdims=True)
                 self.sow("intermediates", "probability", probability)
             return Dropout(cfg.attention_dropout)(weights_BxHxQxL, deterministic=deterministic)
 
-        context_BxHxQxK = attend(query_BxHxQxK, key_BxHxLxK, value_BxHxLxK, bias, dropout)
+        drops = cfg.attention_dropout and not deterministic
+        context_BxHxQxK = attend(
+            query_BxHxQxK, key_BxHxLxK, value_BxHxLxK, bias, dropout if shown or drops else None
+        )
         context_BxQxHxK = context_BxHxQxK.swapaxes(1, 2)
         context_BxQxD = context_BxQxHxK.reshape(*context_BxQxHxK.shape[:2], cfg.width)
         return _dense(cfg, cfg.width, "output", self.dtype)(context_BxQxD)

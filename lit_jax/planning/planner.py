@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,13 +70,13 @@ class Plan:
     advice: tuple[str, ...]
 
 
-def abstract_program(config: Config, topology: Topology) -> Program:
+def abstract_program(config: Config, devices: Sequence[Any]) -> Program:
     """The program of a config on devices that are not there. Reads configs and tokenizer, but no weights.
 
     Raises UserError on bad input, as training does.
     """
     check_config(config)
-    mesh = make_mesh(config.mesh, topology.devices)
+    mesh = make_mesh(config.mesh, devices)
     check_batch_size(config.batch_size, mesh, config.accumulate)
     setup = prepare(config, find_towers(config.model), mesh)
     # The real one depends on the number of examples, and is a handful of scalar operations.
@@ -89,7 +89,7 @@ def make_plan(
     """Compiles the step for the batch of the config, and then, with what is left of `compilations`, for
     others, to find the largest batch that fits.
     """
-    program = abstract_program(config, topology)
+    program = abstract_program(config, topology.devices)
     batch = program.abstract_batch(config.batch_size)
     first = compile_step(program, batch)
     tried = {config.batch_size: first}

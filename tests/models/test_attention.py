@@ -1,5 +1,3 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lit_jax.models import attention
 from lit_jax.models.attention import attend
 
 
@@ -23,14 +22,14 @@ def test_attention_is_softmax_attention(shape, masked, seed):
     probabilities = np.exp(logits - logits.max(-1, keepdims=True))
     probabilities /= probabilities.sum(-1, keepdims=True)
     q, k, v32, bias = (jnp.asarray(x, jnp.float32) for x in (q, k, v, bias))
-    attend_all = jax.jit(functools.partial(attend, dropout=lambda x: x))
+    attend_all = jax.jit(attend)
     actual = attend_all(q, k, v32, bias if masked else None)
     np.testing.assert_allclose(actual, probabilities @ v, atol=1e-5)
 
 
 def test_attention_survives_large_logits():
     q = jnp.full((1, 1, 2, 4), 1e4)
-    assert np.isfinite(attend(q, q, q, None, dropout=lambda x: x)).all()
+    assert np.isfinite(attend(q, q, q)).all()
 
 
 @pytest.mark.parametrize("width", [64, 72])
@@ -41,7 +40,7 @@ def test_attention_in_bfloat16_has_its_temperature(width):
     key = jnp.asarray(rng.normal(size=(1, 1, 1, width)), jnp.bfloat16)
     keys = jnp.concatenate([jnp.zeros_like(key), key], axis=2)
     values = jnp.stack([jnp.zeros(width), jnp.ones(width)])[None, None]
-    share = np.asarray(attend(q, keys, values, None, lambda x: x), np.float64)[0, 0, :, 0]
+    share = np.asarray(attend(q, keys, values), np.float64)[0, 0, :, 0]
     logits = np.log(share / (1 - share))
     exact = np.asarray(q, np.float64)[0, 0] @ np.asarray(key, np.float64)[0, 0, 0] * width**-0.5
     assert abs((logits @ exact) / (exact @ exact) - 1) < 2e-4
@@ -49,5 +48,53 @@ def test_attention_in_bfloat16_has_its_temperature(width):
 
 def test_attention_drops_probabilities_without_renormalising():
     v = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 3, 4)), jnp.float32)
-    half = attend(v, v, v, None, dropout=lambda x: x / 2)
-    np.testing.assert_allclose(half, attend(v, v, v, None, dropout=lambda x: x) / 2, rtol=1e-6)
+    half = attend(v, v, v, dropout=lambda x: x / 2)
+    np.testing.assert_allclose(half, attend(v, v, v) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 4, 7])
+def test_the_call_for_cudnn_means_the_same(monkeypatch, length):
+    """In values and gradients: JAX's own attention is called as on a GPU, but computed by XLA."""
+    random = np.random.default_rng(0)
+    shape = (2, 3, length, 8)
+    q, k, v, grad = (jnp.asarray(random.normal(size=shape), jnp.bfloat16) for _ in range(4))
+
+    def both_ways():
+        context, pull = jax.vjp(attend, q, k, v)
+        return attend(q, k, v), context, *pull(grad)
+
+    expected = both_ways()
+    of_jax = jax.nn.dot_product_attention
+    called = []
+
+    def by_xla(*args, implementation, **kwargs):
+        called.append(implementation)
+        return of_jax(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    monkeypatch.setattr(attention, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
+    with jax.numpy_dtype_promotion("standard"):  # JAX mixes dtypes there
+        actual = both_ways()
+    assert called == ["cudnn"] * 2
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(
+            ours.astype(jnp.float32), theirs.astype(jnp.float32), atol=0.03, rtol=0.02
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "bias", "dropout"),
+    [
+        ("NVIDIA H100", jnp.float32, None, None),
+        ("NVIDIA H100", jnp.bfloat16, jnp.zeros((1, 1, 1, 4)), None),
+        ("NVIDIA H100", jnp.bfloat16, None, lambda x: x),
+        ("AMD Instinct MI300X", jnp.bfloat16, None, None),
+        ("", jnp.bfloat16, None, None),
+    ],
+)
+def test_cudnn_is_not_asked_for_what_it_does_not_have(monkeypatch, kind, dtype, bias, dropout):
+    monkeypatch.setattr(jax.nn, "dot_product_attention", None)
+    monkeypatch.setattr(attention, "device_kind", lambda: kind)
+    q = jnp.ones((1, 1, 4, 8), dtype)
+    assert attend(q, q, q, bias, dropout).dtype == dtype

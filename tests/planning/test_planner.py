@@ -46,7 +46,7 @@ def test_without_the_tpu_compiler_it_says_how_to_get_it(monkeypatch):
 def test_what_a_chip_holds_is_counted_by_kind(config_of):
     """The matrices of a tower are split over fsdp, the batch over both axes."""
     config = config_of(TINY, TINY, 64, **{"mesh.fsdp": 2})
-    program = abstract_program(config, open_topology("v5e:2x2"))
+    program = abstract_program(config, open_topology("v5e:2x2").devices)
     held = planner.held_bytes(program, program.abstract_batch(64))
     assert held["batch"] == 64 // 4 * (224 * 224 * 3 + 3 * 16 * 4)  # pixels are bytes
     embedding = 30522 * 32 // 2 * 4
@@ -62,7 +62,7 @@ def test_flops_of_a_step_are_those_of_its_products(config_of):
     """By hand: the locked tower forward; the other forward, again for the gradient, and twice backward."""
     length, width, wide, batch = 16, 32, 64, 64
     config = config_of(TINY, TINY, batch)
-    program = abstract_program(config, open_topology("v5e:2x2"))
+    program = abstract_program(config, open_topology("v5e:2x2").devices)
 
     def block(tokens, queries):
         """Keys and values of all tokens; the rest for as many as are wanted."""
@@ -182,7 +182,7 @@ def little_effort():
 def test_a_gradient_crosses_between_slices_once(config_of):
     """Each of the four chips of a slice sends a part; parameters stay inside, split over fsdp."""
     program = abstract_program(
-        config_of(TINY, TINY, 64, **{"mesh.fsdp": 2}), open_topology("v5e:2x2", slices=2)
+        config_of(TINY, TINY, 64, **{"mesh.fsdp": 2}), open_topology("v5e:2x2", slices=2).devices
     )
     network = compile_step(program, program.abstract_batch(64)).network.sent
     leaves = flatten(program.setup.abstract_trainable).values()
@@ -220,7 +220,7 @@ def test_split_matrices_are_gathered_and_their_gradients_scattered(config_of):
     fsdp, batch_size = 8, 4096
     changes = {"data.image_embeddings": "anywhere", "mesh.fsdp": fsdp, "optimizer.name": "adamw"}
     config = config_of(LARGE, LARGE, batch_size, **changes)
-    program = abstract_program(config, open_topology("v5e:4x4"))
+    program = abstract_program(config, open_topology("v5e:4x4").devices)
     batch = program.abstract_batch(batch_size)
     leaves = flatten(program.setup.abstract_trainable).values()
     matrices = sum(leaf.size for leaf in leaves if not leaf.sharding.is_fully_replicated)
@@ -250,7 +250,7 @@ def test_siglit_from_cached_embeddings_fits_on_four_chips(config_of, image, text
     sigmoid = {"loss": "sigmoid", "model.logit_bias_init": -10.0, "optimizer.name": "lion"}
     # The folder need not be there: what it would hold follows from the tower.
     config = config_of(image, text, 32_768, **{"data.image_embeddings": "anywhere", **sigmoid})
-    program = abstract_program(config, open_topology("v4:2x2x1"))
+    program = abstract_program(config, open_topology("v4:2x2x1").devices)
     batch = program.abstract_batch(config.batch_size)
     assert batch["image_pooled"].shape == (32_768, image["hidden_size"])
     assert "vision_model" not in program.abstract_frozen(batch)

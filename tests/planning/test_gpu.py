@@ -1,0 +1,116 @@
+"""Programs that the real compiler makes for GPUs that are not there: `make test-gpu`."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from lit_jax.config import MeshConfig
+from lit_jax.distributed.mesh import batch_sharding, make_mesh
+from lit_jax.models.attention import attend
+from lit_jax.models.layers import LayerNorm
+from lit_jax.planning.planner import abstract_program, traced
+from tests.planning.conftest import BASE
+
+pytestmark = pytest.mark.gpu
+
+# What XLA is told of a GPU; these figures are an H100's.
+GPU = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+runtime_version {{ major: 13 }}
+dnn_version_info {{ major: 9 minor: 8 }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  device_memory_size: 85029158912
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  threads_per_warp: 32
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}}
+"""
+AMPERE, ADA, HOPPER, BLACKWELL = (8, 0), (8, 9), (9, 0), (10, 0)
+CUDNN = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+
+
+def gpus(count, capability=HOPPER):
+    target = GPU.format(major=capability[0], minor=capability[1])
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=target, topology=f"1x1x{count}"
+    ).devices
+
+
+def compiled(function, *arrays, devices):
+    """`function` of arrays (shapes and dtypes) that are split by their first axis, as text."""
+    mesh = make_mesh(MeshConfig(), devices)
+    arrays = [jax.ShapeDtypeStruct(*array, sharding=batch_sharding(mesh)) for array in arrays]
+    with jax.set_mesh(mesh):
+        return jax.jit(function).lower(*arrays).compile().as_text()
+
+
+def calls(hlo):
+    return re.findall(r'custom_call_target="([^"]+)"', hlo)
+
+
+def both_ways(q, k, v):
+    context, pull = jax.vjp(attend, q, k, v)
+    return pull(context)
+
+
+@pytest.mark.parametrize("capability", [AMPERE, ADA, HOPPER, BLACKWELL])
+@pytest.mark.parametrize("length", [1, 50, 197])
+def test_attention_is_one_kernel_each_way(length, capability):
+    devices = gpus(1, capability)
+    for width, dtype in (
+        (8, jnp.float16),
+        (64, jnp.bfloat16),
+        (72, jnp.bfloat16),
+        (128, jnp.bfloat16),
+    ):
+        qkv = [((8, 12, length, width), dtype)] * 3
+        assert calls(compiled(attend, *qkv, devices=devices)) == list(CUDNN[:1])
+        assert calls(compiled(both_ways, *qkv, devices=devices)) == list(CUDNN)
+
+
+def test_attention_of_float32_is_computed_by_xla():
+    qkv = [((8, 12, 197, 64), jnp.float32)] * 3
+    assert calls(compiled(both_ways, *qkv, devices=gpus(1))) == []
+
+
+def test_layer_norm_is_one_kernel():
+    def norm(x, scale):
+        return LayerNorm(1e-6, x.dtype).apply({"params": {"scale": scale[0], "bias": scale[1]}}, x)
+
+    arrays = ((8, 197, 768), jnp.bfloat16), ((2, 768), jnp.float32)
+    entry = compiled(norm, *arrays, devices=gpus(1)).split("\nENTRY ")[1]
+    kernels = re.findall(r" = (\S+) fusion\(", entry)
+    assert kernels == ["bf16[8,197,768]{2,1,0}"]
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_a_train_step_for_several_gpus(config_of, fsdp):
+    """Attention of the image tower is cuDNN's in both directions; no GPU has the rows of others."""
+    rows = 48
+    config = config_of(BASE, BASE, rows * 8, **{"policy.lock": "UU", "mesh.fsdp": fsdp})
+    program = abstract_program(config, gpus(8))
+    batch = program.abstract_batch(config.batch_size)
+    with jax.set_mesh(program.setup.mesh):
+        hlo = traced(program, batch).lower().compile().as_text()
+    assert set(calls(hlo)) == set(CUDNN)
+    assert "197,197]" not in hlo
+    tokens = re.findall(r"\[(?:11,)?(\d+),197,768\]", hlo)
+    assert max(map(int, tokens)) == rows  # the position embeddings have one
