@@ -43,7 +43,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "tiny": Size(width=32, depth=2, pixels=32, tokens=8, vocabulary=100),
+    "tiny": Size(width=32, depth=2, pixels=32, tokens=8, vocabulary=200),
     "B/16": Size(width=768, depth=12),
     "L/16": Size(width=1024, depth=24),
 }
@@ -154,13 +154,16 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
     import jax.numpy as jnp
     import optax
 
-    from lit_jax.config import ModelConfig, OptimizerConfig, PolicyConfig, TowerConfig
+    from lit_jax.config import MeshConfig, ModelConfig, OptimizerConfig, PolicyConfig, TowerConfig
+    from lit_jax.distributed.mesh import make_mesh, replicated
     from lit_jax.models.dual_encoder import POOLED, build_dual_encoder
     from lit_jax.training.losses import softmax_loss
     from lit_jax.training.optimizer import make_optimizer
     from lit_jax.training.policy import resolve_policy
     from lit_jax.training.step import State, jit_train_step, train_step
 
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    jax.set_mesh(mesh)
     dtype: Any = settings.dtype
     lock: Any = settings.lock
     config = ModelConfig(image=TowerConfig(pooling="cls"), projection_dim=PROJECTION, dtype=dtype)
@@ -170,7 +173,7 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
     if cached:
         del batch["pixel_values"]
         batch[POOLED["image"]] = np.ones((settings.batch, vit["hidden_size"]), np.float32)
-    batch = jax.device_put(batch)
+    batch = jax.device_put(batch, replicated(mesh))
     params = jax.jit(module.init)(jax.random.key(0), batch)["params"]
     policy = resolve_policy(PolicyConfig(lock=lock), params)
     trainable, frozen = policy.split(params)
@@ -180,7 +183,7 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
     optimizer = make_optimizer(of_optimizer, schedule, policy)
     state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
     # As steps return it, or the second one compiles again.
-    state = jax.device_put(state, jax.devices()[0])
+    state = jax.device_put(state, replicated(mesh))
     del params, trainable  # the step takes over the state's buffers
     step = jit_train_step(
         functools.partial(

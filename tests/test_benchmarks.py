@@ -15,6 +15,7 @@ SCRIPTS = [
     pytest.param(
         "gpu_step", ("--batch=4", "--steps=1"), "tiny  UU   PyTorch", marks=pytest.mark.oracle
     ),
+    pytest.param("gpu_program", ("--batch=8",), "tiny  UU", marks=pytest.mark.gpu),
     pytest.param("input_pipeline", ("--repeats=1",), "1 workers", marks=pytest.mark.long),
     pytest.param("sources", ("--repeats=1",), "records, lit_jax", marks=pytest.mark.long),
     pytest.param("retrieval", ("--widths=64",), "3000 of 64", marks=pytest.mark.long),

@@ -5,8 +5,8 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 
+from benchmarks.gpu_program import HOPPER, gpus
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import batch_sharding, make_mesh
 from lit_jax.models.attention import attend
@@ -16,42 +16,8 @@ from tests.planning.conftest import BASE
 
 pytestmark = pytest.mark.gpu
 
-# What XLA is told of a GPU; these figures are an H100's.
-GPU = """
-platform_name: "CUDA"
-device_description_str: "NVIDIA H100 80GB HBM3"
-runtime_version {{ major: 13 }}
-dnn_version_info {{ major: 9 minor: 8 }}
-gpu_device_info {{
-  cuda_compute_capability {{ major: {major} minor: {minor} }}
-  core_count: 132
-  fpus_per_core: 128
-  clock_rate_ghz: 1.98
-  device_memory_size: 85029158912
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  registers_per_block_limit: 65536
-  registers_per_core_limit: 65536
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  threads_per_warp: 32
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-}}
-"""
-AMPERE, ADA, HOPPER, BLACKWELL = (8, 0), (8, 9), (9, 0), (10, 0)
+AMPERE, ADA, BLACKWELL = (8, 0), (8, 9), (10, 0)
 CUDNN = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
-
-
-def gpus(count, capability=HOPPER):
-    target = GPU.format(major=capability[0], minor=capability[1])
-    return topologies.get_topology_desc(
-        platform="cuda", target_config=target, topology=f"1x1x{count}"
-    ).devices
 
 
 def compiled(function, *arrays, devices):
@@ -74,7 +40,7 @@ def both_ways(q, k, v):
 @pytest.mark.parametrize("capability", [AMPERE, ADA, HOPPER, BLACKWELL])
 @pytest.mark.parametrize("length", [1, 50, 197])
 def test_attention_is_one_kernel_each_way(length, capability):
-    devices = gpus(1, capability)
+    devices = gpus(1, capability=capability)
     for width, dtype in (
         (8, jnp.float16),
         (64, jnp.bfloat16),
