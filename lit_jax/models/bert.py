@@ -28,6 +28,7 @@ from lit_jax.models.layers import (
     check_length,
     dense,
     mean_of_attended,
+    to_rows,
 )
 from lit_jax.models.transformer import BlockConfig, Encoder
 
@@ -302,7 +303,8 @@ class Embeddings(nn.Module):
             position_ids_BxL = _positions(input_ids_BxL, cfg.padding_id)
 
         def embed(name: str, size: int, ids_BxL: Array, init: Any = normal) -> Array:
-            return nn.Embed(size, width, dtype=self.dtype, embedding_init=init, name=name)(ids_BxL)
+            rows = nn.Embed(size, width, embedding_init=init, name=name)(ids_BxL)
+            return to_rows(rows, (*input_ids_BxL.shape, width), self.dtype)
 
         x_BxLxD = embed("word_embeddings", cfg.vocab_size, input_ids_BxL)
         if cfg.token_types:

@@ -24,6 +24,7 @@ from lit_jax.models.layers import (
     TowerOutput,
     check_length,
     mean_of_attended,
+    to_rows,
 )
 from lit_jax.models.patches import ImageTower, PatchEmbeddings, Size, patch_grid, resize_positions
 from lit_jax.models.transformer import BlockConfig, Encoder, Pick, first_token
@@ -191,14 +192,13 @@ class ImageEmbeddings(nn.Module):
         length = own_grid[0] * own_grid[1]
         if class_std is not None:
             class_D = self.param("class_embedding", nn.initializers.normal(class_std), (width,))
-            class_1x1xD = class_D.astype(self.dtype)[None, None]
-            class_Bx1xD = jnp.broadcast_to(class_1x1xD, (batch, 1, width))
+            class_Bx1xD = to_rows(class_D, (batch, 1, width), self.dtype)
             x_BxLxD = jnp.concatenate([class_Bx1xD, x_BxLxD], axis=1)
             length += 1
         init = nn.initializers.normal(cfg.position_init_std)
         table = nn.Embed(length, width, embedding_init=init, name="position_embedding")
         positions_LxD = resize_positions(table.embedding, own_grid, (rows, columns))
-        return shard_batch(x_BxLxD + positions_LxD.astype(self.dtype)[None])
+        return shard_batch(x_BxLxD + to_rows(positions_LxD, x_BxLxD.shape, self.dtype))
 
 
 class CLIPText(Tower):
@@ -295,9 +295,8 @@ class TextEmbeddings(nn.Module):
 
         def embed(name: str, size: int, ids_BxL: Array) -> Array:
             init = nn.initializers.normal(cfg.embedding_init_std)
-            return nn.Embed(
-                size, cfg.hidden_size, dtype=self.dtype, embedding_init=init, name=name
-            )(ids_BxL)
+            rows = nn.Embed(size, cfg.hidden_size, embedding_init=init, name=name)(ids_BxL)
+            return to_rows(rows, (*input_ids_BxL.shape, cfg.hidden_size), self.dtype)
 
         x_BxLxD = embed("token_embedding", cfg.vocab_size, input_ids_BxL)
         x_BxLxD += embed("position_embedding", cfg.max_position_embeddings, position_ids_BxL)

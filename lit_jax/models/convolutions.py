@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from lit_jax.config import Remat
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
-from lit_jax.models.layers import rematerialized
+from lit_jax.models.layers import rematerialized, to_rows
 
 Map = Float[Array, "B Y X C"]
 Kernel = Float[Array, "K K 1 C"]
@@ -155,7 +155,7 @@ def _sum_of_shifts(x_BxYxXxC: Map, kernel_KxKx1xC: Kernel, stride: int) -> Float
 
 def _add_bias(module: nn.Module, x_BxYxXxC: Map) -> Map:
     bias_C = module.param("bias", nn.initializers.zeros, x_BxYxXxC.shape[-1:])
-    return x_BxYxXxC + bias_C.astype(x_BxYxXxC.dtype)[None, None, None]
+    return x_BxYxXxC + to_rows(bias_C, x_BxYxXxC.shape, x_BxYxXxC.dtype)
 
 
 class BatchNorm(nn.Module):

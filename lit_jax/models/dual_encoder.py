@@ -17,7 +17,7 @@ from lit_jax.config import ModelConfig, Pooling, Remat
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models.families import TEXT, VISION, build_tower
-from lit_jax.models.layers import Tower, TowerOutput, dot_gathered
+from lit_jax.models.layers import Dense, Tower, TowerOutput
 from lit_jax.models.normalization import Normalization
 
 Images = Float[Array, "B H W C"] | UInt8[Array, "B H W C"]
@@ -203,20 +203,14 @@ class DualEncoderModule(nn.Module):
         bias = None if self.logit_bias_init is None else jnp.asarray(self.bias, jnp.float32)
         return logit_scale(self.scale), bias
 
-    def _make_head(self, kind: Projection, name: str) -> nn.Dense | None:
+    def _make_head(self, kind: Projection, name: str) -> Dense | None:
         if kind == "none":
             return None
-        return nn.Dense(
-            self.projection_dim,
-            use_bias=kind == "linear_bias",
-            dtype=jnp.float32,
-            kernel_init=nn.initializers.normal(0.02),
-            dot_general=dot_gathered,
-            name=name,
-        )
+        init, bias = nn.initializers.normal(0.02), kind == "linear_bias"
+        return Dense(self.projection_dim, init, jnp.float32, bias, name=name)
 
     def _project(
-        self, pooled_BxP: Float[Array, "B P"], head: nn.Dense | None, side: Side
+        self, pooled_BxP: Float[Array, "B P"], head: Dense | None, side: Side
     ) -> Float[Array, "B E"]:
         embeds_BxE = pooled_BxP.astype(jnp.float32)
         if head is not None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from lit_jax.config import Pooling, Remat, nearest
@@ -305,6 +306,39 @@ def normal(std: float, cutoff: float | None = None) -> Callable[..., Array]:
     return nn.initializers.truncated_normal(std, lower=-cutoff, upper=cutoff)
 
 
+class Dense(nn.Module):
+    """A dense layer over the last axis, or the last `axes`."""
+
+    features: int
+    kernel_init: Callable[..., Array]
+    dtype: Any
+    use_bias: bool = True
+    axes: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*X"]) -> Float[Array, "*Y"]:
+        shape = (*x.shape[-self.axes :], self.features)
+        kernel = jnp.asarray(self.param("kernel", self.kernel_init, shape), self.dtype)
+        y = _dot_gathered(jnp.asarray(x, self.dtype), kernel, self.axes)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y += to_rows(bias, y.shape, self.dtype)
+        return y
+
+
+def _dot_gathered(x: Array, kernel: Array, axes: int) -> Array:
+    """The product with a kernel that may be split over the mesh: it is gathered for the product, and once
+    more for the gradient, so that no gathered one waits in memory for its gradient.
+    """
+    contracted = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
+
+    def dot(x: Array, kernel: Array) -> Array:
+        return jax.lax.dot_general(x, gathered(kernel), (contracted, ((), ())))
+
+    whole = fsdp_parts() == 1
+    return dot(x, kernel) if whole else jax.checkpoint(dot, prevent_cse=False)(x, kernel)
+
+
 def dense(
     features: int,
     *,
@@ -313,29 +347,9 @@ def dense(
     init_cutoff: float | None = None,
     dtype: Any,
     use_bias: bool = True,
-) -> nn.Dense:
+) -> Dense:
     """A dense layer as Hugging Face initialises it: normal kernel, bias zero."""
-    init = normal(init_std, init_cutoff)
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=init,
-        dot_general=dot_gathered,
-        name=name,
-    )
-
-
-def dot_gathered(x: Array, kernel: Array, dimensions: Any, precision: Any = None) -> Array:
-    """`jax.lax.dot_general` with a kernel that may be split over the mesh: it is gathered for the product,
-    and once more for the gradient, so that no gathered one waits in memory for its gradient.
-    """
-
-    def dot(x: Array, kernel: Array) -> Array:
-        return jax.lax.dot_general(x, gathered(kernel), dimensions, precision=precision)
-
-    whole = fsdp_parts() == 1
-    return dot(x, kernel) if whole else jax.checkpoint(dot, prevent_cse=False)(x, kernel)
+    return Dense(features, normal(init_std, init_cutoff), dtype, use_bias, name=name)
 
 
 class DenseAct(nn.Module):
@@ -350,3 +364,12 @@ class DenseAct(nn.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B P"]:
         y = dense(self.features, name="dense", init_std=self.init_std, dtype=self.dtype)(x)
         return activation(self.activation)(y)
+
+
+def to_rows(parameter: Array | np.ndarray, shape: tuple[int, ...], dtype: Any) -> Array:
+    """A parameter for each of many rows, in `dtype`.
+
+    It is broadcast before it is cast: so its gradient, a sum over all rows, adds up in float32. A sum in
+    bfloat16 stops growing where it is 256 times as large as what is added.
+    """
+    return jnp.broadcast_to(parameter, shape).astype(dtype)

@@ -220,10 +220,9 @@ class Embeddings(nn.Module):
         x_BxLxD = nn.Embed(
             cfg.vocab_size,
             cfg.hidden_size,
-            dtype=self.dtype,
             embedding_init=normal(cfg.initializer_range, cfg.initializer_cutoff_factor),
             name="tok_embeddings",
-        )(input_ids_BxL)
+        )(input_ids_BxL).astype(self.dtype)  # after the look-up: see `to_rows`
         x_BxLxD = LayerNorm(cfg.norm_eps, self.dtype, cfg.norm_bias, name="norm")(x_BxLxD)
         x_BxLxD = Dropout(cfg.embedding_dropout)(x_BxLxD, deterministic=deterministic)
         return shard_batch(x_BxLxD)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
-from lit_jax.models.layers import Dropout, Tower
+from lit_jax.models.layers import Dense, Dropout, Tower, to_rows
 from lit_jax.trees import Tree, flatten, unflatten
 
 Size = int | tuple[int, int]
@@ -124,8 +124,8 @@ class Embeddings(nn.Module):
         batch, rows, columns, width = patches_BxYxXxD.shape
 
         def trained(name: str, count: int) -> Array:
-            tokens_1xNxD = self.param(name, init, (1, count, width)).astype(self.dtype)
-            return jnp.broadcast_to(tokens_1xNxD, (batch, count, width))
+            tokens_1xNxD = self.param(name, init, (1, count, width))
+            return to_rows(tokens_1xNxD, (batch, count, width), self.dtype)
 
         tokens = [trained(name, 1) for name in cfg.tokens]
         x_BxLxD = jnp.concatenate([*tokens, patches_BxYxXxD.reshape(batch, -1, width)], axis=1)
@@ -139,7 +139,7 @@ class Embeddings(nn.Module):
                 (rows, columns),
                 cfg.matrix,
             )
-            x_BxLxD = x_BxLxD + positions_LxD[None].astype(self.dtype)
+            x_BxLxD = x_BxLxD + to_rows(positions_LxD, x_BxLxD.shape, self.dtype)
         if cfg.registers:
             registers_BxNxD = trained("register_tokens", cfg.registers)
             parts = (x_BxLxD[:, : len(tokens)], registers_BxNxD, x_BxLxD[:, len(tokens) :])
@@ -184,14 +184,10 @@ class PatchEmbeddings(nn.Module):
         whole = pixel_values_BxHxWxC[:, : rows * patch_height, : columns * patch_width]
         patches = whole.reshape(batch, rows, patch_height, columns, patch_width, channels)
         # As a matrix product its gradient is three times as fast on CPU as that of a convolution.
-        return nn.DenseGeneral(
-            self.width,
-            axis=(-3, -2, -1),
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.normal(self.init_std),
-            name="projection",
-        )(patches.swapaxes(2, 3))
+        init = nn.initializers.normal(self.init_std)
+        return Dense(self.width, init, self.dtype, self.use_bias, axes=3, name="projection")(
+            patches.swapaxes(2, 3)
+        )
 
 
 @functools.cache

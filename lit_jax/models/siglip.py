@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lit_jax.config import Pooling
 from lit_jax.errors import UserError
 from lit_jax.models.clip import BlockFields, CLIPText, ImageEmbeddings
-from lit_jax.models.layers import LayerNorm, TowerOutput, dense
+from lit_jax.models.layers import LayerNorm, TowerOutput, dense, to_rows
 from lit_jax.models.patches import ImageTower, Size, pair
 from lit_jax.models.transformer import Attention, Encoder, Mlp, Pick
 
@@ -134,7 +133,7 @@ class AttentionPooling(nn.Module):
             own_init_std=(*cfg.block.own_init_std, *own_init_std),  # the later ones win
         )
         probe_1x1xD = self.param("probe", nn.initializers.normal(width**-0.5), (1, 1, width))
-        probe_Bx1xD = jnp.broadcast_to(probe_1x1xD.astype(self.dtype), (batch, 1, width))
+        probe_Bx1xD = to_rows(probe_1x1xD, (batch, 1, width), self.dtype)
         x_Bx1xD = Attention(attention, self.dtype, name="attention")(
             x_BxLxD, probe_Bx1xD, deterministic=True
         )

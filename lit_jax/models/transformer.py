@@ -22,6 +22,7 @@ from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models.attention import attend
 from lit_jax.models.layers import (
+    Dense,
     Dropout,
     LastBlock,
     LayerNorm,
@@ -29,6 +30,7 @@ from lit_jax.models.layers import (
     dense,
     drop,
     rematerialized,
+    to_rows,
 )
 
 Bias = Float[Array, "#B #H #L L"]
@@ -305,10 +307,10 @@ class LayerScale(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD: Tokens) -> Tokens:
         factor_D = self.param("factor", nn.initializers.constant(self.first), x_BxLxD.shape[-1:])
-        return x_BxLxD * factor_D.astype(x_BxLxD.dtype)[None, None]
+        return x_BxLxD * to_rows(factor_D, x_BxLxD.shape, x_BxLxD.dtype)
 
 
-def _dense(cfg: BlockConfig, features: int, name: str, dtype: Any) -> nn.Dense:
+def _dense(cfg: BlockConfig, features: int, name: str, dtype: Any) -> Dense:
     return dense(
         features,
         name=name,

@@ -132,6 +132,30 @@ def test_initialisation_is_hugging_faces(model_type):
             assert np.abs(leaf[0] - leaf[1]).max() > 5e-3, f"layers are initialised alike: {name}"
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_gradients_of_bfloat16_add_up_over_many_rows(model_type, random_variables):
+    """512 equal rows have 512 times the gradient of one: no sum over rows is a sum of bfloat16."""
+    tower = build(model_type, dtype="bfloat16")
+    row = example(tower)[:1]
+    variables = random_variables(tower, row)
+    shape = jax.eval_shape(tower.apply, variables, row).pooled.shape
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+    def gradient(count):
+        def loss(variables):
+            pooled = tower.apply(variables, jnp.repeat(row, count, axis=0)).pooled
+            return (pooled.astype(jnp.float32) * weights).sum()
+
+        return jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(variables))
+
+    of_one, of_many = gradient(1), gradient(512)
+    # Of a key bias the gradient is 0, but for rounding.
+    negligible = 1e-3 * max(np.linalg.norm(leaf) for _, leaf in of_one)
+    for (path, one), (_, many) in zip(of_one, of_many, strict=True):
+        error = np.linalg.norm(many / 512 - one)
+        assert error <= 0.02 * np.linalg.norm(one) + negligible, jax.tree_util.keystr(path)
+
+
 def test_gradients_reach_every_parameter_and_are_finite(trained):
     # With this key no tower drops the whole path to a parameter.
     gradients, _ = trained(key(4))
