@@ -4,14 +4,17 @@ Dims: B batch, H heads, Q queries, S keys (L where they are the same tokens), K 
 Softmax is float32, whatever the dtype of the queries.
 """
 
+import functools
+import re
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lit_jax.distributed.mesh import device_kind
+from lit_jax.distributed.mesh import device_kind, shard_batch
 
 
 def attend(
@@ -23,8 +26,9 @@ def attend(
 ) -> Float[Array, "B H Q K"]:
     """Scaled dot-product attention; `bias` is added to the logits, `dropout` is of the probabilities.
 
-    Under a mesh of NVIDIA's GPUs cuDNN computes it in one kernel, as FlashAttention (2205.14135) does, where
-    there is neither of the two and the dtype has 16 bits: of image towers, and of the texts of SigLIP.
+    Under a mesh of NVIDIA's GPUs, Ampere or newer, cuDNN computes it in one kernel, as FlashAttention
+    (2205.14135) does, where there is neither of the two and the dtype has 16 bits: of image towers, and of
+    the texts of SigLIP.
 
     On CPU about three times as fast as jax.nn.dot_product_attention: both products are plain batched matrix
     products because the axes are in this order, and the division by the sum is of Q x K numbers, not Q x S.
@@ -51,11 +55,16 @@ def attend(
     return (context_BxHxQxK / sum_BxHxQx1).astype(v_BxHxSxK.dtype)
 
 
+# The names of GPUs older than Ampere, as far as they begin like those of newer ones.
+_TOO_OLD = re.compile(r"NVIDIA (GeForce (GTX|MX|RTX 20)|TITAN|T\d)")
+
+
 def _cudnn_has(q_BxHxQxK: Array, k_BxHxSxK: Array) -> bool:
-    """Whether cuDNN has a kernel, forward and backward, on GPUs from Ampere on."""
-    width = q_BxHxQxK.shape[-1]
+    """Whether cuDNN has a kernel, forward and backward, on the GPUs of the mesh."""
+    kind, width = device_kind(), q_BxHxQxK.shape[-1]
     return (
-        device_kind().startswith("NVIDIA")
+        kind.startswith("NVIDIA")
+        and not _TOO_OLD.match(kind)
         and q_BxHxQxK.dtype.itemsize == 2
         and q_BxHxQxK.shape == k_BxHxSxK.shape
         and width % 8 == 0
@@ -65,15 +74,39 @@ def _cudnn_has(q_BxHxQxK: Array, k_BxHxSxK: Array) -> bool:
 
 @jax.custom_vjp
 def _fused(*qkv_BxHxLxK: Array) -> Array:
-    return _cudnn(*qkv_BxHxLxK)
+    return _cudnn(*_all_mapped(qkv_BxHxLxK))
 
 
 def _fused_forward(*qkv_BxHxLxK: Array) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
-    odd = qkv_BxHxLxK[0].shape[2] % 2
-    return jax.vjp(_cudnn_of_odd if odd else _cudnn, *qkv_BxHxLxK)
+    batch, _, length, _ = qkv_BxHxLxK[0].shape
+    length_B = shard_batch(jnp.full(batch, length, jnp.int32))
+    *qkv, length_B = _all_mapped((*qkv_BxHxLxK, length_B))
+    call = functools.partial(_cudnn_of_odd, length_B=length_B) if length % 2 else _cudnn
+    return jax.vjp(call, *qkv)
 
 
-_fused.defvjp(_fused_forward, lambda pull, grad_BxHxLxK: pull(grad_BxHxLxK))
+def _fused_backward(
+    pull: Callable[[Array], tuple[Array, ...]], grad_BxHxLxK: Array
+) -> tuple[Array, ...]:
+    pull, grad_BxHxLxK = _all_mapped((pull, grad_BxHxLxK))
+    return pull(grad_BxHxLxK)
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+@jax.custom_batching.custom_vmap
+def _all_mapped(arrays: Any) -> Any:
+    """The arrays, which under `vmap` all have the axis: JAX's rules for cuDNN's calls take no others."""
+    return arrays
+
+
+@_all_mapped.def_vmap
+def _(size: int, mapped: list[Any], arrays: Any) -> tuple[Any, Any]:
+    def with_axis(mapped: bool, x: Array) -> Array:
+        return x if mapped else jnp.broadcast_to(x, (size, *x.shape))
+
+    return jax.tree.map(with_axis, mapped[0], arrays), jax.tree.map(lambda _: True, arrays)
 
 
 def _cudnn(*qkv_BxHxLxK: Array, length_B: Array | None = None) -> Array:
@@ -86,13 +119,13 @@ def _cudnn(*qkv_BxHxLxK: Array, length_B: Array | None = None) -> Array:
     return context_BxLxHxK.swapaxes(1, 2)
 
 
-def _cudnn_of_odd(*qkv_BxHxLxK: Array) -> Array:
+def _cudnn_of_odd(*qkv_BxHxLxK: Array, length_B: Array) -> Array:
     """With one more token, which counts for nothing: JAX takes no odd number of them where there is a
     gradient.
     """
-    batch, _, length, _ = qkv_BxHxLxK[0].shape
+    length = qkv_BxHxLxK[0].shape[2]
     even = (jnp.pad(x_BxHxLxK, ((0, 0), (0, 0), (0, 1), (0, 0))) for x_BxHxLxK in qkv_BxHxLxK)
-    return _cudnn(*even, length_B=jnp.full(batch, length, jnp.int32))[:, :, :length]
+    return _cudnn(*even, length_B=length_B)[:, :, :length]
 
 
 def attention_bias(

@@ -28,7 +28,7 @@ from lit_jax.models.convolutions import (
     positions,
     scan_blocks,
 )
-from lit_jax.models.layers import TowerOutput, activation, drop, rematerialized
+from lit_jax.models.layers import TowerOutput, activation, drop, rematerialized, scaled
 from lit_jax.models.patches import ImageTower, Size, check_channels
 
 # Hugging Face leaves torch's default where a block is made wider, and elsewhere takes the config's.
@@ -276,7 +276,8 @@ class SqueezeExcite(nn.Module):
 
         mean_Bx1x1xC = x_BxYxXxC.mean((1, 2), keepdims=True)
         h = activation(self.config.hidden_act)(conv(self.squeezed, "reduce")(mean_Bx1x1xC))
-        return x_BxYxXxC * nn.sigmoid(conv(x_BxYxXxC.shape[-1], "expand")(h))
+        gate_Bx1x1xC = nn.sigmoid(conv(x_BxYxXxC.shape[-1], "expand")(h))
+        return scaled(x_BxYxXxC, gate_Bx1x1xC.astype(jnp.float32))
 
 
 class ConvNorm(nn.Module):

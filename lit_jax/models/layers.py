@@ -373,3 +373,15 @@ def to_rows(parameter: Array | np.ndarray, shape: tuple[int, ...], dtype: Any) -
     bfloat16 stops growing where it is 256 times as large as what is added.
     """
     return jnp.broadcast_to(parameter, shape).astype(dtype)
+
+
+def scaled(x: Array, factor: Array) -> Array:
+    """x * factor in x's dtype; one factor is for many rows, and its gradient adds up as in `to_rows`.
+
+    The product is computed again for the gradient, which so keeps no factor for each row.
+    """
+
+    def product(x: Array, factor: Array) -> Array:
+        return x * to_rows(factor, x.shape, x.dtype)
+
+    return jax.checkpoint(product, prevent_cse=False)(x, factor)

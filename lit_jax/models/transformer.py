@@ -30,7 +30,7 @@ from lit_jax.models.layers import (
     dense,
     drop,
     rematerialized,
-    to_rows,
+    scaled,
 )
 
 Bias = Float[Array, "#B #H #L L"]
@@ -307,7 +307,7 @@ class LayerScale(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD: Tokens) -> Tokens:
         factor_D = self.param("factor", nn.initializers.constant(self.first), x_BxLxD.shape[-1:])
-        return x_BxLxD * to_rows(factor_D, x_BxLxD.shape, x_BxLxD.dtype)
+        return scaled(x_BxLxD, factor_D)
 
 
 def _dense(cfg: BlockConfig, features: int, name: str, dtype: Any) -> Dense:

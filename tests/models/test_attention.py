@@ -83,18 +83,62 @@ def test_the_call_for_cudnn_means_the_same(monkeypatch, length):
         )
 
 
+def refuses_cudnn(monkeypatch, kind):
+    monkeypatch.setattr(jax.nn, "dot_product_attention", None)  # to call it is an error
+    monkeypatch.setattr(attention, "device_kind", lambda: kind)
+
+
 @pytest.mark.parametrize(
-    ("kind", "dtype", "bias", "dropout"),
+    ("dtype", "keys", "width", "bias", "dropout"),
     [
-        ("NVIDIA H100", jnp.float32, None, None),
-        ("NVIDIA H100", jnp.bfloat16, jnp.zeros((1, 1, 1, 4)), None),
-        ("NVIDIA H100", jnp.bfloat16, None, lambda x: x),
-        ("AMD Instinct MI300X", jnp.bfloat16, None, None),
-        ("", jnp.bfloat16, None, None),
+        (jnp.float32, 4, 8, None, None),
+        (jnp.bfloat16, 4, 8, jnp.zeros((1, 1, 1, 4)), None),
+        (jnp.bfloat16, 4, 8, None, lambda x: x),
+        (jnp.bfloat16, 4, 12, None, None),
+        (jnp.bfloat16, 4, 136, None, None),
+        (jnp.bfloat16, 5, 8, None, None),
     ],
 )
-def test_cudnn_is_not_asked_for_what_it_does_not_have(monkeypatch, kind, dtype, bias, dropout):
-    monkeypatch.setattr(jax.nn, "dot_product_attention", None)
-    monkeypatch.setattr(attention, "device_kind", lambda: kind)
-    q = jnp.ones((1, 1, 4, 8), dtype)
-    assert attend(q, q, q, bias, dropout).dtype == dtype
+def test_cudnn_is_not_asked_for_what_it_does_not_have(
+    monkeypatch, dtype, keys, width, bias, dropout
+):
+    refuses_cudnn(monkeypatch, "NVIDIA H100 80GB HBM3")
+    q, k = (jnp.ones((1, 1, length, width), dtype) for length in (4, keys))
+    assert attend(q, k, k, bias, dropout).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "",
+        "AMD Instinct MI300X",
+        "Tesla V100-SXM2-16GB",
+        "Quadro RTX 8000",
+        "NVIDIA GeForce RTX 2080 Ti",
+        "NVIDIA GeForce GTX 1660",
+        "NVIDIA TITAN RTX",
+        "NVIDIA T1000",
+    ],
+)
+def test_cudnn_is_not_asked_where_it_has_none(monkeypatch, kind):
+    refuses_cudnn(monkeypatch, kind)
+    q = jnp.ones((1, 1, 4, 8), jnp.bfloat16)
+    attend(q, q, q)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "NVIDIA A100-SXM4-40GB",
+        "NVIDIA L4",
+        "NVIDIA GeForce RTX 3090",
+        "NVIDIA RTX 6000 Ada Generation",
+        "NVIDIA H100 80GB HBM3",
+        "NVIDIA B200",
+    ],
+)
+def test_cudnn_is_asked_from_ampere_on(monkeypatch, kind):
+    refuses_cudnn(monkeypatch, kind)
+    q = jnp.ones((1, 1, 4, 8), jnp.bfloat16)
+    with pytest.raises(TypeError, match="NoneType"):
+        attend(q, q, q)

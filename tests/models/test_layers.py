@@ -7,7 +7,7 @@ import pytest
 
 from lit_jax.errors import UserError
 from lit_jax.models import layers
-from lit_jax.models.layers import ACTIVATIONS, Dropout, LayerNorm, activation, drop
+from lit_jax.models.layers import ACTIVATIONS, Dropout, LayerNorm, activation, drop, scaled
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -33,6 +33,16 @@ def test_the_gradient_of_an_activation_keeps_one_array(name):
     x = jnp.linspace(-1, 1, 12)
     _, pull = jax.vjp(activation(name), x)
     assert sum(leaf.size for leaf in jax.tree.leaves(pull)) == x.size
+
+
+def test_the_gradient_of_a_factor_keeps_no_factor_for_each_row():
+    x, factor = jnp.ones((4, 3, 8), jnp.bfloat16), jnp.full(8, 2.0)
+    product, pull = jax.vjp(scaled, x, factor)
+    assert sum(leaf.size for leaf in jax.tree.leaves(pull)) == x.size + factor.size
+    of_x, of_factor = pull(product)
+    assert (of_x.dtype, of_factor.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_array_equal(of_x, 4)
+    np.testing.assert_array_equal(of_factor, 4 * 3 * 2)
 
 
 def test_an_unknown_activation_is_refused_with_the_nearest_name():

@@ -32,9 +32,9 @@ def calls(hlo):
     return re.findall(r'custom_call_target="([^"]+)"', hlo)
 
 
-def both_ways(q, k, v):
+def both_ways(q, k, v, grad):
     context, pull = jax.vjp(attend, q, k, v)
-    return pull(context)
+    return context, *pull(grad)
 
 
 @pytest.mark.parametrize("capability", [AMPERE, ADA, HOPPER, BLACKWELL])
@@ -47,14 +47,25 @@ def test_attention_is_one_kernel_each_way(length, capability):
         (72, jnp.bfloat16),
         (128, jnp.bfloat16),
     ):
-        qkv = [((8, 12, length, width), dtype)] * 3
-        assert calls(compiled(attend, *qkv, devices=devices)) == list(CUDNN[:1])
-        assert calls(compiled(both_ways, *qkv, devices=devices)) == list(CUDNN)
+        array = (8, 12, length, width), dtype
+        assert calls(compiled(attend, *[array] * 3, devices=devices)) == list(CUDNN[:1])
+        assert calls(compiled(both_ways, *[array] * 4, devices=devices)) == list(CUDNN)
+
+
+@pytest.mark.parametrize("length", [196, 197])
+@pytest.mark.parametrize("mapped", [(0, 0, 0, 0), (0, None, None, 0), (None, 0, 0, None)])
+def test_attention_may_be_mapped_over_some_of_its_arrays(length, mapped):
+    """`jax.vmap` of a gradient, and `jax.jacrev`."""
+    shape = (4, 2, 12, length, 64)
+    arrays = [(shape if axis == 0 else shape[1:], jnp.bfloat16) for axis in mapped]
+    hlo = compiled(jax.vmap(both_ways, mapped), *arrays, devices=gpus(1))
+    assert calls(hlo) == list(CUDNN)
+    assert "bf16[8," in next(line for line in hlo.splitlines() if CUDNN[1] in line)
 
 
 def test_attention_of_float32_is_computed_by_xla():
-    qkv = [((8, 12, 197, 64), jnp.float32)] * 3
-    assert calls(compiled(both_ways, *qkv, devices=gpus(1))) == []
+    arrays = [((8, 12, 197, 64), jnp.float32)] * 4
+    assert calls(compiled(both_ways, *arrays, devices=gpus(1))) == []
 
 
 def test_layer_norm_is_one_kernel():
@@ -80,3 +91,5 @@ def test_a_train_step_for_several_gpus(config_of, fsdp):
     assert "197,197]" not in hlo
     tokens = re.findall(r"\[(?:11,)?(\d+),197,768\]", hlo)
     assert max(map(int, tokens)) == rows  # the position embeddings have one
+    assert f"s32[{rows}]" in hlo  # how many of 198 tokens count
+    assert f"s32[{rows * 8}]" not in hlo
