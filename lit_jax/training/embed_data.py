@@ -237,9 +237,13 @@ class _ReadAll:
     inputs: Pixels | Captions
 
     def __call__(self, index: int) -> list[Any] | BadSampleError:
+        key = f"number {index}"  # until it is known
         try:
-            return self.inputs.all(index, self.source[index])
+            example = self.source[index]
+            key = example["key"]
+            return self.inputs.all(index, example)
         except BadSampleError as reason:
+            log.warning("Bad sample %s has no embedding: %s.", key, reason)
             return reason
 
 
@@ -274,18 +278,16 @@ def _write_shard(
 ) -> None:
     with writing_output(path.parent):
         writer = ShardWriter(path)
-    complete, numbers = False, iter(examples)
+    complete = False
     try:
         for record in sweep.records(examples):
             if record is None:
                 _raise_if(_together(stopped=stop.received, busy=True)[0])
                 continue
-            number = next(numbers)
-            if isinstance(record, BadSampleError):
-                log.warning("Bad sample number %d has no embedding: %s.", number, record)
             with writing_output(path.parent):
                 writer.add(record)
-            bar.update(jax.process_count())
+            # The others are about as far, but their shards may be shorter.
+            bar.update(min(jax.process_count(), bar.total - bar.n))
         complete = True
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -187,7 +187,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(make, tmp_path, monkeypatch):
 def test_too_many_bad_samples_are_told_and_are_no_embeddings(make, tmp_path, caplog):
     with pytest.raises(UserError, match=r"1 of 40 samples are bad \(2.5%\); .*max_bad_fraction"):
         embed(make(**{"data.max_bad_fraction": 0.02}), tmp_path / "cache", "image", batch_size=8)
-    assert f"Bad sample number {BAD} has no embedding: " in caplog.text
+    assert f"Bad sample {BAD}.png has no embedding: " in caplog.text
     assert not (tmp_path / "cache" / MANIFEST).exists()
     embed(make(), tmp_path / "cache", "image", batch_size=8)  # goes on where it stopped
     assert Embeddings(tmp_path / "cache").counts.bad == 1
