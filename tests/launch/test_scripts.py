@@ -367,6 +367,15 @@ def test_local_waits_for_the_others_where_one_ends_in_order(code):
     assert result.stdout == "[0] saved\n"
 
 
+@pytest.fixture
+def interruptible():
+    """Where a shell runs the tests in the background, they and what they start ignore SIGINT."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_local_says_who_speaks_and_passes_signals_on():
     program = (
         "import signal, sys, time\n"
