@@ -55,7 +55,7 @@ def attend(
     return (context_BxHxQxK / sum_BxHxQx1).astype(v_BxHxSxK.dtype)
 
 
-# The names of GPUs older than Ampere, as far as they begin like those of newer ones.
+# JAX would call cuDNN on any GPU. These are older than Ampere, though they are named like newer ones.
 _TOO_OLD = re.compile(r"NVIDIA (GeForce (GTX|MX|RTX 20)|TITAN|T\d)")
 
 
@@ -74,13 +74,13 @@ def _cudnn_has(q_BxHxQxK: Array, k_BxHxSxK: Array) -> bool:
 
 @jax.custom_vjp
 def _fused(*qkv_BxHxLxK: Array) -> Array:
-    return _cudnn(*_all_mapped(qkv_BxHxLxK))
+    return _cudnn(*_all_batched(qkv_BxHxLxK))
 
 
 def _fused_forward(*qkv_BxHxLxK: Array) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
     batch, _, length, _ = qkv_BxHxLxK[0].shape
     length_B = shard_batch(jnp.full(batch, length, jnp.int32))
-    *qkv, length_B = _all_mapped((*qkv_BxHxLxK, length_B))
+    *qkv, length_B = _all_batched((*qkv_BxHxLxK, length_B))
     call = functools.partial(_cudnn_of_odd, length_B=length_B) if length % 2 else _cudnn
     return jax.vjp(call, *qkv)
 
@@ -88,7 +88,7 @@ def _fused_forward(*qkv_BxHxLxK: Array) -> tuple[Array, Callable[[Array], tuple[
 def _fused_backward(
     pull: Callable[[Array], tuple[Array, ...]], grad_BxHxLxK: Array
 ) -> tuple[Array, ...]:
-    pull, grad_BxHxLxK = _all_mapped((pull, grad_BxHxLxK))
+    pull, grad_BxHxLxK = _all_batched((pull, grad_BxHxLxK))
     return pull(grad_BxHxLxK)
 
 
@@ -96,17 +96,17 @@ _fused.defvjp(_fused_forward, _fused_backward)
 
 
 @jax.custom_batching.custom_vmap
-def _all_mapped(arrays: Any) -> Any:
-    """The arrays, which under `vmap` all have the axis: JAX's rules for cuDNN's calls take no others."""
+def _all_batched(arrays: Any) -> Any:
+    """The arrays; under `vmap` all of them are batched: JAX's rules for cuDNN's calls want that."""
     return arrays
 
 
-@_all_mapped.def_vmap
-def _(size: int, mapped: list[Any], arrays: Any) -> tuple[Any, Any]:
-    def with_axis(mapped: bool, x: Array) -> Array:
-        return x if mapped else jnp.broadcast_to(x, (size, *x.shape))
+@_all_batched.def_vmap
+def _(size: int, batched: list[Any], arrays: Any) -> tuple[Any, Any]:
+    def with_axis(is_batched: bool, x: Array) -> Array:
+        return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
 
-    return jax.tree.map(with_axis, mapped[0], arrays), jax.tree.map(lambda _: True, arrays)
+    return jax.tree.map(with_axis, batched[0], arrays), jax.tree.map(lambda _: True, arrays)
 
 
 def _cudnn(*qkv_BxHxLxK: Array, length_B: Array | None = None) -> Array:

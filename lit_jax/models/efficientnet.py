@@ -276,8 +276,7 @@ class SqueezeExcite(nn.Module):
 
         mean_Bx1x1xC = x_BxYxXxC.mean((1, 2), keepdims=True)
         h = activation(self.config.hidden_act)(conv(self.squeezed, "reduce")(mean_Bx1x1xC))
-        gate_Bx1x1xC = nn.sigmoid(conv(x_BxYxXxC.shape[-1], "expand")(h))
-        return scaled(x_BxYxXxC, gate_Bx1x1xC.astype(jnp.float32))
+        return scaled(x_BxYxXxC, nn.sigmoid(conv(x_BxYxXxC.shape[-1], "expand")(h)))
 
 
 class ConvNorm(nn.Module):

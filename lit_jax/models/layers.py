@@ -382,6 +382,6 @@ def scaled(x: Array, factor: Array) -> Array:
     """
 
     def product(x: Array, factor: Array) -> Array:
-        return x * to_rows(factor, x.shape, x.dtype)
+        return x * to_rows(factor.astype(jnp.float32), x.shape, x.dtype)
 
     return jax.checkpoint(product, prevent_cse=False)(x, factor)

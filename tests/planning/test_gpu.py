@@ -53,12 +53,12 @@ def test_attention_is_one_kernel_each_way(length, capability):
 
 
 @pytest.mark.parametrize("length", [196, 197])
-@pytest.mark.parametrize("mapped", [(0, 0, 0, 0), (0, None, None, 0), (None, 0, 0, None)])
-def test_attention_may_be_mapped_over_some_of_its_arrays(length, mapped):
+@pytest.mark.parametrize("in_axes", [(0, 0, 0, 0), (0, None, None, 0), (None, 0, 0, None)])
+def test_attention_may_be_batched_in_some_of_its_arrays(length, in_axes):
     """`jax.vmap` of a gradient, and `jax.jacrev`."""
     shape = (4, 2, 12, length, 64)
-    arrays = [(shape if axis == 0 else shape[1:], jnp.bfloat16) for axis in mapped]
-    hlo = compiled(jax.vmap(both_ways, mapped), *arrays, devices=gpus(1))
+    arrays = [(shape if axis == 0 else shape[1:], jnp.bfloat16) for axis in in_axes]
+    hlo = compiled(jax.vmap(both_ways, in_axes), *arrays, devices=gpus(1))
     assert calls(hlo) == list(CUDNN)
     assert "bf16[8," in next(line for line in hlo.splitlines() if CUDNN[1] in line)
 
