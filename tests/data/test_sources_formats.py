@@ -29,6 +29,7 @@ from lit_jax.data.files import ObjectPath, expand, line_offsets, locate
 from lit_jax.data.pipeline import TrainStream
 from lit_jax.data.readers import Captions, ImageTextReader, Pixels
 from lit_jax.data.sources import open_source, tar_index
+from lit_jax.data.sources.kept import Shelf
 from lit_jax.data.sources.tar_index import open_index
 from lit_jax.errors import UserError
 from tests.data.object_store import BUCKET, serve
@@ -460,7 +461,7 @@ def test_the_index_goes_to_the_cache_where_nothing_can_be_written(tmp_path, imag
     write_tars(folder, images)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     files = [folder / f"{n:05}.tar" for n in range(2)]
-    beside, _ = tar_index._places(files)
+    beside, _ = Shelf(files, [tar_index.VERSION], kind="index").places
     beside.mkdir()  # root may write everywhere, but not a file where a folder is
     assert len(open_index(files)) == N
     assert len(list((cache / "lit_jax").glob("*.arrow"))) == 1

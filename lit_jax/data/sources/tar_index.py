@@ -1,15 +1,10 @@
 """Where the samples of tar files are: found by one pass over the files, and kept for the next time.
 
-The index is one Arrow file that is mapped into memory: opening it costs the same for a thousand samples and
-for a billion. It lies beside the tar files or, where nothing can be written, in the user's cache folder; when
-the size or the time of a tar file changes, it is made again.
+See `kept` for where it lies, and when it is made again.
 """
 
-import hashlib
 import io
-import json
 import logging
-import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +13,10 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from lit_jax.data.files import File, readable, signature
+from lit_jax.data.files import File, readable
+from lit_jax.data.sources.kept import KeptTable, Shelf
 from lit_jax.data.sources.lists import IMAGE_SUFFIXES
 from lit_jax.errors import UserError
-from lit_jax.files import whole
 
 log = logging.getLogger(__name__)
 
@@ -50,18 +45,15 @@ class Sample(NamedTuple):
 
 
 class TarIndex:
-    """The samples of all files in their order. To worker processes goes only where it is kept."""
+    """The samples of all files in their order."""
 
-    def __init__(self, path: Path):
-        self._path = path
-        # One batch: so that a column is one piece and a sample is found at once.
-        with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
-            self.about = reader.schema.metadata
-            shard, self._key, self._hostile, *spans = reader.get_batch(0).columns
+    def __init__(self, table: KeptTable):
+        self._table = table
+        shard, self._key, self._hostile, *spans = table.columns
         self._numbers = [column.to_numpy() for column in (shard, *spans)]  # no copies
 
     def __reduce__(self):
-        return TarIndex, (self._path,)
+        return TarIndex, (self._table,)
 
     def __len__(self) -> int:
         return len(self._key)
@@ -75,58 +67,27 @@ class TarIndex:
 
 
 def open_index(files: Sequence[File]) -> TarIndex:
-    """The index of these files, made now if it is not there or not of today.
+    """Return the index of these files, made now if it is not there or not of today.
 
     Raises UserError if a file cannot be read, or if there is no place for the index.
     """
-    with ThreadPoolExecutor(16) as pool:
-        try:
-            signatures = list(pool.map(signature, files))
-        except OSError as error:
-            raise UserError(f"{error}; a shard of the data set cannot be read.") from error
-        about = {b"lit_jax": json.dumps([VERSION, signatures]).encode()}
-        places = _places(files)
-        for place in places:
-            if (found := _open(place)) and found.about == about:
-                return found
-        log.info("The samples of %d tar files are being indexed.", len(files))
-        batches = list(pool.map(_scan, range(len(files)), files))
-    table = pa.Table.from_batches(batches, _SCHEMA).combine_chunks()
-    return _write(table.replace_schema_metadata(about), places)
-
-
-def _places(files: Sequence[File]) -> list[Path]:
-    """Where the index of these files may lie, best first."""
-    names = "\n".join(str(file) for file in files)
-    name = f"lit_jax-index-{hashlib.sha256(names.encode()).hexdigest()[:16]}.arrow"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_jax"
-    beside = [files[0].parent] if isinstance(files[0], Path) else []
-    return [folder / name for folder in (*beside, cache)]
-
-
-def _open(place: Path) -> TarIndex | None:
     try:
-        return TarIndex(place)
-    except (OSError, pa.ArrowException):
-        return None
-
-
-def _write(table: pa.Table, places: Sequence[Path]) -> TarIndex:
-    """Several processes may do it at once: each writes a whole file, and they are the same."""
-    problem = None
-    for place in places:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with whole(place) as new, pa.ipc.new_file(str(new), table.schema) as writer:
-                batches = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
-                writer.write_batch(batches[0])
-            return TarIndex(place)
-        except OSError as error:
-            problem = error
-    raise UserError(
-        f"The index of the tar files can be written to none of {', '.join(map(str, places))} ({problem}); "
-        "set XDG_CACHE_HOME to a folder with space."
-    )
+        shelf = Shelf(files, [VERSION], kind="index")
+    except OSError as error:
+        raise UserError(f"{error}; a shard of the data set cannot be read.") from error
+    if found := shelf.find():
+        return TarIndex(found)
+    log.info("The samples of %d tar files are being indexed.", len(files))
+    with ThreadPoolExecutor(16) as pool:
+        batches = list(pool.map(_scan, range(len(files)), files))
+    try:
+        return TarIndex(shelf.keep(pa.Table.from_batches(batches, _SCHEMA)))
+    except OSError as error:
+        places = ", ".join(map(str, shelf.places))
+        raise UserError(
+            f"The index of the tar files can be written to none of {places} ({error}); set XDG_CACHE_HOME to "
+            "a folder with space."
+        ) from error
 
 
 def _scan(shard: int, file: File) -> pa.RecordBatch:
