@@ -92,6 +92,9 @@ def reduce_jpeg(image: Image.Image, part: float) -> float:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "I" and image.format == "PPM":
+        # Pillow scales grey of more than 8 bits in PGM and PNM files to 0 ... 65535, whatever their maximum.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise BadSampleError(f"pixels of mode {image.mode} have no known range")
     if image.has_transparency_data:

@@ -19,6 +19,7 @@ from transformers.image_transforms import convert_to_rgb
 from lit_jax.data.decode import decode
 from lit_jax.data.example import BadSampleError
 from lit_jax.data.image import ImageTransform, load_processor, random_box
+from lit_jax.data.sources.lists import IMAGE_SUFFIXES
 from lit_jax.errors import UserError
 from tests.data.conftest import train
 
@@ -223,6 +224,24 @@ def test_decode_scales_16_bit_grey(encode):
     expected = np.array([[0, 0, 1], [128, 254, 255]], np.uint8)
     assert Image.open(io.BytesIO(encode(grey))).mode == "I;16"
     np.testing.assert_array_equal(np.asarray(decode(encode(grey)))[..., 0], expected)
+
+
+def test_decode_scales_grey_of_netpbm_with_any_maximum():
+    grey = np.array([[0, 400], [800, 1000]], ">u2")
+    decoded = decode(b"P5 2 2 1000\n" + grey.tobytes())
+    # By the file's maximum to 16 bits, as Pillow has it, and to 8 by leaving out the lower half.
+    expected = (np.round(grey / 1000 * 65535).astype(np.uint16) >> 8).astype(np.uint8)
+    np.testing.assert_array_equal(np.asarray(decoded)[..., 0], expected)
+
+
+@pytest.mark.parametrize("ending", IMAGE_SUFFIXES)
+def test_a_file_with_any_ending_of_images_is_decoded(noise, ending):
+    """The ending has to be known to Pillow, for writing and for reading."""
+    buffer, pixels = io.BytesIO(), noise(6, 8, 3)
+    Image.fromarray(pixels).convert("1" if ending == ".pbm" else "RGB").save(
+        buffer, Image.registered_extensions()[ending]
+    )
+    assert decode(buffer.getvalue()).size == (8, 6)
 
 
 def test_decode_applies_the_exif_orientation(noise, encode):

@@ -12,7 +12,13 @@ from lit_jax.data.example import Example
 from lit_jax.data.files import File, read_text, readable, walk
 from lit_jax.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Endings of image files in every kind of source. The tuple stays the same whatever Pillow is installed, since
+# it decides which samples a source has; an index of tar files is made again when it changes (VERSION there).
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".avifs", ".gif"),
+    *(".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".qoi"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+)
 # Where images lie beside a caption file, if not in its own folder.
 IMAGE_FOLDERS = ("images", "flickr30k-images", "flickr30k_images")
 

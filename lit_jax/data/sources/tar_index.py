@@ -20,7 +20,7 @@ from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 FIELDS = {"image": IMAGE_SUFFIXES, "txt": (".txt",), "json": (".json",), "cls": (".cls",)}
 _STORE_BYTES = 1 << 22  # that are read at a time from an object store
 _FIELD_OF = {suffix: field for field, suffixes in FIELDS.items() for suffix in suffixes}
