@@ -14,7 +14,6 @@ Exit codes: 0 done, 2 bad input, 76 another process of the same run is gone.
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from lit_jax.evals.encode import Encoder, Params
 from lit_jax.evals.html import html_report
 from lit_jax.evals.results import Subject, write_results
 from lit_jax.evals.runner import Evaluation, flat, open_evals, run, table
-from lit_jax.files import write_json, write_whole, writing_files
+from lit_jax.files import parse_json, write_json, write_whole, writing_files
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.run import load_run, read_config
@@ -189,7 +188,7 @@ def _text_length(folder: Path, module: DualEncoderModule) -> int:
     """As many tokens as the tokenizer was saved with, and no more than the text model has positions."""
     positions = module.text_model.config.max_length
     try:
-        saved = json.loads((folder / "tokenizer_config.json").read_bytes())["model_max_length"]
+        saved = parse_json((folder / "tokenizer_config.json").read_bytes())["model_max_length"]
     except (OSError, ValueError, LookupError, TypeError):  # what is broken, load_tokenizer says
         return positions
     return min(positions, saved or positions)

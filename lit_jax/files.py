@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written whole or not at all, and JSON that somebody else wrote."""
 
 import contextlib
 import json
@@ -60,6 +60,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file (a text in UTF-8) whole or not at all."""
     with whole(path) as new:
         new.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Return the value of a JSON text. Raise ValueError if it has none, also where it is nested too deep."""
+    try:
+        return json.loads(content)
+    except RecursionError:  # a few bytes a level are enough for it
+        raise ValueError("its brackets are nested too deep") from None
 
 
 def write_json(path: Path, value: Any) -> None:

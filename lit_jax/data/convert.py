@@ -32,7 +32,7 @@ from lit_jax.data.example import BadSampleError, Example, Source
 from lit_jax.data.sources import open_source
 from lit_jax.data.workers import start_worker
 from lit_jax.errors import UserError
-from lit_jax.files import whole, write_whole, writing_output
+from lit_jax.files import parse_json, whole, write_whole, writing_output
 
 PLAN_FILE = "convert.json"
 BAD_FILE = "bad.jsonl"
@@ -112,7 +112,7 @@ def make_plan(source: SourceConfig, shard_size: int, *, text_only: bool = False)
 @functools.lru_cache(maxsize=1)
 def _source(text: str, text_only: bool) -> Source:
     """Opened once in each process: sent with every shard it could be more than what the shard holds."""
-    source = parse({"data": {"train": json.loads(text)}}).data.train
+    source = parse({"data": {"train": parse_json(text)}}).data.train
     return open_source(source, text_only=text_only)
 
 
@@ -239,7 +239,7 @@ def _finish(plan: Plan, folder: Path) -> str:
     records.write_manifest(folder, shards)
     for rest in folder.glob(".*.new"):
         rest.unlink()
-    kinds = collections.Counter(json.loads(line)["kind"] for line in bad)
+    kinds = collections.Counter(parse_json(line)["kind"] for line in bad)
     lines = [f"{good} examples in {len(shards)} shards are in {folder}"]
     if bad:
         lines.append(f"{len(bad)} bad samples were left out, listed in {folder / BAD_FILE}:")

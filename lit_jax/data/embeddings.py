@@ -29,6 +29,7 @@ from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.readers import Batch, caption_index
 from lit_jax.data.sources import Source
 from lit_jax.errors import UserError
+from lit_jax.files import parse_json
 
 STARTED, MANIFEST = "started.json", "manifest.json"
 DTYPES: Mapping[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -135,7 +136,7 @@ def shard_counts(folder: Path, header: Header, number: int) -> Counts:
         reader = ArrayRecordReader(str(path))
         if reader.num_records() != len(header.shard(number)) + 1:
             raise ValueError(f"{reader.num_records()} records")
-        counts = json.loads(reader.read([reader.num_records() - 1])[0])
+        counts = parse_json(reader.read([reader.num_records() - 1])[0])
         reader.close()
         return Counts(**counts, bytes=path.stat().st_size)
 
@@ -158,7 +159,7 @@ class Embeddings:
                 "which goes on where it stopped."
             )
         with reading(folder / MANIFEST):
-            manifest = json.loads((folder / MANIFEST).read_bytes())
+            manifest = parse_json((folder / MANIFEST).read_bytes())
             names = {field.name for field in dataclasses.fields(Header)}
             self.header = Header(**{name: manifest.pop(name) for name in names})
             self.counts = Counts(**manifest)
@@ -182,7 +183,7 @@ class Embeddings:
         with reading(self.folder / header.shard_name(index // header.shard_size)):
             record = self._records[index]
             if record[-1:] == BAD:
-                bad = BadSampleError(*reversed(json.loads(record[:-1])))
+                bad = BadSampleError(*reversed(parse_json(record[:-1])))
             else:
                 rows_KxP = np.frombuffer(record[:-1], self._dtype).reshape(-1, header.width)
                 if header.views not in (0, len(rows_KxP)):

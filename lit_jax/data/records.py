@@ -5,7 +5,6 @@ of texts, "image" the bytes of an image file, "label", "teacher_caption" ... The
 folder without one was not finished. With `group_size:1` a record is read without its neighbours.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import msgpack
 
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.errors import UserError
-from lit_jax.files import write_json
+from lit_jax.files import parse_json, write_json
 
 MANIFEST = "records.json"
 VERSION = 1
@@ -56,7 +55,7 @@ def read_manifest(folder: Path) -> tuple[Shard, ...]:
     """The shards in their order; UserError if the manifest is damaged, of another version or lists none."""
     file = folder / MANIFEST
     try:
-        manifest: Any = json.loads(file.read_text(encoding="utf-8"))
+        manifest: Any = parse_json(file.read_text(encoding="utf-8"))
         version = manifest["version"]
         shards = tuple(Shard(str(row["name"]), int(row["count"])) for row in manifest["shards"])
     except (OSError, ValueError, KeyError, TypeError) as error:

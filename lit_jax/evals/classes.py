@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from jaxtyping import Int
 from lit_jax.config import EvalConfig, nearest
 from lit_jax.data.example import BadSampleError, Source
 from lit_jax.errors import UserError
+from lit_jax.files import parse_json
 
 PLACEHOLDER = re.compile(r"\{c?\}")
 SORTED = "sorted"  # what `labels` says where the data's labels, sorted, are the classes in order
@@ -180,7 +180,7 @@ def _unknown_label(key: str, label: str, classes: Classes, ids: Mapping[str, int
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        content = json.loads(pathlib.Path(path).read_bytes())
+        content = parse_json(pathlib.Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"The class file {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:

@@ -34,7 +34,7 @@ from lit_jax.data.readers import Captions, Pixels
 from lit_jax.distributed.mesh import BATCH, global_batch, make_mesh
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import Preempted, UserError
-from lit_jax.files import write_whole, writing_output
+from lit_jax.files import parse_json, write_whole, writing_output
 from lit_jax.models.dual_encoder import DualEncoderModule, Side, tower_name
 from lit_jax.training.from_embeddings import check_locked, describe, tower_fingerprint
 from lit_jax.training.policy import merge
@@ -113,7 +113,7 @@ def _open_folder(folder: Path, header: Header) -> None:
     with writing_output(folder):
         if started.exists():
             try:
-                found = dict(json.loads(started.read_bytes()))
+                found = dict(parse_json(started.read_bytes()))
             except (ValueError, TypeError) as error:
                 raise UserError(
                     f"{started} is damaged ({error}), and nothing else says what {folder} holds; remove the "

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lit_jax.config import LogConfig
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
-from lit_jax.files import write_whole
+from lit_jax.files import parse_json, write_whole
 from lit_jax.training.disk import writing
 from lit_jax.training.step import Metrics
 
@@ -175,7 +175,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
         if not line.endswith(b"\n"):
             break
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             row["step"]
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"Line {number} of {path} is damaged ({error}); remove it.") from error
@@ -211,7 +211,7 @@ def _wandb(workdir: Path, project: str) -> Any:
             id=name,
             name=name,
             resume="allow",
-            config=json.loads((workdir / "config.json").read_bytes()),
+            config=parse_json((workdir / "config.json").read_bytes()),
             allow_val_change=True,  # what a resumed run may change
         )
     except wandb.Error as error:  # not logged in, no network

@@ -9,7 +9,6 @@ results.json, evals/, report/  the final evaluations, and pictures of them
 """
 
 import dataclasses
-import json
 import logging
 import math
 import shutil
@@ -23,7 +22,7 @@ from lit_jax.data.text import without_state
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
-from lit_jax.files import write_json, write_whole
+from lit_jax.files import parse_json, write_json, write_whole
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.training.checkpoints import restore_frozen, restore_params
 from lit_jax.training.disk import complete_steps
@@ -137,8 +136,8 @@ def read_config(workdir: Path) -> Config | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is damaged ({error}); restore it, or choose another --workdir."
         ) from error

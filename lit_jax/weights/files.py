@@ -1,7 +1,6 @@
 """The tensors of a Hugging Face folder as NumPy arrays, whichever of its file formats it uses."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ import safetensors.numpy
 from flax import serialization
 
 from lit_jax.errors import UserError
+from lit_jax.files import parse_json
 from lit_jax.weights import torch_pickle
 from lit_jax.weights.names import Layout
 
@@ -105,7 +105,7 @@ def _read_shards(index: pathlib.Path, format_: Format) -> dict[str, np.ndarray]:
 
 def _read_index(index: pathlib.Path) -> dict[str, str]:
     """{tensor: name of the file that has it}."""
-    shard_of = json.loads(index.read_bytes())["weight_map"]
+    shard_of = parse_json(index.read_bytes())["weight_map"]
     for shard in shard_of.values():
         # A shard lies beside the index: a path that leads elsewhere is not ours to follow.
         if shard != pathlib.PurePath(shard).name:

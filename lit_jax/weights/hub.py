@@ -1,6 +1,5 @@
 """Where a model's files are: a local folder, or a copy of a Hugging Face Hub repository."""
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +8,7 @@ import huggingface_hub
 from transformers import AutoConfig
 
 from lit_jax.errors import UserError
+from lit_jax.files import parse_json
 from lit_jax.models.dual_encoder import SYSTEMS, TOWERS, Side
 from lit_jax.models.families import TEXT, VISION, unknown
 from lit_jax.weights.files import FORMATS, one_line
@@ -70,7 +70,7 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
     """
     file = pathlib.Path(folder) / "config.json"
     try:
-        return complete(json.loads(file.read_bytes()))
+        return complete(parse_json(file.read_bytes()))
     except UserError:
         raise
     except FileNotFoundError:

@@ -21,6 +21,7 @@ import safetensors.numpy
 from flax import serialization, traverse_util
 
 from lit_jax.errors import UserError
+from lit_jax.files import parse_json
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.models.layers import Tower
 from lit_jax.trees import flatten
@@ -228,6 +229,6 @@ def _check_replaceable(target: pathlib.Path, new: pathlib.Path) -> None:
 
 def _is_export(folder: pathlib.Path) -> bool:
     try:
-        return "lit_jax" in json.loads((folder / "config.json").read_bytes())
+        return "lit_jax" in parse_json((folder / "config.json").read_bytes())
     except ValueError:
         return False

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from lit_jax.data.example import Example
 from lit_jax.data.files import File
 from lit_jax.data.sources.rows import bad_sample, example_of
 from lit_jax.errors import UserError
+from lit_jax.files import parse_json
 
 CACHE_BYTES = 1 << 28  # of decoded row groups, in each process
 OPTIONAL = ("captions", "teacher_caption", "key")
@@ -70,7 +70,7 @@ def _holds_images(kind: pa.DataType) -> bool:
 def _class_names(schema: pa.Schema, label_key: str) -> list[str] | None:
     """The names that a ClassLabel of `datasets` has written into the schema's metadata."""
     with contextlib.suppress(KeyError, ValueError, TypeError):
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return features[label_key]["names"]
     return None
 
@@ -179,7 +179,7 @@ class HuggingFaceSource:
     def __init__(self, folder: Path, config: SourceConfig, *, text_only: bool = False):
         self._folder = folder
         try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            state = parse_json((folder / "state.json").read_text(encoding="utf-8"))
             self._files = [folder / row["filename"] for row in state["_data_files"]]
             self._tables = [_map_table(file) for file in self._files]
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:

@@ -1,6 +1,5 @@
 """One JSON object a line."""
 
-import json
 from collections.abc import Mapping
 
 from lit_jax.config import SourceConfig
@@ -8,6 +7,7 @@ from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.files import File, Lines
 from lit_jax.data.sources.rows import bad_sample, example_of
 from lit_jax.errors import UserError
+from lit_jax.files import parse_json
 
 
 class JsonlSource:
@@ -39,7 +39,7 @@ class JsonlSource:
     def __getitem__(self, index: int) -> Example:
         place = self._lines.place(index)
         with bad_sample(place):
-            row = json.loads(self._lines[index].decode())
+            row = parse_json(self._lines[index].decode())
             if not isinstance(row, Mapping):
                 raise TypeError("not a JSON object")
             folder = self._lines.file.parent

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,6 +10,7 @@ import pyarrow as pa
 from lit_jax.data.example import Example
 from lit_jax.data.files import File, read_text, readable, walk
 from lit_jax.errors import UserError
+from lit_jax.files import parse_json
 
 # Endings of image files in every kind of source. The tuple stays the same whatever Pillow is installed, since
 # it decides which samples a source has; an index of tar files is made again when it changes (VERSION there).
@@ -72,7 +72,7 @@ def image_folder(folder: File) -> ListedSource | None:
 def open_coco(file: File, split: str | None) -> ListedSource:
     """A caption file of COCO: "images" with id and file_name, "annotations" with image_id and caption."""
     with _parsing(file):
-        content = json.loads(read_text(file))
+        content = parse_json(read_text(file))
         captions = collections.defaultdict(list)
         for annotation in content["annotations"]:
             captions[annotation["image_id"]].append(annotation["caption"])
@@ -83,7 +83,7 @@ def open_coco(file: File, split: str | None) -> ListedSource:
 def open_karpathy(file: File, split: str | None) -> ListedSource:
     """dataset_flickr30k.json or dataset_coco.json of Karpathy; "train+restval" is two splits in one."""
     with _parsing(file):
-        rows = json.loads(read_text(file))["images"]
+        rows = parse_json(read_text(file))["images"]
         splits = {row["split"] for row in rows}
         wanted = set((split or "").split("+")) if split else splits
         images = {

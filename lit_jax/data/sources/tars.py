@@ -1,6 +1,5 @@
 """Tar files of img2dataset and WebDataset: a sample is a run of members that differ in their ending alone."""
 
-import json
 from collections.abc import Sequence
 
 from lit_jax.config import SourceConfig
@@ -9,6 +8,7 @@ from lit_jax.data.files import File, read
 from lit_jax.data.sources.rows import bad_sample, example_of
 from lit_jax.data.sources.tar_index import FIELDS, open_index
 from lit_jax.errors import UserError
+from lit_jax.files import parse_json
 
 
 class TarSource:
@@ -48,7 +48,7 @@ class TarSource:
                 for name, (start, stop) in zip(FIELDS, sample.spans, strict=True)
                 if start >= 0
             }
-            row = json.loads(parts["json"].decode()) if "json" in parts else {}
+            row = parse_json(parts["json"].decode()) if "json" in parts else {}
             if not isinstance(row, dict):
                 raise TypeError("its json is no object")
             config = self._config
