@@ -120,11 +120,18 @@ def of_parts(*parts: Any) -> str:
     return digest.hexdigest()
 
 
-def of_side(params: Mapping[str, Any], tower: str) -> str:
-    """Tells the parameters of a tower and its projection apart by each bit; under `jax.set_mesh`."""
+def side_params(params: Mapping[str, Any], tower: str) -> Mapping[str, Any]:
+    """Return the parameters without those of the other tower."""
     others = {"vision_model", "text_model"} - {tower}
-    leaves = flatten({name: tree for name, tree in params.items() if name not in others})
-    sums = jax.device_get(checksums(leaves))
+    return {name: tree for name, tree in params.items() if name not in others}
+
+
+def of_side(params: Mapping[str, Any], tower: str) -> str:
+    """Return a name that tells the parameters of a tower and its projection apart by each bit.
+
+    To call under `jax.set_mesh`.
+    """
+    sums = jax.device_get(checksums(flatten(side_params(params, tower))))
     return of_parts(sums)
 
 

@@ -16,19 +16,28 @@ from lit_jax.data.example import Source
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.pipeline import eval_batches
 from lit_jax.data.text import tokenize
+from lit_jax.distributed.finite import check_rows
 from lit_jax.distributed.mesh import REPLICATED, global_batch
 from lit_jax.errors import UserError
-from lit_jax.evals.cache import Arrays, EmbeddingCache, of_images, of_parts, of_side
-from lit_jax.models.dual_encoder import DualEncoderModule, normalize
+from lit_jax.evals.cache import Arrays, EmbeddingCache, of_images, of_parts, of_side, side_params
+from lit_jax.models.dual_encoder import DualEncoderModule, Side, normalize, tower_name
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, np.ndarray]
 
-_INPUTS = {
-    "encode_image": ("pixel_values",),
-    "pool_image": ("pixel_values",),
-    "encode_text": ("input_ids", "attention_mask", "token_type_ids"),
+_SIDES: Mapping[str, Side] = {
+    "encode_image": "image",
+    "pool_image": "image",
+    "encode_text": "text",
 }
+_INPUTS: Mapping[Side, tuple[str, ...]] = {
+    "image": ("pixel_values",),
+    "text": ("input_ids", "attention_mask", "token_type_ids"),
+}
+
+
+# Earlier versions kept embeddings that were not finite; what they have in a cache is not asked for.
+_CACHED = "finite"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +88,7 @@ class Encoder:
             Embeddings of unit length, float32, and which rows are valid: the row of an image that
             cannot be decoded is zero and not valid.
 
-        Raises UserError if no image can be decoded.
+        Raises UserError if no image can be decoded, or if an embedding is not finite.
         """
         return self._images("encode_image", params, source)
 
@@ -90,7 +99,10 @@ class Encoder:
         return self._images("pool_image", params, source)
 
     def texts(self, params: Params, texts: Sequence[str]) -> Float[np.ndarray, "M E"]:
-        """Embeds M texts to unit length, float32; the result is the same on every process."""
+        """Embed M texts to unit length, float32; the result is the same on every process.
+
+        Raises UserError if an embedding is not finite.
+        """
         tokens = tokenize(self.tokenizer, texts)
 
         def embed() -> Arrays:
@@ -149,7 +161,7 @@ class Encoder:
 
         def fingerprint() -> str:
             with jax.set_mesh(self.mesh):
-                return of_parts(repr(self.module), *parts())
+                return of_parts(_CACHED, repr(self.module), *parts())
 
         return self.cache.once(key, fingerprint, embed, again)
 
@@ -166,13 +178,15 @@ class Encoder:
         self, method: str, params: Params, batches: Iterable[Batch], count: int
     ) -> tuple[np.ndarray, np.ndarray]:
         embeds_NxE, valid_N = np.zeros((count, 0), np.float32), np.zeros(count, bool)
+        side = _SIDES[method]
         module = self.module.clone(normalization=self.image_transform.normalization)
         with jax.set_mesh(self.mesh):
             outputs = (_encode(params, global_batch(b, self.mesh), module, method) for b in batches)
-            for z_BxE, index_B in _fetch_one_late(outputs):
+            for z_BxE, finite_B, index_B in _fetch_one_late(outputs):
                 if not embeds_NxE.size:
                     embeds_NxE = np.zeros((count, z_BxE.shape[1]), np.float32)
                 real_B = index_B >= 0
+                check_rows(finite_B[real_B], side, side_params(params, tower_name(side)))
                 embeds_NxE[index_B[real_B]] = z_BxE[real_B]
                 valid_N[index_B[real_B]] = True
         return embeds_NxE, valid_N
@@ -182,17 +196,19 @@ class Encoder:
 @functools.partial(jax.jit, static_argnames=("module", "method"))
 def _encode(
     params: Params, batch: Mapping[str, jax.Array], module: DualEncoderModule, method: str
-) -> tuple[jax.Array, jax.Array]:
-    """Embeddings of unit length, or features, and the index they came with, both whole on every process.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute embeddings of unit length, or features; which of them are finite; and the index they came with.
 
-    The index takes the same way as the rows: the devices of a mesh may interleave the processes.
+    All are whole on every process. The index takes the same way as the rows: the devices of a mesh may
+    interleave the processes.
     """
-    inputs = [batch.get(name) for name in _INPUTS[method]]
+    inputs = [batch.get(name) for name in _INPUTS[_SIDES[method]]]
     rows_BxE: Any = module.apply({"params": params}, *inputs, deterministic=True, method=method)
     if method.startswith("encode"):
         rows_BxE = normalize(rows_BxE)
     rows_BxE = rows_BxE.astype(jnp.float32)
-    return jax.lax.with_sharding_constraint((rows_BxE, batch["index"]), REPLICATED)
+    finite_B = jnp.isfinite(rows_BxE).all(axis=1)
+    return jax.lax.with_sharding_constraint((rows_BxE, finite_B, batch["index"]), REPLICATED)
 
 
 def _fetch_one_late(outputs: Iterable[Any]) -> Iterator[Any]:

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lit_jax.data.example import Source
+from lit_jax.errors import UserError
 from lit_jax.evals.classes import Classes
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.models.dual_encoder import logit_scale
@@ -58,11 +59,11 @@ def zero_shot(
         params: the merged tree of the dual encoder, placed on the encoder's mesh.
         label_N: of each example of `source`, from `label_ids`.
     """
+    scale = _scale(params)
     class_embeds_CxE = embed_classes(encoder, params, classes)
     image_embeds_NxE, valid_N = encoder.images(params, source)
     valid_N = valid_N & (label_N >= 0)
     image_embeds_NxE, label_N = image_embeds_NxE[valid_N], label_N[valid_N]
-    scale = np.exp(np.float32(jax.device_get(logit_scale(params))))
     top_NxK, probability_NxK = _classify(image_embeds_NxE, class_embeds_CxE, scale)
     return ZeroShotResult(
         metrics=top_metrics(top_NxK, label_N),
@@ -83,6 +84,19 @@ def embed_classes(encoder: Encoder, params: Params, classes: Classes) -> Float[n
     count_Cx1 = np.array([[len(of_class)] for of_class in texts], np.float32)
     embeds_CxE = np.add.reduceat(embeds_CTxE, starts_C, axis=0) / count_Cx1
     return embeds_CxE / np.linalg.norm(embeds_CxE, axis=1, keepdims=True)
+
+
+def _scale(params: Params) -> np.float32:
+    """Return what the cosines are multiplied by. Raise UserError if that tells no classes apart."""
+    log_scale = float(jax.device_get(logit_scale(params)))
+    with np.errstate(over="ignore"):
+        scale = np.exp(np.float32(log_scale))
+    if not 0 < scale < np.inf:
+        raise UserError(
+            f"The logit scale of the model is exp({log_scale}), which tells no classes apart; load other "
+            "weights or another checkpoint."
+        )
+    return scale
 
 
 def _classify(images_NxE, classes_CxE, scale) -> tuple[np.ndarray, np.ndarray]:

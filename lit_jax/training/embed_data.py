@@ -13,6 +13,7 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
@@ -31,6 +32,7 @@ from lit_jax.data.embeddings import (
 from lit_jax.data.example import BadSampleError, Source
 from lit_jax.data.mixture import open_training_data
 from lit_jax.data.readers import Captions, Pixels
+from lit_jax.distributed.finite import check_rows
 from lit_jax.distributed.mesh import BATCH, global_batch, make_mesh
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import Preempted, UserError
@@ -84,7 +86,7 @@ def embed(config: Config, folder: Path, side: Side, *, batch_size: int | None = 
         module=setup.module,
         params=params,
         mesh=mesh,
-        method=f"pool_{side}",
+        side=side,
         rows=rows,
         threads=config.data.threads,
     )
@@ -164,7 +166,7 @@ class _Sweep:
     module: DualEncoderModule
     params: Tree
     mesh: jax.sharding.Mesh
-    method: str
+    side: Side
     rows: int
     threads: int
 
@@ -181,7 +183,10 @@ class _Sweep:
         pairs = itertools.pairwise(itertools.chain(outputs, [None]))
         for output, _ in pairs:
             assert output is not None
-            ready.extend(jax.device_get(output[0])[: output[1]])
+            (pooled_BxP, finite_B), count = jax.device_get(output[0]), output[1]
+            with jax.set_mesh(self.mesh):
+                check_rows(finite_B[:count], self.side, self.params)
+            ready.extend(pooled_BxP[:count])
             while units and (isinstance(units[0], BadSampleError) or units[0] <= len(ready)):
                 unit = units.popleft()
                 if isinstance(unit, int):
@@ -213,20 +218,22 @@ class _Sweep:
         if pending:
             yield pending
 
-    def _pool(self, rows: list[Any]) -> jax.Array:
+    def _pool(self, rows: list[Any]) -> tuple[jax.Array, jax.Array]:
         padded = rows + rows[-1:] * (self.rows - len(rows))
         with jax.set_mesh(self.mesh):
             batch = global_batch(self.inputs.collate(padded), self.mesh)
-            return _pool(self.params, batch, self.module, self.method)
+            return _pool(self.params, batch, self.module, f"pool_{self.side}")
 
 
 @functools.partial(jax.jit, static_argnames=("module", "method"))
 def _pool(
     params: Tree, batch: dict[str, jax.Array], module: DualEncoderModule, method: str
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
+    """Compute what the tower pools of each row, and whether it is finite."""
     inputs: dict[str, Any] = batch
-    pooled: Any = module.apply({"params": params}, **inputs, method=method)
-    return jax.lax.with_sharding_constraint(pooled, BATCH)
+    pooled_BxP: Any = module.apply({"params": params}, **inputs, method=method)
+    finite_B = jnp.isfinite(pooled_BxP).all(axis=1)
+    return jax.lax.with_sharding_constraint((pooled_BxP, finite_B), BATCH)
 
 
 @dataclasses.dataclass(frozen=True)

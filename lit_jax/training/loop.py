@@ -13,6 +13,7 @@ from lit_jax.config import Config, steps
 from lit_jax.data.example import Source
 from lit_jax.data.mixture import open_training_data
 from lit_jax.data.pipeline import TrainStream
+from lit_jax.distributed.finite import not_finite
 from lit_jax.distributed.mesh import global_batch, make_mesh
 from lit_jax.errors import Preempted, UserError
 from lit_jax.training.checkpoints import Checkpoints
@@ -34,6 +35,7 @@ from lit_jax.training.run import (
 from lit_jax.training.setup import Setup, Towers, find_towers, prepare
 from lit_jax.training.state import first_or_latest_state
 from lit_jax.training.teacher import check_config
+from lit_jax.trees import Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ def train(
         # Nothing may wait for the device by accident: implicit transfers are errors in here.
         with (
             contextlib.closing(_open_stream(ready, position)) as stream,
-            _open_reporter(ready, workdir, start, checkpoints) as reporter,
+            _open_reporter(ready, workdir, start, checkpoints, frozen) as reporter,
             jax.transfer_guard("disallow"),
         ):
 
@@ -190,7 +192,7 @@ def _open_stream(ready: _Prepared, position: dict[str, int] | None) -> TrainStre
 
 
 def _open_reporter(
-    ready: _Prepared, workdir: Path, start: int, checkpoints: Checkpoints
+    ready: _Prepared, workdir: Path, start: int, checkpoints: Checkpoints, frozen: Tree
 ) -> Reporter:
     return Reporter(
         workdir,
@@ -200,4 +202,5 @@ def _open_reporter(
         start=start,
         total=ready.total,
         last_saved=lambda: checkpoints.latest,
+        locked_not_finite=functools.partial(not_finite, frozen),
     )

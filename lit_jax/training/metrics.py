@@ -33,9 +33,10 @@ class Reporter:
         start: int,
         total: int,
         last_saved: Callable[[], int | None],
+        locked_not_finite: Callable[[], str] = lambda: "",
     ):
         self._every, self._batch_size, self._total = every, batch_size, total
-        self._last_saved = last_saved
+        self._last_saved, self._locked_not_finite = last_saved, locked_not_finite
         self._writer = MetricsWriter(workdir, config, start=start) if is_primary() else None
         self._pending: tuple[int, Metrics, dict[str, int]] | None = None
         self._bar = tqdm(
@@ -85,7 +86,7 @@ class Reporter:
         step, metrics, bad_samples = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        check_finite(values, step, self._last_saved())
+        check_finite(values, step, self._last_saved(), self._locked_not_finite)
         self._bar.update(self._batch_size)
         self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if self._writer and (step % self._every == 0 or step in (1, self._total)):
@@ -183,15 +184,32 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def check_finite(values: Mapping[str, float], step: int, last_saved: int | None) -> None:
-    """Raises UserError if a value is NaN or infinite; `last_saved` is the latest checkpoint's step."""
+def check_finite(
+    values: Mapping[str, float],
+    step: int,
+    last_saved: int | None,
+    locked_not_finite: Callable[[], str] = lambda: "",
+) -> None:
+    """Raise UserError if a value is NaN or infinite.
+
+    Args:
+        last_saved: the step of the latest checkpoint.
+        locked_not_finite: names the locked parameters that are NaN or infinite; called only on an error.
+    """
     bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        saved = "no checkpoint" if last_saved is None else f"the checkpoint of step {last_saved}"
+    if not bad:
+        return
+    what = f"{' and '.join(bad)} became non-finite at step {step}"
+    if locked := locked_not_finite():
         raise UserError(
-            f"{' and '.join(bad)} became non-finite at step {step} ({saved} is there to go on from); lower "
-            "config.schedule.learning_rate, lengthen its warmup, or look at the data around that step."
+            f"{what}, because locked parameters have NaN or infinite values: {locked}; start from another "
+            "copy of the weights, in another --workdir."
         )
+    saved = "no checkpoint" if last_saved is None else f"the checkpoint of step {last_saved}"
+    raise UserError(
+        f"{what} ({saved} is there to go on from); lower config.schedule.learning_rate, lengthen its warmup, "
+        "or look at the data around that step."
+    )
 
 
 def _wandb(workdir: Path, project: str) -> Any:

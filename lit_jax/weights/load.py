@@ -6,9 +6,10 @@ use to a tower (heads, buffers); otherwise loading fails and says what differs.
 
 import collections
 import dataclasses
+import logging
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -31,6 +32,8 @@ from lit_jax.models.layers import Tower
 from lit_jax.trees import Tree, flatten, unflatten
 from lit_jax.weights import dual_encoder_form, files, hub, name_tables, names
 from lit_jax.weights.dual_encoder_form import Params
+
+log = logging.getLogger(__name__)
 
 _FLOATS = {np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)}
 _LISTED = 6  # of every kind of difference
@@ -205,6 +208,7 @@ class _Account:
         self._used: set[str] = set()
         self._ignored: list[str] = []
         self._unfit: list[str] = []
+        self._not_finite: list[str] = []
         self.missing: list[str] = []
 
     @property
@@ -258,6 +262,9 @@ class _Account:
             array = array[0]
         if array.dtype in _FLOATS and array.shape == wanted:
             out[0] = names.from_file(path, np.asarray(array), place, layout)
+            if not _all_finite(out):
+                nans, infinite = int(np.isnan(out).sum()), int(np.isinf(out).sum())
+                self._not_finite.append(f"{name} ({nans} NaN, {infinite} infinite)")
         else:
             found = f"{array.dtype}{[*array.shape]}"
             self._unfit.append(f"{under}{place.name} is {found}, not float{[*wanted]}")
@@ -275,6 +282,13 @@ class _Account:
                 f"The weights of {self.file} are not those of the model that config.json describes "
                 f"({'; '.join(texts)}); take both from one model, without overrides that change a shape."
             )
+        if self._not_finite:
+            log.warning(
+                "%s has NaN or infinite values, so what the model computes may be NaN, in %s; take another "
+                "copy of the weights.",
+                self.file,
+                _shortened(self._not_finite),
+            )
         dtypes = {self._tensors.values[name].dtype.name for name in self._used}
         return LoadReport(
             self.file,
@@ -285,9 +299,20 @@ class _Account:
         )
 
 
+def _all_finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite."""
+    flat = values.reshape(-1)
+    # One product reads the values once and makes no array of truths; only what overflows is looked at again.
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(np.vdot(flat, flat)) or np.isfinite(flat).all())
+
+
 def _listed(names_: Iterable[str]) -> str:
     """At most a few names; the layers of a stack count as one."""
     groups = collections.Counter(re.sub(r"\.\d+\.", ".*.", name) for name in sorted(names_))
-    shown = [f"{name} ({n} times)" if n > 1 else name for name, n in groups.items()][:_LISTED]
-    more = len(groups) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
+    return _shortened([f"{name} ({n} times)" if n > 1 else name for name, n in groups.items()])
+
+
+def _shortened(texts: Sequence[str]) -> str:
+    more = len(texts) - _LISTED
+    return ", ".join(texts[:_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -22,6 +22,7 @@ from lit_jax.evals.classes import Classes, label_ids
 from lit_jax.evals.encode import _encode
 from lit_jax.evals.retrieval import captions_of, evaluate_retrieval
 from lit_jax.evals.zero_shot import zero_shot
+from lit_jax.trees import flatten, unflatten
 
 TEXTS = ["forty two", "a photo of the number twenty", "the number ninety nine written by hand", ""]
 
@@ -71,6 +72,23 @@ def test_an_image_that_cannot_be_decoded_is_not_valid(
 def test_only_bad_images_are_an_error(encoder, params, pictures_with_bad):
     with pytest.raises(UserError, match="None of the 2 images"):
         encoder.images(params, type(pictures_with_bad)(pictures_with_bad[4:5] * 2))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("method", ["images", "features", "texts"])
+def test_embeddings_that_are_not_finite_are_an_error_that_names_tower_and_parameter(
+    encoder, params, pictures, method, value
+):
+    side, tower = ("text", "text_model") if method == "texts" else ("image", "vision_model")
+    inputs = TEXTS if method == "texts" else pictures
+    leaves = flatten(params)
+    (path, *_) = (path for path in leaves if path.startswith(tower) and "query/kernel" in path)
+    bad = unflatten(leaves | {path: leaves[path].at[0, 3].set(value)})
+    with pytest.raises(UserError, match=rf"The {side} tower .*{path} \(1\)"):
+        getattr(encoder, method)(bad, inputs)
+    # The other tower does not see it.
+    other, inputs = ("images", pictures) if method == "texts" else ("texts", TEXTS)
+    getattr(encoder, other)(bad, inputs)
 
 
 @pytest.mark.parametrize(("batch_size", "rows"), [(1, 8), (8, 8), (9, 16), (256, 256)])

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from lit_jax.errors import UserError
 from lit_jax.evals.classes import Classes, label_ids
 from lit_jax.evals.encode import Encoder
 from lit_jax.evals.zero_shot import embed_classes, zero_shot
@@ -102,3 +103,11 @@ def test_predictions_match_logits_computed_one_by_one(encoder, params, pictures)
         assert top.tolist() == np.argsort(-logits_C)[:5].tolist()
         np.testing.assert_allclose(probability, softmax_C[top], rtol=1e-4)
     assert set(result.metrics) == {"top1", "top5", "mean_per_class_recall", "n"}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 100.0])
+def test_a_logit_scale_that_tells_no_classes_apart_is_an_error(encoder, params, pictures, value):
+    classes = Classes(names=("a", "b", "c"), templates=("{}",))
+    bad = {**params, "logit_scale": np.float32(value)}
+    with pytest.raises(UserError, match="logit scale"):
+        zero_shot(encoder, bad, pictures, classes, label_ids(pictures, classes))

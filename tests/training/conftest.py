@@ -3,12 +3,15 @@
 import functools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from configs.vit_bert import get_config
 from lit_jax.config import parse
@@ -71,6 +74,17 @@ def towers(tmp_path_factory) -> dict[str, str]:
             if file.name not in ("config.json", "model.safetensors"):
                 (root / target / file.name).write_bytes(file.read_bytes())
     return {name: str(root / name) for name in ("image", "text")}
+
+
+@pytest.fixture(scope="session")
+def nan_image_tower(towers, tmp_path_factory) -> str:
+    """The folder of the ViT, with one NaN in a bias of its second block."""
+    folder = shutil.copytree(towers["image"], tmp_path_factory.mktemp("nan") / "image")
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    (name,) = (name for name in tensors if name.endswith("layer.1.output.dense.bias"))
+    tensors[name][3] = np.nan
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

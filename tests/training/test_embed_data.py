@@ -115,6 +115,14 @@ def test_training_from_views_of_images_and_from_their_embeddings_is_the_same(
         np.testing.assert_allclose(ours[path], value, atol=1e-5, err_msg=path)
 
 
+def test_a_tower_that_gives_nan_is_named_and_nothing_is_complete(make, nan_image_tower, tmp_path):
+    config = make(**{"model.image.model": nan_image_tower})
+    with pytest.raises(UserError, match=r"image tower .* 7 of 7 .*layer_1/mlp/fc2/bias \(1\)"):
+        embed(config, tmp_path / "cache", "image", batch_size=16)
+    assert not list((tmp_path / "cache").glob("*.array_record"))
+    assert not (tmp_path / "cache" / MANIFEST).exists()
+
+
 @pytest.mark.long
 def test_training_from_captions_and_from_their_embeddings_is_the_same(make, tmp_path):
     locked = {"policy.lock": "uL"}

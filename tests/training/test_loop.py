@@ -177,6 +177,17 @@ def test_non_finite_values_stop_the_run_and_name_the_last_checkpoint(train, tiny
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
+def test_a_locked_weight_that_is_nan_is_named_at_the_load_and_at_the_first_step(
+    train, tiny, nan_image_tower, tmp_path, caplog
+):
+    config = tiny(**{"model.image.model": nan_image_tower})
+    path = "vision_model/encoder/layer_1/mlp/fc2/bias"
+    with pytest.raises(UserError, match=rf"loss .*at step 1, .*locked .*{path} \(1\)"):
+        train(config, tmp_path)
+    assert f"{nan_image_tower}/model.safetensors has NaN" in caplog.text
+    assert "layer.1.output.dense.bias (1 NaN, 0 infinite)" in caplog.text
+
+
 def test_checkpoints_are_kept_at_the_steps_that_the_config_says(train, tiny, tmp_path):
     """Though they are no multiples of those at which one is saved anyway."""
     changes = {"checkpoint.every": "2 steps", "checkpoint.keep_every": "3 steps"}

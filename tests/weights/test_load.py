@@ -319,3 +319,28 @@ def test_the_towers_of_a_dual_encoder_are_each_on_their_side(golden):
     )
     with pytest.raises(UserError, match=r"vision_config .* of model_type 'bert'; as image tower"):
         load.dual_encoder_module(hub.complete(content), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("value", "counts"), [(np.nan, "(1 NaN, 0 infinite)"), (-np.inf, "(0 NaN, 1 infinite)")]
+)
+def test_weights_that_are_not_finite_are_counted_and_named(changed, tower, caplog, value, counts):
+    name = "encoder.layer.1.output.dense.weight"
+
+    def spoil(tensors):
+        tensors[name] = tensors[name].copy()
+        tensors[name][0, 0] = value
+        return tensors
+
+    folder = changed("vit_torch", spoil)
+    params, _ = load.load_tower(folder, tower(folder))
+    assert f"{name} {counts}" in caplog.text
+    assert sum(int((~np.isfinite(leaf)).sum()) for leaf in jax.tree.leaves(params)) == 1
+
+
+def test_large_weights_are_finite(changed, tower, caplog):
+    """Their squares are not."""
+    name = "encoder.layer.1.output.dense.weight"
+    folder = changed("vit_torch", lambda tensors: tensors | {name: tensors[name] + 3e38})
+    load.load_tower(folder, tower(folder))
+    assert "NaN" not in caplog.text

@@ -1,0 +1,51 @@
+"""NaN and infinite values, found where they lie: nothing but counts leaves the devices."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool
+
+from lit_jax.distributed.mesh import REPLICATED
+from lit_jax.errors import UserError
+from lit_jax.trees import Tree, flatten
+
+_LISTED = 3
+
+
+@jax.jit
+def _count(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    counts = {path: (~jnp.isfinite(leaf)).sum(dtype=jnp.int32) for path, leaf in leaves.items()}
+    return jax.lax.with_sharding_constraint(counts, REPLICATED)
+
+
+def not_finite(params: Tree) -> str:
+    """Return the paths of the parameters that have NaN or infinite values, with their number; '' if none has.
+
+    To call under `jax.set_mesh`, by all processes.
+    """
+    counts = jax.device_get(_count(flatten(params)))
+    found = [f"{path} ({int(count)})" for path, count in counts.items() if count]
+    more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    return ", ".join(found[:_LISTED]) + more
+
+
+def check_rows(finite_B: Bool[np.ndarray, " B"], side: str, params: Tree) -> None:
+    """Raise UserError unless all rows that a tower has computed are finite.
+
+    To call under `jax.set_mesh`, by all processes that have the parameters.
+
+    Args:
+        params: those that the rows depend on; they are searched only for the message.
+    """
+    if finite_B.all():
+        return
+    if found := not_finite(params):
+        reason = f"its parameters have NaN or infinite values: {found}; load others"
+    else:
+        reason = "its parameters are finite, so its computation overflows; load other weights"
+    bad = len(finite_B) - int(finite_B.sum())
+    raise UserError(
+        f"The {side} tower gives NaN or infinite embeddings, {bad} of {len(finite_B)} in a batch; {reason}."
+    )
