@@ -377,5 +377,6 @@ def _config(hf: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def _draw(module: Any, example: Any, seed: int) -> dict[str, Any]:
+    load.shapes_of(module, example)  # numbers that describe no model are a sentence there
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
     return dict(jax.jit(module.init)(jax.random.key(seed), zeros)["params"])

@@ -8,7 +8,7 @@ Dims: B batch, L tokens, D width, H heads, P pooled width.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -31,6 +31,8 @@ from lit_jax.models.layers import (
     to_rows,
 )
 from lit_jax.models.transformer import BlockConfig, Encoder
+
+PositionIds = Literal["input_ids", "arange"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +149,7 @@ class CountedPositionsConfig(TokenTypesConfig):
     """
 
     pad_token_id: int | None = 1
-    position_ids: str = "input_ids"
+    position_ids: PositionIds = "input_ids"
 
     @property
     def embedding(self) -> EmbeddingConfig:
@@ -188,15 +190,10 @@ class AltCLIPTextConfig(CountedPositionsConfig):
     project_dim: int = 768  # width of the tokens that come out
 
 
-def counted_from(position_ids: str, pad_token_id: int | None) -> int | None:
-    """`EmbeddingConfig.padding_id` of a family that has the option `position_ids`."""
+def counted_from(position_ids: PositionIds, pad_token_id: int | None) -> int | None:
+    """Return `EmbeddingConfig.padding_id` of a family that has the option `position_ids`."""
     if position_ids == "arange":
         return None
-    if position_ids != "input_ids":
-        raise UserError(
-            f"The text tower's config has position_ids={position_ids!r}; set it to 'input_ids' or "
-            "'arange' in config.model.text.overrides."
-        )
     if pad_token_id is None:
         raise UserError(
             "The text tower's config.json has no pad_token_id, from which this family counts positions; "

@@ -208,7 +208,7 @@ def _unbiased(count: int) -> float:
     if count < 2:
         raise UserError(
             "Batch normalisation cannot train on a feature map of one position of one image; set "
-            "config.data.batch_size or config.data.image_size higher."
+            "config.batch_size or config.data.image_size higher."
         )
     return count / (count - 1)
 

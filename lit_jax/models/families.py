@@ -39,6 +39,7 @@ from lit_jax.models.dinov2 import Dinov2, Dinov2Config, Dinov2WithRegistersConfi
 from lit_jax.models.dinov3 import Dinov3, Dinov3Config
 from lit_jax.models.distilbert import DistilBert, DistilBertConfig
 from lit_jax.models.efficientnet import AlignVisionConfig, EfficientNet, EfficientNetConfig
+from lit_jax.models.fields import Named, check_sizes, in_config_json, read_fields
 from lit_jax.models.layers import Tower
 from lit_jax.models.modernbert import ModernBert, ModernBertConfig
 from lit_jax.models.mpnet import MPNet, MPNetConfig
@@ -84,30 +85,31 @@ TEXT: Families = {
 _UNUSED_VALUE = {"add_cross_attention": False, "position_embedding_type": "absolute"}
 
 
-def tower_config(hf: Mapping[str, Any]) -> Any:
-    """The config of the tower that `hf`, the content of a config.json, describes.
+def tower_config(hf: Mapping[str, Any], named: Named = in_config_json) -> Any:
+    """Return the config of the tower that `hf`, the content of a config.json, describes.
 
-    Raises UserError for an unknown `model_type`, and for an option that changes the numbers and
-    that we do not have.
+    Raises UserError for an unknown `model_type`, for a value that its field cannot have, called as `named`
+    says, and for an option that changes the numbers and that we do not have.
     """
     config_class, _ = _family(hf)
     for option, unused in _UNUSED_VALUE.items():
         if hf.get(option, unused) != unused:
             raise UserError(
-                f"The model's config.json has {option}={hf[option]!r}, which lit_jax does not "
-                f"implement; choose a model with {option}={unused!r}."
+                f"{named(option)} is {hf[option]!r}, which lit_jax does not implement; choose a model with "
+                f"{option}={unused!r}."
             )
-    fields = dataclasses.fields(config_class)
-    return config_class(**{f.name: _value(hf[f.name], f.type) for f in fields if f.name in hf})
+    config = config_class(**read_fields(config_class, hf, named))
+    check_sizes(config, named)
+    return config
 
 
 def tower_fields(hf: Mapping[str, Any]) -> list[str]:
-    """The fields of config.json that the family of `hf` knows, ours among them."""
+    """Return the fields of config.json that the family of `hf` knows, ours among them."""
     return [field.name for field in dataclasses.fields(_family(hf)[0])]
 
 
 def build_tower(hf: Mapping[str, Any], *, pooling: Pooling, dtype: Any) -> Tower:
-    """The module of the tower that `hf` describes; `dtype` is that of its computation.
+    """Return the module of the tower that `hf` describes; `dtype` is that of its computation.
 
     Raises UserError if that family has no such pooling.
     """
@@ -134,12 +136,3 @@ def unknown(model_type: Any) -> str:
         f"The model's config.json has model_type {model_type!r}, which lit_jax does not have; "
         f"its image towers are {', '.join(VISION)} and its text towers {', '.join(TEXT)}"
     )
-
-
-def _value(value: Any, type_: Any) -> Any:
-    """Hashable; JSON knows no tuples, and 0 may mean 0.0."""
-    if isinstance(value, list):
-        return tuple(value)
-    if isinstance(value, Mapping):
-        return tuple((key, _value(value[key], None)) for key in sorted(value))
-    return float(value) if type_ is float and isinstance(value, int) else value

@@ -19,6 +19,7 @@ from lit_jax.models.bert import (
     Bert,
     EmbeddingConfig,
     PlainConfig,
+    PositionIds,
     counted_from,
 )
 
@@ -35,7 +36,7 @@ class MPNetConfig(PlainConfig):
     model_type: str = "mpnet"
     vocab_size: int = 30527
     relative_attention_num_buckets: int = 32  # rows of the table
-    position_ids: str = "input_ids"
+    position_ids: PositionIds = "input_ids"
 
     @property
     def embedding(self) -> EmbeddingConfig:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lit_jax.config import TEACHER, Config, DataConfig, ModelConfig, TowerConfig, nearest
+from lit_jax.config import TEACHER, Config, DataConfig, ModelConfig, TowerConfig
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.readers import Captions, ImageTextReader, Inputs, Pixels, Reader, TextPairReader
 from lit_jax.data.text import check_vocabulary, load_tokenizer, tokenize
@@ -28,7 +28,6 @@ from lit_jax.models.dual_encoder import (
     build_dual_encoder,
     tower_name,
 )
-from lit_jax.models.families import tower_fields
 from lit_jax.training.policy import Policy, is_pretrained, resolve_policy
 from lit_jax.training.step import named_key
 from lit_jax.training.teacher import (
@@ -40,7 +39,7 @@ from lit_jax.training.teacher import (
     pretrained_parameters,
 )
 from lit_jax.trees import Tree, flatten, unflatten
-from lit_jax.weights.hub import local_folder, read_config, read_tower_config
+from lit_jax.weights.hub import local_folder, override, read_config, read_tower_config
 from lit_jax.weights.load import dual_encoder_module, load_dual_encoder, load_tower, shapes_of
 
 log = logging.getLogger(__name__)
@@ -189,14 +188,7 @@ def _find_dual_encoder(config: ModelConfig) -> Towers:
 
 
 def _override(hf: dict[str, Any], tower: TowerConfig, side: Side) -> dict[str, Any]:
-    known = {*hf, *tower_fields(hf)}
-    for key in tower.overrides:
-        if key not in known:
-            raise UserError(
-                f"config.model.{side}.overrides.{key} is not in the config.json of a {hf['model_type']}; "
-                f"{nearest(key, known)}."
-            )
-    return hf | tower.overrides
+    return override(hf, tower.overrides, f"config.model.{side}.overrides.")
 
 
 def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:

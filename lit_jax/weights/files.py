@@ -68,9 +68,9 @@ def read_tensors(folder: str | pathlib.Path) -> Tensors:
     )
 
 
-def one_line(error: Exception) -> str:
-    """What went wrong, short enough to stand in a sentence."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(".: ")
+def one_line(error: BaseException) -> str:
+    """Return what went wrong, short enough to stand in a sentence."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".: ")
 
 
 def _parsed(file: pathlib.Path, parse: Callable[[pathlib.Path], dict[str, Any]]) -> dict[str, Any]:

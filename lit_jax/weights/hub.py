@@ -7,10 +7,11 @@ from typing import Any
 import huggingface_hub
 from transformers import AutoConfig
 
+from lit_jax.config import nearest
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
 from lit_jax.models.dual_encoder import SYSTEMS, TOWERS, Side
-from lit_jax.models.families import TEXT, VISION, unknown
+from lit_jax.models.families import TEXT, VISION, tower_config, tower_fields, unknown
 from lit_jax.weights.files import FORMATS, one_line
 
 # The model_type of a dual encoder of ours that transformers has no class for; else a VisionTextDualEncoder.
@@ -112,6 +113,43 @@ def read_tower_config(folder: str | pathlib.Path, side: Side) -> dict[str, Any]:
     Raises UserError as `read_config`.
     """
     return tower_part(read_config(folder), side)
+
+
+def override(hf: Mapping[str, Any], changes: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the config `hf` of a tower with `changes` of its fields, which messages call `prefix` and name.
+
+    Raises UserError for a field that neither this kind of tower nor transformers' config has, and for a value
+    that the field cannot have.
+    """
+    known = {*hf, *tower_fields(hf)}
+    for name in changes:
+        if name not in known:
+            raise UserError(
+                f"{prefix}{name} is not in the config.json of a {hf['model_type']}; {nearest(name, known)}."
+            )
+
+    def named(name: str) -> str:
+        return prefix + name if name in changes else f"{name} in the model's config.json"
+
+    config = tower_config({**hf, **changes}, named)
+    # An int where the field is a float: transformers does not take it.
+    floats = {name: getattr(config, name, None) for name in changes}
+    changes = {**changes, **{name: x for name, x in floats.items() if isinstance(x, float)}}
+    for name, value in changes.items():
+        if not hasattr(config, name):
+            _check_type({**hf, name: value}, prefix + name)
+    return {**hf, **changes}
+
+
+def _check_type(hf: dict[str, Any], named: str) -> None:
+    """Raise UserError if transformers' config does not take the value of the field that is called `named`."""
+    try:
+        AutoConfig.for_model(hf.pop("model_type"), **hf)
+    except Exception as error:  # each of transformers' configs checks its fields in its own way
+        reason = one_line(error.__cause__ or error)
+        raise UserError(
+            f"{named} is not what transformers takes ({reason}); correct it."
+        ) from error
 
 
 def tower_part(hf_config: dict[str, Any], side: Side) -> dict[str, Any]:

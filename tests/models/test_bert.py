@@ -196,7 +196,7 @@ def test_roberta_has_fewer_positions_than_rows(roberta):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"position_ids": "mask"}, "'mask'; set it to 'input_ids' or 'arange'"),
+        ({"position_ids": "mask"}, "'mask'; it must be one of 'input_ids', 'arange'"),
         ({"pad_token_id": None}, "no pad_token_id"),
     ],
 )

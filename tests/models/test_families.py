@@ -58,5 +58,55 @@ def test_an_unknown_family_is_refused_with_those_we_have(model_type):
     [("add_cross_attention", True), ("position_embedding_type", "relative_key")],
 )
 def test_an_option_that_changes_numbers_is_never_ignored(option, value):
-    with pytest.raises(UserError, match=f"{option}={value!r}"):
+    with pytest.raises(UserError, match=f"{option} in .* is {value!r}"):
         tower_config({"model_type": "bert", option: value})
+
+
+@pytest.mark.parametrize("model_type", [*VISION, *TEXT])
+def test_every_field_refuses_a_value_of_another_type_and_names_it(model_type):
+    config_class, _ = {**VISION, **TEXT}[model_type]
+    for field in dataclasses.fields(config_class):
+        if field.name == "model_type":
+            continue
+        with pytest.raises(
+            UserError, match=rf"^{field.name} in .* (must be of type|must be one of)"
+        ):
+            tower_config({"model_type": model_type, field.name: b"?"})
+
+
+@pytest.mark.parametrize(
+    ("hf", "message"),
+    [
+        ({"model_type": "bert", "is_decoder": "false"}, "^is_decoder .*'false'; .*bool .True or False"),
+        ({"model_type": "bert", "is_decoder": 0}, "^is_decoder .* is 0; .* bool"),
+        ({"model_type": "bert", "num_hidden_layers": 2.0}, "^num_hidden_layers .* is 2.0; .* int"),
+        ({"model_type": "bert", "num_hidden_layers": True}, "^num_hidden_layers .* is True; .* int"),
+        ({"model_type": "bert", "layer_norm_eps": None}, "^layer_norm_eps .* is None; .* float"),
+        ({"model_type": "bert", "layer_norm_eps": float("nan")}, "^layer_norm_eps .* is nan; .* float"),
+        ({"model_type": "bert", "layer_norm_eps": -1e-6}, "^layer_norm_eps .* at least 0"),
+        ({"model_type": "bert", "hidden_act": 3}, "^hidden_act .* is 3; .* str"),
+        ({"model_type": "bert", "hidden_size": -8}, "^hidden_size .* is -8; .* at least 1"),
+        ({"model_type": "bert", "hidden_dropout_prob": 1.5}, "^hidden_dropout_prob .* at most 1"),
+        ({"model_type": "bert", "num_attention_heads": 7}, "^num_attention_heads .* 7, .* hidden_size .*8"),
+        ({"model_type": "distilbert", "n_heads": 5}, "^n_heads .* 5, .* divide dim"),
+        ({"model_type": "roberta", "pad_token_id": 600}, "^max_position_embeddings .* pad_token_id .* 600"),
+        ({"model_type": "mpnet", "position_ids": "flax"}, "^position_ids .*'input_ids', 'arange'"),
+        ({"model_type": "vit", "image_size": [224]}, r"^image_size .* \[224\]; .* tuple\[int, int\]"),
+        ({"model_type": "vit", "image_size": [224, 0]}, "^image_size .* is 0; .* at least 1"),
+        ({"model_type": "vit", "image_size": 8}, "^image_size .* 8, less than patch_size .* 16"),
+        ({"model_type": "convnext", "depths": [1, 2]}, "^hidden_sizes .*, depths .* 4, 2 entries"),
+        ({"model_type": "efficientnet", "strides": [1]}, "strides .* entries"),
+    ],
+)  # fmt: skip
+def test_a_value_that_a_field_cannot_have_is_named(hf, message):
+    with pytest.raises(UserError, match=message) as error:
+        tower_config(hf)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_whole_number_may_stand_for_a_float():
+    assert tower_config({"model_type": "bert", "layer_norm_eps": 0}).layer_norm_eps == 0.0
+    assert tower_config({"model_type": "clip_text_model", "eos_token_id": [1, 2]}).eos_token_id == (
+        1,
+        2,
+    )

@@ -199,3 +199,40 @@ def test_a_bad_config_is_a_user_error(tmp_path, content):
 def test_a_missing_config_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"config\.json is missing"):
         hub.read_config(tmp_path)
+
+
+PREFIX = "config.model.text.overrides."
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"is_decoder": "false"}, f"^{PREFIX}is_decoder is 'false'; .* bool"),
+        ({"layer_norm_eps": None}, f"^{PREFIX}layer_norm_eps is None; .* float"),
+        ({"num_attention_heads": 3}, f"^{PREFIX}num_attention_heads is 3, .* hidden_size in .*, 8"),
+        ({"hidden_size": 9}, f"^num_attention_heads in .* is 2, .* {PREFIX}hidden_size, 9"),
+        ({"hiden_size": 9}, f"^{PREFIX}hiden_size .* did you mean 'hidden_size'"),
+        # A field of transformers alone.
+        ({"use_cache": "no"}, f"^{PREFIX}use_cache .*use_cache' expected bool, got str"),
+    ],
+)
+def test_an_override_is_checked_against_the_field_and_named_by_its_key(golden, changes, message):
+    hf = hub.read_config(golden / "bert_torch")
+    with pytest.raises(UserError, match=message) as error:
+        hub.override(hf, changes, PREFIX)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_an_override_is_of_the_type_that_transformers_takes(golden):
+    hf = hub.read_config(golden / "bert_torch")
+    changed = hub.override(hf, {"layer_norm_eps": 1, "use_cache": False}, PREFIX)
+    assert isinstance(changed["layer_norm_eps"], float)
+    assert changed == hf | {"layer_norm_eps": 1.0, "use_cache": False}
+
+
+def test_a_damaged_config_names_the_field_and_the_type_it_needs(copied):
+    folder = copied("bert_torch")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 2.0}))
+    with pytest.raises(UserError, match="'num_hidden_layers' expected int, got float"):
+        hub.read_config(folder)
