@@ -26,6 +26,7 @@ from lit_jax.training.preemption import StopSignal
 from lit_jax.training.program import Program, check_batch_size
 from lit_jax.training.run import (
     Run,
+    check_format,
     open_workdir,
     save_config,
     save_model_files,
@@ -80,6 +81,7 @@ def train(
     Returns the trained run. Raises UserError on bad input, with nothing written if it can be known
     before, and Preempted after SIGTERM, once a checkpoint of the last step is on disk.
     """
+    check_format(workdir)
     ready = _prepare(config, workdir)
     with writing(workdir):
         open_workdir(workdir, config, allowed_changes)

@@ -1,6 +1,6 @@
 """The run folder: what makes a run the same run when its command is given again.
 
-config.json            the resolved config
+config.json            the resolved config, with the format of the folder and the version that wrote it
 model/                 config, tokenizer and image processor of the model
 parameters.txt         what trains, how fast, and how it lies on the mesh
 frozen/, checkpoints/  see checkpoints.py
@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_jax import __version__
 from lit_jax.config import TEACHER, Config, MeshConfig, parse
 from lit_jax.data.image import load_processor
 from lit_jax.data.text import without_state
@@ -33,6 +34,11 @@ from lit_jax.trees import Tree, flatten
 from lit_jax.weights.hub import read_config as read_hf_config
 
 log = logging.getLogger(__name__)
+
+# The format of a run folder: raised when a default changes, so that no run changes in mid-course.
+FORMAT = 2
+# The last version that wrote config.json without a format, and the only one that continues such a run.
+_WITHOUT_FORMAT = "0.1.0"
 
 # What names the towers that a run starts from; from its first checkpoint on it has them itself.
 TOWER_KEYS = {"model.dual_encoder", "model.teacher"} | {
@@ -128,26 +134,53 @@ def save_parameter_table(workdir: Path, setup: Setup) -> None:
 
 
 def read_config(workdir: Path) -> Config | None:
-    """The resolved config that a run folder holds, None in a folder without one.
+    """Return the resolved config that a run folder holds, None for a folder without one.
 
-    Raises UserError if it is damaged, or of something else than a run.
+    Reading alone accepts an earlier format: keys that it lacks have today's defaults.
+
+    Raises UserError if the file is damaged, or belongs to something else than a run.
     """
+    content = _read_config_file(workdir)
+    if content is None:
+        return None
+    config = {key: value for key, value in content.items() if key not in ("format", "version")}
+    try:
+        return parse(config)
+    except UserError as error:
+        text = str(error).removesuffix(".")
+        raise UserError(
+            f"{workdir / 'config.json'} is not of a run of this version ({text}); choose another --workdir."
+        ) from error
+
+
+def _read_config_file(workdir: Path) -> dict[str, Any] | None:
     path = workdir / "config.json"
     if not path.exists():
         return None
     try:
         content = parse_json(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+        return content
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is damaged ({error}); restore it, or choose another --workdir."
         ) from error
-    try:
-        return parse(content)
-    except UserError as error:
-        text = str(error).removesuffix(".")
-        raise UserError(
-            f"{path} is not of a run of this version ({text}); choose another --workdir."
-        ) from error
+
+
+def check_format(workdir: Path) -> None:
+    """Raise UserError if another version has to finish the run in `workdir`: its defaults are others."""
+    content = _read_config_file(workdir)
+    if content is None or content.get("format") == FORMAT:
+        return
+    if "format" not in content:
+        read_config(workdir)  # raises unless the file describes a run
+    version = content.get("version", _WITHOUT_FORMAT)
+    raise UserError(
+        f"{workdir} holds a run of lit_jax {version} (folder format {content.get('format', 1)}), and this is "
+        f"lit_jax {__version__} (format {FORMAT}), whose defaults differ. Finish the run with lit_jax "
+        f"{version}, or choose another --workdir; evaluate and export still read it."
+    )
 
 
 def open_workdir(workdir: Path, config: Config, allowed_changes: Collection[str]) -> None:
@@ -176,9 +209,10 @@ def open_workdir(workdir: Path, config: Config, allowed_changes: Collection[str]
 
 
 def save_config(workdir: Path, config: Config) -> None:
-    """Writes the resolved config, once it is sure that the run can start or go on with it."""
+    """Write the resolved config, once it is sure that the run can start or go on with it."""
     if is_primary():
-        write_json(workdir / "config.json", dataclasses.asdict(config))
+        header = {"format": FORMAT, "version": __version__}
+        write_json(workdir / "config.json", header | dataclasses.asdict(config))
 
 
 def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, str]:

@@ -7,6 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from configs.vit_bert import get_config
 from lit_jax.config import parse
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.models.families import build_tower
-from lit_jax.training import loop
+from lit_jax.training import loop, program
 from lit_jax.training.preemption import StopSignal
 from lit_jax.weights.save import save_tower
 
@@ -107,3 +108,35 @@ def tiny(towers):
         return parse(raw)
 
     return make
+
+
+UNPATCHED_STEP = program.train_step
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """The real loop on some devices; a second trace of the step in one run is an error.
+
+    One device if not told otherwise: XLA's CPU client now and then lets many simulated devices, on few
+    cores, wait for each other for ever.
+    """
+
+    def run(config, workdir, *, devices=1, **kwargs):
+        some = functools.partial(make_mesh, devices=jax.devices()[:devices])
+        monkeypatch.setattr(loop, "make_mesh", some)
+        step = chex.assert_max_traces(UNPATCHED_STEP, n=1)
+        monkeypatch.setattr(program, "train_step", step)
+        chex.clear_trace_counter()
+        return loop.train(config, workdir, **kwargs)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, tiny):
+    """The folder of a run; copy it to change it."""
+    workdir = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        patch.setattr(loop, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+        loop.train(tiny(), workdir)
+    return workdir

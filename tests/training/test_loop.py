@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 
-import chex
 import jax
 import numpy as np
 import optax
@@ -16,7 +15,7 @@ import pytest
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import Preempted, UserError
-from lit_jax.training import loop, program
+from lit_jax.training import loop
 from lit_jax.training.checkpoints import Checkpoints
 from lit_jax.training.losses import softmax_loss
 from lit_jax.training.metrics import read_metrics
@@ -26,39 +25,7 @@ from lit_jax.training.setup import example_batch, find_towers, prepare
 from lit_jax.training.state import abstract_state, first_or_latest_state
 from lit_jax.trees import flatten
 from lit_jax.weights.load import load_tower
-from tests.training.conftest import stop_after
-
-
-@pytest.fixture
-def train(monkeypatch):
-    """The real loop on some devices; a second trace of the step in one run is an error.
-
-    One device if not told otherwise: XLA's CPU client now and then lets many simulated devices, on few
-    cores, wait for each other for ever.
-    """
-
-    def run(config, workdir, *, devices=1, **kwargs):
-        some = functools.partial(make_mesh, devices=jax.devices()[:devices])
-        monkeypatch.setattr(loop, "make_mesh", some)
-        step = chex.assert_max_traces(UNPATCHED_STEP, n=1)
-        monkeypatch.setattr(program, "train_step", step)
-        chex.clear_trace_counter()
-        return loop.train(config, workdir, **kwargs)
-
-    return run
-
-
-UNPATCHED_STEP = program.train_step
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny):
-    """The folder of a run; copy it to change it."""
-    workdir = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        patch.setattr(loop, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
-        loop.train(tiny(), workdir)
-    return workdir
+from tests.training.conftest import UNPATCHED_STEP, stop_after
 
 
 def numbers(workdir):
