@@ -3,7 +3,6 @@
 import contextlib
 import io
 import math
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +11,6 @@ from PIL import ExifTags, Image, ImageOps
 
 from lit_jax.data.example import BadSampleError
 from lit_jax.data.files import File, ObjectPath
-
-# Pillow only warns about images of more than 89 megapixels; as an error they become bad samples.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 # What a source gives; None: there is no image.
 ImageFile = File | bytes | np.ndarray | None
@@ -56,14 +52,27 @@ def opened(image: ImageFile) -> Iterator[Image.Image]:
         raise BadSampleError("0 bytes", "empty")
     try:
         with Image.open(io.BytesIO(content)) as picture:
+            _check_size(picture)
             yield picture
+    except BadSampleError:
+        raise
     except Image.UnidentifiedImageError as error:
         raise BadSampleError("not an image", "not_image") from error
+    # The warning is an exception only where the caller's filters make it one.
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadSampleError(str(error), "too_large") from error
     except Exception as error:
         # Pillow's parsers let through whatever a broken file makes them raise.
         raise BadSampleError(str(error) or type(error).__name__) from error
+
+
+def _check_size(picture: Image.Image) -> None:
+    """Raise BadSampleError for a picture of more pixels than Pillow takes without a warning."""
+    # Pillow itself raises only above twice this size. A warnings filter would hold for the whole process.
+    width, height = picture.size
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        reason = f"{width} x {height} pixels are more than {Image.MAX_IMAGE_PIXELS}"
+        raise BadSampleError(f"{reason}: could be a decompression bomb", "too_large")
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

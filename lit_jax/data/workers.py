@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 
 from lit_jax.errors import UserError
@@ -17,6 +18,8 @@ def start_worker() -> None:
     # until its checkpoint is written.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Pillow's word about an image that is a bad sample anyway; each worker would print it.
+    warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
