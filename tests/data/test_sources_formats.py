@@ -538,7 +538,7 @@ def test_a_truncated_tar_gives_what_is_left_of_it(tmp_path, images, caplog):
     assert source[4]["captions"] == (CAPTIONS[4],)
     assert "00001.tar breaks off after" in caplog.text
     for i in range(5, len(source)):
-        with pytest.raises(BadSampleError, match="ends within"):
+        with pytest.raises(BadSampleError, match=r"000000005 .* end"):
             source[i]
 
 

@@ -63,7 +63,11 @@ FORMATS = (
         (CAPTIONS_FILE,),
         lambda files, config, text_only: JsonlSource(files[0], config, text_only=text_only),
     ),
-    Format(("*.tar",), lambda files, config, _: TarSource(files, config), several=True),
+    Format(
+        ("*.tar",),
+        lambda files, config, text_only: TarSource(files, config, text_only=text_only),
+        several=True,
+    ),
     Format(
         ("*.parquet",),
         lambda files, config, text_only: columns.ParquetSource(files, config, text_only=text_only),

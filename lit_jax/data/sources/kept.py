@@ -18,6 +18,8 @@ import pyarrow as pa
 from lit_jax.data.files import File, signature
 from lit_jax.files import whole
 
+_KEY = b"lit_jax"
+
 
 class KeptTable:
     """The columns of a table on disk. Only its path is sent to worker processes."""
@@ -46,7 +48,7 @@ class Shelf:
     def __init__(self, files: Sequence[File], decided_by: Sequence[Any], *, kind: str):
         with ThreadPoolExecutor(16) as pool:
             signatures = list(pool.map(signature, files))
-        self._about = {b"lit_jax": json.dumps([*decided_by, signatures]).encode()}
+        self._about = json.dumps([*decided_by, signatures]).encode()
         names = "\n".join(map(str, [*files, *(decided_by[1:])]))
         name = f"lit_jax-{kind}-{hashlib.sha256(names.encode()).hexdigest()[:16]}.arrow"
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_jax"
@@ -60,16 +62,19 @@ class Shelf:
                 found = KeptTable(place)
             except (OSError, pa.ArrowException):
                 continue
-            if found.about == self._about:
+            if found.about.get(_KEY) == self._about:
                 return found
         return None
 
     def keep(self, table: pa.Table) -> KeptTable:
-        """Write the table to the first place that takes it. Raise OSError if none does.
+        """Write the table, with its schema's metadata, to the first place that takes it.
+
+        Raise OSError if none does.
 
         Several processes may do it at once: each writes a whole file, and they are the same.
         """
-        table = table.combine_chunks().replace_schema_metadata(self._about)
+        metadata = (table.schema.metadata or {}) | {_KEY: self._about}
+        table = table.combine_chunks().replace_schema_metadata(metadata)
         problem = OSError("there is no place")
         for place in self.places:
             try:

@@ -3,45 +3,49 @@
 See `kept` for where it lies, and when it is made again.
 """
 
-import io
+import json
 import logging
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 
 from lit_jax.data.files import File, readable
+from lit_jax.data.sources import samples
 from lit_jax.data.sources.kept import KeptTable, Shelf
-from lit_jax.data.sources.lists import IMAGE_SUFFIXES
+from lit_jax.data.sources.samples import FIELDS, Readings
+from lit_jax.data.sources.tar_members import tar_members
 from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
-FIELDS = {"image": IMAGE_SUFFIXES, "txt": (".txt",), "json": (".json",), "cls": (".cls",)}
-_STORE_BYTES = 1 << 22  # that are read at a time from an object store
-_FIELD_OF = {suffix: field for field, suffixes in FIELDS.items() for suffix in suffixes}
-_SPANS = [f"{field}_{end}" for field in FIELDS for end in ("start", "stop")]
+VERSION = 3
+_FIELDS = (*FIELDS,)
+_REMARKS = b"remarks"
 _SCHEMA = pa.schema(
     [
         ("shard", pa.int32()),
         ("key", pa.large_string()),
-        ("hostile", pa.bool_()),
-        *((name, pa.int64()) for name in ("start", "stop", *_SPANS)),
+        ("flaw", pa.string()),
+        ("start", pa.int64()),
+        ("stop", pa.int64()),
+        # (which of the fields, start, stop) of each member, one behind the other.
+        ("members", pa.large_list(pa.int64())),
     ]
 )
 
 
-class Sample(NamedTuple):
+class Entry(NamedTuple):
+    """Where a sample is."""
+
     shard: int  # which of the files
     key: str  # the common name of its members
-    hostile: bool  # whether a member is a link, or has a name that leads out of the folder
+    flaw: str  # one of samples.FLAWS, or ""
     start: int  # bytes in the file, of all its members
     stop: int
-    spans: Sequence[tuple[int, int]]  # of each of FIELDS; -1 if there is none
+    members: Sequence[tuple[str, int, int]]  # field, and the bytes in the file
 
 
 class TarIndex:
@@ -49,8 +53,8 @@ class TarIndex:
 
     def __init__(self, table: KeptTable):
         self._table = table
-        shard, self._key, self._hostile, *spans = table.columns
-        self._numbers = [column.to_numpy() for column in (shard, *spans)]  # no copies
+        shard, self._key, self._flaw, start, stop, self._members = table.columns
+        self._numbers = [column.to_numpy() for column in (shard, start, stop)]  # no copies
 
     def __reduce__(self):
         return TarIndex, (self._table,)
@@ -58,12 +62,17 @@ class TarIndex:
     def __len__(self) -> int:
         return len(self._key)
 
-    def __getitem__(self, index: int) -> Sample:
-        shard, start, stop, *spans = (column.item(index) for column in self._numbers)
-        key, hostile = self._key[index].as_py(), self._hostile[index].as_py()
-        return Sample(
-            shard, key, hostile, start, stop, [*zip(spans[::2], spans[1::2], strict=True)]
-        )
+    def __getitem__(self, index: int) -> Entry:
+        shard, start, stop = (column.item(index) for column in self._numbers)
+        key, flaw, values = (c[index].as_py() for c in (self._key, self._flaw, self._members))
+        members = zip(values[::3], values[1::3], values[2::3], strict=True)
+        members = [(_FIELDS[field], first, last) for field, first, last in members]
+        return Entry(shard, key, flaw, start, stop, members)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is to be said of the samples at the start."""
+        return json.loads(self._table.about[_REMARKS])
 
 
 def open_index(files: Sequence[File]) -> TarIndex:
@@ -79,9 +88,13 @@ def open_index(files: Sequence[File]) -> TarIndex:
         return TarIndex(found)
     log.info("The samples of %d tar files are being indexed.", len(files))
     with ThreadPoolExecutor(16) as pool:
-        batches = list(pool.map(_scan, range(len(files)), files))
+        scanned = list(pool.map(_scan, range(len(files)), files))
+    readings = samples.decide([readings for readings, _ in scanned])
+    broken = [f"{file.name} {end}" for file, (_, end) in zip(files, scanned, strict=True) if end]
+    remarks = json.dumps([*samples.remarks(readings), *broken]).encode()
+    table = pa.Table.from_batches([reading.samples for reading in readings], _SCHEMA)
     try:
-        return TarIndex(shelf.keep(pa.Table.from_batches(batches, _SCHEMA)))
+        return TarIndex(shelf.keep(table.replace_schema_metadata({_REMARKS: remarks})))
     except OSError as error:
         places = ", ".join(map(str, shelf.places))
         raise UserError(
@@ -90,63 +103,34 @@ def open_index(files: Sequence[File]) -> TarIndex:
         ) from error
 
 
-def _scan(shard: int, file: File) -> pa.RecordBatch:
+def _scan(shard: int, file: File) -> tuple[Readings, str]:
+    """Return the samples of a tar file, and where it breaks off, if it does."""
+
+    def pack(found: Sequence[samples.Sample]) -> pa.RecordBatch:
+        return pa.RecordBatch.from_pylist([_row(shard, sample) for sample in found], _SCHEMA)
+
     try:
-        with _open_tar(file) as opened:
-            rows = list(_samples(shard, file, opened))
+        members, end = tar_members(file)
     except (OSError, tarfile.TarError) as error:
         raise UserError(
             f"{file} is no tar file that can be read ({error}); get it again or leave it out."
         ) from error
-    return pa.RecordBatch.from_pylist(rows, _SCHEMA)
+    return samples.read_members(members, pack, f"{file.name}/"), end
 
 
-def _open_tar(file: File) -> Any:
-    """For a pass over its headers: a request to a store takes longer than the bytes between two of them."""
-    opened = file.open("rb")
-    return opened if isinstance(file, Path) else io.BufferedReader(opened, _STORE_BYTES)
-
-
-def _samples(shard: int, file: File, opened: Any) -> Iterator[dict[str, Any]]:
-    """The samples of a tar file up to where it breaks off, if it does."""
-    current: dict[str, Any] | None = None
-    for member in _members(file, opened):
-        folder, slash, name = member.name.rpartition("/")
-        stem, dot, suffix = name.partition(".")
-        field = _FIELD_OF.get((dot + suffix).lower())
-        if member.isdir() or field is None:
-            continue
-        key = readable(f"{folder}{slash}{stem}")
-        if current is None or current["key"] != key or current[f"{field}_start"] >= 0:
-            if current:
-                yield current
-            current = dict.fromkeys(_SPANS, -1)
-            current |= {"shard": shard, "key": key, "hostile": False, "start": member.offset_data}
-        stop = member.offset_data + member.size
-        current |= {f"{field}_start": member.offset_data, f"{field}_stop": stop, "stop": stop}
-        current["hostile"] |= _hostile(member)
-    if current:
-        yield current
-
-
-def _members(file: File, opened: Any) -> Iterator[tarfile.TarInfo]:
-    with tarfile.open(fileobj=opened, mode="r:") as tar:
-        count = 0
-        while True:
-            try:
-                member = tar.next()
-            except tarfile.ReadError as error:
-                if not count:
-                    raise
-                log.warning("%s breaks off after %d files: %s.", file, count, error)
-                return
-            if member is None:
-                return
-            count += 1
-            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  of millions of files it would keep each
-            yield member
-
-
-def _hostile(member: tarfile.TarInfo) -> bool:
-    """Nothing is ever unpacked; but what a stranger made to write outside has no place in a training."""
-    return not member.isreg() or member.name.startswith("/") or ".." in member.name.split("/")
+def _row(shard: int, sample: samples.Sample) -> dict[str, object]:
+    members = [
+        (_FIELDS.index(field), member.start, member.stop)
+        for field, found in sample.members.items()
+        for member in found
+    ]
+    # Which image is meant is not known: none is read.
+    bounds = [edge for _, *edges in members for edge in edges] if not sample.flaw else [0]
+    return {
+        "shard": shard,
+        "key": readable(sample.key),
+        "flaw": sample.flaw,
+        "start": min(bounds),
+        "stop": max(bounds),
+        "members": [] if sample.flaw else [value for member in members for value in member],
+    }

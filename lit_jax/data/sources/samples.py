@@ -1,0 +1,270 @@
+"""Samples in files: a sample is the files of one folder whose names differ in their ending alone.
+
+WebDataset ends a sample's name at the first dot, so that `a.left.png` belongs to `a`. People also write names
+such as `photo.v2.jpg`. `decide` says once for a data set at which dot the names end.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from lit_jax.config import SourceConfig
+from lit_jax.data.example import BadKind, Example
+from lit_jax.data.files import File
+from lit_jax.data.sources.lists import IMAGE_SUFFIXES
+from lit_jax.data.sources.rows import example_of
+from lit_jax.files import parse_json
+
+# The first ending of a field that a sample has counts. Captions are .caption and .text in some tools.
+FIELDS = {
+    "image": (IMAGE_SUFFIXES,),
+    "text": ((".txt",), (".caption",), (".text",)),
+    "json": ((".json",),),
+    "cls": ((".cls",),),
+}
+_FIELD_OF = {suffix: field for field, ranks in FIELDS.items() for rank in ranks for suffix in rank}
+
+# Why a sample cannot be used, by the word that an index keeps.
+FLAWS: Mapping[str, tuple[BadKind, str]] = {
+    "outside": ("hostile_path", "is a link, or its name leads out of the folder"),
+    "sparse": ("damaged", "is stored with holes (GNU sparse); pack the tar again without --sparse"),
+    "cut": ("damaged", "goes beyond the end of its file; get the file again"),
+    "images": ("no_example", "has several images, and nothing says which one is meant"),
+}
+# What is said at the start of samples with a problem.
+_PROBLEMS = {
+    "no image": "have no image",
+    "images": "have several images, and are bad samples",
+    "texts": "have several files of captions, which are all read",
+}
+_EXAMPLES = 3
+_SUFFIXES = 12  # that are told apart
+
+
+class Member(NamedTuple):
+    """A file of a folder or of a tar, whose bytes lie at `start` to `stop`."""
+
+    folder: str  # with the slash at its end
+    name: str
+    start: int = 0
+    stop: int = 0
+    flaw: str = ""  # one of FLAWS
+
+
+class Sample(NamedTuple):
+    """The members that are read for one sample, by their field of `FIELDS`."""
+
+    key: str
+    members: Mapping[str, Sequence[Member]]
+    flaw: str  # one of FLAWS
+
+
+# How many there are of each kind, and a few of them.
+Counts = dict[str, tuple[int, list[str]]]
+
+
+class Reading(NamedTuple):
+    """A folder's or a tar's samples, if names end at one of the two dots."""
+
+    samples: pa.RecordBatch
+    problems: frozenset[tuple[str, str]]  # (key, one of _PROBLEMS)
+    unread: Counts  # members, by their ending
+    images: int  # samples with an image
+    described: int  # of these, with a text, json or cls beside it
+    surplus: int  # images beside the one that is read
+
+
+# The reading by the first dot, and that by the last; the same object if no name has two.
+Readings = tuple[Reading, Reading]
+
+
+def read_members(
+    members: Sequence[Member], pack: Callable[[Sequence[Sample]], pa.RecordBatch], place: str = ""
+) -> Readings:
+    """Return both readings of members that lie in a row.
+
+    Members of one sample are neighbours, as in WebDataset; another member of the same ending begins another.
+
+    Args:
+        pack: makes a table of samples.
+        place: stands before names in messages.
+    """
+    first = _read(members, pack, place, last_dot=False)
+    if all(member.name.count(".") < 2 for member in members):
+        return first, first
+    return first, _read(members, pack, place, last_dot=True)
+
+
+def decide(readings: Sequence[Readings]) -> list[Reading]:
+    """Return for all the reading by the first dot, or for all that by the last.
+
+    The last dot is taken if the first one leaves a sample without an image, or with images or captions of
+    which nothing says which one is meant, and the last one leaves no other sample so. A second image beside
+    a plain one (a.mask.png beside a.jpg) is no such case, unless the last dot gives it a description of its
+    own.
+    """
+    by_first, by_last = zip(*readings, strict=True)
+    pairs = [(first.problems, last.problems) for first, last in readings]
+    described = sum(reading.described for reading in by_last)
+    is_poorer = described == 0 or described > sum(reading.described for reading in by_first)
+    lost = is_poorer and any(first.surplus > last.surplus for first, last in readings)
+    if (lost or any(first - last for first, last in pairs)) and not any(
+        last - first for first, last in pairs
+    ):
+        return [*by_last]
+    return [*by_first]
+
+
+def remarks(readings: Iterable[Reading]) -> list[str]:
+    """Return how many samples are incomplete or ambiguous, and which files are not read, in words."""
+    problems, unread = {}, {}
+    for reading in readings:
+        for suffix, (number, names) in reading.unread.items():
+            _count(unread, suffix, names, number)
+        for key, problem in sorted(reading.problems):
+            _count(problems, problem, [key])
+    said = [
+        f"samples that {_PROBLEMS[problem]}: {_listed({'': found})}"
+        for problem, found in problems.items()
+    ]
+    if unread:
+        said.append(
+            "files that are not read, because they are of no known kind or their sample has another one of "
+            f"that kind: {_listed(unread)}"
+        )
+    return said
+
+
+def _listed(counts: Counts) -> str:
+    return "; ".join(
+        f"{number} {what}".strip() + f" (for example {', '.join(names)})"
+        for what, (number, names) in counts.items()
+    )
+
+
+def _count(counts: Counts, what: str, names: Sequence[str], number: int = 1) -> None:
+    if what not in counts and len(counts) >= _SUFFIXES:
+        what = "other"
+    known, examples = counts.get(what, (0, []))
+    counts[what] = known + number, [*examples, *names][:_EXAMPLES]
+
+
+def _read(
+    members: Iterable[Member],
+    pack: Callable[[Sequence[Sample]], pa.RecordBatch],
+    place: str,
+    *,
+    last_dot: bool,
+) -> Reading:
+    samples, problems, unread = [], set(), {}
+    images = described = surplus = 0
+    for key, group in _groups(members, last_dot, place, unread):
+        chosen = {field: _choose(field, found) for field, found in group.items()}
+        flaw = next((m.flaw for found in chosen.values() for m in found if m.flaw), "")
+        if "image" not in chosen:
+            problems.add((place + key, "no image"))
+        elif len(chosen["image"]) > 1:
+            problems.add((place + key, "images"))
+            flaw = flaw or "images"
+        if len(chosen.get("text", ())) > 1:
+            problems.add((place + key, "texts"))
+        left = [
+            m for field, found in group.items() for m in found.values() if m not in chosen[field]
+        ]
+        for member in left:
+            _count(unread, f".{_suffix(member)}", [place + member.folder + member.name])
+        images += "image" in chosen
+        described += "image" in chosen and len(chosen) > 1
+        surplus += len(group.get("image", ())) - len(chosen.get("image", ()))
+        samples.append(Sample(key, chosen, flaw))
+    return Reading(pack(samples), frozenset(problems), unread, images, described, surplus)
+
+
+def _groups(
+    members: Iterable[Member], last_dot: bool, place: str, unread: Counts
+) -> Iterator[tuple[str, dict[str, dict[str, Member]]]]:
+    """Yield each sample's key, and its members by field and ending; count the others."""
+    current, group = None, {}
+    for member in members:
+        field = _FIELD_OF.get(f".{_suffix(member)}")
+        stem, dot, ending = (member.name.rpartition if last_dot else member.name.partition)(".")
+        # Hidden files are those of a system, such as ._a.jpg beside a.jpg.
+        hidden = member.name.startswith(".")
+        if field is None or hidden:
+            what = "hidden" if hidden else f".{_suffix(member)}" if dot else "without an ending"
+            _count(unread, what, [place + member.folder + member.name])
+            continue
+        key, ending = member.folder + stem, ending.lower()
+        if key != current or ending in group.get(field, ()):
+            if current is not None:
+                yield current, group
+            current, group = key, {}
+        group.setdefault(field, {})[ending] = member
+    if current is not None:
+        yield current, group
+
+
+def _suffix(member: Member) -> str:
+    return member.name.rpartition(".")[2].lower()
+
+
+def _choose(field: str, found: Mapping[str, Member]) -> list[Member]:
+    """Return the member that a field is read from; images and texts of which none is plain are returned all.
+
+    An ending without another dot in it is the field itself: WebDataset, too, finds the image of a.jpg and
+    a.mask.jpg under `jpg`.
+    """
+    for rank in FIELDS[field]:
+        of_rank = {e: m for e, m in found.items() if f".{_suffix(m)}" in rank}
+        chosen = [m for e, m in of_rank.items() if "." not in e] or [*of_rank.values()]
+        if chosen:
+            return chosen if len(chosen) == 1 or field in ("image", "text") else []
+    raise AssertionError(f"{field} has no member")
+
+
+class Parts(NamedTuple):
+    """What is in the files of a sample."""
+
+    image: bytes | str | None  # its content, or its path
+    texts: Sequence[bytes]
+    json: bytes | None
+    cls: bytes | None
+
+
+def example_of_parts(
+    parts: Parts, config: SourceConfig, folder: File, *, key: str, text_only: bool
+) -> Example:
+    """Return the example that the files of a sample say. Raises what `example_of` raises.
+
+    The captions are those of the text files, unless `caption_key` is not the default: then they are that
+    field of the json. The label is what the cls file says, or a field of the json.
+    """
+    takes_texts = bool(parts.texts) and config.caption_key == SourceConfig.caption_key
+    about = None
+    if parts.json is not None:
+        try:
+            about = _object(parts.json)
+        except (ValueError, TypeError):
+            # What nobody asks for does not spoil a sample.
+            if not takes_texts and parts.cls is None:
+                raise
+    # "key" of img2dataset's json is the same in every run, but names neither shard nor folder.
+    row = {**(about or {}), "key": key, config.image_key: parts.image}
+    if takes_texts:
+        texts = [text.decode("utf-8-sig") for text in parts.texts]
+        # Each line is a caption (CLIP_benchmark), except where the json holds the caption, too, as
+        # img2dataset writes it: then all lines are one caption.
+        if parts.json is None or (about is not None and about.get("caption") is None):
+            texts = [line for text in texts for line in text.splitlines() if line.strip()]
+        row |= {config.caption_key: texts}
+    if parts.cls is not None:
+        row |= {config.label_key: parts.cls.decode("utf-8-sig", "replace").strip()}
+    return example_of(row, config, folder, text_only=text_only)
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    value = parse_json(content.decode("utf-8-sig"))
+    if not isinstance(value, dict):
+        raise TypeError("its json is no object")
+    return value

@@ -1,0 +1,102 @@
+"""The files in a tar, by its headers, whatever these claim."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lit_jax.data.files import File, signature
+from lit_jax.data.sources.samples import Member
+
+MAX_HEADER_BYTES = 1 << 24  # of a long name, or of a pax header
+_STORE_BYTES = 1 << 22  # that are read at a time from an object store
+_END_BYTES = 1 << 16  # behind the end of an archive, where another one could begin
+
+
+class _Headers:
+    """A tar file of which headers alone are read, so that no header has gigabytes read into memory."""
+
+    def __init__(self, opened: Any, size: int):
+        self._opened = opened
+        self._size = size
+        self.seek, self.tell = self._seek, opened.tell
+
+    def _seek(self, position: int) -> int:
+        if not 0 <= position <= self._size:
+            raise tarfile.ReadError("unexpected end of data")
+        return self._opened.seek(position)
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header claims to have {size} bytes")
+        return self._opened.read(size)
+
+
+def tar_members(file: File) -> tuple[list[Member], str]:
+    """Return the files in a tar file up to where it breaks off, and in words where that is, if it does.
+
+    Raises OSError or tarfile.TarError if it cannot be read, or not even its first header.
+    """
+    size, _ = signature(file)
+    members = []
+    with file.open("rb") as raw:
+        # A request to a store takes longer than the bytes between two headers.
+        opened = raw if isinstance(file, Path) else io.BufferedReader(raw, _STORE_BYTES)
+        headers: Any = _Headers(opened, size)
+        with tarfile.open(fileobj=headers, mode="r:") as tar:
+            try:
+                for found in _headers(tar):
+                    if not found.isdir():
+                        members.append(_member(found, size))
+                end = _after_end(headers, tar)
+            except OSError:
+                raise
+            except Exception as error:
+                # The parser lets through whatever a damaged header makes it raise.
+                end = str(error) or type(error).__name__
+    return members, f"breaks off after {len(members)} files: {end}" if end else ""
+
+
+def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    position = -1
+    while (found := tar.next()) is not None:
+        if tar.offset <= position:
+            raise tarfile.ReadError("a header claims a negative size")
+        position = tar.offset
+        # It would keep each of millions of files.
+        tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
+        yield found
+
+
+def _after_end(headers: Any, tar: tarfile.TarFile) -> str:
+    """Return what is wrong at the place that tarfile takes for the end, if it is none.
+
+    tarfile ends without a word at a damaged header, too, and at the end of the first of two joined files.
+    """
+    headers.seek(tar.offset)
+    rest = headers.read(_END_BYTES)
+    if rest[: tarfile.BLOCKSIZE].strip(b"\0"):
+        return f"the header at byte {tar.offset} is damaged"
+    if rest.strip(b"\0"):
+        return (
+            f"more than its end follows byte {tar.offset}; if it is two tar files in one, split it"
+        )
+    return "" if rest else "the mark of its end is missing"
+
+
+def _member(found: tarfile.TarInfo, size: int) -> Member:
+    folder, slash, name = found.name.rpartition("/")
+    start, stop = found.offset_data, found.offset_data + found.size
+    flaw = ""
+    # Nothing is ever unpacked; but what a stranger made to write outside has no place in a training.
+    if not found.isreg() or found.name.startswith("/") or ".." in found.name.split("/"):
+        flaw = "outside"
+    elif found.sparse is not None or any(
+        key.startswith("GNU.sparse.") for key in found.pax_headers
+    ):
+        # The size is that with the holes, which are not in the tar.
+        flaw = "sparse"
+    elif stop > size:
+        flaw = "cut"
+    return Member(folder + slash, name, start, stop, flaw)

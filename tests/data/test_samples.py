@@ -1,0 +1,261 @@
+"""Samples made of several files: in tars as WebDataset, img2dataset and CLIP_benchmark write them."""
+
+import io
+import json
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from lit_jax.config import SourceConfig
+from lit_jax.data.decode import decode
+from lit_jax.data.example import BadSampleError, Source
+from lit_jax.data.sources import open_source
+
+
+@pytest.fixture(scope="session")
+def image(noise, encode) -> bytes:
+    return encode(noise(4, 7, 3))
+
+
+def write_tar(path: Path, members: dict[str, bytes | str]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            content = content.encode() if isinstance(content, str) else content
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def open_at(path: Path, **config) -> Source:
+    return open_source(SourceConfig(path=str(path), **config))
+
+
+def describe(source: Source) -> dict[str, tuple[str, ...] | str]:
+    """Captions by key, or the kind of a bad sample by its number."""
+    found = {}
+    for i in range(len(source)):
+        try:
+            example = source[i]
+            decode(example["image"])
+            found[example["key"].split("/", 1)[1]] = example["captions"]
+        except BadSampleError as error:
+            found[str(i)] = error.kind
+    return found
+
+
+def test_each_line_of_a_text_is_a_caption(tmp_path, image):
+    """As CLIP_benchmark reads it; not where json holds the caption as well, as img2dataset writes it."""
+    caption = "first\nsecond"
+    members = {
+        "a.jpg": image, "a.txt": "one\r\ntwo\n\nthree\n",
+        "b.jpg": image, "b.txt": caption, "b.json": json.dumps({"caption": caption, "key": 7}),
+        "c.jpg": image, "c.txt": caption, "c.json": json.dumps({"url": "http://a.org"}),
+        "d.jpg": image, "d.txt": "\ufeffone",
+    }  # fmt: skip
+    write_tar(tmp_path / "0.tar", members)
+    assert describe(open_at(tmp_path)) == {
+        "a": ("one", "two", "three"),
+        "b": (caption,),
+        "c": ("first", "second"),
+        "d": ("one",),
+    }
+
+
+@pytest.mark.parametrize("suffix", ["webp", "png", "jpg"])
+def test_clip_benchmark_keeps_splits_in_folders(tmp_path, image, suffix):
+    """Its builder writes s0000000.webp and .cls into test/0.tar, and text files beside and above them."""
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        samples = {
+            f"s{n:07}.{e}": v for n in range(2) for e, v in ((suffix, image), ("cls", f"{n}"))
+        }
+        write_tar(tmp_path / split / "0.tar", samples)
+        write_tar(tmp_path / split / "1.tar", samples if split == "train" else {})
+        (tmp_path / split / "nshards.txt").write_text("2\n")
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a photo of a {c}\n")
+    source = open_at(tmp_path, split="test")
+    assert [source[i]["label"] for i in range(len(source))] == ["0", "1"]
+    assert len(open_at(tmp_path, split="train")) == 4
+
+
+DOTS = {
+    # name: (members, captions by key or kinds by number, words of the log)
+    "the first dot ends a key": (
+        ["a.jpg", "a.txt", "holiday.2019.jpg", "holiday.2019.txt", "s.left.png", "s.txt"],
+        {"a": ("a.txt",), "holiday": ("holiday.2019.txt",), "s": ("s.txt",)},
+        [],
+    ),
+    "two images, which the last dot tells apart": (
+        ["s0.input.jpg", "s0.target.jpg", "s1.input.jpg", "s1.target.jpg"],
+        {"s0.input": (), "s0.target": (), "s1.input": (), "s1.target": ()},
+        [],
+    ),
+    "pairs, which the last dot tells apart": (
+        ["photo.v1.jpg", "photo.v1.txt", "photo.v2.jpg", "photo.v2.txt"],
+        {"photo.v1": ("photo.v1.txt",), "photo.v2": ("photo.v2.txt",)},
+        [],
+    ),
+    "a second version with a caption of its own": (
+        ["photo.jpg", "photo.txt", "photo.v2.jpg", "photo.v2.txt", "lost.txt"],
+        {"photo": ("photo.txt",), "photo.v2": ("photo.v2.txt",), "2": "missing"},
+        ["1 (for example 0.tar/lost)"],
+    ),
+    "a mask beside a plain image": (
+        ["x.jpg", "x.mask.png", "x.txt", "y.jpg", "y.mask.png", "y.txt"],
+        {"x": ("x.txt",), "y": ("y.txt",)},
+        ["2 .png (for example 0.tar/x.mask.png, 0.tar/y.mask.png)"],
+    ),
+    "two images of one caption are ambiguous": (
+        ["a.jpg", "a.txt", "s.left.jpg", "s.right.jpg", "s.txt"],
+        {"a": ("a.txt",), "1": "no_example"},
+        ["several images", "1 (for example 0.tar/s)"],
+    ),
+    "two files of captions are all read": (
+        ["a.jpg", "a.de.txt", "a.en.txt"],
+        {"a": ("a.de.txt", "a.en.txt")},
+        ["several files of captions", "1 (for example 0.tar/a)"],
+    ),
+    "captions of other endings": (
+        ["a.jpg", "a.caption", "b.JPG", "b.Text", "c.jpg", "c.caption", "c.txt", "d.jpg", "d.text.txt"],
+        {"a": ("a.caption",), "b": ("b.Text",), "c": ("c.txt",), "d": ("d.text.txt",)},
+        ["1 .caption (for example 0.tar/c.caption)"],
+    ),
+    "images of other endings": (
+        ["a.jfif", "a.txt", "b.avif", "c.ppm", "d.PGM", "dir.x/e.jp2"],
+        {"a": ("a.txt",), "b": (), "c": (), "d": (), "dir.x/e": ()},
+        [],
+    ),
+    "unknown kinds are counted": (
+        ["a.jpg", "a.npy", "b.jpg", "b.npy", "b.flac", "._a.jpg", "README", "c.jpg.bak", "e.cls", "e.npy"],
+        {"a": (), "b": (), "2": "missing"},
+        ["7 .npy", "3 .npy (for example 0.tar/a.npy, 0.tar/b.npy", "1 hidden (for example 0.tar/._a.jpg)",
+         "1 without an ending (for example 0.tar/README)", "1 .bak", "1 .flac", "no image"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOTS)
+def test_names_with_several_dots(tmp_path, image, caplog, name):
+    """Also of the data set that is opened again, whose index is there."""
+    names, expected, said = DOTS[name]
+    text = (".txt", ".text", ".caption", ".cls")
+    write_tar(
+        tmp_path / "0.tar",
+        {name: name if name.lower().endswith(text) else image for name in names},
+    )
+    for _ in range(2):
+        caplog.clear()
+        assert describe(open_at(tmp_path)) == expected
+        assert bool(caplog.text) == bool(said)
+        for words in said:
+            assert words.removeprefix("7 ") in caplog.text
+
+
+def test_one_reading_holds_for_all_files_of_a_source(tmp_path, image):
+    write_tar(tmp_path / "0.tar", {"photo.v1.jpg": image, "photo.v1.txt": "one"})
+    assert [*describe(open_at(tmp_path / "0.tar"))] == ["photo"]
+    write_tar(tmp_path / "1.tar", {"p.v1.jpg": image, "p.v2.jpg": image})
+    assert [*describe(open_at(tmp_path))] == ["photo.v1", "p.v1", "p.v2"]
+
+
+def test_json_that_nobody_needs_does_not_spoil_a_sample(tmp_path, image):
+    members = {
+        "a.jpg": image, "a.txt": "a", "a.json": "{",
+        "b.jpg": image, "b.cls": "3", "b.json": "[" * 100_000,
+        "c.jpg": image, "c.txt": "c", "c.json": '{"key": 5, "caption": "c"}',
+        "d.jpg": image, "d.json": "[]",
+    }  # fmt: skip
+    write_tar(tmp_path / "0.tar", members)
+    source = open_at(tmp_path)
+    assert describe(source) == {"a": ("a",), "b": (), "c": ("c",), "3": "no_example"}
+    assert source[1]["label"] == "3"
+    wanted = open_at(tmp_path, caption_key="title")
+    with pytest.raises(BadSampleError):
+        wanted[0]
+
+
+@pytest.mark.parametrize("form", ["gnu", "posix"])
+def test_holes_in_a_tar_are_a_bad_sample(tmp_path, image, form):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "a.png").write_bytes(image)
+    os.truncate(tmp_path / "a.png", 1 << 20)
+    (tmp_path / "b.png").write_bytes(image)
+    command = ["tar", "cSf", "0.tar", f"--format={form}", "a.png", "a.txt", "b.png"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert describe(open_at(tmp_path / "0.tar")) == {"0": "damaged", "b": ()}
+
+
+def patched(name: str, image: bytes, change) -> bytes:
+    """A tar of three samples in which the header of one member is another."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for member_name in ("a.png", "b.png", "c.png"):
+            member = tarfile.TarInfo(member_name)
+            member.size = len(image)
+            start = buffer.tell()
+            tar.addfile(member, io.BytesIO(image))
+            if member_name == name:
+                header = bytearray(buffer.getvalue()[start : start + 512])
+                change(header)
+                header[148:156] = b" " * 8
+                header[148:156] = b"%06o\0 " % sum(header)
+                buffer.seek(start)
+                buffer.write(header)
+                buffer.seek(0, 2)
+    return buffer.getvalue()
+
+
+def set_size(size: int):
+    def change(header: bytearray) -> None:
+        # As GNU tar writes what has no place in 11 octal digits.
+        first = 0x80 if size >= 0 else 0xFF
+        header[124:136] = bytes([first]) + size.to_bytes(11, "big", signed=True)
+
+    return change
+
+
+def pax(size: str):
+    def change(header: bytearray) -> None:
+        header[156:157] = b"x"
+        header[124:136] = size.encode() + b"\0"
+
+    return change
+
+
+LIES = {
+    "negative": set_size(-1024),
+    "beyond the file": set_size(1 << 40),
+    "beyond any file": set_size(1 << 70),
+    "a huge pax header": pax("77777777777"),
+    "a link": lambda header: header.__setitem__(slice(156, 157), b"2"),
+    "a device": lambda header: header.__setitem__(slice(156, 157), b"3"),
+    "an old sparse file": lambda header: header.__setitem__(slice(156, 157), b"S"),
+    "no number": lambda header: header.__setitem__(slice(124, 136), b"zzzzzzzzzzz\0"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_headers_that_lie_cost_no_more_than_their_tar(tmp_path, image, caplog, lie):
+    """Samples before stay; what is lost is said, each time the data set is opened."""
+    (tmp_path / "0.tar").write_bytes(patched("b.png", image, LIES[lie]))
+    for _ in range(2):
+        caplog.clear()
+        found = describe(open_at(tmp_path))
+        good = [key for key, value in found.items() if value == ()]
+        assert good in (["a"], ["a", "c"])
+        assert set(found.values()) <= {(), "damaged", "hostile_path"}
+        assert len(found) == 3 or "0.tar breaks off after" in caplog.text
+
+
+def test_a_tar_that_goes_on_behind_its_end_is_told(tmp_path, image, caplog):
+    for name in ("a", "b"):
+        write_tar(tmp_path / f"{name}.part", {f"{name}.png": image})
+    parts = [(tmp_path / f"{name}.part").read_bytes() for name in ("a", "b")]
+    (tmp_path / "0.tar").write_bytes(b"".join(parts))
+    assert len(open_at(tmp_path)) == 1
+    assert "0.tar breaks off after 1 files" in caplog.text
+    assert "two tar files" in caplog.text
