@@ -21,6 +21,7 @@ from lit_jax.evals.cache import EmbeddingCache
 from lit_jax.evals.page import page, picture, text
 from lit_jax.evaluate import load_folder
 from lit_jax.files import write_whole
+from lit_jax.printable import printable
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
@@ -68,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             name = Path(pictures[i]["key"]).name
             parts.append(f"<figure>{picture(pictures[i]['image'], name)}")
             parts.append(f"<figcaption>{text(name)}<br>{scores_N[i]:.3f}</figcaption></figure>")
-            print(f"{query}\t{scores_N[i]:.4f}\t{pictures[i]['key']}")
+            key = pictures[i]["key"]
+            print(f"{printable(query)}\t{scores_N[i]:.4f}\t{printable(key)}")
         parts.append("</div>")
     subtitle = f"{int(valid_N.sum()):,} pictures in {args.images}, seen by {args.model}"
     write_whole(args.output, page("Search", subtitle, parts))

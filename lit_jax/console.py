@@ -1,6 +1,7 @@
 """How the commands speak: one line for what goes wrong, no noise for what goes well."""
 
 import functools
+import io
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ from lit_jax.errors import (
     Preempted,
     UserError,
 )
+from lit_jax.printable import printable
 
 
 def named_folder(text: str) -> Path:
@@ -41,6 +43,7 @@ def command(main: Callable[..., None]) -> Callable[..., int]:
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
         _set_up_logging()
+        _set_up_output()
         try:
             main(*args, **kwargs)
         except (UserError, PermissionError) as error:
@@ -50,7 +53,7 @@ def command(main: Callable[..., None]) -> Callable[..., int]:
                 what = error.filename or "something that this command needs"
                 error = f"There is no permission for {what}; get it, or give another path."
             process.end(BAD_INPUT, str(error))
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
             return BAD_INPUT
         except Preempted as stop:
             print(stop, file=sys.stderr, flush=True)
@@ -77,6 +80,20 @@ def _set_up_logging() -> None:
     own.propagate = False
     own.handlers = [logging.StreamHandler()]
     own.handlers[0].addFilter(_one_voice)
+    own.handlers[0].setFormatter(_PrintableFormatter())
+
+
+def _set_up_output() -> None:
+    """Let stdout show what its encoding lacks as stderr does: \\xe9 for é in a terminal of ASCII."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not what a notebook puts in its place
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class _PrintableFormatter(logging.Formatter):
+    """A formatter that lets no control character of a file's or a caption's text reach the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 def _one_voice(record: logging.LogRecord) -> bool:

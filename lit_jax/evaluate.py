@@ -33,6 +33,7 @@ from lit_jax.evals.results import Subject, write_results
 from lit_jax.evals.runner import Evaluation, flat, open_evals, run, table
 from lit_jax.files import parse_json, write_json, write_whole, writing_files
 from lit_jax.models.dual_encoder import DualEncoderModule
+from lit_jax.printable import printable
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.run import load_run, read_config
 from lit_jax.weights.hub import local_folder
@@ -137,7 +138,7 @@ def _name(args: argparse.Namespace) -> str:
     """Of the data set, for results: as it is given, or the last part of the path that says something."""
     path = args.data.partition("?")[0] if "://" in args.data else str(Path(args.data).absolute())
     parts = [part for part in path.split("/") if part and "{" not in part]
-    return args.dataset or (parts[-1] if parts else "data")
+    return printable(args.dataset or (parts[-1] if parts else "data"))
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:

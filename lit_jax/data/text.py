@@ -10,6 +10,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_jax.errors import UserError
+from lit_jax.printable import valid_unicode
 
 
 def load_tokenizer(folder: Path, *, max_length: int) -> PreTrainedTokenizerBase:
@@ -79,7 +80,7 @@ def tokenize(
         tokenizer makes for its model.
     """
     tokens = tokenizer(
-        [_valid_unicode(text) for text in texts],
+        [valid_unicode(text) for text in texts],
         padding="max_length",
         truncation=True,
         max_length=tokenizer.model_max_length,
@@ -91,11 +92,6 @@ def tokenize(
         mask_NxL = arrays.get("attention_mask", np.ones_like(arrays["input_ids"]))
         length = -(-int(mask_NxL.sum(axis=1).max()) // 8) * 8
     return {name: np.ascontiguousarray(array[:, :length]) for name, array in arrays.items()}
-
-
-def _valid_unicode(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair, which a cut through an emoji leaves in JSON."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, config_key: str) -> None:

@@ -13,6 +13,8 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator
 
+from lit_jax.printable import printable
+
 # From Okabe and Ito's palette, told apart with every kind of colour blindness.
 RIGHT, UNSEEN = "#0072B2", "#D55E00"
 OTHER, INK, FAINT = "#AEB6BD", "#222222", "#5F6770"
@@ -146,8 +148,9 @@ def _draw_image(axes: Axes, prediction: Prediction) -> None:
     axes.spines[:].set(color=UNSEEN, linewidth=2.5)
     right = prediction.guesses[0][0] == prediction.truth
     axes.set_title(
-        f"{prediction.truth} {'✓' if right else '✗'}",
+        f"{printable(prediction.truth)} {'✓' if right else '✗'}",
         size=12,
+        parse_math=False,
         weight="bold",
         color=RIGHT if right else INK,
         loc="left",
@@ -160,7 +163,7 @@ def _draw_guesses(axes: Axes, prediction: Prediction) -> None:
         truth = name == prediction.truth
         style = {"size": 9.5, "va": "center", "weight": "bold" if truth else "normal"}
         color = RIGHT if truth else FAINT
-        axes.text(0, row - 0.22, name, color=color, **style)
+        axes.text(0, row - 0.22, printable(name), color=color, parse_math=False, **style)
         axes.barh(row + 0.2, probability, height=0.28, color=RIGHT if truth else OTHER)
         axes.text(probability + 0.04, row + 0.19, f"{probability:.0%}", color=color, **style)
     axes.set(xlim=(0, 1.3), ylim=(len(prediction.guesses) - 0.1, -0.55))
@@ -216,7 +219,8 @@ def heat_map_figure(similarity_CxC: Float[np.ndarray, "C C"], names: Sequence[st
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(similarity_CxC, cmap="cividis", interpolation="nearest")
-    short = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
+    shown = map(printable, names)
+    short = [name if len(name) <= 24 else f"{name[:23]}…" for name in shown]
     axes.set_xticks(range(len(names)), short, size=7, rotation=90, parse_math=False)
     axes.set_yticks(range(len(names)), short, size=7, parse_math=False)
     axes.tick_params(length=0)
@@ -243,11 +247,12 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     panels[1].set_ylabel("learning rate")
     for (name, points), color in zip(headlines.items(), CURVES, strict=False):
         panels[2].plot(
-            *zip(*points, strict=True), color=color, marker="o", markersize=3, label=name
+            *zip(*points, strict=True), color=color, marker="o", markersize=3, label=printable(name)
         )
     if headlines:
         panels[2].set_ylabel("evaluations, %")
-        panels[2].legend(frameon=False, fontsize=8, loc="best")
+        for label in panels[2].legend(frameon=False, fontsize=8, loc="best").get_texts():
+            label.set_parse_math(False)
     panels[-1].set_xlabel("step")
     for axes in panels:
         axes.set_ylim(bottom=0)

@@ -14,6 +14,7 @@ from PIL import Image
 from lit_jax.data.decode import ImageFile, decode
 from lit_jax.evals.figures import FAINT, INK, RIGHT, UNSEEN
 from lit_jax.evals.results import Table
+from lit_jax.printable import printable
 
 THUMBNAIL = 192  # pixels of the longer edge, twice what is shown: phones have fine screens
 PIXEL_ART = 64  # up to this, an image is enlarged without smoothing
@@ -91,8 +92,8 @@ def page(title: str, subtitle: str, body: Iterable[str]) -> str:
 
 
 def text(value: str) -> str:
-    """Escaped, and half a surrogate pair replaced: it has no form in UTF-8."""
-    return html.escape(value.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    """Return a text as it stands in HTML: printable and escaped."""
+    return html.escape(printable(value))
 
 
 def table(content: Table) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from lit_jax.evals.runner import Evaluation, Metrics
 from lit_jax.evals.zero_shot import ZeroShotResult
 from lit_jax.files import write_json, write_whole
+from lit_jax.printable import printable
 
 TASKS = {
     "zero_shot": "zeroshot_classification",
@@ -45,8 +46,12 @@ class Table:
     def markdown(self) -> str:
         aligned = [":--", *("--:" for _ in self.columns[1:])]
         rows = [self.columns, aligned, *self.rows]
-        lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows]
-        return "\n".join([f"### {self.title}", "", *lines, ""])
+        lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+        return "\n".join([f"### {printable(self.title)}", "", *lines, ""])
+
+
+def _cell(text: str) -> str:
+    return printable(text).replace("|", "\\|")
 
 
 def write_results(folder: Path, evaluations: Sequence[Evaluation], subject: Subject) -> None:
@@ -63,7 +68,7 @@ def write_results(folder: Path, evaluations: Sequence[Evaluation], subject: Subj
         if isinstance(evaluation.details, ZeroShotResult):
             write_whole(folder / f"{stem}_confusion.csv", confusion_csv(evaluation))
     text = "\n".join(table.markdown() for table in tables(evaluations))
-    write_whole(folder / "table.md", f"## {subject}\n\n{text}")
+    write_whole(folder / "table.md", f"## {printable(str(subject))}\n\n{text}")
 
 
 def clip_benchmark(evaluation: Evaluation, subject: Subject) -> list[tuple[str, dict[str, Any]]]:
@@ -78,8 +83,8 @@ def clip_benchmark(evaluation: Evaluation, subject: Subject) -> list[tuple[str, 
     elif config.kind == "linear_probe":
         parts = [("", evaluation.metrics | {"fewshot_k": -1})]
     head = {
-        "dataset": config.dataset or evaluation.prepared.key,
-        "model": subject.model,
+        "dataset": printable(config.dataset or evaluation.prepared.key),
+        "model": printable(subject.model),
         "pretrained": subject.pretrained,
         "task": TASKS[config.kind],
     }
@@ -112,7 +117,7 @@ def confusion_csv(evaluation: Evaluation) -> str:
     """A line for each pair that occurs: the class, the one it was taken for, and how often."""
     assert isinstance(evaluation.details, ZeroShotResult)
     assert evaluation.prepared.classes is not None
-    names = evaluation.prepared.classes.names
+    names = [printable(name) for name in evaluation.prepared.classes.names]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("class", "predicted", "images"))

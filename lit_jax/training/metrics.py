@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from lit_jax.config import LogConfig
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json, write_whole
+from lit_jax.printable import printable
 from lit_jax.training.disk import writing
 from lit_jax.training.step import Metrics
 
@@ -124,10 +126,11 @@ class MetricsWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         with writing(self._workdir):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
+            values = {printable(name): value for name, value in values.items()}
             if self._tensorboard:
                 self._tensorboard.write(step, values)
         if self._wandb:
-            self._wandb.log(dict(values), step=step)
+            self._wandb.log(values, step=step)
 
     def close(self) -> None:
         with writing(self._workdir):
@@ -220,8 +223,8 @@ def _wandb(workdir: Path, project: str) -> Any:
             "config.log.wandb_project is set but wandb is not installed; pip install wandb, or unset it."
         ) from None
     # The run that a resumed one goes on with: of this folder, not of any folder that is called like it.
-    folder = zlib.crc32(str(workdir.resolve()).encode())
-    name = f"{workdir.resolve().name}-{folder:08x}"
+    folder = zlib.crc32(os.fsencode(workdir.resolve()))
+    name = f"{printable(workdir.resolve().name)}-{folder:08x}"
     try:
         return wandb.init(
             project=project,

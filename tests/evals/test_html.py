@@ -1,10 +1,14 @@
 """The page that opens from disk: it fetches nothing, no name is markup, and a browser shows all of it."""
 
+import base64
+import csv
 import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -12,10 +16,10 @@ from PIL import Image
 
 from lit_jax.config import EvalConfig, SourceConfig
 from lit_jax.evals.html import html_report
-from lit_jax.evals.results import Subject
+from lit_jax.evals.results import Subject, write_results
 from lit_jax.evals.runner import open_evals, run
 
-NAMES = ["<b>a</b>", "b & 猫", "קוף"]
+NAMES = ["<b>a</b>", "b & 猫 \ud83d\x00", "קוף"]
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 METRICS = [
     {"step": 0, "zero_shot/few/top1": 0.2},
@@ -40,13 +44,16 @@ class Tags(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def page(encoder, params, pictures, tmp_path_factory) -> str:
+def reported(encoder, params, pictures, tmp_path_factory) -> tuple[str, Path]:
+    """The page, and the folder of results beside it. Names and captions are as bad as texts can be."""
     folder = tmp_path_factory.mktemp("data")
     with (folder / "captions.jsonl").open("w") as file:
         for i, example in enumerate(pictures):
             size = (32, 32) if i else (500, 300)
             Image.fromarray(example["image"]).resize(size).save(folder / f"{i}.png")
-            row = {"image": f"{i}.png", "captions": [f"<i>{i}</i>", f"{i} תמונה"]}
+            bad = f"cut \ude00 \x1b[{i}m\x00\x9b $a$ ${i}$"
+            captions = [bad, f"<i>{i}</i>", f"{i} תמונה"]
+            row = {"image": f"{i}.png", "captions": captions}
             file.write(json.dumps(row | {"label": example["label"]}) + "\n")
     classes = {"classnames": NAMES, "labels": ["a", "b", "c"], "templates": ["{}"]}
     (folder / "classes.json").write_text(json.dumps(classes))
@@ -56,7 +63,13 @@ def page(encoder, params, pictures, tmp_path_factory) -> str:
         "pairs": EvalConfig(kind="retrieval", data=data),
     }
     evaluations = run(open_evals(evals), encoder, params)
-    return html_report(evaluations, Subject(model="a <model>"), METRICS)
+    write_results(folder / "evals", evaluations, Subject(model="a \ud83d <model>"))
+    return html_report(evaluations, Subject(model="a \ud83d <model>"), METRICS), folder / "evals"
+
+
+@pytest.fixture(scope="module")
+def page(reported) -> str:
+    return reported[0]
 
 
 def test_the_page_needs_nothing_but_itself(page):
@@ -78,8 +91,27 @@ def test_no_name_is_taken_for_markup(page):
     assert "<i>0" not in page
     assert "&lt;b&gt;a&lt;/b&gt;" in page
     assert "b &amp; 猫" in page
-    assert "a &lt;model&gt;" in page
+    assert "a \ufffd &lt;model&gt;" in page
     assert "קוף" in page
+
+
+def test_half_an_emoji_and_control_characters_are_shown_as_replaced(reported):
+    page, results = reported
+    assert "b &amp; 猫 \ufffd\ufffd" in page
+    assert re.search("cut \ufffd \ufffd\\[[0-9]+m\ufffd\ufffd", page)
+    assert not set(page) & set(map(chr, (*range(10), *range(11, 32), *range(127, 160))))
+    drawings = re.findall('data:image/svg[^,]*,([^"]*)', page)
+    texts = [
+        "".join(ElementTree.fromstring(base64.b64decode(drawing)).itertext())
+        for drawing in drawings
+    ]
+    assert len(texts) == 3
+    assert sum("\ufffd" in text for text in texts) == 2
+    with (results / "zero_shot_few_confusion.csv").open(encoding="utf-8", newline="") as file:
+        names = {row["class"] for row in csv.DictReader(file)}
+    assert names == {NAMES[0], "b & 猫 \ufffd\ufffd", NAMES[2]}
+    assert (results / "table.md").read_text(encoding="utf-8").startswith("## a \ufffd <model>\n")
+    assert json.loads((results / "retrieval_pairs.json").read_text())["model"] == "a \ufffd <model>"
 
 
 def test_it_has_all_that_is_promised(page):
