@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -14,8 +14,6 @@ from pyarrow import fs
 
 from lit_jax.errors import UserError
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
 # Up to the end of the text if the quote that ends it is missing. Possessive: nothing is tried twice.
 _QUOTED = re.compile(rb'"(?:[^"]++|"")*+("?)')
 
@@ -133,6 +131,15 @@ def local(location: File, what: str) -> Path:
     raise UserError(f"{what} is read from local disks alone; copy {location} to one.")
 
 
+def require_regular(files: Iterable[File]) -> None:
+    """Raise UserError at a file on this machine that cannot be read at random: a pipe, a device, a folder."""
+    for file in files:
+        if isinstance(file, Path) and file.exists() and not file.is_file():
+            raise UserError(
+                f"{file} is a pipe, a device or a folder; give a file, or the folder that it lies in."
+            )
+
+
 def read(file: File, start: int, stop: int) -> bytes:
     """Bytes `start` to `stop` of a file, fewer if it ends before."""
     if isinstance(file, ObjectPath):  # after a seek Google's client asks for all bytes to the end
@@ -160,35 +167,6 @@ def read_text(file: File) -> str:
 def readable(name: str) -> str:
     """A name of a file as text: what is not UTF-8 in it becomes \\xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def walk(folder: File) -> Iterator[str]:
-    """The paths of all files in a folder, at any depth, relative to it and with slashes."""
-    if isinstance(folder, ObjectPath):
-        below = fs.FileSelector(str(folder.path), recursive=True)
-        for info in folder.filesystem.get_file_info(below):
-            if info.type == fs.FileType.File:
-                yield str(PurePosixPath(info.path).relative_to(folder.path))
-        return
-    # Folders of classes are often links to where the images are.
-    for parent, _, names in os.walk(folder, followlinks=True):
-        inside = Path(parent).relative_to(folder)
-        yield from ((inside / name).as_posix() for name in names)
-
-
-def expand(path: str) -> list[str]:
-    """What a shell makes of braces: 'a{00..02}' is a00, a01, a02, and '{a,b}.tar' is a.tar, b.tar."""
-    match = _BRACES.search(path)
-    if not match:
-        return [path]
-    if numbers := _RANGE.fullmatch(match[1]):
-        first, last = numbers.groups()
-        width = len(first) if first.startswith("0") else 0
-        choices = [f"{n:0{width}}" for n in range(int(first), int(last) + 1)]
-    else:
-        choices = match[1].split(",")
-    before, after = path[: match.start()], path[match.end() :]
-    return [rest for choice in choices for rest in expand(f"{before}{choice}{after}")]
 
 
 def line_offsets(file: File, *, quoted: bool = False, block_bytes: int = 1 << 24) -> np.ndarray:

@@ -25,7 +25,8 @@ from lit_jax.config import DataConfig, SourceConfig
 from lit_jax.data import files, records
 from lit_jax.data.decode import decode
 from lit_jax.data.example import BadSampleError, Example
-from lit_jax.data.files import ObjectPath, expand, line_offsets, locate
+from lit_jax.data.files import ObjectPath, line_offsets, locate
+from lit_jax.data.listing import expand
 from lit_jax.data.pipeline import TrainStream
 from lit_jax.data.readers import Captions, ImageTextReader, Pixels
 from lit_jax.data.sources import open_source, tar_index

@@ -5,6 +5,7 @@ A source is random access and can be sent to worker processes; reading an image 
 
 import dataclasses
 import fnmatch
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,15 +15,18 @@ from lit_jax.config import SourceConfig
 from lit_jax.data import captions
 from lit_jax.data.demo import PARALLEL, DemoSource, ParallelDemoSource
 from lit_jax.data.example import Source
-from lit_jax.data.files import AddressError, File, expand, local, locate
+from lit_jax.data.files import AddressError, File, local, locate, require_regular
+from lit_jax.data.listing import expand, is_system, shown, top_folders
 from lit_jax.data.records import MANIFEST
-from lit_jax.data.sources import columns, lists
+from lit_jax.data.sources import columns, lists, splits
 from lit_jax.data.sources.delimited import DelimitedSource
 from lit_jax.data.sources.jsonl import JsonlSource
 from lit_jax.data.sources.records import RecordSource
 from lit_jax.data.sources.tars import TarSource
 from lit_jax.data.sources.tfds import TfdsSource
 from lit_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 CAPTIONS_FILE = "captions.jsonl"
 
@@ -133,49 +137,64 @@ def _open(places: Sequence[File], config: SourceConfig, text_only: bool) -> Sour
     files = list(places)
     folder = files[0] if len(files) == 1 and files[0].is_dir() else None
     if folder:
-        files = sorted(folder.iterdir(), key=str)
-        inside = folder / "annotations"  # COCO; asked for, since Google's stores do not list it
-        if inside.is_dir():
-            files = [*files, *sorted(inside.iterdir(), key=str)]
-    found, kind = _recognise(files)
+        files = _listed(folder)
+    listed, kind = _recognise(files)
+    found = listed
     if kind and not kind.knows_splits and config.split:
-        found = _of_split(found, config.split)
+        found = splits.files_of(found, config.split)
     if kind and found:
         if len(found) > 1 and not kind.several:
             raise UserError(
                 f"{found[0].parent} has {', '.join(file.name for file in found)}; "
                 "name one of them, by the path or by the split."
             )
+        require_regular(found)
         return kind.open(found, config, text_only)
-    if folder and config.split:
-        if (folder / config.split).is_dir():
-            return _open(
-                [folder / config.split], dataclasses.replace(config, split=None), text_only
-            )
-        raise UserError(
-            f"The data set in {folder} has no split {config.split!r}: neither a folder nor a file is called "
-            "like it; leave out the split, or name another one."
-        )
-    return lists.image_folder(folder) if folder else None
+    return _open_folder(folder, listed, config, text_only) if folder else None
+
+
+def _open_folder(
+    folder: File, listed: Sequence[File], config: SourceConfig, text_only: bool
+) -> Source | None:
+    """Open a split that is a folder, or folders of classes.
+
+    Args:
+        listed: files in `folder` that have another split, or none.
+    """
+    if not config.split:
+        source = lists.image_folder(folder)
+        if source is None and (known := [*filter(splits.is_split, top_folders(folder))]):
+            raise splits.not_found(folder, None, known)
+        return source
+    inside = folder / config.split
+    if inside.is_dir():
+        return _open([inside], dataclasses.replace(config, split=None), text_only)
+    raise splits.not_found(folder, config.split, {*splits.in_names(listed), *top_folders(folder)})
+
+
+def _listed(folder: File) -> list[File]:
+    """Return the files of a folder and those of COCO's "annotations" in it, without hidden ones."""
+    files = sorted(folder.iterdir(), key=str)
+    inside = folder / "annotations"  # asked for, since Google's stores do not list it
+    if inside.is_dir():
+        files += sorted(inside.iterdir(), key=str)
+    seen = [file for file in files if not is_system(file.name)]
+    hidden, kind = _recognise([file for file in files if is_system(file.name)])
+    if kind:
+        log.info(
+            "%d hidden or system files in %s are left out: %s.",
+            len(hidden), folder, shown(file.name for file in hidden),
+        )  # fmt: skip
+    return seen
 
 
 def _recognise(files: Sequence[File]) -> tuple[list[File], Format | None]:
-    """The first of `FORMATS` that some of the files have, and these files."""
+    """Return the first of `FORMATS` that some of the files have, and these files."""
     for kind in FORMATS:
         match = re.compile("|".join(map(fnmatch.translate, kind.patterns))).match
         if found := [file for file in files if match(file.name)]:
             return found, kind
     return [], None
-
-
-def _of_split(files: Sequence[File], split: str) -> list[File]:
-    """The files whose names have the split between separators: those most like "train-00000.tar"."""
-    name = re.escape(split)
-    numbered = rf"{name}([-_.][0-9].*)?\.\w+"
-    for pattern in (numbered, rf"(.*[-_.])?{numbered}", rf"(.*[-_.])?{name}[-_.].*"):
-        if found := [file for file in files if re.fullmatch(pattern, file.name)]:
-            return found
-    return []
 
 
 def _home(files: Sequence[File], what: str) -> Path:

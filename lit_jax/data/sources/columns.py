@@ -16,6 +16,7 @@ from pyarrow import parquet
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import Example
 from lit_jax.data.files import File
+from lit_jax.data.sources import splits
 from lit_jax.data.sources.rows import bad_sample, example_of
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
@@ -215,7 +216,5 @@ def open_dict(folder: Path, config: SourceConfig, *, text_only: bool = False) ->
     """The split of a saved DatasetDict that `config` names."""
     names = sorted(file.parent.name for file in folder.glob("*/state.json"))
     if config.split not in names:
-        raise UserError(
-            f"{folder} has no split {config.split!r}; its splits are {', '.join(names)}."
-        )
+        raise splits.not_found(folder, config.split, names)
     return HuggingFaceSource(folder / config.split, config, text_only=text_only)

@@ -2,15 +2,20 @@
 
 import collections
 import contextlib
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import pyarrow as pa
 
 from lit_jax.data.example import Example
-from lit_jax.data.files import File, read_text, readable, walk
+from lit_jax.data.files import File, read_text, readable
+from lit_jax.data.listing import is_system, shown, system_part, walk
+from lit_jax.data.sources import splits
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
+
+log = logging.getLogger(__name__)
 
 # Endings of image files in every kind of source. The tuple stays the same whatever Pillow is installed, since
 # it decides which samples a source has; an index of tar files is made again when it changes (VERSION there).
@@ -62,11 +67,47 @@ class ListedSource:
 
 
 def image_folder(folder: File) -> ListedSource | None:
-    """A folder for each class, with its images at any depth; None if there is no image in a folder."""
-    names = sorted(name for name in walk(folder) if name.lower().endswith(IMAGE_SUFFIXES))
-    names = [name for name in names if "/" in name]
+    """Return the images in a folder for each class, at any depth; None if there is no image in a folder.
+
+    Raises UserError if the folders are splits.
+    """
+    found = list(walk(folder))
+    kept = [name for name in found if not is_system(name)]
+    images = sorted(name for name in kept if name.lower().endswith(IMAGE_SUFFIXES))
+    names = [name for name in images if "/" in name]
+    classes = {name.split("/", 1)[0] for name in names}
+    nested = any(name.count("/") > 1 for name in names)
+    if known := splits.among_classes(classes, nested=nested):
+        raise splits.not_found(folder, None, known)
+    if not names:
+        return None
+    _tell_left_out(folder, found, images, classes)
     labels = [readable(name.split("/", 1)[0]) for name in names]
-    return ListedSource(folder, names, labels=labels) if names else None
+    return ListedSource(folder, names, labels=labels)
+
+
+def _tell_left_out(
+    folder: File, found: Sequence[str], images: Sequence[str], classes: Set[str]
+) -> None:
+    """Say what of the paths `found` gives no example: hidden ones, folders and images without a class."""
+    hidden = {system_part(name) for name in found if is_system(name)}
+    folders = {name.split("/", 1)[0] for name in found if "/" in name and not is_system(name)}
+    outside = [name for name in images if "/" not in name]
+    if hidden:
+        log.info(
+            "%d hidden or system files and folders in %s are left out: %s.",
+            len(hidden), folder, shown(hidden),
+        )  # fmt: skip
+    if empty := folders - classes:
+        log.warning(
+            "%d of the %d folders in %s have no image and are no classes: %s.",
+            len(empty), len(folders), folder, shown(empty),
+        )  # fmt: skip
+    if outside:
+        log.warning(
+            "%d images in %s lie in no folder of a class and are left out: %s.",
+            len(outside), folder, shown(outside),
+        )  # fmt: skip
 
 
 def open_coco(file: File, split: str | None) -> ListedSource:
@@ -84,8 +125,8 @@ def open_karpathy(file: File, split: str | None) -> ListedSource:
     """dataset_flickr30k.json or dataset_coco.json of Karpathy; "train+restval" is two splits in one."""
     with _parsing(file):
         rows = parse_json(read_text(file))["images"]
-        splits = {row["split"] for row in rows}
-        wanted = set((split or "").split("+")) if split else splits
+        known = {row["split"] for row in rows}
+        wanted = set(split.split("+")) if split else known
         images = {
             f"{row['filepath']}/{row['filename']}" if row.get("filepath") else row["filename"]: [
                 sentence["raw"] for sentence in row["sentences"]
@@ -93,10 +134,8 @@ def open_karpathy(file: File, split: str | None) -> ListedSource:
             for row in rows
             if row["split"] in wanted
         }
-    if not wanted <= splits:
-        raise UserError(
-            f"{file} has no split {split!r}; its splits are {', '.join(sorted(splits))}."
-        )
+    if not wanted <= known:
+        raise splits.not_found(file, split, known)
     return _captioned(file, images)
 
 

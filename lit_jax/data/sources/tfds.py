@@ -9,6 +9,7 @@ from typing import Any
 
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import BadSampleError, Example
+from lit_jax.data.sources.splits import not_found
 from lit_jax.errors import UserError
 
 
@@ -106,9 +107,7 @@ def _check_split(splits: Mapping[str, Any], split: str | None, folder: Path) -> 
     try:
         size = splits[split or ""].num_examples  # of "train[:10%]", too
     except (KeyError, ValueError) as error:
-        raise UserError(
-            f"{folder} has no split {split!r}; its splits are {', '.join(sorted(splits))}."
-        ) from error
+        raise not_found(folder, split, splits) from error
     if not size:
         raise UserError(f"The split {split!r} of {folder} is empty; choose another one.")
 

@@ -1,0 +1,205 @@
+"""What lies in a folder, and which files a path with braces names."""
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import PurePosixPath
+
+from pyarrow import fs
+
+from lit_jax.data.files import File, ObjectPath, readable
+from lit_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Written by systems and tools beside a user's files; besides these, every name with a dot in front.
+SYSTEM_NAMES = frozenset(
+    name.casefold()
+    for name in (
+        "__MACOSX",  # zip files made on a Mac
+        "__pycache__",
+        "@eaDir",  # Synology's thumbnails
+        "#recycle",
+        "@Recycle",
+        "$RECYCLE.BIN",
+        "System Volume Information",
+        "lost+found",
+        "Thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+    )
+)
+MAX_NAMES = 1_000_000  # that braces may stand for
+MAX_BRACES = 20  # in one path
+
+_NUMBERS = re.compile(r"(-?[0-9]{1,15})\.\.(-?[0-9]{1,15})(?:\.\.(-?[0-9]{1,15}))?")
+
+
+def is_system(path: str) -> bool:
+    """Return whether a file, or a folder that it lies in, is hidden or made by the system.
+
+    Args:
+        path: relative, with slashes; the dots of "./a" and "../a" hide nothing.
+    """
+    return bool(system_part(path))
+
+
+def system_part(path: str) -> str:
+    """Return the path up to the first hidden or system name in it; "" if it has none."""
+    parts = path.split("/")
+    for number, part in enumerate(parts, start=1):
+        is_hidden = part.startswith(".") and part not in (".", "..")
+        if is_hidden or part.casefold() in SYSTEM_NAMES:
+            return "/".join(parts[:number])
+    return ""
+
+
+def walk(folder: File) -> Iterator[str]:
+    """Yield the paths of all files and folders in `folder`, at any depth; folders end with a slash.
+
+    Paths are relative to `folder` and have slashes. Hidden and system folders are named, but not entered.
+
+    Raises UserError at a link to a folder that it lies in, OSError at a folder that cannot be read.
+    """
+    if isinstance(folder, ObjectPath):
+        for info in folder.filesystem.get_file_info(
+            fs.FileSelector(str(folder.path), recursive=True)
+        ):
+            end = "" if info.type == fs.FileType.File else "/"
+            yield str(PurePosixPath(info.path).relative_to(folder.path)) + end
+        return
+    # Of each folder that is still to be read: where it is, and the real paths of all that it lies in.
+    todo: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(folder),))]
+    seen, again = set(), []
+    while todo:
+        inside, real_paths = todo.pop()
+        if real_paths[-1] in seen:
+            again.append(inside)
+        seen.add(real_paths[-1])
+        with os.scandir(folder / inside) as entries:
+            for entry in entries:
+                # Folders of classes are often links to where the images are.
+                if not entry.is_dir():
+                    yield inside + entry.name
+                    continue
+                yield (name := f"{inside}{entry.name}/")
+                if not is_system(entry.name):
+                    todo.append((name, (*real_paths, _real_path(entry, real_paths))))
+    if again:
+        log.warning(
+            "%d folders in %s are there under another path, too, by links; their files count each time: %s.",
+            len(again), folder, shown(again),
+        )  # fmt: skip
+
+
+def _real_path(folder: os.DirEntry[str], parents: Sequence[str]) -> str:
+    """Return where a folder really is. Raises UserError if one of its parents is there, or further down."""
+    if not folder.is_symlink():
+        return os.path.join(parents[-1], folder.name)
+    real = os.path.realpath(folder.path)
+    if any(os.path.commonpath((real, parent)) == real for parent in parents):
+        raise UserError(
+            f"{folder.path} is a link to {real}, a folder that it lies in, so its files would have no end; "
+            "remove the link."
+        )
+    return real
+
+
+def top_folders(folder: File) -> list[str]:
+    """Return the names of the folders in `folder`, sorted and without hidden ones."""
+    if isinstance(folder, ObjectPath):  # Google's stores list no folders
+        names = {path.split("/", 1)[0] for path in walk(folder) if "/" in path}
+    else:
+        with os.scandir(folder) as entries:
+            names = {entry.name for entry in entries if entry.is_dir()}
+    return sorted(name for name in names if not is_system(name))
+
+
+def shown(names: Iterable[str], most: int = 10) -> str:
+    """Return the first names of many, as they stand in a message."""
+    ordered = sorted(names)
+    return ", ".join(map(readable, ordered[:most])) + (", ..." if len(ordered) > most else "")
+
+
+def expand(path: str) -> list[str]:
+    """Return the names that a shell makes of braces.
+
+    'a{00..02}' is a00, a01, a02, and '{a,b}.tar' is a.tar, b.tar. The name of a file or folder on this
+    machine stands for itself.
+
+    Raises UserError if the braces do not match, name nothing, or stand for more than `MAX_NAMES`.
+    """
+    if not {"{", "}"} & {*path} or os.path.lexists(os.path.expanduser(path)):
+        return [path]
+    if path.count("{") > MAX_BRACES:
+        raise UserError(f"{_braces(path)} are more than {MAX_BRACES}; name a folder.")
+    return _expanded(path)
+
+
+def _expanded(path: str) -> list[str]:
+    start = path.find("{")
+    if start < 0:
+        if "}" in path:
+            raise _malformed(path)
+        return [path]
+    end = _closing(path, start)
+    names = [name for choice in _choices(path[start : end + 1]) for name in _expanded(choice)]
+    rests = _expanded(path[end + 1 :])
+    _check_count(path, len(names) * len(rests))
+    return [path[:start] + name + rest for name in names for rest in rests]
+
+
+def _closing(path: str, start: int) -> int:
+    """Return where the brace at `start` is closed."""
+    depth = 0
+    for place in range(start, len(path)):
+        depth += {"{": 1, "}": -1}.get(path[place], 0)
+        if not depth:
+            return place
+    raise _malformed(path)
+
+
+def _choices(braces: str) -> list[str]:
+    """Return what stands between braces: the numbers of a range, or what commas divide."""
+    inside = braces[1:-1]
+    if numbers := _NUMBERS.fullmatch(inside):
+        first, last = numbers[1], numbers[2]
+        step = max(1, abs(int(numbers[3] or 1)))
+        # As in a shell: a zero in front of one of the two gives all names the same width.
+        padded = any(re.match("-?0[0-9]", end) for end in (first, last))
+        width = max(len(first), len(last)) if padded else 0
+        start, stop = int(first), int(last)
+        steps = range(start, stop + 1, step) if start <= stop else range(start, stop - 1, -step)
+        _check_count(braces, len(steps))
+        return [f"{number:0{width}}" for number in steps]
+    choices, depth, begin = [], 0, 0
+    for place, letter in enumerate(inside):
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        if letter == "," and not depth:
+            choices.append(inside[begin:place])
+            begin = place + 1
+    if not choices:
+        raise _malformed(braces)
+    return [*choices, inside[begin:]]
+
+
+def _check_count(path: str, count: int) -> None:
+    if count > MAX_NAMES:
+        raise UserError(
+            f"{_braces(path)} stand for {count:,} names, more than {MAX_NAMES:,}; write a smaller range, or "
+            "name a folder."
+        )
+
+
+def _malformed(path: str) -> UserError:
+    return UserError(
+        f"{_braces(path)} are neither a range nor a list; write a range as {{00000..00331}}, and a list as "
+        "{a,b}."
+    )
+
+
+def _braces(path: str) -> str:
+    """Return the subject of a sentence; the start of an address, which may hold a key, is no part of it."""
+    first = re.search("[{}]", path)
+    return f"The braces in {path[first.start() if first else 0 :][:60]!r}"

@@ -1,0 +1,69 @@
+"""Splits of a data set that are folders, or parts of the names of its files."""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+
+from lit_jax.data.files import File
+from lit_jax.data.listing import shown
+from lit_jax.errors import UserError
+
+_TRAIN = "train(?:ing)?"
+_OTHER = "val|valid|validation|dev|test|testing"
+# "train", "Test", "val2017", "seg_train", "test_images"; not "train station".
+_SPLIT = rf"(?:.*[-_.])?(?:{_TRAIN}|{_OTHER})(?:[-_.]?(?:[0-9]+|images|imgs|set|data|split))?"
+# "-00000-of-00005.parquet"
+_NUMBER_AND_ENDING = r"(^[0-9]+|[-_.][0-9]+)*([-_.]of[-_.][0-9]+)?\.\w+$"
+
+
+def files_of(files: Sequence[File], split: str) -> list[File]:
+    """Return the files whose names have the split between separators: those most like "train-00000.tar"."""
+    name = re.escape(split)
+    numbered = rf"{name}([-_.][0-9].*)?\.\w+"
+    for pattern in (numbered, rf"(.*[-_.])?{numbered}", rf"(.*[-_.])?{name}[-_.].*"):
+        if found := [file for file in files if re.fullmatch(pattern, file.name)]:
+            return found
+    return []
+
+
+def in_names(files: Iterable[File]) -> set[str]:
+    """Return the splits that the files can be chosen by: what stands in their names in front of a number."""
+    names = {re.sub(_NUMBER_AND_ENDING, "", file.name) for file in files}
+    parts = {part for name in names for part in re.split("[-_.]", name) if is_split(part)}
+    return parts or names - {""}
+
+
+def is_split(name: str) -> bool:
+    """Return whether a folder is usually called so because it is a split, and not because it is a class."""
+    return re.fullmatch(_SPLIT, name, re.IGNORECASE) is not None
+
+
+def among_classes(names: Collection[str], *, nested: bool) -> list[str]:
+    """Return those of the folders `names` that are splits where folders of classes are expected.
+
+    Args:
+        nested: whether there are folders in them. A folder "train" that is alone and holds none may hold
+            pictures of trains.
+    """
+    found = sorted(filter(is_split, names))
+    exact = [
+        [name for name in names if re.fullmatch(kind, name, re.IGNORECASE)]
+        for kind in (_TRAIN, _OTHER)
+    ]
+    are_all = len(found) == len(names) and (len(found) > 1 or nested)
+    return found if are_all or all(exact) else []
+
+
+def not_found(where: object, split: str | None, known: Iterable[str]) -> UserError:
+    """Return what to raise where no split is named, or one that the data set lacks."""
+    known = sorted(known)
+    if not split:
+        return UserError(
+            f"{where} has splits, and none is named; name a split of this source, one of {shown(known, 20)} "
+            "(config.data.train.split to train, --split to evaluate)."
+        )
+    if not known:
+        return UserError(
+            f"The data set in {where} has no split {split!r}: neither a folder nor a file is called like it; "
+            "leave out the split, or name another one."
+        )
+    return UserError(f"{where} has no split {split!r}; its splits are {shown(known, 20)}.")

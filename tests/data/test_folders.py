@@ -1,0 +1,249 @@
+"""Folders as people have them: hidden ones, links, splits, and names with braces."""
+
+import json
+import logging
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lit_jax.config import SourceConfig
+from lit_jax.data.listing import expand, is_system
+from lit_jax.data.sources import open_source
+from lit_jax.errors import UserError
+from tests.data.object_store import BUCKET, serve
+
+HIDDEN = (
+    ".ipynb_checkpoints/0.jpg",
+    "__MACOSX/cat/._0.jpg",
+    ".git/x.png",
+    "@eaDir/0.jpg",
+    "#recycle/old/0.jpg",
+    "lost+found/0.jpg",
+    "$RECYCLE.BIN/0.png",
+    "dog/.ipynb_checkpoints/0.jpg",
+    "dog/._0.jpg",
+    "dog/.DS_Store",
+    "dog/Thumbs.db",
+    "dog/@eaDir/0.jpg@SynoEAStream/0.jpg",
+)
+
+
+@pytest.fixture
+def make(tmp_path, noise, encode):
+    """Makes files of these names, all of them the same picture."""
+    image = encode(noise(4, 7, 3))
+
+    def make(*names: str) -> Path:
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(image)
+        return tmp_path
+
+    return make
+
+
+def labels(path: object, split: str | None = None) -> list[str | None]:
+    source = open_source(SourceConfig(path=str(path), split=split))
+    return [source[i]["label"] for i in range(len(source))]
+
+
+def test_hidden_and_system_folders_are_no_classes(make, caplog):
+    caplog.set_level(logging.INFO)
+    folder = make("cat/0.jpg", "dog/0.jpg", "dog/deep/1.jpg", *HIDDEN)
+    assert labels(folder) == ["cat", "dog", "dog"]
+    assert f"{len(HIDDEN)} hidden or system files and folders" in caplog.text
+    assert "__MACOSX" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["._captions.jsonl", ".captions.jsonl.swp.jsonl", "._b.jsonl"])
+def test_hidden_files_are_no_data(make, name, caplog):
+    caplog.set_level(logging.INFO)
+    folder = make("a.png")
+    (folder / "captions.jsonl").write_text(json.dumps({"image": "a.png", "caption": "a"}))
+    (folder / name).write_bytes(b"\0\5\x16\7")
+    assert len(open_source(SourceConfig(path=str(folder)))) == 1
+    assert f"1 hidden or system files in {folder} are left out: {name}" in caplog.text
+    (folder / "captions.jsonl").unlink()
+    with pytest.raises(UserError, match="no data set"):
+        open_source(SourceConfig(path=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("./cat/0.jpg", False),
+        ("../cat/0.jpg", False),
+        ("cat/..hidden/0.jpg", True),
+        ("a.b/0.jpg", False),
+        ("THUMBS.DB", True),
+        ("__macosx/0.jpg", True),
+        ("lost", False),
+    ],
+)
+def test_what_is_hidden_is_seen_by_its_name(path, expected):
+    assert is_system(path) == expected
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [("cat/up", ".."), ("cat/up", "../.."), ("cat/self", "."), ("dog/deep/up", "../../cat/..")],
+)
+def test_a_link_to_a_parent_folder_is_refused_by_name(make, link, target):
+    folder = make("cat/0.jpg", "dog/deep/0.jpg")
+    (folder / link).symlink_to(target)
+    with pytest.raises(UserError, match=rf"{link} is a link to .*remove the link"):
+        labels(folder)
+
+
+def test_links_that_lead_to_each_other_are_refused(make):
+    folder = make("cat/0.jpg", "dog/0.jpg")
+    (folder / "cat/other").symlink_to("../dog")
+    (folder / "dog/other").symlink_to("../cat")
+    with pytest.raises(UserError, match=r"other is a link to .*remove the link"):
+        labels(folder)
+
+
+def test_links_to_folders_elsewhere_are_followed(make, tmp_path):
+    make("elsewhere/0.jpg", "elsewhere/deep/1.jpg", "data/cat/0.jpg", "other/2.jpg")
+    (tmp_path / "data/dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/cat/more").symlink_to(tmp_path / "other", target_is_directory=True)
+    (tmp_path / "linked").symlink_to(tmp_path / "data")
+    (tmp_path / "data/gone").symlink_to(tmp_path / "nowhere")
+    assert labels(tmp_path / "linked") == ["cat", "cat", "dog", "dog"]
+
+
+def test_a_folder_that_is_reached_twice_is_told(make, caplog):
+    folder = make("cat/0.jpg", "dog/0.jpg")
+    (folder / "hound").symlink_to("dog")
+    assert labels(folder) == ["cat", "dog", "hound"]
+    assert "hound" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [
+        ("train", "val"),
+        ("Training", "Test"),
+        ("train2017", "val2017"),
+        ("seg_train", "seg_test"),
+        ("test_images", "train_images"),
+        ("dev", "train", "validation"),
+        ("train",),
+    ],
+)
+def test_splits_are_no_classes(make, splits):
+    folder = make(*(f"{split}/{name}/0.jpg" for split in splits for name in ("cat", "dog")))
+    with pytest.raises(UserError, match="name a split") as raised:
+        labels(folder)
+    assert ", ".join(sorted(splits)) in str(raised.value)
+    assert labels(folder, splits[0]) == ["cat", "dog"]
+
+
+def test_splits_beside_other_folders_are_no_classes(make):
+    folder = make("train/cat/0.jpg", "val/cat/0.jpg", "sample/0.jpg")
+    with pytest.raises(UserError, match=r"name a split.* train, val "):
+        labels(folder)
+
+
+@pytest.mark.parametrize("classes", [("bus", "train"), ("testbild", "trainer"), ("train",)])
+def test_classes_may_be_called_like_a_split(make, classes):
+    assert labels(make(*(f"{name}/0.jpg" for name in classes))) == list(classes)
+
+
+@pytest.mark.parametrize("name", ["0.tar", "0.parquet", "captions.jsonl"])
+def test_folders_of_splits_with_other_data_are_listed(make, name):
+    folder = make(f"train/{name}", f"test/{name}")
+    with pytest.raises(UserError, match=r"name a split.* test, train "):
+        labels(folder)
+
+
+@pytest.mark.parametrize("store", ["s3://nobody:none", "gs://anonymous"])
+def test_splits_and_hidden_folders_of_an_object_store(make, store):
+    names = ("train/cat/0.jpg", "train/__MACOSX/0.jpg", "val/cat/0.jpg", "tars/train/0.tar")
+    with serve(make(*(f"all/{name}" for name in names))) as address:
+        root = address(f"{store}@{BUCKET}/all")
+        assert labels(root.replace("/all", "/all/train")) == ["cat"]
+        assert labels(root, "val") == ["cat"]
+        with pytest.raises(UserError, match=r"name a split.* train, val "):
+            labels(root)
+        with pytest.raises(UserError, match=r"name a split.* train "):
+            labels(root.replace("/all", "/all/tars"))
+        with pytest.raises(UserError, match=r"no split 'dev'.* tars, train, val"):
+            labels(root, "dev")
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "known"),
+    [
+        (("captions_train2017.json", "captions_val2017.json"), "val", "train2017, val2017"),
+        (("annotations/captions_val2014.json",), "val", "annotations, val2014"),
+        (("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"), "val", "train"),
+        (("cc3m-train-0000.tar", "cc3m-validation-0000.tar"), "val", "train, validation"),
+        (("photos.csv", "drawings.csv"), "val", "drawings, photos"),
+        (("train/0.jpg", "test.tsv"), "val", "test, train"),
+    ],
+)
+def test_splits_in_the_names_of_files_are_listed(make, names, split, known):
+    folder = make(*names)
+    with pytest.raises(UserError, match=rf"no split '{split}'; its splits are {known}\."):
+        labels(folder, split)
+
+
+def test_files_without_a_split_in_their_names_have_none(make):
+    with pytest.raises(UserError, match="no split 'val': neither a folder nor a file"):
+        labels(make("00000.tar", "00001.tar"), "val")
+
+
+def test_folders_and_images_without_a_class_are_told(make, caplog):
+    folder = make("cat/0.jpg", "dog/0.jpg", "cover.jpg", "notes/readme.txt", "photos/0.heic")
+    (folder / "empty").mkdir()
+    assert labels(folder) == ["cat", "dog"]
+    assert "3 of the 5 folders" in caplog.text
+    assert "empty, notes, photos" in caplog.text
+    assert "1 images" in caplog.text
+    assert "cover.jpg" in caplog.text
+
+
+def test_braces_are_those_of_a_shell(tmp_path, monkeypatch):
+    for path in (
+        "s/{00009..00011}.tar",
+        "{a,b}{1..2}",
+        "plain.tar",
+        "a{,b}",
+        "a{b,{c,d}}e",
+        "{3..1}",
+        "{1..9..4}",
+        "{08..10}",
+        "{-1..1}",
+        "x{a{1..2},b}{y,z}",
+    ):
+        words = subprocess.run(["bash", "-c", f"echo {path}"], capture_output=True, check=True)
+        assert expand(path) == words.stdout.decode().split(), path
+    monkeypatch.chdir(tmp_path)
+    Path("{a,b}.csv").touch()
+    assert expand("{a,b}.csv") == ["{a,b}.csv"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("{0..99999999}.tar", "names, more than 1,000,000"),
+        ("{a,b}" * 20, "names, more than 1,000,000"),
+        ("{a,b}" * 21, "more than 20"),
+        ("{" * 100_000, "more than 20"),
+        ("{0..1", "neither a range nor a list"),
+        ("0..1}", "neither a range nor a list"),
+        ("{x}", "neither a range nor a list"),
+        ("{}", "neither a range nor a list"),
+        ("{0..}", "neither a range nor a list"),
+        ("{0.." + "9" * 5000 + "}", "neither a range nor a list"),
+        ("{a,{b}", "neither a range nor a list"),
+        ("s3://KEY:SECRET@bucket/{0..", "neither a range nor a list"),
+    ],
+    ids=range(12),
+)
+def test_braces_that_name_too_much_or_nothing_are_refused(path, message):
+    with pytest.raises(UserError, match=rf"^The braces in .{{1,90}}{message}") as raised:
+        open_source(SourceConfig(path=path))
+    assert "SECRET" not in str(raised.value)
