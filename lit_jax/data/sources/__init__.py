@@ -16,11 +16,12 @@ from lit_jax.data import captions
 from lit_jax.data.demo import PARALLEL, DemoSource, ParallelDemoSource
 from lit_jax.data.example import Source
 from lit_jax.data.files import AddressError, File, local, locate, require_regular
-from lit_jax.data.listing import expand, is_system, shown, top_folders
+from lit_jax.data.listing import expand, is_system, shown, top_folders, walk
 from lit_jax.data.records import MANIFEST
 from lit_jax.data.sources import columns, lists, splits
 from lit_jax.data.sources.delimited import DelimitedSource
 from lit_jax.data.sources.jsonl import JsonlSource
+from lit_jax.data.sources.pairs import open_pairs
 from lit_jax.data.sources.records import RecordSource
 from lit_jax.data.sources.tars import TarSource
 from lit_jax.data.sources.tfds import TfdsSource
@@ -124,8 +125,8 @@ def _find(config: SourceConfig, text_only: bool) -> Source:
         raise UserError(f"{config.path!r} cannot be read ({error}).") from error
     raise UserError(
         f"There is no data set in {config.path!r}; a source's path (config.data.train.path to train) is "
-        f"'demo', a file or a folder that has one of {_all_patterns()}, or a folder that has a folder of "
-        "images for each class."
+        f"'demo', a file or a folder that has one of {_all_patterns()}, or a folder with images that "
+        "have texts beside them (a.jpg, a.txt) or a folder for each class."
     )
 
 
@@ -139,6 +140,8 @@ def _open(places: Sequence[File], config: SourceConfig, text_only: bool) -> Sour
     if folder:
         files = _listed(folder)
     listed, kind = _recognise(files)
+    if folder and listed and listed[0].suffix == ".parquet" and _is_record(listed[0]):
+        listed, kind = [], None
     found = listed
     if kind and not kind.knows_splits and config.split:
         found = splits.files_of(found, config.split)
@@ -156,13 +159,15 @@ def _open(places: Sequence[File], config: SourceConfig, text_only: bool) -> Sour
 def _open_folder(
     folder: File, listed: Sequence[File], config: SourceConfig, text_only: bool
 ) -> Source | None:
-    """Open a split that is a folder, or folders of classes.
+    """Open a split that is a folder, or images with their captions beside them or in folders of classes.
 
     Args:
         listed: files in `folder` that have another split, or none.
     """
     if not config.split:
-        source = lists.image_folder(folder)
+        paths = [*walk(folder)]
+        source = open_pairs(folder, paths, config, text_only=text_only)
+        source = source or lists.image_folder(folder, paths)
         if source is None and (known := [*filter(splits.is_split, top_folders(folder))]):
             raise splits.not_found(folder, None, known)
         return source
@@ -186,6 +191,11 @@ def _listed(folder: File) -> list[File]:
             len(hidden), folder, shown(file.name for file in hidden),
         )  # fmt: skip
     return seen
+
+
+def _is_record(table: File) -> bool:
+    """Return whether a Parquet file is what img2dataset notes of the files in a folder of the same name."""
+    return table.stem.isdecimal() and (table.parent / table.stem).is_dir()
 
 
 def _recognise(files: Sequence[File]) -> tuple[list[File], Format | None]:

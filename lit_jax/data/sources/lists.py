@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from lit_jax.data.example import Example
 from lit_jax.data.files import File, read_text, readable
-from lit_jax.data.listing import is_system, shown, system_part, walk
+from lit_jax.data.listing import is_system, shown, system_part
 from lit_jax.data.sources import splits
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
@@ -66,19 +66,19 @@ class ListedSource:
         )
 
 
-def image_folder(folder: File) -> ListedSource | None:
+def image_folder(folder: File, found: Sequence[str]) -> ListedSource | None:
     """Return the images in a folder for each class, at any depth; None if there is no image in a folder.
+
+    Args:
+        found: the paths of all files and folders in it, as `walk` gives them.
 
     Raises UserError if the folders are splits.
     """
-    found = list(walk(folder))
     kept = [name for name in found if not is_system(name)]
     images = sorted(name for name in kept if name.lower().endswith(IMAGE_SUFFIXES))
     names = [name for name in images if "/" in name]
     classes = {name.split("/", 1)[0] for name in names}
-    nested = any(name.count("/") > 1 for name in names)
-    if known := splits.among_classes(classes, nested=nested):
-        raise splits.not_found(folder, None, known)
+    splits.require_named(folder, names)
     if not names:
         return None
     _tell_left_out(folder, found, images, classes)

@@ -4,7 +4,7 @@ WebDataset ends a sample's name at the first dot, so that `a.left.png` belongs t
 such as `photo.v2.jpg`. `decide` says once for a data set at which dot the names end.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -80,7 +80,10 @@ Readings = tuple[Reading, Reading]
 
 
 def read_members(
-    members: Sequence[Member], pack: Callable[[Sequence[Sample]], pa.RecordBatch], place: str = ""
+    members: Sequence[Member],
+    pack: Callable[[Sequence[Sample]], pa.RecordBatch],
+    place: str = "",
+    at_least: Collection[str] = tuple(FIELDS),
 ) -> Readings:
     """Return both readings of members that lie in a row.
 
@@ -89,11 +92,12 @@ def read_members(
     Args:
         pack: makes a table of samples.
         place: stands before names in messages.
+        at_least: fields of which one makes a sample; files that have none of them beside them are not read.
     """
-    first = _read(members, pack, place, last_dot=False)
+    first = _read(members, pack, place, at_least, last_dot=False)
     if all(member.name.count(".") < 2 for member in members):
         return first, first
-    return first, _read(members, pack, place, last_dot=True)
+    return first, _read(members, pack, place, at_least, last_dot=True)
 
 
 def decide(readings: Sequence[Readings]) -> list[Reading]:
@@ -154,6 +158,7 @@ def _read(
     members: Iterable[Member],
     pack: Callable[[Sequence[Sample]], pa.RecordBatch],
     place: str,
+    at_least: Collection[str],
     *,
     last_dot: bool,
 ) -> Reading:
@@ -161,6 +166,10 @@ def _read(
     images = described = surplus = 0
     for key, group in _groups(members, last_dot, place, unread):
         chosen = {field: _choose(field, found) for field, found in group.items()}
+        if not any(field in group for field in at_least):
+            for member in [m for found in group.values() for m in found.values()]:
+                _count(unread, f".{_suffix(member)}", [place + member.folder + member.name])
+            continue
         flaw = next((m.flaw for found in chosen.values() for m in found if m.flaw), "")
         if "image" not in chosen:
             problems.add((place + key, "no image"))
@@ -170,7 +179,11 @@ def _read(
         if len(chosen.get("text", ())) > 1:
             problems.add((place + key, "texts"))
         left = [
-            m for field, found in group.items() for m in found.values() if m not in chosen[field]
+            m
+            for field, found in group.items()
+            if len(found) > 1
+            for m in found.values()
+            if m not in chosen[field]
         ]
         for member in left:
             _count(unread, f".{_suffix(member)}", [place + member.folder + member.name])
@@ -215,6 +228,8 @@ def _choose(field: str, found: Mapping[str, Member]) -> list[Member]:
     An ending without another dot in it is the field itself: WebDataset, too, finds the image of a.jpg and
     a.mask.jpg under `jpg`.
     """
+    if len(found) == 1:
+        return [*found.values()]
     for rank in FIELDS[field]:
         of_rank = {e: m for e, m in found.items() if f".{_suffix(m)}" in rank}
         chosen = [m for e, m in of_rank.items() if "." not in e] or [*of_rank.values()]

@@ -53,6 +53,18 @@ def among_classes(names: Collection[str], *, nested: bool) -> list[str]:
     return found if are_all or all(exact) else []
 
 
+def require_named(folder: File, images: Iterable[str]) -> None:
+    """Raise UserError if the folders in `folder` that have images are splits, and not parts or classes.
+
+    Args:
+        images: paths relative to `folder`.
+    """
+    inside = [path.split("/") for path in images if "/" in path]
+    names = {first for first, *_ in inside}
+    if known := among_classes(names, nested=any(len(parts) > 2 for parts in inside)):
+        raise not_found(folder, None, known)
+
+
 def not_found(where: object, split: str | None, known: Iterable[str]) -> UserError:
     """Return what to raise where no split is named, or one that the data set lacks."""
     known = sorted(known)

@@ -1,0 +1,135 @@
+"""Images with their captions in files beside them, as img2dataset writes them by default.
+
+    00000/000000000.jpg, 00000/000000000.txt, 00000/000000000.json
+
+A sample is the files of one folder whose names differ in their ending alone, see `samples`.
+"""
+
+import itertools
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+
+from lit_jax.config import SourceConfig
+from lit_jax.data.example import BadSampleError, Example
+from lit_jax.data.files import File, readable
+from lit_jax.data.listing import is_system
+from lit_jax.data.sources import samples, splits
+from lit_jax.data.sources.lists import IMAGE_SUFFIXES
+from lit_jax.data.sources.rows import bad_sample
+from lit_jax.data.sources.samples import FIELDS, FLAWS, Member, Parts, Reading, example_of_parts
+
+log = logging.getLogger(__name__)
+
+_TEXT = tuple(suffix for rank in (*FIELDS["text"], *FIELDS["json"]) for suffix in rank)
+# Few different values in millions of rows: a dictionary keeps each once.
+_FEW = pa.dictionary(pa.int32(), pa.binary())
+_SCHEMA = pa.schema(
+    [("key", pa.large_binary()), ("flaw", _FEW), *((field, _FEW) for field in FIELDS)]
+)
+
+
+class PairSource:
+    """Images of a folder with files beside them. Kept as Arrow arrays: a name, and endings by field."""
+
+    def __init__(self, folder: File, table: pa.Table, config: SourceConfig, *, text_only: bool):
+        self._folder = folder
+        self._table = table
+        self._config = config
+        self._text_only = text_only
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Example:
+        key, flaw, *endings = (self._table[name][index].as_py() for name in _SCHEMA.names)
+        names = {
+            field: [os.fsdecode(key + ending) for ending in value.split(b"/")] if value else []
+            for field, value in zip(FIELDS, endings, strict=True)
+        }
+        key = readable(os.fsdecode(key))
+        if flaw:
+            kind, reason = FLAWS[flaw.decode()]
+            raise BadSampleError(f"{key} {reason}", kind)
+        with bad_sample(key):
+            contents = {
+                field: [(self._folder / name).read_bytes() for name in found]
+                for field, found in names.items()
+                if field != "image"
+            }
+            one = {field: found[0] if found else None for field, found in contents.items()}
+            return example_of_parts(
+                Parts(next(iter(names["image"]), None), contents["text"], one["json"], one["cls"]),
+                self._config,
+                self._folder,
+                key=key,
+                text_only=self._text_only,
+            )
+
+
+def open_pairs(
+    folder: File, found: Sequence[str], config: SourceConfig, *, text_only: bool = False
+) -> PairSource | None:
+    """Return the samples of a folder, if at least half of its images have a text or json beside them.
+
+    Args:
+        found: the paths of all files in it.
+
+    Raises UserError if its folders are splits.
+    """
+    names = [name for name in found if not is_system(name) and not name.endswith("/")]
+    # Most folders with images have no texts: these are told apart without looking at each name.
+    if not any(name.lower().endswith(_TEXT) for name in names):
+        return None
+    readings = samples.decide([*_readings(names)])
+    images = sum(reading.images for reading in readings)
+    if not images or 2 * sum(reading.described for reading in readings) < images:
+        return None
+    splits.require_named(folder, [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)])
+    for remark in samples.remarks(readings):
+        log.warning("%s: %s.", folder, remark)
+    log.info("%s has %d images with files of captions or json beside them.", folder, images)
+    table = pa.Table.from_batches([reading.samples for reading in readings], _SCHEMA)
+    return PairSource(
+        folder, table.unify_dictionaries().combine_chunks(), config, text_only=text_only
+    )
+
+
+def _readings(names: Sequence[str]) -> Iterator[tuple[Reading, Reading]]:
+    """Yield the readings of each folder."""
+    split = sorted(name.rpartition("/")[::2] for name in names)
+    folders = {folder for folder, _ in split}
+    for folder, files in itertools.groupby(split, key=lambda parts: parts[0]):
+        inside = f"{folder}/" if folder else ""
+        members = [Member(inside, name) for _, name in files if not _is_log(inside, name, folders)]
+        # Neighbours are those whose names are equal up to the first dot, and among these up to the last one.
+        members.sort(key=lambda member: ((parts := member.name.split("."))[:-1], parts[-1]))
+        has_images = any(member.name.lower().endswith(IMAGE_SUFFIXES) for member in members)
+        # A readme lies beside folders of images; a caption lies beside images.
+        yield samples.read_members(members, _pack, at_least=("image", "text")[: 1 + has_images])
+
+
+def _is_log(folder: str, name: str, folders: set[str]) -> bool:
+    """Return whether it is what img2dataset notes of the samples in a folder beside it."""
+    match = re.fullmatch(r"([0-9]+)(\.parquet|_stats\.json)", name)
+    return match is not None and folder + match[1] in folders
+
+
+def _pack(found: Sequence[samples.Sample]) -> pa.RecordBatch:
+    def endings(field: str) -> list[bytes | None]:
+        return [
+            b"/".join(
+                os.fsencode(member.folder + member.name)[len(os.fsencode(sample.key)) :]
+                for member in sample.members.get(field, ())
+            )
+            or None
+            for sample in found
+        ]
+
+    keys = pa.array([os.fsencode(sample.key) for sample in found], pa.large_binary())
+    flaws = [sample.flaw.encode() or None for sample in found]
+    columns = [pa.array(values, _FEW) for values in (flaws, *map(endings, FIELDS))]
+    return pa.RecordBatch.from_arrays([keys, *columns], schema=_SCHEMA)
