@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_jax.console import command
+from lit_jax.console import add_path, command
 from lit_jax.data.example import Example
 from lit_jax.errors import UserError
 from lit_jax.evals.cache import EmbeddingCache
@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", required=True, help="folder of pictures")
     parser.add_argument("--query", required=True, action="append", help="may be given many times")
     parser.add_argument("--count", type=int, default=16, help="pictures for each query")
-    parser.add_argument("--output", type=Path, default=Path("search.html"), help="page to write")
-    parser.add_argument("--cache", type=Path, default=Path("search_cache"))
+    add_path(parser, "--output", default=Path("search.html"), help="page to write")
+    add_path(parser, "--cache", default=Path("search_cache"))
     args = parser.parse_args(argv)
 
     pictures = Pictures(Path(args.images).expanduser())

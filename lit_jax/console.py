@@ -1,5 +1,6 @@
 """How the commands speak: one line for what goes wrong, no noise for what goes well."""
 
+import argparse
 import functools
 import io
 import logging
@@ -7,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import absl.logging
 
@@ -21,14 +22,13 @@ from lit_jax.errors import (
     Preempted,
     UserError,
 )
+from lit_jax.files import output_path
 from lit_jax.printable import printable
 
 
-def named_folder(text: str) -> Path:
-    """The type of a flag: an empty text, as of an unset variable, is not taken for the current folder."""
-    if not text:
-        raise UserError("--workdir and --output must not be empty; name a folder.")
-    return Path(text)
+def add_path(parser: argparse._ActionsContainer, flag: str, **options: Any) -> None:
+    """Add a flag for a run folder, or for a file or folder to write; see `output_path`."""
+    parser.add_argument(flag, type=functools.partial(output_path, flag), **options)
 
 
 def command(main: Callable[..., None]) -> Callable[..., int]:

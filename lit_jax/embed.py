@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from lit_jax.config_file import load_config, split_overrides
-from lit_jax.console import command, named_folder
+from lit_jax.console import add_path, command
 from lit_jax.distributed import process
 from lit_jax.errors import UserError
 from lit_jax.training.embed_data import embed
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="file.py or file.py:argument")
-    parser.add_argument("--output", type=named_folder, required=True, help="folder to write")
+    add_path(parser, "--output", required=True, help="folder to write")
     parser.add_argument("--side", choices=("image", "text"), default="image")
     parser.add_argument("--views", type=int, help="of each image; config.data.views if not given")
     parser.add_argument("--batch_size", type=int, help="rows a step of a process; 64 a device")

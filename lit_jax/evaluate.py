@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 
 from lit_jax.config import EvalConfig, MeshConfig, parse
-from lit_jax.console import command, named_folder
+from lit_jax.console import add_path, command
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.text import load_tokenizer
 from lit_jax.distributed import process
@@ -65,7 +65,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--workdir", type=named_folder, help="folder of a training run")
+    add_path(model, "--workdir", help="folder of a training run")
     model.add_argument("--model", help="folder or Hub id of a dual encoder")
     parser.add_argument("--step", type=int, help="of the checkpoint; the latest if not given")
     parser.add_argument("--data", help="a data set in any format of docs/data.md")
@@ -81,10 +81,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train_split", help="of --train_data, if it has splits")
     parser.add_argument("--shots", help="1,2,4,... training images of each class")
     parser.add_argument("--batch_size", type=int, help="over all devices and processes")
-    parser.add_argument("--output", type=Path, help="JSON file to write, flat")
-    parser.add_argument("--results", type=Path, help="folder for CLIP_benchmark's JSON and a table")
-    parser.add_argument("--report", type=Path, help="HTML file to write")
-    parser.add_argument("--cache", type=Path, help="folder that keeps embeddings")
+    add_path(parser, "--output", help="JSON file to write, flat")
+    add_path(parser, "--results", help="folder for CLIP_benchmark's JSON and a table")
+    add_path(parser, "--report", help="HTML file to write")
+    add_path(parser, "--cache", help="folder that keeps embeddings")
     args = parser.parse_args(argv)
     _check(args)
     if args.workdir and not args.data and args.step is None:

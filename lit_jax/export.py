@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import transformers
 
-from lit_jax.console import command, named_folder
+from lit_jax.console import add_path, command
 from lit_jax.data.image import ImageTransform, load_processor
 from lit_jax.data.text import without_state
 from lit_jax.models.dual_encoder import DualEncoderModule
@@ -39,10 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--workdir", type=named_folder, required=True, help="folder of a training run"
-    )
-    parser.add_argument("--output", type=named_folder, required=True, help="folder to write")
+    add_path(parser, "--workdir", required=True, help="folder of a training run")
+    add_path(parser, "--output", required=True, help="folder to write")
     parser.add_argument("--step", type=int, help="of the checkpoint; the latest if not given")
     args = parser.parse_args(argv)
     # Locked parameters are on disk as they were read; float32 gives them away unrounded.

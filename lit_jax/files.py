@@ -1,13 +1,56 @@
-"""Files that are written whole or not at all, and JSON that somebody else wrote."""
+"""Paths to write, files that are written whole or not at all, and JSON that somebody else wrote."""
 
 import contextlib
 import json
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lit_jax.errors import UserError
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+# Orbax lists the parts of a checkpoint by a pattern that begins with the folder's own path.
+_PATTERN = re.compile(r"[\[\]*?]")
+
+
+def local_path(name: str, text: str) -> Path:
+    """Return the path on this machine that the flag or key `name` gives; a leading `~` is the home folder.
+
+    Raises UserError for an empty text, as of an unset variable, and for an address such as gs://bucket/run.
+    """
+    if not text:
+        raise UserError(f"{name} is empty; give a path.")
+    if _ADDRESS.match(text):
+        raise UserError(
+            f"{name}={text} is an address, and this is read and written on local disks alone; give a path on "
+            "this machine, such as that of a mounted bucket."
+        )
+    if "\0" in text:
+        raise UserError(f"{name}={text!r} has a null character; give another path.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # no such user
+        raise UserError(f"{name}={text} has no home folder ({error}); give a path.") from error
+
+
+def output_path(name: str, text: str) -> Path:
+    """Return the path to write that the flag or key `name` gives.
+
+    Raises UserError as `local_path`, and where a library would take the path for a pattern of paths.
+    """
+    path = local_path(name, text)
+    try:
+        resolved = str(path.resolve())
+    except (OSError, RuntimeError):  # a loop of links: the first write says so
+        resolved = str(path.absolute())
+    if found := _PATTERN.search(resolved):
+        raise UserError(
+            f"{name}={text}: the path {resolved} has the character {found[0]}, which the libraries that read "
+            "and write there take for part of a pattern; give a path without [, ], * and ?."
+        )
+    return path
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_jax.config_file import load_config, split_overrides
-from lit_jax.console import command
+from lit_jax.console import add_path, command
 from lit_jax.distributed.flags import set_flags
 from lit_jax.errors import UserError
 from lit_jax.files import write_json, writing_files
@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=6,
         help="at most, of which all but one search the largest batch that fits (default: 6)",
     )
-    parser.add_argument(
+    add_path(
+        parser,
         "--output",
-        type=Path,
         default=Path("plan.json"),
         help="JSON file to write (default: plan.json)",
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lit_jax.config import Config
 from lit_jax.config_file import load_config, split_overrides
-from lit_jax.console import command, named_folder
+from lit_jax.console import add_path, command
 from lit_jax.distributed import process
 from lit_jax.evals import runner
 from lit_jax.evals.encode import Encoder
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="file.py or file.py:argument")
-    parser.add_argument("--workdir", type=named_folder, required=True, help="run folder")
+    add_path(parser, "--workdir", required=True, help="run folder")
     parser.add_argument(
         "--allow_changes",
         default="",

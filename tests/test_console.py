@@ -4,9 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from lit_jax.console import command, named_folder
+from lit_jax.console import command
 from lit_jax.errors import BAD_INPUT, INTERRUPTED, PREEMPTED, Preempted, UserError
 
 
@@ -14,12 +12,6 @@ from lit_jax.errors import BAD_INPUT, INTERRUPTED, PREEMPTED, Preempted, UserErr
 def main(error):
     if error:
         raise error
-
-
-def test_an_empty_folder_name_is_not_the_current_folder():
-    assert named_folder("a") == Path("a")
-    with pytest.raises(UserError, match="must not be empty"):
-        named_folder("")
 
 
 def test_exit_codes_and_one_line_messages(capsys, monkeypatch):

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lit_jax.config import SourceConfig, parse
-from lit_jax.console import command, named_folder
+from lit_jax.console import add_path, command
 from lit_jax.data import records
 from lit_jax.data.decode import decode, file_content
 from lit_jax.data.example import BadSampleError, Example, Source
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for name in _source_keys():
         parser.add_argument(f"--source.{name}", default=argparse.SUPPRESS, metavar="TEXT")
-    parser.add_argument("--output", type=named_folder, required=True, help="folder to write")
+    add_path(parser, "--output", required=True, help="folder to write")
     parser.add_argument(
         "--text_only", action="store_true", help="texts for teacher learning, without images"
     )

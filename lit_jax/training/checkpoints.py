@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from lit_jax.errors import UserError
 from lit_jax.training.disk import complete_steps, quiet_orbax, reason, writing
@@ -36,6 +37,8 @@ LIBRARIES = (
 )
 # So long an error in one of several processes waits for a save under way, which may have failed in another.
 SAVE_SECONDS = 60
+# In the name of a folder that Orbax has not completed.
+_UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class Checkpoints:
@@ -44,13 +47,16 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep_last: int, keep_every: int | None = None):
         quiet_orbax()
         self._workdir = workdir
+        self._leaves = 0  # of the save under way
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last,
             keep_period=keep_every,
             cleanup_tmp_directories=True,
             # Else, where a folder cannot be made, threads that wait for it keep the process for 20 minutes.
             async_options=ocp.AsyncOptions(
-                create_directories_asynchronously=False, barrier_sync_fn=_barrier
+                create_directories_asynchronously=False,
+                barrier_sync_fn=_barrier,
+                post_finalization_callback=self._before_it_is_complete,
             ),
         )
         with self._writing():
@@ -89,6 +95,8 @@ class Checkpoints:
             return
         meta = {"config": config, "versions": versions()}
         with self._writing():
+            self._manager.wait_until_finished()
+            self._leaves = len(jax.tree.leaves(state))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -97,6 +105,14 @@ class Checkpoints:
                     meta=ocp.args.JsonSave(meta),
                 ),
             )
+
+    def _before_it_is_complete(self) -> None:
+        """Check what a save has written, before Orbax gives the folder the name of a complete checkpoint.
+
+        Orbax calls it in the thread of the save of the first process; an error leaves the folder unnamed.
+        """
+        for folder in (self._workdir / "checkpoints").glob(f"*{_UNFINISHED}*"):
+            _check_arrays(folder / "state", self._leaves)
 
     def wait(self) -> None:
         """Returns when all that was saved is on disk."""
@@ -187,6 +203,18 @@ def restore_frozen(workdir: Path, abstract_frozen: Mapping[str, Any]) -> Any:
     with _reading(workdir / "frozen", what_then), ocp.StandardCheckpointer() as reader:
         _check_shapes(folder, abstract_frozen)
         return reader.restore(folder, abstract_frozen)
+
+
+def _check_arrays(folder: Path, leaves: int) -> None:
+    """Raise OSError unless a folder of Orbax lists so many arrays.
+
+    Orbax itself only warns where it does not find the parts that the processes have written.
+    """
+    base = f"file://{folder.resolve()}/"
+    listed = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
+    arrays = {key.rpartition(b"/")[0] for key in listed if key.endswith(b"/.zarray")}
+    if len(arrays) != leaves:
+        raise OSError(f"of {leaves} arrays {len(arrays)} can be read back from {folder}")
 
 
 def _check_shapes(folder: Path, wanted: Any, part: str | None = None) -> None:

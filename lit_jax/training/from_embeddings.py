@@ -23,6 +23,7 @@ from lit_jax.data.readers import Inputs
 from lit_jax.data.text import tokenize
 from lit_jax.distributed.checksums import checksums
 from lit_jax.errors import UserError
+from lit_jax.files import local_path
 from lit_jax.models.dual_encoder import POOLED, Side, tower_name
 from lit_jax.training.setup import Setup
 from lit_jax.trees import Tree, flatten
@@ -131,7 +132,9 @@ def open_embedded(config: Config, setup: Setup, source: Source) -> Embedded:
     Raises UserError if one is not complete, or was made of other data or in another way than the config says.
     """
     opened: dict[Side, Embeddings] = {
-        side: _open(config, setup, source, side, Path(folder).expanduser())
+        side: _open(
+            config, setup, source, side, local_path(f"config.data.{side}_embeddings", folder)
+        )
         for side, folder in embedding_folders(config).items()
     }
     inputs: dict[Side, Inputs] = {}

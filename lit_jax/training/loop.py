@@ -16,6 +16,7 @@ from lit_jax.data.pipeline import TrainStream
 from lit_jax.distributed.finite import not_finite
 from lit_jax.distributed.mesh import global_batch, make_mesh
 from lit_jax.errors import Preempted, UserError
+from lit_jax.files import output_path
 from lit_jax.training.checkpoints import Checkpoints
 from lit_jax.training.disk import complete_steps, writing
 from lit_jax.training.evaluation import EvalSchedule, Evaluate
@@ -81,6 +82,7 @@ def train(
     Returns the trained run. Raises UserError on bad input, with nothing written if it can be known
     before, and Preempted after SIGTERM, once a checkpoint of the last step is on disk.
     """
+    workdir = output_path("--workdir", str(workdir))
     check_format(workdir)
     ready = _prepare(config, workdir)
     with writing(workdir):

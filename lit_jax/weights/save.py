@@ -21,7 +21,7 @@ import safetensors.numpy
 from flax import serialization, traverse_util
 
 from lit_jax.errors import UserError
-from lit_jax.files import parse_json
+from lit_jax.files import local_path, parse_json
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.models.layers import Tower
 from lit_jax.trees import flatten
@@ -71,7 +71,7 @@ def save_tower(
             " and no ".join(lacking),
             module.pooling,
         )
-    with _new_folder(pathlib.Path(folder)) as new:
+    with _new_folder(local_path("The folder to write", str(folder))) as new:
         _write_json(new / "config.json", config)
         tensors = names.tensors_of(flatten(_float32(params)), family, "torch")
         _write_torch(new, {_inner(family) + name: array for name, array in tensors.items()})
@@ -124,7 +124,7 @@ def save_dual_encoder(
             params = dual_encoder_form.express(params, settings, module.projection_dim)
     system = name_tables.SYSTEMS[config["model_type"]]
     config |= {"architectures": [system.architecture], "dtype": "float32"}
-    with _new_folder(pathlib.Path(folder)) as new:
+    with _new_folder(local_path("The folder to write", str(folder))) as new:
         _write_json(new / "config.json", config)
         _write_torch(new, _dual_encoder_tensors(module, params, system, "torch"))
         if system.in_flax:

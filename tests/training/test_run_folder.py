@@ -3,11 +3,19 @@
 import json
 import shutil
 
+import jax
+import numpy as np
 import pytest
 
 import lit_jax
+from lit_jax.config import MeshConfig
+from lit_jax.distributed.mesh import make_mesh, replicated
 from lit_jax.errors import UserError
+from lit_jax.training import loop
+from lit_jax.training.checkpoints import Checkpoints
+from lit_jax.training.disk import complete_steps
 from lit_jax.training.run import FORMAT, load_run
+from lit_jax.training.step import State
 
 
 @pytest.mark.parametrize(
@@ -27,3 +35,21 @@ def test_a_run_of_another_format_is_read_but_not_continued(
         train(tiny(duration="7 steps"), workdir, allowed_changes=["duration"])
     assert load_run(workdir).step == 6
     assert json.loads(file.read_text()) == header | content
+
+
+def save_once(workdir, state):
+    with Checkpoints(workdir, keep_last=1) as checkpoints:
+        checkpoints.save(1, state, {"next_batch": 1}, {})
+
+
+def test_a_folder_that_orbax_takes_for_a_pattern_gets_no_checkpoint(tiny, tmp_path):
+    """Its name is refused where it is given; here it is not, and the save itself finds out."""
+    workdir = tmp_path / "run[1]"
+    workdir.mkdir()
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    leaf = jax.device_put(np.arange(4, dtype=np.int32), replicated(mesh))
+    with pytest.raises(UserError, match=r"of 2 arrays 0 can be read back"):
+        save_once(workdir, State(leaf, {"kernel": leaf}, ()))
+    assert complete_steps(workdir) == []
+    with pytest.raises(UserError, match=r"has the character \["):
+        loop.train(tiny(), workdir)
