@@ -5,16 +5,16 @@
 """
 
 import dataclasses
-import difflib
 import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ml_collections import config_dict
 
+from lit_jax.config_keys import nearest_key
 from lit_jax.errors import UserError
 
 
@@ -25,7 +25,12 @@ class Range(NamedTuple):
     most: int | float = math.inf
 
 
-Count = Annotated[int, Range(1)]
+# Step numbers and sizes are 32-bit integers on a device.
+MOST = 2**31 - 1
+# A number that float32 cannot hold would be infinite on a device.
+LARGEST_FLOAT = 3.4e38
+
+Count = Annotated[int, Range(1, MOST)]
 NotNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(1e-6)]
 Fraction = Annotated[float, Range(0, 1)]
@@ -292,11 +297,22 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
         if len(args) == len(value):
             return tuple(_convert(t, v, where) for t, v in zip(args, value, strict=True))
-    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
+            return float(value)
+        raise UserError(f"{where} is {_shown(value)}; it must be a number that float32 can hold.")
     elif origin is None and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
         return value
-    raise UserError(f"{where} is {value!r}; it must be of type {_name(kind)}.")
+    raise UserError(f"{where} is {_shown(value)}; it must be of type {_name(kind)}.")
+
+
+def _shown(value: Any) -> str:
+    """Return the value as it would be written, cut where it would fill the terminal."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        text = "too long a number"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _name(kind: Any) -> str:
@@ -313,7 +329,7 @@ def _in_range(number: int | float, allowed: Range, where: str) -> int | float:
     if allowed.least <= number <= allowed.most:
         return number
     most = "" if allowed.most == math.inf else f" and at most {allowed.most}"
-    raise UserError(f"{where} is {number}; it must be at least {allowed.least}{most}.")
+    raise UserError(f"{where} is {_shown(number)}; it must be at least {allowed.least}{most}.")
 
 
 def _duration(text: str, where: str) -> str:
@@ -330,7 +346,9 @@ def _convert_dataclass(kind: type, value: Any, where: str) -> Any:
     hints = get_type_hints(kind, include_extras=True)
     for key in value:
         if key not in hints:
-            raise UserError(f"{where}.{key} is not a config key; {nearest(key, hints)}.")
+            raise UserError(
+                f"{where}.{key} is not a config key; {nearest_key(Config, where, key)}."
+            )
     return kind(
         **{key: _convert(hints[key], item, f"{where}.{key}") for key, item in value.items()}
     )
@@ -366,17 +384,10 @@ def parse_arg(
     return variant or variants[0], given
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "did you mean 'x'" for a mistyped name, or the list of what is known."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}" if close else f"known are {', '.join(known)}"
-
-
 def steps(duration: str, *, batch_size: int, examples_per_epoch: int) -> int:
-    """Converts a `Duration` to a number of steps, rounded down."""
+    """Return the number of steps of a `Duration`, rounded down; `MOST` stands for that many and for more."""
     match = _DURATION.fullmatch(duration)
     assert match, duration  # `parse` has looked
     amount, unit = float(match[1]), match[2]
     examples = {"step": batch_size, "epoch": examples_per_epoch, "example": 1}[unit]
-    return int(amount * examples / batch_size + 1e-9)
+    return int(min(amount * examples / batch_size + 1e-9, MOST))

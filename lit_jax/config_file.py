@@ -1,7 +1,10 @@
 """From the command line to a `Config`: --config=configs/vit_bert.py:base --config.batch_size=1024"""
 
+import argparse
 import ast
 import dataclasses
+import os
+import re
 import runpy
 import sys
 import types
@@ -12,37 +15,48 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from lit_jax.config import Config, nearest, parse
+from lit_jax.command_line import Parser, unknown_flag, words_of
+from lit_jax.config import Config, parse
+from lit_jax.config_keys import namesakes, nearest_key
 from lit_jax.errors import UserError
 
 PREFIX = "--config."
 
 
-def load_config(spec: str, overrides: Iterable[tuple[str, str]]) -> Config:
-    """Runs `get_config(arg)` of the file in `spec` ("file.py" or "file.py:arg") and changes some keys.
+def parse_with_config(
+    parser: Parser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """Return the values of the parser's flags, and (key, text) for each --config.KEY=TEXT."""
+    words = words_of(argv)
+    # Before argparse, which would only miss the flag that a mistyped one stands for.
+    for word in words:
+        if word.startswith("--") and not word.startswith(PREFIX):
+            parser.check(word, with_config=True)
+    args, rest = parser.parse_known(words)
+    return args, split_overrides(rest, parser.flags)
 
-    Raises UserError if there is no such file or function, if it fails, and on a key or value that does
+
+def split_overrides(words: Sequence[str], flags: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Return (key, text) of each --config.KEY=TEXT. Raise UserError for any other word."""
+    pairs = []
+    for word in words:
+        key, equals, text = word.removeprefix(PREFIX).partition("=")
+        if not word.startswith(PREFIX):
+            raise UserError(unknown_flag(word, flags, with_config=True))
+        if not equals:
+            raise UserError(f"{word} has no value; write {word}=VALUE, without a blank.")
+        pairs.append((key, text))
+    return pairs
+
+
+def load_config(spec: str, overrides: Iterable[tuple[str, str]]) -> Config:
+    """Return what `get_config(arg)` of the file in `spec` ("file.py" or "file.py:arg") says, with changes.
+
+    Raise UserError if there is no such file or function, if it fails, and on a key or value that does
     not fit.
     """
-    path, _, arg = spec.partition(":")
-    if not Path(path).is_file():
-        raise UserError(
-            f"There is no config file {path}; give --config=FILE.py or FILE.py:ARGUMENT."
-        )
-    # One config may start from another: `from configs import vit_bert`.
-    sys.path.insert(0, str(Path(path).resolve().parent.parent))
-    try:
-        get_config = runpy.run_path(path).get("get_config")
-        if get_config is None:
-            raise UserError(f"{path} has no function get_config(arg); give a config file.")
-        config = get_config(arg)
-    except UserError:
-        raise
-    except Exception as error:  # whatever somebody's file may raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"get_config({arg!r}) of {path} fails: {reason}") from error
-    finally:
-        sys.path.pop(0)
+    path, arg = _split(spec)
+    config = _run(path, arg)
     if not isinstance(config, config_dict.ConfigDict):
         raise UserError(
             f"get_config of {path} returns no ConfigDict; start from lit_jax.config.default()."
@@ -53,27 +67,61 @@ def load_config(spec: str, overrides: Iterable[tuple[str, str]]) -> Config:
     return parse(raw)
 
 
-def split_overrides(args: Sequence[str]) -> list[tuple[str, str]]:
-    """(key, text) of arguments of the form --config.KEY=VALUE. Raises UserError on any other."""
-    for arg in args:
-        if not arg.startswith(PREFIX) or "=" not in arg:
-            raise UserError(
-                f"{arg} is no flag of this command; a config key is set by {PREFIX}KEY=VALUE."
-            )
-    pairs = (arg.removeprefix(PREFIX).partition("=") for arg in args)
-    return [(key, text) for key, _, text in pairs]
+def _split(spec: str) -> tuple[Path, str]:
+    """Return file and argument. A colon may also be part of a folder's name."""
+    file = re.match(r"(.*?\.py)(?::(.*))?$", spec, re.DOTALL)
+    path, arg = (file[1], file[2] or "") if file else spec.partition(":")[::2]
+    if not os.path.isfile(path):
+        what = "is not a file" if os.path.lexists(path) else "does not exist"
+        raise UserError(
+            f"The config file {path} {what}; give --config=FILE.py or FILE.py:ARGUMENT."
+        )
+    return Path(path), arg
+
+
+def _run(path: Path, arg: str) -> Any:
+    """Return what get_config(arg) of the file returns. Raise UserError whatever it raises."""
+    # One config may start from another: `from configs import vit_bert`.
+    folder = str(path.resolve().parent.parent)
+    sys.path.insert(0, folder)
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config is None:
+            raise UserError(f"{path} has no function get_config(arg); give a config file.")
+        return get_config(arg)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever somebody's file may raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, SystemExit):
+            reason = f"it exits with {error.code!r}"
+        raise UserError(
+            f"get_config({arg!r}) of {path} fails: {reason[:500]}{_hint(error)}"
+        ) from error
+    finally:
+        sys.path.remove(folder)
+
+
+def _hint(error: BaseException) -> str:
+    """Return the nearest key if the error is about one that a ConfigDict does not have."""
+    key = re.search(r"['\"](\w+)['\"]", str(error))
+    if not isinstance(error, AttributeError | KeyError) or key is None:
+        return ""
+    keys = namesakes(Config, key[1])
+    return f" (did you mean {' or '.join(map(repr, keys))}?)" if keys else ""
 
 
 def _override(raw: dict[str, Any], keys: list[str], text: str) -> None:
-    """Sets the value at `keys`. `raw` is complete but for what is `dict` in Config: all else must exist."""
+    """Set the value at `keys`. `raw` is complete but for what is `dict` in Config: all else must exist."""
     kind: Any = Config
     group = raw
     for depth, key in enumerate(keys):
         if dataclasses.is_dataclass(kind):
             hints = typing.get_type_hints(kind)
             if key not in hints:
-                where = ".".join(("config", *keys[:depth], key))
-                raise UserError(f"{where} is not a config key; {nearest(key, hints)}.")
+                where = ".".join(("config", *keys[:depth]))
+                known = nearest_key(Config, where, ".".join(keys[depth:]))
+                raise UserError(f"config.{'.'.join(keys)} is not a config key; {known}.")
             kind = hints[key]
         else:
             kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else Any
@@ -85,7 +133,7 @@ def _override(raw: dict[str, Any], keys: list[str], text: str) -> None:
 
 
 def _read(kind: Any, text: str) -> Any:
-    """The Python value that `text` stands for; `parse` checks its type afterwards."""
+    """Return the Python value that `text` stands for; `parse` checks its type afterwards."""
     options = (
         typing.get_args(kind)
         if typing.get_origin(kind) in (types.UnionType, typing.Union)

@@ -10,12 +10,12 @@ Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM, 76 another process of th
 the last two run it again to go on.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
 
-from lit_jax.config_file import load_config, split_overrides
+from lit_jax.command_line import Parser
+from lit_jax.config_file import load_config, parse_with_config
 from lit_jax.console import add_path, command
 from lit_jax.distributed import process
 from lit_jax.errors import UserError
@@ -24,19 +24,14 @@ from lit_jax.training.embed_data import embed
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lit_jax.embed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("lit_jax.embed", __doc__)
     parser.add_argument("--config", required=True, help="file.py or file.py:argument")
     add_path(parser, "--output", required=True, help="folder to write")
     parser.add_argument("--side", choices=("image", "text"), default="image")
     parser.add_argument("--views", type=int, help="of each image; config.data.views if not given")
     parser.add_argument("--batch_size", type=int, help="rows a step of a process; 64 a device")
-    args, rest = parser.parse_known_args(argv)
-    config = load_config(args.config, split_overrides(rest))
+    args, overrides = parse_with_config(parser, argv)
+    config = load_config(args.config, overrides)
     if args.views is not None:
         if args.side == "text":
             raise UserError("--views is about images; leave it out with --side=text.")

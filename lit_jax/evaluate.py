@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jax
 
+from lit_jax.command_line import Parser
 from lit_jax.config import EvalConfig, MeshConfig, parse
 from lit_jax.console import add_path, command
 from lit_jax.data.image import ImageTransform
@@ -59,11 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m lit_jax.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("lit_jax.evaluate", __doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     add_path(model, "--workdir", help="folder of a training run")
     model.add_argument("--model", help="folder or Hub id of a dual encoder")
@@ -85,7 +82,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_path(parser, "--results", help="folder for CLIP_benchmark's JSON and a table")
     add_path(parser, "--report", help="HTML file to write")
     add_path(parser, "--cache", help="folder that keeps embeddings")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     _check(args)
     if args.workdir and not args.data and args.step is None:
         args.output = args.output or args.workdir / "results.json"

@@ -5,7 +5,6 @@ so on, if that is what was trained) and of its processor, and in lit_jax.evaluat
 Exit codes: 0 done, 2 bad input.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 import transformers
 
+from lit_jax.command_line import Parser
 from lit_jax.console import add_path, command
 from lit_jax.data.image import ImageTransform, load_processor
 from lit_jax.data.text import without_state
@@ -34,15 +34,11 @@ PROCESSORS = {
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lit_jax.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("lit_jax.export", __doc__)
     add_path(parser, "--workdir", required=True, help="folder of a training run")
     add_path(parser, "--output", required=True, help="folder to write")
     parser.add_argument("--step", type=int, help="of the checkpoint; the latest if not given")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     # Locked parameters are on disk as they were read; float32 gives them away unrounded.
     run = load_run(args.workdir, step=args.step, dtype="float32")
     model_type = run.setup.hf_config["model_type"]

@@ -7,13 +7,13 @@ folder config.json, tokenizer and image processor suffice. It needs libtpu (requ
 Exit codes: 0 with an answer, be it that the step does not fit; 2 bad input.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_jax.config_file import load_config, split_overrides
+from lit_jax.command_line import Parser
+from lit_jax.config_file import load_config, parse_with_config
 from lit_jax.console import add_path, command
 from lit_jax.distributed.flags import set_flags
 from lit_jax.errors import UserError
@@ -25,12 +25,7 @@ from lit_jax.planning.table import table
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lit_jax.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("lit_jax.plan", __doc__)
     parser.add_argument("--config", required=True, help="file.py or file.py:argument")
     parser.add_argument("--topology", required=True, help="such as v5e:16x16")
     parser.add_argument("--slices", type=int, default=1, help="of that topology (default: 1)")
@@ -46,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=Path("plan.json"),
         help="JSON file to write (default: plan.json)",
     )
-    args, rest = parser.parse_known_args(argv)
+    args, overrides = parse_with_config(parser, argv)
     if args.compilations < 1:
         raise UserError(f"--compilations={args.compilations} must be at least 1.")
     if not args.output.parent.is_dir() or args.output.is_dir():
         raise UserError(f"--output={args.output} must name a file in a folder that exists.")
-    config = load_config(args.config, split_overrides(rest))
+    config = load_config(args.config, overrides)
     set_flags()
     topology = open_topology(args.topology, slices=args.slices)
     plan = make_plan(config, topology, slices=args.slices, compilations=args.compilations)

@@ -6,13 +6,13 @@ checkpoint. Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM with all save
 the run is gone (run it again to go on).
 """
 
-import argparse
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from lit_jax.command_line import Parser
 from lit_jax.config import Config
-from lit_jax.config_file import load_config, split_overrides
+from lit_jax.config_file import load_config, parse_with_config
 from lit_jax.console import add_path, command
 from lit_jax.distributed import process
 from lit_jax.evals import runner
@@ -29,12 +29,7 @@ from lit_jax.training.run import Run
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lit_jax.train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("lit_jax.train", __doc__)
     parser.add_argument("--config", required=True, help="file.py or file.py:argument")
     add_path(parser, "--workdir", required=True, help="run folder")
     parser.add_argument(
@@ -42,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="",
         help="config keys, joined by commas, that may differ from those the run was started with",
     )
-    args, rest = parser.parse_known_args(argv)
-    config = load_config(args.config, split_overrides(rest))
+    args, overrides = parse_with_config(parser, argv)
+    config = load_config(args.config, overrides)
     process.initialize()
     # Opened before training: a mistake in an evaluation should not cost a run.
     evaluator = Evaluator(runner.open_evals(config.evals))

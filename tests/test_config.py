@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -65,6 +66,15 @@ def test_config_survives_json():
         ({"optimizer": {"b1": 1.0}}, "b1 is 1.0; it must be at least 0 and at most 0.999999"),
         ({"evals": {"a": {"batch_size": 0}}}, "config.evals.a.batch_size is 0; .* at least 1"),
         ({"evals": {"a": {"kinds": "x"}}}, "config.evals.a.kinds .* did you mean 'kind'"),
+        ({"optimizer": {"warmup": 1}}, "config.optimizer.warmup .* 'config.schedule.warmup'"),
+        ({"rand_augment": {}}, "did you mean 'config.data.rand_augment'"),
+        ({"learning_rat": 1}, "did you mean 'config.schedule.learning_rate'"),
+        ({"batch_size": 2**31}, "config.batch_size is 2147483648; .* at most 2147483647"),
+        ({"batch_size": 10**5000}, "config.batch_size is too long a number"),
+        ({"schedule": {"learning_rate": math.inf}}, "config.schedule.learning_rate is inf"),
+        ({"model": {"logit_scale_init": math.nan}}, "config.model.logit_scale_init is nan"),
+        ({"data": {"crop_min_area": -math.inf}}, "config.data.crop_min_area is -inf"),
+        ({"optimizer": {"eps": 1e39}}, "config.optimizer.eps is 1e.39; .* float32"),
     ],
 )
 def test_mistakes_are_named(raw, message):
@@ -108,6 +118,8 @@ def test_parse_arg_takes_the_first_variant_by_default():
         ("2.5 epochs", 25),
         ("1e3 examples", 100),
         ("99 examples", 9),
+        ("1e99 steps", 2**31 - 1),
+        ("9" * 400 + " epochs", 2**31 - 1),
     ],
 )
 def test_durations(duration, expected):

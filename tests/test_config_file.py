@@ -1,3 +1,6 @@
+import os
+import sys
+
 import pytest
 
 from lit_jax.config_file import load_config, split_overrides
@@ -25,3 +28,60 @@ def test_a_file_without_get_config_is_named(tmp_path):
 def test_what_is_no_literal_is_a_text_of_the_wrong_type(text):
     with pytest.raises(UserError, match="must be of type tuple"):
         load_config(FILE, [("policy.trainable", text)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config.optimizer.learning_rate=1"], "'config.schedule.learning_rate'"),
+        (["--config.rand_augment.magnitude=3"], "'config.data.rand_augment.magnitude'"),
+        (["--config.data.rand_augmnt.magnitude=3"], "'rand_augment'"),
+        (["--config.evals.a.data.pth=x"], "'path'"),
+        (["--learning-rate=3"], "'--config.schedule.learning_rate'"),
+        (["--work_dir=x"], "'--workdir'"),
+        (["--config.batch_size", "64"], "--config.batch_size=VALUE"),
+        (["64"], "--FLAG=VALUE"),
+        (["--config.batch_size=1e20"], "config.batch_size is 1e"),
+        ([f"--config.batch_size={10**20}"], "config.batch_size is 1000.* at most 2147483647"),
+        (["--config.schedule.learning_rate=1e999"], "config.schedule.learning_rate is inf"),
+        (["--config.schedule.learning_rate=nan"], "config.schedule.learning_rate is 'nan'"),
+    ],
+)
+def test_a_mistyped_flag_or_key_is_answered_by_the_right_one(words, message):
+    with pytest.raises(UserError, match=message):
+        load_config(FILE, split_overrides(words, ["--workdir", "--config"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("get.py", "def get_config(a):\n c = default()\n c.optimizer.learning_rate *= 2", "'config.schedule"),
+        ("lock.py", "def get_config(a):\n c = default().lock()\n c.data.seed = 2", "'config.seed'"),
+        ("exits.py", "import sys; sys.exit(3)", "exits with 3"),
+        ("latin.py", "x = '\udce9'", "latin.py fails: .*utf-8"),
+        ("folder.py", None, "folder.py is not a file"),
+        ("none.py:base", "", "none.py has no function get_config"),
+        ("x" * 256, "", "x does not exist"),
+    ],
+)  # fmt: skip
+def test_whatever_a_config_file_is_or_does_is_one_sentence(tmp_path, name, content, message):
+    path = list(sys.path)
+    file = tmp_path / name.partition(":")[0]
+    if content is None:
+        file.mkdir()
+    elif len(name) < 256:
+        file.write_bytes(os.fsencode(f"from lit_jax.config import default\n{content}\n"))
+    with pytest.raises(UserError, match=message) as error:
+        load_config(f"{tmp_path}/{name}", [])
+    assert "\n" not in str(error.value)
+    assert sys.path == path
+
+
+def test_a_folder_with_a_colon_is_no_argument(tmp_path):
+    folder = tmp_path / "a:b"
+    folder.mkdir()
+    (folder / "c.py").write_text(
+        "from lit_jax.config import default\n"
+        "def get_config(arg):\n    return default() if arg == 'd:e' else None\n"
+    )
+    load_config(f"{folder}/c.py:d:e", [])

@@ -358,7 +358,24 @@ def test_a_run_without_evaluations_says_so(run, tmp_path, capsys):
 
 
 def test_one_of_the_two_models_is_required(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([])
-    assert stop.value.code == BAD_INPUT
+    assert main([]) == BAD_INPUT
     assert "--workdir --model is required" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "right"),
+    [
+        ("--classnames=x", "--classes"),
+        ("--batch-size=4", "--batch_size"),
+        ("--data-dir=x", "--data"),
+        ("--work-dir=x", "--workdir"),
+        ("--class=x", "--classes"),
+        ("--train-data", "--train_data"),
+    ],
+)
+def test_a_mistyped_flag_is_answered_by_the_right_one(flag, right, capsys):
+    assert main([flag]) == BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {flag} ")
+    assert f"'{right}'" in error
+    assert error.count("\n") == 1

@@ -24,6 +24,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 from tqdm import tqdm
 
+from lit_jax.command_line import Parser, unknown_flag
 from lit_jax.config import SourceConfig, parse
 from lit_jax.console import add_path, command
 from lit_jax.data import records
@@ -60,12 +61,7 @@ class Plan:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lit_jax.data.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("lit_jax.data.convert", __doc__)
     for name in _source_keys():
         parser.add_argument(f"--source.{name}", default=argparse.SUPPRESS, metavar="TEXT")
     add_path(parser, "--output", required=True, help="folder to write")
@@ -77,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--runner", help="of Apache Beam, in the place of workers; other flags are passed on to it"
     )
-    args, beam_flags = parser.parse_known_args(argv)
+    args, beam_flags = parser.parse_known(argv)
     if beam_flags and not args.runner:
-        raise UserError(f"{beam_flags[0]} is no flag of this command; see --help.")
+        raise UserError(unknown_flag(beam_flags[0], parser.flags))
     for name in ("shard_size", "workers"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
@@ -126,7 +122,7 @@ def _enter(folder: Path, plan: Plan) -> None:
         with writing_output(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(file, wanted)
-    elif file.read_text() != wanted:
+    elif file.read_text(encoding="utf-8") != wanted:
         raise UserError(
             f"{folder} was begun with another source or shard size, see {file}; give the same again, or "
             "another --output."
@@ -229,7 +225,7 @@ def _finish(plan: Plan, folder: Path) -> str:
     files = [folder / plan.shard_name(shard) for shard in range(plan.shards)]
     shards = [records.Shard(file.name, _count(file)) for file in files]
     reports = [file for file in map(_bad_file, files) if file.exists()]
-    bad = [line for file in reports for line in file.read_text().splitlines()]
+    bad = [line for file in reports for line in file.read_text(encoding="utf-8").splitlines()]
     good = sum(shard.count for shard in shards)
     write_whole(folder / BAD_FILE, "".join(f"{line}\n" for line in bad))
     if not good:

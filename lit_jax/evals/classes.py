@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from lit_jax.config import EvalConfig, nearest
+from lit_jax.config import EvalConfig
+from lit_jax.config_keys import nearest
 from lit_jax.data.example import BadSampleError, Source
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from lit_jax.config import Pooling, Remat, nearest
+from lit_jax.config import Pooling, Remat
+from lit_jax.config_keys import nearest
 from lit_jax.distributed.sharding import fsdp_parts, gathered
 from lit_jax.errors import UserError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from lit_jax.config import Config, steps
+from lit_jax.config import MOST, Config, steps
 from lit_jax.data.example import Source
 from lit_jax.data.mixture import open_training_data
 from lit_jax.data.pipeline import TrainStream
@@ -158,6 +158,10 @@ def _prepare(config: Config, workdir: Path) -> _Prepared:
         return count
 
     total = at_least_one("duration", config.duration)
+    if total >= MOST:
+        raise UserError(
+            f"config.duration={config.duration!r} is more than {MOST - 1} steps; make it shorter."
+        )
     if trained and trained[-1] > total:
         raise UserError(
             f"{workdir} has trained {trained[-1]} steps already, more than the {total} of config.duration; "

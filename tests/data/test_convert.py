@@ -162,7 +162,7 @@ def test_bad_input_is_refused(folder, tmp_path, capsys):
     assert convert(folder, output, "--shard_size=0") == 2
     assert "--shard_size is 0; it must be at least 1" in said(capsys)
     assert convert(folder, output, "--max_size=3") == 2
-    assert "--max_size=3 is no flag of this command" in said(capsys)
+    assert "--max_size=3 is not a flag of this command" in said(capsys)
     assert convert(tmp_path / "no_such", output) == 2
     assert "There is no data set in" in said(capsys)
     assert not output.exists()  # nothing half-written

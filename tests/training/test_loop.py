@@ -179,6 +179,7 @@ def test_a_run_goes_on_only_with_the_config_it_was_started_with(train, tiny, tmp
         ({"mesh.data": 3}, "config.mesh.data=-1"),
         ({"duration": "6 stops"}, "config.duration='6 stops' is no duration"),
         ({"duration": "8 examples"}, "config.duration='8 examples' is less than one step"),
+        ({"duration": "1e99 steps"}, "config.duration='1e99 steps' is more than"),
         ({"checkpoint.every": "0 steps"}, "config.checkpoint.every='0 steps' is less than one"),
         ({"checkpoint.keep_every": "8 examples"}, "config.checkpoint.keep_every='8 examples'"),
         ({"log.every": "6 stops"}, "config.log.every='6 stops' is no duration"),
