@@ -52,6 +52,7 @@ def demo_contrastive() -> ConfigDict:
     config = clip_xlmr.demo()
     config.model = default().model
     config.model.dual_encoder = "runs/altclip_stage1"
+    config.model.logit_scale_max = 100.0
     config.policy.lock = "LU"
     config.duration = "200 steps"
     config.schedule.learning_rate = 2e-4
@@ -71,6 +72,7 @@ def teacher() -> ConfigDict:
 def contrastive() -> ConfigDict:
     config = _large()
     config.model.dual_encoder = "runs/altclip_stage1"
+    config.model.logit_scale_max = 100.0
     config.policy.lock = "LU"
     config.duration = "1 epoch"
     config.schedule.learning_rate = 2e-6

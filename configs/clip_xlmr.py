@@ -5,7 +5,8 @@
 
 Differs from vit_bert.py in this: the image tower was trained with texts, so its pooled output (not projected)
 already says what texts say; texts may be in a hundred languages; 32 tokens instead of 16, as other scripts
-take more. Its temperature starts where CLIP's did. Compare altclip.py, which needs no images at first.
+take more. Its temperature starts where CLIP's did, and the
+logits' scale is at most 100, as CLIP's. Compare altclip.py, which needs no images at first.
 """
 
 from ml_collections import ConfigDict
@@ -24,6 +25,7 @@ def demo() -> ConfigDict:
     config.model.image.pooling = "pooler"
     config.model.text.model = str(vit_bert.DEMO / "xlm_roberta")
     config.model.text.pooling = "cls"
+    config.model.logit_scale_max = 100.0
     for name in ("unseen16", "all80_on_unseen"):
         german = config.evals[name].to_dict()
         german["classes"] = german["classes"].replace(".json", ".de.json")
@@ -37,5 +39,6 @@ def base() -> ConfigDict:
     config.model.image.pooling = "pooler"
     config.model.text.model = "FacebookAI/xlm-roberta-base"
     config.model.text.pooling = "cls"
+    config.model.logit_scale_max = 100.0
     config.data.max_text_length = 32
     return config

@@ -86,6 +86,9 @@ class ModelConfig:
     logit_bias_init: float | None = (
         None  # a number adds a trainable bias to the logits (SigLIP: -10)
     )
+    # After each step the logits' scale (1 / temperature in ALIGN) is cut to this (CLIP, section 2.5: 100).
+    # None: it has no limit, as in LiT, ALIGN and SigLIP, whose own scale is about 118.
+    logit_scale_max: Positive | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ def config() -> ConfigDict:
     config.duration = "1500 steps"
     config.policy.lock = "uu"
     config.model.dual_encoder = str(FOLDER)
+    config.model.logit_scale_max = 100.0
     config.optimizer.weight_decay = 0.05
     config.schedule.learning_rate = 1e-3
     config.schedule.warmup = "200 steps"

@@ -4,6 +4,7 @@ Dims: B batch, HxW pixels, C channels, L tokens, P pooled width of a tower, E em
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -229,6 +230,19 @@ def logit_scale(params: Mapping[str, Any]) -> Float[Array, ""]:
     if "logit_scale" in params:
         return jnp.asarray(params["logit_scale"], jnp.float32)
     return -jnp.log(jnp.asarray(params["temperature"], jnp.float32))
+
+
+def limit_logit_scale(params: Mapping[str, Any], maximum: float | None) -> dict[str, Any]:
+    """Return the parameters of a dual encoder with a scale of the logits of at most `maximum`; None: any."""
+    limits = (
+        {}
+        if maximum is None
+        else {
+            "logit_scale": lambda log_scale: jnp.minimum(log_scale, math.log(maximum)),
+            "temperature": lambda temperature: jnp.maximum(temperature, 1 / maximum),
+        }
+    )
+    return {name: limits.get(name, lambda leaf: leaf)(leaf) for name, leaf in params.items()}
 
 
 def normalize(embeds_BxE: Float[Array, "B E"]) -> Float[Array, "B E"]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Collection
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from lit_jax.training.disk import complete_steps, writing
 from lit_jax.training.evaluation import EvalSchedule, Evaluate
 from lit_jax.training.from_embeddings import Embedded, open_embedded
 from lit_jax.training.metrics import Reporter
+from lit_jax.training.negatives import check_negatives
 from lit_jax.training.optimizer import make_schedule
+from lit_jax.training.policy import warn_of_full_rate
 from lit_jax.training.preemption import StopSignal
 from lit_jax.training.program import Program, check_batch_size
 from lit_jax.training.run import (
@@ -147,6 +150,7 @@ def _prepare(config: Config, workdir: Path) -> _Prepared:
     # The run folder has configs and tokenizer, but the first step needs the weights, too.
     towers = saved_towers(workdir) if trained else find_towers(config.model)
     source = open_training_data(config.data, text_only=bool(config.model.teacher))
+    check_negatives(config, source)
     to_steps = functools.partial(
         steps, batch_size=config.batch_size, examples_per_epoch=len(source)
     )
@@ -170,6 +174,7 @@ def _prepare(config: Config, workdir: Path) -> _Prepared:
     keep_every = config.checkpoint.keep_every
     schedule = make_schedule(config.schedule, total=total, steps=to_steps)
     setup = prepare(config, towers, mesh)
+    warn_of_full_rate(config.policy, setup.policy)
     return _Prepared(
         config=config,
         source=source,
@@ -199,6 +204,13 @@ def _open_stream(ready: _Prepared, position: dict[str, int] | None) -> TrainStre
     return stream
 
 
+def _usual_scale(config: Config) -> float:
+    """Return the largest scale of the logits that needs no word: CLIP's limit, and more than SigLIP's 118."""
+    if config.model.logit_scale_max is not None:
+        return math.inf
+    return 200.0 if config.loss == "sigmoid" else 100.0
+
+
 def _open_reporter(
     ready: _Prepared, workdir: Path, start: int, checkpoints: Checkpoints, frozen: Tree
 ) -> Reporter:
@@ -209,6 +221,7 @@ def _open_reporter(
         batch_size=ready.config.batch_size,
         start=start,
         total=ready.total,
+        scale_limit=_usual_scale(ready.config),
         last_saved=lambda: checkpoints.latest,
         locked_not_finite=functools.partial(not_finite, frozen),
     )

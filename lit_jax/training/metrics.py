@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import time
@@ -21,6 +22,8 @@ from lit_jax.printable import printable
 from lit_jax.training.disk import writing
 from lit_jax.training.step import Metrics
 
+log = logging.getLogger(__name__)
+
 
 class Reporter:
     """Reads the metrics of each step one step late, when reading them no longer holds up the device."""
@@ -34,10 +37,12 @@ class Reporter:
         batch_size: int,
         start: int,
         total: int,
+        scale_limit: float = math.inf,
         last_saved: Callable[[], int | None],
         locked_not_finite: Callable[[], str] = lambda: "",
     ):
         self._every, self._batch_size, self._total = every, batch_size, total
+        self._scale_limit = scale_limit
         self._last_saved, self._locked_not_finite = last_saved, locked_not_finite
         self._writer = MetricsWriter(workdir, config, start=start) if is_primary() else None
         self._pending: tuple[int, Metrics, dict[str, int]] | None = None
@@ -70,6 +75,16 @@ class Reporter:
         kinds = {f"bad_samples/{kind}": count for kind, count in bad_samples.items() if count}
         self._pending = step, metrics, {"bad_samples": sum(bad_samples.values()), **kinds}
 
+    def _check_scale(self, scale: float, step: int) -> None:
+        """Say it once when the logits' scale gets unusually large."""
+        if scale > self._scale_limit:
+            log.warning(
+                "The logits' scale is %.4g at step %d, above %g: few pairs decide the loss then, and "
+                "training may become unstable; config.model.logit_scale_max=100 limits it, as in CLIP.",
+                scale, step, self._scale_limit,
+            )  # fmt: skip
+            self._scale_limit = math.inf
+
     @contextlib.contextmanager
     def evaluating(self, step: int) -> Iterator[dict[str, float]]:
         """Gives a dict for the metrics of evaluations after `step`; the time they take is not training's."""
@@ -89,6 +104,7 @@ class Reporter:
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         check_finite(values, step, self._last_saved(), self._locked_not_finite)
+        self._check_scale(values.get("logit_scale", 0.0), step)
         self._bar.update(self._batch_size)
         self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if self._writer and (step % self._every == 0 or step in (1, self._total)):

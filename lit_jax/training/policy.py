@@ -6,12 +6,15 @@ optimizer state, clipping and checkpoints see only what it calls trainable.
 """
 
 import dataclasses
+import logging
 import re
 from typing import Any
 
 from lit_jax.config import PolicyConfig, Rules
 from lit_jax.errors import UserError
 from lit_jax.trees import Tree, flatten, unflatten
+
+log = logging.getLogger(__name__)
 
 _LOCK_IMAGE: Rules = ((r"vision_model/.*", False), (r".*", True))
 _LOCK_TEXT: Rules = ((r"text_model/.*", False), (r".*", True))
@@ -29,6 +32,7 @@ LOCK_RULES: dict[str, Rules] = {
 }
 # With a teacher: all other parts are those that the teacher was trained with.
 _ONLY_TEXT: Rules = ((r"text_model/.*", True), (r".*", False))
+IMAGE_TOWER = r"vision_model/.*"
 LEARNING_RATE_RULES: Rules = ((r".*", 1.0),)
 WEIGHT_DECAY_RULES: Rules = (
     # What shifts and scales, and the running statistics of BatchNorm, which the step itself replaces. Learned
@@ -101,6 +105,27 @@ def resolve_policy(config: PolicyConfig, params: Tree, *, has_teacher: bool = Fa
         _apply_rules("learning_rate", config.learning_rate, LEARNING_RATE_RULES, trained),
         _apply_rules("weight_decay", config.weight_decay, WEIGHT_DECAY_RULES, trained),
     )
+
+
+def warn_of_full_rate(config: PolicyConfig, policy: Policy) -> None:
+    """Say so if a pretrained image tower trains as fast as what starts random.
+
+    A high rate destroys what the tower has learned: SigLIP (2303.15343, section 4) trains it at a tenth of
+    the rate and without weight decay.
+    """
+    image = [path for path in policy.learning_rate if path.startswith("vision_model/")]
+    covered = any(
+        re.fullmatch(pattern, path) for pattern, _ in config.learning_rate for path in image
+    )
+    if image and not covered and is_pretrained(config.lock)[0]:
+        log.warning(
+            "config.policy.lock=%r trains the pretrained image tower at the full learning rate, which can "
+            "destroy what it has learned; set config.policy.learning_rate=%r and "
+            "config.policy.weight_decay=%r, or 1.0 in the first to keep the full rate.",
+            config.lock,
+            ((IMAGE_TOWER, 0.1),),
+            ((IMAGE_TOWER, 0.0),),
+        )
 
 
 def _apply_rules(key: str, own: Rules, default: Rules, paths: list[str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from lit_jax.training.accumulation import accumulated, check_accumulation
 from lit_jax.training.from_embeddings import check_locked, embedding_folders, without_towers
 from lit_jax.training.losses import Loss, make_loss
 from lit_jax.training.optimizer import make_optimizer
+from lit_jax.training.policy import Policy
 from lit_jax.training.setup import Setup
 from lit_jax.training.state import abstract_state, shardings_of
 from lit_jax.training.step import Metrics, State, jit_train_step, train_step
@@ -46,6 +47,7 @@ class Program:
         """Raises UserError for a loss that cannot be had, or not in micro-batches; for embeddings of a tower
         that trains."""
         check_accumulation(config.accumulate, setup.policy)
+        check_logit_scale_max(config.model.logit_scale_max, setup.policy)
         for side in embedding_folders(config):
             check_locked(setup, side, f"config.data.{side}_embeddings")
         return cls(
@@ -102,6 +104,7 @@ class Program:
             optimizer=self.optimizer,
             schedule=self.schedule,
             seed=self.config.seed,
+            logit_scale_max=self.config.model.logit_scale_max,
         )
         return jit_train_step(step, shardings_of(self.abstract_state()))
 
@@ -114,6 +117,17 @@ class _BlankPooled(Pooled):
 
     def draw(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
         return np.zeros(self.shape.shape[1:], self.shape.dtype)
+
+
+def check_logit_scale_max(maximum: float | None, policy: Policy) -> None:
+    """Raise UserError if the scale of the logits is to be limited, but does not train."""
+    if maximum is not None and not any(
+        policy.trainable.get(name) for name in ("logit_scale", "temperature")
+    ):
+        raise UserError(
+            f"config.model.logit_scale_max={maximum:g} has no effect, because the logits' scale does not "
+            "train; set it to None."
+        )
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int) -> None:

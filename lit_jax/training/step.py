@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from lit_jax.models.dual_encoder import limit_logit_scale
 from lit_jax.training.losses import Loss
 from lit_jax.training.policy import merge
 from lit_jax.trees import Tree, flatten, unflatten
@@ -40,6 +41,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     seed: int,
+    logit_scale_max: float | None = None,
 ) -> tuple[State, Metrics]:
     """One step on the global batch: gradient of the trainable parameters, update, metrics.
 
@@ -64,6 +66,7 @@ def train_step(
     grads, (metrics, statistics) = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = _replace(optax.apply_updates(state.params, updates), statistics)
+    params = limit_logit_scale(params, logit_scale_max)
     metrics |= {
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": schedule(state.step),

@@ -98,10 +98,15 @@ def test_the_locked_tower_is_bit_equal_and_the_rest_moves(train, tiny, towers, t
 
 
 @pytest.mark.parametrize("lock", ["Lu", "uu", "Uu", "UU", "uL", "UL"])
-def test_every_other_preset_trains(train, tiny, tmp_path, lock):
+def test_every_other_preset_trains(train, tiny, tmp_path, lock, caplog):
+    """A pretrained image tower that trains at the full rate is told, with the rules to write."""
     run = train(tiny(**{"policy.lock": lock, "duration": "2 steps"}), tmp_path)
     assert np.isfinite(read_metrics(tmp_path)[-1]["loss"])
     assert run.step == 2
+    assert (f"lock='{lock}'" in caplog.text) == lock.startswith("U")
+    assert ("config.policy.learning_rate=(('vision_model/.*', 0.1),)" in caplog.text) == (
+        lock[0] == "U"
+    )
 
 
 @pytest.mark.long
@@ -111,6 +116,7 @@ def test_every_other_preset_trains(train, tiny, tmp_path, lock):
         {"loss": "sigmoid", "model.logit_bias_init": -10.0, "optimizer.name": "lion"},
         {"optimizer.name": "adafactor", "optimizer.momentum_dtype": "bfloat16"},
         {"model.dtype": "bfloat16", "model.image.projection": "linear_bias"},
+        {"model.logit_scale_max": 14.0},
     ],
 )
 def test_other_losses_optimizers_and_dtypes_resume_exactly(
@@ -190,6 +196,12 @@ def test_a_run_goes_on_only_with_the_config_it_was_started_with(train, tiny, tmp
         ),
         ({"data.max_text_length": 33}, "max_text_length"),
         ({"optimizer.clip_norm": 0.0}, "config.optimizer.clip_norm"),
+        ({"model.logit_scale_max": 0.0}, "config.model.logit_scale_max is 0"),
+        (
+            {"model.logit_scale_max": 100.0, "policy.trainable": (("logit_scale", False),)},
+            "config.model.logit_scale_max=100 has no effect",
+        ),
+        ({"data.train.max_examples": 1}, "config.data.train.* one image"),
     ],
 )
 def test_bad_input_leaves_no_run_folder(train, tiny, tmp_path, changes, message):

@@ -1,4 +1,5 @@
 import json
+import math
 import resource
 
 import jax.numpy as jnp
@@ -24,6 +25,22 @@ def report(workdir, steps, *, start=0, total=6, every=2, **config):
                 step, {"loss": jnp.float32(step / 10)}, bad_samples={"missing": 2, "empty": 0}
             )
         reporter.flush()
+
+
+def test_a_large_scale_of_the_logits_is_told_once(tmp_path, caplog):
+    for limit, said in ((100.0, 1), (math.inf, 0)):
+        caplog.clear()
+        with Reporter(
+            tmp_path, LogConfig(), every=1, batch_size=4, start=0, total=4, scale_limit=limit,
+            last_saved=lambda: None,
+        ) as reporter:  # fmt: skip
+            for step, scale in enumerate((99.0, 100.0, 4.9e8, 5e8), start=1):
+                metrics = {"loss": jnp.float32(1), "logit_scale": jnp.float32(scale)}
+                reporter.add(step, metrics, bad_samples={})
+            reporter.flush()
+        assert len(caplog.records) == said
+        assert ("4.9e+08 at step 3" in caplog.text) == bool(said)
+        assert ("config.model.logit_scale_max=100" in caplog.text) == bool(said)
 
 
 def test_first_last_and_every_nth_step_are_written(tmp_path):

@@ -2,7 +2,13 @@ import pytest
 
 from lit_jax.config import PolicyConfig
 from lit_jax.errors import UserError
-from lit_jax.training.policy import LOCK_RULES, is_pretrained, merge, resolve_policy
+from lit_jax.training.policy import (
+    LOCK_RULES,
+    is_pretrained,
+    merge,
+    resolve_policy,
+    warn_of_full_rate,
+)
 
 PARAMS = {
     "vision_model": {"layernorm": {"scale": 0, "bias": 1}, "dense": {"kernel": 2}},
@@ -65,6 +71,32 @@ def test_multipliers_cover_the_trainable_parameters_alone():
     assert policy.weight_decay["text_model/dense/kernel"] == 1.0
     for path in ("text_model/dense/bias", "logit_scale"):
         assert policy.weight_decay[path] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("lock", "rules", "is_told"),
+    [
+        ("UU", {}, True),
+        ("UL", {}, True),
+        ("Uu", {"learning_rate": (("text_model/.*", 0.1),)}, True),
+        ("UU", {"learning_rate": (("vision_model/.*", 0.1),)}, False),
+        ("UU", {"learning_rate": ((".*kernel", 1.0),)}, False),
+        ("UU", {"trainable": (("vision_model/.*", False),)}, False),
+        ("LU", {"trainable": (("vision_model/dense/.*", True),)}, True),
+        ("LU", {}, False),
+        ("uu", {}, False),
+        ("uL", {}, False),
+    ],
+)
+def test_a_pretrained_image_tower_at_the_full_rate_is_told(caplog, lock, rules, is_told):
+    config = PolicyConfig(lock=lock, **rules)
+    warn_of_full_rate(config, resolve_policy(config, PARAMS))
+    assert len(caplog.records) == is_told
+    for rule in (
+        "learning_rate=(('vision_model/.*', 0.1),)",
+        "weight_decay=(('vision_model/.*', 0.0),)",
+    ):
+        assert (f"config.policy.{rule}" in caplog.text) == is_told
 
 
 def test_what_shifts_and_scales_does_not_decay():
