@@ -17,6 +17,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import jax
 
@@ -33,11 +34,13 @@ from lit_jax.evals.html import html_report
 from lit_jax.evals.results import Subject, write_results
 from lit_jax.evals.runner import Evaluation, flat, open_evals, run, table
 from lit_jax.files import parse_json, write_json, write_whole, writing_files
+from lit_jax.models.bert import PositionIds
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.printable import printable
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.run import load_run, read_config
-from lit_jax.weights.hub import local_folder
+from lit_jax.weights.hub import local_folder, override
+from lit_jax.weights.hub import read_config as read_hf_config
 from lit_jax.weights.load import load_dual_encoder
 
 
@@ -64,6 +67,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group(required=True)
     add_path(model, "--workdir", help="folder of a training run")
     model.add_argument("--model", help="folder or Hub id of a dual encoder")
+    parser.add_argument(
+        "--position_ids",
+        choices=get_args(PositionIds),
+        help="from where --model counts positions, for a RoBERTa that was trained in Flax: arange",
+    )
     parser.add_argument("--step", type=int, help="of the checkpoint; the latest if not given")
     parser.add_argument("--data", help="a data set in any format of docs/data.md")
     parser.add_argument("--split", help="of --data, if it has splits")
@@ -97,6 +105,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"{' and '.join(alone)} tell about --data, which is missing; give both.")
     if args.model and args.step is not None:
         raise UserError("--step chooses a checkpoint of --workdir; leave it out with --model.")
+    if args.workdir and args.position_ids:
+        raise UserError(
+            "--position_ids is for --model; a run has it in config.model.text.overrides.position_ids."
+        )
     if args.model and not args.data:
         raise UserError("--model has no evaluations of its own; give --data (and --classes) too.")
     if args.batch_size is not None and args.batch_size < 1:
@@ -162,16 +174,23 @@ def _evals_of_run(workdir: Path) -> dict[str, EvalConfig]:
 
 def _load(args: argparse.Namespace) -> tuple[Encoder, Params, Subject]:
     if not args.workdir:
-        return *load_folder(args.model), Subject(model=args.model)
+        return *load_folder(args.model, args.position_ids), Subject(model=args.model)
     trained = load_run(args.workdir, step=args.step)
     subject = Subject(model=args.workdir.absolute().name, pretrained=f"step {trained.step}")
     return Encoder.of_setup(trained.setup), trained.params, subject
 
 
-def load_folder(model: str) -> tuple[Encoder, Params]:
-    """A dual encoder from a folder or the Hub, on all devices."""
+def load_folder(model: str, position_ids: PositionIds | None = None) -> tuple[Encoder, Params]:
+    """Load a dual encoder from a folder or the Hub onto all devices.
+
+    `position_ids` takes the place of the field in its text tower's config.
+    """
     folder = local_folder(model, config_key="--model")
-    module, params, _, _ = load_dual_encoder(folder, dtype="float32")
+    hf_config = read_hf_config(folder)
+    if position_ids and "text_config" in hf_config:
+        changes = {"position_ids": position_ids}
+        hf_config["text_config"] = override(hf_config["text_config"], changes, "--")
+    module, params, _, _ = load_dual_encoder(folder, dtype="float32", hf_config=hf_config)
     mesh = make_mesh(MeshConfig())
     encoder = Encoder(
         module=module.pooled_only(),

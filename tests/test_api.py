@@ -114,10 +114,10 @@ def test_every_kind_computes_what_pytorch_computes_and_goes_back(tmp_path, name)
     with torch.no_grad():
         expected = theirs(**{key: torch.tensor(value) for key, value in inputs.items()}, **asked)
     for key in ("loss", "logits_per_image", "logits_per_text", "text_embeds", "image_embeds"):
-        np.testing.assert_allclose(output._asdict()[key], expected[key], atol=1e-4, err_msg=key)
+        np.testing.assert_allclose(output[key], expected[key], atol=1e-4, err_msg=key)
     for key in ("text_model_output", "vision_model_output"):
         # Theirs of a whole CLIP says pooler_output to the embedding.
-        compare_towers(output._asdict()[key], expected[key], pooled=False)
+        compare_towers(output[key], expected[key], pooled=False)
 
     ours.save_pretrained(tmp_path / "ours")
     again, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
@@ -143,11 +143,11 @@ def compare_towers(ours, theirs, *, pooled=True):
     np.testing.assert_allclose(ours.last_hidden_state, hidden, atol=1e-4)
     if pooled and theirs.pooler_output is not None:
         np.testing.assert_allclose(ours.pooler_output, theirs.pooler_output, atol=1e-4)
-    recorded = [output.get("hidden_states") or () for output in (ours._asdict(), theirs)]
+    recorded = [output.get("hidden_states") or () for output in (ours, theirs)]
     for ours_, theirs_ in zip(*recorded, strict=True):
         expected = theirs_.flatten(2).mT if theirs_.ndim == 4 else theirs_
         np.testing.assert_allclose(ours_, expected, atol=1e-4)
-    recorded = [output.get("attentions") or () for output in (ours._asdict(), theirs)]
+    recorded = [output.get("attentions") or () for output in (ours, theirs)]
     for ours_, theirs_ in zip(*recorded, strict=True):
         np.testing.assert_allclose(ours_, theirs_, atol=1e-5)
 
@@ -362,6 +362,162 @@ def test_the_example_of_the_documentation(model, tmp_path):
     assert probabilities.shape == (2, 2)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-6)
     assert np.isfinite(outputs.loss)
+
+
+def test_outputs_are_read_as_those_of_transformers(model, inputs):
+    output = model(**inputs)
+    keys = ["logits_per_image", "logits_per_text", "text_embeds", "image_embeds"]
+    towers = ["text_model_output", "vision_model_output"]
+    assert list(output) == list(output.keys()) == keys + towers
+    assert "loss" not in output
+    assert output.loss is None
+    with pytest.raises(KeyError):
+        output["loss"]
+    for i, key in enumerate(keys):
+        np.testing.assert_array_equal(output[key], getattr(output, key))
+        np.testing.assert_array_equal(output[i], output[key])
+        np.testing.assert_array_equal(output.to_tuple()[i], output[key])
+    assert isinstance(output.to_tuple()[-1], tuple)
+    assert len(output[:2]) == 2
+    as_tuple = model(**inputs, return_dict=False, return_loss=True)
+    assert isinstance(as_tuple, tuple)
+    assert [x.shape for x in as_tuple[:2]] == [(), (2, 2)]
+    np.testing.assert_array_equal(as_tuple[1], output.logits_per_image)
+    text = model.text_model(inputs["input_ids"], inputs["attention_mask"])
+    np.testing.assert_array_equal(text[1], output.text_model_output["pooler_output"])
+
+
+def test_outputs_are_pytrees(model, inputs):
+    """They leave jit whole, with names that JAX's own tools show."""
+    mean = jax.jit(lambda inputs: jax.tree.map(lambda x: x.mean(), model(**inputs)))(inputs)
+    assert type(mean) is type(model(**inputs))
+    assert mean.loss is None
+    assert mean.vision_model_output["last_hidden_state"].shape == ()
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(mean)]
+    assert ".vision_model_output.pooler_output" in names
+
+
+@pytest.mark.parametrize("call", ["__call__", "get_text_features", "text_model"])
+def test_a_fourth_argument_by_position_is_refused(model, inputs, call):
+    """It is position_ids for some models of transformers and token_type_ids for others."""
+    ids, pixels, mask = inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"]
+    positional = (ids, pixels, mask) if call == "__call__" else (ids, mask)
+    with pytest.raises(UserError, match=r"by name, token_type_ids=... or position_ids=..."):
+        getattr(model, call)(*positional, np.arange(7)[None])
+
+
+def test_train_says_whether_there_is_dropout(model, inputs):
+    ids, key = inputs["input_ids"], jax.random.key(0, impl="rbg")
+    plain, off, on = (
+        model.get_text_features(ids, **train)
+        for train in ({}, {"train": False, "dropout_rng": key}, {"train": True, "dropout_rng": key})
+    )
+    np.testing.assert_array_equal(plain, off)
+    assert np.abs(plain - on).max() > 1e-4
+    with pytest.raises(UserError, match=r"train=True .* dropout_rng="):
+        model(**inputs, train=True)
+
+
+@pytest.fixture
+def processor(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "dog"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    return tr.VisionTextDualEncoderProcessor(
+        tr.ViTImageProcessorPil(size={"height": 16, "width": 16}),
+        tr.BertTokenizer(str(tmp_path / "vocab.txt")),
+    )
+
+
+@pytest.mark.parametrize("kind", ["vit-bert", "clip"])
+def test_a_model_is_saved_beside_its_processor_again_and_again(tmp_path, processor, kind):
+    model, folder = lit_jax.DualEncoder.from_config(CONFIGS[kind]()), tmp_path / "saved"
+    processor.save_pretrained(folder)
+    (folder / "notes.md").write_text("mine")
+    files = {file.name for file in folder.iterdir()}
+    for epoch in range(2):
+        params = model.params | {"logit_scale": jnp.float32(epoch)}
+        model.save_pretrained(folder, params=params)
+        processor.save_pretrained(folder)
+        assert lit_jax.DualEncoder.from_pretrained(folder).params["logit_scale"] == epoch
+        written = {"config.json", "model.safetensors", "flax_model.msgpack"}
+        assert {file.name for file in folder.iterdir()} == files | written
+    tr.VisionTextDualEncoderProcessor.from_pretrained(folder)
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_a_model_of_somebody_else_is_not_overwritten(model, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config.json of a model that lit_jax did not write"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == "{}"
+    with pytest.raises(UserError, match=r"processor is a dict.*params="):
+        model.save_pretrained(tmp_path / "new", dict(model.params))
+
+
+def test_from_pretrained_takes_the_options_of_transformers(model, tmp_path):
+    folder = tmp_path / "repository" / "inner"
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    (folder / "flax_model.msgpack").unlink()
+    read = lit_jax.DualEncoder.from_pretrained
+    config = tr.VisionTextDualEncoderConfig.from_pretrained(folder)
+    config.text_config.hidden_dropout_prob = 0.0
+    options = {"revision": "main", "token": None, "subfolder": "inner", "variant": "fp16"}
+    again = read(tmp_path / "repository", config=config, **options)
+    assert_same_params(again.params, model.params)
+    assert again.module.text_model.config.hidden_dropout_prob == 0.0
+    changed = read(folder, variant="fp16", text_config={"hidden_dropout_prob": 0.5})
+    assert changed.module.text_model.config.hidden_dropout_prob == 0.5
+    tower = lit_jax.TextModel.from_pretrained(folder, variant="fp16", hidden_dropout_prob=0.5)
+    assert tower.config.hidden_dropout_prob == 0.5
+    for options, message in (
+        ({}, "no weights; it must hold model.safetensors"),
+        ({"variant": "fp32"}, "of the variant 'fp32'; it must hold model.fp32.safetensors"),
+        ({"subfolder": "outer"}, "no folder 'outer'"),
+        ({"revison": "main"}, "revison is no argument here; did you mean 'revision'"),
+        (
+            {"text_config": {"hiden_size": 3}},
+            "text_config.hiden_size .* did you mean 'hidden_size'",
+        ),
+        ({"text_config": {"is_decoder": "no"}}, "text_config.is_decoder is 'no'; .* bool"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(folder, **options)
+
+
+def test_two_towers_are_joined_with_arguments_of_their_own(model, tmp_path):
+    model.vision_model.save_pretrained(tmp_path / "vision")
+    model.text_model.save_pretrained(tmp_path / "text" / "inner")
+    join = lit_jax.DualEncoder.from_vision_text_pretrained
+    pair = join(
+        str(tmp_path / "vision"),
+        str(tmp_path / "text"),
+        text_subfolder="inner",
+        text_hidden_dropout_prob=0.5,
+        vision_config=model.config.vision_config,
+        projection_dim=4,
+    )
+    assert pair.module.text_model.config.hidden_dropout_prob == 0.5
+    objects = join(vision_model=model.vision_model, text_model=model.text_model, projection_dim=4)
+    assert_same_params(objects.params, pair.params)
+    with pytest.raises(UserError, match="no text tower; give text_model_name_or_path"):
+        join(tmp_path / "vision")
+    with pytest.raises(UserError, match=r"projection_dims .* did you mean 'projection_dim'"):
+        join(tmp_path / "vision", tmp_path / "text", projection_dims=4)
+
+
+def test_its_own_export_is_read_also_where_transformers_has_no_class_for_it(model, tmp_path):
+    """Mean pooling is the pooling of most sentence encoders."""
+    model.save_pretrained(tmp_path / "whole")
+    pair = lit_jax.DualEncoder.from_vision_text_pretrained(
+        tmp_path / "whole", tmp_path / "whole", text_pooling="mean", projection_dim=4
+    )
+    for name in ("once", "twice"):
+        pair.save_pretrained(tmp_path / name)
+        again = lit_jax.DualEncoder.from_pretrained(tmp_path / name)
+        assert again.module.text_model.pooling == "mean"
+        assert_same_params(again.params, pair.params)
+        pair = again
 
 
 def test_what_is_no_model_is_refused(model, inputs, tmp_path):

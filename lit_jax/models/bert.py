@@ -31,8 +31,10 @@ from lit_jax.models.layers import (
     to_rows,
 )
 from lit_jax.models.transformer import BlockConfig, Encoder
+from lit_jax.trees import Tree, flatten, unflatten
 
 PositionIds = Literal["input_ids", "arange"]
+_POSITIONS = "embeddings/position_embeddings/embedding"  # in the tree of parameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,11 @@ class CountedPositionsConfig(TokenTypesConfig):
     position_ids: PositionIds = "input_ids"
 
     @property
+    def padding_id(self) -> int | None:
+        """The id that positions are counted from."""
+        return self.pad_token_id
+
+    @property
     def embedding(self) -> EmbeddingConfig:
         padding_id = counted_from(self.position_ids, self.pad_token_id)
         return dataclasses.replace(super().embedding, padding_id=padding_id)
@@ -200,6 +207,25 @@ def counted_from(position_ids: PositionIds, pad_token_id: int | None) -> int | N
             "set it in config.model.text.overrides."
         )
     return pad_token_id
+
+
+def with_counted_positions(config: Any, params: Tree) -> tuple[Any, Tree]:
+    """Return the config and parameters of a tower that counts positions and computes the same.
+
+    Counting starts at the padding id + 1, so the rows of the table move there. The two towers differ in
+    padding on the left alone, which 'arange' counts. A tower that counts already, that has no padding id
+    or whose family has no such option stays as it is.
+    """
+    if getattr(config, "position_ids", None) != "arange":
+        return config, params
+    if config.padding_id is None:
+        return config, params
+    first = config.padding_id + 1
+    length = config.max_position_embeddings + first
+    counted = dataclasses.replace(config, position_ids="input_ids", max_position_embeddings=length)
+    flat = flatten(params)
+    table = np.asarray(flat[_POSITIONS])
+    return counted, unflatten({**flat, _POSITIONS: np.pad(table, ((first, 0), (0, 0)))})
 
 
 class Bert(Tower):

@@ -1,4 +1,4 @@
-"""What the Python interface is given, checked, as the towers take it.
+"""The arguments of the Python interface, checked and in the form that the towers take.
 
 Dims: B images, T texts, L tokens, C channels, HxW pixels.
 """
@@ -15,9 +15,9 @@ from jaxtyping import Array, Float
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import TEXT_INPUTS
 
-Given = Array | np.ndarray  # of the right shape or not
+Given = Any  # an array of JAX or NumPy, or what NumPy makes one of: lists, tensors of PyTorch
 
-# Of each token input that is looked up in a table: what the rows are, and what to do about one beyond them.
+# Token inputs that are looked up in a table: what the rows are, and what to do about one beyond them.
 _ROWS: Mapping[str, tuple[str, str]] = {
     "input_ids": ("tokens", "use the model's own tokenizer"),
     "token_type_ids": ("token types", "use the model's own tokenizer, or give none"),
@@ -27,64 +27,145 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def dtype_of(dtype: Any) -> Any:
-    """The dtype of a computation, by name or as JAX's. Raises UserError if no tower computes in it."""
+    """Return the dtype of a computation, given by name or as JAX's.
+
+    Raises UserError if no tower computes in it.
+    """
     name = getattr(dtype, "name", getattr(dtype, "__name__", dtype))
     if name not in _DTYPES:
         raise UserError(f"dtype is {name!r}; choose {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}.")
     return jnp.dtype(name)
 
 
-def images_of(pixel_values_BxCxHxW: Given) -> Float[Array, "B H W C"]:
-    """Integers, which a processor that does not normalise gives, as float32. Raises UserError for what is no
-    batch of images."""
-    shape = np.shape(pixel_values_BxCxHxW)
-    if len(shape) != 4:
+def refuse_positional(further: tuple[Any, ...], last: str) -> None:
+    """Raise UserError for positional arguments after the one named `last`.
+
+    In transformers the next one is position_ids in some models and token_type_ids in others: no order is
+    right for the code of both.
+    """
+    if further:
         raise UserError(
-            f"pixel_values has the shape {[*shape]}; give images as their processor makes them, "
+            f"{len(further)} positional arguments stand after {last}, where models of transformers differ in "
+            "their order; write them by name, token_type_ids=... or position_ids=... (and return_loss=...)."
+        )
+
+
+def is_deterministic(train: bool | None, dropout_rng: Any) -> bool:
+    """Return whether a call computes without dropout: `train` decides, and else whether there is a key."""
+    if train and dropout_rng is None:
+        raise UserError(
+            "train=True needs random numbers for dropout; give dropout_rng=jax.random.key(...), too."
+        )
+    return dropout_rng is None if train is None else not train
+
+
+def images_of(pixel_values_BxCxHxW: Given) -> Float[Array, "B H W C"]:
+    """Return images with their channels last; integers, of a processor that does not normalise, as float32.
+
+    Raises UserError for anything but a batch of images.
+    """
+    pixels = _array("pixel_values", pixel_values_BxCxHxW)
+    if pixels.ndim != 4:
+        raise UserError(
+            f"pixel_values has the shape {[*pixels.shape]}; give images as their processor makes them, "
             "[images, channels, height, width]."
         )
-    images_BxHxWxC = jnp.moveaxis(jnp.asarray(pixel_values_BxCxHxW), 1, -1)
+    images_BxHxWxC = jnp.moveaxis(jnp.asarray(pixels), 1, -1)
     is_float = jnp.issubdtype(images_BxHxWxC.dtype, jnp.floating)
     return images_BxHxWxC if is_float else images_BxHxWxC.astype(jnp.float32)
 
 
 def texts_of(rows: Mapping[str, int], *inputs: Given | None) -> tuple[Any, ...]:
-    """`TEXT_INPUTS` in their order as int32, as tokenizers give int64; a single row is one for every text.
+    """Return `TEXT_INPUTS` in their order as int32, as tokenizers give int64; a single row is one for all.
 
     `rows` is the `rows` of the tower's config. Raises UserError for inputs that do not belong together or to
     the tower: JAX itself has no error for an index that is out of range.
     """
-    given = {name: x for name, x in zip(TEXT_INPUTS, inputs, strict=True) if x is not None}
-    shape = np.shape(given["input_ids"])
+    named = dict(zip(TEXT_INPUTS, inputs, strict=True))
+    given = {name: _array(name, x) for name, x in named.items() if x is not None}
+    if "input_ids" not in given:
+        raise UserError("input_ids is missing; give texts as their tokenizer makes them.")
+    shape = given["input_ids"].shape
     if len(shape) != 2:
         raise UserError(
             f"input_ids has the shape {[*shape]}; give texts as their tokenizer makes them with "
             "padding=True, [texts, tokens]."
         )
     for name, x in given.items():
-        if np.shape(x) not in (shape, (1, shape[1])):
+        if x.shape not in (shape, (1, shape[1])):
             raise UserError(
-                f"{name} has the shape {[*np.shape(x)]} and input_ids {[*shape]}; give both as the "
+                f"{name} has the shape {[*x.shape]} and input_ids {[*shape]}; give both as the "
                 "tokenizer makes them."
             )
-        if name in rows and _is_known(x):
-            _check_range(name, np.asarray(jax.device_get(x)), rows[name])
-    texts = {name: jnp.asarray(x, jnp.int32) for name, x in given.items()}
+        _check_numbers(name, x, rows.get(name))
+    texts = {name: jnp.asarray(x).astype(jnp.int32) for name, x in given.items()}
     return tuple(
         jnp.broadcast_to(texts[name], shape) if name in texts else None for name in TEXT_INPUTS
     )
 
 
+def _array(name: str, x: Given) -> Array | np.ndarray:
+    """Return `x` as an array of numbers. Raises UserError if it is none."""
+    if x is None:
+        raise UserError(f"{name} is missing; give what the model's processor makes.")
+    if isinstance(x, jax.Array | np.ndarray):
+        array = x
+    else:
+        try:
+            array = np.asarray(x)
+        except Exception as error:  # NumPy of ragged lists; whatever the class of `x` raises
+            raise UserError(
+                f"{name} makes no array ({_shortened(error)}); give rows of equal length, as the processor "
+                "makes them with padding=True and return_tensors='np'."
+            ) from error
+    if array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number):
+        return array
+    raise UserError(
+        f"{name} holds values of dtype {array.dtype}; give numbers, as the processor makes them with "
+        "return_tensors='np'."
+    )
+
+
+def _shortened(error: Exception) -> str:
+    return " ".join(str(error).split())[:120].rstrip(". ")
+
+
+def _check_numbers(name: str, x: Array | np.ndarray, size: int | None) -> None:
+    """Raise UserError for a token input of another dtype, or with numbers that mean something else."""
+    is_known = _is_known(x)
+    numbers = np.asarray(jax.device_get(x)) if is_known else None
+    if name == "attention_mask":
+        # A float may be what is added to the attention logits, and only its numbers tell.
+        odd = not _is_whole(x) if numbers is None else not np.isin(numbers, (0, 1)).all()
+        if odd:
+            found = f"dtype {x.dtype}" if numbers is None else f"numbers {_extent(numbers)}"
+            raise UserError(
+                f"attention_mask has {found}; give an integer 1 for each token that is attended to and 0 for "
+                "padding, not what is added to attention logits."
+            )
+    elif not _is_whole(x):
+        raise UserError(f"{name} has the dtype {x.dtype}; give integers.")
+    elif numbers is not None and size is not None:
+        _check_range(name, numbers, size)
+
+
+def _is_whole(x: Array | np.ndarray) -> bool:
+    return x.dtype == bool or bool(jnp.issubdtype(x.dtype, jnp.integer))
+
+
 def _is_known(x: Any) -> bool:
-    """Whether this process can look at the numbers: not while it traces, and not at those of others."""
+    """Return whether this process can look at the numbers: not while it traces, nor at those of others."""
     is_traced = isinstance(x, core.Tracer)
     return not is_traced and (not isinstance(x, jax.Array) or x.is_fully_addressable)
+
+
+def _extent(x: np.ndarray) -> str:
+    return f"from {x.min()} to {x.max()}"
 
 
 def _check_range(name: str, x: np.ndarray, size: int) -> None:
     if x.size and (x.min() < 0 or x.max() >= size):
         what, remedy = _ROWS[name]
         raise UserError(
-            f"{name} has numbers from {x.min()} to {x.max()}, but the text tower has only {size} {what}; "
-            f"{remedy}."
+            f"{name} has numbers {_extent(x)}, but the text tower has only {size} {what}; {remedy}."
         )

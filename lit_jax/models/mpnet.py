@@ -39,8 +39,13 @@ class MPNetConfig(PlainConfig):
     position_ids: PositionIds = "input_ids"
 
     @property
+    def padding_id(self) -> int:
+        """The id that positions are counted from."""
+        return _PADDING_ID
+
+    @property
     def embedding(self) -> EmbeddingConfig:
-        padding_id = counted_from(self.position_ids, _PADDING_ID)
+        padding_id = counted_from(self.position_ids, self.padding_id)
         return dataclasses.replace(super().embedding, padding_id=padding_id)
 
 

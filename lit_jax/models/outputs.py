@@ -1,12 +1,14 @@
-"""What a tower computes, as the Python interface gives it: with what its blocks recorded on the way.
+"""The outputs of the Python interface: those of a tower, with what its blocks recorded, and of two.
 
-Dims: B inputs, L tokens, N heads, D width, P pooled width.
+Dims: B inputs, of two towers images; T texts, L tokens, N heads, D width, P pooled width, E embedding.
 """
 
+import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar, cast
 
+import jax
 from jaxtyping import Array, Float
 
 from lit_jax.models.layers import TowerOutput
@@ -17,22 +19,88 @@ from lit_jax.trees import flatten
 _BLOCK = re.compile(r"(?:encoder/)?(?:layer|stages)_?(?P<from>from_)?(?P<index>\d*)/(?P<name>.*)")
 
 
-class ModelOutput(NamedTuple):
+T = TypeVar("T")
+
+
+class Output(Mapping[str, Any]):
+    """A frozen dataclass that is read as transformers' outputs are: by attribute, key or index.
+
+    As there, what is None has no key and no index, and iteration goes over keys. To JAX it is a pytree.
+    """
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return all that is not None, in order; an output in it as a tuple, too."""
+        values = (self[key] for key in self)
+        return tuple(x.to_tuple() if isinstance(x, Output) else x for x in values)
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if not isinstance(key, str):
+            return tuple(self.values())[key]
+        if key not in self:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in tuple(self)
+
+    def __iter__(self) -> Iterator[str]:
+        names = (field.name for field in dataclasses.fields(cast(Any, self)))
+        return (name for name in names if getattr(self, name) is not None)
+
+    def __len__(self) -> int:
+        return len(tuple(iter(self)))
+
+
+def _as_pytree(class_: type[T]) -> type[T]:
+    """Register a dataclass with JAX, so that jit, grad and vmap take and return it."""
+    names = [field.name for field in dataclasses.fields(cast(Any, class_))]
+
+    def with_keys(output: Any) -> tuple[list[tuple[Any, Any]], None]:
+        return [(jax.tree_util.GetAttrKey(name), getattr(output, name)) for name in names], None
+
+    def unflatten(_: None, values: Iterable[Any]) -> Any:
+        # Not by __init__: JAX puts things other than arrays, or of other shapes, in the places of leaves.
+        output = object.__new__(class_)
+        for name, value in zip(names, values, strict=True):
+            object.__setattr__(output, name, value)
+        return output
+
+    jax.tree_util.register_pytree_with_keys(class_, with_keys, unflatten)
+    return class_
+
+
+@_as_pytree
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelOutput(Output):
     """What a tower computes."""
 
     last_hidden_state: Float[Array, "B L D"]
     pooler_output: Float[Array, "B P"]
-    # Input of the blocks, output of each; of a ConvNeXt, of each stage.
-    hidden_states: tuple[Float[Array, "B L D"], ...] | None
-    attentions: tuple[Float[Array, "B N L L"], ...] | None  # probabilities of each block
+    # BxLxD: the input of the blocks, the output of each; of a ConvNeXt, of each stage, with other L and D.
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None  # BxNxLxL: the probabilities of each block
+
+
+@_as_pytree
+@dataclasses.dataclass(frozen=True, eq=False)
+class DualEncoderOutput(Output):
+    """What a dual encoder computes. The embeddings have length 1."""
+
+    loss: Float[Array, ""] | None
+    logits_per_image: Float[Array, "B T"]
+    logits_per_text: Float[Array, "T B"]
+    text_embeds: Float[Array, "T E"]
+    image_embeds: Float[Array, "B E"]
+    text_model_output: ModelOutput
+    vision_model_output: ModelOutput
 
 
 def model_output(
     output: TowerOutput, recorded: Mapping[str, Any], *, hidden_states: bool, attentions: bool
 ) -> ModelOutput:
-    """With what the blocks of the tower recorded; those that are convolutions have no attentions."""
+    """Return the output with what the blocks of the tower recorded; convolutions have no attentions."""
     if not recorded:
-        return ModelOutput(*output, None, None)
+        return ModelOutput(*output)
     (first,) = recorded.get("input") or recorded["encoder"]["input"]
     states = [first, *_of_blocks(recorded, "hidden_state")]
     probabilities = _of_blocks(recorded, "attention/probability")
@@ -44,7 +112,7 @@ def model_output(
 
 
 def _of_blocks(recorded: Mapping[str, Any], name: str) -> list[Array]:
-    """What every block recorded under `name`, from the first block to the last."""
+    """Return what every block recorded under `name`, from the first block to the last."""
     found: list[tuple[int, list[Array]]] = []
     for path, (value,) in flatten(recorded).items():
         if (block := _BLOCK.fullmatch(path)) and block["name"] == name:
@@ -54,5 +122,5 @@ def _of_blocks(recorded: Mapping[str, Any], name: str) -> list[Array]:
 
 
 def _sequence(state: Array) -> Float[Array, "B L D"]:
-    """Tokens as they are, the positions of a map row by row."""
+    """Return tokens as they are, the positions of a map row by row."""
     return state.reshape(len(state), -1, state.shape[-1])

@@ -296,7 +296,9 @@ def _pretrained_parameters(config: Config, setup: Setup, towers: Towers) -> dict
             towers.image_folder, student, towers.hf_config["text_config"], config.model.dtype
         )
     if towers.is_whole and image and text:
-        module, params, _, report = load_dual_encoder(towers.image_folder, dtype=config.model.dtype)
+        module, params, _, report = load_dual_encoder(
+            towers.image_folder, dtype=config.model.dtype, hf_config=towers.hf_config
+        )
         log.info("%s", report)
         if module.with_remat(config.remat).pooled_only().towers != setup.module.towers:
             raise UserError(

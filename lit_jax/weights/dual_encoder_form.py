@@ -1,9 +1,9 @@
-"""Says in VisionTextDualEncoder's words what it has no words for, and takes it back.
+"""Writes other models as a VisionTextDualEncoder that computes the same, and takes that back.
 
 transformers' VisionTextDualEncoder always computes projection(tanh(pooler(first token))), with no
 bias in the projection. lit_jax also trains towers without a pooler, and other projections. Where the
 same function can be had with other weights, `express` finds them and `restore` undoes it; where it
-cannot, `obstacle` says why.
+cannot, `why_not_exportable` says why.
 
 A tower without a pooler (pooling 'cls') gets the pooler z * 2^-14 and a projection that is 2^14 times
 as large. tanh(x) = x (1 - x^2 / 3 + ...), so for |z| < 8 the tanh between them is nothing that float32
@@ -14,7 +14,7 @@ transformers' PyTorch ViT has it.)
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import jax
 import numpy as np
@@ -39,6 +39,7 @@ class Settings:
 
     @classmethod
     def of_module(cls, module: DualEncoderModule) -> "Settings":
+        """Return the settings of a module."""
         return cls(
             image_pooling=_pooling(module.vision_model),
             image_projection=module.image_projection,
@@ -48,13 +49,17 @@ class Settings:
 
     @classmethod
     def of_config(cls, hf_config: Mapping[str, Any]) -> "Settings":
-        try:
-            return cls(**hf_config.get("lit_jax", {}))
-        except TypeError as error:
+        """Return the settings in a config.json. Raises UserError if they are not of this version."""
+        given = hf_config.get("lit_jax", {})
+        hints = get_type_hints(cls)
+        if not isinstance(given, Mapping) or not all(
+            name in hints and value in get_args(hints[name]) for name, value in given.items()
+        ):
             raise UserError(
                 "The model's config.json was written by another version of lit_jax, whose settings "
-                f"this one does not know ({hf_config['lit_jax']}); load it with that version."
-            ) from error
+                f"this one does not know ({given}); load it with that version."
+            )
+        return cls(**given)
 
 
 # What 'pooler' is for the towers that VisionTextDualEncoder takes, by model_type.
@@ -79,8 +84,8 @@ def _pooling(tower: Tower) -> Pooling:
     return "pooler" if is_pooler else tower.pooling
 
 
-def obstacle(module: DualEncoderModule) -> str | None:
-    """Why VisionTextDualEncoder cannot compute what `module` does, and what to train; None if it can."""
+def why_not_exportable(module: DualEncoderModule) -> str | None:
+    """Return why VisionTextDualEncoder cannot compute what `module` does, and what to train, or None."""
     settings = Settings.of_module(module)
     for side, tower in (("image", module.vision_model), ("text", module.text_model)):
         key, kind = f"config.model.{side}", tower.config.model_type
@@ -89,10 +94,9 @@ def obstacle(module: DualEncoderModule) -> str | None:
         poolers = _POOLERS.get(kind)
         if poolers is None:
             return f"it takes no {side} tower of type {kind}"
-        if getattr(tower.config, "position_ids", None) == "arange":
-            return (
-                f"it counts the positions of a {kind} from its padding id on, this one's start at 0"
-            )
+        starts_at_0 = getattr(tower.config, "position_ids", None) == "arange"
+        if starts_at_0 and tower.config.padding_id is None:
+            return f"it counts the positions of a {kind} from its pad_token_id on, and that is None"
         if pooling == "mean":
             return f"it has no mean pooling; train with {key}.pooling='cls' or 'pooler'"
         if pooling == "cls" and poolers == "own":
@@ -127,9 +131,9 @@ _SIDES = (
 
 
 def express(params: Params, settings: Settings, projection_dim: int) -> Params:
-    """The parameters of the VisionTextDualEncoder that computes the same embeddings.
+    """Return the parameters of the VisionTextDualEncoder that computes the same embeddings.
 
-    `params` and the result are NumPy trees of a model without `obstacle`; the result has what the towers
+    `params` and the result are NumPy trees of a model that is exportable; the result has what the towers
     need for 'pooler', and two projections without bias.
     """
     result = {"logit_scale": params["logit_scale"]}
@@ -145,7 +149,7 @@ def express(params: Params, settings: Settings, projection_dim: int) -> Params:
 
 
 def restore(params: Params, settings: Settings, projection_dim: int) -> Params | None:
-    """The inverse of `express`, bit by bit.
+    """Return the inverse of `express`, bit by bit.
 
     None if `express` cannot have made these parameters: the model was trained on after the export.
     """
@@ -167,7 +171,7 @@ def restore(params: Params, settings: Settings, projection_dim: int) -> Params |
 
 
 def _pooler_and_kernel(head: Params | None, projection_dim: int) -> tuple[Params, np.ndarray]:
-    """The pooler and the projection, without bias, that do what `head` does to a CLS token."""
+    """Return the pooler and the projection, without bias, that do what `head` does to a CLS token."""
     if head and "bias" in head:
         # The pooler projects, the rest of its width stays zero, and the projection cuts that off.
         width = head["kernel"].shape[0]
@@ -184,7 +188,7 @@ def _pooler_and_kernel(head: Params | None, projection_dim: int) -> tuple[Params
 
 
 def _head(projection: Projection, pooler: Params, kernel: np.ndarray) -> Params | None:
-    """The inverse of `_pooler_and_kernel`."""
+    """Return the inverse of `_pooler_and_kernel`."""
     if projection == "none":
         return None
     if projection == "linear":

@@ -29,28 +29,30 @@ class Format:
     suffix: str
     read: Callable[[pathlib.Path], dict[str, np.ndarray]]
 
-    @property
-    def file(self) -> str:
-        return self.stem + self.suffix
+    def file(self, variant: str | None = None) -> str:
+        """Return the file's name; a variant, such as 'fp16', stands in front of the suffix."""
+        return f"{self._stem(variant)}{self.suffix}"
 
-    @property
-    def index(self) -> str:
-        return self.file + ".index.json"
+    def index(self, variant: str | None = None) -> str:
+        """Return the name of the index of a sharded file."""
+        return f"{self.stem}{self.suffix}.index" + (f".{variant}" if variant else "") + ".json"
 
-    @property
-    def shards(self) -> str:
-        """A glob pattern of the files that the index names."""
-        return f"{self.stem}-*{self.suffix}"
+    def shards(self, variant: str | None = None) -> str:
+        """Return a glob pattern of the files that the index names."""
+        return f"{self._stem(variant)}-*{self.suffix}"
+
+    def _stem(self, variant: str | None) -> str:
+        return f"{self.stem}.{variant}" if variant else self.stem
 
 
-def read_tensors(folder: str | pathlib.Path) -> Tensors:
-    """Reads every tensor of the folder's weights: safetensors, else Flax msgpack, else torch's bin.
+def read_tensors(folder: str | pathlib.Path, variant: str | None = None) -> Tensors:
+    """Read every tensor of the folder's weights: safetensors, else Flax msgpack, else torch's bin.
 
     Raises UserError if there is none of them, or if it is damaged or incomplete.
     """
     folder = pathlib.Path(folder)
     for format_ in FORMATS:
-        file, index = folder / format_.file, folder / format_.index
+        file, index = folder / format_.file(variant), folder / format_.index(variant)
         if file.exists():
             values = _parsed(file, format_.read)
         elif index.exists():
@@ -62,9 +64,11 @@ def read_tensors(folder: str | pathlib.Path) -> Tensors:
         # transformers' Flax classes wrote safetensors files too, with their own names and axes.
         layout = "flax" if any(name.endswith(".kernel") for name in values) else "torch"
         return Tensors(values, layout, file)
+    *others, last = (format_.file(variant) for format_ in FORMATS)
     raise UserError(
-        f"{folder} has no weights; it must hold {', '.join(f.file for f in FORMATS[:-1])} or "
-        f"{FORMATS[-1].file}, or the shards of one and their index ({FORMATS[0].index} ...)."
+        f"{folder} has no weights{f' of the variant {variant!r}' if variant else ''}; it must hold "
+        f"{', '.join(others)} or {last}, or the shards of one and their index "
+        f"({FORMATS[0].index(variant)} ...)."
     )
 
 

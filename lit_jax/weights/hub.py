@@ -1,5 +1,6 @@
 """Where a model's files are: a local folder, or a copy of a Hugging Face Hub repository."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -24,47 +25,113 @@ _SMALL_FILES = ("*.json", "*.txt", "*.model")
 _TIMEOUT = 10  # seconds
 
 
-def local_folder(model: str, *, config_key: str) -> pathlib.Path:
-    """The folder that `model` names, or a copy of the Hub repository it names: what is in the cache of
-    huggingface_hub is not fetched again, and is taken as it is when the Hub cannot be reached.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """The copy of a model that is meant, named as from_pretrained of transformers names it.
 
-    Raises UserError, naming `config_key`, if `model` is neither or cannot be had.
+    Attributes:
+        revision: branch, tag or commit of the Hub repository.
+        token: of a private repository.
+        subfolder: of the repository or local folder.
+        variant: of the weights' files: 'fp16' means model.fp16.safetensors.
+    """
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | pathlib.Path | None = None
+    force_download: bool = False
+    local_files_only: bool = False
+    subfolder: str = ""
+    variant: str | None = None
+
+    @property
+    def download(self) -> dict[str, Any]:
+        """The arguments of huggingface_hub's snapshot_download."""
+        names = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+        return {name: getattr(self, name) for name in names}
+
+
+def local_folder(
+    model: str, *, config_key: str, options: HubOptions = HubOptions()
+) -> pathlib.Path:
+    """Return the folder that `model` names, or that of a copy of the Hub repository it names.
+
+    What is in the cache of huggingface_hub is not fetched again, and is taken as it is when the Hub cannot be
+    reached. Raises UserError, naming `config_key`, if `model` is neither or cannot be had.
     """
     if not model:
         raise UserError(f"{config_key} is empty; give a local folder or the id of a Hub model.")
     folder = pathlib.Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    try:
-        return _download(model)
-    except Exception as error:  # no network, no such model, no permission: every cause has a class
-        reason = error
-    try:
-        cached = huggingface_hub.snapshot_download(
-            model, allow_patterns=list(_SMALL_FILES), local_files_only=True
+    if not folder.is_dir():
+        folder = _from_hub(model, config_key, options)
+    if not (folder / options.subfolder).is_dir():
+        raise UserError(
+            f"{config_key} is {model!r}, which has no folder {options.subfolder!r} in it."
         )
-    except (OSError, ValueError):  # not in the cache; not the form of an id
+    return folder / options.subfolder
+
+
+def _from_hub(model: str, config_key: str, options: HubOptions) -> pathlib.Path:
+    reason = None
+    if not options.local_files_only:
+        try:
+            return _download(model, options)
+        except (
+            Exception
+        ) as error:  # no network, no such model, no permission: every cause has a class
+            reason = error
+    cached = dataclasses.replace(options, local_files_only=True, force_download=False).download
+    try:
+        folder = huggingface_hub.snapshot_download(
+            model, allow_patterns=list(_SMALL_FILES), **cached
+        )
+    except (OSError, ValueError) as error:  # not in the cache; not the form of an id
         raise UserError(
             f"{config_key} is {model!r}, which is no folder here and cannot be had from the Hugging "
-            f"Face Hub ({one_line(reason)}); set {config_key} to a local folder with the model's files."
-        ) from reason
-    return pathlib.Path(cached)
+            f"Face Hub ({one_line(reason or error)}); set {config_key} to a local folder with the model's "
+            "files."
+        ) from (reason or error)
+    return pathlib.Path(folder)
 
 
-def _download(model: str) -> pathlib.Path:
-    """Fetches the small files and the weights in the first format that the repository has."""
-    info = huggingface_hub.HfApi().model_info(model, timeout=_TIMEOUT)
-    files = {sibling.rfilename for sibling in info.siblings or ()}
+def _download(model: str, options: HubOptions) -> pathlib.Path:
+    """Fetch the small files and the weights in the first format that the repository has."""
     patterns = [*_SMALL_FILES]
+    info = huggingface_hub.HfApi(token=options.token).model_info(
+        model, revision=options.revision, timeout=_TIMEOUT
+    )
+    files = {sibling.rfilename for sibling in info.siblings or ()}
+    above = f"{options.subfolder.strip('/')}/" if options.subfolder else ""
     for format_ in FORMATS:
-        if files & {format_.file, format_.index}:
-            patterns += [format_.file, format_.shards]
+        file, index = format_.file(options.variant), format_.index(options.variant)
+        if files & {above + file, above + index}:
+            patterns += [above + file, above + format_.shards(options.variant)]
             break
-    return pathlib.Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns))
+    return pathlib.Path(
+        huggingface_hub.snapshot_download(model, allow_patterns=patterns, **options.download)
+    )
+
+
+def upload(folder: str | pathlib.Path, repo_id: str, **options: Any) -> str:
+    """Upload a folder to a Hub repository, which is made if there is none, and return the commit's address.
+
+    `options` are those of push_to_hub of transformers: token, private, revision, commit_message ...
+    Raises UserError if the Hub refuses or cannot be reached.
+    """
+    token, private = options.pop("token", None), options.pop("private", None)
+    api = huggingface_hub.HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url
+    except Exception as error:  # no network, no permission, no such option: every cause has a class
+        raise UserError(
+            f"{repo_id!r} cannot be pushed to the Hugging Face Hub ({one_line(error)}); check the name, the "
+            "network and the token (hf auth login, or token=...). save_pretrained writes to a folder."
+        ) from error
 
 
 def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
-    """The content of config.json, completed with transformers' defaults for its `model_type`.
+    """Return the content of config.json, completed with transformers' defaults for its `model_type`.
 
     Raises UserError if there is none, none that transformers understands, or of a kind of model that is
     none of ours.
@@ -84,7 +151,7 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
 
 
 def complete(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a config.json with transformers' defaults for its `model_type`.
+    """Return the content of a config.json with transformers' defaults for its `model_type`.
 
     Raises UserError if that, or the one of a tower in it, is none of ours.
     """
@@ -104,11 +171,14 @@ def complete(content: Mapping[str, Any]) -> dict[str, Any]:
         part = f"{tower}_config"
         if part in content:  # that of a VisionTextDualEncoder may be the config of a whole CLIP
             content[part] = tower_part(content[part], side)
+    if former != model_type and "position_ids" in tower_fields(content["text_config"]):
+        # It was a Flax model, which gave its text tower the positions 0, 1, 2, ...
+        content["text_config"].setdefault("position_ids", "arange")
     return {**content, "model_type": model_type}
 
 
 def read_tower_config(folder: str | pathlib.Path, side: Side) -> dict[str, Any]:
-    """The config of a folder's tower: of the folder itself, or of its `side` if it is a dual encoder.
+    """Return the config of a folder's tower: of the folder itself, or of its `side` if it is a dual encoder.
 
     Raises UserError as `read_config`.
     """
@@ -153,6 +223,6 @@ def _check_type(hf: dict[str, Any], named: str) -> None:
 
 
 def tower_part(hf_config: dict[str, Any], side: Side) -> dict[str, Any]:
-    """Of the config of a dual encoder that of one tower; that of a tower as it is."""
+    """Return one tower's config out of a dual encoder's; that of a tower as it is."""
     part = f"{TOWERS[side]}_config"
     return tower_part(hf_config[part], side) if part in hf_config else hf_config

@@ -10,7 +10,7 @@ import logging
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 _FLOATS = {np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)}
 _LISTED = 6  # of every kind of difference
+# Tensors that make of what a tower pools something else: an embedding, the logits of classes.
+_HEAD = re.compile(r"(^|\.)((visual|text)_projection|\w*classifier)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,77 +64,133 @@ def side_of(module: Tower) -> Side:
     return "image" if module.config.model_type in VISION else "text"
 
 
-def load_tower(folder: str | pathlib.Path, module: Tower) -> tuple[Params, LoadReport]:
-    """The parameters of `module`, float32, from the folder of a base model, of a model with a head or of a
-    dual encoder that has such a tower.
+def load_tower(
+    folder: str | pathlib.Path, module: Tower, *, variant: str | None = None
+) -> tuple[Params, LoadReport]:
+    """Load the parameters of `module`, float32, from the folder of a base model, of a model with a head or of
+    a dual encoder that has such a tower.
 
     Raises UserError if the folder holds a model of another family, if its weights do not fit
     `module` one to one, or if they cannot be read.
     """
-    folder, side = pathlib.Path(folder), side_of(module)
-    found = hub.read_tower_config(folder, side)["model_type"]
-    family = name_tables.FAMILIES[module.config.model_type]
+    return _take_tower(_open_tower(folder, module, variant), module)
+
+
+def load_tower_and_pooler(
+    folder: str | pathlib.Path, module: Tower, *, variant: str | None = None
+) -> tuple[Params, Params]:
+    """Load as `load_tower`, and with it the parameters of a pooler that `module` has no use for.
+
+    With them, a tower that is written again is whole.
+    """
+    file = _open_tower(folder, module, variant)
+    params, _ = _take_tower(file, module)
+    has_none = "pooler" not in module.poolings or not getattr(
+        module.config, "vision_use_head", True
+    )
+    if module.pooling == "pooler" or has_none:
+        return params, {}
+    whole = shapes_of(module.clone(pooling="pooler"), module.example_input)
+    pooler = {name: part for name, part in whole.items() if name not in params}
+    account = _Account(file.tensors)
+    taken = account.take(pooler, file.family, account.left(file.under), under=file.under)
+    if account.used == 0:
+        return params, {}
+    account.ignore(account.left())
+    account.close()
+    return params, taken
+
+
+class _TowerFile(NamedTuple):
+    """The weights of a folder that holds a tower, alone or in a dual encoder."""
+
+    tensors: files.Tensors
+    family: name_tables.Family
+    side: Side
+    architecture: str  # that config.json names
+    under: str  # start of the names of the tower's tensors in a dual encoder, else ''
+
+
+def _open_tower(
+    folder: str | pathlib.Path, module: Tower, variant: str | None = None
+) -> _TowerFile:
+    side, hf_config = side_of(module), hub.read_config(folder)
+    found = hub.tower_part(hf_config, side)["model_type"]
     if found != module.config.model_type:
         raise UserError(
             f"{folder} holds a model of type {found}, where config.model.{side}.model needs "
             f"{module.config.model_type}."
         )
-    account = _Account(files.read_tensors(folder))
-    whole = hub.read_config(folder)["model_type"] in SYSTEMS
-    under = f"{TOWERS[side]}_model." if whole else ""
+    return _TowerFile(
+        files.read_tensors(folder, variant),
+        name_tables.FAMILIES[found],
+        side,
+        " ".join(hf_config.get("architectures") or (hf_config["model_type"],)),
+        f"{TOWERS[side]}_model." if hf_config["model_type"] in SYSTEMS else "",
+    )
+
+
+def _take_tower(file: _TowerFile, module: Tower) -> tuple[Params, LoadReport]:
+    account = _Account(file.tensors)
     params = account.take(
         shapes_of(module, module.example_input),
-        family,
-        account.left(under),
-        under=under,
+        file.family,
+        account.left(file.under),
+        under=file.under,
         has_pooler=module.pooling == "pooler",
     )
-    if pooler := [name for name in account.missing if re.match(family.pooler, name)]:
+    bare = [name.removeprefix(file.under) for name in account.missing]
+    if pooler := [name for name in bare if re.match(file.family.pooler, name)]:
         poolings = " or ".join(repr(name) for name in module.poolings if name != "pooler")
         raise UserError(
-            f"{account.file} has no pooler weights ({pooler[0]}), and a random pooler would be worse "
-            f"than none; set the {side} tower's pooling (config.model.{side}.pooling) to {poolings}."
+            f"{account.file} has no pooler weights ({file.under}{pooler[0]}), and a random pooler would be "
+            f"worse than none; set the {file.side} tower's pooling (config.model.{file.side}.pooling) to "
+            f"{poolings}."
         )
-    if whole:
+    if file.under:
         account.ignore(account.left())
-    return params, account.close()
-
-
-def load_tower_and_pooler(folder: str | pathlib.Path, module: Tower) -> tuple[Params, Params]:
-    """`load_tower`, and the parameters of a pooler of the folder that `module` has no use for: with
-    them, a tower that is written again is whole.
-    """
-    own, _ = load_tower(folder, module)
-    if module.pooling == "pooler" or "pooler" not in module.poolings:
-        return own, {}
-    try:
-        whole, _ = load_tower(folder, module.clone(pooling="pooler"))
-    except UserError:  # it has none
-        return own, {}
-    return own, {name: value for name, value in whole.items() if name not in own}
+    report = account.close()
+    if not file.under and (head := [name for name in report.ignored if _HEAD.search(name)]):
+        log.warning(
+            "%s is a %s, and a tower has no place for its head (%s): the pooled output is what that head "
+            "would get, not what it returns.",
+            report.file,
+            file.architecture,
+            _listed(head),
+        )
+    return params, report
 
 
 def load_dual_encoder(
-    folder: str | pathlib.Path, *, dtype: Any
+    folder: str | pathlib.Path,
+    *,
+    dtype: Any,
+    hf_config: Mapping[str, Any] | None = None,
+    variant: str | None = None,
 ) -> tuple[DualEncoderModule, Params, dict[str, Any], LoadReport]:
-    """The module of a dual encoder's folder, its parameters, its config.json and what was read.
+    """Load the module of a dual encoder's folder, its parameters, its config and what was read.
 
-    What `save_dual_encoder` had to express in other weights comes back bit by bit as it was. The
-    parameters are float32; `dtype` is that of the computation.
+    Poolings and projections that `save_dual_encoder` had to express in other weights come back bit by bit as
+    they were. The parameters are float32; `dtype` is that of the computation. `hf_config` takes the
+    place of the folder's config.json.
     Raises UserError if the folder holds another kind of model, or as `load_tower` does.
     """
-    hf_config = hub.read_config(folder)
+    hf_config = dict(hub.read_config(folder) if hf_config is None else hf_config)
     if hf_config["model_type"] not in SYSTEMS:
         raise UserError(
             f"{folder} holds a model of type {hf_config['model_type']}, which is no dual encoder; lit_jax "
             f"knows {', '.join(SYSTEMS)}."
         )
-    module = dual_encoder_module(hf_config, dtype=dtype)
+    module, tensors = (
+        dual_encoder_module(hf_config, dtype=dtype),
+        files.read_tensors(folder, variant),
+    )
+    _check_positions(module, tensors, hf_config)
     if "lit_jax" not in hf_config or hf_config["model_type"] == hub.OWN_TYPE:
-        params, report = _take_dual_encoder(module, folder, hf_config)
+        params, report = _take_dual_encoder(module, tensors, hf_config)
     else:
         plain = build_system(hf_config, dtype=dtype)
-        as_written, report = _take_dual_encoder(plain, folder, hf_config)
+        as_written, report = _take_dual_encoder(plain, tensors, hf_config)
         settings = dual_encoder_form.Settings.of_config(hf_config)
         params = dual_encoder_form.restore(as_written, settings, module.projection_dim)
         if params is None:
@@ -146,30 +204,52 @@ def load_dual_encoder(
     return module, params, hf_config, report
 
 
+def _check_positions(
+    module: DualEncoderModule, tensors: files.Tensors, hf_config: Mapping[str, Any]
+) -> None:
+    """Warn where a file does not say from where its text tower counted positions in training."""
+    is_flax = tensors.file.name.startswith("flax_model") and "lit_jax" not in hf_config
+    has_choice = hasattr(module.text_model.config, "position_ids")
+    if is_flax and has_choice and "position_ids" not in hf_config["text_config"]:
+        log.warning(
+            "%s is of a Flax dual encoder, and those gave a %s the positions 0, 1, 2 ... in training, where "
+            "PyTorch's counts from the padding id + 1 on, as is done now. If this model was trained in Flax, "
+            "choose 'arange' (text_config={'position_ids': 'arange'} in Python, --position_ids=arange of "
+            "evaluate, config.model.text.overrides.position_ids); 'input_ids' there chooses PyTorch's.",
+            tensors.file,
+            module.text_model.config.model_type,
+        )
+
+
 def dual_encoder_module(hf_config: Mapping[str, Any], *, dtype: Any) -> DualEncoderModule:
-    """The module that `load_dual_encoder` returns for this config.json, unless transformers trained it on."""
+    """Return the module that `load_dual_encoder` returns, unless transformers trained the model on."""
     if "lit_jax" not in hf_config:
         return build_system(hf_config, dtype=dtype)
     settings = dual_encoder_form.Settings.of_config(hf_config)
+    bias = hf_config.get("logit_bias")
+    if bias is not None and (isinstance(bias, bool) or not isinstance(bias, int | float)):
+        raise UserError(
+            f"logit_bias in the model's config.json is {bias!r}; it must be of type float."
+        )
     config = ModelConfig(
         image=TowerConfig(pooling=settings.image_pooling, projection=settings.image_projection),
         text=TowerConfig(pooling=settings.text_pooling, projection=settings.text_projection),
         projection_dim=hf_config["projection_dim"],
         logit_scale_init=hf_config["logit_scale_init_value"],
-        logit_bias_init=hf_config.get("logit_bias"),
+        logit_bias_init=bias,
     )
     module = build_dual_encoder(hf_config["vision_config"], hf_config["text_config"], config)
     return module.with_dtype(dtype)
 
 
 def _take_dual_encoder(
-    module: DualEncoderModule, folder: str | pathlib.Path, hf_config: Mapping[str, Any]
+    module: DualEncoderModule, tensors: files.Tensors, hf_config: Mapping[str, Any]
 ) -> tuple[Params, LoadReport]:
-    """The parameters of both towers and of what joins them, from names such as 'text_model.pooler...'."""
+    """Return the parameters of both towers and of their joint, from names as 'text_model.pooler...'."""
     shapes = shapes_of(module, module.example_batch)
     if "logit_bias" in hf_config:  # of an export: not among the tensors
         shapes.pop("logit_bias", None)
-    account = _Account(files.read_tensors(folder))
+    account = _Account(tensors)
     params = {}
     for part, tower in module.towers.items():
         params[part] = account.take(
@@ -215,8 +295,13 @@ class _Account:
     def file(self) -> pathlib.Path:
         return self._tensors.file
 
+    @property
+    def used(self) -> int:
+        """How many tensors have been taken."""
+        return len(self._used)
+
     def left(self, under: str = "") -> list[str]:
-        """What of the names that start with `under` has not been taken."""
+        """Return what of the names that start with `under` has not been taken."""
         return [name for name in self._left if name.startswith(under)]
 
     def ignore(self, names_: Iterable[str]) -> None:

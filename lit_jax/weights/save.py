@@ -1,7 +1,9 @@
 """Writes a tower or a dual encoder as a Hugging Face folder.
 
 The folder is written beside its place under another name and then renamed, so that what has the right
-name is complete. A former export is replaced; any other folder that is not empty is left alone.
+name is complete. A former export is replaced; any other folder that is not empty is left alone. With
+`beside_others` the files go one by one into a folder that may hold others, as in transformers; only a model
+that lit_jax did not write is left alone.
 """
 
 import contextlib
@@ -22,14 +24,18 @@ from flax import serialization, traverse_util
 
 from lit_jax.errors import UserError
 from lit_jax.files import local_path, parse_json
+from lit_jax.models.bert import with_counted_positions
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.models.layers import Tower
 from lit_jax.trees import flatten
-from lit_jax.weights import dual_encoder_form, load, name_tables, names
+from lit_jax.weights import dual_encoder_form, files, load, name_tables, names
 from lit_jax.weights.dual_encoder_form import Params
 from lit_jax.weights.hub import OWN_TYPE
 
 log = logging.getLogger(__name__)
+
+# transformers reads the first key; the second says that the file may be replaced.
+_METADATA = {"format": "pt", "maker": "lit_jax"}
 
 
 @runtime_checkable
@@ -46,15 +52,17 @@ def save_tower(
     params: Params,
     processor: Saveable | None = None,
     pooler: Params | None = None,
+    *,
+    beside_others: bool = False,
 ) -> None:
-    """Writes config.json, model.safetensors with torch's names, and the processor's files, of one tower.
+    """Write config.json, model.safetensors with torch's names, and the processor's files, of one tower.
 
     `pooler` is what `load_tower_and_pooler` has found beside `params`. A tower without pooler is written
     without one: most of torch's classes load it with add_pooling_layer=False, and a warning says so.
     Raises UserError if `folder` cannot be written or holds something else.
     """
     family = name_tables.FAMILIES[module.config.model_type]
-    params = {**params, **(pooler or {})}
+    hf_config, params = _as_pytorch_counts(hf_config, module, {**params, **(pooler or {})})
     config = {
         **hf_config,
         "architectures": [family.architecture],
@@ -71,7 +79,7 @@ def save_tower(
             " and no ".join(lacking),
             module.pooling,
         )
-    with _new_folder(local_path("The folder to write", str(folder))) as new:
+    with _new_folder(local_path("The folder to write", str(folder)), beside_others) as new:
         _write_json(new / "config.json", config)
         tensors = names.tensors_of(flatten(_float32(params)), family, "torch")
         _write_torch(new, {_inner(family) + name: array for name, array in tensors.items()})
@@ -80,7 +88,7 @@ def save_tower(
 
 
 def _lacking(module: Tower, params: Params, family: name_tables.Family) -> list[str]:
-    """The names of what a tower of that family has with its pooler only, and `params` has not."""
+    """Return the names of what a tower of that family has with its pooler only, and `params` has not."""
     if family.pooler == name_tables.Family.pooler:  # none has
         return []
     whole = load.shapes_of(module.clone(pooling="pooler"), module.example_input)
@@ -98,25 +106,30 @@ def save_dual_encoder(
     module: DualEncoderModule,
     params: Params,
     processor: Saveable | None = None,
+    *,
+    beside_others: bool = False,
 ) -> None:
-    """Writes a folder that the class of transformers for `hf_config['model_type']` loads.
+    """Write a folder that the class of transformers for `hf_config['model_type']` loads.
 
     config.json, model.safetensors (torch's names), flax_model.msgpack where transformers 4 has a Flax
     class, and the files of the processor. `hf_config` is what `load_dual_encoder` returns.
-    What VisionTextDualEncoder cannot compute (`dual_encoder_form.obstacle`) is written for lit_jax alone,
-    with a model_type that transformers refuses, and a warning that says why.
+    A model that VisionTextDualEncoder cannot compute (`dual_encoder_form.why_not_exportable`) is written for
+    lit_jax alone, with a model_type that transformers refuses, and a warning that says why.
     Raises UserError if `folder` cannot be written or holds something else.
     """
     params, config = _float32(params), dict(hf_config)
+    config["text_config"], params["text_model"] = _as_pytorch_counts(
+        config["text_config"], module.text_model, params["text_model"]
+    )
     if hf_config["model_type"] in ("vision-text-dual-encoder", OWN_TYPE):
-        config = _vision_text_config(hf_config, module, params)
-        if obstacle := dual_encoder_form.obstacle(module):
+        config = _vision_text_config(config, module, params)
+        if reason := dual_encoder_form.why_not_exportable(module):
             config["model_type"] = OWN_TYPE
             params.pop("logit_bias", None)  # config.json has it
             log.warning(
                 "Only lit_jax will read %s: VisionTextDualEncoder of transformers cannot be this model; %s.",
                 folder,
-                obstacle,
+                reason,
             )
         else:
             config["model_type"] = "vision-text-dual-encoder"
@@ -124,7 +137,7 @@ def save_dual_encoder(
             params = dual_encoder_form.express(params, settings, module.projection_dim)
     system = name_tables.SYSTEMS[config["model_type"]]
     config |= {"architectures": [system.architecture], "dtype": "float32"}
-    with _new_folder(local_path("The folder to write", str(folder))) as new:
+    with _new_folder(local_path("The folder to write", str(folder)), beside_others) as new:
         _write_json(new / "config.json", config)
         _write_torch(new, _dual_encoder_tensors(module, params, system, "torch"))
         if system.in_flax:
@@ -155,6 +168,17 @@ def _vision_text_config(
     return config
 
 
+def _as_pytorch_counts(
+    hf_config: Mapping[str, Any], tower: Tower, params: Params
+) -> tuple[dict[str, Any], Params]:
+    """Return the config and parameters of a tower whose positions are those that PyTorch computes."""
+    counted, moved = with_counted_positions(tower.config, params)
+    if counted is tower.config:
+        return dict(hf_config), params
+    kept = {name: value for name, value in hf_config.items() if name != "position_ids"}
+    return {**kept, "max_position_embeddings": counted.max_position_embeddings}, dict(moved)
+
+
 def _float32(params: Params) -> Params:
     return jax.tree.map(lambda array: np.asarray(array).astype(np.float32, copy=False), params)
 
@@ -174,14 +198,14 @@ def _dual_encoder_tensors(
 
 
 def _inner(family: name_tables.Family) -> str:
-    """What stands before every name in a file of such a tower alone, for transformers 4."""
+    """Return what stands before every name in a file of such a tower alone, for transformers 4."""
     return family.prefix if family.prefix in ("vision_model.", "text_model.") else ""
 
 
 def _write_torch(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     # safetensors writes the memory of an array as it lies, so a transposed view must be copied.
     whole = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-    safetensors.numpy.save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    safetensors.numpy.save_file(whole, folder / "model.safetensors", _METADATA)
     # It makes a file that only its owner may read.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
@@ -196,13 +220,19 @@ def _write_json(file: pathlib.Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def _new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder beside `target` that takes its name when the block ends well, and else is removed."""
+def _new_folder(target: pathlib.Path, beside_others: bool) -> Iterator[pathlib.Path]:
+    """Yield a folder beside `target` that takes its name when the block ends well, and else is removed.
+
+    With `beside_others` its files are moved into a `target` that exists.
+    """
     new = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     old = new.with_suffix(".old")
     try:
         new.mkdir(parents=True)
         yield new
+        if beside_others and target.is_dir():
+            _move_into(target, new)
+            return
         if target.exists():
             _check_replaceable(target, new)
             target.rename(old)
@@ -216,8 +246,28 @@ def _new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
+def _move_into(target: pathlib.Path, new: pathlib.Path) -> None:
+    """Move the files of `new` into `target`, each whole, and remove weights that they replace.
+
+    Raises UserError if `target` holds a model that lit_jax did not write.
+    """
+    weights = {format_.file() for format_ in files.FORMATS}
+    models = {"config.json", *weights, *(format_.index() for format_ in files.FORMATS)}
+    present = sorted(models & {file.name for file in target.iterdir()})
+    if present and not _is_export(target):
+        raise UserError(
+            f"{target} holds {present[0]} of a model that lit_jax did not write; give another folder, or "
+            "remove that model."
+        )
+    written = sorted(new.iterdir(), key=lambda file: file.name == "config.json")  # that one last
+    for file in written:
+        file.replace(target / file.name)
+    for name in weights & set(present) - {file.name for file in written}:
+        (target / name).unlink()
+
+
 def _check_replaceable(target: pathlib.Path, new: pathlib.Path) -> None:
-    """Raises UserError unless `target` is empty, or an export with no file that `new` has not."""
+    """Raise UserError unless `target` is empty, or an export with no file that `new` has not."""
     present = {file.name for file in target.iterdir()}
     foreign = sorted(present - {file.name for file in new.iterdir()})
     if present and (foreign or not _is_export(target)):
@@ -229,6 +279,9 @@ def _check_replaceable(target: pathlib.Path, new: pathlib.Path) -> None:
 
 def _is_export(folder: pathlib.Path) -> bool:
     try:
+        with safetensors.safe_open(folder / "model.safetensors", "np") as content:
+            if (content.metadata() or {}).get("maker") == _METADATA["maker"]:
+                return True
         return "lit_jax" in parse_json((folder / "config.json").read_bytes())
-    except ValueError:
+    except (OSError, ValueError, TypeError, safetensors.SafetensorError):
         return False

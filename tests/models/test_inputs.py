@@ -60,11 +60,20 @@ def test_texts_are_int32_and_one_row_is_for_all():
         ((IDS - 1,), "input_ids has numbers from -1 to 4"),
         ((IDS, None, IDS), "token_type_ids has numbers from 0 to 5, but .* only 2 token types"),
         ((IDS, None, None, IDS + 9), "position_ids has numbers from 9 to 14, but .* 9 positions"),
+        ((IDS * 1.0,), "input_ids has the dtype float.*give integers"),
+        ((IDS, None, IDS * 1.0), "token_type_ids has the dtype float"),
+        (
+            (IDS, (MASK - 1) * 1e4 - 1),
+            "attention_mask has numbers from -1.0 to -1.0; .* 1 for .* 0 for",
+        ),
+        ((IDS, MASK * 2), "attention_mask has numbers from 2 to 2"),
     ],
 )
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 def test_texts_that_do_not_fit_are_refused(inputs, message, kind):
-    inputs = [None if x is None else kind(x) for x in inputs]
+    inputs = [
+        None if x is None else kind(x, np.float32 if x.dtype == float else None) for x in inputs
+    ]
     with pytest.raises(UserError, match=message):
         texts_of(ROWS, *inputs, *[None] * (4 - len(inputs)))
 
@@ -88,3 +97,38 @@ def test_rows_are_those_of_the_tables(family):
         if path[-1].key == "embedding" and path[-2].key != "relative_attention_bias"
     }
     assert sorted(tables.values()) == sorted(tower.config.rows.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("input_ids", [[1, 2, 3], [4, 5]], "input_ids makes no array .*equal length.*padding=True"),
+        ("input_ids", [["a", "b"]], "input_ids holds values of dtype"),
+        ("attention_mask", [[1, 1, 1], [1]], "attention_mask makes no array"),
+        ("input_ids", None, "input_ids is missing"),
+    ],
+)
+def test_what_makes_no_array_is_named(name, value, message):
+    inputs = {"input_ids": IDS, "attention_mask": None} | {name: value}
+    with pytest.raises(UserError, match=message):
+        texts_of(ROWS, *inputs.values(), None, None)
+
+
+def test_images_of_different_sizes_make_no_array():
+    with pytest.raises(UserError, match="pixel_values makes no array"):
+        images_of([np.zeros((3, 4, 5)), np.zeros((3, 5, 4))])
+    with pytest.raises(UserError, match="pixel_values is missing"):
+        images_of(None)
+
+
+def test_lists_and_truth_values_and_float_masks_of_0_and_1_are_taken():
+    for mask in (MASK.astype(bool), MASK.astype(np.float32), MASK.tolist()):
+        ids, taken, _, _ = texts_of(ROWS, IDS.tolist(), mask, None, None)
+        np.testing.assert_array_equal(ids, IDS)
+        np.testing.assert_array_equal(taken, MASK)
+
+
+def test_a_float_mask_whose_numbers_nobody_knows_is_refused():
+    """It may be additive: 0 would then mean attended."""
+    with pytest.raises(UserError, match="attention_mask has dtype float32"):
+        jax.jit(lambda mask: texts_of(ROWS, IDS, mask, None, None)[1])(MASK.astype(np.float32))

@@ -1,0 +1,308 @@
+"""Two towers that embed into one space, as a Python object.
+
+Dims: B images, T texts, L tokens, C channels, HxW pixels, E embedding.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from transformers import PreTrainedConfig
+
+from lit_jax.api.model import (
+    Config,
+    Dtype,
+    Model,
+    Params,
+    as_config,
+    draw,
+    read_given,
+    refuse_unknown,
+    split_options,
+)
+from lit_jax.api.towers import TextModel, VisionModel
+from lit_jax.config import Pooling
+from lit_jax.errors import UserError
+from lit_jax.models.dual_encoder import (
+    SYSTEMS,
+    TOWERS,
+    DualEncoderModule,
+    build_system,
+    normalize,
+)
+from lit_jax.models.inputs import (
+    dtype_of,
+    images_of,
+    is_deterministic,
+    refuse_positional,
+    texts_of,
+)
+from lit_jax.models.outputs import DualEncoderOutput, model_output
+from lit_jax.training.losses import make_loss
+from lit_jax.training.similarity import similarity_logits
+from lit_jax.weights import hub, load, save
+
+
+class DualEncoder(Model):
+    """Two towers that embed into one space."""
+
+    module: DualEncoderModule
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        config: Config | None = None,
+        vision_config: Mapping[str, Any] | None = None,
+        text_config: Mapping[str, Any] | None = None,
+        dtype: Dtype = "float32",
+        **options: Any,
+    ) -> "DualEncoder":
+        """Read the dual encoder of a local folder or Hub id; lit_jax.models.dual_encoder has its `SYSTEMS`.
+
+        `config` takes the place of the model's config.json. `vision_config` and `text_config` change fields
+        of the towers' configs, as in text_config={"position_ids": "arange"}. `options` say which copy is
+        meant: revision, subfolder, token, variant, cache_dir, force_download, local_files_only.
+
+        Raises UserError if the model cannot be had or is not what its config.json says.
+        """
+        which, rest = split_options(options)
+        refuse_unknown(rest, ("config", "vision_config", "text_config", "dtype"))
+        folder = hub.local_folder(str(model), config_key="model", options=which)
+        hf = hub.read_config(folder) if config is None else read_given(config)
+        for tower, changes in (("vision", vision_config), ("text", text_config)):
+            part = f"{tower}_config"
+            if changes and part in hf:
+                hf[part] = hub.override(hf[part], changes, f"{part}.")
+        module, params, hf, _ = load.load_dual_encoder(
+            folder, dtype=dtype_of(dtype), hf_config=hf, variant=which.variant
+        )
+        return cls(config=as_config(hf), module=module, params=jax.tree.map(jnp.asarray, params))
+
+    @classmethod
+    def from_config(
+        cls, config: PreTrainedConfig, *, seed: int = 0, dtype: Dtype = "float32"
+    ) -> "DualEncoder":
+        """Make random weights for a CLIPConfig, SiglipConfig, AlignConfig, AltCLIPConfig ..."""
+        module = build_system(hub.complete(config.to_dict()), dtype=dtype_of(dtype))
+        return cls(config=config, module=module, params=draw(module, module.example_batch, seed))
+
+    @classmethod
+    def from_vision_text_configs(
+        cls,
+        vision_config: PreTrainedConfig,
+        text_config: PreTrainedConfig,
+        *,
+        projection_dim: int = 512,
+        logit_scale_init_value: float = 2.6592,
+        seed: int = 0,
+        dtype: Dtype = "float32",
+    ) -> "DualEncoder":
+        """Make a VisionTextDualEncoder of two towers with random weights."""
+        hf = _vision_text_config(
+            vision_config.to_dict(), text_config.to_dict(), projection_dim, logit_scale_init_value
+        )
+        return cls.from_config(as_config(hf), seed=seed, dtype=dtype)
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_model_name_or_path: str | Path | None = None,
+        text_model_name_or_path: str | Path | None = None,
+        *,
+        vision_model: VisionModel | None = None,
+        text_model: TextModel | None = None,
+        image_pooling: Pooling = "pooler",
+        text_pooling: Pooling = "pooler",
+        projection_dim: int = 512,
+        logit_scale_init_value: float = 2.6592,
+        seed: int = 0,
+        dtype: Dtype = "float32",
+        **options: Any,
+    ) -> "DualEncoder":
+        """Make a VisionTextDualEncoder of two pretrained towers; its projections are random, so train them.
+
+        A tower is the name of one that `VisionModel` or `TextModel` reads, or such an object. `options` that
+        start with vision_ or text_ are those of its from_pretrained.
+        """
+        own = {
+            side: {
+                name.removeprefix(f"{side}_"): options.pop(name)
+                for name in list(options)
+                if name.startswith(f"{side}_")
+            }
+            for side in TOWERS.values()
+        }
+        refuse_unknown(options, ("projection_dim", "logit_scale_init_value", "seed", "dtype"))
+        image = vision_model or VisionModel.from_pretrained(
+            _named(vision_model_name_or_path, "vision"),
+            **{"pooling": image_pooling, "dtype": dtype} | own["vision"],
+        )
+        text = text_model or TextModel.from_pretrained(
+            _named(text_model_name_or_path, "text"),
+            **{"pooling": text_pooling, "dtype": dtype} | own["text"],
+        )
+        hf = _vision_text_config(
+            image.config.to_dict(), text.config.to_dict(), projection_dim, logit_scale_init_value
+        )
+        module = DualEncoderModule(
+            image.module, text.module, projection_dim, logit_scale_init=logit_scale_init_value
+        )
+        params = draw(module, module.example_batch, seed)
+        params |= {"vision_model": image.params, "text_model": text.params}
+        return cls(config=as_config(hf), module=module, params=params)
+
+    def _write(self, folder: Path, params: Params, processor: Any) -> None:
+        hf = self.config.to_dict()
+        save.save_dual_encoder(folder, hf, self.module, dict(params), processor, beside_others=True)
+
+    def __call__(
+        self,
+        input_ids: Any = None,
+        pixel_values: Any = None,
+        attention_mask: Any = None,
+        *further: Any,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        params: Params | None = None,
+        dropout_rng: Any = None,
+        train: bool | None = None,
+        return_loss: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Compare every image BxCxHxW with every text TxL, as their processor makes them.
+
+        `return_loss` is for pairs, B = T: the loss that the kind of model was trained with, over this
+        batch. With `dropout_rng` both towers compute as in training, unless `train` is False. `return_dict`
+        False returns a tuple in the place of a `DualEncoderOutput`. Raises UserError, when traced, for the
+        loss of inputs that are no pairs.
+        """
+        refuse_positional(further, "attention_mask")
+        rows = self.module.text_model.config.rows
+        texts = texts_of(rows, input_ids, attention_mask, token_type_ids, position_ids)
+        images_BxHxWxC = images_of(pixel_values)
+        deterministic = is_deterministic(train, dropout_rng)
+        if return_loss and len(texts[0]) != len(images_BxHxWxC):
+            raise UserError(
+                f"return_loss wants a text for each image, not {len(texts[0])} texts for "
+                f"{len(images_BxHxWxC)} images."
+            )
+
+        def compute(module: DualEncoderModule) -> tuple:
+            image = module.vision_model(images_BxHxWxC, deterministic=deterministic)
+            text = module.text_model(*texts, deterministic=deterministic)
+            zimg_BxE = normalize(module.project_image(image.pooled))
+            ztxt_TxE = normalize(module.project_text(module.pooled_text(text)))
+            return image, text, (zimg_BxE, ztxt_TxE, *module.logit_parameters())
+
+        record = bool(output_hidden_states or output_attentions)
+        (image, text, embedded), recorded = self._run(compute, params, dropout_rng, record)
+        of_text, of_image = (
+            model_output(
+                output,
+                recorded.get(part, {}),
+                hidden_states=bool(output_hidden_states),
+                attentions=bool(output_attentions),
+            )
+            for output, part in ((text, "text_model"), (image, "vision_model"))
+        )
+        logits_BxT = similarity_logits(*embedded)
+        output = DualEncoderOutput(
+            loss=self._loss(*embedded) if return_loss else None,
+            logits_per_image=logits_BxT,
+            logits_per_text=logits_BxT.T,
+            text_embeds=embedded[1],
+            image_embeds=embedded[0],
+            text_model_output=of_text,
+            vision_model_output=of_image,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _loss(self, *embedded: Array | None) -> Array:
+        system = SYSTEMS[self.config.model_type]
+        return make_loss(system.loss, label_smoothing=system.label_smoothing)(*embedded)
+
+    def get_image_features(
+        self,
+        pixel_values: Any = None,
+        *,
+        params: Params | None = None,
+        dropout_rng: Any = None,
+        train: bool | None = None,
+    ) -> Float[Array, "B E"]:
+        """Return the embeddings of images BxCxHxW: projected, not normalised."""
+        images_BxHxWxC = images_of(pixel_values)
+        deterministic = is_deterministic(train, dropout_rng)
+
+        def compute(module: DualEncoderModule) -> Array:
+            return module.encode_image(images_BxHxWxC, deterministic=deterministic)
+
+        return self._run(compute, params, dropout_rng, record=False)[0]
+
+    def get_text_features(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        *further: Any,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        params: Params | None = None,
+        dropout_rng: Any = None,
+        train: bool | None = None,
+    ) -> Float[Array, "T E"]:
+        """Return the embeddings of texts TxL: projected, not normalised."""
+        refuse_positional(further, "attention_mask")
+        rows = self.module.text_model.config.rows
+        texts = texts_of(rows, input_ids, attention_mask, token_type_ids, position_ids)
+        deterministic = is_deterministic(train, dropout_rng)
+
+        def compute(module: DualEncoderModule) -> Array:
+            return module.encode_text(*texts, deterministic=deterministic)
+
+        return self._run(compute, params, dropout_rng, record=False)[0]
+
+    @property
+    def vision_model(self) -> VisionModel:
+        """The image tower alone, with its part of the parameters."""
+        return VisionModel(
+            config=self.config.vision_config,
+            module=self.module.vision_model,
+            params=self.params["vision_model"],
+        )
+
+    @property
+    def text_model(self) -> TextModel:
+        """The text tower alone, with its part of the parameters."""
+        return TextModel(
+            config=self.config.text_config,
+            module=self.module.text_model,
+            params=self.params["text_model"],
+        )
+
+
+def _named(model: str | Path | None, side: str) -> str | Path:
+    if model is None:
+        raise UserError(
+            f"There is no {side} tower; give {side}_model_name_or_path, or {side}_model with an object."
+        )
+    return model
+
+
+def _vision_text_config(
+    vision: Mapping[str, Any], text: Mapping[str, Any], projection_dim: int, logit_scale: float
+) -> dict[str, Any]:
+    return hub.complete(
+        {
+            "model_type": "vision-text-dual-encoder",
+            "vision_config": dict(vision),
+            "text_config": dict(text),
+            "projection_dim": projection_dim,
+            "logit_scale_init_value": logit_scale,
+        }
+    )

@@ -1,0 +1,128 @@
+"""What the dual encoder and the towers of the Python interface share: calls, files, the Hub."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import AutoConfig, PreTrainedConfig
+
+from lit_jax.config import nearest
+from lit_jax.errors import UserError
+from lit_jax.weights import hub, load, save
+
+Dtype = str | type | np.dtype  # "float32", "bfloat16" or "float16", or jnp.bfloat16 ...
+Params = Mapping[str, Any]
+Config = PreTrainedConfig | str | Path  # or where there is one: a folder, a Hub id
+
+_OPTIONS = [field.name for field in dataclasses.fields(hub.HubOptions)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """`config` is transformers' own, `params` what a call takes if it is given no others."""
+
+    config: PreTrainedConfig
+    module: Any
+    params: Params
+
+    def _run(
+        self, compute: Callable[[Any], Any], params: Params | None, dropout_rng: Any, record: bool
+    ) -> tuple[Any, Mapping[str, Any]]:
+        """Return what compute(module) returns, and what the blocks recorded on the way if they are to."""
+        output, state = self.module.apply(
+            {"params": self.params if params is None else params},
+            method=compute,
+            rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+            mutable=["intermediates"] if record else [],
+        )
+        return output, state.get("intermediates", {})
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        processor: Any = None,
+        *,
+        params: Params | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Write a folder that transformers loads, with the files of the processor if one is given.
+
+        Other files in the folder stay, such as those of a processor that was saved before; an earlier model
+        of lit_jax is replaced. `params` are written in the place of the model's own.
+
+        With `push_to_hub` the folder is uploaded, too; `repo_id` is the folder's name if it is not given, and
+        `options` are those of `push_to_hub`.
+        """
+        if processor is not None and not isinstance(processor, save.Saveable):
+            raise UserError(
+                f"processor is a {type(processor).__name__}, which has no save_pretrained; parameters are "
+                "given by name, params=..."
+            )
+        if options and not push_to_hub:
+            raise UserError(
+                f"{', '.join(options)} of save_pretrained is for push_to_hub=True alone; leave it out."
+            )
+        self._write(Path(folder), self.params if params is None else params, processor)
+        if push_to_hub:
+            hub.upload(folder, repo_id or Path(folder).resolve().name, **options)
+
+    def push_to_hub(
+        self, repo_id: str, processor: Any = None, *, params: Params | None = None, **options: Any
+    ) -> str:
+        """Upload what `save_pretrained` writes to a Hub repository, and return the commit's address.
+
+        `options` are those of transformers: token, private, revision, commit_message, create_pr ...
+        Raises UserError if the Hub refuses or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, processor, params=params)
+            return hub.upload(folder, repo_id, **options)
+
+    def _write(self, folder: Path, params: Params, processor: Any) -> None:
+        raise NotImplementedError
+
+
+def split_options(given: Mapping[str, Any]) -> tuple[hub.HubOptions, dict[str, Any]]:
+    """Return the options of from_pretrained that say which copy is meant, and all others."""
+    options = {name: value for name, value in given.items() if name in _OPTIONS}
+    if options.get("subfolder") is None:
+        options.pop("subfolder", None)
+    rest = {name: value for name, value in given.items() if name not in _OPTIONS}
+    return hub.HubOptions(**options), rest
+
+
+def refuse_unknown(rest: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Raise UserError for a keyword argument that from_pretrained does not have."""
+    for name in rest:
+        raise UserError(f"{name} is no argument here; {nearest(name, [*known, *_OPTIONS])}.")
+
+
+def read_given(config: Config | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of the config that a caller gives in the place of the model's config.json."""
+    if isinstance(config, str | Path):
+        return hub.read_config(hub.local_folder(str(config), config_key="config"))
+    return hub.complete(config if isinstance(config, Mapping) else config.to_dict())
+
+
+def as_config(hf: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return transformers' config of the content of a config.json."""
+    content = dict(hf)
+    model_type = content.pop("model_type")
+    # A dual encoder that transformers has no class for; its config has a place for all that ours needs.
+    if model_type == hub.OWN_TYPE:
+        model_type = "vision-text-dual-encoder"
+    return AutoConfig.for_model(model_type, **content)
+
+
+def draw(module: Any, example: Any, seed: int) -> dict[str, Any]:
+    """Return random parameters of a module."""
+    load.shapes_of(module, example)  # numbers that describe no model are a sentence there
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
+    return dict(jax.jit(module.init)(jax.random.key(seed), zeros)["params"])

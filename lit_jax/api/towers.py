@@ -1,0 +1,184 @@
+"""An image tower or a text tower alone, as a Python object.
+
+Dims: B images, T texts, L tokens, C channels, HxW pixels.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from transformers import PreTrainedConfig
+
+from lit_jax.api.model import (
+    Config,
+    Dtype,
+    Model,
+    Params,
+    as_config,
+    draw,
+    read_given,
+    split_options,
+)
+from lit_jax.config import Pooling
+from lit_jax.models.dual_encoder import Side, check_side
+from lit_jax.models.families import build_tower
+from lit_jax.models.inputs import (
+    dtype_of,
+    images_of,
+    is_deterministic,
+    refuse_positional,
+    texts_of,
+)
+from lit_jax.models.layers import Tower, TowerOutput
+from lit_jax.models.outputs import model_output
+from lit_jax.weights import hub, load, save
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TowerModel(Model):
+    """`pooler` is that of the checkpoint, if `module` has no use for it; it is written again."""
+
+    module: Tower
+    pooler: Params = dataclasses.field(default_factory=dict)
+
+    side: ClassVar[Side]
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PreTrainedConfig,
+        *,
+        pooling: Pooling = "pooler",
+        seed: int = 0,
+        dtype: Dtype = "float32",
+    ):
+        """Make a tower of random weights."""
+        check_side(cls.side, config.to_dict(), "The config")
+        module = build_tower(config.to_dict(), pooling=pooling, dtype=dtype_of(dtype))
+        return cls(config=config, module=module, params=draw(module, module.example_input, seed))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        config: Config | None = None,
+        pooling: Pooling = "pooler",
+        dtype: Dtype = "float32",
+        **options: Any,
+    ):
+        """Read the tower of a local folder or Hub id, which may hold a head or a whole dual encoder, too.
+
+        `config` takes the place of the model's config.json. `options` say which copy is meant (revision,
+        subfolder, token, variant, cache_dir, force_download, local_files_only); all others change fields of
+        the config, such as hidden_dropout_prob=0.0 or position_ids="arange".
+
+        Raises UserError if the tower cannot be had or is not what its config.json says.
+        """
+        which, changes = split_options(options)
+        folder = hub.local_folder(str(model), config_key="model", options=which)
+        if config is None:
+            hf = hub.read_tower_config(folder, cls.side)
+        else:
+            hf = hub.tower_part(read_given(config), cls.side)
+        check_side(cls.side, hf, str(folder))
+        hf = hub.override(hf, changes, "")
+        module = build_tower(hf, pooling=pooling, dtype=dtype_of(dtype))
+        params, pooler = load.load_tower_and_pooler(folder, module, variant=which.variant)
+        params = jax.tree.map(jnp.asarray, params)
+        return cls(config=as_config(hf), module=module, params=params, pooler=pooler)
+
+    def _write(self, folder: Path, params: Params, processor: Any) -> None:
+        hf, pooler = self.config.to_dict(), dict(self.pooler)
+        save.save_tower(
+            folder, hf, self.module, dict(params), processor, pooler, beside_others=True
+        )
+
+    def _call(
+        self,
+        inputs: tuple[Any, ...],
+        params: Params | None,
+        dropout_rng: Any,
+        train: bool | None,
+        output_hidden_states: bool | None,
+        output_attentions: bool | None,
+        return_dict: bool | None,
+    ) -> Any:
+        deterministic = is_deterministic(train, dropout_rng)
+
+        def compute(tower: Any) -> TowerOutput:
+            return tower(*inputs, deterministic=deterministic)
+
+        record = bool(output_hidden_states or output_attentions)
+        computed, recorded = self._run(compute, params, dropout_rng, record)
+        output = model_output(
+            computed,
+            recorded,
+            hidden_states=bool(output_hidden_states),
+            attentions=bool(output_attentions),
+        )
+        return output.to_tuple() if return_dict is False else output
+
+
+class VisionModel(_TowerModel):
+    """An image tower alone: AlignVisionModel, AltCLIPVisionModel, CLIPVisionModel, ViTModel ..."""
+
+    side = "image"
+
+    def __call__(
+        self,
+        pixel_values: Any = None,
+        *,
+        params: Params | None = None,
+        dropout_rng: Any = None,
+        train: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Encode images BxCxHxW as their processor makes them; with `dropout_rng` as in training.
+
+        `train` False leaves dropout out all the same. `return_dict` False returns a tuple, and
+        not a `ModelOutput`.
+        """
+        return self._call(
+            (images_of(pixel_values),),
+            *(params, dropout_rng, train),
+            *(output_hidden_states, output_attentions, return_dict),
+        )
+
+
+class TextModel(_TowerModel):
+    """A text tower alone: AlignTextModel, AltCLIPTextModel, CLIPTextModel, BertModel ..."""
+
+    side = "text"
+
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        *further: Any,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        params: Params | None = None,
+        dropout_rng: Any = None,
+        train: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Encode texts TxL as their tokenizer makes them; with `dropout_rng` as in training.
+
+        `train` False leaves dropout out all the same. `return_dict` False returns a tuple, and
+        not a `ModelOutput`.
+        """
+        refuse_positional(further, "attention_mask")
+        rows: Mapping[str, int] = self.module.config.rows
+        return self._call(
+            texts_of(rows, input_ids, attention_mask, token_type_ids, position_ids),
+            *(params, dropout_rng, train),
+            *(output_hidden_states, output_attentions, return_dict),
+        )
