@@ -20,6 +20,8 @@ from PIL import Image, ImageOps
 from lit_jax.config import ColorJitterConfig, RandAugmentConfig
 from lit_jax.data.augment import NO_JITTER, NO_OPERATIONS, color_jitter, rand_augment
 from lit_jax.data.decode import ImageFile, decode, opened, orientation_of, reduce_jpeg, upright_rgb
+from lit_jax.data.example import BadSampleError
+from lit_jax.data.resample import FILTERS, enlarge_window
 from lit_jax.errors import UserError
 from lit_jax.models.normalization import Normalization
 
@@ -30,6 +32,9 @@ FROM_RIGHT, FROM_BOTTOM = (2, 3, 6, 7), (3, 4, 7, 8)
 # A JPEG file decoded at a reduced size is still so many times as high and wide as what is made of it, so that
 # the last resizing averages pixels as it would have: about half a grey level away from decoding in full.
 KEPT = 1.5
+# An image one pixel high is enlarged to gigabytes before its middle is cut out; of more pixels than these
+# only the crop is computed.
+MAX_RESIZED_PIXELS = 1 << 25
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,15 +122,14 @@ class ImageTransform:
         )
 
     def eval(self, image: ImageFile) -> UInt8[np.ndarray, "H W 3"]:
-        """Without augmentations; raises BadSampleError."""
+        """Return the pixels without augmentations; raises BadSampleError."""
         picture = decode(image)
-        if self.resize is not None:
-            height, width = _target(self.resize, picture.size)
-            picture = picture.resize((width, height), self.resample)
-        return np.asarray(self._crop(picture))
+        target = None if self.resize is None else _target(self.resize, picture.size)
+        width, height = map(float, picture.size)
+        return np.asarray(self._resized(picture, target, (0.0, 0.0, width, height)))
 
     def train(self, image: ImageFile, rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
-        """With the augmentations that the config asks for; raises BadSampleError."""
+        """Return the pixels with the augmentations that the config asks for; raises BadSampleError."""
         with opened(image) as picture:
             width, height = picture.size
             orientation = orientation_of(picture)
@@ -133,20 +137,47 @@ class ImageTransform:
             box, target = self._box(size, rng)
             factor = self._reduce(picture, box, target)
             picture = upright_rgb(picture)
-        if target is not None:
-            height, width = target
-            # The last pixel of a reduced row or column may stand for fewer; upright it may be the first.
-            x = picture.width - size[0] / factor if orientation in FROM_RIGHT else 0.0
-            y = picture.height - size[1] / factor if orientation in FROM_BOTTOM else 0.0
-            left, top, right, bottom = (edge / factor for edge in box)
-            box = (x + left, y + top, x + right, y + bottom)
-            picture = picture.resize((width, height), self.resample, box=box)
-        if self.crop_min_area is None:
-            picture = self._crop(picture, rng if self.random_crop else None)
+        # The last pixel of a reduced row or column may stand for fewer; upright it may be the first.
+        x = picture.width - size[0] / factor if orientation in FROM_RIGHT else 0.0
+        y = picture.height - size[1] / factor if orientation in FROM_BOTTOM else 0.0
+        left, top, right, bottom = (edge / factor for edge in box)
+        box = (x + left, y + top, x + right, y + bottom)
+        picture = self._resized(picture, target, box, rng)
         if self.flip and rng.random() < 0.5:
             picture = ImageOps.mirror(picture)
         picture = color_jitter(picture, self.color_jitter, rng)
         return np.asarray(rand_augment(picture, self.rand_augment, rng))
+
+    def _resized(
+        self,
+        picture: Image.Image,
+        target: tuple[int, int] | None,
+        box: tuple[float, float, float, float],
+        rng: np.random.Generator | None = None,
+    ) -> Image.Image:
+        """Return a box of the picture resized to `target` (height, width), if any, and cropped.
+
+        Args:
+            rng: of training: the crop is where the config wants it then, else in the middle.
+        """
+        size = picture.size if target is None else (target[1], target[0])
+        window = self._window(size, rng)
+        if target is not None:
+            if window and _is_too_long(picture.size, size):
+                return self._enlarged(picture, size, window)
+            picture = picture.resize(size, self.resample, box=box)
+        return picture.crop(window) if window else picture
+
+    def _enlarged(
+        self, picture: Image.Image, size: tuple[int, int], window: tuple[int, int, int, int]
+    ) -> Image.Image:
+        if self.resample not in FILTERS:
+            name = Image.Resampling(self.resample).name
+            raise BadSampleError(
+                f"{picture.width}x{picture.height} pixels, which resizing ({name}) makes {size[0]}x{size[1]}",
+                "too_large",
+            )
+        return enlarge_window(picture, size, window, self.resample)
 
     def _box(
         self, size: tuple[int, int], rng: np.random.Generator
@@ -170,18 +201,20 @@ class ImageTransform:
         least = KEPT * max(width / (right - left), height / (bottom - top))
         return reduce_jpeg(picture, min(1.0, least))
 
-    def _crop(self, image: Image.Image, rng: np.random.Generator | None = None) -> Image.Image:
-        """Out of the middle, with `rng` at a random place; if the processor crops at all."""
-        if not self.center_crop:
-            return image
+    def _window(
+        self, size: tuple[int, int], rng: np.random.Generator | None
+    ) -> tuple[int, int, int, int] | None:
+        """Return the crop (left, top, right, bottom) of an image of this size; None: all of it."""
+        if not self.center_crop or (rng is not None and self.crop_min_area is not None):
+            return None
         # Of an odd rest the larger part goes to the right and the bottom, of an odd lack to the left
         # and the top (filled with zeros), as the processor does it: // rounds down in both.
-        left, top = image.width - self.width, image.height - self.height
-        if rng is None:
+        left, top = size[0] - self.width, size[1] - self.height
+        if rng is None or not self.random_crop:
             left, top = left // 2, top // 2
         else:
             left, top = (int(rng.integers(min(rest, 0), max(rest, 0) + 1)) for rest in (left, top))
-        return image.crop((left, top, left + self.width, top + self.height))
+        return left, top, left + self.width, top + self.height
 
 
 def random_box(
@@ -304,6 +337,12 @@ def _check(
                 f"The image processor in {folder} ({type(processor).__name__}) does more than to resize, "
                 "crop, rescale and normalise; use the preprocessor_config.json of a ViT or CLIP processor."
             )
+
+
+def _is_too_long(size: tuple[int, int], resized: tuple[int, int]) -> bool:
+    """Return whether an image of a few pixels becomes one that costs much memory, most of it cropped away."""
+    is_larger = resized[0] > size[0] and resized[1] > size[1]
+    return is_larger and resized[0] * resized[1] > MAX_RESIZED_PIXELS
 
 
 def _target(resize: tuple[int, int] | int, size: tuple[int, int]) -> tuple[int, int]:
