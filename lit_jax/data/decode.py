@@ -1,6 +1,7 @@
 """Image files of any kind to RGB pixels the right way up; a broken one is a bad sample."""
 
 import contextlib
+import errno
 import io
 import math
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from lit_jax.data.example import BadSampleError
-from lit_jax.data.files import File, ObjectPath
+from lit_jax.data.files import File, ObjectPath, read_whole
 
 # What a source gives; None: there is no image.
 ImageFile = File | bytes | np.ndarray | None
@@ -30,11 +31,12 @@ def decode(image: ImageFile) -> Image.Image:
 
 
 def file_content(path: File) -> bytes:
-    """Raises BadSampleError if it cannot be read."""
+    """Return the bytes of an image file; raises BadSampleError if it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_whole(path)
     except OSError as error:
-        raise BadSampleError(error.strerror or str(error), "missing") from error
+        kind = "too_large" if error.errno == errno.EFBIG else "missing"
+        raise BadSampleError(error.strerror or str(error), kind) from error
     except ValueError as error:  # no path at all: it has a null byte, or is no valid Unicode
         raise BadSampleError(str(error), "missing") from error
 

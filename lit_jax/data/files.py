@@ -1,9 +1,11 @@
 """Files of data sets, on this machine or in an object store (s3://, gs://), read whole or in part."""
 
 import dataclasses
+import errno
 import functools
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,6 +22,7 @@ _QUOTED = re.compile(rb'"(?:[^"]++|"")*+("?)')
 # Arrow's own: nothing is said for 15 minutes of a store that does not answer; without a user it is http.
 _GOOGLE_DEFAULTS = {"retry_limit_seconds": "60", "scheme": "https"}
 
+MAX_FILE_BYTES = 1 << 30  # of an image, or of a text beside one
 MAX_FIELD_BYTES = 1 << 26  # of a quoted field: one that goes on has lost the quote that ends it
 
 
@@ -138,6 +141,29 @@ def require_regular(files: Iterable[File]) -> None:
             raise UserError(
                 f"{file} is a pipe, a device or a folder; give a file, or the folder that it lies in."
             )
+
+
+def read_whole(file: File) -> bytes:
+    """Return the content of a file that a data set names.
+
+    Raises OSError if there is none, if it is no regular file (a pipe would block, a device such as /dev/zero
+    would never end), or if it has more than `MAX_FILE_BYTES`.
+    """
+    if isinstance(file, Path):
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(file))
+        _check_size(file, status.st_size)
+        # Without a size it is empty, or the system would make it up while it is read.
+        return file.read_bytes() if status.st_size else b""
+    with file.open() as opened:
+        _check_size(file, opened.size())
+        return opened.read()
+
+
+def _check_size(file: File, size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise OSError(errno.EFBIG, f"{size:,} bytes, more than {MAX_FILE_BYTES:,}", str(file))
 
 
 def read(file: File, start: int, stop: int) -> bytes:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 from pathlib import Path
 
@@ -247,3 +248,13 @@ def test_braces_that_name_too_much_or_nothing_are_refused(path, message):
     with pytest.raises(UserError, match=rf"^The braces in .{{1,90}}{message}") as raised:
         open_source(SourceConfig(path=path))
     assert "SECRET" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["captions.jsonl", "0.tar", "a.csv", "0.parquet", "captions_val.json"]
+)
+def test_data_that_is_no_regular_file_is_refused(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(UserError, match=rf"{name} is a pipe, a device or a folder"):
+            open_source(SourceConfig(path=str(path)))

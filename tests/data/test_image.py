@@ -2,7 +2,9 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import pickle
+import socket
 import subprocess
 import sys
 import warnings
@@ -280,6 +282,37 @@ def test_bad_images_have_a_reason(noise, encode, tmp_path, monkeypatch):
     with warnings.catch_warnings():  # what Pillow only warns of depends on nobody's filters
         warnings.simplefilter("ignore")
         assert "40 x 40 pixels are more than 1000" in reason(jpeg)
+
+
+def test_what_is_no_regular_file_is_a_bad_sample(noise, encode, tmp_path, monkeypatch):
+    """A pipe would block, /dev/zero never end, and a file of the system's wait for a keyboard."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(tmp_path)  # a socket's name is short
+        server.bind("socket.png")
+        names = [
+            "pipe.png",
+            "link.png",
+            "socket.png",
+            "/dev/zero",
+            "/dev/tty",
+            "/dev/stdin",
+            "loop.png",
+        ]
+        (tmp_path / "loop.png").symlink_to("loop.png")
+        for name in names:
+            with pytest.raises(BadSampleError) as raised:
+                decode(tmp_path / name)
+            assert raised.value.kind == "missing", name
+    with pytest.raises(BadSampleError) as raised:
+        decode(Path("/proc/self/cmdline"))
+    assert raised.value.kind == "empty"
+    (tmp_path / "large.png").touch()
+    os.truncate(tmp_path / "large.png", 1 << 40)
+    with pytest.raises(BadSampleError) as raised:
+        decode(tmp_path / "large.png")
+    assert raised.value.kind == "too_large"
 
 
 @settings(max_examples=150)

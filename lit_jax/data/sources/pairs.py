@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import BadSampleError, Example
-from lit_jax.data.files import File, readable
+from lit_jax.data.files import File, read_whole, readable
 from lit_jax.data.listing import is_system
 from lit_jax.data.sources import samples, splits
 from lit_jax.data.sources.lists import IMAGE_SUFFIXES
@@ -56,7 +56,7 @@ class PairSource:
             raise BadSampleError(f"{key} {reason}", kind)
         with bad_sample(key):
             contents = {
-                field: [(self._folder / name).read_bytes() for name in found]
+                field: [read_whole(self._folder / name) for name in found]
                 for field, found in names.items()
                 if field != "image"
             }
