@@ -207,17 +207,21 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """With several languages it is one evaluation for each; '{language}' in a path stands for it."""
+    """One evaluation, or with several languages one for each; '{language}' in a path stands for it."""
 
     kind: Literal["zero_shot", "retrieval", "linear_probe", "few_shot"] = "zero_shot"
     data: SourceConfig = SourceConfig()
     train: SourceConfig = SourceConfig()  # linear_probe, few_shot: what the probe learns from
-    # zero_shot: JSON files, ours or CLIP_benchmark's (docs/evaluation.md)
+    # zero_shot: files of any form in docs/evaluation.md. Without a class file those that lie in the data;
+    # without templates those in the class file, or a short list of our own.
     classes: str | None = None
-    templates: str | None = None  # None: those in the class file, or a short list of our own
-    labels: Literal["given", "sorted"] = "given"  # sorted: the data's labels are the classes' order
+    templates: str | None = None
+    # sorted: the data's labels, in their order, are the classes. Labels that are all whole numbers have the
+    # order of numbers; folders whose two orders differ need one of the last two.
+    labels: Literal["given", "sorted", "sorted_as_text", "sorted_as_numbers"] = "given"
     dataset: str = ""  # its key in files of many, its name in results; "": the evaluation's name
-    languages: tuple[str, ...] = ("en",)
+    # Retrieval takes captions in these languages; all captions if none is named.
+    languages: tuple[str, ...] = ()
     shots: tuple[Count, ...] = (1, 2, 4, 8, 16)  # few_shot: training images of each class
     draws: Count = 5  # few_shot: of those images, whose results are averaged
     batch_size: Count = 256

@@ -3,7 +3,7 @@
     --workdir=DIR                       the evaluations of the run's own config, at its latest checkpoint
                                         or that of --step=N
     --data=FOLDER --classes=FILE.json   zero-shot classification of other data, with either model
-    --data=FOLDER                       image-text retrieval on other data, with either model
+    --data=FOLDER                       the same if the data has a classnames.txt, else image-text retrieval
     --data=FOLDER --train_data=FOLDER   linear probe on other data; with --shots=1,4,16 few-shot
 
 Prints a table, and writes the numbers to --output as flat JSON, to --results in CLIP_benchmark's layout and
@@ -14,6 +14,7 @@ Exit codes: 0 done, 2 bad input, 76 another process of the same run is gone.
 
 import argparse
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from lit_jax.data.text import load_tokenizer
 from lit_jax.distributed import process
 from lit_jax.distributed.mesh import make_mesh, replicated
 from lit_jax.errors import UserError
+from lit_jax.evals.class_files import classes_in
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.evals.html import html_report
 from lit_jax.evals.results import Subject, write_results
@@ -42,6 +44,8 @@ from lit_jax.training.run import load_run, read_config
 from lit_jax.weights.hub import local_folder, override
 from lit_jax.weights.hub import read_config as read_hf_config
 from lit_jax.weights.load import load_dual_encoder
+
+log = logging.getLogger(__name__)
 
 
 @command
@@ -77,11 +81,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", help="of --data, if it has splits")
     for key in ("image_key", "caption_key", "label_key"):
         parser.add_argument(f"--{key}", help="name of the column, field or feature")
-    parser.add_argument("--classes", help="JSON file with class names, ours or CLIP_benchmark's")
-    parser.add_argument("--templates", help="JSON file with templates; else those of --classes")
-    parser.add_argument("--labels", help="'sorted' if the labels, sorted, are the classes in order")
+    parser.add_argument("--classes", help="file with class names (see docs/evaluation.md)")
+    parser.add_argument("--templates", help="file with templates; else those of --classes")
+    parser.add_argument(
+        "--labels",
+        help="'sorted' if the labels, sorted, are the classes in order; also 'sorted_as_text' and "
+        "'sorted_as_numbers'",
+    )
     parser.add_argument("--dataset", help="its key in files of many, and its name in results")
-    parser.add_argument("--languages", help="en,de,... which take the place of {language} in paths")
+    parser.add_argument(
+        "--languages", help="en,de,... of the captions; they take the place of {language} in paths"
+    )
     parser.add_argument("--train_data", help="what a linear probe learns from")
     parser.add_argument("--train_split", help="of --train_data, if it has splits")
     parser.add_argument("--shots", help="1,2,4,... training images of each class")
@@ -133,14 +143,23 @@ def _evals_of_flags(args: argparse.Namespace) -> dict[str, EvalConfig]:
     source = {"path": args.data} | _given(args, _SOURCE)
     raw = {"data": source, "kind": "zero_shot" if args.classes else "retrieval"}
     raw |= _given(args, _EVALUATION)
-    if args.languages:
-        raw["languages"] = args.languages.split(",")
+    if args.languages is not None:
+        raw["languages"] = [language.strip() for language in args.languages.split(",")]
     if args.train_data:
         train = source | {"path": args.train_data, "split": args.train_split or args.split}
         raw |= {"kind": "few_shot" if args.shots else "linear_probe", "train": train}
     if args.shots:
         raw["shots"] = _numbers(args.shots)
-    return parse({"evals": {_name(args): raw}}).evals
+    ((name, config),) = parse({"evals": {_name(args): raw}}).evals.items()
+    if config.kind == "retrieval" and (file := classes_in(config.data, *config.languages[:1])):
+        log.info("%s lies in the data: this is zero-shot classification.", file)
+        config = dataclasses.replace(config, kind="zero_shot")
+    alone = [f"--{flag}" for flag in ("templates", "labels") if getattr(args, flag)]
+    if alone and config.kind != "zero_shot":
+        raise UserError(
+            f"{' and '.join(alone)} tell about zero-shot classification; give --classes, too."
+        )
+    return {name: config}
 
 
 def _name(args: argparse.Namespace) -> str:

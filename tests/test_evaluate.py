@@ -1,12 +1,14 @@
 """The command lit_jax.evaluate, on a real run and on a real folder."""
 
 import dataclasses
+import io
 import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import jax
@@ -175,6 +177,37 @@ def test_without_classes_it_is_retrieval(exported, tmp_path, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert main([f"--model={exported}", "--data=."]) == 0
     assert f"retrieval/{tmp_path.name}/text_to_image_recall_at_5" in capsys.readouterr().out
+
+
+def test_class_names_in_the_data_make_it_zero_shot_classification(exported, tmp_path, capsys):
+    """Of CLIP_benchmark's layout, with labels that are numbers; the same as with files that say so."""
+    source = DemoSource("unseen")
+    names = sorted({source[i]["label"] for i in range(0, len(source), 50)}, reverse=True)
+    (tmp_path / "test").mkdir()
+    with tarfile.open(tmp_path / "test" / "0.tar", "w") as tar:
+        for i in range(0, len(source), 40):
+            content = io.BytesIO()
+            Image.fromarray(source[i]["image"]).save(content, "PNG")
+            label = str(names.index(source[i]["label"])).encode()
+            for suffix, part in (("cls", label), ("png", content.getvalue())):
+                member = tarfile.TarInfo(f"s{i:07}.{suffix}")
+                member.size = len(part)
+                tar.addfile(member, io.BytesIO(part))
+    (tmp_path / "classnames.txt").write_text("\n".join(names) + "\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a photo of {c}\n")
+    shutil.copy(tmp_path / "classnames.txt", tmp_path / "names.txt")
+    (tmp_path / "templates.txt").write_text("a photo of {}\n")
+    flags = [f"--model={exported}", f"--data={tmp_path}", "--split=test", "--dataset=numbers"]
+    own = [f"--classes={tmp_path / 'names.txt'}", f"--templates={tmp_path / 'templates.txt'}"]
+    outputs = []
+    for more in ([], own):
+        assert main([*flags, *more]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert "zero_shot/numbers/n " in outputs[0]
+    assert outputs[0] == outputs[1]
+    (tmp_path / "dataset_type.txt").write_text("retrieval")
+    assert main([*flags, "--labels=sorted"]) == BAD_INPUT
+    assert "--labels tell about zero-shot classification" in capsys.readouterr().err
 
 
 def test_results_report_and_cache_are_written(run, tmp_path):

@@ -10,7 +10,7 @@ from lit_jax.data import records
 from lit_jax.data.embeddings import Embeddings
 from lit_jax.data.sources import open_source
 from lit_jax.errors import UserError
-from lit_jax.evals.classes import load_classes
+from lit_jax.evals.class_files import load_classes
 from lit_jax.files import parse_json
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.run import read_config

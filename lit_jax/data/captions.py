@@ -65,7 +65,7 @@ def in_languages(example: Example, wanted: Mapping[str, float]) -> Example:
             return example
         raise UserError(
             f"Nothing says in which language the captions of {example['key']} are; leave out the languages "
-            'of this source, or give captions as {"en": [...], "de": [...]}.'
+            'of this source (--languages), or give captions as {"en": [...], "de": [...]}.'
         )
     kept = [
         (text, language)

@@ -34,6 +34,9 @@ class Example(TypedDict):
     caption_weights: NotRequired[tuple[float, ...]]  # how often each is drawn; without: all alike
     teacher_caption: NotRequired[str | None]  # what they say, in the language of a text teacher
     label: str | None  # name of its class
+    label_is_folder: NotRequired[
+        bool
+    ]  # whether the label is the name of the folder that the image is in
 
 
 class BadSampleError(Exception):

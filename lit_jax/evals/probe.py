@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 
 from lit_jax.data.example import Source
 from lit_jax.errors import UserError
-from lit_jax.evals.classes import label_of
 from lit_jax.evals.encode import Encoder, Params
+from lit_jax.evals.labels import Labels, one_spelling
 from lit_jax.evals.zero_shot import top_classes, top_metrics
 
 log = logging.getLogger(__name__)
@@ -36,26 +36,24 @@ class Features:
 
 
 def class_ids(train: Source, test: Source) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " M"]]:
-    """The class of each example of both, as its position in the sorted labels of `train`; -1 of one that
+    """Return the class of each example of both, as its position among the labels of `train`; -1 of one that
     cannot be read.
 
     Raises UserError at an example without a label, and if `test` has a class that `train` has not.
     """
-    labels = [[label_of(source, i) for i in range(len(source))] for source in (train, test)]
-    found = [{known[1] for known in of_source if known} for of_source in labels]
-    ids = {label: i for i, label in enumerate(sorted(found[0]))}
-    if len(ids) < 2:
+    labels = Labels(train), Labels(test)
+    same = one_spelling(labels[0].found | labels[1].found)
+    known = sorted({same[label] for label in labels[0].found})
+    if len(known) < 2:
         raise UserError("The training data of a probe has one class alone; give it two or more.")
-    if unknown := found[1] - set(ids):
-        raise UserError(
-            f"The class {min(unknown)!r} of the evaluation's data is not in its training data; "
+
+    def refusal(key: str, label: str) -> str:
+        return (
+            f"The class {label!r} of the evaluation's data ({key}) is not in its training data; "
             "both must have the same classes."
         )
-    train_N, test_M = (
-        np.array([ids[known[1]] if known else -1 for known in of_source], np.int32)
-        for of_source in labels
-    )
-    return train_N, test_M
+
+    return labels[0].positions(known, refusal), labels[1].positions(known, refusal)
 
 
 def check_counts(label_N: Int[np.ndarray, " N"], shots: Sequence[int] = ()) -> None:

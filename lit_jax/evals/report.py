@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from lit_jax.data.demo import NUMBERS, TEMPLATES, UNSEEN, DemoSource, number_words
 from lit_jax.distributed.process import is_primary
-from lit_jax.evals.classes import Classes, label_ids
+from lit_jax.evals.classes import Classes
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.evals.figures import (
     Accuracies,
@@ -18,6 +18,7 @@ from lit_jax.evals.figures import (
     predictions_figure,
     similarity_figure,
 )
+from lit_jax.evals.labels import label_ids
 from lit_jax.evals.zero_shot import ZeroShotResult, zero_shot
 
 GUESSES = 3

@@ -173,7 +173,7 @@ def tables(evaluations: Sequence[Evaluation]) -> list[Table]:
     found = []
     for kind, title in _TITLES.items():
         of_kind = [e for e in evaluations if e.prepared.config.kind == kind]
-        alone = [e for e in of_kind if len(e.prepared.config.languages) == 1]
+        alone = [e for e in of_kind if len(e.prepared.config.languages) <= 1]
         if alone:
             names = [e.prepared.key for e in alone]
             found.append(_table(title, "data", names, alone))

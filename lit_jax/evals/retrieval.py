@@ -16,32 +16,40 @@ RECALL_AT = (1, 5, 10)
 
 
 def captions_of(source: Source) -> list[tuple[str, ...]]:
-    """The captions of every example, blank ones left out. Raises UserError if there is none at all."""
-    captions = [_captions(source, i) for i in range(len(source))]
-    if not any(captions):
-        if others := {language for i in range(len(source)) for language in _left_out(source, i)}:
-            raise UserError(
-                f"No caption is in a language that is asked for; the data has {', '.join(sorted(others))}."
-            )
+    """Return the captions of every example, blank ones left out; none of one that cannot be read.
+
+    Raises UserError if there is no caption at all.
+    """
+    captions: list[tuple[str, ...]] = []
+    languages: set[str] = set()
+    problems: list[BadSampleError] = []
+    for i in range(len(source)):
+        texts: tuple[str, ...] = ()
+        try:
+            example = source[i]
+            texts = tuple(text for text in example["captions"] if text.strip())
+            languages.update(example.get("left_out", ()))
+        except BadSampleError as reason:  # its image is left out, too
+            problems.append(reason)
+        captions.append(texts)
+    if any(captions):
+        return captions
+    if languages:
         raise UserError(
-            "Retrieval needs captions, and no example has one; "
-            "give the data's caption key, or a class file for zero-shot classification."
+            "No caption is in a language that is asked for (languages, or --languages); the data has "
+            f"{', '.join(sorted(languages))}."
         )
-    return captions
-
-
-def _captions(source: Source, index: int) -> tuple[str, ...]:
-    try:
-        return tuple(text for text in source[index]["captions"] if text.strip())
-    except BadSampleError:  # its image is left out, too
-        return ()
-
-
-def _left_out(source: Source, index: int) -> tuple[str, ...]:
-    try:
-        return source[index].get("left_out", ())
-    except BadSampleError:
-        return ()
+    if problems:
+        without = len(source) - len(problems)
+        rest = f", and the other {without} have no caption" if without else ""
+        raise UserError(
+            f"Retrieval needs captions, but {len(problems)} of the {len(source)} examples cannot be read"
+            f"{rest}; the first: {problems[0]}."
+        )
+    raise UserError(
+        "Retrieval needs captions, and no example has one; "
+        "give the data's caption key, or a class file for zero-shot classification."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,16 @@ from lit_jax.data.sources import open_source
 from lit_jax.errors import UserError
 from lit_jax.evals import probe
 from lit_jax.evals.cache import EmbeddingCache
-from lit_jax.evals.classes import Classes, label_ids, load_classes
+from lit_jax.evals.class_files import load_classes
+from lit_jax.evals.classes import Classes
 from lit_jax.evals.encode import Encoder, Params
+from lit_jax.evals.labels import label_ids
 from lit_jax.evals.retrieval import RetrievalResult, captions_of, evaluate_retrieval
 from lit_jax.evals.zero_shot import ZeroShotResult, zero_shot
 
 log = logging.getLogger(__name__)
+
+DEFAULT_LANGUAGE = "en"  # of class files and templates, where no language is named
 
 Metrics = dict[str, float]
 Details = ZeroShotResult | RetrievalResult | None
@@ -53,7 +57,7 @@ def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
 
     def source_of(config: SourceConfig, language: str, *, captions: bool = False) -> Source:
         """`captions`: only those in the language."""
-        if captions and "{language}" not in config.path and not config.languages:
+        if captions and "{language}" not in config.path:
             config = dataclasses.replace(config, languages={language: 1.0})
         config = dataclasses.replace(config, path=config.path.replace("{language}", language))
         if repr(config) not in sources:
@@ -62,11 +66,10 @@ def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
 
     prepared = []
     for key, config in evals.items():
-        if not config.languages or (config.kind == "few_shot" and not config.shots):
-            raise UserError(f"config.evals.{key} has an empty list of languages or shots; fill it.")
-        for language in config.languages:
+        _check(key, config)
+        for language in config.languages or (DEFAULT_LANGUAGE,):
             parts = [config.kind, key, *([language] if len(config.languages) > 1 else [])]
-            captions = config.kind == "retrieval" and len(config.languages) > 1
+            captions = config.kind == "retrieval" and bool(config.languages)
             source = source_of(config.data, language, captions=captions)
             classes = load_classes(config, key, language) if config.kind == "zero_shot" else None
             train = source_of(config.train, language) if config.kind in _TRAINED else None
@@ -82,6 +85,24 @@ def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
                 )
             )
     return prepared
+
+
+def _check(key: str, config: EvalConfig) -> None:
+    """Raise UserError where keys that are right one by one do not fit each other."""
+    name, languages = f"config.evals.{key}", config.languages
+    if config.kind == "few_shot" and not config.shots:
+        raise UserError(f"{name} has an empty list of shots; fill it.")
+    if not all(languages) or len(set(languages)) < len(languages):
+        raise UserError(
+            f"{name}.languages is {','.join(languages)!r}; name each language once, as in 'en,de'."
+        )
+    paths = (config.data.path, config.train.path, config.classes, config.templates)
+    named = any("{language}" in (path or "") for path in paths)
+    if len(languages) > 1 and config.kind != "retrieval" and not named:
+        raise UserError(
+            f"{name} has the languages {', '.join(languages)}, but nothing that differs between them; write "
+            "{language} where it stands in the path of the class file, the templates or the data."
+        )
 
 
 def run(
@@ -126,8 +147,7 @@ Measure = Callable[[Encoder, Params], tuple[Metrics, Details]]
 
 
 def _open_zero_shot(config: EvalConfig, source: Source, classes: Classes, _: None) -> Measure:
-    order = None if config.labels == "given" else config.labels
-    label_N = label_ids(source, classes, order=order)
+    label_N = label_ids(source, classes, order=config.labels)
     unused = len(classes.names) - len(set(label_N.tolist()) - {-1})
 
     def measure(encoder: Encoder, params: Params) -> tuple[Metrics, Details]:

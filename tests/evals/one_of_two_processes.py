@@ -12,7 +12,8 @@ from lit_jax.config import MeshConfig
 from lit_jax.distributed import process
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.evals.cache import EmbeddingCache
-from lit_jax.evals.classes import Classes, label_ids
+from lit_jax.evals.classes import Classes
+from lit_jax.evals.labels import label_ids
 from lit_jax.evals.retrieval import captions_of, evaluate_retrieval
 from lit_jax.evals.zero_shot import zero_shot
 

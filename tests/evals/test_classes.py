@@ -1,18 +1,14 @@
-"""Class and template files of both forms, and what data calls the classes."""
+"""Class and template files of all forms."""
 
 import json
 
 import pytest
 
-from lit_jax.config import EvalConfig
+from lit_jax.config import EvalConfig, SourceConfig
 from lit_jax.errors import UserError
-from lit_jax.evals.classes import (
-    DEFAULT_TEMPLATES,
-    PLACEHOLDER,
-    Classes,
-    label_ids,
-    load_classes,
-)
+from lit_jax.evals.class_files import classes_in, load_classes
+from lit_jax.evals.classes import DEFAULT_TEMPLATES, PLACEHOLDER, Classes
+from tests.data.object_store import BUCKET, serve
 
 THEIR_NAMES = {"imagenet1k": ["crane", "crane", "dog"], "vtab/pets": ["cat", "dog"]}
 THEIR_TEMPLATES = {
@@ -77,6 +73,10 @@ def test_our_own_templates_where_none_are_given(tmp_path):
         ("{", "is not JSON"),
         ([], "must be"),
         ({}, "must be"),
+        ("3", "must be"),
+        ([1], "must be .* a list of names"),
+        ({"id2label": {"0": "cat", "b": "dog"}}, "must be .*id2label"),
+        ({"0": "cat", "1": " "}, "'id2label' of .* has an empty text"),
         ({"templates": ["{}"]}, "'classnames' a list of one text or more"),
         ({"classnames": [], "templates": ["{}"]}, "'classnames' a list"),
         ({"classnames": [1], "templates": ["{}"]}, "'classnames' a list"),
@@ -122,48 +122,113 @@ def test_a_missing_class_file_is_named(tmp_path):
         load_classes(config, "pets")
 
 
-def relabel(pictures, labels):
-    return type(pictures)(
-        {**example, "label": label} for example, label in zip(pictures, labels, strict=False)
-    )
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("classes.txt", "cat\n\n  dog \r\n[mouse]"),
+        ("classes.txt", "\ufeffcat\ndog\n[mouse]\n"),
+        ("names", "cat\ndog\n[mouse]"),
+        ("classes.json", ["cat", "dog", "[mouse]"]),
+        ("classes.txt", '["cat",\n "dog", "[mouse]"]'),
+        ("classes.json", {"1": "dog", "0": "cat", "2": "[mouse]"}),
+        (
+            "config.json",
+            {"model_type": "vit", "id2label": {"0": "cat", "1": "dog", "2": "[mouse]"}},
+        ),
+    ],
+)
+def test_other_forms_of_class_files(tmp_path, name, content):
+    classes = load_classes(EvalConfig(classes=write(tmp_path, content, name)), "pets")
+    assert classes.names == ("cat", "dog", "[mouse]")
+    assert classes.labels == ()
+    assert classes.templates == DEFAULT_TEMPLATES["en"]
 
 
-def test_labels_become_positions_in_the_class_list(pictures):
-    classes = Classes(names=("c", "a", "b", "unused"), templates=("{}",))
-    assert label_ids(pictures, classes)[:4].tolist() == [1, 2, 0, 1]
-
-
-def test_labels_may_be_others_than_the_names(tmp_path, pictures):
-    content = {"classnames": ["zett", "aa", "be"], "labels": ["c", "a", "b"], "templates": ["{}"]}
-    classes = load(tmp_path, content)
-    assert classes.texts() == [("zett",), ("aa",), ("be",)]
-    assert label_ids(pictures, classes)[:4].tolist() == [1, 2, 0, 1]
-
-
-def test_labels_may_be_numbers_or_put_in_order_by_sorting(pictures):
-    classes = Classes(names=("crane", "crane", "dog"), templates=("{}",))
-    assert label_ids(relabel(pictures, "2010"), classes).tolist() == [2, 0, 1, 0]
-    folders = relabel(pictures, ["n03", "n01", "n02", "n01"])
-    assert label_ids(folders, classes, order="sorted").tolist() == [2, 0, 1, 0]
-    digits = Classes(names=("1", "0"), templates=("{}",))  # names, not positions
-    assert label_ids(relabel(pictures, "01"), digits).tolist() == [1, 0]
+def test_numbers_that_do_not_count_from_zero_are_the_labels(tmp_path):
+    classes = load(tmp_path, {"10": "dog", "7": "cat"})
+    assert (classes.names, classes.labels) == (("cat", "dog"), ("7", "10"))
+    content = {"classnames": ["cat", "dog"], "labels": [7, 10]}
+    assert load(tmp_path, content).labels == ("7", "10")
 
 
 @pytest.mark.parametrize(
-    ("labels", "names", "order", "message"),
-    [
-        ("ab", ("a", "bb"), None, r"picture1 has the label 'b', .* did you mean 'bb'"),
-        (["a", None], ("a", "b"), None, "picture1 has no label"),
-        (
-            "013",
-            ("a", "b", "c"),
-            None,
-            "picture2 has the label 3, out of the range of the 3 classes, 0 to 2",
-        ),
-        ("ab", ("a", "b", "a"), None, "'a' is 2 times among the classes"),
-        ("ab", ("a", "b", "c"), "sorted", "2 different labels but the class file 3 classes"),
-    ],
+    ("name", "content"), [("t.txt", "a {c}\n\n{}!\n"), ("t.json", ["a {c}", "{}!"])]
 )
-def test_class_list_and_data_that_disagree(pictures, labels, names, order, message):
-    with pytest.raises(UserError, match=message):
-        label_ids(relabel(pictures, labels), Classes(names=names, templates=("{}",)), order=order)
+def test_other_forms_of_template_files(tmp_path, name, content):
+    templates = write(tmp_path, content, name)
+    assert load(tmp_path, ["cat"], templates=templates).texts() == [("a cat", "cat!")]
+
+
+def test_a_class_file_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "classes.txt").write_bytes("Käfer".encode("latin-1"))
+    with pytest.raises(UserError, match=r"classes\.txt is not UTF-8"):
+        load_classes(EvalConfig(classes=str(tmp_path / "classes.txt")), "pets")
+
+
+BESIDE = (
+    {"path": ""},
+    {"path": "", "split": "test"},
+    {"path": "test"},
+    {"path": "test/{0..3}.tar"},
+)
+
+
+def benchmark_layout(folder, **files) -> None:
+    """CLIP_benchmark's, without the tars."""
+    (folder / "test").mkdir(exist_ok=True)
+    (folder / "classnames.txt").write_text("crane\ncrane\ndog\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("a {c}.\n{c}\n")
+    for name, content in files.items():
+        (folder / f"{name}.txt").write_text(content)
+
+
+@pytest.mark.parametrize("source", BESIDE)
+def test_class_names_and_templates_that_lie_in_the_data(tmp_path, source):
+    """As CLIP_benchmark writes them, whatever of the data set is named."""
+    benchmark_layout(tmp_path, dataset_type="classification\n")
+    data = SourceConfig(**{**source, "path": str(tmp_path / source["path"])})
+    classes = load_classes(EvalConfig(data=data), "pets")
+    assert classes.names == ("crane", "crane", "dog")
+    assert classes.texts()[2] == ("a dog.", "dog")
+    own = EvalConfig(data=data, classes=write(tmp_path, ["ours"]))
+    assert load_classes(own, "pets").texts()[0][:2] == ("ours", "a photo of ours")
+    mixed = EvalConfig(data=data, templates=write(tmp_path, ["{}!"], "t.json"))
+    assert load_classes(mixed, "pets").texts()[2] == ("dog!",)
+
+
+@pytest.mark.parametrize("task", ["retrieval", " Retrieval\n"])
+def test_data_for_retrieval_has_no_classes(tmp_path, task):
+    benchmark_layout(tmp_path, dataset_type=task)
+    assert classes_in(SourceConfig(path=str(tmp_path), split="test")) is None
+
+
+def test_data_with_several_classes_an_image_is_refused(tmp_path):
+    benchmark_layout(tmp_path, dataset_type="multilabel")
+    with pytest.raises(UserError, match="several classes"):
+        classes_in(SourceConfig(path=str(tmp_path)))
+
+
+def test_a_folder_of_other_data_beside_is_not_looked_into(tmp_path):
+    benchmark_layout(tmp_path)
+    (tmp_path / "flickr").mkdir()
+    for path in ("flickr", "nowhere/at/all", "flickr\0"):
+        assert classes_in(SourceConfig(path=str(tmp_path / path))) is None
+    assert classes_in(SourceConfig(path="demo")) is None
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_class_names_in_an_object_store(tmp_path, scheme):
+    (tmp_path / "pets").mkdir()
+    benchmark_layout(tmp_path / "pets")
+    (tmp_path / "pets" / "test" / "0.tar").write_bytes(b"")
+    with serve(tmp_path) as address:
+        home = f"{scheme}://anonymous@{BUCKET}/pets"
+        for path, split in ((home, "test"), (f"{home}/test", None)):
+            data = SourceConfig(path=address(path), split=split)
+            classes = load_classes(EvalConfig(data=data), "pets")
+            assert (classes.names, classes.templates) == (
+                ("crane", "crane", "dog"),
+                ("a {c}.", "{c}"),
+            )
+        file = address(f"{home}/classnames.txt")
+        assert load_classes(EvalConfig(classes=file), "pets").names == ("crane", "crane", "dog")

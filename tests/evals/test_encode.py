@@ -18,8 +18,9 @@ from lit_jax.data.text import tokenize
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.sharding import parameter_shardings
 from lit_jax.errors import UserError
-from lit_jax.evals.classes import Classes, label_ids
+from lit_jax.evals.classes import Classes
 from lit_jax.evals.encode import _encode
+from lit_jax.evals.labels import label_ids
 from lit_jax.evals.retrieval import captions_of, evaluate_retrieval
 from lit_jax.evals.zero_shot import zero_shot
 from lit_jax.trees import flatten, unflatten

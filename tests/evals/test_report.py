@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from lit_jax.data.demo import NUMBERS, TEMPLATES, UNSEEN, DemoSource, number_words
-from lit_jax.evals.classes import Classes, label_ids
+from lit_jax.evals.classes import Classes
 from lit_jax.evals.figures import Accuracies, Prediction, loss_figure, predictions_figure
+from lit_jax.evals.labels import label_ids
 from lit_jax.evals.report import _accuracies, _first_predictions, _similarity, write_demo_report
 from lit_jax.evals.zero_shot import ZeroShotResult, zero_shot
 

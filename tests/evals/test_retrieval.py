@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_jax.config import MeshConfig
+from lit_jax.config import MeshConfig, SourceConfig
+from lit_jax.data.sources import open_source
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import UserError
 from lit_jax.evals.ranks import CHUNK, chunk_size, count_ahead, ranks
@@ -169,6 +170,23 @@ def test_captions_are_needed(pictures):
     blank = type(pictures)({**example, "captions": (" ",)} for example in pictures)
     with pytest.raises(UserError, match="no example has one"):
         captions_of(blank)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            b"a.jpg,one,two\nb.jpg\n",
+            "2 of the 2 examples cannot be read; .*3 fields for 2 columns",
+        ),
+        ("a.jpg,Käfer\n".encode("latin-1"), "1 of the 1 examples cannot .* not UTF-8"),
+        (b"https://a.b/c.jpg,one\nb.jpg,\n", "1 of the 2 .* the other 1 have no caption; .* web"),
+    ],
+)
+def test_rows_that_are_all_bad_are_told_by_the_first_reason(tmp_path, rows, message):
+    (tmp_path / "pairs.csv").write_bytes(b"image,caption\n" + rows)
+    with pytest.raises(UserError, match=message):
+        captions_of(open_source(SourceConfig(path=str(tmp_path))))
 
 
 def test_a_caption_of_a_bad_image_alone_is_nothing_to_look_for(encoder, params, pictures_with_bad):

@@ -153,8 +153,10 @@ def test_each_evaluation_has_its_own_batch_size(encoder, params, folder):
         ({"classes": "nowhere.json"}, r"nowhere\.json cannot be read"),
         ({"data": SourceConfig(path="nowhere")}, "nowhere"),
         ({"data": SourceConfig(path="demo", split="unseen")}, "the label 'twenty two'"),
-        ({"languages": ()}, "config.evals.few has an empty list of languages"),
-        ({"kind": "few_shot", "shots": ()}, "config.evals.few has an empty list"),
+        ({"languages": ("en", "")}, r"config\.evals\.few\.languages is 'en,'"),
+        ({"languages": ("en", "en")}, r"config\.evals\.few\.languages is 'en,en'"),
+        ({"languages": ("en", "de")}, r"config\.evals\.few .* en, de, but .*\{language\}"),
+        ({"kind": "few_shot", "shots": ()}, "config.evals.few has an empty list of shots"),
         ({"kind": "linear_probe"}, "no data set in ''"),
     ],
 )
@@ -229,11 +231,43 @@ def test_retrieval_in_several_languages_takes_the_captions_of_each(
             captions = {"en": [*example["captions"]], "de": "zwei Ziffern"}
             row = {"image": f"{example['key']}.png", "captions": captions}
             file.write(json.dumps(row) + "\n")
+    data = SourceConfig(path=str(folder), languages={"fr": 1.0})  # what training would draw
+    evals = {
+        "both": EvalConfig(kind="retrieval", data=data, languages=("en", "de")),
+        "one": EvalConfig(kind="retrieval", data=data, languages=("de",)),
+        "all": EvalConfig(kind="retrieval", data=SourceConfig(path=str(folder))),
+    }
+    evaluations = run(open_evals(evals), encoder, params)
+    metrics = flat(evaluations)
+    assert metrics["retrieval/both/en/texts"] == 8
+    assert metrics["retrieval/both/de/texts"] == 4
+    assert metrics["retrieval/one/texts"] == 4
+    assert metrics["retrieval/all/texts"] == 12
+    assert [row[0] for row in tables(evaluations)[0].rows] == ["one", "all"]
+
+
+@pytest.mark.parametrize("languages", [("fr",), ("de", "fr"), ("DE",)])
+def test_a_language_without_captions_is_refused_with_those_there_are(folder, languages):
+    row = {"image": "picture0.png", "captions": {"en": "two", "de": ["zwei"], "ja": []}}
+    (folder / "captions.jsonl").write_text(json.dumps(row) + "\n")
+    config = EvalConfig(kind="retrieval", data=SourceConfig(path=str(folder)), languages=languages)
+    with pytest.raises(UserError, match=r"languages.* the data has de, en"):
+        open_evals({"pairs": config})
+
+
+def test_a_language_of_data_without_languages_is_refused(folder):
     data = SourceConfig(path=str(folder))
-    evals = {"pairs": EvalConfig(kind="retrieval", data=data, languages=("en", "de"))}
-    metrics = flat(run(open_evals(evals), encoder, params))
-    assert metrics["retrieval/pairs/en/texts"] == 8
-    assert metrics["retrieval/pairs/de/texts"] == 4
+    with pytest.raises(UserError, match=r"in which language .* picture0.*--languages"):
+        open_evals({"pairs": EvalConfig(kind="retrieval", data=data, languages=("en",))})
+
+
+def test_the_language_in_the_path_of_the_data_chooses_it(folder):
+    (folder / "captions.jsonl").rename(folder / "captions.de.jsonl")
+    data = SourceConfig(path=str(folder / "captions.{language}.jsonl"))
+    (task,) = open_evals({"pairs": EvalConfig(kind="retrieval", data=data, languages=("de",))})
+    assert (len(task.source), task.language, task.name) == (4, "de", "retrieval/pairs")
+    with pytest.raises(UserError, match=r"captions\.fr\.jsonl"):
+        open_evals({"pairs": EvalConfig(kind="retrieval", data=data, languages=("de", "fr"))})
 
 
 def test_a_line_that_is_no_example_is_left_out_of_every_evaluation(encoder, params, folder):

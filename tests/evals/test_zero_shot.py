@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from lit_jax.errors import UserError
-from lit_jax.evals.classes import Classes, label_ids
+from lit_jax.evals.classes import Classes
 from lit_jax.evals.encode import Encoder
+from lit_jax.evals.labels import label_ids
 from lit_jax.evals.zero_shot import embed_classes, zero_shot
 
 

@@ -34,7 +34,7 @@ class ListedSource:
     Args:
         names: paths relative to `folder`.
         captions: of each image; None: there are none.
-        labels: of each image; None: there are none.
+        labels: of each image, the name of its folder; None: there are none.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class ListedSource:
             image=self._folder / name,
             captions=tuple(self._captions[index].as_py()) if self._captions is not None else (),
             label=self._labels[index].as_py() if self._labels is not None else None,
+            label_is_folder=self._labels is not None,
         )
 
 

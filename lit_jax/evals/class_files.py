@@ -1,0 +1,228 @@
+"""The files that name classes and the sentences about them: ours, CLIP_benchmark's and other common forms."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lit_jax.config import EvalConfig, SourceConfig
+from lit_jax.config_keys import nearest
+from lit_jax.data.files import AddressError, File, locate
+from lit_jax.data.listing import expand
+from lit_jax.errors import UserError
+from lit_jax.evals.classes import BARE_NAME, DEFAULT_TEMPLATES, PLACEHOLDER, Classes
+from lit_jax.evals.labels import integer
+from lit_jax.files import parse_json
+
+# Files of CLIP_benchmark's WebDataset layout, which lie beside the tars or beside the folders of the splits.
+CLASS_NAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
+TASK = "dataset_type.txt"  # "retrieval" or "multilabel"; classification if it is not there
+_SPLITS = ("train", "test", "val", "valid", "validation", "dev")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ClassFile:
+    """What a class file says."""
+
+    names: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    templates: tuple[str, ...] | None = None
+
+
+def load_classes(config: EvalConfig, name: str, language: str = "en") -> Classes:
+    """Read the class file of an evaluation, and its template file if there is one.
+
+    An evaluation without a class file takes the two files that lie in its data set.
+
+    Args:
+        name: of the evaluation; finds the data set in files of many if `config.dataset` does not.
+
+    Raises UserError if a file is missing or of no known form, if a template has no place for a name, if a
+    class is empty, or if classes cannot be told apart.
+    """
+    file = _file(config.classes, language)
+    template_file = _file(config.templates, language)
+    if file is None:
+        file = classes_in(config.data, language)
+        if file is None:
+            raise UserError(
+                f"config.evals.{name}.classes is missing, and its data has no {CLASS_NAMES}; give the path "
+                "of a class file."
+            )
+        template_file = template_file or _if_there(file.parent / TEMPLATES)
+    dataset = config.dataset or name
+    found = _class_file(_read(file), dataset, file)
+    given: Any = found.templates or DEFAULT_TEMPLATES.get(language, BARE_NAME)
+    if template_file:
+        given = _template_file(_read(template_file), dataset, template_file)
+    templates_from = template_file or file
+    if isinstance(given, Mapping):
+        if missing := [name for name in found.names if name not in given]:
+            raise UserError(
+                f"{templates_from} has no sentences for the class {missing[0]!r} of {file}; give it some."
+            )
+        prompts = tuple(_strings(given[name], name, templates_from) for name in found.names)
+        return Classes(names=found.names, labels=found.labels, prompts=prompts)
+    for template in given:
+        if not PLACEHOLDER.search(template):
+            raise UserError(
+                f"The template {template!r} in {templates_from} needs '{{}}' or '{{c}}' where the name goes."
+            )
+    return Classes(names=found.names, templates=given, labels=found.labels)
+
+
+def classes_in(config: SourceConfig, language: str = "en") -> File | None:
+    """Return the file of class names that lies in a data set for classification, None if there is none.
+
+    Raises UserError if the place cannot be read, or says that an image has several classes.
+    """
+    paths = expand(config.path.replace("{language}", language)) if config.path else []
+    if not paths or config.path == "demo":
+        return None
+    try:
+        place = locate(paths[0])
+        folder = place.parent if place.suffix == ".tar" else place
+        is_split = folder.name in {*_SPLITS, config.split}
+        for home in (folder, folder.parent) if is_split else (folder,):
+            if (home / CLASS_NAMES).is_file():
+                return home / CLASS_NAMES if _task(home) != "retrieval" else None
+    except (AddressError, OSError) as error:  # no permission, no network, no credentials
+        raise UserError(f"The data of an evaluation cannot be read ({error}).") from error
+    return None
+
+
+def _task(home: File) -> str:
+    file = home / TASK
+    task = " ".join(_lines(file)).lower() if file.is_file() else ""
+    if task == "multilabel":
+        raise UserError(
+            f"{file} says that an image has several classes; lit_jax evaluates data with one class an image."
+        )
+    return task
+
+
+def _file(path: str | None, language: str) -> File | None:
+    return locate(path.replace("{language}", language)) if path else None
+
+
+def _if_there(file: File) -> File | None:
+    return file if file.is_file() else None
+
+
+def _lines(file: File) -> list[str]:
+    """Return the lines of a text file that say something, without white space around them."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except (OSError, AddressError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise UserError(f"The class file {file} cannot be read: {reason}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"The class file {file} is not UTF-8: {error}.") from error
+    return [line for line in map(str.strip, text.split("\n")) if line]
+
+
+def _read(file: File) -> Any:
+    """Return what a class or template file holds: its lines, or the value of its JSON."""
+    lines = _lines(file)
+    is_json = file.suffix.lower() == ".json"
+    if is_json or (lines and lines[0][0] in "{["):
+        try:
+            return parse_json("\n".join(lines))
+        except ValueError as error:
+            if is_json:
+                raise UserError(f"The class file {file} is not JSON: {error}.") from error
+    return lines
+
+
+def _class_file(content: Any, dataset: str, file: File) -> _ClassFile:
+    """Return what a class file of any form says."""
+    if isinstance(content, list):
+        return _ClassFile(names=_strings(content, "", file))
+    if not isinstance(content, dict) or not content:
+        raise UserError(_form(file))
+    if "classnames" in content or "templates" in content:
+        return _own_form(content, file)
+    numbered = content.get("id2label", content)
+    if isinstance(numbered, dict) and all(isinstance(name, str) for name in numbered.values()):
+        return _numbered(numbered, file)
+    key = _dataset(content, dataset, file)
+    return _ClassFile(names=_strings(content[key], key, file))
+
+
+def _own_form(content: Mapping[str, Any], file: File) -> _ClassFile:
+    names = _strings(content.get("classnames"), "classnames", file)
+    templates, labels = None, ()
+    if "templates" in content:
+        templates = _strings(content["templates"], "templates", file)
+    if "labels" in content:
+        listed = content["labels"]
+        if isinstance(listed, list):  # 1 is the label "1"
+            listed = [str(label) if type(label) is int else label for label in listed]
+        labels = _strings(listed, "labels", file)
+    if labels and len(labels) != len(names):
+        raise UserError(
+            f"{file} has {len(names)} classnames but {len(labels)} labels; give one each."
+        )
+    key = "labels" if labels else "classnames"
+    value, times = collections.Counter(labels or names).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{value!r} is {times} times among the {key} of {file}; each must differ.")
+    return _ClassFile(names=names, labels=labels, templates=templates)
+
+
+def _numbered(names: Mapping[str, str], file: File) -> _ClassFile:
+    """Return what {"0": "cat", "1": "dog"} says, as in the config.json of a classifier of transformers.
+
+    If the numbers are not those from 0, they are the labels of the classes.
+    """
+    numbers = {number: key for key in names if (number := integer(key)) is not None}
+    if not names or len(numbers) != len(names):
+        raise UserError(_form(file))
+    keys = [numbers[number] for number in sorted(numbers)]
+    from_zero = sorted(numbers) == list(range(len(numbers)))
+    return _ClassFile(
+        names=_strings([names[key] for key in keys], "id2label", file),
+        labels=() if from_zero else tuple(keys),
+    )
+
+
+def _template_file(content: Any, dataset: str, file: File) -> tuple[str, ...] | Mapping[str, Any]:
+    if isinstance(content, list):
+        return _strings(content, "", file)
+    if not isinstance(content, dict) or not content:
+        raise UserError(_form(file))
+    if "templates" in content:
+        return _strings(content["templates"], "templates", file)
+    # CLIP_benchmark, too, takes ImageNet's for data sets that have none of their own.
+    key = _dataset(content, dataset, file, default="imagenet1k")
+    return content[key] if isinstance(content[key], dict) else _strings(content[key], key, file)
+
+
+def _form(file: File, key: str = "") -> str:
+    lacks = f", and {key!r} a list of one text or more" if key else ""
+    return (
+        f"The class file {file} must be a text file with a name a line, or JSON: a list of names, "
+        '{"classnames": [...], "templates": [...]}, a list for each data set, or {"id2label": {"0": ...}}'
+        f"{lacks}."
+    )
+
+
+def _strings(value: Any, key: str, file: File) -> tuple[str, ...]:
+    """Return a list of texts that a class or template file has under `key`, or as a whole."""
+    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
+        raise UserError(_form(file, key))
+    if any(not text.strip() for text in value):
+        where = f"{key!r} of {file}" if key else str(file)
+        raise UserError(f"{where} has an empty text; remove it, or name the class.")
+    return tuple(value)
+
+
+def _dataset(content: Mapping[str, Any], name: str, file: File, default: str = "") -> str:
+    """The key of a data set: its name, what stands behind the last '/' of it, or the only one."""
+    for key in (name, name.rpartition("/")[2], *([*content] if len(content) == 1 else []), default):
+        if key in content:
+            return key
+    raise UserError(
+        f"{file} has no data set {name!r}; set dataset to one of it ({nearest(name, content)})."
+    )

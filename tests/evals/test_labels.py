@@ -1,0 +1,182 @@
+"""What data calls the classes, and which class each example then has."""
+
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lit_jax.config import SourceConfig
+from lit_jax.data.sources import open_source
+from lit_jax.errors import UserError
+from lit_jax.evals import probe
+from lit_jax.evals.classes import Classes
+from lit_jax.evals.labels import label_ids
+from tests.evals.conftest import ListSource
+
+ELEVEN = [str(n) for n in range(1, 12)]
+
+
+def relabel(pictures, labels) -> ListSource:
+    return ListSource(
+        {**example, "label": label} for example, label in zip(pictures, labels, strict=False)
+    )
+
+
+def numbered(count: int) -> Classes:
+    return Classes(names=tuple(f"kind {n}" for n in range(count)), templates=("{}",))
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    """Makes a source of folders, one image each."""
+
+    def make(names):
+        for name in names:
+            (tmp_path / name).mkdir()
+            Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+        source = open_source(SourceConfig(path=str(tmp_path)))
+        return source, [source[i]["label"] for i in range(len(source))]
+
+    return make
+
+
+def test_labels_become_positions_in_the_class_list(pictures):
+    classes = Classes(names=("c", "a", "b", "unused"), templates=("{}",))
+    assert label_ids(pictures, classes)[:4].tolist() == [1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("labels", ["abc", "cab"])
+def test_labels_may_be_others_than_the_names(pictures, labels):
+    """But where a data set has the names themselves, these are meant."""
+    classes = Classes(names=("zett", "aa", "be"), labels=tuple(labels))
+    expected = [labels.index(label) for label in "abca"]
+    assert label_ids(pictures, classes)[:4].tolist() == expected
+    assert label_ids(relabel(pictures, ["be", "zett"]), classes).tolist() == [2, 0]
+
+
+def test_labels_may_be_numbers_or_put_in_order_by_sorting(pictures):
+    classes = Classes(names=("crane", "crane", "dog"), templates=("{}",))
+    assert label_ids(relabel(pictures, "2010"), classes).tolist() == [2, 0, 1, 0]
+    folders = relabel(pictures, ["n03", "n01", "n02", "n01"])
+    assert label_ids(folders, classes, order="sorted").tolist() == [2, 0, 1, 0]
+    digits = Classes(names=("1", "0"), templates=("{}",))  # names, not positions
+    assert label_ids(relabel(pictures, "01"), digits).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "order", "expected"),
+    [
+        (ELEVEN, "sorted", range(11)),
+        (ELEVEN, "sorted_as_numbers", range(11)),
+        (ELEVEN, "sorted_as_text", [0, 3, 4, 5, 6, 7, 8, 9, 10, 1, 2]),
+        ([f"{n:03}" for n in range(1, 12)], "sorted", range(11)),
+        ([f"{n:02}" for n in range(11)], "given", range(11)),  # positions from 0
+        ([f"{n}.0" for n in range(11)], "given", range(11)),
+        (["10", "-2", "900", "0", "20"], "sorted", [2, 0, 4, 1, 3]),
+        (["2", "10", "02", "10.0", "3"], "sorted", [0, 2, 0, 2, 1]),
+        (["2", "10", "b"], "sorted", [1, 0, 2]),  # not all are numbers
+        (["n10", "n9", "n1"], "sorted", [1, 2, 0]),
+        (["1_0", "2", "30"], "sorted", [0, 1, 2]),
+        (["٣", "10", "2"], "sorted", [2, 0, 1]),  # a digit, but not as numbers are written in files
+    ],
+)
+def test_labels_that_are_all_whole_numbers_have_the_order_of_numbers(
+    pictures, labels, order, expected
+):
+    source = relabel(pictures, labels)
+    classes = numbered(len(set(expected)))
+    assert label_ids(source, classes, order=order).tolist() == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("listed", "labels", "expected"),
+    [
+        (("1", "2", "3"), ["03", "1", "2.0"], [2, 0, 1]),
+        (("01", "02", "10"), ["10", "1", "2"], [2, 0, 1]),
+        (("1", "01", "2"), ["01", "1", "2"], [1, 0, 2]),  # two classes that are one number
+        (("n1", "n2", "7"), ["7", "n1"], [2, 0]),
+    ],
+)
+def test_listed_labels_that_are_numbers_are_found_in_any_spelling(
+    pictures, listed, labels, expected
+):
+    classes = Classes(names=("a", "b", "c"), labels=listed)
+    assert label_ids(relabel(pictures, labels), classes).tolist() == expected
+
+
+def test_the_first_pairs_of_label_and_class_are_shown(pictures, caplog):
+    caplog.set_level(logging.INFO, logger="lit_jax")
+    label_ids(relabel(pictures, ELEVEN), numbered(11), order="sorted")
+    assert "1 is 'kind 0', 2 is 'kind 1', 3 is 'kind 2' ..." in caplog.text
+    caplog.clear()
+    label_ids(pictures, Classes(names=("a", "b", "c")))
+    assert not caplog.text
+
+
+def test_class_folders_with_two_orders_have_to_say_which(class_folders):
+    source, labels = class_folders(ELEVEN)
+    both = "1, 2, 3, 4 .*1, 10, 11, 2 .*--labels=sorted_as_numbers or --labels=sorted_as_text"
+    with pytest.raises(UserError, match=both):
+        label_ids(source, numbered(11), order="sorted")
+    with pytest.raises(UserError, match=f"the label 11, out of the range .*{both}"):
+        label_ids(source, numbered(11))
+    by_number = label_ids(source, numbered(11), order="sorted_as_numbers")
+    assert by_number.tolist() == [int(label) - 1 for label in labels]
+    by_text = label_ids(source, numbered(11), order="sorted_as_text")
+    assert by_text.tolist() == [sorted(ELEVEN).index(label) for label in labels]
+
+
+@pytest.mark.parametrize("names", [ELEVEN[:9], [f"{n:02}" for n in range(1, 12)], ["a", "b"]])
+def test_class_folders_with_one_order_are_sorted(class_folders, names):
+    source, labels = class_folders(names)
+    expected = [sorted(names).index(label) for label in labels]
+    assert label_ids(source, numbered(len(names)), order="sorted").tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "order", "message"),
+    [
+        ("ab", ("a", "bb"), "given", r"picture1 has the label 'b', .* did you mean 'bb'"),
+        (["a", None], ("a", "b"), "given", "picture1 has no label"),
+        (
+            "013",
+            ("a", "b", "c"),
+            "given",
+            "the label 3, out of the range of .*; give --labels=sorted",
+        ),
+        (
+            "0135",
+            ("a", "b", "c"),
+            "given",
+            'picture2 has the label 3, out of the range of the 3 classes, 0 to 2; .* "labels"',
+        ),
+        (["-1", "0"], ("a", "b", "c"), "given", "the label -1, out of the range of the 3 classes"),
+        (ELEVEN, numbered(11).names, "given", r"label 11, .*--labels=sorted .* labels 1 to 11"),
+        ("ab", ("a", "b", "a"), "given", "'a' is 2 times among .*--labels=sorted"),
+        ("ab", ("a", "b", "c"), "sorted", "2 different labels but the class file 3 classes"),
+        ("a1", ("a", "b"), "sorted_as_numbers", "'a' is no whole number.*'sorted_as_text'"),
+    ],
+)
+def test_class_list_and_data_that_disagree(pictures, labels, names, order, message):
+    with pytest.raises(UserError, match=message):
+        label_ids(relabel(pictures, labels), Classes(names=names, templates=("{}",)), order=order)
+
+
+def test_data_of_which_no_example_can_be_read_says_why(tmp_path):
+    (tmp_path / "pairs.csv").write_text("image,label\na.jpg,1,2\nb.jpg\n")
+    source = open_source(SourceConfig(path=str(tmp_path)))
+    with pytest.raises(
+        UserError, match=r"None of the 2 examples .*byte 12 .*3 fields for 2 columns"
+    ):
+        label_ids(source, numbered(2))
+
+
+def test_a_probe_knows_a_number_in_any_spelling(pictures):
+    train_N, test_M = probe.class_ids(
+        relabel(pictures, ["10", "9", "10", "9.0"]), relabel(pictures, ["09", "10.0"])
+    )
+    np.testing.assert_array_equal(train_N, [0, 1, 0, 1])
+    np.testing.assert_array_equal(test_M, [1, 0])
+    with pytest.raises(UserError, match=r"The class '8' .*\(picture0\) is not in its training"):
+        probe.class_ids(relabel(pictures, ["10", "9"]), relabel(pictures, ["8"]))
