@@ -17,8 +17,10 @@ from lit_jax.errors import (
     BAD_INPUT,
     DONE,
     FAILED,
+    GONE,
     INTERRUPTED,
     PREEMPTED,
+    GoneError,
     Preempted,
     UserError,
 )
@@ -59,6 +61,9 @@ def command(main: Callable[..., None]) -> Callable[..., int]:
             print(stop, file=sys.stderr, flush=True)
             process.end(PREEMPTED)
             return PREEMPTED
+        except GoneError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return GONE
         except KeyboardInterrupt:
             process.end(INTERRUPTED, "Interrupted.")
             print("Interrupted.", file=sys.stderr, flush=True)

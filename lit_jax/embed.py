@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--views", type=int, help="of each image; config.data.views if not given")
     parser.add_argument("--batch_size", type=int, help="rows a step of a process; 64 a device")
     args, overrides = parse_with_config(parser, argv)
+    process.initialize()  # first: a config file may ask JAX for its devices
     config = load_config(args.config, overrides)
     if args.views is not None:
         if args.side == "text":
@@ -40,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for flag in ("views", "batch_size"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag}={value} is none; give 1 or more.")
-    process.initialize()
     counts = embed(config, args.output, args.side, batch_size=args.batch_size)
     if process.is_primary():
         data = " and ".join(config.data.mixture) or config.data.train.path

@@ -14,3 +14,7 @@ class UserError(Exception):
 
 class Preempted(Exception):  # noqa: N818  nothing went wrong
     """The run was asked to stop, and has saved all it did."""
+
+
+class GoneError(Exception):
+    """Another process of the run never came. Its text is one sentence that says which."""

@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="config keys, joined by commas, that may differ from those the run was started with",
     )
     args, overrides = parse_with_config(parser, argv)
+    process.initialize()  # first: a config file may ask JAX for its devices
     config = load_config(args.config, overrides)
-    process.initialize()
     # Opened before training: a mistake in an evaluation should not cost a run.
     evaluator = Evaluator(runner.open_evals(config.evals))
     run = train(

@@ -6,6 +6,11 @@ What is worth keeping belongs here, with the reason.
 
 import os
 from collections.abc import MutableMapping
+from typing import Any
+
+import jax
+
+from lit_jax.errors import UserError
 
 FLAGS = {
     # libtpu reads these, and ends the process at one that it does not know.
@@ -39,3 +44,24 @@ def set_flags(environment: MutableMapping[str, str] = os.environ) -> None:
         names = {flag.lstrip("-").partition("=")[0] for flag in own.split()}
         added = [f"--{name}={value}" for name, value in flags.items() if name not in names]
         environment[variable] = " ".join([*own.split(), *added])
+
+
+# Settings of JAX under which a run computes something else than its config says, or nothing at all: what they
+# must be, and why.
+_FIXED: dict[str, tuple[Any, str]] = {
+    "jax_enable_x64": (False, "a run computes in float32 or bfloat16"),
+    "jax_disable_jit": (False, "a step is compiled as a whole"),
+    "jax_random_seed_offset": (0, "config.seed is what changes the random numbers"),
+    "jax_default_prng_impl": ("threefry2x32", "a run goes on with the same random numbers"),
+    "jax_threefry_partitionable": (True, "random numbers are the same on any number of devices"),
+}
+
+
+def check_settings() -> None:
+    """Raise UserError for a setting of JAX that would change what a run computes."""
+    for name, (right, why) in _FIXED.items():
+        if (value := jax.config.values[name]) != right:
+            raise UserError(
+                f"{name.upper()}={value} is set in the environment or in this process, but {why}; unset it, "
+                f"or set {name.upper()}={right}."
+            )

@@ -80,6 +80,12 @@ class Lifeline:
         time.sleep(GRACE_SECONDS)
         self._exit(end, self._peers, details)
 
+    def begin(self) -> None:
+        """Tell the others that this process, which had told them of an orderly end, runs another command."""
+        for peer in self._peers.values():
+            with contextlib.suppress(OSError):
+                peer.sendall(b"null\n")
+
     def _accept(self, server: socket.socket, token: str) -> None:
         while True:
             connection, _ = server.accept()
@@ -104,8 +110,9 @@ class Lifeline:
         end = End(peer, GONE)
         try:
             for line in lines:
-                end = End(*json.loads(line))
-                if not end.is_orderly:
+                said = json.loads(line)
+                end = End(*said) if said else End(peer, GONE)
+                if said and not end.is_orderly:
                     break
         except OSError:  # no answer, or reset
             pass
@@ -116,7 +123,8 @@ class Lifeline:
         self._ending.acquire()  # for ever: the first who knows of an end speaks
         self._tell(end, others)
         # Not by sys.stderr, whose lock another thread may hold for ever. A progress bar may be on the line.
-        os.write(2, f"\n{details}{end}\n".encode())
+        with contextlib.suppress(OSError):  # whoever read it may be gone, too
+            os.write(2, f"\n{details}{end}\n".encode(errors="backslashreplace"))
         os._exit(
             end.code
         )  # nothing that waits for the others may run now, JAX's own shutdown least of all
@@ -133,7 +141,7 @@ class Lifeline:
 
 @contextlib.contextmanager
 def assembling() -> Iterator[None]:
-    """Ends this process with 76 and a sentence if the processes have not come together in `START_SECONDS`.
+    """End this process with 76 and a sentence if JAX has not started in `START_SECONDS`.
 
     JAX's own time-out cannot be caught: it aborts with a page of C++.
     """
@@ -148,10 +156,11 @@ def assembling() -> Iterator[None]:
 
 def _give_up() -> NoReturn:
     sentence = (
-        f"The processes of this run have not come together in {START_SECONDS} s; see what the others say and "
-        "whether they reach process 0, and run the same command again."
+        f"The processes of this run have met, but JAX has not started in {START_SECONDS} s; see what "
+        "the others say, and run the same command again."
     )
-    os.write(2, f"error: {sentence}\n".encode())
+    with contextlib.suppress(OSError):
+        os.write(2, f"error: {sentence}\n".encode())
     os._exit(GONE)
 
 

@@ -1,18 +1,25 @@
 """Process set-up: the one place where a command joins the other processes of its run."""
 
 import ctypes
+import functools
+import logging
 import os
 import re
 from typing import Any
 
 import jax
-from jax._src import distributed  # the key-value store of a run's processes has no public name
 
-from lit_jax.distributed.flags import set_flags
+# The key-value store of a run's processes, and whether JAX is in use, have no public name.
+from jax._src import distributed, xla_bridge
+
+from lit_jax.distributed.flags import check_settings, set_flags
+from lit_jax.distributed.launchers import Place, find_place, idle_tasks, split_address
 from lit_jax.distributed.lifeline import START_SECONDS, Lifeline, assembling
+from lit_jax.distributed.roll_call import meet
 from lit_jax.errors import UserError
 
-_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+log = logging.getLogger(__name__)
+
 # The second line of defence: a process that hangs as a whole keeps its connections open.
 HEARTBEAT_SECONDS = 40
 _TIME_OUTS: dict[str, Any] = {
@@ -25,48 +32,69 @@ _lifeline: Lifeline | None = None
 
 
 def initialize() -> None:
-    """Joins the run's processes; call before anything touches a device.
+    """Join the run's processes; call before anything touches a device.
 
-    Connects to JAX_COORDINATOR_ADDRESS (host:port) as number JAX_PROCESS_ID of JAX_NUM_PROCESSES if these are
-    in the environment. Else JAX looks for TPU slices, Slurm, Open MPI or Kubernetes job; if it finds
-    none, this process is the only one. From here on, all end if one does; see lifeline.py. If some do not
-    come at all, this process ends with 76 after five minutes.
+    `find_place` says which of them this one is. Where it is the only one, JAX may be in use already, as in a
+    notebook. From here on, all processes end if one does; see lifeline.py. If some do not come at all, this
+    one says so within seconds, and ends with 76 after five minutes.
     """
-    set_flags()
-    _steady_simulated_devices()
-    _give_memory_back_after_compiling()
-    with assembling():
-        _join()
-    joined = distributed.global_state
-    if joined.num_processes > 1:
-        global _lifeline
-        host = (joined.coordinator_address or "").rpartition(":")[0].strip("[]")
-        _lifeline = Lifeline(joined.process_id, joined.client, host)
-
-
-def _join() -> None:
-    given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
-    if given:
-        if missing := set(_VARIABLES) - set(given):
-            raise UserError(
-                f"{' and '.join(given)} set without {' and '.join(sorted(missing))}; set all three or none."
-            )
-        address, count, index = (given[name] for name in _VARIABLES)
-        if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
-            raise UserError(
-                f"JAX_PROCESS_ID={index} is no number from 0 to below JAX_NUM_PROCESSES={count}; correct it."
-            )
-        jax.distributed.initialize(address, int(count), int(index), **_TIME_OUTS)
+    check_settings()
+    if distributed.global_state.client is not None:  # by an earlier command in this process
+        if _lifeline is not None:
+            _lifeline.begin()
         return
+    place = find_place()
+    is_used = xla_bridge.backends_are_initialized()
+    if place and is_used:
+        raise UserError(
+            f"{place.count_from} says {place.count} processes, which must come together before anything uses "
+            "JAX; start the command in a process of its own."
+        )
+    if not is_used:
+        set_flags()
+        _steady_simulated_devices()
+    _give_memory_back_after_compiling()
+    if place:
+        _join(place)
+    elif sentence := idle_tasks():
+        log.warning(sentence)
+    _open_devices()
+
+
+def _join(place: Place) -> None:
+    global _lifeline
+    meet(place)
+    with assembling():
+        jax.distributed.initialize(
+            place.address,
+            place.count,
+            place.index,
+            local_device_ids=place.devices,
+            cluster_detection_method="deactivate",  # `find_place` has looked
+            **_TIME_OUTS,
+        )
+    host = split_address(place.address_from, place.address)[0]
+    _lifeline = Lifeline(place.index, distributed.global_state.client, host)
+
+
+def _open_devices() -> None:
+    """Raise UserError if JAX has no device of the kind that the environment asks for."""
     try:
-        jax.distributed.initialize(**_TIME_OUTS)
-    except ValueError as error:
-        if "coordinator_address" not in str(error):  # what JAX says where it finds no cluster
-            raise
+        jax.local_devices()
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # the latter where it knows the name, but has no plugin
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        reason = " ".join(str(error).split()).removesuffix(".") or "there is no plugin for it"
+        raise UserError(
+            f"JAX cannot use its devices, JAX_PLATFORMS={platforms!r} ({reason[:300]}); install JAX for "
+            "them, or set JAX_PLATFORMS=cpu."
+        ) from error
 
 
 def _steady_simulated_devices() -> None:
-    """Keeps several simulated CPU devices from waiting for each other for ever.
+    """Keep several simulated CPU devices from waiting for each other for ever.
 
     XLA's CPU client starts one thread a device, but a device waits in several collectives at once, and
     in those of two steps when dispatch is asynchronous: then devices without a thread never arrive.
@@ -80,8 +108,9 @@ def _steady_simulated_devices() -> None:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
+@functools.cache  # a listener stays for the life of the process
 def _give_memory_back_after_compiling() -> None:
-    """What compiling leaves free goes back to the system before the program that was compiled takes its own.
+    """Give what compiling leaves free back to the system before the program that was compiled takes its own.
 
     The C library would keep it: of the step of a locked ViT-B/16 and BERT-base 0.3 GiB.
     """
@@ -100,7 +129,7 @@ def _give_memory_back_after_compiling() -> None:
 
 
 def end(code: int, sentence: str = "", details: str = "") -> None:
-    """Tells the other processes that this one ends with an exit code, and why.
+    """Tell the other processes that this one ends with an exit code, and why.
 
     `details`, a traceback, are printed unless another process turns out to be the cause.
 

@@ -1,6 +1,7 @@
 """SIGTERM: how a cluster announces that the machine goes away."""
 
 import signal
+import threading
 from typing import Any
 
 import jax
@@ -15,8 +16,10 @@ class StopSignal:
     """
 
     def __init__(self, *, alone: bool = False):
-        # With several processes JAX itself listens, and makes all of them stop after the same step.
-        self._listens = alone or jax.process_count() == 1
+        # With several processes JAX itself listens, and makes all of them stop after the same step. Python
+        # lets only the main thread listen: in another one, a SIGTERM does what it did before.
+        is_main = threading.current_thread() is threading.main_thread()
+        self._listens = is_main and (alone or jax.process_count() == 1)
         self.received = False
 
     def __enter__(self) -> "StopSignal":

@@ -1,4 +1,7 @@
 import ctypes
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -6,15 +9,18 @@ import jax.numpy as jnp
 import pytest
 
 from lit_jax.distributed import process
-from lit_jax.errors import UserError
+from lit_jax.errors import BAD_INPUT, UserError
 
 
 @pytest.mark.parametrize(
     ("count", "index", "message"),
     [
         ("2", "", "JAX_NUM_PROCESSES set without JAX_PROCESS_ID; set all three or none"),
-        ("two", "0", "JAX_PROCESS_ID=0 is no number .* JAX_NUM_PROCESSES=two; correct it"),
-        ("2", "2", "JAX_PROCESS_ID=2 is no number from 0 to below JAX_NUM_PROCESSES=2"),
+        ("two", "0", "JAX_NUM_PROCESSES='two' is not a number"),
+        ("0", "0", "JAX_NUM_PROCESSES='0' is not a number"),
+        ("9" * 20, "0", "JAX_NUM_PROCESSES='99.*' is not a number"),
+        ("2", "2", "JAX_PROCESS_ID='2' is not a number from 0 to 1 .*JAX_NUM_PROCESSES=2"),
+        ("2", "-1", "JAX_PROCESS_ID='-1' is not a number"),
     ],
 )
 def test_mistakes_in_the_environment_are_named(monkeypatch, count, index, message):
@@ -23,6 +29,37 @@ def test_mistakes_in_the_environment_are_named(monkeypatch, count, index, messag
     monkeypatch.setenv("JAX_PROCESS_ID", index)
     with pytest.raises(UserError, match=message):
         process.initialize()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("jax_enable_x64", True), ("jax_random_seed_offset", 7), ("jax_default_prng_impl", "rbg")],
+)
+def test_a_setting_that_changes_what_a_run_computes_is_refused(name, value):
+    right = jax.config.values[name]
+    jax.config.update(name, value)
+    try:
+        with pytest.raises(UserError, match=f"{name.upper()}={value}.* {name.upper()}={right}"):
+            process.initialize()
+    finally:
+        jax.config.update(name, right)
+
+
+def test_a_platform_that_is_not_there_is_one_sentence():
+    program = (
+        "import sys; from lit_jax.train import main; sys.exit(main(['--config=x', '--workdir=y']))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"JAX_PLATFORMS": "cuda"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert result.returncode == BAD_INPUT
+    assert "JAX_PLATFORMS='cuda'" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def resident():

@@ -1,0 +1,299 @@
+"""Who started this process, and its place among the processes of the run.
+
+A launcher says in the environment how many processes there are and which of them this one is. Where nothing
+says so, or says one, this process is the only one and needs nothing from JAX's distributed runtime.
+"""
+
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jax._src import clusters  # what JAX knows of TPUs and of Kubernetes has no public name
+
+from lit_jax.errors import UserError
+
+_ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+_PORT = "JAX_COORDINATOR_PORT"
+_MOST = 1_000_000  # more processes than any machine has; JAX's own integers have 32 bits
+Environment = Mapping[str, str]
+
+
+class Place(NamedTuple):
+    """The place of this process among several.
+
+    Attributes:
+        address: HOST:PORT at which process 0 waits for the others.
+        count_from: the variable that says how many there are; messages name it.
+        address_from: the variable that says where process 0 is.
+        devices: the numbers of the GPUs that are this process's own; None for all it sees.
+    """
+
+    index: int
+    count: int
+    address: str
+    count_from: str
+    address_from: str
+    devices: tuple[int, ...] | None = None
+
+
+class _Unsupported(NamedTuple):
+    """A launcher whose processes cannot find each other by what it tells them."""
+
+    name: str
+    size: str
+    rank: str
+    needs: str = (
+        ""  # a variable without which a common name such as NUM_PROCESSES means something else
+    )
+
+
+_UNSUPPORTED = (
+    _Unsupported("mpiexec of MPICH or Intel MPI", "PMI_SIZE", "PMI_RANK"),
+    _Unsupported("MVAPICH", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+    _Unsupported("jsrun", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK"),
+    _Unsupported("Flux", "FLUX_JOB_SIZE", "FLUX_TASK_RANK"),
+    _Unsupported("torchrun", "WORLD_SIZE", "RANK"),
+    _Unsupported("Horovod", "HOROVOD_SIZE", "HOROVOD_RANK"),
+    _Unsupported("AWS Batch", "AWS_BATCH_JOB_NUM_NODES", "AWS_BATCH_JOB_NODE_INDEX"),
+    _Unsupported("Kubeflow", "NUM_PROCESSES", "PROCESS_ID", needs="COORDINATOR_ADDRESS"),
+)
+# These give a process its number, but not how many there are.
+_RANK_ALONE = (
+    ("a launcher of PMIx", "PMIX_RANK"),
+    ("Cray PALS", "PALS_RANKID"),
+    ("an indexed job of Kubernetes", "JOB_COMPLETION_INDEX"),
+)
+_INSTEAD = f"start them by launch/local.sh or srun, or by {_ADDRESS}, {_COUNT}, {_INDEX} (launch/README.md)"
+
+
+def find_place(environment: Environment = os.environ) -> Place | None:
+    """Return this process's place, None if it is the only one.
+
+    Raise UserError for values that cannot be, and for a launcher of several that is not understood.
+    """
+    if any(environment.get(name) for name in (_ADDRESS, _COUNT, _INDEX)):
+        place = _from_jax_variables(environment)
+    else:
+        place = _from_open_mpi(environment) or _from_slurm(environment) or _from_jax(environment)
+        _refuse_others(environment, place)
+    if place is None or place.count == 1:
+        return None
+    devices = environment.get("JAX_LOCAL_DEVICE_IDS", "")
+    if not re.fullmatch(r"([0-9]{1,4}(,[0-9]{1,4})*)?", devices):
+        raise UserError(
+            f"JAX_LOCAL_DEVICE_IDS={devices!r} must be numbers joined by commas; correct it."
+        )
+    return place
+
+
+def idle_tasks(environment: Environment = os.environ) -> str:
+    """Return a sentence if this process is alone in a Slurm allocation for several, else ''."""
+    tasks = environment.get("SLURM_NTASKS", "")
+    if not environment.get("SLURM_JOB_ID") or not tasks.isdecimal() or int(tasks) < 2:
+        return ""
+    return (
+        f"SLURM_NTASKS={tasks}, but this process is not one of several tasks of srun; it runs alone. To "
+        "start all of them, put srun in front of the command."
+    )
+
+
+def split_address(name: str, text: str) -> tuple[str, int]:
+    """Return host and port of HOST:PORT. Raise UserError, with the variable's name, for anything else."""
+    host, _, port = text.rpartition(":")
+    in_brackets = host.startswith("[") and host.endswith("]")
+    reasons = {
+        "it starts with a protocol": "://" in text,
+        "it has blanks": bool(re.search(r"\s", text)),
+        "it has no port": not host,
+        "an IPv6 address stands in brackets": ":" in host and not in_brackets,
+        "the host has a character that cannot be": not re.fullmatch(r"\[[\w:.%]+\]|[\w.-]+", host),
+        "the port is not a number from 1 to 65535": not re.fullmatch(r"[0-9]{1,5}", port)
+        or not 1 <= int(port) <= 65535,
+    }
+    if reason := next((reason for reason, holds in reasons.items() if holds), None):
+        raise UserError(
+            f"{name}={text!r} is not HOST:PORT ({reason}); write for example 10.0.0.1:1234 or [fd00::1]:1234."
+        )
+    return host.strip("[]"), int(port)
+
+
+def _from_jax_variables(environment: Environment) -> Place:
+    given = {name: environment.get(name, "") for name in (_ADDRESS, _COUNT, _INDEX)}
+    if missing := [name for name, text in given.items() if not text]:
+        there = [name for name in given if name not in missing]
+        raise UserError(
+            f"{' and '.join(there)} set without {' and '.join(sorted(missing))}; set all three or none."
+        )
+    count = _number(environment, _COUNT, 1, _MOST)
+    index = _number(environment, _INDEX, 0, count - 1, f" (below {_COUNT}={count})")
+    split_address(_ADDRESS, given[_ADDRESS])
+    devices = _slurm_devices(environment) if environment.get("SLURM_LOCALID") else None
+    return Place(index, count, given[_ADDRESS], _COUNT, _ADDRESS, devices)
+
+
+def _from_open_mpi(environment: Environment) -> Place | None:
+    """Return the place that mpirun of Open MPI (4 or 5) gives."""
+    size = "OMPI_COMM_WORLD_SIZE"
+    if not environment.get(size):
+        return None
+    count = _number(environment, size, 1, _MOST)
+    index = _number(environment, "OMPI_COMM_WORLD_RANK", 0, count - 1)
+    if count == 1:
+        return Place(index, count, "", size, size)
+    local_count = _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE", 1, count)
+    local = _number(environment, "OMPI_COMM_WORLD_LOCAL_RANK", 0, local_count - 1)
+    host, address_from = _open_mpi_host(environment, alone=local_count == count)
+    # The same for all processes of one mpirun, another for each mpirun.
+    of_job = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_orte_hnp_uri", "")
+    address = f"{host}:{_port(environment, zlib.crc32(of_job.encode()))}"
+    devices = _own_devices(environment, local, local_count)
+    return Place(index, count, address, size, address_from, devices)
+
+
+def _open_mpi_host(environment: Environment, *, alone: bool) -> tuple[str, str]:
+    """Return the machine where process 0 is, which is mpirun's own, and the variable that names it."""
+    if alone:
+        return "localhost", "OMPI_COMM_WORLD_LOCAL_SIZE"
+    if uri := environment.get("OMPI_MCA_orte_hnp_uri"):  # Open MPI 4
+        address = clusters.OmpiCluster.get_coordinator_address(None, "1")
+        return address.rpartition(":")[0], f"OMPI_MCA_orte_hnp_uri={uri}"
+    job = re.fullmatch(r"prte(?:run)?-(.+)-\d+@\d+", environment.get("PMIX_NAMESPACE", ""))
+    if job is None:
+        raise UserError(
+            "This version of Open MPI does not say where process 0 is (PMIX_NAMESPACE="
+            f"{environment.get('PMIX_NAMESPACE', '')}); {_INSTEAD}."
+        )
+    return job[1], "PMIX_NAMESPACE"
+
+
+def _from_slurm(environment: Environment) -> Place | None:
+    """Return the place that srun gives.
+
+    The job's SLURM_NTASKS is also set where a shell of the allocation starts a single process; the step's
+    own number of tasks wins.
+    """
+    needed = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+    size = next(
+        (name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if name in environment), ""
+    )
+    if not size or not all(name in environment for name in needed):
+        return None
+    count = _number(environment, size, 1, _MOST)
+    index = _number(environment, "SLURM_PROCID", 0, count - 1, f" (below {size}={count})")
+    port = _port(environment, _number(environment, "SLURM_JOB_ID", 0, 2**63))
+    host = clusters.SlurmCluster.get_coordinator_address(None, "1").rpartition(":")[0]
+    address = f"{host}:{port}"
+    if count > 1:
+        split_address("The first node of SLURM_STEP_NODELIST", address)
+    return Place(index, count, address, size, "SLURM_STEP_NODELIST", _slurm_devices(environment))
+
+
+def _slurm_devices(environment: Environment) -> tuple[int, ...] | None:
+    """Return the GPUs of a task that sees those of all tasks on its node, as launch/slurm.sh starts them."""
+    if environment.get("SLURM_GPUS_PER_TASK") or environment.get("SLURM_GPU_BIND"):
+        return None  # Slurm shows each task its own
+    # "2(x3),1": two tasks on each of three nodes, then one.
+    layout = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", layout)
+    of_nodes = [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]
+    node = environment.get("SLURM_NODEID", "0")
+    if node.isdecimal() and int(node) < len(of_nodes):
+        local_count = of_nodes[int(node)]
+    else:
+        count = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS")
+        local_count = 1 if count in ("1", environment.get("SLURM_STEP_NUM_NODES")) else None
+    return _own_devices(environment, _number(environment, "SLURM_LOCALID", 0, _MOST), local_count)
+
+
+def _own_devices(
+    environment: Environment, local: int, local_count: int | None
+) -> tuple[int, ...] | None:
+    """Return the GPUs of the process `local` of a machine, which sees all of them; None: leave it as it is.
+
+    A process that is alone on its machine gets all. Where there are several, each gets as many; where their
+    number is not known it is one.
+    """
+    if local_count == 1 or environment.get("JAX_LOCAL_DEVICE_IDS"):
+        return None
+    variables = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+    visible = next((environment[name] for name in variables if environment.get(name)), None)
+    if visible is None or local_count is None:
+        return (local,)
+    each = len(visible.split(",")) // local_count
+    if each == 0:  # fewer than processes: what it sees is its own already
+        return None
+    return tuple(range(local * each, (local + 1) * each))
+
+
+# How messages name what JAX reads where the machines themselves say how many they are.
+_JAX_CLUSTERS = (
+    (clusters.GkeTpuCluster, "TPU_WORKER_HOSTNAMES"),
+    (clusters.GceTpuCluster, "the TPU's metadata"),
+    (clusters.K8sCluster, "the parallelism of the Kubernetes job"),
+)
+
+
+def _from_jax(environment: Environment) -> Place | None:
+    """Return the place that JAX finds for a TPU slice or a Kubernetes job."""
+    for cluster, source in _JAX_CLUSTERS:
+        # Without its number a pod is not one of an indexed job; JAX's own look-up would fail.
+        if cluster is clusters.K8sCluster and not environment.get("JOB_COMPLETION_INDEX"):
+            continue
+        try:
+            if cluster.is_env_present():
+                return _ask(cluster, source, environment)
+        except UserError:
+            raise
+        except Exception as error:  # of the metadata server, of Kubernetes, or of an odd value
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"JAX cannot read this process's place from {source} ({reason[:300]}); {_INSTEAD}."
+            ) from error
+    return None
+
+
+def _ask(cluster: Any, source: str, environment: Environment) -> Place:
+    count, index = cluster.get_process_count(), cluster.get_process_id()
+    if count == 1:
+        return Place(index, count, "", source, source)
+    port = environment.get(_PORT) and str(_port(environment, 0))
+    address = cluster.get_coordinator_address(timeout_secs=60, override_coordinator_port=port)
+    return Place(index, count, address, source, source)
+
+
+def _refuse_others(environment: Environment, place: Place | None) -> None:
+    """Raise UserError if another launcher tells of several processes: each would train by itself."""
+    here = (place.count, place.index) if place else (1, 0)
+    for launcher in _UNSUPPORTED:
+        size, rank = environment.get(launcher.size, ""), environment.get(launcher.rank, "0")
+        if not size.isdecimal() or int(size) < 2 or (size, rank) == tuple(map(str, here)):
+            continue
+        if not launcher.needs or environment.get(launcher.needs):
+            raise UserError(
+                f"{launcher.size}={size}: the processes of {launcher.name} cannot find each other here; "
+                f"{_INSTEAD}, or unset {launcher.size} if it is left over."
+            )
+    for name, variable in _RANK_ALONE:
+        rank = environment.get(variable, "")
+        if here[0] == 1 and rank.isdecimal() and int(rank) > 0:
+            raise UserError(
+                f"{variable}={rank}: the processes of {name} cannot find each other here; {_INSTEAD}, or "
+                f"unset {variable} if it is left over."
+            )
+
+
+def _port(environment: Environment, job: int) -> int:
+    """Return the user's port, or one of the last 4096 by the number of the job, as JAX chooses them."""
+    if environment.get(_PORT):
+        return _number(environment, _PORT, 1, 65535)
+    return job % 2**12 + 65536 - 2**12
+
+
+def _number(environment: Environment, name: str, least: int, most: int, note: str = "") -> int:
+    """Return the number that a variable holds. Raise UserError if it is none of `least` to `most`."""
+    text = environment.get(name, "")
+    if re.fullmatch(r"[0-9]{1,19}", text) and least <= int(text) <= most:
+        return int(text)
+    raise UserError(f"{name}={text!r} is not a number from {least} to {most}{note}; correct it.")

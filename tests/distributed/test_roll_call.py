@@ -1,0 +1,119 @@
+"""The processes of a run come together: threads stand for them, on a real port."""
+
+import concurrent.futures
+import contextlib
+import logging
+import socket
+import time
+
+import portpicker
+import pytest
+
+from lit_jax.distributed import lifeline, roll_call
+from lit_jax.distributed.launchers import Place
+from lit_jax.errors import GoneError, UserError
+
+
+@pytest.fixture
+def place():
+    address = f"localhost:{portpicker.pick_unused_port()}"
+    return lambda index, count=3: Place(index, count, address, "HOW_MANY", "WHERE")
+
+
+@pytest.fixture
+def soon(monkeypatch, caplog):
+    """Speak at once, give up after two seconds."""
+    monkeypatch.setattr(roll_call, "SAY_SECONDS", 0.5)
+    monkeypatch.setattr(roll_call, "_PORT_SECONDS", 0.5)
+    monkeypatch.setattr(roll_call, "_NAME_SECONDS", 1)
+    monkeypatch.setattr(lifeline, "START_SECONDS", 2)
+    monkeypatch.setattr(logging.getLogger("lit_jax"), "propagate", True)
+    return caplog
+
+
+@contextlib.contextmanager
+def greeted(place):
+    """A process that has come, and can end."""
+    time.sleep(0.3)  # process 0 listens by then
+    address = ("localhost", int(place.address.split(":")[1]))
+    with socket.create_connection(address, timeout=10) as peer:
+        peer.sendall(f"lit_jax {place.index} {place.count}\n".encode())
+        assert peer.recv(100) == b"lit_jax\n"
+        yield
+
+
+def test_all_go_on_when_the_last_has_come_in_any_order(place):
+    started = []
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for index in (2, 0):
+            started.append(pool.submit(roll_call.meet, place(index)))
+        time.sleep(0.5)
+        assert not any(one.done() for one in started)
+        with socket.create_connection(
+            ("localhost", int(place(0).address.split(":")[1]))
+        ) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            started.append(pool.submit(roll_call.meet, place(1)))
+            for one in started:
+                one.result(timeout=20)
+    # JAX's own service takes the port over.
+    socket.create_server(("", int(place(0).address.split(":")[1]))).close()
+
+
+def test_it_is_said_who_is_missing_and_who_says_how_many(place, soon):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(roll_call.meet, place(0, 4))
+        with (
+            greeted(place(2, 4)),
+            pytest.raises(GoneError, match=r"processes 1, 3 have not come.*HOW_MANY says 4"),
+        ):
+            first.result(timeout=20)
+    (said, *_) = [record.getMessage() for record in soon.records]
+    assert "processes 1, 3 have not come" in said
+    assert "HOW_MANY says 4" in said
+    assert "WHERE" in said
+
+
+def test_who_does_not_reach_process_0_says_so(place, soon):
+    with pytest.raises(GoneError, match=r"process 0 is not reached at localhost:.* refused"):
+        roll_call.meet(place(1))
+    assert "unset HOW_MANY" in soon.records[0].getMessage()
+
+
+def test_two_of_one_number_and_another_count_are_turned_away(place, soon):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(roll_call.meet, place(0))
+        second = pool.submit(roll_call.meet, place(1))
+        time.sleep(0.5)
+        for stranger, reason in ((place(1), "number 1"), (place(2, 5), "one of 5 processes")):
+            with pytest.raises(UserError, match=reason):
+                roll_call.meet(stranger)
+        third = pool.submit(roll_call.meet, place(2))
+        for one in (first, second, third):
+            one.result(timeout=20)
+
+
+def test_a_process_that_has_ended_is_missing_again(place, soon):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(roll_call.meet, place(0))
+        with greeted(place(1)):
+            pass
+        with pytest.raises(GoneError, match="processes 1, 2 have not come"):
+            first.result(timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("index", "address", "reason"),
+    [(0, "no-such-node:80", "WHERE puts process 0 on no-such-node"), (0, "a..b:80", "a..b")],
+)
+def test_a_name_that_is_left_over_is_refused(soon, index, address, reason):
+    with pytest.raises(UserError, match=reason):
+        roll_call.meet(Place(index, 2, address, "HOW_MANY", "WHERE"))
+
+
+def test_a_port_in_use_is_refused(place, soon):
+    with (
+        socket.create_server(("", int(place(0).address.split(":")[1]))),
+        pytest.raises(UserError, match=r"cannot listen at port .* WHERE=localhost"),
+    ):
+        roll_call.meet(place(0))
