@@ -6,29 +6,56 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from lit_jax.distributed.mesh import REPLICATED
+from lit_jax.distributed.mesh import REPLICATED, mesh_parts
 
 
 @jax.jit
 def checksums(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Two 32-bit numbers for each array under its path; every bit, its place and the path count.
+    """Return two 32-bit numbers for each array under its path; every bit, its place and the path count.
 
-    The same on any mesh, and whole on every process. To call under `jax.set_mesh`.
+    They are the same on any mesh, and under `jax.set_mesh` whole on every process.
     """
     # Integer sums come out the same in any order: on any mesh.
     sums = {path: _checksum(leaf, zlib.crc32(path.encode())) for path, leaf in leaves.items()}
-    return jax.lax.with_sharding_constraint(sums, REPLICATED)
+    return jax.lax.with_sharding_constraint(sums, REPLICATED) if mesh_parts() else sums
+
+
+@jax.jit
+def rounded(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return the arrays, float32 or bfloat16, in bfloat16 with one kind of NaN.
+
+    Libraries that read float32 as bfloat16 round alike, to the nearest and then to even, but make different
+    NaNs. Bits are rounded here because a conversion may take the smallest numbers for zero.
+    """
+    return {path: _rounded(leaf) for path, leaf in leaves.items()}
+
+
+def _rounded(leaf: jax.Array) -> jax.Array:
+    if leaf.dtype == jnp.float32:
+        wide = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+        is_nan = (wide & jnp.uint32(0x7FFFFFFF)) > jnp.uint32(0x7F800000)
+        half = jnp.uint32(0x7FFF) + ((wide >> jnp.uint32(16)) & jnp.uint32(1))
+        bits = ((wide + half) >> jnp.uint32(16)).astype(jnp.uint16)
+    else:
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint16)
+        is_nan = (bits & jnp.uint16(0x7FFF)) > jnp.uint16(0x7F80)
+    return jax.lax.bitcast_convert_type(jnp.where(is_nan, jnp.uint16(0x7FC0), bits), jnp.bfloat16)
+
+
+# By the bytes of a number; those of eight are compared by halves.
+_BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
 def _checksum(leaf: jax.Array, seed: int) -> jax.Array:
-    """Two 32-bit sums over an array, of each number's bits and position mixed well.
+    """Return two 32-bit sums over an array, of each number's bits and position mixed well.
 
     A sum of products alone would not see, for one, that an even number of signs has changed.
     """
-    bits = jax.lax.bitcast_convert_type(leaf, {4: jnp.uint32, 2: jnp.uint16}[leaf.dtype.itemsize])
+    leaf = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
+    bits = jax.lax.bitcast_convert_type(leaf, _BITS[leaf.dtype.itemsize])
     position = jnp.uint32(seed)
-    for axis, size in enumerate(leaf.shape):
-        index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    for axis, size in enumerate(bits.shape):
+        index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         position = position * jnp.uint32(size) + index
     first = _mix(_mix(position) ^ bits.astype(jnp.uint32))
     return jnp.stack([x.sum(dtype=jnp.uint32) for x in (first, _mix(first))])

@@ -1,8 +1,8 @@
 """Checkpoints of a run: asynchronous, complete or not there at all.
 
-    <workdir>/frozen/             the locked parameters, written once
+    <workdir>/frozen/             the locked parameters, written once, and their checksums
     <workdir>/checkpoints/<step>/ state (trainable parameters, optimizer), data (position in the stream),
-                                  meta (resolved config, library versions)
+                                  sums (checksums of both), meta (resolved config, library versions)
 
 Orbax writes into a temporary folder and renames it when all is on disk, so that a process killed at any
 moment leaves the previous checkpoint as the latest.
@@ -10,6 +10,7 @@ moment leaves the previous checkpoint as the latest.
 
 import contextlib
 import importlib.metadata
+import logging
 import sys
 import threading
 import time
@@ -21,9 +22,14 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
+from lit_jax.files import parse_json, write_json
 from lit_jax.training.disk import complete_steps, quiet_orbax, reason, writing
+from lit_jax.training.integrity import DamagedError, check_sums, sums_of, text_sum
 from lit_jax.training.step import State
+
+log = logging.getLogger(__name__)
 
 LIBRARIES = (
     "lit_jax",
@@ -37,6 +43,7 @@ LIBRARIES = (
 )
 # So long an error in one of several processes waits for a save under way, which may have failed in another.
 SAVE_SECONDS = 60
+SUMS_FILE = "sums.json"
 # In the name of a folder that Orbax has not completed.
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
@@ -63,7 +70,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 (workdir / "checkpoints").resolve(),
                 options=options,
-                item_names=("state", "data", "meta"),
+                item_names=("state", "data", "sums", "meta"),
             )
 
     def __enter__(self) -> "Checkpoints":
@@ -94,6 +101,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         meta = {"config": config, "versions": versions()}
+        sums = {"arrays": sums_of(state), "data": text_sum(data)}
         with self._writing():
             self._manager.wait_until_finished()
             self._leaves = len(jax.tree.leaves(state))
@@ -102,6 +110,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     data=ocp.args.JsonSave(dict(data)),
+                    sums=ocp.args.JsonSave(sums),
                     meta=ocp.args.JsonSave(meta),
                 ),
             )
@@ -124,17 +133,20 @@ class Checkpoints:
 
         Raises UserError if it is damaged or of another model or optimizer.
         """
-        with _reading_step(self._workdir, self.latest):
-            _check_shapes(
-                self._workdir / "checkpoints" / str(self.latest) / "state", abstract_state
-            )
+        step, folder = self.latest, self._workdir / "checkpoints" / str(self.latest)
+        with _reading_step(self._workdir, step):
+            _check_shapes(folder / "state", abstract_state)
             restored = self._manager.restore(
-                self.latest,
+                step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
                 ),
             )
-        return restored["state"], restored["data"]
+            state, data = restored["state"], restored["data"]
+            _check_step_sums(folder, state, data)
+            if data["next_batch"] != step:
+                raise DamagedError(f"its data are at step {data['next_batch']}")
+        return state, data
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
         # Orbax and TensorStore raise many types for a full disk or lost rights, some from a thread.
@@ -180,6 +192,7 @@ def restore_params(
                 partial_restore=True,
             ),
         )
+        _check_step_sums(folder.parent, restored)
     return step, restored["params"]
 
 
@@ -187,8 +200,12 @@ def save_frozen(workdir: Path, frozen: Mapping[str, Any]) -> None:
     """Writes the locked parameters of a run; those of an earlier start from step 0 are replaced."""
     if not frozen:
         return
+    sums = sums_of(frozen, with_rounded=True)
     with writing(workdir, Exception), ocp.StandardCheckpointer() as writer:
         writer.save((workdir / "frozen").resolve(), frozen, force=True)
+        writer.wait_until_finished()
+        if is_primary():
+            write_json(workdir / "frozen" / SUMS_FILE, sums)
 
 
 def restore_frozen(workdir: Path, abstract_frozen: Mapping[str, Any]) -> Any:
@@ -200,9 +217,11 @@ def restore_frozen(workdir: Path, abstract_frozen: Mapping[str, Any]) -> Any:
         return {}
     what_then = "put them back, or start again in another --workdir"
     folder = (workdir / "frozen").resolve()
-    with _reading(workdir / "frozen", what_then), ocp.StandardCheckpointer() as reader:
+    with _reading(workdir / "frozen", what_then, what_then), ocp.StandardCheckpointer() as reader:
         _check_shapes(folder, abstract_frozen)
-        return reader.restore(folder, abstract_frozen)
+        frozen = reader.restore(folder, abstract_frozen)
+        _compare(frozen, _stored_sums(folder / SUMS_FILE))
+        return frozen
 
 
 def _check_arrays(folder: Path, leaves: int) -> None:
@@ -240,10 +259,34 @@ def _check_shapes(folder: Path, wanted: Any, part: str | None = None) -> None:
             )
 
 
+def _check_step_sums(folder: Path, arrays: Any, data: Any = None) -> None:
+    """Raise DamagedError where what was read of a checkpoint differs from the checksums in it."""
+    stored = _stored_sums(folder / "sums" / "metadata")
+    _compare(arrays, stored and stored["arrays"])
+    if stored and data is not None and stored["data"] != text_sum(data):
+        raise DamagedError("the position in the data is not as it was saved")
+
+
+def _compare(arrays: Any, stored: Any) -> None:
+    # All processes compute sums over what each of them has, and the first knows what they should be.
+    check_sums(arrays, stored if is_primary() else None)
+
+
+def _stored_sums(file: Path) -> dict[str, Any] | None:
+    if not is_primary():
+        return None
+    if not file.exists():
+        log.warning("%s is missing, so what is read there is not compared with checksums.", file)
+        return None
+    return parse_json(file.read_bytes())
+
+
 @contextlib.contextmanager
-def _reading(folder: Path, what_then: str) -> Iterator[None]:
+def _reading(folder: Path, what_then: str, repair: str) -> Iterator[None]:
     try:
         yield
+    except DamagedError as error:
+        raise UserError(f"{folder} is damaged: {error}; {repair}.") from error
     except (
         Exception
     ) as error:  # Orbax and TensorStore raise many types for what is not as it was saved
@@ -255,10 +298,10 @@ def _reading(folder: Path, what_then: str) -> Iterator[None]:
 
 def _reading_step(workdir: Path, step: int | None) -> contextlib.AbstractContextManager[None]:
     earlier = [other for other in complete_steps(workdir) if other != step]
-    what_then = "take back what --allow_changes permits" + (
-        f", or remove that folder to go on from step {earlier[-1]}" if earlier else ""
-    )
-    return _reading(workdir / "checkpoints" / str(step), what_then)
+    remove = f"remove that folder to go on from step {earlier[-1]}" if earlier else ""
+    what_then = ", or ".join(filter(None, ["take back what --allow_changes permits", remove]))
+    repair = remove or "put back a copy of it, or start again in another --workdir"
+    return _reading(workdir / "checkpoints" / str(step), what_then, repair)
 
 
 def versions() -> dict[str, str]:

@@ -278,7 +278,7 @@ def put_another_config(workdir):
         (damage_model, r"model/config\.json is not a config.json that transformers understands"),
         (empty_model, r"model/config\.json is not a config.json that .*KeyError: 'model_type'"),
         (damage_config, r"run/config\.json is damaged \(.*; restore it, or choose another"),
-        (nest_config, r"run/config\.json is damaged \(.*recursion.*; restore it"),
+        (nest_config, r"run/config\.json is damaged \(.*nested too deep.*; restore it"),
         (
             put_another_config,
             r"config\.json is not of a run .*model_type.*choose another --workdir",

@@ -1,19 +1,22 @@
 """A run folder: its format, its name, what is stored in it and compared, and whose it is."""
 
+import collections
 import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lit_jax
 from lit_jax.config import MeshConfig
-from lit_jax.distributed.mesh import make_mesh, replicated
+from lit_jax.distributed.mesh import BATCH, make_mesh, replicated
 from lit_jax.errors import UserError
 from lit_jax.training import loop
-from lit_jax.training.checkpoints import Checkpoints
+from lit_jax.training.checkpoints import Checkpoints, restore_frozen, restore_params, save_frozen
 from lit_jax.training.disk import complete_steps
+from lit_jax.training.integrity import DamagedError, check_sums, sums_of
 from lit_jax.training.run import FORMAT, load_run
 from lit_jax.training.step import State
 
@@ -53,3 +56,107 @@ def test_a_folder_that_orbax_takes_for_a_pattern_gets_no_checkpoint(tiny, tmp_pa
     assert complete_steps(workdir) == []
     with pytest.raises(UserError, match=r"has the character \["):
         loop.train(tiny(), workdir)
+
+
+DTYPES = ("bool", "int8", "uint8", "int32", "uint32", "float16", "bfloat16", "float32")
+
+
+def state_of(mesh, rng, dtypes=DTYPES):
+    """Arrays of every dtype that a state may have, split over the mesh, and scalars."""
+    split, whole = jax.sharding.NamedSharding(mesh, BATCH), replicated(mesh)
+    params = {}
+    for name in dtypes:
+        values = rng.integers(0, 2, 16) if name == "bool" else rng.normal(size=16) * 100
+        with np.errstate(invalid="ignore"):
+            values = values.astype(jnp.dtype(name))
+        params[name] = jax.device_put(values, split)
+        params[f"{name}_scalar"] = jax.device_put(values[0], whole)
+    key = jax.device_put(np.array([1, 2], np.uint32), whole)
+    return State(jax.device_put(np.int32(1), whole), params, (key, {"mu": params["float32"]}))
+
+
+def test_checksums_of_every_dtype_hold_on_any_mesh_and_see_every_bit():
+    """No library has a part in it: bits of the arrays themselves."""
+    one, four = (make_mesh(MeshConfig(), jax.devices()[:n]) for n in (1, 4))
+    first, second = (sums_of(state_of(mesh, np.random.default_rng(0))) for mesh in (one, four))
+    assert first == second
+    state = state_of(four, np.random.default_rng(0))
+    check_sums(state, first)
+    for path, leaf in state.params.items():
+        changed = np.array(leaf)
+        bits = changed.reshape(-1).view(np.uint8)
+        bits[-1] ^= 1
+        params = state.params | {path: jax.device_put(changed, leaf.sharding)}
+        with pytest.raises(DamagedError, match=f"params/{path} is not as it was saved"):
+            check_sums(state._replace(params=params), first)
+
+
+def test_float32_that_is_read_as_bfloat16_has_the_same_checksum(tmp_path):
+    """Also the smallest numbers, ties, infinities and every NaN, as the library that reads makes them."""
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**32, 20_000, dtype=np.uint32)
+    bits[:2000] &= 0x007FFFFF  # subnormal
+    bits[2000:4000] |= 0x7F800000  # NaN
+    bits[4000:6000] &= 0xFFFF8000  # ties, many of them
+    bits[6000:6002] = 0x7F800000, 0xFF800000
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    frozen = {"kernel": jax.device_put(bits.view(np.float32), replicated(mesh))}
+    save_frozen(tmp_path, frozen)
+    for dtype in ("float32", "bfloat16"):
+        wanted = jax.ShapeDtypeStruct(bits.shape, dtype, sharding=replicated(mesh))
+        assert restore_frozen(tmp_path, {"kernel": wanted})["kernel"].dtype == dtype
+
+
+def test_a_flipped_bit_in_any_file_is_found_or_changes_nothing(tmp_path):
+    """Both in what a run restores and in what evaluation reads of it, with one sentence."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
+    rng = np.random.default_rng(0)
+    state = state_of(mesh, rng, ("float32", "bfloat16", "uint32"))
+    frozen = {"kernel": jax.device_put(rng.normal(size=64).astype(np.float32), replicated(mesh))}
+    save_frozen(tmp_path / "run", frozen)
+    save_once(tmp_path / "run", state)
+    expected = read_all(tmp_path / "run", state, frozen)
+    found = collections.Counter()
+    for file in sorted(p for p in (tmp_path / "run").rglob("*") if p.is_file()):
+        content = file.read_bytes()
+        for position in rng.integers(0, 8 * len(content), 4 if content else 0):
+            changed = bytearray(content)
+            changed[position // 8] ^= 1 << (position % 8)
+            file.write_bytes(changed)
+            try:
+                restored, message = read_all(tmp_path / "run", state, frozen), ""
+            except UserError as error:
+                restored, message = None, str(error)
+            if restored is None:
+                assert " is damaged" in message
+                assert "\n" not in message
+                found[file.parent.name] += 1
+            else:
+                jax.tree.map(np.testing.assert_array_equal, restored, expected)
+            file.write_bytes(content)
+    assert min(found[name] for name in ("d", "sums", "data", "state")) > 0
+
+
+def read_all(workdir, state, frozen):
+    abstract, abstract_frozen = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+        (state, frozen),
+    )
+    with Checkpoints(workdir, keep_last=1) as checkpoints:
+        restored = checkpoints.restore(abstract)
+    restored_params = restore_params(workdir, abstract.params)
+    return jax.device_get((restored, restored_params, restore_frozen(workdir, abstract_frozen)))
+
+
+def test_a_checkpoint_under_another_step_is_refused_and_one_without_checksums_is_read(
+    finished, train, tiny, tmp_path, caplog
+):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "4" / "sums")
+    (workdir / "frozen" / "sums.json").unlink()
+    with caplog.at_level("WARNING", logger="lit_jax"):
+        assert load_run(workdir, step=4).step == 4
+    assert caplog.text.count("is not compared with checksums") == 2
+    (workdir / "checkpoints" / "6").rename(workdir / "checkpoints" / "5")
+    with pytest.raises(UserError, match=r"5 is damaged: its data are at step 6; remove .* step 4"):
+        train(tiny(), workdir)
