@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -169,6 +170,8 @@ FEATURES = {
     "captions": tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()}),
     "label": tfds.features.ClassLabel(names=["cat", "dog"]),
     "name": tfds.features.Text(),
+    "number": tfds.features.Scalar(np.int64),
+    "languages": {"en": tfds.features.Text(), "words": np.int64},
 }
 
 
@@ -194,6 +197,8 @@ def tfds_folder(tmp_path_factory, noise, encode) -> Path:
                 "captions": [{"id": n, "text": text} for n, text in enumerate(CAPTIONS[:i])],
                 "label": i % 2,
                 "name": f"number {i}",
+                "number": i,
+                "languages": {"en": "a dog", "words": 2},
             }
             writer.write(features.serialize_example(features.encode_example(example)))
         writer.close()
@@ -233,6 +238,79 @@ def test_tfds_captions_may_be_several(tfds_config, key):
     assert captions_of(source) == [tuple(CAPTIONS[:i]) for i in range(5)]
 
 
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("captions", "is a group of captions/id, captions/text"),
+        ("languages", "is a group of languages/en, languages/words"),
+        ("captions/txt", "is not among its features"),
+        ("nothing", "is not among its features"),
+        ("captions/id", "holds lists of int64"),
+        ("number", "holds int64"),
+        ("languages/words", "holds int64"),
+        ("label", "holds ClassLabel"),
+    ],
+)
+def test_tfds_captions_are_texts(tfds_config, key, reason):
+    with pytest.raises(UserError, match=rf"caption_key is '{key}', which {reason}") as raised:
+        open_source(dataclasses.replace(tfds_config, caption_key=key))
+    assert "(caption, captions/text, languages/en, name, several)" in str(raised.value)
+    nested = open_source(dataclasses.replace(tfds_config, caption_key="languages/en"))
+    assert nested[0]["captions"] == ("a dog",)
+
+
+@pytest.mark.parametrize("key", ["captions/id", "several", "languages", "nothing"])
+def test_tfds_labels_are_single_values(tfds_config, key):
+    with pytest.raises(UserError, match=rf"label_key is '{key}', which .*\(.*label,.*number.*\)"):
+        open_source(dataclasses.replace(tfds_config, label_key=key))
+
+
+@pytest.mark.parametrize(
+    ("split", "reason"),
+    [
+        ("train[7:3]", "no part of 'train'"),
+        ("train[5:3]", "is empty"),
+        ("train[:0]", "is empty"),
+        ("train[2%:1%]", "is empty"),
+        ("train[", "no part of 'train'"),
+        ("train[:200%]", "no part of 'train'"),
+        ("train[100:200]", "no part of 'train'"),
+        ("train+dev", "its splits are empty, test, train"),
+        ("[1:2]", "its splits are empty, test, train"),
+    ],
+)
+def test_tfds_splits_that_name_nothing_are_refused(tfds_config, split, reason):
+    with pytest.raises(UserError, match=rf"{re.escape(split)}'.*{reason}"):
+        open_source(dataclasses.replace(tfds_config, split=split))
+
+
+@pytest.mark.parametrize("inside", [("1.0.0", "2.0.0"), ("en/1.0.0", "de/1.0.0"), ("1.0.0",)])
+@pytest.mark.parametrize("split", [None, "train"])
+def test_tfds_versions_are_named(tfds_folder, tmp_path, inside, split):
+    for version in inside:
+        shutil.copytree(tfds_folder, tmp_path / version)
+    with pytest.raises(UserError, match=rf"TFDS data in {', '.join(sorted(inside))};"):
+        open_source(SourceConfig(path=str(tmp_path), split=split))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("made-train.tfrecord-00000-of-00001", "--file_format=array_record"),
+        ("dataset_info.json", "describes a data set"),
+        ("dataset_infos.json", "describes a data set"),
+        ("data-train-00000-of-00001.arrow", "save_to_disk"),
+        ("00000.tar.gz", "unpack"),
+        ("pairs.xlsx", "CSV"),
+    ],
+)
+def test_what_is_no_data_set_is_named_with_what_to_do(tmp_path, name, hint):
+    (tmp_path / name).write_text("{}")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(UserError, match=rf"no data set.*{re.escape(name)}: .*{hint}"):
+            open_source(SourceConfig(path=str(path)))
+
+
 def test_tfds_labels_and_captions_are_optional(tfds_config):
     named = open_source(dataclasses.replace(tfds_config, caption_key="", label_key="name"))
     assert (named[2]["captions"], named[2]["label"]) == ((), "number 2")
@@ -245,7 +323,8 @@ def test_tfds_examples_may_be_without_a_label(tfds_folder, tmp_path, noise, enco
     (shard,) = folder.glob("*train*array_record*")
     features = tfds.features.FeaturesDict({**FEATURES, "label": tfds.features.Scalar(np.int64)})
     example = {"image": encode(noise(4, 7, 3)), "caption": "", "name": ""}
-    example |= {"several": [], "captions": []}
+    example |= {"several": [], "captions": [], "number": 0}
+    example["languages"] = {"en": "", "words": 0}
     writer = ArrayRecordWriter(str(shard), "group_size:1")
     for label in (-1, 0, 2, -2, 1):
         encoded = features.encode_example({**example, "label": label})
@@ -283,7 +362,7 @@ def test_tfds_empty_split_is_refused(tfds_config):
 )
 def test_tfds_features_are_listed(tfds_config, keys):
     with pytest.raises(
-        UserError, match=r"needs an image feature .* has caption, captions, image, label"
+        UserError, match=r"needs an image feature .* has caption, captions/id, captions/text, image"
     ):
         open_source(dataclasses.replace(tfds_config, **keys))
 

@@ -18,7 +18,7 @@ from lit_jax.data.example import Source
 from lit_jax.data.files import AddressError, File, local, locate, require_regular
 from lit_jax.data.listing import expand, is_system, shown, top_folders, walk
 from lit_jax.data.records import MANIFEST
-from lit_jax.data.sources import columns, lists, splits
+from lit_jax.data.sources import columns, hints, lists, splits
 from lit_jax.data.sources.delimited import DelimitedSource
 from lit_jax.data.sources.jsonl import JsonlSource
 from lit_jax.data.sources.pairs import open_pairs
@@ -123,9 +123,11 @@ def _find(config: SourceConfig, text_only: bool) -> Source:
         raise UserError(str(error)) from error
     except OSError as error:  # no permission, no network, no credentials
         raise UserError(f"{config.path!r} cannot be read ({error}).") from error
+    found = _listed(places[0]) if len(places) == 1 and places[0].is_dir() else places
     raise UserError(
-        f"There is no data set in {config.path!r}; a source's path (config.data.train.path to train) is "
-        f"'demo', a file or a folder that has one of {_all_patterns()}, or a folder with images that "
+        f"There is no data set in {config.path!r}.{hints.hint(found)} A source's path "
+        f"(config.data.train.path to train) is 'demo', a file or a folder that has one of {_all_patterns()}, "
+        "or a folder with images that "
         "have texts beside them (a.jpg, a.txt) or a folder for each class."
     )
 
@@ -168,12 +170,15 @@ def _open_folder(
         paths = [*walk(folder)]
         source = open_pairs(folder, paths, config, text_only=text_only)
         source = source or lists.image_folder(folder, paths)
+        if source is None:
+            hints.check_versions(folder, paths)
         if source is None and (known := [*filter(splits.is_split, top_folders(folder))]):
             raise splits.not_found(folder, None, known)
         return source
     inside = folder / config.split
     if inside.is_dir():
         return _open([inside], dataclasses.replace(config, split=None), text_only)
+    hints.check_versions(folder, [*walk(folder)])
     raise splits.not_found(folder, config.split, {*splits.in_names(listed), *top_folders(folder)})
 
 
@@ -202,7 +207,7 @@ def _recognise(files: Sequence[File]) -> tuple[list[File], Format | None]:
     """Return the first of `FORMATS` that some of the files have, and these files."""
     for kind in FORMATS:
         match = re.compile("|".join(map(fnmatch.translate, kind.patterns))).match
-        if found := [file for file in files if match(file.name)]:
+        if found := [file for file in files if match(file.name) and file.name not in hints.ABOUT]:
             return found, kind
     return [], None
 

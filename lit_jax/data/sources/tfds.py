@@ -1,16 +1,22 @@
 """Prepared TensorFlow Datasets data."""
 
 import functools
+import logging
 import operator
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import BadSampleError, Example
+from lit_jax.data.listing import shown
 from lit_jax.data.sources.splits import not_found
 from lit_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class TfdsSource:
@@ -28,21 +34,24 @@ class TfdsSource:
         except Exception as error:  # of broken files it lets through whatever its parsers raise
             raise _damaged(folder, error) from error
         _check_split(builder.info.splits, config.split, folder)
-        features = dict(builder.info.features.items())
-        captions, *inside = config.caption_key.split("/")
-        has_image = isinstance(features.get(config.image_key), tfds.features.Image)
-        if not has_image or not {captions, config.label_key} & features.keys():
+        features = builder.info.features
+        leaves = dict(_leaves(features))
+        has_image = isinstance(dict(features.items()).get(config.image_key), tfds.features.Image)
+        named = {config.caption_key.partition("/")[0], config.label_key.partition("/")[0]}
+        if not has_image or not named & {*features}:
             raise UserError(
-                f"{folder} needs an image feature {config.image_key!r}, and {captions!r} or "
-                f"{config.label_key!r}, but has {', '.join(sorted(features))}; set image_key, "
+                f"{folder} needs an image feature {config.image_key!r}, and {config.caption_key!r} or "
+                f"{config.label_key!r}, but has {', '.join(sorted(leaves))}; set image_key, "
                 "caption_key and label_key of this source to names of features."
             )
-        label = features.get(config.label_key)
-        self._class_names = label.names if isinstance(label, tfds.features.ClassLabel) else None
+        captions = _chosen(leaves, config.caption_key, "caption_key", folder)
+        label = _chosen(leaves, config.label_key, "label_key", folder)
+        is_class = label is not None and isinstance(label.feature, tfds.features.ClassLabel)
+        self._class_names = label.feature.names if is_class else None
         self._folder = folder
         self._image_key = config.image_key
-        self._label_key = config.label_key if config.label_key in features else None
-        self._caption_path = [captions, *inside] if captions in features else None
+        self._label_path = config.label_key.split("/") if label else None
+        self._caption_path = config.caption_key.split("/") if captions else None
         self._split = config.split
         try:
             self._rows = builder.as_data_source(
@@ -77,18 +86,22 @@ class TfdsSource:
         if self._caption_path is None:
             return ()
         texts = functools.reduce(operator.getitem, self._caption_path, row)
-        return (_text(texts),) if isinstance(texts, bytes) else tuple(map(_text, texts))
+        try:
+            return tuple(text.decode() for text in ([texts] if isinstance(texts, bytes) else texts))
+        except UnicodeDecodeError as error:
+            raise BadSampleError(f"a caption is not UTF-8 ({error})", "not_utf8") from error
 
     def _label(self, row: Mapping[str, Any]) -> str | None:
-        if self._label_key is None:
+        if self._label_path is None:
             return None
-        label = row[self._label_key]
+        label = functools.reduce(operator.getitem, self._label_path, row)
         if not self._class_names:
             return _text(label)
         # -1 is what TFDS gives to examples without a label.
         if not -1 <= label < len(self._class_names):
             raise BadSampleError(
-                f'"{self._label_key}" is {label}, of {len(self._class_names)} classes', "no_example"
+                f'"{"/".join(self._label_path)}" is {label}, of {len(self._class_names)} classes',
+                "no_example",
             )
         return None if label < 0 else self._class_names[label]
 
@@ -99,16 +112,93 @@ def _damaged(folder: Path, error: Exception) -> UserError:
     )
 
 
-def _shortened(error: Exception) -> str:
+def _shortened(error: Exception | str) -> str:
     return textwrap.shorten(str(error), 150)
+
+
+class _Leaf(NamedTuple):
+    """A feature that is no group of others."""
+
+    feature: Any
+    rank: int  # 0: one value in each example; 1: a list of values
+
+    @property
+    def holds(self) -> str:
+        name = type(self.feature).__name__
+        named = f"{self.feature.np_dtype}" if name in ("Tensor", "Scalar") else name
+        return named if self.rank == 0 else f"lists of {named}"
+
+    @property
+    def is_text(self) -> bool:
+        return np.dtype(self.feature.np_dtype) == object
+
+
+# What a key may name: the most dimensions, and whether it has to be text.
+_WANTED = {"caption_key": (1, True), "label_key": (0, False)}
+_DEFAULTS = {"caption_key": SourceConfig.caption_key, "label_key": SourceConfig.label_key}
+
+
+def _leaves(feature: Any, path: str = "", rank: int = 0) -> Iterator[tuple[str, _Leaf]]:
+    """Yield all features that are no groups, by their path ("captions/text")."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(feature, tfds.features.Sequence):
+        yield from _leaves(feature.feature, path, rank + 1)
+    elif isinstance(feature, tfds.features.FeaturesDict):
+        for name, part in feature.items():
+            yield from _leaves(part, f"{path}/{name}" if path else name, rank)
+    else:
+        yield path, _Leaf(feature, rank + len(feature.shape or ()))
+
+
+def _chosen(leaves: Mapping[str, _Leaf], name: str, key: str, folder: Path) -> _Leaf | None:
+    """Return the feature called `name`, None if that is the default of `key` and there is none.
+
+    Raises UserError if it is not of a kind that can be captions, or a label.
+    """
+    most, has_to_be_text = _WANTED[key]
+
+    def fits(leaf: _Leaf) -> bool:
+        return leaf.rank <= most and (leaf.is_text or not has_to_be_text)
+
+    leaf = leaves.get(name)
+    if leaf and fits(leaf):
+        return leaf
+    if leaf and key == "label_key" and name == SourceConfig.label_key:
+        # Nobody asked for it, and captions do without.
+        log.warning("%r in %s holds %s and is no label; it is left out.", name, folder, leaf.holds)
+        return None
+    inside = [path for path in leaves if path.startswith(f"{name}/")]
+    if leaf is None and not inside and name in ("", _DEFAULTS[key]):
+        return None
+    problem = (
+        f"holds {leaf.holds}"
+        if leaf
+        else f"is a group of {', '.join(sorted(inside))}"
+        if inside
+        else "is not among its features"
+    )
+    usable = [path for path, other in leaves.items() if fits(other)]
+    raise UserError(
+        f"{folder}: {key} is {name!r}, which {problem}; set {key} of this source to a feature that can be it "
+        f"({shown(usable)}), or to '' for none."
+    )
 
 
 def _check_split(splits: Mapping[str, Any], split: str | None, folder: Path) -> None:
     try:
         size = splits[split or ""].num_examples  # of "train[:10%]", too
     except (KeyError, ValueError) as error:
-        raise not_found(folder, split, splits) from error
-    if not size:
+        name, bracket, _ = (split or "").partition("[")
+        if not bracket or name not in splits:
+            raise not_found(folder, split, splits) from error
+        # The first line alone says what the matter is.
+        reason = str(error.__cause__ or error).split("\n")[0]
+        raise UserError(
+            f"The split {split!r} of {folder} is no part of {name!r} ({_shortened(reason)}); write one as "
+            f"{name}[:10%] or {name}[100:200]."
+        ) from error
+    if size <= 0:
         raise UserError(f"The split {split!r} of {folder} is empty; choose another one.")
 
 

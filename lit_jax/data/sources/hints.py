@@ -1,0 +1,47 @@
+"""Files that look like a data set and are none, and what to do about each."""
+
+import fnmatch
+from collections.abc import Sequence
+
+from lit_jax.data.files import File
+from lit_jax.data.listing import shown
+from lit_jax.errors import UserError
+
+# By patterns of file names; the first that fits counts.
+_HINTS = {
+    ("*.tfrecord", "*.tfrecord-*"): (
+        "TFRecord files cannot be read at random; prepare the data set again with "
+        "`tfds build --file_format=array_record`"
+    ),
+    ("dataset_info.json", "dataset_infos.json"): (
+        "it describes a data set of TFDS or of Hugging Face's `datasets` that is not there; give the folder "
+        "that `tfds build` or `save_to_disk` has written"
+    ),
+    ("*.arrow",): "it is part of the cache of `datasets`; save the data set with `save_to_disk`",
+    ("*.tar.gz", "*.tgz", "*.tar.bz2", "*.tar.xz", "*.tar.zst", "*.zip", "*.rar", "*.7z"): (
+        "it is compressed, so nothing can be read at random in it; unpack it"
+    ),
+    ("*.xlsx", "*.xls", "*.ods"): "it is a spreadsheet; save it as CSV in UTF-8",
+}
+# Beside the data of other formats, which they only describe.
+ABOUT = ("dataset_info.json", "dataset_infos.json")
+
+
+def hint(files: Sequence[File]) -> str:
+    """Return a sentence about the files of a folder without a data set; "" if none of them is known."""
+    for patterns, what in _HINTS.items():
+        found = [
+            file.name for file in files if any(fnmatch.fnmatch(file.name, p) for p in patterns)
+        ]
+        if found:
+            return f" There is {shown(found, 3)}: {what}."
+    return ""
+
+
+def check_versions(folder: File, paths: Sequence[str]) -> None:
+    """Raise UserError if `paths` in a folder are prepared TFDS data: versions, or configs with versions."""
+    found = [path.rpartition("/")[0] for path in paths if path.endswith("/features.json")]
+    if found:
+        raise UserError(
+            f"{folder} holds prepared TFDS data in {shown(found)}; give one of these folders as the path."
+        )
