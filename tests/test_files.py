@@ -12,7 +12,6 @@ from lit_jax.data.sources import open_source
 from lit_jax.errors import UserError
 from lit_jax.evals.class_files import load_classes
 from lit_jax.files import parse_json
-from lit_jax.training.metrics import read_metrics
 from lit_jax.training.run import read_config
 from lit_jax.weights import hub
 
@@ -35,7 +34,6 @@ def test_json_that_is_nested_too_deep_is_no_json():
         ("classes.json", lambda f: load_classes(EvalConfig(classes=f"{f}/classes.json"), "x")),
         ("records.json", records.read_manifest),
         ("manifest.json", Embeddings),
-        ("metrics.jsonl", read_metrics),
         ("config.json", read_config),
         ("config.json", hub.read_config),
     ],

@@ -108,7 +108,8 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     rows = [row for row in rows if {"loss", "learning_rate"} <= row.keys()]
     steps = [row["step"] for row in rows]
     figure = Figure(figsize=(10, 6.5))
-    _title(figure, "Training loss", f"{rows[-1]['loss']:.3f} after {steps[-1]:,} steps")
+    last = f"{rows[-1]['loss']:.3f} after {steps[-1]:,} steps" if rows else "no step is recorded"
+    _title(figure, "Training loss", last)
     top, bottom = figure.subplots(
         2,
         1,

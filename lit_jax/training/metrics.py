@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from lit_jax.config import LogConfig
+from lit_jax.config import LARGEST_FLOAT, MOST, LogConfig
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json, write_whole
@@ -131,9 +131,9 @@ class MetricsWriter:
             self._wandb = _wandb(workdir, config.wandb_project)
             self._open.callback(self._wandb.finish)
         path = workdir / "metrics.jsonl"
-        rows = [row for row in read_metrics(workdir) if row["step"] <= start]
+        kept = [line for line, row in _read_rows(workdir) if row["step"] <= start]
         with writing(workdir):
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+            write_whole(path, b"".join(kept))
             self._file = self._open.enter_context(path.open("a", buffering=1))
             if config.tensorboard:
                 self._tensorboard = _TensorBoard(workdir / "tensorboard", start)
@@ -183,24 +183,47 @@ class _TensorBoard:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The complete rows of metrics.jsonl; a last line cut by a kill is left out.
+    """Return the rows of metrics.jsonl, of each what is a finite number; 'step' is one.
 
-    Raises UserError if another line is damaged.
+    A last line cut by a kill is left out. So is another line that is no row, with a warning.
     """
+    return [row for _, row in _read_rows(workdir)]
+
+
+def _read_rows(workdir: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Return each row of metrics.jsonl as it stands there and as `read_metrics` gives it."""
     path = workdir / "metrics.jsonl"
-    if not path.exists():
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return []
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); move it away.") from error
+    rows: list[tuple[bytes, dict[str, Any]]] = []
+    damaged: list[str] = []
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):
             break
         try:
-            row = parse_json(line)
-            row["step"]
-        except (ValueError, LookupError, TypeError) as error:
-            raise UserError(f"Line {number} of {path} is damaged ({error}); remove it.") from error
-        rows.append(row)
+            rows.append((line, _row(parse_json(line))))
+        except ValueError as error:
+            damaged.append(f"line {number}: {error}")
+    if damaged:
+        log.warning(
+            "%d lines of %s are no rows and are left out, the first is %s.",
+            len(damaged), path, damaged[0],
+        )  # fmt: skip
     return rows
+
+
+def _row(value: Any) -> dict[str, Any]:
+    """Return what of a line is a finite number. Raise ValueError if it is no row of a step."""
+    if not isinstance(value, dict):
+        raise ValueError(f"it is of type {type(value).__name__}")
+    if type(value.get("step")) is not int or not 0 <= value["step"] <= MOST:
+        raise ValueError('"step" is no number of a step')
+    numbers = {name: n for name, n in value.items() if type(n) in (int, float)}
+    return {name: n for name, n in numbers.items() if abs(n) <= LARGEST_FLOAT}  # NaN is not
 
 
 def check_finite(

@@ -106,3 +106,9 @@ def test_loss_is_drawn_from_the_rows_that_have_one():
     top, bottom = loss_figure(METRICS).axes
     np.testing.assert_array_equal(top.lines[0].get_xydata(), [[1, 4], [2, 3]])
     np.testing.assert_array_equal(bottom.lines[0].get_xydata(), [[1, 1e-3], [2, 5e-4]])
+
+
+def test_without_a_row_the_figure_of_the_loss_says_so():
+    figure = loss_figure([{"step": 1}])
+    figure.draw_without_rendering()
+    assert "no step is recorded" in texts(figure)

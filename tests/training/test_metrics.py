@@ -60,11 +60,40 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("line", ["garbage", '{"loss": 1}', "[1]", "\x00\x00"])
-def test_a_damaged_line_is_named(tmp_path, line):
-    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
-    with pytest.raises(UserError, match=r"Line 2 of .*metrics.jsonl is damaged \(.*; remove it"):
-        read_metrics(tmp_path)
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"garbage",
+        b'{"loss": 1}',
+        b"[1]",
+        b"null",
+        b"\0\0",
+        b"\xff\xfe",
+        b'{"step": "2"}',
+        b'{"step": -1}',
+        b'{"step": 1e400}',
+        b'{"step": true}',
+        b'{"step": 2, "loss": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+)
+def test_a_line_that_is_no_row_is_left_out_and_named(tmp_path, caplog, line):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2, "loss": 3.0}\n{"step": 3, "l')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2, "loss": 3.0}]
+    assert f"1 lines of {file} are no rows and are left out, the first is line 2: " in caplog.text
+    report(tmp_path, [3], start=2, total=3)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_of_a_row_only_finite_numbers_are_read_and_nothing_is_lost(tmp_path):
+    line = (
+        '{"step": 1, "loss": NaN, "note": "a", "grad_norm": null, "x": [1], "y": Infinity, "z": 1e999,'
+        f' "big": {10**400}, "ok": 2.5, "yes": true}}\n'
+    )
+    (tmp_path / "metrics.jsonl").write_text(line)
+    assert read_metrics(tmp_path) == [{"step": 1, "ok": 2.5}]
+    report(tmp_path, [2], start=1, total=2)
+    assert (tmp_path / "metrics.jsonl").read_text().startswith(line)
 
 
 def test_tensorboard_shows_each_value(tmp_path):
