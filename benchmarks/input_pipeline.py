@@ -140,9 +140,7 @@ def open_stream(folder: Path, batch: int, workers: int) -> TrainStream:
     transform = ImageTransform.from_folder(DEMO / "vit", image_size=SIZE, crop_min_area=MIN_AREA)
     return TrainStream(
         open_source(SourceConfig(path=str(folder))),
-        ImageTextReader(
-            Pixels(transform), Captions(load_tokenizer(DEMO / "bert", max_length=32), 32)
-        ),
+        ImageTextReader(Pixels(transform), Captions(load_tokenizer(DEMO / "bert", max_length=32))),
         config=DataConfig(workers=workers, threads=1),
         seed=0,
         batch_size=batch,

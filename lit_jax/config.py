@@ -166,7 +166,11 @@ class RandAugmentConfig:
 class DataConfig:
     train: SourceConfig = SourceConfig()
     mixture: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)  # instead of train
-    max_text_length: Count = 32  # tokens, special ones included
+    # Tokens, special ones included. None: the tower's own length where a pretrained tower sees the padding
+    # (SigLIP's: no mask, and it pools the last position), else 32 or as many as it has positions.
+    max_text_length: Count | None = None
+    # Whether texts become lower-case letters before they are tokenized. None: for SigLIP 2's tokenizer alone.
+    lowercase: bool | None = None
     image_size: Count | None = None  # pixels; None: what the image processor says
     crop_min_area: float | None = None  # random resized crop of at least this part; None: none
     random_crop: bool = False  # what the image processor crops out of the middle, at a random place

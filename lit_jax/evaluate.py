@@ -34,7 +34,7 @@ from lit_jax.evals.class_files import classes_in
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.evals.html import html_report
 from lit_jax.evals.results import Subject, write_results
-from lit_jax.evals.runner import Evaluation, flat, open_evals, run, table
+from lit_jax.evals.runner import Evaluation, check_tokens, flat, open_evals, run, table
 from lit_jax.files import parse_json, write_json, write_whole, writing_files
 from lit_jax.models.bert import PositionIds
 from lit_jax.models.dual_encoder import DualEncoderModule
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
     prepared = open_evals(evals)  # before the weights: its errors should not take minutes
     encoder, params, subject = _load(args)
+    check_tokens(prepared, encoder.tokenizer)
     evaluations = run(prepared, encoder, params, cache=args.cache)
     if process.is_primary():
         print(table(flat(evaluations)))
@@ -215,7 +216,12 @@ def load_folder(model: str, position_ids: PositionIds | None = None) -> tuple[En
         module=module.pooled_only(),
         mesh=mesh,
         image_transform=ImageTransform.from_folder(folder),
-        tokenizer=load_tokenizer(folder, max_length=_text_length(folder, module)),
+        tokenizer=load_tokenizer(
+            folder,
+            max_length=_text_length(folder, module),
+            fixed_length=module.text_model.fixed_length,
+            lowercase=None,
+        ),
     )
     return encoder, jax.device_put(params, replicated(mesh))
 

@@ -16,7 +16,7 @@ import transformers
 from lit_jax.command_line import Parser
 from lit_jax.console import add_path, command
 from lit_jax.data.image import ImageTransform, load_processor
-from lit_jax.data.text import without_state
+from lit_jax.data.text import check_saved, finish_saving, without_state
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.models.patches import ImageTower, pair
 from lit_jax.training.run import load_run, model_folder
@@ -77,12 +77,15 @@ class Processor:
     """Both halves of the processor of a kind of dual encoder, as transformers 5 and as 4 read them."""
 
     def __init__(self, folder: Path, tokenizer: Any, model_type: str):
-        self._image_processor, self._tokenizer = load_processor(folder), without_state(tokenizer)
+        self._image_processor, self._tokenizer = load_processor(folder), tokenizer
         self._class = PROCESSORS.get(model_type, transformers.VisionTextDualEncoderProcessor)
 
     def save_pretrained(self, save_directory: str) -> None:
-        both = self._class(image_processor=self._image_processor, tokenizer=self._tokenizer)
+        tokenizer = without_state(self._tokenizer)
+        both = self._class(image_processor=self._image_processor, tokenizer=tokenizer)
         both.save_pretrained(save_directory)
+        finish_saving(self._tokenizer, Path(save_directory))
+        check_saved(self._tokenizer, Path(save_directory))
         self._image_processor.save_pretrained(save_directory)
 
 

@@ -9,6 +9,7 @@ the run is gone (run it again to go on).
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from lit_jax.command_line import Parser
 from lit_jax.config import Config
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config,
         args.workdir,
         evaluate=evaluator.during_training,
+        check_evals=evaluator.check_tokens,
         allowed_changes=args.allow_changes.split(","),
     )
     finish(config, args.workdir, run, evaluator.finally_of(run))
@@ -58,6 +60,10 @@ class Evaluator:
         self._prepared = prepared
         self._done: dict[str, runner.Evaluation] = {}
         self._step = -1
+
+    def check_tokens(self, tokenizer: Any) -> None:
+        """Log what the tokenizer makes of the evaluations' texts."""
+        runner.check_tokens(self._prepared, tokenizer)
 
     def during_training(self, run: Run, names: Collection[str]) -> runner.Metrics:
         chosen = [task for task in self._prepared if task.key in names]

@@ -8,7 +8,6 @@ which the device does in front of the tower: on the way there bytes are a quarte
 import contextlib
 import dataclasses
 import math
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from lit_jax.config import ColorJitterConfig, RandAugmentConfig
 from lit_jax.data.augment import NO_JITTER, NO_OPERATIONS, color_jitter, rand_augment
 from lit_jax.data.decode import ImageFile, decode, opened, orientation_of, reduce_jpeg, upright_rgb
 from lit_jax.data.example import BadSampleError
+from lit_jax.data.pretrained import read_pretrained, unusable
 from lit_jax.data.resample import FILTERS, enlarge_window
 from lit_jax.errors import UserError
 from lit_jax.models.normalization import Normalization
@@ -252,7 +252,7 @@ def load_processor(folder: Path, *, image_size: int | None = None) -> Any:
             f"{folder} has no image processor; put the image model's {PROCESSOR_FILES[0]} there."
         )
     with _usable(folder):
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        processor = read_pretrained(AutoImageProcessor, folder, *_about(folder), backend="pil")
         # Most settings are first checked when they are used; an image_std of 0 would only be a warning.
         with np.errstate(divide="raise", invalid="raise"):
             processor(Image.new("RGB", (9, 8)))
@@ -272,6 +272,14 @@ def load_processor(folder: Path, *, image_size: int | None = None) -> Any:
     return processor
 
 
+def _about(folder: Path) -> tuple[str, str]:
+    """Return what messages call the processor of a folder, and what they advise."""
+    return (
+        f"The image processor in {folder}",
+        f"put the image model's own {PROCESSOR_FILES[0]} there.",
+    )
+
+
 @contextlib.contextmanager
 def _usable(folder: Path) -> Iterator[None]:
     """Raises UserError for whatever transformers lets through where a setting of a processor is broken."""
@@ -280,10 +288,7 @@ def _usable(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"The image processor in {folder} cannot be used ({textwrap.shorten(str(error), 150)}); "
-            f"put the image model's own {PROCESSOR_FILES[0]} there."
-        ) from error
+        raise unusable(error, *_about(folder)) from error
 
 
 def _geometry(processor: Any, folder: Path) -> dict[str, Any]:

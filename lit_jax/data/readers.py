@@ -68,12 +68,11 @@ class Pixels:
 
 @dataclasses.dataclass(frozen=True)
 class Captions:
-    """int32 (rows, max_text_length) 'input_ids', 'attention_mask' and, if the tokenizer makes them,
-    'token_type_ids'.
+    """The inputs of a text tower: int32 (rows, the tokenizer's model_max_length) 'input_ids', and of
+    'attention_mask' and 'token_type_ids' those that the tokenizer makes.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    max_text_length: int
 
     def draw(self, index: int, example: Example, rng: np.random.Generator) -> str:
         return draw_caption(example, rng)
@@ -83,7 +82,7 @@ class Captions:
         return usable_captions(example)
 
     def collate(self, rows: Sequence[str]) -> Batch:
-        return tokenize(self.tokenizer, rows, length=self.max_text_length)
+        return tokenize(self.tokenizer, rows, length=self.tokenizer.model_max_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +111,6 @@ class TextPairReader:
 
     tokenizer: PreTrainedTokenizerBase
     teacher_tokenizer: PreTrainedTokenizerBase
-    max_text_length: int
 
     def read(self, index: int, example: Example, rng: np.random.Generator) -> dict[str, Any]:
         caption = draw_caption(example, rng)
@@ -127,7 +125,7 @@ class TextPairReader:
             length=self.teacher_tokenizer.model_max_length,
         )
         return {
-            **tokenize(self.tokenizer, captions, length=self.max_text_length),
+            **tokenize(self.tokenizer, captions, length=self.tokenizer.model_max_length),
             **{f"{TEACHER}_{name}": array for name, array in of_teacher.items()},
         }
 

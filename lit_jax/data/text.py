@@ -1,34 +1,82 @@
 """Texts to token ids, with the text model's own tokenizer."""
 
 import copy
-import textwrap
+import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lit_jax.data.pretrained import read_pretrained, unusable
 from lit_jax.errors import UserError
 from lit_jax.printable import valid_unicode
 
+log = logging.getLogger(__name__)
 
-def load_tokenizer(folder: Path, *, max_length: int) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder; `tokenize` cuts texts to its `model_max_length`, here `max_length`.
+# Of a long text only a start is tokenized. It has so many characters for each token that must come out of it:
+# all that are kept, and BEYOND. See `_start`.
+CHARACTERS_PER_TOKEN = 16
+BEYOND = 128
+
+# Texts whose ids show whether a saved tokenizer is still the same: cases, accents, scripts, signs and spaces.
+_PROBES = (
+    "Two dogs, and it's a PHOTO of 3 of them!",
+    "ein Fluß in der STRASSE, un été à Noël",
+    "ΟΔΟΣ İstanbul собака бежит",
+    "犬が公園を走る。 một con chó  chạy",
+    "😀 @someone http://a.b/c e\u0301 ﬁ",
+)
+_CASES = "AÉÑẞİΣЖ"
+
+
+def load_tokenizer(
+    folder: Path, *, max_length: int, fixed_length: bool = False, lowercase: bool | None = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder; `tokenize` cuts texts to its `model_max_length`, here `max_length`.
+
+    Args:
+        fixed_length: whether it is for a tower that sees the padding (SigLIP's), so that it makes no mask.
+        lowercase: whether texts become lower-case letters first. None: if it is SigLIP 2's, whose model was
+            trained with such texts although its tokenizer, which is Gemma's, keeps capitals.
 
     Raises UserError if there is none, if it cannot pad, or if it leaves no room for words.
     """
+    about = f"The tokenizer in {folder}", "put the text model's own tokenizer files there."
+    options: dict[str, Any] = {"model_input_names": ["input_ids"]} if fixed_length else {}
+    # Encoders count positions from the left, so whatever is not text has to be on the right.
+    tokenizer = read_pretrained(
+        AutoTokenizer,
+        folder,
+        *about,
+        model_max_length=max_length,
+        padding_side="right",
+        **options,
+    )
+    _check(tokenizer, folder, max_length)
+    is_siglip2 = fixed_length and _is_gemma(tokenizer)
+    if is_siglip2 and lowercase is None:
+        # Our export says so where a run was told to keep the capitals.
+        lowercase = tokenizer.init_kwargs.get("do_lower_case") is not False
+    elif is_siglip2:
+        tokenizer.init_kwargs["do_lower_case"] = lowercase
+    if lowercase and not _lowers(tokenizer):
+        tokenizer = _lowercased(tokenizer, folder)
     try:
-        # Encoders count positions from the left, so whatever is not text has to be on the right.
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, model_max_length=max_length, padding_side="right"
-        )
-    except Exception as error:  # of a broken file transformers lets through whatever it raises
-        raise UserError(
-            f"The tokenizer in {folder} cannot be loaded ({textwrap.shorten(str(error), 150)}); "
-            "put the text model's own tokenizer files there."
-        ) from error
-    # Of a folder with a config but no vocabulary transformers makes a tokenizer that knows no word.
+        # The first call sets truncation and padding inside the tokenizer. As `tokenize` always asks for
+        # the same, later calls change nothing there, and threads can share the tokenizer. The text is
+        # one that needs the unknown token, should the vocabulary lack it.
+        tokenize(tokenizer, ["a ⛄"])
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise unusable(error, *about) from error
+    return tokenizer
+
+
+def _check(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int) -> None:
+    # For a folder with a config but no vocabulary transformers makes a tokenizer that knows no word.
     names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if not any((folder / name).is_file() for name in names):
         raise UserError(
@@ -38,38 +86,121 @@ def load_tokenizer(folder: Path, *, max_length: int) -> PreTrainedTokenizerBase:
         raise UserError(
             f"The tokenizer in {folder} has no padding token; set pad_token in tokenizer_config.json."
         )
+    # BERTweet's replaces emojis by words, and without this package leaves them as they are.
+    if getattr(tokenizer, "normalization", False) and getattr(tokenizer, "demojizer", True) is None:
+        log.warning(
+            "The tokenizer in %s needs the package emoji where texts have emojis; pip install emoji==0.6.0.",
+            folder,
+        )
     special = tokenizer.num_special_tokens_to_add()
     if max_length <= special:
         raise UserError(
             f"config.data.max_text_length={max_length} leaves no room for words beside the {special} special "
             "tokens of every text; raise it."
         )
-    try:
-        # The first call sets truncation and padding inside the tokenizer. As `tokenize` always asks for
-        # the same, later calls change nothing there, and threads can share the tokenizer. The text is
-        # one that needs the unknown token, should the vocabulary lack it.
-        tokenize(tokenizer, ["a ⛄"])
-    except Exception as error:  # tokenizers raises bare Exceptions
+
+
+def _is_gemma(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer is of Gemma's kind, as that of SigLIP 2 is, whatever its class is called."""
+    if not tokenizer.is_fast:
+        return False
+    model: Any = _backend(tokenizer).model
+    names = (tokenizer.eos_token, tokenizer.pad_token)
+    return bool(getattr(model, "byte_fallback", False)) and names == ("<eos>", "<pad>")
+
+
+def _lowers(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer takes capitals for lower-case letters by itself."""
+    if not tokenizer.is_fast:
+        return bool(getattr(tokenizer, "do_lower_case", False))
+    lower = normalizers.Lowercase().normalize_str(_CASES)
+    normalizer = _backend(tokenizer).normalizer
+    return normalizer is not None and normalizer.normalize_str(_CASES) == normalizer.normalize_str(
+        lower
+    )
+
+
+def _lowercased(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer with a step in front that makes lower-case letters, one by one as Siglip2Tokenizer
+    does: a sigma at the end of a word does not become a final one.
+    """
+    if not tokenizer.is_fast:
         raise UserError(
-            f"The tokenizer in {folder} does not work ({textwrap.shorten(str(error), 150)}); "
-            "put the text model's own tokenizer files there."
-        ) from error
-    return tokenizer
+            f"The tokenizer in {folder} exists only in Python ({type(tokenizer).__name__}), so nothing can "
+            "be put in front of it that an export would carry; leave config.data.lowercase at None, and "
+            "write the captions in lower-case letters."
+        )
+    backend = copy.deepcopy(_backend(tokenizer))
+    own = [backend.normalizer] if backend.normalizer is not None else []
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+    # Of this class, since Gemma's builds its steps anew when it is read, without looking into tokenizer.json.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        truncation_side=tokenizer.truncation_side,
+        model_input_names=tokenizer.model_input_names,
+        **tokenizer.special_tokens_map,
+    )
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return the Rust part of a tokenizer that has one."""
+    fast: Any = tokenizer
+    return fast.backend_tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the files of a tokenizer into a folder."""
+    without_state(tokenizer).save_pretrained(folder)
+    finish_saving(tokenizer, folder)
 
 
 def without_state(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy to save for others: what `tokenize` asked for last would go into tokenizer.json, too."""
+    """Return a copy to save: what `tokenize` asked for last would go into tokenizer.json, too."""
+    if not tokenizer.is_fast:
+        return tokenizer
     plain = copy.deepcopy(tokenizer)
-    backend: Any = plain.backend_tokenizer
+    backend = _backend(plain)
     backend.no_truncation()
     backend.no_padding()
     return plain
 
 
+def finish_saving(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Correct what `save_pretrained` of a tokenizer or processor has written into a folder."""
+    if tokenizer.is_fast:
+        # transformers 4 does not know the name that 5 gives to the class without a model.
+        file = folder / "tokenizer_config.json"
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), "utf-8")
+        return
+    # BERTweet's class writes a file of merges that it then reads in another way. The original is right.
+    for attribute, name in tokenizer.vocab_files_names.items():
+        original = getattr(tokenizer, attribute, None)
+        if original and Path(original).is_file() and Path(original) != folder / name:
+            shutil.copyfile(original, folder / name)
+
+
+def check_saved(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raise UserError unless transformers reads from a folder the tokenizer that was saved there."""
+    what, advice = (
+        f"The tokenizer saved in {folder}",
+        "save it there with its own class of transformers.",
+    )
+    again = read_pretrained(AutoTokenizer, folder, what, advice)
+    ours, theirs = tokenize(tokenizer, _PROBES), tokenize(again, _PROBES)
+    if ours.keys() != theirs.keys() or any((ours[key] != theirs[key]).any() for key in ours):
+        raise UserError(
+            f"{type(tokenizer).__name__} of transformers does not read back what it has saved: some texts "
+            f"get other tokens ({folder}); use a tokenizer of another class."
+        )
+
+
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, length: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Token ids of N texts, each cut to `tokenizer.model_max_length` with its special tokens kept.
+    """Return the token ids of N texts, each cut to `tokenizer.model_max_length` with its special tokens kept.
 
     Args:
         length: of the result, at least that of the longest text (`model_max_length` always is).
@@ -79,12 +210,7 @@ def tokenize(
         int32 arrays, N x length: 'input_ids', and of 'attention_mask' and 'token_type_ids' those that the
         tokenizer makes for its model.
     """
-    tokens = tokenizer(
-        [valid_unicode(text) for text in texts],
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-    )
+    tokens = _call(tokenizer, [_start(tokenizer, valid_unicode(text)) for text in texts])
     # Not by return_tensors: that takes longer than to find the tokens.
     arrays = {name: np.array(rows, np.int32) for name, rows in tokens.items()}
     if length is None:
@@ -94,8 +220,55 @@ def tokenize(
     return {name: np.ascontiguousarray(array[:, :length]) for name, array in arrays.items()}
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return all token ids of each text, uncut and without special tokens, but of a long text only those of
+    its start, which are more than `tokenize` keeps.
+    """
+    return _whole(tokenizer, [_start(tokenizer, valid_unicode(text)) for text in texts])
+
+
+def _call(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Any:
+    """Call the tokenizer in the one way in which threads may share it."""
+    return tokenizer(
+        list(texts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length
+    )
+
+
+def _whole(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    if not tokenizer.is_fast:
+        # A tokenizer in Python keeps nothing from call to call. `verbose` would say that texts are long.
+        return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    # To ask for whole texts would change a setting that other threads use; but what is cut off comes along.
+    return [
+        [
+            token
+            for part in (encoding, *encoding.overflowing)
+            for token, special in zip(part.ids, part.special_tokens_mask, strict=True)
+            if not special
+        ]
+        for encoding in _call(tokenizer, texts).encodings
+    ]
+
+
+def _start(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Return as much of a long text as decides which tokens of it are kept.
+
+    A cut changes the tokens next to it: at most the hundred letters of a word that is spelt. So a start that
+    has `BEYOND` tokens more than are kept will do. Characters alone cannot tell, since megabytes of blanks or
+    one long word may be a single token or none; then the start grows until it has enough.
+    """
+    needed = tokenizer.model_max_length + BEYOND
+    size = CHARACTERS_PER_TOKEN * needed
+    while size < len(text):
+        start = text[:size] if tokenizer.truncation_side == "right" else text[-size:]
+        if len(_whole(tokenizer, [start])[0]) >= needed:
+            return start
+        size *= 4
+    return text
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, config_key: str) -> None:
-    """Raises UserError if the tokenizer makes ids for which a model of `vocab_size` has no embedding."""
+    """Raise UserError if the tokenizer makes ids for which a model of `vocab_size` has no embedding."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise UserError(

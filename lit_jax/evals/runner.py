@@ -4,10 +4,12 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lit_jax.config import EvalConfig, SourceConfig
 from lit_jax.data.example import Source
 from lit_jax.data.sources import open_source
+from lit_jax.data.text_check import check_texts, sample_captions, some
 from lit_jax.errors import UserError
 from lit_jax.evals import probe
 from lit_jax.evals.cache import EmbeddingCache
@@ -103,6 +105,16 @@ def _check(key: str, config: EvalConfig) -> None:
             f"{name} has the languages {', '.join(languages)}, but nothing that differs between them; write "
             "{language} where it stands in the path of the class file, the templates or the data."
         )
+
+
+def check_tokens(prepared: Sequence[PreparedEval], tokenizer: Any) -> None:
+    """Log what the tokenizer makes of the texts of the evaluations; raise UserError where it knows none."""
+    for task in prepared:
+        if task.classes is not None:
+            prompts = [text for of_class in task.classes.texts() for text in of_class]
+            check_texts(tokenizer, some(prompts), task.name)
+        elif task.config.kind == "retrieval":
+            check_texts(tokenizer, sample_captions(task.source)[0], task.name)
 
 
 def run(

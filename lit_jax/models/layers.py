@@ -49,6 +49,8 @@ class Tower(nn.Module):
         all_tokens: whether the last hidden state is wanted. If not, a transformer that is pooled by one token
             computes its last block for that token alone: of a ViT-B/16 or a BERT-base, 7% less.
         poolings: those that the family has.
+        fixed_length: whether a text tower sees the padding, since it has no mask, so that all texts must have
+            as many tokens as those it was trained with.
     """
 
     config: Any
@@ -58,6 +60,7 @@ class Tower(nn.Module):
     all_tokens: bool = True
 
     poolings: ClassVar[tuple[Pooling, ...]] = ("pooler", "cls", "mean")
+    fixed_length: ClassVar[bool] = False
 
     @property
     def example_input(self) -> jax.ShapeDtypeStruct:

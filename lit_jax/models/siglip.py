@@ -152,6 +152,7 @@ class SiglipText(CLIPText):
     config: SiglipTextConfig
 
     causal: ClassVar[bool] = False
+    fixed_length: ClassVar[bool] = True
 
     def pooled_token(self, input_ids_BxL: Int[Array, "B L"]) -> Pick:
         del input_ids_BxL

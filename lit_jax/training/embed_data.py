@@ -42,6 +42,7 @@ from lit_jax.training.from_embeddings import check_locked, describe, tower_finge
 from lit_jax.training.policy import merge
 from lit_jax.training.preemption import StopSignal
 from lit_jax.training.setup import Setup, find_towers, first_parameters, prepare
+from lit_jax.training.tokenizing import check_captions
 from lit_jax.trees import Tree
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ def embed(config: Config, folder: Path, side: Side, *, batch_size: int | None = 
     towers = find_towers(config.model)
     setup = prepare(config, towers, mesh)
     check_locked(setup, side, "python -m lit_jax.embed")
+    if side == "text":
+        check_captions(setup.tokenizer, source)
     if side == "image" and config.data.views is None and setup.image_transform.is_random:
         raise UserError(
             "The config augments the images; say with --views=K how many views of each are to be embedded."

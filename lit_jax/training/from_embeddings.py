@@ -73,7 +73,7 @@ def _image_preprocessing(config: Config, setup: Setup, sample: list[Example]) ->
 def _text_preprocessing(config: Config, setup: Setup, sample: list[Example]) -> str:
     """Of what the tokenizer does with some captions: its files may say the same in other words."""
     texts = [text for example in sample for text in example["captions"]][:TOKENIZED]
-    length = config.data.max_text_length
+    length = setup.tokenizer.model_max_length
     return fingerprint([length, tokenize(setup.tokenizer, texts, length=length)])
 
 

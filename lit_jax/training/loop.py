@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -40,6 +41,7 @@ from lit_jax.training.run import (
 from lit_jax.training.setup import Setup, Towers, find_towers, prepare
 from lit_jax.training.state import first_or_latest_state
 from lit_jax.training.teacher import check_config
+from lit_jax.training.tokenizing import check_captions
 from lit_jax.trees import Tree
 
 
@@ -76,11 +78,13 @@ def train(
     workdir: Path,
     *,
     evaluate: Evaluate = lambda run, names: {},
+    check_evals: Callable[[Any], None] = lambda tokenizer: None,
     allowed_changes: Collection[str] = (),
 ) -> Run:
     """Trains until `config.duration`, or goes on from the latest checkpoint in `workdir`.
 
     `evaluate` is called at the steps that `config.evals` ask for; its metrics join those of the steps.
+    `check_evals` is called before the first step with the tokenizer; it may raise UserError.
 
     Returns the trained run. Raises UserError on bad input, with nothing written if it can be known
     before, and Preempted after SIGTERM, once a checkpoint of the last step is on disk.
@@ -88,6 +92,9 @@ def train(
     workdir = output_path("--workdir", str(workdir))
     check_format(workdir)
     ready = _prepare(config, workdir)
+    teacher = ready.setup.teacher
+    check_captions(ready.setup.tokenizer, ready.source, teacher and teacher.tokenizer)
+    check_evals(ready.setup.tokenizer)
     with writing(workdir):
         open_workdir(workdir, config, allowed_changes)
         save_model_files(workdir, config, ready.towers, ready.setup)

@@ -19,7 +19,7 @@ from typing import Any
 from lit_jax import __version__
 from lit_jax.config import TEACHER, Config, MeshConfig, parse
 from lit_jax.data.image import load_processor
-from lit_jax.data.text import without_state
+from lit_jax.data.text import check_saved, save_tokenizer
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
@@ -110,13 +110,16 @@ def save_model_files(workdir: Path, config: Config, towers: Towers, setup: Setup
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    without_state(setup.tokenizer).save_pretrained(folder)
+    save_tokenizer(setup.tokenizer, folder)
     processor = load_processor(towers.image_folder, image_size=config.data.image_size)
     processor.save_pretrained(folder)
     if setup.teacher and towers.teacher:
-        without_state(setup.teacher.tokenizer).save_pretrained(folder / TEACHER)
+        save_tokenizer(setup.teacher.tokenizer, folder / TEACHER)
         write_json(folder / TEACHER / "config.json", towers.teacher.hf_config)
+        check_saved(setup.teacher.tokenizer, folder / TEACHER)
     write_json(folder / "config.json", setup.hf_config)
+    # With config.json: it has a say in the class that the tokenizer is read with.
+    check_saved(setup.tokenizer, folder)
 
 
 def save_parameter_table(workdir: Path, setup: Setup) -> None:

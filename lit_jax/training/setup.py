@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from lit_jax.config import TEACHER, Config, DataConfig, ModelConfig, TowerConfig
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.readers import Captions, ImageTextReader, Inputs, Pixels, Reader, TextPairReader
-from lit_jax.data.text import check_vocabulary, load_tokenizer, tokenize
+from lit_jax.data.text import tokenize
 from lit_jax.distributed.sharding import parameter_shardings
 from lit_jax.errors import UserError
 from lit_jax.models.distillation import TextDistillation
@@ -38,6 +38,7 @@ from lit_jax.training.teacher import (
     load_teacher,
     pretrained_parameters,
 )
+from lit_jax.training.tokenizing import open_tokenizer
 from lit_jax.trees import Tree, flatten, unflatten
 from lit_jax.weights.hub import local_folder, override, read_config, read_tower_config
 from lit_jax.weights.load import dual_encoder_module, load_dual_encoder, load_tower, shapes_of
@@ -80,7 +81,7 @@ class Setup:
         """What makes the inputs of each tower."""
         return {
             "image": Pixels(self.image_transform, config.views),
-            "text": Captions(self.tokenizer, config.max_text_length),
+            "text": Captions(self.tokenizer),
         }
 
     def reader(
@@ -88,8 +89,7 @@ class Setup:
     ) -> Reader:
         """What makes the batches that `embed` needs; `pooled` takes the place of a tower's inputs."""
         if self.teacher is not None:
-            length = config.max_text_length
-            return TextPairReader(self.tokenizer, self.teacher.tokenizer, length)
+            return TextPairReader(self.tokenizer, self.teacher.tokenizer)
         inputs = {**self.inputs(config), **pooled}
         return ImageTextReader(inputs["image"], inputs["text"])
 
@@ -216,18 +216,15 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
             f"config.data.views={config.data.views}, but without an augmentation all views of an image are "
             "the same; leave it out, or set config.data.crop_min_area, flip or another augmentation."
         )
-    positions = module.text_model.config.max_length
-    if config.data.max_text_length > positions:
-        raise UserError(
-            f"config.data.max_text_length={config.data.max_text_length} is more than the text tower's "
-            f"{positions} positions; lower it."
-        )
-    tokenizer = load_tokenizer(towers.text_folder, max_length=config.data.max_text_length)
-    check_vocabulary(
-        tokenizer, towers.hf_config["text_config"]["vocab_size"], "config.model.text.model"
+    tokenizer = open_tokenizer(
+        towers.text_folder,
+        module.text_model,
+        config.data,
+        pretrained=is_pretrained(config.policy.lock)[1],
     )
     shapes = shapes_of(module, example_batch(image_transform, tokenizer))
-    teacher = load_teacher(towers.teacher, config) if towers.teacher else None
+    length = tokenizer.model_max_length
+    teacher = load_teacher(towers.teacher, config, length) if towers.teacher else None
     if teacher:
         shapes[TEACHER] = shapes_of(teacher.module, teacher.module.example_input)
     policy = resolve_policy(config.policy, shapes, has_teacher=teacher is not None)

@@ -80,11 +80,15 @@ def altclip_config(clip: dict[str, Any], student: dict[str, Any]) -> dict[str, A
     }
 
 
-def load_teacher(teacher: TeacherFolder, config: Config) -> Teacher:
-    """Module and tokenizer; reads no weights."""
+def load_teacher(teacher: TeacherFolder, config: Config, text_length: int) -> Teacher:
+    """Build the module and load the tokenizer; read no weights.
+
+    Args:
+        text_length: the student's number of tokens, which the teacher has, too, as far as its positions go.
+    """
     module = build_tower(teacher.hf_config, pooling="pooler", dtype=config.model.dtype)
     module = module.clone(all_tokens=False)
-    length = min(config.data.max_text_length, module.config.max_length)
+    length = min(text_length, module.config.max_length)
     tokenizer = load_tokenizer(teacher.folder, max_length=length)
     check_vocabulary(tokenizer, teacher.hf_config["vocab_size"], CONFIG_KEY)
     return Teacher(module=module, tokenizer=tokenizer)

@@ -21,7 +21,7 @@ OWN_TYPE = "lit_jax"
 _FORMER_TYPES = {"hybrid-clip": "vision-text-dual-encoder"}
 _OWN_TYPES = {*VISION, *TEXT, *SYSTEMS, *_FORMER_TYPES}
 # Configs, tokenizers, image processors, indices of sharded weights.
-_SMALL_FILES = ("*.json", "*.txt", "*.model")
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.codes")
 _TIMEOUT = 10  # seconds
 
 

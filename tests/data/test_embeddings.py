@@ -210,7 +210,7 @@ def test_the_same_draws_choose_the_same_rows(tmp_path, image_transform, tokenize
     """As from pixels and captions: same row, same state of the generator afterwards."""
     picture = np.random.default_rng(0).integers(0, 256, (9, 8, 3), dtype=np.uint8)
     one = example(0, picture, ("a", " ", "b", "c"))
-    pixels, captions = Pixels(image_transform, views=4), Captions(tokenizer, 8)
+    pixels, captions = Pixels(image_transform, views=4), Captions(tokenizer)
     views, texts = pixels.all(0, one), captions.all(0, one)
     assert len(views) == 4
     assert texts == ["a", "b", "c"]

@@ -24,7 +24,7 @@ from lit_jax.errors import UserError
 EXAMPLES = 22
 WORDS = ("one", "two", "three")
 NONE_BAD = dict.fromkeys(BAD_KINDS, 0)
-CONFIG = DataConfig(max_text_length=24, threads=2)
+CONFIG = DataConfig(threads=2)
 
 
 def open_folder(folder: Path) -> Source:
@@ -53,10 +53,7 @@ def open_stream(image_transform, tokenizer):
         config = dataclasses.replace(config, **changes)
         stream = TrainStream(
             source,
-            reader
-            or ImageTextReader(
-                Pixels(image_transform), Captions(tokenizer, config.max_text_length)
-            ),
+            reader or ImageTextReader(Pixels(image_transform), Captions(tokenizer)),
             config=config,
             seed=seed,
             batch_size=batch_size,
@@ -109,7 +106,7 @@ def test_batch_has_what_the_model_takes(source, open_stream):
 def test_text_pairs_have_what_a_student_and_its_teacher_take(demo_folder, open_stream):
     student = load_tokenizer(demo_folder / "xlm_roberta", max_length=24)
     teacher = load_tokenizer(demo_folder / "clip", max_length=20)
-    reader = TextPairReader(student, teacher, 24)
+    reader = TextPairReader(student, teacher)
     batch = next(open_stream(ParallelDemoSource(), reader=reader, batch_size=64))
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
         "input_ids": ((64, 24), np.int32),
@@ -128,7 +125,7 @@ def test_text_pairs_have_what_a_student_and_its_teacher_take(demo_folder, open_s
 
 def test_a_caption_without_a_translation_is_its_own(demo_folder):
     tokenizer = load_tokenizer(demo_folder / "clip", max_length=8)
-    reader = TextPairReader(tokenizer, tokenizer, 8)
+    reader = TextPairReader(tokenizer, tokenizer)
     example = Example(key="a", image=None, captions=(" ", "forty two"), label=None)
     assert reader.read(0, example, np.random.default_rng(0)) == {
         "caption": "forty two",
@@ -345,8 +342,8 @@ def test_workers_end_when_training_is_killed(source, demo_folder, tmp_path):
             tokenizer = load_tokenizer(demo / "bert", max_length=24)
             stream = TrainStream(
                 DemoSource("unseen"),
-                ImageTextReader(Pixels(transform), Captions(tokenizer, 24)),
-                config=DataConfig(max_text_length=24, workers=1, threads=1),
+                ImageTextReader(Pixels(transform), Captions(tokenizer)),
+                config=DataConfig(workers=1, threads=1),
                 seed=0, batch_size=4, process_index=0, process_count=1,
             )
             next(stream)

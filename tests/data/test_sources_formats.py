@@ -349,10 +349,10 @@ def test_a_google_store_that_does_not_answer_is_given_up_after_a_minute():
 @pytest.fixture
 def open_stream(data, image_transform, tokenizer):
     def open_stream(name, *, process=0, processes=1, **config):
-        config = DataConfig(max_text_length=24, threads=2, **config)
+        config = DataConfig(threads=2, **config)
         return TrainStream(
             open_source(SourceConfig(path=str(data / name), split=FORMATS[name][1])),
-            ImageTextReader(Pixels(image_transform), Captions(tokenizer, 24)),
+            ImageTextReader(Pixels(image_transform), Captions(tokenizer)),
             config=config,
             seed=0,
             batch_size=4,

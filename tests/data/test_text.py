@@ -75,14 +75,14 @@ def test_a_folder_without_vocabulary_is_refused(tmp_path, demo_folder):
 def test_a_broken_tokenizer_is_refused(tmp_path, demo_folder, broken):
     shutil.copytree(demo_folder / "bert", tmp_path, dirs_exist_ok=True)
     (tmp_path / broken).write_text("{")
-    with pytest.raises(UserError, match=f"tokenizer in {tmp_path} cannot be loaded"):
+    with pytest.raises(UserError, match=f"tokenizer in {tmp_path} cannot be used"):
         load_tokenizer(tmp_path, max_length=8)
 
 
 def test_a_tokenizer_without_unknown_token_is_refused(tmp_path, demo_folder):
     shutil.copytree(demo_folder / "bert", tmp_path, dirs_exist_ok=True)
     (tmp_path / "vocab.txt").write_text("a\nnumber\n")
-    with pytest.raises(UserError, match=r"does not work .*\[UNK\].*own tokenizer files"):
+    with pytest.raises(UserError, match=r"cannot be used .*\[UNK\].*own tokenizer files"):
         load_tokenizer(tmp_path, max_length=8)
 
 

@@ -237,7 +237,7 @@ def test_split_matrices_are_gathered_and_their_gradients_scattered(config_of):
     assert 1.7 * once < sent["all-gather"] < 2.1 * once
     assert 0.85 * once < sent["reduce-scatter"] < 1.1 * once
     assert sent["all-reduce"] < 0.25 * once + 2 * 4 * 30522 * 1024
-    looked_up = 4 * batch_size // 16 * config.data.max_text_length * 1024
+    looked_up = 4 * batch_size // 16 * program.setup.tokenizer.model_max_length * 1024
     assert sent["all-to-all"] < looked_up
     assert sent["collective-permute"] < 4 * batch_size * 1024 * 4
     assert compiled.total < 2 * GIB

@@ -1,0 +1,169 @@
+"""What a tokenizer makes of the texts of a run, said once before the work starts."""
+
+import dataclasses
+import functools
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lit_jax.data.example import BadSampleError, Source
+from lit_jax.data.mixture import Mixture
+from lit_jax.data.readers import usable_captions
+from lit_jax.data.text import BEYOND, token_ids
+from lit_jax.distributed import process
+from lit_jax.errors import UserError
+from lit_jax.printable import printable
+
+log = logging.getLogger(__name__)
+
+SAMPLED = 1000  # texts
+NEIGHBOURS = 125  # examples that are read together
+TOO_MANY = 0.05
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextStatistics:
+    """Shares of the sampled texts and, for `unknown`, of their tokens that are kept.
+
+    Attributes:
+        longest: tokens of the longest text, special ones included.
+        tokens: how many are kept, without special ones, and without the blank that sentencepiece sets apart
+            in front of an unknown word.
+        same: texts with the ids of another one that says something else.
+    """
+
+    texts: int
+    limit: int
+    cut: float
+    longest: int
+    tokens: int
+    unknown: float
+    same: float
+
+
+def check_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: str) -> None:
+    """Log, in the first process, what the tokenizer makes of texts; a warning if a share is above 5 %.
+
+    Args:
+        texts: are `SAMPLED` or fewer; without any there is nothing to say.
+        what: the data they are of, as the config calls it.
+
+    Raises UserError if all tokens of all texts are unknown.
+    """
+    if not texts:
+        return
+    found = text_statistics(tokenizer, texts)
+    if found.tokens and found.unknown == 1:
+        raise UserError(
+            f"All {found.tokens} tokens of {found.texts} texts of {what} are unknown to the tokenizer "
+            f"({type(tokenizer).__name__}), such as those of {printable(texts[0])[:60]!r}; choose a text "
+            "tower whose tokenizer knows this language and script."
+        )
+    if process.number():
+        return
+    advice = [
+        text
+        for share, text in (
+            (
+                found.cut,
+                "where the text tower has more positions, raise config.data.max_text_length",
+            ),
+            (found.unknown, "choose a text tower whose tokenizer knows these texts"),
+            (found.same, "the text tower cannot tell these texts apart"),
+        )
+        if share > TOO_MANY
+    ]
+    more = "more than " if found.longest > found.limit + BEYOND else ""
+    log.log(
+        logging.WARNING if advice else logging.INFO,
+        "%d texts of %s: %.1f %% are cut at %d tokens (the longest has %s%d), %.1f %% of the tokens are "
+        "unknown, %.1f %% of the texts have the same tokens as a different one%s.",
+        found.texts,
+        what,
+        100 * found.cut,
+        found.limit,
+        more,
+        found.longest,
+        100 * found.unknown,
+        100 * found.same,
+        "".join(f"; {text}" for text in advice),
+    )
+
+
+def text_statistics(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> TextStatistics:
+    """Count what is cut, unknown, and the same in texts; at least one."""
+    special = tokenizer.num_special_tokens_to_add()
+    room = tokenizer.model_max_length - special
+    found = token_ids(tokenizer, texts)
+    is_cut_left = tokenizer.truncation_side == "left"
+    kept = [tuple(ids[-room:] if is_cut_left else ids[:room]) for ids in found]
+    unknown, blank = _unknown_id(tokenizer), _blank_id(tokenizer)
+    tokens = sum(len(ids) - ids.count(blank) for ids in kept)
+    said: dict[tuple[int, ...], set[str]] = defaultdict(set)
+    for ids, text in zip(kept, texts, strict=True):
+        said[ids].add(text.strip())
+    return TextStatistics(
+        texts=len(texts),
+        limit=tokenizer.model_max_length,
+        cut=sum(len(ids) > room for ids in found) / len(texts),
+        longest=max(map(len, found)) + special,
+        tokens=tokens,
+        unknown=sum(ids.count(unknown) for ids in kept) / max(tokens, 1),
+        same=sum(len(said[ids]) > 1 for ids in kept) / len(texts),
+    )
+
+
+def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id of what the tokenizer does not know; None if that token says something else, too."""
+    unknown: Any = tokenizer.unk_token_id
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return None if unknown in others else unknown
+
+
+def _blank_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id of sentencepiece's blank, if there is one."""
+    found: Any = tokenizer.convert_tokens_to_ids("▁")
+    return None if found == tokenizer.unk_token_id else found
+
+
+def some(texts: Sequence[str]) -> list[str]:
+    """Return at most `SAMPLED` of the texts, evenly over all."""
+    count = min(len(texts), SAMPLED)
+    return [texts[i * len(texts) // count] for i in range(count)]
+
+
+def sample_captions(source: Source) -> tuple[list[str], list[str]]:
+    """Return at most `SAMPLED` captions of a source, always the same, and as many as a text teacher gets.
+
+    Neighbours are read together, so that few row groups of Parquet are; each part of a mixture has its share.
+    """
+    with ThreadPoolExecutor(16) as pool:  # an object store answers each after a while
+        read = [*pool.map(functools.partial(_captions, source), _positions(source))]
+    captions = [text for of_example, _ in read for text in of_example]
+    return some(captions), some([text for _, of_teacher in read for text in of_teacher])
+
+
+def _positions(source: Source) -> list[int]:
+    parts = [*source.parts.values()] if isinstance(source, Mixture) else [source]
+    positions, start = [], 0
+    for part in parts:
+        count = min(len(part), max(SAMPLED // len(parts), NEIGHBOURS))
+        blocks = -(-count // NEIGHBOURS)
+        for block in range(blocks):
+            first = start + block * (len(part) - count) // max(blocks - 1, 1) + block * NEIGHBOURS
+            positions.extend(range(first, first + min(NEIGHBOURS, count - block * NEIGHBOURS)))
+        start += len(part)
+    return positions
+
+
+def _captions(source: Source, index: int) -> tuple[list[str], list[str]]:
+    try:
+        example = source[index]
+        captions = usable_captions(example)
+    except BadSampleError:  # reading the data counts it
+        return [], []
+    return captions, [example.get("teacher_caption") or captions[0]]

@@ -1,0 +1,59 @@
+"""Every text family with its own tokenizer: trained, exported, evaluated, and read by transformers."""
+
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from lit_jax import evaluate, export
+from lit_jax.data.text import tokenize
+from lit_jax.training import loop
+from tests.tokenizer_files import FAMILIES, TEXTS, write_tokenizer
+from tests.training.conftest import DEMO, WIDTHS
+
+QUICK = "siglip"  # the others are long
+
+
+@pytest.fixture
+def train(tiny, tmp_path, one_device):
+    """Trains a tower of a family from scratch for one step, and returns the run and its folder."""
+
+    def run(family, **changes):
+        folder = tmp_path / "text"
+        _, config = write_tokenizer(family, folder)
+        small = {**WIDTHS, "num_hidden_layers": 1, "max_position_embeddings": 40}
+        if config["model_type"] == "distilbert":
+            small = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}
+        (folder / "config.json").write_text(json.dumps(config | small))
+        pooling = "cls" if config["model_type"] in ("distilbert", "modernbert") else "pooler"
+        changes = {"model.text.model": str(folder), "model.text.pooling": pooling, **changes}
+        short = {"duration": "1 step", "schedule.warmup": "0 steps", "batch_size": 8}
+        config = tiny(**{"policy.lock": "Lu", **short, "data.max_text_length": None, **changes})
+        return loop.train(config, tmp_path / "run"), tmp_path / "run"
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[] if name == QUICK else pytest.mark.long) for name in FAMILIES],
+)
+def test_a_family_is_trained_exported_and_evaluated(train, tmp_path, family, monkeypatch):
+    run, workdir = train(family)
+    out = tmp_path / "out"
+    assert export.main([f"--workdir={workdir}", f"--output={out}"]) == 0
+    ours = tokenize(run.setup.tokenizer, TEXTS, length=32)
+    for folder in (workdir / "model", out):
+        theirs = AutoTokenizer.from_pretrained(folder)(TEXTS, padding="max_length", truncation=True)
+        assert ours.keys() == theirs.keys()
+        for name, array in ours.items():
+            np.testing.assert_array_equal(array, np.array(theirs[name]))
+    monkeypatch.setattr("lit_jax.distributed.process.initialize", lambda: None)
+    results = tmp_path / "results.json"
+    data = ["--data=demo", "--split=unseen", f"--classes={DEMO / 'unseen16.json'}"]
+    assert evaluate.main([f"--model={out}", *data, f"--output={results}"]) == 0
+    of_model = json.loads(results.read_text())
+    if family == QUICK:
+        assert evaluate.main([f"--workdir={workdir}", *data, f"--output={results}"]) == 0
+    assert of_model == json.loads(results.read_text())
