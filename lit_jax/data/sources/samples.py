@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import BadKind, Example
-from lit_jax.data.files import File
+from lit_jax.data.files import MAX_FILE_BYTES, File
+from lit_jax.data.listing import is_system
 from lit_jax.data.sources.lists import IMAGE_SUFFIXES
 from lit_jax.data.sources.rows import example_of
 from lit_jax.files import parse_json
@@ -30,6 +31,7 @@ FLAWS: Mapping[str, tuple[BadKind, str]] = {
     "outside": ("hostile_path", "is a link, or its name leads out of the folder"),
     "sparse": ("damaged", "is stored with holes (GNU sparse); pack the tar again without --sparse"),
     "cut": ("damaged", "goes beyond the end of its file; get the file again"),
+    "large": ("too_large", f"has a file of more than {MAX_FILE_BYTES:,} bytes"),
     "images": ("no_example", "has several images, and nothing says which one is meant"),
 }
 # What is said at the start of samples with a problem.
@@ -202,8 +204,8 @@ def _groups(
     for member in members:
         field = _FIELD_OF.get(f".{_suffix(member)}")
         stem, dot, ending = (member.name.rpartition if last_dot else member.name.partition)(".")
-        # Hidden files are those of a system, such as ._a.jpg beside a.jpg.
-        hidden = member.name.startswith(".")
+        # Such as ._a.jpg beside a.jpg, in a tar made on a Mac.
+        hidden = is_system(member.folder + member.name)
         if field is None or hidden:
             what = "hidden" if hidden else f".{_suffix(member)}" if dot else "without an ending"
             _count(unread, what, [place + member.folder + member.name])

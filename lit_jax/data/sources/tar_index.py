@@ -21,7 +21,7 @@ from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 _FIELDS = (*FIELDS,)
 _REMARKS = b"remarks"
 _SCHEMA = pa.schema(
@@ -124,7 +124,7 @@ def _row(shard: int, sample: samples.Sample) -> dict[str, object]:
         for field, found in sample.members.items()
         for member in found
     ]
-    # Which image is meant is not known: none is read.
+    # Nothing is read of a sample that cannot be used.
     bounds = [edge for _, *edges in members for edge in edges] if not sample.flaw else [0]
     return {
         "shard": shard,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lit_jax.data.files import File, signature
+from lit_jax.data.files import MAX_FILE_BYTES, File, signature
 from lit_jax.data.sources.samples import Member
 
 MAX_HEADER_BYTES = 1 << 24  # of a long name, or of a pax header
@@ -99,4 +99,6 @@ def _member(found: tarfile.TarInfo, size: int) -> Member:
         flaw = "sparse"
     elif stop > size:
         flaw = "cut"
+    elif found.size > MAX_FILE_BYTES:
+        flaw = "large"
     return Member(folder + slash, name, start, stop, flaw)

@@ -8,10 +8,12 @@ from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.files import File, read
 from lit_jax.data.sources.rows import bad_sample
 from lit_jax.data.sources.samples import FLAWS, Parts, example_of_parts
-from lit_jax.data.sources.tar_index import open_index
+from lit_jax.data.sources.tar_index import Entry, open_index
 from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
+
+MAX_GAP_BYTES = 1 << 18
 
 
 class TarSource:
@@ -43,15 +45,13 @@ class TarSource:
             kind, reason = FLAWS[entry.flaw]
             raise BadSampleError(f"{key} {reason}", kind)
         with bad_sample(key):
-            content = read(file, entry.start, entry.stop)  # its members are neighbours
-        if len(content) < entry.stop - entry.start:
-            raise BadSampleError(f"{file} ends within {key}; get it again")
-        with bad_sample(key):
             parts: dict[str, list[bytes]] = {}
-            for field, start, stop in entry.members:
-                parts.setdefault(field, []).append(
-                    content[start - entry.start : stop - entry.start]
-                )
+            for (field, start, stop), content in zip(
+                entry.members, _contents(file, entry), strict=True
+            ):
+                if len(content) < stop - start:
+                    raise BadSampleError(f"{file} ends within it; get the file again")
+                parts.setdefault(field, []).append(content)
             one = {field: found[0] for field, found in parts.items()}
             return example_of_parts(
                 Parts(one.get("image"), parts.get("text", []), one.get("json"), one.get("cls")),
@@ -60,3 +60,12 @@ class TarSource:
                 key=key,
                 text_only=self._text_only,
             )
+
+
+def _contents(file: File, entry: Entry) -> list[bytes]:
+    """Return the bytes of each member, in one request if there is not much else between them."""
+    gaps = entry.stop - entry.start - sum(stop - start for _, start, stop in entry.members)
+    if gaps > MAX_GAP_BYTES:  # a video, for example
+        return [read(file, start, stop) for _, start, stop in entry.members]
+    content = read(file, entry.start, entry.stop)
+    return [content[start - entry.start : stop - entry.start] for _, start, stop in entry.members]
