@@ -18,7 +18,7 @@ from lit_jax.data.example import Source
 from lit_jax.data.files import AddressError, File, local, locate, require_regular
 from lit_jax.data.listing import expand, is_system, shown, top_folders, walk
 from lit_jax.data.records import MANIFEST
-from lit_jax.data.sources import columns, hints, lists, splits
+from lit_jax.data.sources import columns, flickr, hints, lists, splits
 from lit_jax.data.sources.delimited import DelimitedSource
 from lit_jax.data.sources.jsonl import JsonlSource
 from lit_jax.data.sources.pairs import open_pairs
@@ -42,6 +42,7 @@ class Format(NamedTuple):
     open: Opener
     several: bool = False  # whether many files are one data set; else one has to be named
     knows_splits: bool = False  # else a split is a folder, or a part of the files' names
+    fits: Callable[[File], bool] = lambda file: True  # of files that others may be called like
 
 
 FORMATS = (
@@ -87,7 +88,15 @@ FORMATS = (
         ("captions_*.json",),
         lambda files, config, _: lists.open_coco(files[0], config.split),
     ),
-    Format(("*.token",), lambda files, config, _: lists.open_flickr(files[0])),
+    Format(
+        ("*.token", "*.token.txt", "captions.txt"),
+        lambda files, config, _: flickr.open_flickr(files[0]),
+    ),
+    Format(
+        ("results.csv",),
+        lambda files, config, _: flickr.open_flickr(files[0]),
+        fits=flickr.has_bars,
+    ),
     Format(
         ("*.jsonl",),
         lambda files, config, text_only: JsonlSource(files[0], config, text_only=text_only),
@@ -153,7 +162,6 @@ def _open(places: Sequence[File], config: SourceConfig, text_only: bool) -> Sour
                 f"{found[0].parent} has {', '.join(file.name for file in found)}; "
                 "name one of them, by the path or by the split."
             )
-        require_regular(found)
         return kind.open(found, config, text_only)
     return _open_folder(folder, listed, config, text_only) if folder else None
 
@@ -207,7 +215,9 @@ def _recognise(files: Sequence[File]) -> tuple[list[File], Format | None]:
     """Return the first of `FORMATS` that some of the files have, and these files."""
     for kind in FORMATS:
         match = re.compile("|".join(map(fnmatch.translate, kind.patterns))).match
-        if found := [file for file in files if match(file.name) and file.name not in hints.ABOUT]:
+        found = [file for file in files if match(file.name) and file.name not in hints.ABOUT]
+        require_regular(found)
+        if found := [*filter(kind.fits, found)]:
             return found, kind
     return [], None
 

@@ -2,13 +2,15 @@
 
 import collections
 import contextlib
+import itertools
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any
 
 import pyarrow as pa
 
-from lit_jax.data.example import Example
+from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.files import File, read_text, readable
 from lit_jax.data.listing import is_system, shown, system_part
 from lit_jax.data.sources import splits
@@ -25,7 +27,11 @@ IMAGE_SUFFIXES = (
     *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
 )
 # Where images lie beside a caption file, if not in its own folder.
-IMAGE_FOLDERS = ("images", "flickr30k-images", "flickr30k_images")
+IMAGE_FOLDERS = (
+    *("images", "Images", "image", "imgs", "flickr30k-images", "flickr30k_images"),
+    *("Flicker8k_Dataset", "Flickr8k_Dataset"),
+)
+_TRIED = 5  # of the images that a file lists, to find their folder
 
 
 class ListedSource:
@@ -33,7 +39,8 @@ class ListedSource:
 
     Args:
         names: paths relative to `folder`.
-        captions: of each image; None: there are none.
+        captions: of each image; None: there are none. An image with one that is no text is a bad sample; null
+            is none.
         labels: of each image, the name of its folder; None: there are none.
     """
 
@@ -41,15 +48,22 @@ class ListedSource:
         self,
         folder: File,
         names: Sequence[str],
-        captions: Sequence[Sequence[str]] | None = None,
+        captions: Sequence[Sequence[Any]] | None = None,
         labels: Sequence[str] | None = None,
     ):
         self._folder = folder
-        # Any bytes: what a file is called need not be UTF-8.
-        self._names = pa.array(map(os.fsencode, names), pa.large_binary())
-        self._captions = (
-            None if captions is None else pa.array(captions, pa.large_list(pa.large_string()))
-        )
+        # Any bytes: what a file is called need not be UTF-8. A text may have half an emoji.
+        self._names = pa.array(map(_encoded, names), pa.large_binary())
+        self._captions, self._problems = None, {}
+        if captions is not None:
+            texts = [[text for text in of_one if text is not None] for of_one in captions]
+            self._problems = {
+                i: text for i, of_one in enumerate(texts) for text in map(_problem, of_one) if text
+            }
+            usable = [
+                [] if i in self._problems else [*map(_encoded, t)] for i, t in enumerate(texts)
+            ]
+            self._captions = pa.array(usable, pa.large_list(pa.large_binary()))
         # Few names, many images: a dictionary keeps each name once.
         self._labels = None if labels is None else pa.array(labels, pa.string()).dictionary_encode()
 
@@ -57,14 +71,31 @@ class ListedSource:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Example:
-        name = os.fsdecode(self._names[index].as_py())
+        name = _decoded(self._names[index].as_py())
+        if problem := self._problems.get(range(len(self))[index]):
+            raise BadSampleError(
+                f"{readable(name)} has a caption that is no text: {problem}", "no_example"
+            )
+        captions = () if self._captions is None else self._captions[index].as_py()
         return Example(
             key=readable(name),
             image=self._folder / name,
-            captions=tuple(self._captions[index].as_py()) if self._captions is not None else (),
+            captions=tuple(map(_decoded, captions)),
             label=self._labels[index].as_py() if self._labels is not None else None,
             label_is_folder=self._labels is not None,
         )
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _decoded(content: bytes) -> str:
+    return content.decode("utf-8", "surrogatepass")
+
+
+def _problem(caption: object) -> str | None:
+    return None if isinstance(caption, str) else textwrap.shorten(repr(caption), 80)
 
 
 def image_folder(folder: File, found: Sequence[str]) -> ListedSource | None:
@@ -113,65 +144,90 @@ def _tell_left_out(
 
 def open_coco(file: File, split: str | None) -> ListedSource:
     """A caption file of COCO: "images" with id and file_name, "annotations" with image_id and caption."""
-    with _parsing(file):
+    with parsing(file):
         content = parse_json(read_text(file))
         captions = collections.defaultdict(list)
         for annotation in content["annotations"]:
             captions[annotation["image_id"]].append(annotation["caption"])
-        images = {image["file_name"]: captions[image["id"]] for image in content["images"]}
-    return _captioned(file, images, split or file.stem.removeprefix("captions_"))
+        pairs = [(image["file_name"], image["id"]) for image in content["images"]]
+        listed = _by_name((name, captions[number]) for name, number in pairs)
+        unknown = captions.keys() - {number for _, number in pairs}
+    if unknown:
+        log.warning(
+            "%d image_ids of the annotations in %s are no id of its images; their captions are left out.",
+            len(unknown), file,
+        )  # fmt: skip
+    return captioned(file, listed, split or file.stem.removeprefix("captions_"))
 
 
 def open_karpathy(file: File, split: str | None) -> ListedSource:
     """dataset_flickr30k.json or dataset_coco.json of Karpathy; "train+restval" is two splits in one."""
-    with _parsing(file):
+    with parsing(file):
         rows = parse_json(read_text(file))["images"]
         known = {row["split"] for row in rows}
         wanted = set(split.split("+")) if split else known
-        images = {
-            f"{row['filepath']}/{row['filename']}" if row.get("filepath") else row["filename"]: [
-                sentence["raw"] for sentence in row["sentences"]
-            ]
+        listed = _by_name(
+            (
+                f"{row['filepath']}/{row['filename']}" if row.get("filepath") else row["filename"],
+                [sentence["raw"] for sentence in row["sentences"]],
+            )
             for row in rows
             if row["split"] in wanted
-        }
+        )
     if not wanted <= known:
         raise splits.not_found(file, split, known)
-    return _captioned(file, images)
+    return captioned(file, listed)
 
 
-def open_flickr(file: File) -> ListedSource:
-    """results_20130124.token of Flickr30k: lines of name#number, tab, caption."""
-    images = collections.defaultdict(list)
-    with _parsing(file):
-        for line in filter(str.strip, read_text(file).split("\n")):
-            place, caption = line.rstrip("\r").split("\t", 1)
-            name, _ = place.rsplit("#", 1)
-            images[name].append(caption)
-    return _captioned(file, images)
+def _by_name(pairs: Iterable[tuple[Any, Iterable[Any]]]) -> dict[str, list[Any]]:
+    """Return the captions of each file; one that is listed twice has those of both places.
+
+    Raises TypeError if the name of a file is no text.
+    """
+    listed = collections.defaultdict(list)
+    for name, captions in pairs:
+        if not isinstance(name, str):
+            raise TypeError(f"the name of an image is {name!r}")
+        listed[name] += captions
+    return listed
 
 
 @contextlib.contextmanager
-def _parsing(file: File) -> Iterator[None]:
+def parsing(file: File) -> Iterator[None]:
+    """Raise UserError at a caption file that is damaged, or of another kind than its name says."""
     try:
         yield
-    except (ValueError, KeyError, TypeError) as error:  # ValueError: not JSON, or not UTF-8
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: also not UTF-8
         raise UserError(
-            f"{file} is no caption file of its kind ({error!r}); get it again."
+            f"{file} is no caption file of its kind ({textwrap.shorten(repr(error), 200)}); get it again."
         ) from error
 
 
-def _captioned(file: File, images: Mapping[str, Sequence[str]], split: str = "") -> ListedSource:
-    if not images:
+def captioned(
+    file: File, listed: Mapping[str, Sequence[Any]], split: str | None = None
+) -> ListedSource:
+    """Return the images that a file lists, with their captions. Raises UserError if there are none."""
+    if not listed:
         raise UserError(f"{file} lists no images; use another file or split.")
-    folders = [file.parent / name for name in (".", *IMAGE_FOLDERS)]
-    if split:
-        folders += [file.parent / split, file.parent.parent / split]
-    first = next(iter(images))
+    folder = folder_of_images(file, [*itertools.islice(listed, _TRIED)], split)
+    return ListedSource(folder, list(listed), captions=list(listed.values()))
+
+
+def folder_of_images(file: File, names: Sequence[str], split: str | None = None) -> File:
+    """Return the folder that paths of images in a caption file start from: its own, or one beside it.
+
+    Args:
+        names: of some images, of which one has to be there.
+        split: may be the name of a folder, too.
+    """
+    bases = [
+        base / name for base in (file.parent, file.parent.parent) for name in (".", *IMAGE_FOLDERS)
+    ]
+    folders = [*bases, *(base / split for base in bases if split)]
     for folder in folders:
-        if (folder / first).is_file():
-            return ListedSource(folder, list(images), captions=list(images.values()))
+        if any((folder / name).is_file() for name in names):
+            return folder
     raise UserError(
-        f"The image {first!r} that {file} lists is in none of the folders "
-        f"{', '.join(map(str, folders))}; put the images into one of them."
+        f"The image {names[0]!r} that {file} lists is in none of the folders "
+        f"{shown(map(str, folders), 100)}; put the images into one of them."
     )

@@ -1,0 +1,82 @@
+"""Captions of Flickr8k and Flickr30k, in the files that they are spread in.
+
+1000268201.jpg#0<tab>A child in a pink dress .           *.token, Flickr8k.token.txt
+image,caption  /  image_name,comment_number,comment      captions.txt
+image_name| comment_number| comment                      results.csv
+"""
+
+import collections
+import csv
+import logging
+import re
+from collections.abc import Iterator
+
+from lit_jax.data.files import File, read, read_text
+from lit_jax.data.sources.lists import IMAGE_SUFFIXES, ListedSource, captioned, parsing
+
+log = logging.getLogger(__name__)
+
+# A bar is missing in one line of the file that is spread.
+_BARS = re.compile(r"(?P<name>[^|]+?)\s*\|\s*[0-9]+\s*\|?\s*(?P<caption>.*)")
+_TAB = re.compile(r"(?P<name>[^\t]+?)(?:#[0-9]+)?\t(?P<caption>.*)")
+
+
+def has_bars(file: File) -> bool:
+    """Return whether a table begins as results.csv of Flickr30k does."""
+    return re.match(rb"(\xef\xbb\xbf)?\s*image_name\s*\|", read(file, 0, 64)) is not None
+
+
+def open_flickr(file: File) -> ListedSource:
+    """Return the images that a file lists, each with all of its captions."""
+    listed, unread = collections.defaultdict(list), []
+    with parsing(file):
+        text = read_text(file).replace("\r\n", "\n")
+        for line, found in _rows(text):
+            if found:
+                name, caption = found
+                listed[name].append(caption)
+            else:
+                unread.append(line)
+        if not listed:
+            raise ValueError("no line has an image and a caption")
+    if unread:
+        log.warning(
+            "%d lines of %s have no image with a caption and are left out, the first: %.100r.",
+            len(unread), file, unread[0],
+        )  # fmt: skip
+    return captioned(file, listed)
+
+
+def _rows(text: str) -> Iterator[tuple[str, tuple[str, str] | None]]:
+    """Yield each line with its image and caption, None if they cannot be told."""
+    lines = text.split("\n")
+    first = next(filter(str.strip, lines), "")
+    if "\t" in first or "|" in first:
+        pattern = _TAB if "\t" in first else _BARS
+        for line in filter(str.strip, lines):
+            match = pattern.fullmatch(line)
+            if match:
+                yield line, (match["name"].strip(), match["caption"].strip())
+            elif line != first:  # the names of the columns
+                yield line, None
+        return
+    has_header = not _is_image(first.split(",")[0])
+    # Not everybody quotes a caption with commas; it is the last column.
+    before = first.count(",") if has_header else 1
+    for line in filter(str.strip, lines):
+        fields = _fields(line)
+        if len(fields) > before > 0 and _is_image(fields[0]):
+            yield line, (fields[0].strip(), ",".join(fields[before:]).strip())
+        elif not has_header or line != first:
+            yield line, None
+
+
+def _fields(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line], strict=True))
+    except csv.Error:  # its quotes are part of the text
+        return line.split(",")
+
+
+def _is_image(field: str) -> bool:
+    return field.strip().lower().endswith(IMAGE_SUFFIXES)
