@@ -136,6 +136,46 @@ def test_every_kind_computes_what_pytorch_computes_and_goes_back(tmp_path, name)
     assert ours.config.to_dict().keys() <= read_back.config.to_dict().keys()
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", ["Roberta", "XLMRoberta", "Camembert", "MPNet"])
+def test_positions_from_0_are_exported_as_a_moved_table(tmp_path, kind):
+    """They are PyTorch's with position_ids given, and those of the export without."""
+    import torch
+
+    text = getattr(tr, f"{kind}Config")(**TEXT, pad_token_id=1)
+    config = vision_text(tr.ViTConfig(**IMAGE), text)
+    plain = lit_jax.DualEncoder.from_config(config)
+    params = jax.tree.map(lambda leaf: leaf * 9 if leaf.ndim else leaf, plain.params)
+    plain.save_pretrained(tmp_path / "plain", params=params)
+    inputs = inputs_for(config)
+    batch = {key: torch.tensor(value) for key, value in inputs.items()}
+
+    def torch_logits(folder, **more):
+        read = tr.VisionTextDualEncoderModel.from_pretrained
+        theirs, info = read(folder, output_loading_info=True)
+        assert not any(info.values()), info
+        with torch.no_grad():
+            return theirs.eval()(**batch, **more).logits_per_image
+
+    expected = torch_logits(tmp_path / "plain", position_ids=torch.arange(7)[None].repeat(2, 1))
+    assert (torch_logits(tmp_path / "plain") - expected).abs().max() > 1e-2
+    ours = lit_jax.DualEncoder.from_pretrained(
+        tmp_path / "plain", text_config={"position_ids": "arange"}
+    )
+    np.testing.assert_allclose(ours(**inputs).logits_per_image, expected, atol=1e-5)
+    ours.save_pretrained(tmp_path / "moved")
+    np.testing.assert_allclose(torch_logits(tmp_path / "moved"), expected, atol=1e-5)
+    again = lit_jax.DualEncoder.from_pretrained(tmp_path / "moved")
+    np.testing.assert_allclose(again(**inputs).logits_per_image, expected, atol=1e-5)
+    tower = lit_jax.TextModel.from_pretrained(tmp_path / "plain", position_ids="arange")
+    tower.save_pretrained(tmp_path / "tower")
+    alone = tr.AutoModel.from_pretrained(tmp_path / "tower").eval()
+    with torch.no_grad():
+        theirs = alone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    ours = tower(inputs["input_ids"], inputs["attention_mask"])
+    np.testing.assert_allclose(ours.pooler_output, theirs.pooler_output, atol=1e-5)
+
+
 def compare_towers(ours, theirs, *, pooled=True):
     hidden = theirs.last_hidden_state
     if hidden.ndim == 4:  # a map of features

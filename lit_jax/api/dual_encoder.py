@@ -156,7 +156,7 @@ class DualEncoder(Model):
         params |= {"vision_model": image.params, "text_model": text.params}
         return cls(config=as_config(hf), module=module, params=params)
 
-    def _write(self, folder: Path, params: Params, processor: Any) -> None:
+    def _write(self, folder: str, params: Params, processor: Any) -> None:
         hf = self.config.to_dict()
         save.save_dual_encoder(folder, hf, self.module, dict(params), processor, beside_others=True)
 

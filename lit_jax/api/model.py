@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import AutoConfig, PreTrainedConfig
 
-from lit_jax.config import nearest
+from lit_jax.config_keys import nearest
 from lit_jax.errors import UserError
 from lit_jax.weights import hub, load, save
 
@@ -69,9 +69,10 @@ class Model:
             raise UserError(
                 f"{', '.join(options)} of save_pretrained is for push_to_hub=True alone; leave it out."
             )
-        self._write(Path(folder), self.params if params is None else params, processor)
+        self._write(str(folder), self.params if params is None else params, processor)
         if push_to_hub:
-            hub.upload(folder, repo_id or Path(folder).resolve().name, **options)
+            written = Path(folder).expanduser().resolve()
+            hub.upload(written, repo_id or written.name, **options)
 
     def push_to_hub(
         self, repo_id: str, processor: Any = None, *, params: Params | None = None, **options: Any
@@ -85,7 +86,7 @@ class Model:
             self.save_pretrained(folder, processor, params=params)
             return hub.upload(folder, repo_id, **options)
 
-    def _write(self, folder: Path, params: Params, processor: Any) -> None:
+    def _write(self, folder: str, params: Params, processor: Any) -> None:
         raise NotImplementedError
 
 

@@ -91,7 +91,7 @@ class _TowerModel(Model):
         params = jax.tree.map(jnp.asarray, params)
         return cls(config=as_config(hf), module=module, params=params, pooler=pooler)
 
-    def _write(self, folder: Path, params: Params, processor: Any) -> None:
+    def _write(self, folder: str, params: Params, processor: Any) -> None:
         hf, pooler = self.config.to_dict(), dict(self.pooler)
         save.save_tower(
             folder, hf, self.module, dict(params), processor, pooler, beside_others=True

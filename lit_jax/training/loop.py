@@ -38,7 +38,7 @@ from lit_jax.training.run import (
     save_parameter_table,
     saved_towers,
 )
-from lit_jax.training.setup import Setup, Towers, find_towers, prepare
+from lit_jax.training.setup import Setup, Towers, find_towers, prepare, warn_of_export
 from lit_jax.training.state import first_or_latest_state
 from lit_jax.training.teacher import check_config
 from lit_jax.training.tokenizing import check_captions
@@ -182,6 +182,7 @@ def _prepare(config: Config, workdir: Path) -> _Prepared:
     schedule = make_schedule(config.schedule, total=total, steps=to_steps)
     setup = prepare(config, towers, mesh)
     warn_of_full_rate(config.policy, setup.policy)
+    warn_of_export(setup)
     return _Prepared(
         config=config,
         source=source,

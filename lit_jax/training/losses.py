@@ -6,7 +6,7 @@ other modality; no form uses the negatives of one device alone. The forms here a
 `lean_losses.py` equal them and need less memory.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -75,22 +75,26 @@ Form = Literal["auto", "global", "lean"]
 
 
 def make_loss(
-    name: Literal["softmax", "sigmoid", "mse"],
+    name: str,
     *,
-    form: Form = "auto",
+    form: str = "auto",
     label_smoothing: float = 0.0,
     slices: int = 1,
 ) -> Loss:
-    """The loss that a config names, in the form that it names; 'auto' decides by the shapes.
+    """Return the loss that a config names, in the form that it names; 'auto' decides by the shapes.
 
     `slices`: how many the mesh has, equally large and one after the other. The value is the same for any
     number; between slices the lean form sends less.
 
-    Raises UserError for label smoothing, or a form, where it has no meaning.
+    Raises UserError for a loss or a form that is not known, and for label smoothing, or a form, where it has
+    no meaning.
     """
+    for what, value, known in (("loss", name, (*LEAN, "mse")), ("loss_form", form, get_args(Form))):
+        if value not in known:
+            raise UserError(f"The {what} is {value!r}; it must be one of {', '.join(known)}.")
     if label_smoothing and name != "softmax":
         raise UserError("config.label_smoothing is for the softmax loss; set it to 0.0.")
-    if name not in LEAN:
+    if name == "mse":
         if form != "auto":
             raise UserError(
                 f"config.loss_form is for contrastive losses; with {name!r} leave it 'auto'."

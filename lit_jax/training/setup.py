@@ -40,7 +40,8 @@ from lit_jax.training.teacher import (
 )
 from lit_jax.training.tokenizing import open_tokenizer
 from lit_jax.trees import Tree, flatten, unflatten
-from lit_jax.weights.hub import local_folder, override, read_config, read_tower_config
+from lit_jax.weights.dual_encoder_form import why_not_exportable
+from lit_jax.weights.hub import OWN_TYPE, local_folder, override, read_config, read_tower_config
 from lit_jax.weights.load import dual_encoder_module, load_dual_encoder, load_tower, shapes_of
 
 log = logging.getLogger(__name__)
@@ -238,6 +239,17 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
         mesh=mesh,
         teacher=teacher,
     )
+
+
+def warn_of_export(setup: Setup) -> None:
+    """Warn before the training of what the export would say after it."""
+    is_joined = setup.hf_config["model_type"] in ("vision-text-dual-encoder", OWN_TYPE)
+    if is_joined and (reason := why_not_exportable(setup.module)):
+        log.warning(
+            "The export will be readable by lit_jax only, because VisionTextDualEncoder of transformers "
+            "cannot be this model: %s.",
+            reason,
+        )
 
 
 def example_batch(image_transform: ImageTransform, tokenizer: Any) -> dict[str, jax.Array]:

@@ -1,7 +1,9 @@
 """Reads a zip-format `pytorch_model.bin` without torch and without running what the pickle asks for.
 
 A pickle is a program. Of what it may call we provide the few functions that a dictionary of tensors
-needs, and refuse the rest (https://docs.python.org/3/library/pickle.html#restricting-globals).
+needs, and refuse the rest (https://docs.python.org/3/library/pickle.html#restricting-globals). Of its
+instructions we have those that torch.save writes, and none of them costs more memory or time than the file
+has bytes: Python's own C implementation reserves memory for any number that a memo instruction names.
 """
 
 import collections
@@ -9,8 +11,8 @@ import io
 import pathlib
 import pickle
 import zipfile
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -31,12 +33,15 @@ _STORAGE_DTYPES = {
 }
 # The number that files of torch.save before version 1.6 begin with, pickled.
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+# A tensor takes about 150 bytes of the pickle, so this is enough for 25,000 of them.
+_LONGEST_PROGRAM = 2**22
+_SAFE = "save the model as safetensors with PyTorch"
 
 
 def read(file: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict that torch.save wrote, as read-only arrays.
+    """Return the tensors of a state dict that torch.save wrote, as read-only arrays.
 
-    Raises UserError for the format of torch before 1.6 and for a pickle that asks for more than
+    Raises UserError for the format of torch before 1.6 and for a file that asks for more than
     tensors, and other exceptions for damaged files.
     """
     with file.open("rb") as stream:
@@ -46,19 +51,58 @@ def read(file: pathlib.Path) -> dict[str, np.ndarray]:
                 "it as safetensors with save_pretrained."
             )
     with zipfile.ZipFile(file) as archive:
+        _check_sizes(archive, file)
         (program,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         state = _Unpickler(archive, program, file).load()
+    if not isinstance(state, dict):
+        raise UserError(
+            f"{file} is no dictionary of tensors, but a {type(state).__name__}; {_SAFE}."
+        )
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, np.ndarray):
             raise UserError(
-                f"{file} is no dictionary of tensors, {name!r} is a {type(value).__name__}; save the "
+                f"{file} is no dictionary of tensors, {name!r:.100} is a {type(value).__name__}; save the "
                 "model as safetensors with save_pretrained."
             )
     return dict(state)
 
 
-class _Unpickler(pickle.Unpickler):
+def _check_sizes(archive: zipfile.ZipFile, file: pathlib.Path) -> None:
+    """Raise UserError for an archive that unpacks to more bytes than it has: torch.save never compresses."""
+    members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise UserError(
+            f"{file} is compressed, which torch.save never does, and might unpack to any size; {_SAFE}."
+        )
+    unpacked, size = sum(member.file_size for member in members), file.stat().st_size
+    if unpacked > size:
+        raise UserError(
+            f"{file} has {size} bytes and says that it holds {unpacked}; download it again, or {_SAFE}."
+        )
+
+
+class _Instructions(dict[int, Callable[..., None]]):
+    """The instructions of a pickle that are followed, by their code."""
+
+    def __missing__(self, code: int) -> Callable[..., None]:
+        raise ValueError(
+            f"its pickle has the instruction {chr(code)!r}, which torch.save never writes"
+        )
+
+
+class _Unpickler(pickle._Unpickler):
+    """Python's own implementation, with the instructions of a dictionary of tensors alone."""
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = _Instructions()
+    stack: list[Any]  # of the base class, as is the next
+    pop_mark: Callable[[], list[Any]]
+
     def __init__(self, archive: zipfile.ZipFile, program: str, file: pathlib.Path):
+        size = archive.getinfo(program).file_size
+        if size > _LONGEST_PROGRAM:
+            raise UserError(
+                f"{file} has a pickle of {size} bytes, more than any dictionary of tensors; {_SAFE}."
+            )
         super().__init__(io.BytesIO(archive.read(program)))
         self._archive = archive
         self._folder = program.removesuffix("data.pkl") + "data/"
@@ -69,15 +113,15 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in _STORAGE_DTYPES:
             return name  # persistent_load gets it back; a string cannot be called or changed
         known = {
-            "collections.OrderedDict": collections.OrderedDict,
+            "collections.OrderedDict": self._new_dictionary,
             "torch._utils._rebuild_tensor_v2": self._rebuild_tensor,
             "torch._utils._rebuild_parameter": self._rebuild_parameter,
         }
         wanted = f"{module}.{name}"
         if wanted not in known:
             raise UserError(
-                f"{self._file} asks to run {wanted}, which no dictionary of tensors needs, and lit_jax "
-                "does not run it; if you trust the file, save the model as safetensors with PyTorch."
+                f"{self._file} asks to run {wanted:.100}, which no dictionary of tensors needs, and lit_jax "
+                f"does not run it; if you trust the file, {_SAFE}."
             )
         return known[wanted]
 
@@ -88,6 +132,32 @@ class _Unpickler(pickle.Unpickler):
             self._storages[key] = np.frombuffer(data, _STORAGE_DTYPES[storage], count=size)
         return self._storages[key]
 
+    def set_item(self) -> None:
+        """Put the topmost value into the dictionary below it."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set(self.stack[-1], key, value)
+
+    def set_items(self) -> None:
+        """Put all pairs above the mark into the dictionary below it."""
+        items = self.pop_mark()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self._set(self.stack[-1], key, value)
+
+    def build(self) -> None:
+        """Leave an object as it is: a state dict's own attributes tell about versions of its layers."""
+        self.stack.pop()
+
+    def _set(self, dictionary: Any, key: Any, value: Any) -> None:
+        # To hash a tuple of tuples of ... may take for ever.
+        if not isinstance(dictionary, dict) or not isinstance(key, str | int):
+            raise UserError(
+                f"{self._file} is no dictionary of tensors, a key in it is a {type(key).__name__}; {_SAFE}."
+            )
+        dictionary[key] = value
+
+    def _new_dictionary(self) -> dict[Any, Any]:
+        return collections.OrderedDict()
+
     def _rebuild_tensor(
         self,
         storage: np.ndarray,
@@ -96,7 +166,7 @@ class _Unpickler(pickle.Unpickler):
         strides: Sequence[int],
         *_: Any,
     ) -> np.ndarray:
-        """A view of a storage; offset and strides count elements."""
+        """Return a view of a storage; offset and strides count elements."""
         if min((offset, *shape, *strides)) < 0 or len(shape) != len(strides):
             raise ValueError(f"a tensor has offset {offset}, shape {shape} and strides {strides}")
         if 0 in shape:
@@ -111,3 +181,21 @@ class _Unpickler(pickle.Unpickler):
 
     def _rebuild_parameter(self, tensor: np.ndarray, *_: Any) -> np.ndarray:
         return tensor
+
+
+# All that torch.save writes with the protocols 2 to 4, but for those that have a method above.
+_INSTRUCTIONS = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK),
+    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
+    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID, pickle.REDUCE),
+    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
+    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT),
+    *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE),
+    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+    *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT),
+)
+for (_code,) in _INSTRUCTIONS:
+    _Unpickler.dispatch[_code] = pickle._Unpickler.dispatch[_code]
+_Unpickler.dispatch[pickle.SETITEM[0]] = _Unpickler.set_item
+_Unpickler.dispatch[pickle.SETITEMS[0]] = _Unpickler.set_items
+_Unpickler.dispatch[pickle.BUILD[0]] = _Unpickler.build

@@ -140,3 +140,12 @@ def test_split_over_devices_it_sends_no_positions(name):
 def test_label_smoothing_of_a_sigmoid_is_refused():
     with pytest.raises(UserError, match="label_smoothing is for the softmax loss"):
         make_loss("sigmoid", label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "message"),
+    [("softmx", "auto", "loss is 'softmx'.*softmax"), ("sigmoid", "leen", "form is 'leen'.*lean")],
+)
+def test_a_loss_that_is_not_known_is_refused(name, form, message):
+    with pytest.raises(UserError, match=message):
+        make_loss(name, form=form)

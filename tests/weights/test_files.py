@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import struct
 
 import ml_dtypes
 import numpy as np
@@ -103,6 +104,41 @@ def test_index_leads_nowhere_else(tmp_path, shard):
     assert list(read_tensors(folder).values) == ["a"]
     index.write_text(json.dumps({"weight_map": {"a": shard}}))
     assert re.search("index.json is damaged|is missing", error_of(folder))
+
+
+def header_of_safetensors(content: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(content) if length is None else length) + content + bytes(8)
+
+
+HOSTILE = {
+    "a header longer than the file": (0, header_of_safetensors(b"{}", 2**62)),
+    "a tensor beyond the end": (
+        0,
+        header_of_safetensors(b'{"a":{"dtype":"F32","shape":[99],"data_offsets":[0,396]}}'),
+    ),
+    "a shape that is not its bytes": (
+        0,
+        header_of_safetensors(
+            b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,8]}}'
+        ),
+    ),
+    "a nested header": (0, header_of_safetensors(b"[" * 100_000)),
+    "an array of 4 billion": (1, b"\xdd\xff\xff\xff\xff"),
+    "a map of 4 billion": (1, b"\xdf\xff\xff\xff\xff"),
+    "maps in maps": (1, b"\x81\xa1a" * 50_000 + b"\xc0"),
+    "an array of another shape": (
+        1,
+        b"\x81\xa1a\xc7\x12\x01\x93\x92\xce\xff\xff\xff\xff\x02\xa7float32\xc4\x00",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_file_that_lies_about_its_size_is_one_sentence(tmp_path, name):
+    place, content = HOSTILE[name]
+    file = ["model.safetensors", "flax_model.msgpack"][place]
+    (tmp_path / file).write_bytes(content)
+    assert f"{file} is damaged or not what its name says" in error_of(tmp_path)
 
 
 # --- damaged files ------------------------------------------------------------------------------

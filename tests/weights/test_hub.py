@@ -1,3 +1,4 @@
+import base64
 import http.server
 import json
 import os
@@ -236,3 +237,81 @@ def test_a_damaged_config_names_the_field_and_the_type_it_needs(copied):
     (folder / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 2.0}))
     with pytest.raises(UserError, match="'num_hidden_layers' expected int, got float"):
         hub.read_config(folder)
+
+
+class HubToPushTo(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as an upload of small files needs."""
+
+    committed: ClassVar[dict[str, bytes]] = {}
+    tokens: ClassVar[set[str]] = set()
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.tokens.add(self.headers["Authorization"])
+        url = f"http://{self.headers['Host']}/org/new"
+        if self.path == "/api/repos/create":
+            answer = {"url": url, "name": "org/new"}
+        elif "/preupload/" in self.path:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            mode = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": path, **mode} for path in paths]}
+        else:
+            for line in filter(None, body.split(b"\n")):
+                value = json.loads(line)["value"]
+                if "path" in value:
+                    self.committed[value["path"]] = base64.b64decode(value["content"])
+            answer = {"commitUrl": f"{url}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
+        content = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+PUSH = """
+import sys
+from lit_jax.weights import hub
+from lit_jax.errors import UserError
+try:
+    print(hub.upload(sys.argv[1], "org/new", token="hf_secret", commit_message="epoch 1"))
+except UserError as error:
+    print("UserError", error)
+"""
+
+
+def push(folder, **environment) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", PUSH, str(folder)],
+        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return result.stdout.strip()
+
+
+def test_a_folder_is_pushed_file_by_file(tmp_path):
+    files = {"config.json": b"{}", "inner/vocab.txt": b"a\nb\n"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubToPushTo)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = push(tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert address.endswith(f"/org/new/commit/{COMMIT}")
+    assert HubToPushTo.committed == files
+    assert HubToPushTo.tokens == {"Bearer hf_secret"}
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path):
+    said = push(tmp_path, HF_HUB_OFFLINE="1")
+    assert said.startswith("UserError 'org/new' cannot be pushed to the Hugging Face Hub")
+    assert len(said.splitlines()) == 1
+    assert "hf_secret" not in said

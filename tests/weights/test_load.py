@@ -8,8 +8,9 @@ import pytest
 import safetensors.numpy
 
 from lit_jax.errors import UserError
+from lit_jax.models.dual_encoder import build_system
 from lit_jax.models.families import build_tower
-from lit_jax.weights import hub, load
+from lit_jax.weights import files, hub, load, save
 from tests.weights.conftest import in_one_stack
 
 VIT_FOLDERS = [
@@ -344,3 +345,73 @@ def test_large_weights_are_finite(changed, tower, caplog):
     folder = changed("vit_torch", lambda tensors: tensors | {name: tensors[name] + 3e38})
     load.load_tower(folder, tower(folder))
     assert "NaN" not in caplog.text
+
+
+@pytest.mark.parametrize("numbers", [{"num_hidden_layers": 10**9}, {"hidden_size": 2**40}])
+def test_a_config_of_a_larger_model_than_the_file_asks_for_no_memory(changed, tower, numbers):
+    folder = changed("vit_torch", **numbers)
+    with pytest.raises(UserError, match=r"config\.json describes a model of \d{9,} parameters"):
+        load.load_tower(folder, tower(folder))
+
+
+@pytest.mark.parametrize("part", ["text", "vision"])
+def test_a_tower_without_pooler_in_a_dual_encoder_is_told_which_pooling_to_set(changed, part):
+    folder = changed("dual_torch", without(rf"^{part}_model\.pooler\."))
+    side = {"text": "text", "vision": "image"}[part]
+    module = build_tower(hub.read_tower_config(folder, side), pooling="pooler", dtype="float32")
+    with pytest.raises(UserError, match=rf"no pooler .*config\.model\.{side}\.pooling\) to 'cls'"):
+        load.load_tower(folder, module)
+
+
+def test_the_text_tower_of_chinese_clip_has_no_pooler_and_says_so(tmp_path):
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+    vision = {**small, "image_size": 8, "patch_size": 4}
+    hf = {"model_type": "chinese_clip", "text_config": small, "vision_config": vision}
+    hf = hub.complete(hf | {"projection_dim": 8})
+    module = build_system(hf, dtype="float32")
+    shapes = load.shapes_of(module, module.example_batch)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    save.save_dual_encoder(tmp_path / "new", hf, module, params)
+    text = build_tower(hf["text_config"], pooling="pooler", dtype="float32")
+    with pytest.raises(UserError, match=r"set the text tower's pooling .* to 'cls' or 'mean'"):
+        load.load_tower(tmp_path / "new", text)
+    load.load_tower(tmp_path / "new", text.clone(pooling="cls"))
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "architecture"),
+    [
+        ("clip_vision_torch", "visual_projection.weight", "CLIPVisionModelWithProjection"),
+        ("siglip_vision_torch", "classifier.weight", "SiglipForImageClassification"),
+        ("bert_torch", "classifier.bias", "BertForSequenceClassification"),
+    ],
+)
+def test_a_head_that_a_tower_has_no_place_for_is_named(
+    changed, tower, caplog, name, head, architecture
+):
+    def with_head(tensors):
+        return tensors | {head: np.zeros((2, 2), np.float32)}
+
+    folder = changed(name, with_head, architectures=[architecture])
+    load.load_tower(folder, tower(folder))
+    (record,) = caplog.records
+    assert head in record.getMessage()
+    assert architecture in record.getMessage()
+
+
+def test_only_a_pooler_that_is_not_there_is_left_out(changed, tower):
+    """A pooler that cannot be used is an error also where this pooling does not need it."""
+
+    def with_odd_pooler(tensors):
+        return tensors | {"pooler.dense.bias": np.zeros(3, np.float32)}
+
+    folder = changed("bert_torch", with_odd_pooler)
+    with pytest.raises(UserError, match=r"pooler\.dense\.bias is float32\[3\]"):
+        load.load_tower_and_pooler(folder, tower(folder, "mean"))
+
+
+def test_weights_are_read_once(golden, tower, monkeypatch):
+    read, calls = files.read_tensors, []
+    monkeypatch.setattr(files, "read_tensors", lambda *a: calls.append(a) or read(*a))
+    load.load_tower_and_pooler(golden / "bert_torch", tower(golden / "bert_torch", "mean"))
+    assert len(calls) == 1

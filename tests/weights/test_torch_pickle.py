@@ -1,7 +1,10 @@
 import builtins
 import collections
 import os
+import pathlib
 import pickle
+import resource
+import struct
 import zipfile
 
 import ml_dtypes
@@ -12,8 +15,8 @@ from lit_jax.errors import UserError
 from lit_jax.weights import torch_pickle
 
 
-def write(file, program: bytes, **storages: bytes):
-    with zipfile.ZipFile(file, "w") as archive:
+def write(file, program: bytes, *, compression=zipfile.ZIP_STORED, **storages: bytes):
+    with zipfile.ZipFile(file, "w", compression) as archive:
         archive.writestr("archive/data.pkl", program)
         for key, data in storages.items():
             archive.writestr(f"archive/data/{key.removeprefix('s')}", data)
@@ -113,3 +116,44 @@ def test_something_else_than_tensors_is_refused(tmp_path):
     program = pickle.dumps({"epoch": 3}, protocol=2)
     with pytest.raises(UserError, match="'epoch' is a int; save the model as safetensors"):
         torch_pickle.read(write(tmp_path / "model.bin", program))
+
+
+# b"\x80\x02" is the protocol, "}" a dict, "]" a list, ")" a tuple; "r" remembers an object under 4 bytes.
+BOMBS = {
+    "a memo of 2 billion places": b"\x80\x02}r\xff\xff\xff\x7fK\x01.",
+    "a key whose hash takes for ever": b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"K\x01s.",
+    "lists in lists": b"\x80\x02" + b"]" * 200_000 + b".",
+    "tuples in tuples": b"\x80\x02)" + b"\x85" * 200_000 + b".",
+    "a program of many megabytes": b"\x80\x02" + b"]0" * 2**22 + b"}.",
+    "a number of many digits": b"\x80\x02I" + b"9" * 100_000 + b"\n.",
+    "an instruction of no tensor": b"\x80\x02}\x93.",
+    "a call with arguments": b"\x80\x02ccollections\nOrderedDict\n](K\x01e\x85R.",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_pickle_costs_no_more_than_its_bytes(tmp_path, name):
+    file, limits = (
+        write(tmp_path / "model.bin", BOMBS[name]),
+        resource.getrlimit(resource.RLIMIT_AS),
+    )
+    used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, limits[1]))
+    try:
+        with pytest.raises((UserError, ValueError, TypeError, IndexError)):
+            torch_pickle.read(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_an_archive_that_unpacks_to_more_than_it_has_is_refused(tmp_path):
+    program = one_tensor()
+    file = write(tmp_path / "a.bin", program, compression=zipfile.ZIP_DEFLATED, s0=bytes(10**6))
+    with pytest.raises(UserError, match="compressed"):
+        torch_pickle.read(file)
+    content = bytearray(write(tmp_path / "b.bin", program, s0=bytes(32)).read_bytes())
+    entry = content.rfind(b"PK\x01\x02")  # of the central directory; its sizes are bytes 20 to 28
+    content[entry + 20 : entry + 28] = struct.pack("<II", 2**31, 2**31)
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"says that it holds 21474\d+"):
+        torch_pickle.read(file)
