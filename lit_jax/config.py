@@ -140,6 +140,8 @@ class SourceConfig:
     templates: tuple[
         str, ...
     ] = ()  # "a photo of a {}": captions of what has a label but no caption
+    # Rows of a table that name the same image are one example; False: each row is an example.
+    group_captions: bool = True
     max_examples: Count | None = None  # only the first so many
     weight: NotNegative | None = None  # in a mixture: its share; None: its number of examples
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from lit_jax.config import SourceConfig
-from lit_jax.data.example import Example, Source
+from lit_jax.data.example import Example, Source, usable_label
 from lit_jax.errors import UserError
 
 
@@ -86,8 +86,11 @@ def in_languages(example: Example, wanted: Mapping[str, float]) -> Example:
 
 
 def from_templates(example: Example, templates: tuple[str, ...]) -> Example:
-    """The example with a caption of each template, which its label stands in, if it has a label."""
-    label = example["label"]
+    """Return the example with a caption of each template, which its label stands in, if it has a label.
+
+    Raises BadSampleError if its label cannot be used.
+    """
+    label = usable_label(example)
     if not label:
         return example
     captions = tuple(template.replace("{}", label) for template in templates)

@@ -62,8 +62,13 @@ class Plan:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("lit_jax.data.convert", __doc__)
-    for name in _source_keys():
-        parser.add_argument(f"--source.{name}", default=argparse.SUPPRESS, metavar="TEXT")
+    for name, kind in _source_keys().items():
+        parser.add_argument(
+            f"--source.{name}",
+            default=argparse.SUPPRESS,
+            metavar="True|False" if kind is bool else "TEXT",
+            type=_true_or_false if kind is bool else str,
+        )
     add_path(parser, "--output", required=True, help="folder to write")
     parser.add_argument(
         "--text_only", action="store_true", help="texts for teacher learning, without images"
@@ -93,10 +98,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(_finish(plan, args.output))
 
 
-def _source_keys() -> list[str]:
-    """The keys of a source that are texts: where it is and what its columns are called."""
+def _source_keys() -> dict[str, type]:
+    """Return the keys of a source that are texts or switches: where it is, its columns, how it is read."""
     hints = typing.get_type_hints(SourceConfig)
-    return [key for key, kind in hints.items() if kind in (str, str | None)]
+    return {key: kind for key, kind in hints.items() if kind in (str, str | None, bool)}
+
+
+def _true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
 
 
 def make_plan(source: SourceConfig, shard_size: int, *, text_only: bool = False) -> Plan:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from lit_jax.data.example import BadSampleError
-from lit_jax.data.files import File, ObjectPath, read_whole
+from lit_jax.data.files import File, ObjectPath, find, read_whole
 
 # What a source gives; None: there is no image.
 ImageFile = File | bytes | np.ndarray | None
@@ -33,7 +33,7 @@ def decode(image: ImageFile) -> Image.Image:
 def file_content(path: File) -> bytes:
     """Return the bytes of an image file; raises BadSampleError if it cannot be read."""
     try:
-        return read_whole(path)
+        return read_whole(find(path))
     except OSError as error:
         kind = "too_large" if error.errno == errno.EFBIG else "missing"
         raise BadSampleError(error.strerror or str(error), kind) from error

@@ -34,9 +34,10 @@ class Example(TypedDict):
     caption_weights: NotRequired[tuple[float, ...]]  # how often each is drawn; without: all alike
     teacher_caption: NotRequired[str | None]  # what they say, in the language of a text teacher
     label: str | None  # name of its class
-    label_is_folder: NotRequired[
-        bool
-    ]  # whether the label is the name of the folder that the image is in
+    # Whether the label is the name of the folder that the image is in.
+    label_is_folder: NotRequired[bool]
+    # Why the label that is there cannot be used; a task without labels does not mind.
+    label_problem: NotRequired[str]
 
 
 class BadSampleError(Exception):
@@ -45,6 +46,13 @@ class BadSampleError(Exception):
     def __init__(self, reason: str, kind: BadKind = "damaged"):
         super().__init__(reason)
         self.kind: BadKind = kind
+
+
+def usable_label(example: Example) -> str | None:
+    """Return the label. Raise BadSampleError if there is one that cannot be used."""
+    if problem := example.get("label_problem"):
+        raise BadSampleError(problem, "no_example")
+    return example["label"]
 
 
 @runtime_checkable

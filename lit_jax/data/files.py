@@ -3,9 +3,11 @@
 import dataclasses
 import errno
 import functools
+import itertools
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -195,6 +197,23 @@ def readable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def find(file: File) -> File:
+    """Return the file, or where it is missing the one whose name is the same text in another normal form.
+
+    macOS and programs on it write the letter é as e and an accent, others as one character.
+    """
+    if not isinstance(file, Path) or str(file).isascii() or file.exists():
+        return file
+    found = Path(file.anchor)
+    for part in file.relative_to(found).parts:
+        forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
+        there = next((found / form for form in forms if (found / form).exists()), None)
+        if there is None:
+            return file
+        found = there
+    return found
+
+
 def line_offsets(file: File, *, quoted: bool = False, block_bytes: int = 1 << 24) -> np.ndarray:
     """int64 offsets of a text file's lines and of its end, without blank lines and a byte order mark.
 
@@ -255,14 +274,47 @@ def _starts(text: bytes, ends: np.ndarray) -> np.ndarray:
     return starts[np.logical_or.reduceat(np.frombuffer(text, np.uint8) > ord(" "), starts)]
 
 
+# How files begin that are taken for a text in UTF-8.
+_OTHER_FILES = {
+    b"\xff\xfe\0\0": "is in UTF-32",
+    b"\xff\xfe": "is in UTF-16",
+    b"\xfe\xff": "is in UTF-16",
+    b"PK\x03\x04": "is a ZIP archive, as Excel writes it,",
+    b"\x1f\x8b": "is compressed with gzip",
+    b"PAR1": "is a Parquet file",
+}
+
+
+def check_text(file: File) -> None:
+    """Raise UserError if the first bytes of a file are not those of a text in UTF-8."""
+    start = read(file, 0, 64)
+    found = next((what for mark, what in _OTHER_FILES.items() if start.startswith(mark)), None)
+    if found is None and b"\0" in start:
+        # Without a mark: the letters of English have a zero byte beside each.
+        zeros = [start[parity::2].count(0) > len(start) // 4 for parity in (0, 1)]
+        found = "is in UTF-16, without a byte order mark," if any(zeros) else "holds null bytes"
+    if found:
+        raise UserError(f"{file} {found} and not a text in UTF-8; save it as a text in UTF-8.")
+
+
+def encoding_problem(error: UnicodeDecodeError) -> str:
+    """Return what is wrong, with the letter that an older encoding has for the byte."""
+    byte = error.object[error.start : error.start + 1]
+    # Windows-1252 is what programs write that say Latin-1; it has no letter for five bytes.
+    letter = byte.decode("cp1252", "replace")
+    meant = f", which is {letter!r} in Latin-1 and Windows-1252" if letter != "\ufffd" else ""
+    return f"byte 0x{byte.hex()} at position {error.start}{meant}; save the file in UTF-8"
+
+
 class Lines:
     """The lines of a text file, found by their offsets and read when asked for.
 
-    Raises UserError if there is none.
+    Raises UserError if there is none, or if the file is no text.
     """
 
     def __init__(self, file: File, *, quoted: bool = False):
         self.file = file
+        check_text(file)
         self._offsets = line_offsets(file, quoted=quoted)
         if not len(self):
             raise UserError(f"{file} is empty; it needs a line for each example.")
@@ -276,6 +328,18 @@ class Lines:
             raise IndexError(index)
         start, stop = self._offsets[index : index + 2].tolist()
         return read(self.file, start, stop)
+
+    def blocks(self, start: int = 0, *, block_bytes: int = 1 << 24) -> Iterator[list[bytes]]:
+        """Yield all lines from `start` on, in order and many at a time; the file is opened once."""
+        with self.file.open("rb") as stream:
+            stream.seek(int(self._offsets[start]))
+            while start < len(self):
+                end = self._offsets[start] + block_bytes
+                stop = max(start + 1, int(self._offsets.searchsorted(end, side="right")) - 1)
+                bounds = (self._offsets[start : stop + 1] - self._offsets[start]).tolist()
+                content = stream.read(bounds[-1])
+                yield [content[a:b] for a, b in itertools.pairwise(bounds)]
+                start = stop
 
     def place(self, index: int) -> str:
         """Names a line in messages. To count the lines before it would take as long as to read the file."""

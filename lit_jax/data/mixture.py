@@ -16,7 +16,7 @@ from fractions import Fraction
 
 import grain
 
-from lit_jax.config import DataConfig
+from lit_jax.config import DataConfig, SourceConfig
 from lit_jax.data.example import Example, Source
 from lit_jax.data.sources import open_source
 from lit_jax.errors import UserError
@@ -28,7 +28,7 @@ def open_training_data(config: DataConfig, *, text_only: bool = False) -> Source
     Raises UserError if both are given, if a weight is 0, or as `open_source`.
     """
     if not config.mixture:
-        return open_source(config.train, text_only=text_only)
+        return _open(config.train, text_only)
     if config.train.path:
         raise UserError(
             "config.data.train.path and config.data.mixture are both set; move the first into the mixture, "
@@ -39,9 +39,13 @@ def open_training_data(config: DataConfig, *, text_only: bool = False) -> Source
             raise UserError(
                 f"config.data.mixture.{name}.weight is 0; make it larger, or leave this source out."
             )
-    parts = {name: open_source(part, text_only=text_only) for name, part in config.mixture.items()}
+    parts = {name: _open(part, text_only) for name, part in config.mixture.items()}
     weights = {name: part.weight for name, part in config.mixture.items() if part.weight}
     return Mixture(parts, weights)
+
+
+def _open(config: SourceConfig, text_only: bool) -> Source:
+    return open_source(config, text_only=text_only, labelled=bool(config.templates))
 
 
 class Mixture:

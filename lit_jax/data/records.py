@@ -17,6 +17,16 @@ from lit_jax.files import parse_json, write_json
 
 MANIFEST = "records.json"
 VERSION = 1
+# Of each field its types; those that may be absent are None then.
+_KINDS = {
+    "key": str,
+    "image": bytes | None,
+    "captions": tuple,
+    "languages": tuple | None,
+    "teacher_caption": str | None,
+    "label": str | None,
+    "label_problem": str | None,
+}
 WRITER_OPTIONS = "group_size:1"
 
 
@@ -36,13 +46,22 @@ def encode(example: Example) -> bytes:
 
 
 def decode(record: bytes) -> Example:
-    """What `encode` was given, without what was None; raises BadSampleError if the record is none."""
+    """Return what `encode` was given, without what was None. Raise BadSampleError if the record is none."""
     try:
         row: Any = msgpack.unpackb(record, unicode_errors="surrogatepass", use_list=False)
         required = {"key": row["key"], "captions": row["captions"], "image": None, "label": None}
-        return Example(**required | row)
+        example = Example(**required | row)
     except Exception as error:  # msgpack's exceptions have no base of their own
         raise BadSampleError(f"not a record ({error!r})") from error
+    for name, kind in _KINDS.items():
+        if not isinstance(value := example.get(name), kind):
+            raise BadSampleError(f'not a record ("{name}" is of type {type(value).__name__})')
+    for name in ("captions", "languages"):
+        if not all(isinstance(text, str) for text in example.get(name) or ()):
+            raise BadSampleError(f'not a record ("{name}" has an item that is no text)')
+    if len(example.get("languages") or example["captions"]) != len(example["captions"]):
+        raise BadSampleError('not a record ("languages" are not as many as its captions)')
+    return example
 
 
 def write_manifest(folder: Path, shards: Sequence[Shard]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lit_jax.config_keys import nearest
-from lit_jax.data.example import BadSampleError, Source
+from lit_jax.data.example import BadSampleError, Source, usable_label
 from lit_jax.errors import UserError
 from lit_jax.evals.classes import Classes
 
@@ -41,12 +41,19 @@ class Labels:
             except BadSampleError as reason:
                 first_bad = first_bad or reason
                 continue
-            if example["label"] is None:
+            try:
+                label = usable_label(example)
+            except BadSampleError as reason:  # its image may be good: nothing else would name it
+                key = example["key"]
+                log.warning("Bad sample %s is left out of the evaluation: %s.", key, reason)
+                first_bad = first_bad or reason
+                continue
+            if label is None:
                 raise UserError(
                     f"The example {example['key']} has no label, and classification needs one; "
                     "give the data's label key."
                 )
-            self.of_example[i] = example["key"], example["label"]
+            self.of_example[i] = example["key"], label
             self.are_folders |= example.get("label_is_folder", False)
         if first_bad and not self.of_example:
             raise UserError(

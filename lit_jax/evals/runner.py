@@ -55,16 +55,23 @@ def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
 
     Raises UserError on what would end an evaluation later: call it before training.
     """
-    sources: dict[str, Source] = {}  # the same data is one source: it is embedded once
+    # The same data is one source: it is embedded once.
+    sources: dict[tuple[str, bool], Source] = {}
 
-    def source_of(config: SourceConfig, language: str, *, captions: bool = False) -> Source:
+    def source_of(
+        config: SourceConfig, language: str, *, labelled: bool = True, captions: bool = False
+    ) -> Source:
         """`captions`: only those in the language."""
         if captions and "{language}" not in config.path:
             config = dataclasses.replace(config, languages={language: 1.0})
         config = dataclasses.replace(config, path=config.path.replace("{language}", language))
-        if repr(config) not in sources:
-            sources[repr(config)] = open_source(config)
-        return sources[repr(config)]
+        key, other = (repr(config), labelled), (repr(config), not labelled)
+        if key not in sources:
+            source = open_source(config, labelled=labelled)
+            # Labels can only part the images further: as many examples are the same ones.
+            same = config.max_examples is None and len(sources.get(other, ())) == len(source)
+            sources[key] = sources[other] if same else source
+        return sources[key]
 
     prepared = []
     for key, config in evals.items():
@@ -72,7 +79,8 @@ def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
         for language in config.languages or (DEFAULT_LANGUAGE,):
             parts = [config.kind, key, *([language] if len(config.languages) > 1 else [])]
             captions = config.kind == "retrieval" and bool(config.languages)
-            source = source_of(config.data, language, captions=captions)
+            labelled = config.kind != "retrieval"
+            source = source_of(config.data, language, labelled=labelled, captions=captions)
             classes = load_classes(config, key, language) if config.kind == "zero_shot" else None
             train = source_of(config.train, language) if config.kind in _TRAINED else None
             prepared.append(

@@ -177,7 +177,7 @@ def test_bad_input_is_refused(folder, tmp_path, capsys):
 
 
 def test_nothing_but_bad_samples_is_refused(jsonl_folder, tmp_path, capsys):
-    folder = jsonl_folder([{"image": "missing.png", "caption": "a"}] * 3)
+    folder = jsonl_folder({"image": f"missing{i}.png", "caption": "a"} for i in range(3))
     assert convert(folder, tmp_path / "out") == 2
     assert "None of the 3 examples can be used;" in said(capsys)
     assert not (tmp_path / "out" / records.MANIFEST).exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from collections import Counter
 from fractions import Fraction
 from typing import Any
@@ -208,7 +209,8 @@ def write_folders(jsonl_folder, tmp_path):
     jsonl_folder({"image": f"{i}.png", "caption": f"{i}"} for i in range(3))
     other = tmp_path / "other"
     other.mkdir()
-    (other / "captions.jsonl").write_text('{"image": "../0.png", "label": "dog"}\n' * 2)
+    rows = [json.dumps({"image": f"../{i}.png", "label": "dog"}) for i in range(2)]
+    (other / "captions.jsonl").write_text("\n".join(rows))
     return {"all": {"path": str(tmp_path)}, "labels": {"path": str(other), "weight": 2}}
 
 

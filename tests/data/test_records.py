@@ -1,5 +1,6 @@
 import json
 
+import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,13 +18,16 @@ ANY_TEXT = st.text(st.characters(codec=None))  # also halves of surrogate pairs
             "key": ANY_TEXT,
             "image": st.none() | st.binary(),
             "captions": st.lists(ANY_TEXT, max_size=3).map(tuple),
-            "languages": st.none() | st.lists(ANY_TEXT, max_size=3).map(tuple),
             "teacher_caption": st.none() | ANY_TEXT,
             "label": st.none() | ANY_TEXT,
         }
-    )
+    ),
+    language=st.none() | ANY_TEXT,
 )
-def test_a_record_gives_back_the_example(example):
+def test_a_record_gives_back_the_example(example, language):
+    if language is not None:
+        language = tuple(language + text for text in example["captions"])
+    example["languages"] = language
     always = {"key", "image", "captions", "label"}
     kept = {k: v for k, v in example.items() if v is not None or k in always}
     assert decode(encode(example)) == kept
@@ -38,6 +42,20 @@ def test_an_image_has_to_be_encoded(tmp_path):
 def test_a_damaged_record_is_a_bad_sample(record):
     with pytest.raises(BadSampleError, match="not a record"):
         decode(record)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("captions", None), ("captions", "a dog"), ("captions", ("a", None)), ("captions", {"en": "a"}),
+        ("key", 3), ("image", "a.png"), ("label", 1.0), ("teacher_caption", b"a"),
+        ("languages", ("en", "de")), ("languages", (1,)), ("languages", "en"),
+    ],
+)  # fmt: skip
+def test_a_record_with_another_type_in_a_field_is_a_bad_sample(field, value):
+    row = {"key": "a", "image": b"x", "captions": ("a dog",), field: value}
+    with pytest.raises(BadSampleError, match=rf'not a record \("{field}'):
+        decode(msgpack.packb(row))
 
 
 def test_a_manifest_gives_back_its_shards(tmp_path):

@@ -53,8 +53,8 @@ def test_jsonl_rows_become_examples(jsonl_folder, noise):
         [
             {"image": "a.png", "caption": CAPTIONS[0]},
             {"image": "b.png", "captions": CAPTIONS[1:], "label": "犬", "key": "second"},
-            {"image": "a.png", "caption": "first", "captions": ["then"]},
-            {"image": "a.png", "label": "dog", "caption": None},
+            {"image": "c.png", "caption": "first", "captions": ["then"]},
+            {"image": "d.png", "label": "dog", "caption": None},
         ]
     )
     first, second, both, labelled = open_source(SourceConfig(path=str(folder)))
@@ -98,7 +98,10 @@ def test_jsonl_image_may_be_an_absolute_path(tmp_path, jsonl_folder):
 def test_lines_are_found_in_any_layout(
     tmp_path, captions, blanks, mark, line_break, ended, block_bytes
 ):
-    lines = [json.dumps({"image": "a", "caption": c}, ensure_ascii=True) for c in captions]
+    lines = [
+        json.dumps({"image": f"{i}", "caption": c}, ensure_ascii=True)
+        for i, c in enumerate(captions)
+    ]
     spread = [line for pair in zip(blanks, lines, strict=False) for line in pair]
     text = mark + line_break.join(spread) + (line_break if ended else "")
     (tmp_path / "captions.jsonl").write_bytes(text.encode())
@@ -134,8 +137,8 @@ def test_jsonl_image_may_be_a_mapping_without_a_caption(tmp_path):
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, reason):
-    good = b'{"image": "a.png", "caption": "a dog"}\n'
-    (tmp_path / "captions.jsonl").write_bytes(good + b"\n" + line.encode() + b"\n" + good)
+    good, other = (f'{{"image": "{x}.png", "caption": "a dog"}}\n'.encode() for x in "gh")
+    (tmp_path / "captions.jsonl").write_bytes(good + b"\n" + line.encode() + b"\n" + other)
     source = open_folder(tmp_path)
     place = rf"line at byte {len(good) + 1} of .*captions\.jsonl"
     with pytest.raises(BadSampleError, match=rf"{place} is no example \(.*{reason}") as raised:
@@ -377,7 +380,7 @@ def test_tfds_needs_array_record(tfds_folder, tmp_path):
 
 
 def test_sources_can_be_sent_to_workers(tfds_config, jsonl_folder):
-    jsonl = jsonl_folder({"image": "a.png", "caption": text} for text in CAPTIONS)
+    jsonl = jsonl_folder({"image": f"{i}.png", "caption": c} for i, c in enumerate(CAPTIONS))
     for source in (open_source(tfds_config), open_folder(jsonl), DemoSource("unseen")):
         copy = pickle.loads(pickle.dumps(source))
         assert len(copy) == len(source)

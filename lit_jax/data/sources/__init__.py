@@ -19,7 +19,9 @@ from lit_jax.data.files import AddressError, File, local, locate, require_regula
 from lit_jax.data.listing import expand, is_system, shown, top_folders, walk
 from lit_jax.data.records import MANIFEST
 from lit_jax.data.sources import columns, flickr, hints, lists, splits
+from lit_jax.data.sources.checks import check_first_rows
 from lit_jax.data.sources.delimited import DelimitedSource
+from lit_jax.data.sources.grouping import Table, group_rows
 from lit_jax.data.sources.jsonl import JsonlSource
 from lit_jax.data.sources.pairs import open_pairs
 from lit_jax.data.sources.records import RecordSource
@@ -108,16 +110,22 @@ FORMATS = (
 )
 
 
-def open_source(config: SourceConfig, *, text_only: bool = False) -> Source:
-    """The data set that `config` names, with the examples and captions that it chooses; never empty, and not
-    without images unless it is for `text_only`.
+def open_source(config: SourceConfig, *, text_only: bool = False, labelled: bool = True) -> Source:
+    """Open the data set that `config` names, with the examples and captions that it chooses.
+
+    A source is never empty.
+
+    Args:
+        text_only: whether examples need no image; rows are then never grouped by image.
+        labelled: whether the task uses labels: rows of one image with different labels are then different
+            examples.
 
     Raises UserError if it is missing, empty or broken, or has no such split.
     """
-    return captions.choose(_find(config, text_only), config)
+    return captions.choose(_find(config, text_only, labelled), config)
 
 
-def _find(config: SourceConfig, text_only: bool) -> Source:
+def _find(config: SourceConfig, text_only: bool, labelled: bool) -> Source:
     if config.path == "demo":
         return (
             ParallelDemoSource()
@@ -127,7 +135,7 @@ def _find(config: SourceConfig, text_only: bool) -> Source:
     try:
         places = [locate(path) for path in expand(config.path)] if config.path else []
         if source := _open(places, config, text_only):
-            return source
+            return _look_through(source, config, text_only, labelled)
     except AddressError as error:
         raise UserError(str(error)) from error
     except OSError as error:  # no permission, no network, no credentials
@@ -139,6 +147,16 @@ def _find(config: SourceConfig, text_only: bool) -> Source:
         "or a folder with images that "
         "have texts beside them (a.jpg, a.txt) or a folder for each class."
     )
+
+
+def _look_through(source: Source, config: SourceConfig, text_only: bool, labelled: bool) -> Source:
+    """Return the source with the rows of each image as one example, if it is a table."""
+    if not isinstance(source, Table):
+        return source
+    check_first_rows(source, config, text_only=text_only)
+    if text_only or not config.group_captions:
+        return source
+    return group_rows(source, config, by_label=labelled)
 
 
 def _all_patterns() -> str:

@@ -4,24 +4,26 @@ import collections
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Int
 from pyarrow import parquet
 
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import Example
 from lit_jax.data.files import File
 from lit_jax.data.sources import splits
-from lit_jax.data.sources.rows import bad_sample, example_of
+from lit_jax.data.sources.rows import bad_sample, check_names, example_of, identity, web_hint
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
 
 CACHE_BYTES = 1 << 28  # of decoded row groups, in each process
+PIECE = 1000  # rows that are looked through at a time
 OPTIONAL = ("captions", "teacher_caption", "key")
 
 
@@ -36,36 +38,105 @@ class Columns:
 
     @classmethod
     def of(cls, schema: pa.Schema, file: File, config: SourceConfig, text_only: bool) -> "Columns":
-        """Raises UserError if a column is missing or of a type that it cannot have."""
+        """Return the columns that there are.
+
+        Raises UserError if one is missing, of a type that it cannot have, or there twice.
+        """
         image, texts = config.image_key, [config.caption_key, config.label_key]
+        wanted = [image, *texts, *OPTIONAL]
+        check_names(schema.names, wanted, file)
         has_image = image in schema.names and _holds_images(schema.field(image).type)
         if not (has_image or text_only) or not {*texts, "captions"} & {*schema.names}:
             described = ", ".join(f"{field.name} ({field.type})" for field in schema)
             raise UserError(
                 f"{file} needs a column {image!r} of images, and {texts[0]!r} or {texts[1]!r}, but has "
-                f"{described}; set image_key, caption_key and label_key of this source to names of columns."
+                f"{described}; set image_key, caption_key and label_key of this source to names of columns"
+                f"{web_hint(schema.names)}."
             )
-        wanted = [image, *texts, *OPTIONAL]
         names = [name for name in dict.fromkeys(wanted) if name in schema.names]
         return cls(config, text_only, names, _class_names(schema, config.label_key))
 
     def example(self, row: Mapping[str, Any], folder: File, place: str) -> Example:
         with bad_sample(place):
-            key = self.config.label_key
-            if self.classes and isinstance(label := row.get(key), int):
-                # -1 is what `datasets` gives to examples without a label.
-                if not -1 <= label < len(self.classes):
-                    raise ValueError(f'"{key}" is {label}, of {len(self.classes)} classes')
-                row = {**row, key: None if label < 0 else self.classes[label]}
-            return example_of(row, self.config, folder, key=place, text_only=self.text_only)
+            example = example_of(row, self.config, folder, key=place, text_only=self.text_only)
+            return self._with_class_name(example)
+
+    def _with_class_name(self, example: Example) -> Example:
+        """Return the example with the name of its class, if its label is the number of one."""
+        label = example["label"]
+        if not self.classes or label is None or not label.removeprefix("-").isdecimal():
+            return example
+        number, count = int(label), len(self.classes)
+        if number == -1:  # what `datasets` gives to examples without a label
+            return {**example, "label": None}
+        if not 0 <= number < count:
+            problem = f'"{self.config.label_key}" is {number}, of {count} classes'
+            return {**example, "label": None, "label_problem": problem}
+        return {**example, "label": self.classes[number]}
+
+    def identities(self, table: pa.Table, folder: File, *, by_label: bool) -> list[str | None]:
+        """Return what `rows.identity` says of each row of a table that has `keys`."""
+        image, label = self.config.image_key, self.config.label_key
+        if not self.keys(table.schema, by_label=False):
+            return [None] * len(table)
+        paths = table[image]
+        if pa.types.is_struct(paths.type):
+            paths = _part(paths, "path")
+        labels = [None] * len(table)
+        if label in table.column_names:
+            labels = table[label].to_pylist()
+        pairs = zip(paths.to_pylist(), labels, strict=True)
+        rows = ({image: path, label: value} for path, value in pairs)
+        return [identity(row, self.config, folder, by_label=by_label) for row in rows]
+
+    def keys(self, schema: pa.Schema, *, by_label: bool) -> list[str]:
+        """Return the columns, or parts of them, that `identities` needs: the content of no image."""
+        image, label = self.config.image_key, self.config.label_key
+        inside = _inside(schema.field(image).type)
+        has_path = "path" in inside or _is_text(schema.field(image).type)
+        paths = [f"{image}.path" if inside else image] if has_path else []
+        return paths + ([label] if paths and by_label and label in self.names else [])
+
+    def without_contents(self, schema: pa.Schema) -> list[str]:
+        """Return the columns to read but for images that are in the table itself."""
+        image = self.config.image_key
+        return [name for name in self.names if name != image or _is_text(schema.field(name).type)]
+
+    def holds_contents(self, schema: pa.Schema) -> bool:
+        """Return whether images may be in the table itself, beside their paths."""
+        return "bytes" in _inside(schema.field(self.config.image_key).type)
 
 
 def _holds_images(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return {"bytes", "path"} & {field.name for field in kind} != set()
+    if inside := _inside(kind):
+        return bool({"bytes", "path"} & inside)
     binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return _is_text(kind) or any(test(kind) for test in binary)
+
+
+def _inside(kind: pa.DataType) -> set[str]:
+    """Return the names of what is in a mapping; nothing is in a value of another type."""
+    return {field.name for field in kind} if pa.types.is_struct(kind) else set()
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):  # what pandas calls a categorical
+        kind = kind.value_type
     text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    return any(test(kind) for test in (*binary, *text))
+    return any(test(kind) for test in text)
+
+
+def _part(column: pa.Array | pa.ChunkedArray, name: str) -> pa.Array | pa.ChunkedArray:
+    """Return what each of the mappings has under this name, null where a mapping is null."""
+    return column.flatten()[column.type.get_field_index(name)]
+
+
+def _contents(column: pa.Array | pa.ChunkedArray, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
+    """Yield the images in a column of mappings, those of these rows that have bytes."""
+    content = _part(column, "bytes")
+    for row in rows.tolist():
+        if (value := content[row].as_py()) is not None:
+            yield row, value
 
 
 def _class_names(schema: pa.Schema, label_key: str) -> list[str] | None:
@@ -86,11 +157,12 @@ class ParquetSource:
     """
 
     def __init__(self, files: Sequence[File], config: SourceConfig, *, text_only: bool = False):
-        self._files = list(files)
+        self.files = list(files)
         with ThreadPoolExecutor(16) as pool:
-            schemas, sizes = zip(*pool.map(_read_layout, self._files), strict=True)
+            schemas, sizes = zip(*pool.map(_read_layout, self.files), strict=True)
         found = zip(schemas, files, strict=True)
         self._columns, *_ = [Columns.of(s, f, config, text_only) for s, f in found]
+        self._schema = schemas[0]
         groups = [
             (n, group, rows)
             for n, sizes_of_file in enumerate(sizes)
@@ -111,7 +183,7 @@ class ParquetSource:
             raise IndexError(index)
         found = int(self._starts.searchsorted(index, side="right")) - 1
         n, group = self._groups_Gx2[found].tolist()
-        file, row = self._files[n], index - int(self._starts[found])
+        file, row = self.files[n], index - int(self._starts[found])
         place = f"row {row} of row group {group} of {file}"
         table = self._cache.get(found)
         if table is None:
@@ -119,8 +191,50 @@ class ParquetSource:
             with bad_sample(place), _open_parquet(file) as opened:
                 table = opened.read_row_group(group, self._columns.names)
             self._cache.put(found, table)
-        values = {name: table[name][row].as_py() for name in table.column_names}
+        with bad_sample(place):  # a damaged file may have a text that is not UTF-8
+            values = {name: table[name][row].as_py() for name in table.column_names}
         return self._columns.example(values, file.parent, place)
+
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        """Yield all in order, up to the first that cannot be read, without the content of images."""
+        names = self._columns.without_contents(self._schema)
+        with contextlib.suppress(pa.ArrowException, OSError, ValueError):
+            for n, group in self._groups_Gx2.tolist():
+                for batch in self._batches(n, group, names):
+                    yield from batch.to_pylist()
+
+    def identities(self, *, by_label: bool) -> Iterator[list[str | None]]:
+        columns = self._columns
+        keys = columns.keys(self._schema, by_label=by_label)
+        sizes = np.diff(self._starts).tolist()
+        for (n, group), count in zip(self._groups_Gx2.tolist(), sizes, strict=True):
+            with contextlib.suppress(pa.ArrowException, OSError, ValueError):
+                for batch in self._batches(n, group, keys) if keys else ():
+                    folder, table = self.files[n].parent, pa.Table.from_batches([batch])
+                    yield columns.identities(table, folder, by_label=by_label)
+                    count -= len(batch)
+            yield [None] * count
+
+    def contents(self, rows: Int[np.ndarray, " R"]) -> Iterator[tuple[int, bytes]]:
+        image = self._columns.config.image_key
+        if not self._columns.holds_contents(self._schema):
+            return
+        group_R = self._starts.searchsorted(rows, side="right") - 1
+        for found in np.unique(group_R).tolist():
+            n, group = self._groups_Gx2[found].tolist()
+            start = int(self._starts[found])
+            inside = rows[group_R == found] - start
+            with contextlib.suppress(pa.ArrowException, OSError):
+                for batch in self._batches(n, group, [f"{image}.bytes"]):
+                    here = inside[inside < len(batch)]
+                    for row, content in _contents(batch.column(0), here):
+                        yield start + row, content
+                    inside, start = inside[len(here) :] - len(batch), start + len(batch)
+
+    def _batches(self, n: int, group: int, names: list[str]) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of a row group in pieces: columns of images may be larger than memory."""
+        with _open_parquet(self.files[n]) as opened:
+            yield from opened.iter_batches(PIECE, row_groups=[group], columns=names)
 
 
 def _open_parquet(file: File) -> parquet.ParquetFile:
@@ -172,7 +286,9 @@ class _Cache:
 class HuggingFaceSource:
     """A folder that `Dataset.save_to_disk` wrote, or a split of one by `DatasetDict.save_to_disk`.
 
-    Its Arrow files are mapped into memory, not read.
+    Its Arrow files are mapped into memory, not read. A damaged file would make Arrow end the process: each
+    batch of rows (`datasets` writes a thousand) is validated before its first row is taken. That reads the
+    texts of the batch, and of its images no more than their places.
 
     Raises UserError if there is no such split, or if the folder is damaged, empty or lacks a column.
     """
@@ -181,14 +297,16 @@ class HuggingFaceSource:
         self._folder = folder
         try:
             state = parse_json((folder / "state.json").read_text(encoding="utf-8"))
-            self._files = [folder / row["filename"] for row in state["_data_files"]]
-            self._tables = [_map_table(file) for file in self._files]
+            self.files = [folder / row["filename"] for row in state["_data_files"]]
+            self._batches = _map_batches(self.files)
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise UserError(f"{folder} is damaged ({error}); save the data set again.") from error
-        self._starts = np.cumsum([0, *(len(table) for table in self._tables)])
+        self._starts = np.cumsum([0, *map(len, self._batches)])
         if not len(self):
             raise UserError(f"{folder} has no rows; save a data set that has some.")
-        self._columns = Columns.of(self._tables[0].schema, folder, config, text_only)
+        self._schema = self._batches[0].schema
+        self._columns = Columns.of(self._schema, folder, config, text_only)
+        self._valid: set[int] = set()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -197,19 +315,61 @@ class HuggingFaceSource:
         if not 0 <= index < len(self):
             raise IndexError(index)
         found = int(self._starts.searchsorted(index, side="right")) - 1
-        table, row = self._tables[found], index - int(self._starts[found])
-        values = {name: table[name][row].as_py() for name in self._columns.names}
-        return self._columns.example(values, self._folder, f"row {index} of {self._folder}")
+        place, row = f"row {index} of {self._folder}", index - int(self._starts[found])
+        with bad_sample(place):
+            batch = self._batch(found)
+            values = {name: batch[name][row].as_py() for name in self._columns.names}
+        return self._columns.example(values, self._folder, place)
+
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        """Yield all in order, up to the first that cannot be read, without the content of images."""
+        names = self._columns.without_contents(self._schema)
+        with contextlib.suppress(pa.ArrowException, ValueError):
+            for found in range(len(self._batches)):
+                yield from self._batch(found).select(names).to_pylist()
+
+    def identities(self, *, by_label: bool) -> Iterator[list[str | None]]:
+        for found, batch in enumerate(self._batches):
+            try:
+                table = pa.Table.from_batches([self._batch(found)])
+                yield self._columns.identities(table, self._folder, by_label=by_label)
+            except (pa.ArrowException, ValueError):
+                yield [None] * len(batch)
+
+    def contents(self, rows: Int[np.ndarray, " R"]) -> Iterator[tuple[int, bytes]]:
+        image = self._columns.config.image_key
+        if not self._columns.holds_contents(self._schema):
+            return
+        batch_R = self._starts.searchsorted(rows, side="right") - 1
+        for found in np.unique(batch_R).tolist():
+            start = int(self._starts[found])
+            column = self._batch(found)[image]
+            for row, content in _contents(column, rows[batch_R == found] - start):
+                yield start + row, content
+
+    def _batch(self, found: int) -> pa.RecordBatch:
+        """Return a batch whose columns are valid. Raise ArrowInvalid if they are damaged."""
+        batch = self._batches[found]
+        if found not in self._valid:
+            for name in self._columns.names:
+                batch[name].validate(full=True)
+            self._valid.add(found)
+        return batch
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_tables": None}
+        return self.__dict__ | {"_batches": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"_tables": [_map_table(file) for file in state["_files"]]}
+        self.__dict__ |= state | {"_batches": _map_batches(state["files"])}
 
 
-def _map_table(file: Path) -> pa.Table:
-    return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+def _map_batches(files: Sequence[Path]) -> list[pa.RecordBatch]:
+    return [
+        batch
+        for file in files
+        for batch in pa.ipc.open_stream(pa.memory_map(str(file)))
+        if len(batch)
+    ]
 
 
 def open_dict(folder: Path, config: SourceConfig, *, text_only: bool = False) -> HuggingFaceSource:

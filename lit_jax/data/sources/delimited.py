@@ -1,14 +1,28 @@
 """Tables of text: CSV and TSV."""
 
+import contextlib
 import csv
 import errno
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
 
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import Example
-from lit_jax.data.files import File, Lines
-from lit_jax.data.sources.rows import WEB, bad_sample, example_of
+from lit_jax.data.files import File, Lines, find
+from lit_jax.data.sources.rows import (
+    DOWNLOAD,
+    WEB,
+    bad_sample,
+    check_names,
+    example_of,
+    identity,
+    web_hint,
+)
 from lit_jax.errors import UserError
+
+_SEPARATORS = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
 
 
 class DelimitedSource:
@@ -16,7 +30,8 @@ class DelimitedSource:
 
     CSV is that of RFC 4180: what has a comma, a quote or a line break stands between double quotes. A TSV has
     no line breaks inside of fields, and quotes count only around a whole field. Without names, a TSV of
-    two columns is read as caption and path (Conceptual Captions).
+    two columns is read as caption and path (Conceptual Captions). Blanks around the names of columns do not
+    count; if there are some, those around all fields do not.
     """
 
     def __init__(self, file: File, config: SourceConfig, *, text_only: bool = False):
@@ -24,38 +39,63 @@ class DelimitedSource:
         self._lines = Lines(file, quoted=self._comma)
         self._config = config
         self._text_only = text_only
+        self._blanks = False
         try:
-            first = self._fields(0)
-        except (ValueError, csv.Error) as error:
+            first = self._fields(self._lines[0])
+        except ValueError as error:
             raise UserError(
                 f"The first line of {file} is no line of a table ({error}); save it as CSV or "
                 "TSV in UTF-8."
             ) from error
+        self._blanks = first != [*map(str.strip, first)]
+        first = [name.strip() for name in first]
         header = self._is_header(first)
         self._first = 1 if header else 0
         self._names = first if header else [config.caption_key, config.image_key]
         if not len(self):
             raise UserError(f"{file} has the names of its columns, and no line after them.")
+        check_names(self._names, [config.image_key, config.caption_key, config.label_key], file)
 
     def _is_header(self, first: Sequence[str]) -> bool:
         config, file = self._config, self._lines.file
         image = self._text_only or config.image_key in first
-        if image and {config.caption_key, config.label_key} & set(first):
+        if image and {config.caption_key, config.label_key, "captions"} & set(first):
             return True
         pair = not self._comma and len(first) == 2
         if pair and self._is_image(first[1]):
             return False
+        if any(field.startswith(WEB) for field in first):
+            raise UserError(
+                f"{file} lists addresses on the web, without names of columns; {DOWNLOAD}, and give its "
+                "output."
+            )
+        if found := self._other_separator(first):
+            expected = _SEPARATORS["," if self._comma else "\t"]
+            raise UserError(
+                f"The fields of {file} are separated by {_SEPARATORS[found]}, and in a *{file.suffix} file "
+                f"{expected} is expected; save it with {expected} between the fields."
+            )
         raise UserError(
             f"{file} needs the columns {config.image_key!r}, and {config.caption_key!r} or "
             f"{config.label_key!r}, but its first line has {', '.join(map(repr, first))}; set image_key, "
-            "caption_key and label_key of this source to names of columns."
+            f"caption_key and label_key of this source to names of columns{web_hint(first)}."
         )
+
+    def _other_separator(self, first: Sequence[str]) -> str | None:
+        """Return what separates the fields of the first line, if that is not what should."""
+        config, line = self._config, self._lines[0].decode()
+        texts = {config.caption_key, config.label_key}
+        for mark in _SEPARATORS:
+            names = {name.strip(' "\r\n') for name in line.split(mark)}
+            if config.image_key in names and texts & names:
+                return mark
+        return next((mark for mark in _SEPARATORS if mark in line and len(first) == 1), None)
 
     def _is_image(self, field: str) -> bool:
         if field.startswith(WEB):
             return self._text_only
         try:
-            return (self._lines.file.parent / field).is_file()
+            return find(self._lines.file.parent / field).is_file()
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 return False
@@ -68,28 +108,60 @@ class DelimitedSource:
         if not 0 <= index < len(self):
             raise IndexError(index)
         line = index + self._first
-        place = self._lines.place(line)
-        with bad_sample(place):
-            try:
-                values = self._fields(line)
-            except csv.Error as error:
-                raise ValueError(str(error)) from error
-            if len(values) != len(self._names):
-                raise ValueError(f"{len(values)} fields for {len(self._names)} columns")
-            row = {name: value or None for name, value in zip(self._names, values, strict=True)}
+        with bad_sample(self._lines.place(line)):
+            row = self._row(self._lines[line])
             folder = self._lines.file.parent
             return example_of(row, self._config, folder, text_only=self._text_only)
 
-    def _fields(self, line: int) -> list[str]:
-        text = self._lines[line].decode().rstrip("\r\n")
-        if self._comma:
-            (fields,) = csv.reader([text], strict=True)
-            return fields
-        return [_unquoted(field) for field in text.split("\t")]
+    @property
+    def files(self) -> list[File]:
+        return [self._lines.file]
+
+    def rows(self) -> Iterator[Mapping[str, str | None]]:
+        """Yield those that can be read, in order."""
+        for line in itertools.chain.from_iterable(self._lines.blocks(self._first)):
+            with contextlib.suppress(ValueError):
+                yield self._row(line)
+
+    def identities(self, *, by_label: bool) -> Iterator[list[str | None]]:
+        folder = self._lines.file.parent
+
+        def name(line: bytes) -> str | None:
+            try:
+                return identity(self._row(line), self._config, folder, by_label=by_label)
+            except ValueError:
+                return None
+
+        for lines in self._lines.blocks(self._first):
+            yield [name(line) for line in lines]
+
+    def contents(self, rows: np.ndarray) -> tuple[()]:
+        return ()  # no image is in a text
+
+    def _row(self, line: bytes) -> dict[str, str | None]:
+        """Return the fields of a line by their names. Raise ValueError if they are not as many."""
+        values = self._fields(line)
+        if len(values) != len(self._names):
+            quote = "; a comma within a field needs double quotes around it" if self._comma else ""
+            raise ValueError(f"{len(values)} fields for {len(self._names)} columns{quote}")
+        return {name: value or None for name, value in zip(self._names, values, strict=True)}
+
+    def _fields(self, line: bytes) -> list[str]:
+        text = line.decode().rstrip("\r\n")
+        if not self._comma:
+            fields = [_unquoted(field) for field in text.split("\t")]
+        elif '"' in text or "\r" in text:
+            try:
+                (fields,) = csv.reader([text], strict=True, skipinitialspace=self._blanks)
+            except csv.Error as error:
+                raise ValueError(str(error)) from error
+        else:  # the same, in a third of the time
+            fields = text.split(",")
+        return [field.strip() for field in fields] if self._blanks else fields
 
 
 def _unquoted(field: str) -> str:
-    """A field of a TSV without its quotes, if it is one that a writer of quotes has written."""
+    """Return a field of a TSV without its quotes, if a writer of quotes has written them."""
     inside = field[1:-1].replace('""', "")
     quoted = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inside
     return field[1:-1].replace('""', '"') if quoted else field

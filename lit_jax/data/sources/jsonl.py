@@ -1,11 +1,16 @@
 """One JSON object a line."""
 
-from collections.abc import Mapping
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
 
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.files import File, Lines
-from lit_jax.data.sources.rows import bad_sample, example_of
+from lit_jax.data.sources.rows import bad_sample, example_of, identity
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
 
@@ -37,10 +42,39 @@ class JsonlSource:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> Example:
-        place = self._lines.place(index)
-        with bad_sample(place):
-            row = parse_json(self._lines[index].decode())
-            if not isinstance(row, Mapping):
-                raise TypeError("not a JSON object")
+        with bad_sample(self._lines.place(index)):
+            row = _row(self._lines[index])
             folder = self._lines.file.parent
             return example_of(row, self._config, folder, text_only=self._text_only)
+
+    @property
+    def files(self) -> list[File]:
+        return [self._lines.file]
+
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        """Yield those that can be read, in order."""
+        for line in itertools.chain.from_iterable(self._lines.blocks()):
+            with contextlib.suppress(ValueError):
+                yield _row(line)
+
+    def identities(self, *, by_label: bool) -> Iterator[list[str | None]]:
+        folder = self._lines.file.parent
+
+        def name(line: bytes) -> str | None:
+            try:
+                return identity(_row(line), self._config, folder, by_label=by_label)
+            except ValueError:
+                return None
+
+        for lines in self._lines.blocks():
+            yield [name(line) for line in lines]
+
+    def contents(self, rows: np.ndarray) -> tuple[()]:
+        return ()  # no image is in a text
+
+
+def _row(line: bytes) -> Mapping[str, Any]:
+    row = parse_json(line.decode())
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    return row

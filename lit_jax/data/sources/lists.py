@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from lit_jax.data.example import BadSampleError, Example
-from lit_jax.data.files import File, read_text, readable
+from lit_jax.data.files import File, find, read_text, readable
 from lit_jax.data.listing import is_system, shown, system_part
 from lit_jax.data.sources import splits
 from lit_jax.errors import UserError
@@ -225,7 +225,7 @@ def folder_of_images(file: File, names: Sequence[str], split: str | None = None)
     ]
     folders = [*bases, *(base / split for base in bases if split)]
     for folder in folders:
-        if any((folder / name).is_file() for name in names):
+        if any(find(folder / name).is_file() for name in names):
             return folder
     raise UserError(
         f"The image {names[0]!r} that {file} lists is in none of the folders "

@@ -1,0 +1,193 @@
+"""Tables with a row for each caption: the rows of one image are one example.
+
+Rows that name the same file are of one image. Where a table itself holds the images, these rows are, if both
+path and content agree: `datasets` keeps the last part of a path alone. A row without a path stands alone, and
+so does one that is no example, as a bad sample.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int
+
+from lit_jax.config import SourceConfig
+from lit_jax.data.example import BadSampleError, Example, Source
+from lit_jax.data.files import File
+from lit_jax.data.sources.kept import KeptTable, Shelf
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+KEEP_FROM_SECONDS = 1.0  # that a pass took
+_ALONE = -1  # what Python's hash never is
+
+
+@runtime_checkable
+class Table(Protocol):
+    """A source whose examples are rows of files."""
+
+    @property
+    def files(self) -> Sequence[File]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        """Yield those that can be read, in order, without the content of images."""
+        ...
+
+    def identities(self, *, by_label: bool) -> Iterator[Sequence[str | None]]:
+        """Yield what `rows.identity` says of each row, in order and many at a time."""
+        ...
+
+    def contents(self, rows: Int[np.ndarray, " R"]) -> Iterable[tuple[int, bytes]]:
+        """Yield the images among these rows, in ascending order, that the table itself holds."""
+        ...
+
+
+def group_rows(table: Table, config: SourceConfig, *, by_label: bool) -> Source:
+    """Return the table with its images as examples, in the order of their first rows.
+
+    Args:
+        by_label: whether rows of one image with different labels are different examples.
+    """
+    groups = _find_groups(table, config, by_label=by_label)
+    if not len(groups):
+        return table
+    log.info(
+        "%s: %d rows name %d images; with group_captions=False each row is an example.",
+        config.path,
+        len(table),
+        len(groups),
+    )
+    return _Grouped(table, groups)
+
+
+class Groups:
+    """The rows of each image. Of those kept on disk only the path is sent to worker processes."""
+
+    def __init__(self, found: pa.LargeListArray | KeptTable):
+        self._found = found
+        (array,) = found.columns if isinstance(found, KeptTable) else (found,)
+        self._starts, self._rows = array.offsets.to_numpy(), array.values.to_numpy()
+
+    def __reduce__(self):
+        return Groups, (self._found,)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> list[int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start, stop = self._starts[index : index + 2].tolist()
+        return self._rows[start:stop].tolist()
+
+
+class _Grouped:
+    """The images of a table, each with the captions of all its rows."""
+
+    def __init__(self, table: Table, groups: Groups):
+        self._table, self._groups = table, groups
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, index: int) -> Example:
+        return _merge([self._table[row] for row in self._groups[index]])
+
+
+def _merge(examples: Sequence[Example]) -> Example:
+    """Return one example with the captions of all, also where two are the same, in their order."""
+    first, *others = examples
+    if not others:
+        return first
+    captioned = [example for example in examples if example["captions"]]
+    languages = [example.get("languages") for example in captioned]
+    if None in languages and any(languages):
+        raise BadSampleError(
+            f"rows of {first['key']} have captions by language, and others have captions without one",
+            "no_example",
+        )
+    return {
+        **first,
+        "captions": tuple(text for example in captioned for text in example["captions"]),
+        "languages": tuple(itertools.chain(*filter(None, languages))) if any(languages) else None,
+        "teacher_caption": None,  # of one caption, and not of all
+    }
+
+
+def _find_groups(table: Table, config: SourceConfig, *, by_label: bool) -> Groups:
+    """Return the rows of each image, or nothing if each image has one row.
+
+    A result that took long is kept on disk.
+    """
+    keys = [config.image_key, config.caption_key, config.label_key if by_label else ""]
+    shelf = Shelf(table.files, [VERSION, *keys], kind="groups")
+    if kept := shelf.find():
+        return Groups(kept)
+    started = time.monotonic()
+    found = _pass_over(table, by_label=by_label)
+    if time.monotonic() - started > KEEP_FROM_SECONDS:
+        with contextlib.suppress(OSError):  # the next start takes as long again
+            return Groups(shelf.keep(pa.table({"rows": found})))
+    return Groups(found)
+
+
+def _pass_over(table: Table, *, by_label: bool) -> pa.LargeListArray:
+    hash_Nx2 = np.stack([np.full(len(table), _ALONE), np.arange(len(table))], axis=1)
+    start = 0
+    for names in table.identities(by_label=by_label):
+        # Two keyed hashes of 64 bits: that all of a billion are different is as good as certain.
+        block_Bx2 = hash_Nx2[start : start + len(names)]
+        named_B = np.fromiter((name is not None for name in names), bool, len(names))
+        for half, mark in enumerate(("", "\1")):
+            hashes = [hash(name + mark) for name in names if name is not None]
+            block_Bx2[named_B, half] = hashes
+        start += len(names)
+    order_N, is_first_N = _sorted(hash_Nx2)
+    if is_first_N.all():
+        return _lists(order_N[:0], np.zeros(0, bool))
+    held = 0
+    for row, content in table.contents(np.sort(order_N[_repeated(is_first_N)])):
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        hash_Nx2[row] ^= np.frombuffer(digest, np.int64)
+        held += 1
+    if held:
+        order_N, is_first_N = _sorted(hash_Nx2)
+    return _lists(order_N[:0] if is_first_N.all() else order_N, is_first_N)
+
+
+def _sorted(hash_Nx2: Int[np.ndarray, "N 2"]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows with equal ones side by side, in their order, and which are the first of their kind."""
+    order_N = np.lexsort(hash_Nx2.T)
+    sorted_Nx2 = hash_Nx2[order_N]
+    differs = (sorted_Nx2[1:] != sorted_Nx2[:-1]).any(axis=1)
+    return order_N, np.concatenate([[True], differs])
+
+
+def _repeated(is_first_N: np.ndarray) -> np.ndarray:
+    """Return which of the sorted rows have another one of their kind."""
+    return ~is_first_N | ~np.concatenate([is_first_N[1:], [True]])
+
+
+def _lists(order_N: np.ndarray, is_first_N: np.ndarray) -> pa.LargeListArray:
+    """Return the rows of each kind, in the order of the kinds' first rows."""
+    if not len(order_N):
+        return pa.array([], pa.large_list(pa.int64()))
+    starts_G = np.flatnonzero(is_first_N)
+    rank_G = np.empty(len(starts_G), np.int64)
+    by_row_G = np.argsort(order_N[starts_G])
+    rank_G[by_row_G] = np.arange(len(starts_G))
+    size_G = np.diff(np.append(starts_G, len(order_N)))
+    rows_N = order_N[np.argsort(np.repeat(rank_G, size_G), kind="stable")]
+    offsets = np.concatenate([[0], np.cumsum(size_G[by_row_G])])
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(rows_N))
