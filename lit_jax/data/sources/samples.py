@@ -40,26 +40,37 @@ _PROBLEMS = {
     "images": "have several images, and are bad samples",
     "texts": "have several files of captions, which are all read",
 }
+# How many examples of a kind a message names, and how many kinds it tells apart.
 _EXAMPLES = 3
-_SUFFIXES = 12  # that are told apart
+_KINDS = 12
 
 
 class Member(NamedTuple):
-    """A file of a folder or of a tar, whose bytes lie at `start` to `stop`."""
+    """A file of a folder or of a tar, whose bytes lie at `start` to `stop`.
 
-    folder: str  # with the slash at its end
+    Attributes:
+        folder: with the slash at its end.
+        flaw: one of `FLAWS`, or "".
+    """
+
+    folder: str
     name: str
     start: int = 0
     stop: int = 0
-    flaw: str = ""  # one of FLAWS
+    flaw: str = ""
 
 
 class Sample(NamedTuple):
-    """The members that are read for one sample, by their field of `FIELDS`."""
+    """The members that are read for one sample.
+
+    Attributes:
+        members: by their field of `FIELDS`.
+        flaw: one of `FLAWS`, or "".
+    """
 
     key: str
     members: Mapping[str, Sequence[Member]]
-    flaw: str  # one of FLAWS
+    flaw: str
 
 
 # How many there are of each kind, and a few of them.
@@ -67,14 +78,22 @@ Counts = dict[str, tuple[int, list[str]]]
 
 
 class Reading(NamedTuple):
-    """A folder's or a tar's samples, if names end at one of the two dots."""
+    """The samples of a folder or a tar, if keys end at one of the two dots.
+
+    Attributes:
+        problems: (key, one of `_PROBLEMS`).
+        unread: members that belong to no sample, or whose sample has another one, by their ending.
+        images: the number of samples with an image.
+        described: the number of these with a text, json or cls.
+        surplus: the number of images beside the one that is read.
+    """
 
     samples: pa.RecordBatch
-    problems: frozenset[tuple[str, str]]  # (key, one of _PROBLEMS)
-    unread: Counts  # members, by their ending
-    images: int  # samples with an image
-    described: int  # of these, with a text, json or cls beside it
-    surplus: int  # images beside the one that is read
+    problems: frozenset[tuple[str, str]]
+    unread: Counts
+    images: int
+    described: int
+    surplus: int
 
 
 # The reading by the first dot, and that by the last; the same object if no name has two.
@@ -103,7 +122,7 @@ def read_members(
 
 
 def decide(readings: Sequence[Readings]) -> list[Reading]:
-    """Return for all the reading by the first dot, or for all that by the last.
+    """Return the reading of each folder or tar, by the same dot for all of them.
 
     The last dot is taken if the first one leaves a sample without an image, or with images or captions of
     which nothing says which one is meant, and the last one leaves no other sample so. A second image beside
@@ -150,7 +169,7 @@ def _listed(counts: Counts) -> str:
 
 
 def _count(counts: Counts, what: str, names: Sequence[str], number: int = 1) -> None:
-    if what not in counts and len(counts) >= _SUFFIXES:
+    if what not in counts and len(counts) >= _KINDS:
         what = "other"
     known, examples = counts.get(what, (0, []))
     counts[what] = known + number, [*examples, *names][:_EXAMPLES]

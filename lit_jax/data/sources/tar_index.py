@@ -38,14 +38,22 @@ _SCHEMA = pa.schema(
 
 
 class Entry(NamedTuple):
-    """Where a sample is."""
+    """Where a sample is.
 
-    shard: int  # which of the files
-    key: str  # the common name of its members
-    flaw: str  # one of samples.FLAWS, or ""
-    start: int  # bytes in the file, of all its members
+    Attributes:
+        shard: the number of its tar file.
+        key: the common name of its members.
+        flaw: one of `samples.FLAWS`, or "".
+        start, stop: the bytes of its members in the file, with what lies between these.
+        members: (field, start, stop) of each.
+    """
+
+    shard: int
+    key: str
+    flaw: str
+    start: int
     stop: int
-    members: Sequence[tuple[str, int, int]]  # field, and the bytes in the file
+    members: Sequence[tuple[str, int, int]]
 
 
 class TarIndex:

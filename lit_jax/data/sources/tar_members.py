@@ -9,9 +9,12 @@ from typing import Any
 from lit_jax.data.files import MAX_FILE_BYTES, File, signature
 from lit_jax.data.sources.samples import Member
 
-MAX_HEADER_BYTES = 1 << 24  # of a long name, or of a pax header
-_STORE_BYTES = 1 << 22  # that are read at a time from an object store
-_END_BYTES = 1 << 16  # behind the end of an archive, where another one could begin
+# Of a long name, or of a pax header.
+MAX_HEADER_BYTES = 1 << 24
+# How much is read at a time from an object store.
+_STORE_BYTES = 1 << 22
+# How much behind the end of an archive is looked at for another one.
+_END_BYTES = 1 << 16
 
 
 class _Headers:
