@@ -282,6 +282,17 @@ def test_headers_that_lie_cost_no_more_than_their_tar(tmp_path, image, caplog, l
         assert len(found) == 3 or "0.tar breaks off after" in caplog.text
 
 
+def test_a_tar_whose_first_header_is_damaged_is_refused(tmp_path):
+    """A map of holes that is none is a ValueError in tarfile."""
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("a.png")
+        member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+        member.size = 600
+        tar.addfile(member, io.BytesIO(bytes(600)))
+    with pytest.raises(UserError, match=r"0\.tar .*damaged"):
+        open_at(tmp_path)
+
+
 def test_a_tar_that_goes_on_behind_its_end_is_told(tmp_path, image, caplog):
     for name in ("a", "b"):
         write_tar(tmp_path / f"{name}.part", {f"{name}.png": image})

@@ -1,5 +1,6 @@
 """The files in a tar, by its headers, whatever these claim."""
 
+import contextlib
 import io
 import tarfile
 from collections.abc import Iterator
@@ -47,29 +48,47 @@ def tar_members(file: File) -> tuple[list[Member], str]:
         # A request to a store takes longer than the bytes between two headers.
         opened = raw if isinstance(file, Path) else io.BufferedReader(raw, _STORE_BYTES)
         headers: Any = _Headers(opened, size)
-        with tarfile.open(fileobj=headers, mode="r:") as tar:
+        with _opened(headers) as tar:
             try:
                 for found in _headers(tar):
                     if not found.isdir():
                         members.append(_member(found, size))
                 end = _after_end(headers, tar)
-            except OSError:
-                raise
-            except Exception as error:
-                # The parser lets through whatever a damaged header makes it raise.
-                end = str(error) or type(error).__name__
+            except tarfile.TarError as error:
+                end = str(error)
     return members, f"breaks off after {len(members)} files: {end}" if end else ""
+
+
+def _opened(headers: Any) -> tarfile.TarFile:
+    with _tar_errors():
+        return tarfile.open(fileobj=headers, mode="r:")
 
 
 def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     position = -1
-    while (found := tar.next()) is not None:
+    while (found := _next(tar)) is not None:
         if tar.offset <= position:
             raise tarfile.ReadError("a header claims a negative size")
         position = tar.offset
         # It would keep each of millions of files.
         tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
         yield found
+
+
+def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    with _tar_errors():
+        return tar.next()
+
+
+@contextlib.contextmanager
+def _tar_errors() -> Iterator[None]:
+    """Make a TarError of whatever a damaged header makes the parser raise."""
+    try:
+        yield
+    except (OSError, tarfile.TarError):
+        raise
+    except Exception as error:
+        raise tarfile.ReadError(f"a header is damaged: {error}") from error
 
 
 def _after_end(headers: Any, tar: tarfile.TarFile) -> str:
