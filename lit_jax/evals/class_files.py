@@ -7,7 +7,7 @@ from typing import Any
 
 from lit_jax.config import EvalConfig, SourceConfig
 from lit_jax.config_keys import nearest
-from lit_jax.data.files import AddressError, File, locate
+from lit_jax.data.files import AddressError, File, locate, read_whole
 from lit_jax.data.listing import expand
 from lit_jax.errors import UserError
 from lit_jax.evals.classes import BARE_NAME, DEFAULT_TEMPLATES, PLACEHOLDER, Classes
@@ -113,7 +113,7 @@ def _if_there(file: File) -> File | None:
 def _lines(file: File) -> list[str]:
     """Return the lines of a text file that say something, without white space around them."""
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = read_whole(file).decode("utf-8-sig")
     except (OSError, AddressError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise UserError(f"The class file {file} cannot be read: {reason}.") from error

@@ -15,8 +15,11 @@ from lit_jax.evals.ranks import ranks
 RECALL_AT = (1, 5, 10)
 
 
-def captions_of(source: Source) -> list[tuple[str, ...]]:
+def captions_of(source: Source, language: str = "") -> list[tuple[str, ...]]:
     """Return the captions of every example, blank ones left out; none of one that cannot be read.
+
+    Args:
+        language: that of the captions that `source` chooses, for messages.
 
     Raises UserError if there is no caption at all.
     """
@@ -35,9 +38,10 @@ def captions_of(source: Source) -> list[tuple[str, ...]]:
     if any(captions):
         return captions
     if languages:
+        asked = f"the language {language!r}" if language else "a language that is asked for"
         raise UserError(
-            "No caption is in a language that is asked for (languages, or --languages); the data has "
-            f"{', '.join(sorted(languages))}."
+            f"No caption is in {asked}, the data has {', '.join(sorted(languages))}; name one of these as "
+            "languages (--languages)."
         )
     if problems:
         without = len(source) - len(problems)

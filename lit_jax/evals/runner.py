@@ -91,7 +91,7 @@ def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
                     language=language,
                     source=source,
                     classes=classes,
-                    measure=_OPEN[config.kind](config, source, classes, train),
+                    measure=_OPEN[config.kind](config, language, source, classes, train),
                 )
             )
     return prepared
@@ -166,7 +166,9 @@ def table(metrics: Metrics) -> str:
 Measure = Callable[[Encoder, Params], tuple[Metrics, Details]]
 
 
-def _open_zero_shot(config: EvalConfig, source: Source, classes: Classes, _: None) -> Measure:
+def _open_zero_shot(
+    config: EvalConfig, _: str, source: Source, classes: Classes, __: None
+) -> Measure:
     label_N = label_ids(source, classes, order=config.labels)
     unused = len(classes.names) - len(set(label_N.tolist()) - {-1})
 
@@ -179,8 +181,8 @@ def _open_zero_shot(config: EvalConfig, source: Source, classes: Classes, _: Non
     return measure
 
 
-def _open_retrieval(config: EvalConfig, source: Source, *_: None) -> Measure:
-    captions = captions_of(source)
+def _open_retrieval(config: EvalConfig, language: str, source: Source, *_: None) -> Measure:
+    captions = captions_of(source, language)
 
     def measure(encoder: Encoder, params: Params) -> tuple[Metrics, Details]:
         result = evaluate_retrieval(encoder, params, source, captions)
@@ -189,7 +191,7 @@ def _open_retrieval(config: EvalConfig, source: Source, *_: None) -> Measure:
     return measure
 
 
-def _open_probe(config: EvalConfig, source: Source, _: None, train: Source) -> Measure:
+def _open_probe(config: EvalConfig, _: str, source: Source, __: None, train: Source) -> Measure:
     label_N, test_label_M = probe.class_ids(train, source)
     probe.check_counts(label_N, config.shots if config.kind == "few_shot" else ())
 

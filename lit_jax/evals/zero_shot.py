@@ -83,7 +83,8 @@ def embed_classes(encoder: Encoder, params: Params, classes: Classes) -> Float[n
     starts_C = np.cumsum([0, *map(len, texts[:-1])])
     count_Cx1 = np.array([[len(of_class)] for of_class in texts], np.float32)
     embeds_CxE = np.add.reduceat(embeds_CTxE, starts_C, axis=0) / count_Cx1
-    return embeds_CxE / np.linalg.norm(embeds_CxE, axis=1, keepdims=True)
+    length_Cx1 = np.linalg.norm(embeds_CxE, axis=1, keepdims=True)
+    return embeds_CxE / np.maximum(length_Cx1, 1e-12)  # texts that are all zero stay so, not NaN
 
 
 def _scale(params: Params) -> np.float32:

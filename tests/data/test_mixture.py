@@ -298,7 +298,7 @@ def test_without_a_caption_in_the_language_there_is_none(multilingual):
     ):  # the English one is blank
         draw_caption(multilingual(en=1.0)[1], np.random.default_rng(0))
     with pytest.raises(
-        UserError, match=r"No caption is in a language .* the data has ar, de, en, th"
+        UserError, match=r"No caption is in a language .*, the data has ar, de, en, th;"
     ):
         captions_of(multilingual(xx=1.0))
 

@@ -251,7 +251,7 @@ def test_a_language_without_captions_is_refused_with_those_there_are(folder, lan
     row = {"image": "picture0.png", "captions": {"en": "two", "de": ["zwei"], "ja": []}}
     (folder / "captions.jsonl").write_text(json.dumps(row) + "\n")
     config = EvalConfig(kind="retrieval", data=SourceConfig(path=str(folder)), languages=languages)
-    with pytest.raises(UserError, match=r"languages.* the data has de, en"):
+    with pytest.raises(UserError, match=r"'(fr|DE)', the data has de, en;.*--languages"):
         open_evals({"pairs": config})
 
 
