@@ -40,5 +40,4 @@ def base() -> ConfigDict:
     config.model.text.model = "FacebookAI/xlm-roberta-base"
     config.model.text.pooling = "cls"
     config.model.logit_scale_max = 100.0
-    config.data.max_text_length = 32
     return config

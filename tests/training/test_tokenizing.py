@@ -1,0 +1,58 @@
+"""How many tokens a run makes of a text, and in which letters: by the tower, the lock and the config."""
+
+import json
+
+import jax
+import pytest
+
+from lit_jax.config import DataConfig, MeshConfig
+from lit_jax.distributed.mesh import make_mesh
+from lit_jax.errors import UserError
+from lit_jax.training.setup import find_towers, prepare
+from tests.tokenizer_files import write_tokenizer
+from tests.training.conftest import WIDTHS
+
+
+@pytest.fixture
+def prepared(tiny, tmp_path):
+    """The model of a config with a text tower of a family that has some positions; no weights are read."""
+
+    def make(family, positions=40, **changes):
+        folder = tmp_path / family
+        _, config = write_tokenizer(family, folder)
+        small = {**WIDTHS, "max_position_embeddings": positions}
+        (folder / "config.json").write_text(json.dumps(config | small))
+        changes = {"data.max_text_length": None, "model.text.model": str(folder), **changes}
+        config = tiny(**changes)
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        return prepare(config, find_towers(config.model), mesh)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("family", "lock", "positions", "asked", "length"),
+    [
+        ("siglip", "LU", 40, None, 40),
+        ("siglip2", "UL", 64, None, 64),
+        ("siglip", "UU", 24, 24, 24),
+        ("siglip", "Lu", 40, None, 32),
+        ("siglip", "Lu", 40, 12, 12),
+        ("siglip", "uu", 24, None, 24),
+        ("clip", "LU", 40, None, 32),
+        ("clip", "LU", 40, 12, 12),
+        ("bert", "LU", 24, None, 24),
+    ],
+)
+def test_the_length_of_texts(prepared, family, lock, positions, asked, length):
+    changes = {"policy.lock": lock, "data.max_text_length": asked}
+    setup = prepared(family, positions, **changes)
+    assert setup.tokenizer.model_max_length == length
+    batch = setup.inputs(DataConfig())["text"].collate(["a photo", "number " * 80])
+    assert batch["input_ids"].shape == (2, length)
+
+
+@pytest.mark.parametrize(("family", "asked"), [("siglip", 24), ("siglip2", 39), ("clip", 41)])
+def test_a_length_that_the_tower_was_not_trained_with_is_refused(prepared, family, asked):
+    with pytest.raises(UserError, match=rf"max_text_length={asked}.*40.*None"):
+        prepared(family, **{"data.max_text_length": asked})
