@@ -168,8 +168,7 @@ class RandAugmentConfig:
 class DataConfig:
     train: SourceConfig = SourceConfig()
     mixture: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)  # instead of train
-    # Tokens, special ones included. None: the tower's own length where a pretrained tower sees the padding
-    # (SigLIP's: no mask, and it pools the last position), else 32 or as many as it has positions.
+    # Tokens, special ones included. None: what a pretrained SigLIP tower was trained with; elsewhere 32.
     max_text_length: Count | None = None
     # Whether texts become lower-case letters before they are tokenized. None: for SigLIP 2's tokenizer alone.
     lowercase: bool | None = None

@@ -80,7 +80,7 @@ def command(main: Callable[..., None]) -> Callable[..., int]:
 def _set_up_logging() -> None:
     """What lit_jax says goes to stderr as it is; of the libraries, warnings and worse."""
     absl.logging.set_verbosity(absl.logging.WARNING)
-    # Configs are checked here. What transformers says of one is about generating text, or that it has a type of ours.
+    # Configs are checked here. What transformers says of them is about generating text, or a type of ours.
     logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     own = logging.getLogger("lit_jax")
     own.setLevel(logging.INFO)

@@ -3,11 +3,15 @@
 import json
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from lit_jax.config import DataConfig, MeshConfig
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import UserError
+from lit_jax.training import loop
+from lit_jax.training.embed_data import embed
 from lit_jax.training.setup import find_towers, prepare
 from tests.tokenizer_files import write_tokenizer
 from tests.training.conftest import WIDTHS
@@ -56,3 +60,36 @@ def test_the_length_of_texts(prepared, family, lock, positions, asked, length):
 def test_a_length_that_the_tower_was_not_trained_with_is_refused(prepared, family, asked):
     with pytest.raises(UserError, match=rf"max_text_length={asked}.*40.*None"):
         prepared(family, **{"data.max_text_length": asked})
+
+
+@pytest.fixture
+def thai(tmp_path):
+    """A data set whose captions BERT's tokenizer does not know."""
+    rows = [{"image": f"{i}.png", "caption": caption} for i, caption in enumerate(["สุนัข", "แมว"])]
+    for row in rows:
+        Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / row["image"])
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_captions_of_unknown_tokens_alone_end_a_run_before_it_starts(tiny, thai, one_device):
+    data = {"data.train.path": str(thai), "data.train.split": None, "batch_size": 2}
+    with pytest.raises(UserError, match=r"config\.data are unknown"):
+        loop.train(tiny(**data), thai / "run")
+    assert not (thai / "run").exists()
+    with pytest.raises(UserError, match=r"config\.data are unknown"):
+        embed(tiny(**data, **{"policy.lock": "UL"}), thai / "embedded", "text")
+    assert not (thai / "embedded").exists()
+
+
+def test_evaluations_are_checked_before_the_first_step(tiny, tmp_path, one_device):
+    checked = []
+
+    def refuse(tokenizer):
+        checked.append(tokenizer.model_max_length)
+        raise UserError("zero_shot/x")
+
+    with pytest.raises(UserError, match="zero_shot/x"):
+        loop.train(tiny(), tmp_path / "run", check_evals=refuse)
+    assert checked == [24]
+    assert not (tmp_path / "run").exists()
