@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from PIL import Image
 
 from lit_jax.config import EvalConfig, SourceConfig
 from lit_jax.errors import UserError
@@ -18,8 +19,6 @@ from lit_jax.evals.runner import flat, open_evals, run, table
 @pytest.fixture
 def folder(tmp_path, pictures):
     """The first four pictures as a captions.jsonl folder, with a class file."""
-    from PIL import Image
-
     with (tmp_path / "captions.jsonl").open("w") as file:
         for example in pictures[:4]:
             name = f"{example['key']}.png"
@@ -282,3 +281,44 @@ def test_a_line_that_is_no_example_is_left_out_of_every_evaluation(encoder, para
     metrics = flat(run(open_evals(evals), encoder, params))
     assert metrics["zero_shot/few/n"] == metrics["retrieval/pairs/images"] == 4
     assert metrics["few_shot/shots/n"] == 4
+
+
+def test_a_row_for_each_caption_is_retrieved_as_lists_of_captions(
+    encoder, params, tmp_path, pictures
+):
+    texts = [[f"{word} {i}" for word in ("one", "two", "three")] for i in range(8)]
+    for name in ("lists", "rows", "single"):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            Image.fromarray(pictures[i]["image"]).save(tmp_path / name / f"{i}.png")
+    rows = [{"image": f"{i}.png", "captions": of_image} for i, of_image in enumerate(texts)]
+    (tmp_path / "lists" / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = [f"{i}.png,{of_image[n]}" for n in range(3) for i, of_image in enumerate(texts)]
+    for name in ("rows", "single"):
+        (tmp_path / name / "a.csv").write_text("\n".join(["image,caption", *table]))
+
+    def measure(name: str, **config) -> dict[str, float]:
+        data = SourceConfig(path=str(tmp_path / name), **config)
+        evals = {"x": EvalConfig(kind="retrieval", data=data)}
+        return flat(run(open_evals(evals), encoder, params))
+
+    expected = measure("lists")
+    assert (expected["retrieval/x/images"], expected["retrieval/x/texts"]) == (8, 24)
+    assert measure("rows") == expected
+    assert measure("single", group_captions=False)["retrieval/x/images"] == 24
+
+
+def test_labels_that_cannot_be_used_leave_out_their_images_alone(folder, encoder, params, caplog):
+    lines = (folder / "captions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows[1]["label"] = ["a", "b"]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    evals = {name: evals_of(folder)[name] for name in ("few", "pairs")}
+    metrics = flat(run(open_evals(evals), encoder, params))
+    assert (metrics["zero_shot/few/n"], metrics["retrieval/pairs/images"]) == (3, 4)
+    assert caplog.text.count("is left out of the evaluation: \"label\" is ['a', 'b']") == 1
+    for row in rows:
+        row["label"] = ["a", "b"]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"None of the 4 examples .* \"label\" is \['a', 'b'\]"):
+        open_evals(evals)

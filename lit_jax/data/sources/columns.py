@@ -249,7 +249,7 @@ def _open_parquet(file: File) -> parquet.ParquetFile:
 
 
 def _read_layout(file: File) -> tuple[pa.Schema, list[int]]:
-    """The schema, and the number of rows of each row group."""
+    """Return the schema, and the number of rows of each row group."""
     with _open_parquet(file) as opened:
         about = opened.metadata
         rows = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
@@ -364,12 +364,17 @@ class HuggingFaceSource:
 
 
 def _map_batches(files: Sequence[Path]) -> list[pa.RecordBatch]:
-    return [
-        batch
-        for file in files
-        for batch in pa.ipc.open_stream(pa.memory_map(str(file)))
-        if len(batch)
-    ]
+    batches = []
+    for file in files:
+        with pa.ipc.open_stream(pa.memory_map(str(file))) as stream:
+            _check_utf8(stream.schema)
+            batches += [batch for batch in stream if len(batch)]
+    return batches
+
+
+def _check_utf8(schema: pa.Schema) -> None:
+    """Raise ValueError if a name is not UTF-8, as in a damaged file: Arrow itself looks when asked for it."""
+    _ = schema.names
 
 
 def open_dict(folder: Path, config: SourceConfig, *, text_only: bool = False) -> HuggingFaceSource:

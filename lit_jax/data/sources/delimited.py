@@ -10,7 +10,7 @@ import numpy as np
 
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import Example
-from lit_jax.data.files import File, Lines, find
+from lit_jax.data.files import File, Lines, encoding_problem, find
 from lit_jax.data.sources.rows import (
     DOWNLOAD,
     WEB,
@@ -35,26 +35,35 @@ class DelimitedSource:
     """
 
     def __init__(self, file: File, config: SourceConfig, *, text_only: bool = False):
-        self._comma = file.suffix.lower() == ".csv"
+        self._separator = "," if file.suffix.lower() == ".csv" else "\t"
+        self._comma = self._separator == ","
         self._lines = Lines(file, quoted=self._comma)
         self._config = config
         self._text_only = text_only
         self._blanks = False
-        try:
-            first = self._fields(self._lines[0])
-        except ValueError as error:
-            raise UserError(
-                f"The first line of {file} is no line of a table ({error}); save it as CSV or "
-                "TSV in UTF-8."
-            ) from error
-        self._blanks = first != [*map(str.strip, first)]
-        first = [name.strip() for name in first]
+        first = self._first_line()
         header = self._is_header(first)
         self._first = 1 if header else 0
         self._names = first if header else [config.caption_key, config.image_key]
         if not len(self):
             raise UserError(f"{file} has the names of its columns, and no line after them.")
         check_names(self._names, [config.image_key, config.caption_key, config.label_key], file)
+
+    def _first_line(self) -> list[str]:
+        """Return the fields of the first line, and see whether blanks around fields count."""
+        try:
+            first = self._fields(self._lines[0])
+            self._blanks = first != [*map(str.strip, first)]
+            return self._fields(self._lines[0])
+        except UnicodeDecodeError as error:
+            reason = encoding_problem(error)
+        except ValueError as error:
+            self._refuse_separator([])
+            reason = str(error)
+        raise UserError(
+            f"The first line of {self._lines.file} is no line of a table ({reason}); save it as CSV or "
+            "TSV in UTF-8."
+        )
 
     def _is_header(self, first: Sequence[str]) -> bool:
         config, file = self._config, self._lines.file
@@ -69,27 +78,25 @@ class DelimitedSource:
                 f"{file} lists addresses on the web, without names of columns; {DOWNLOAD}, and give its "
                 "output."
             )
-        if found := self._other_separator(first):
-            expected = _SEPARATORS["," if self._comma else "\t"]
-            raise UserError(
-                f"The fields of {file} are separated by {_SEPARATORS[found]}, and in a *{file.suffix} file "
-                f"{expected} is expected; save it with {expected} between the fields."
-            )
+        self._refuse_separator(first)
         raise UserError(
             f"{file} needs the columns {config.image_key!r}, and {config.caption_key!r} or "
             f"{config.label_key!r}, but its first line has {', '.join(map(repr, first))}; set image_key, "
             f"caption_key and label_key of this source to names of columns{web_hint(first)}."
         )
 
-    def _other_separator(self, first: Sequence[str]) -> str | None:
-        """Return what separates the fields of the first line, if that is not what should."""
-        config, line = self._config, self._lines[0].decode()
-        texts = {config.caption_key, config.label_key}
-        for mark in _SEPARATORS:
-            names = {name.strip(' "\r\n') for name in line.split(mark)}
-            if config.image_key in names and texts & names:
-                return mark
-        return next((mark for mark in _SEPARATORS if mark in line and len(first) == 1), None)
+    def _refuse_separator(self, first: Sequence[str]) -> None:
+        """Raise UserError if something else separates the names of columns; `first` are those found."""
+        config, line, file = self._config, self._lines[0].decode(), self._lines.file
+        wanted, expected = {config.image_key, config.caption_key, config.label_key}, self._separator
+        for mark, name in _SEPARATORS.items():
+            others = {field.strip(' "\r\n') for field in line.split(mark)} & wanted - {*first}
+            if mark != expected and (others or (len(first) == 1 and mark in line)):
+                raise UserError(
+                    f"The fields of {file} are separated by {name}, and in a *{file.suffix} file "
+                    f"{_SEPARATORS[expected]} is expected; save it with {_SEPARATORS[expected]} between the "
+                    "fields."
+                )
 
     def _is_image(self, field: str) -> bool:
         if field.startswith(WEB):

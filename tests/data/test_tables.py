@@ -1,0 +1,301 @@
+"""Tables as programs write them: fields nobody asked for, other separators and encodings, damaged files."""
+
+import decimal
+import json
+import math
+import struct
+import unicodedata
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from lit_jax.config import SourceConfig
+from lit_jax.data.decode import decode
+from lit_jax.data.example import BadSampleError, usable_label
+from lit_jax.data.sources import open_source
+from lit_jax.data.sources.checks import is_list
+from lit_jax.errors import UserError
+
+
+def open_folder(folder: Path, **config):
+    return open_source(SourceConfig(path=str(folder), **config))
+
+
+# Fields that a task does not need.
+
+LABELS = [
+    (0.0, "0"), (1.0, "1"), (math.nan, None), (None, None), (2, "2"), ("dog", "dog"), (True, "True"),
+    ("", None), ("7.0", "7.0"),
+]  # fmt: skip
+NO_LABELS = [0.5, math.inf, ["dog"], {"id": 3}, []]
+
+
+@pytest.mark.parametrize(("value", "label"), LABELS)
+def test_a_label_is_a_text_or_a_whole_number(tmp_path, value, label):
+    row = {"image": "a.png", "caption": "a", "label": value}
+    (tmp_path / "captions.jsonl").write_text(json.dumps(row))
+    assert usable_label(open_folder(tmp_path)[0]) == label
+
+
+@pytest.mark.parametrize("value", NO_LABELS)
+def test_another_label_is_bad_where_labels_count_and_only_there(tmp_path, value):
+    row = {"image": "a.png", "caption": "a", "label": value}
+    (tmp_path / "captions.jsonl").write_text(json.dumps(row))
+    example = open_folder(tmp_path)[0]
+    assert (example["captions"], example["label"]) == (("a",), None)
+    with pytest.raises(BadSampleError, match=r'"label" is .* a text or a whole number') as raised:
+        usable_label(example)
+    assert raised.value.kind == "no_example"
+    row.pop("caption")
+    (tmp_path / "captions.jsonl").write_text(json.dumps(row))
+    with pytest.raises(BadSampleError, match='"label" is'):
+        open_folder(tmp_path, templates=("a {}",))[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "found"),
+    [(7, "7"), (7.0, "7"), ("k", "k"), (True, "a.png"), ([1], "a.png"), (None, "a.png")],
+)
+def test_a_key_of_another_type_spoils_nothing(tmp_path, key, found):
+    row = {"image": "a.png", "caption": "a", "key": key, "teacher_caption": 3, "other": {"x": [1]}}
+    (tmp_path / "captions.jsonl").write_text(json.dumps(row))
+    example = open_folder(tmp_path)[0]
+    assert (example["key"], example["captions"]) == (found, ("a",))
+
+
+COLUMNS = {
+    "floats": (pa.array([0.0, None, math.nan]), ["0", None, None]),
+    "decimals": (pa.array([decimal.Decimal("1.00"), None, decimal.Decimal(2)]), ["1", None, "2"]),
+    "bools": (pa.array([True, False, None]), ["True", "False", None]),
+    "a categorical": (pa.array(["x", "y", None]).dictionary_encode(), ["x", "y", None]),
+    "small integers": (pa.array([0, 1, None], pa.uint8()), ["0", "1", None]),
+    "lists": (pa.array([[1], [], None]), ["bad", "bad", None]),
+    "mappings": (pa.array([{"id": 1}, None, {"id": 2}]), ["bad", None, "bad"]),
+}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "datasets"])
+@pytest.mark.parametrize("name", COLUMNS)
+def test_labels_of_any_column_spoil_no_pair(tmp_path, name, kind):
+    column, labels = COLUMNS[name]
+    images = [{"path": f"{i}.png", "bytes": b"x"} for i in range(3)]
+    table = pa.table({"image": images, "caption": ["a"] * 3, "label": column, "key": column})
+    if kind == "parquet":
+        parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        if pa.types.is_dictionary(column.type):
+            # `datasets` itself writes no such column.
+            table = table.set_column(2, "label", column.cast(pa.string())).drop_columns("key")
+        datasets.Dataset(table).save_to_disk(tmp_path)
+    source = open_folder(tmp_path)
+    found = [source[i] for i in range(3)]
+    assert [example["captions"] for example in found] == [("a",)] * 3
+    said = ["bad" if "label_problem" in example else example["label"] for example in found]
+    assert said == labels
+
+
+def test_the_number_of_a_class_may_be_written_as_a_float(tmp_path):
+    features = datasets.Features(
+        image=datasets.Value("string"), label=datasets.ClassLabel(names=["cat", "dog"])
+    )
+    table = datasets.Dataset.from_dict({"image": ["a"] * 2, "label": [0, 1]}, features).data.table
+    floats = table.set_column(1, "label", pa.array([1.0, -1.0]))
+    parquet.write_table(
+        floats.replace_schema_metadata(table.schema.metadata), tmp_path / "a.parquet"
+    )
+    source = open_folder(tmp_path)
+    assert [source[i]["label"] for i in range(2)] == ["dog", None]
+
+
+# Captions that are lists written as text.
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("['a dog', 'a cat']", True), ('["a dog", "a cat"]', True), ("('a', 'b')", True),
+        ("['a dog' 'a cat']", True), ('{"en": "a dog"}', True), (' ["it\'s"] ', True),
+        ("a dog", False), ("[a dog]", False), ("(a dog)", False), ("[]", False), ("[1, 2]", False),
+        ("", False), ("[" * 5000 + "]" * 5000, False), (r"['\d", False), ("{}", False), ("('a')", False),
+    ],
+)  # fmt: skip
+def test_a_list_written_as_text_is_seen(text, expected):
+    assert is_list(text) is expected
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_lists_written_as_text_are_said_once_with_their_number(tmp_path, caplog, kind):
+    texts = ['["a dog", "one dog"]', "a cat", "['a', 'b']"]
+    rows = [{"image": f"{i}.png", "title": text} for i, text in enumerate(texts)]
+    if kind == "parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    elif kind == "jsonl":
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        quoted = [text.replace('"', '""') for text in texts]
+        lines = [f'{i}.png,"{text}"' for i, text in enumerate(quoted)]
+        (tmp_path / "a.csv").write_text("\n".join(["image,title", *lines]))
+    source = open_folder(tmp_path, caption_key="title")
+    assert source[0]["captions"] == (texts[0],)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "'title' of 2 of the first 3 rows" in said
+
+
+# Separators, encodings and names of columns.
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "found", "expected"),
+    [
+        ("a.csv", "filepath;title", "';'", "a comma"),
+        ("a.csv", "image;caption, in English", "';'", "a comma"),
+        ("a.csv", "image\tcaption", "a tab", "a comma"),
+        ("a.csv", '"image"|"caption"', "'|'", "a comma"),
+        ("a.tsv", "image,caption", "a comma", "a tab"),
+        ("a.tsv", "a,b", "a comma", "a tab"),
+    ],
+)
+def test_another_separator_is_named(tmp_path, name, line, found, expected):
+    (tmp_path / name).write_text(f"{line}\n{line}\n")
+    with pytest.raises(UserError) as raised:
+        open_folder(tmp_path)
+    assert f"separated by {found}" in str(raised.value)
+    assert f"{expected} is expected" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.tsv", "a dog, red\thttps://a.org/1.jpg\na cat\thttps://a.org/2.jpg\n"),  # CC3M
+        ("a.tsv", "https://a.org/1.jpg\ta dog, red\n"),  # CC12M
+        ("a.csv", "url,caption\nhttps://a.org/1.jpg,a dog\n"),
+        ("a.csv", "image,caption\nhttps://a.org/1.jpg,a dog\nhttp://a.org/2.jpg,a cat\n"),
+        ("captions.jsonl", '{"image": "https://a.org/1.jpg", "caption": "a dog"}\n'),
+    ],
+)
+def test_lists_of_addresses_are_sent_to_img2dataset(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="img2dataset"):
+        open_folder(tmp_path)
+
+
+def test_parquet_of_addresses_is_sent_to_img2dataset(tmp_path):
+    table = pa.table({"URL": ["https://a.org/1.jpg"], "TEXT": ["a dog"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    for keys in ({}, {"image_key": "URL", "caption_key": "TEXT"}):
+        with pytest.raises(UserError, match="img2dataset"):
+            open_folder(tmp_path, **keys)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeffimage,caption\na.png,a dog\n",
+        " image , caption \na.png , a dog\n",
+        '"image","caption"\na.png,a dog\n',
+        '\ufeff"image", "caption"\r\n"a.png", "a dog"\r\n',
+        "image,caption,other,other\na.png,a dog,1,2\n",
+    ],
+)
+def test_names_of_columns_may_have_marks_blanks_and_quotes(tmp_path, content):
+    (tmp_path / "a.csv").write_text(content, encoding="utf-8")
+    example = open_folder(tmp_path)[0]
+    assert (example["key"], example["captions"]) == ("a.png", ("a dog",))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("image,caption,caption\na.png,a,b\n")
+    table = pa.Table.from_arrays([pa.array(["a"])] * 3, ["image", "caption", "caption"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        with pytest.raises(UserError, match="2 columns called 'caption'"):
+            open_folder(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+@pytest.mark.parametrize(
+    ("encoding", "found"),
+    [("utf-16", "UTF-16"), ("utf-16-be", "UTF-16"), ("utf-16-le", "UTF-16"), ("utf-32", "UTF-32")],
+)
+def test_another_encoding_of_a_file_is_named(tmp_path, name, encoding, found):
+    row = json.dumps({"image": "a.png", "caption": "a dog"})
+    text = "image,caption\na.png,a dog\n" if name == "a.csv" else f"{row}\n"
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    with pytest.raises(UserError, match=f"is in {found}.*UTF-8"):
+        open_folder(tmp_path)
+
+
+def test_latin_1_in_a_row_is_named_with_its_letter(tmp_path):
+    (tmp_path / "a.csv").write_bytes("image,caption\nb.png,ok\na.png,un café\n".encode("cp1252"))
+    source = open_folder(tmp_path)
+    with pytest.raises(BadSampleError, match=r"byte 0xe9 .* 'é' in Latin-1") as raised:
+        source[1]
+    assert raised.value.kind == "not_utf8"
+
+
+@pytest.mark.parametrize(("on_disk", "listed"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_file_of_another_normal_form_is_found(tmp_path, noise, encode, on_disk, listed):
+    stored, named = (unicodedata.normalize(form, "é/ö.png") for form in (on_disk, listed))
+    (tmp_path / stored).parent.mkdir()
+    (tmp_path / stored).write_bytes(encode(noise(4, 7, 3)))
+    (tmp_path / "a.csv").write_text(f"image,caption\n{named},a\n", encoding="utf-8")
+    (tmp_path / "captions_x.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": named}],
+                "annotations": [{"image_id": 1, "caption": "a"}],
+            }
+        )
+    )
+    for name in ("a.csv", "captions_x.json"):
+        assert decode(open_folder(tmp_path / name)[0]["image"]).size == (7, 4)
+
+
+def test_rows_may_name_files_outside_their_folder(tmp_path, noise, encode):
+    """The list is the user's own; a tar is a stranger's."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "a.png").write_bytes(encode(noise(4, 7, 3)))
+    paths = (str(tmp_path / "a.png"), "../a.png")
+    for name in paths:
+        row = {"image": name, "caption": "a"}
+        (tmp_path / "data" / "captions.jsonl").write_text(json.dumps(row))
+        assert decode(open_folder(tmp_path / "data")[0]["image"]).size == (7, 4)
+
+
+# Damaged files.
+
+
+def test_damaged_texts_of_arrow_are_bad_samples(tmp_path):
+    """Arrow itself would end the process: SIGABRT or SIGBUS."""
+    rows = {"image": [f"{i}.png" for i in range(8)], "caption": [f"a dog {i}" for i in range(8)]}
+    datasets.Dataset(pa.table(rows)).save_to_disk(tmp_path)
+    (file,) = tmp_path.glob("*.arrow")
+    content = file.read_bytes()
+    place = content.rindex(struct.pack("<9i", *range(0, 8 * 7 + 1, 7)))
+    for value in (-1, 2**31 - 1, -(2**31)):
+        damaged = bytearray(content)
+        damaged[place + 8 : place + 12] = struct.pack("<i", value)
+        file.unlink()  # the first of them is still mapped
+        file.write_bytes(damaged)
+        source = open_folder(tmp_path)
+        assert len(source) == 8
+        for index in range(8):
+            with pytest.raises(BadSampleError) as raised:
+                source[index]
+            assert raised.value.kind == "damaged"
+
+
+@pytest.mark.parametrize("content", [b"", b"PARE" * 8, b"PAR1" + bytes(60) + b"PARE", b"PAR1PAR1"])
+def test_parquet_that_is_empty_or_encrypted_is_refused(tmp_path, content):
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.parquet is no Parquet file that can be read"):
+        open_folder(tmp_path)
+
+
+def test_null_in_a_list_of_captions_is_none(tmp_path):
+    table = pa.table({"image": ["a.png"], "caption": [["a", None, "b"]]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert open_folder(tmp_path)[0]["captions"] == ("a", "b")
