@@ -80,8 +80,8 @@ class Reporter:
         if scale > self._scale_limit:
             log.warning(
                 "The logits' scale is %.4g at step %d, above %g: few pairs decide the loss then, and "
-                "training may become unstable; config.model.logit_scale_max=100 limits it, as in CLIP.",
-                scale, step, self._scale_limit,
+                "training may become unstable; config.model.logit_scale_max=%g limits it.",
+                scale, step, self._scale_limit, self._scale_limit,
             )  # fmt: skip
             self._scale_limit = math.inf
 

@@ -395,7 +395,7 @@ def test_pairs_of_files_may_lie_anywhere_and_be_incomplete(tmp_path, image, capl
     assert "notes/readme.txt" in caplog.text
 
 
-def test_folders_of_classes_with_a_text_here_and_there_stay_classes(tmp_path, image):
+def test_folders_of_classes_with_a_text_here_and_there_stay_classes(tmp_path, image, caplog):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         for n in range(3):
@@ -403,3 +403,5 @@ def test_folders_of_classes_with_a_text_here_and_there_stay_classes(tmp_path, im
         (tmp_path / name / "0.txt").write_text("credits")
     source = open_at(tmp_path)
     assert [source[i]["label"] for i in range(len(source))] == ["cat"] * 3 + ["dog"] * 3
+    assert "2 of 6 images" in caplog.text
+    assert captions_by_key(open_at(tmp_path / "cat")) == {"0": ("credits",), "1": (), "2": ()}

@@ -73,7 +73,9 @@ class PairSource:
 def open_pairs(
     folder: File, found: Sequence[str], config: SourceConfig, *, text_only: bool = False
 ) -> PairSource | None:
-    """Return the samples of a folder, if at least half of its images have a text or json beside them.
+    """Return the samples of a folder, if its images have texts or json beside them.
+
+    If fewer than half of them have and lie in folders, these are taken for classes.
 
     Args:
         found: the paths of all files in it.
@@ -86,9 +88,18 @@ def open_pairs(
         return None
     readings = samples.decide([*_readings(names)])
     images = sum(reading.images for reading in readings)
-    if not images or 2 * sum(reading.described for reading in readings) < images:
+    described = sum(reading.described for reading in readings)
+    paths = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    if not described:
         return None
-    splits.require_named(folder, [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)])
+    if 2 * described < images and any("/" in path for path in paths):
+        log.warning(
+            "%s: only %d of %d images have files of captions or json beside them: these are not read, and "
+            "its folders are classes.",
+            folder, described, images,
+        )  # fmt: skip
+        return None
+    splits.require_named(folder, paths)
     for remark in samples.remarks(readings):
         log.warning("%s: %s.", folder, remark)
     log.info("%s has %d images with files of captions or json beside them.", folder, images)
