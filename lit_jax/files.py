@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import uuid
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 from lit_jax.errors import UserError
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+_LONGEST_NAME = 255  # of Linux and macOS
 # Orbax lists the parts of a checkpoint by a pattern that begins with the folder's own path.
 _PATTERN = re.compile(r"[\[\]*?]")
 
@@ -26,6 +28,11 @@ def local_path(name: str, text: str) -> Path:
         raise UserError(
             f"{name}={text} is an address, and this is read and written on local disks alone; give a path on "
             "this machine, such as that of a mounted bucket."
+        )
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(text).parts):
+        raise UserError(
+            f"{name}={text} has a name of more than {_LONGEST_NAME} bytes, which no file system takes; give "
+            "a shorter one."
         )
     if "\0" in text:
         raise UserError(f"{name}={text!r} has a null character; give another path.")
@@ -87,7 +94,8 @@ def whole(path: Path) -> Iterator[Path]:
     It is of this attempt alone: several processes may write the same file at the same time. What a killed
     one leaves behind is hidden and ends in .new.
     """
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+    # Cut, so that a name as long as a file system takes still has room for the rest.
+    new = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}.new")
     try:
         yield new
         new.replace(path)

@@ -22,12 +22,13 @@ from lit_jax.evals.html import html_report
 from lit_jax.evals.report import write_demo_report
 from lit_jax.evals.results import Subject, write_results
 from lit_jax.files import write_json, write_whole
-from lit_jax.training.disk import writing
+from lit_jax.training.disk import quiet_orbax, writing
 from lit_jax.training.loop import train
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.run import Run
 
 
+@quiet_orbax()
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("lit_jax.train", __doc__)

@@ -25,7 +25,7 @@ import tensorstore as ts
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json, write_json
-from lit_jax.training.disk import complete_steps, quiet_orbax, reason, writing
+from lit_jax.training.disk import complete_steps, reason, writing
 from lit_jax.training.integrity import DamagedError, check_sums, sums_of, text_sum
 from lit_jax.training.step import State
 
@@ -52,7 +52,6 @@ class Checkpoints:
     """The checkpoints of one run folder. Close it, or use it in `with`, to wait for the last save."""
 
     def __init__(self, workdir: Path, keep_last: int, keep_every: int | None = None):
-        quiet_orbax()
         self._workdir = workdir
         self._leaves = 0  # of the save under way
         options = ocp.CheckpointManagerOptions(

@@ -1,6 +1,7 @@
 """A run folder that cannot be written: one sentence, whatever the libraries make of it."""
 
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -54,23 +55,32 @@ _NO_NEWS = re.compile(
 )
 
 
-def quiet_orbax() -> None:
-    """Keeps Orbax from printing pages about a failed write, which it also raises where we wait for it."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_news)
-    # Writes that had not begun when the first one failed.
-    warnings.filterwarnings("ignore", r"coroutine '.*write.*' was never awaited", RuntimeWarning)
-    sys.unraisablehook = _print_unraisable
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Keep Orbax from printing pages about a failed write, which it also raises where we wait for it."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    hook = sys.unraisablehook
+
+    def print_unraisable(unraisable: Any) -> None:
+        # Orbax closes its event loop at the first failed write; TensorStore's others then report to nobody.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    for logger in loggers:
+        logger.addFilter(_is_news)
+    sys.unraisablehook = print_unraisable
+    try:
+        with warnings.catch_warnings():
+            # Writes that had not begun when the first one failed.
+            pattern = r"coroutine '.*write.*' was never awaited"
+            warnings.filterwarnings("ignore", pattern, RuntimeWarning)
+            yield
+            gc.collect()  # such a write speaks when it is freed
+    finally:
+        sys.unraisablehook = hook
+        for logger in loggers:
+            logger.removeFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
     return not _NO_NEWS.search(record.getMessage().replace("\n", " "))
-
-
-_default_hook = sys.unraisablehook
-
-
-def _print_unraisable(unraisable: Any) -> None:
-    # Orbax closes its event loop at the first failed write; TensorStore's others then report to nobody.
-    if str(unraisable.exc_value) != "Event loop is closed":
-        _default_hook(unraisable)
