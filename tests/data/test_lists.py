@@ -1,9 +1,13 @@
-"""Caption files of COCO, Karpathy and Flickr as they are spread, and as they get damaged."""
+"""Caption files of COCO, Flickr, BLIP and Hugging Face as they are spread, and as they get damaged."""
 
+import csv
 import json
 import pickle
 
+import pyarrow as pa
 import pytest
+from datasets import load_dataset
+from pyarrow import parquet
 
 from lit_jax.config import SourceConfig
 from lit_jax.data.decode import decode
@@ -170,3 +174,121 @@ def test_a_data_set_beside_what_describes_it_is_read(tmp_path, encode, noise):
     assert opened(tmp_path)[0]["captions"] == ("a dog",)
     (tmp_path / "captions.jsonl").rename(tmp_path / "pairs.jsonl")
     assert opened(tmp_path)[0]["captions"] == ("a dog",)
+
+
+ROWS = [
+    {"file_name": "a.png", "text": "a dog", "label": 3},
+    {"file_name": "deep/b.png", "text": "ein Hund, naß", "label": 1},
+    {"file_name": "a.png", "text": "one dog", "label": 3},
+]
+
+
+def write_metadata(folder, kind, rows, encode, noise):
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.png", "deep/b.png"):
+        (folder / name).write_bytes(encode(noise(4, 7, 3)))
+    if kind == "jsonl":
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "metadata.jsonl").write_text(text)
+    elif kind == "csv":
+        with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        parquet.write_table(pa.Table.from_pylist(rows), folder / "metadata.parquet")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("split", [None, "train"])
+def test_image_folders_of_hugging_face_are_read_by_their_metadata(
+    tmp_path, kind, split, encode, noise
+):
+    """As `datasets` itself reads them."""
+    for part in (split, "test") if split else (".",):
+        write_metadata(tmp_path / part, kind, ROWS, encode, noise)
+    examples = opened(tmp_path, split=split)
+    assert [e["captions"] for e in examples] == [("a dog", "one dog"), ("ein Hund, naß",)]
+    assert [e["label"] for e in examples] == ["3", "1"]
+    if kind == "jsonl":  # it leaves files of the other kinds open
+        read = load_dataset("imagefolder", data_dir=str(tmp_path), cache_dir=str(tmp_path / "c"))
+        assert read["train"]["text"] == [row["text"] for row in ROWS]
+    for example in examples:
+        assert decode(example["image"]).size == (7, 4)
+    if split:
+        with pytest.raises(UserError, match="name a split"):
+            opened(tmp_path)
+
+
+def test_names_of_columns_that_the_user_sets_are_kept(tmp_path, encode, noise):
+    rows = [{**row, "label": 3, "caption": "c", "long": "l", "image": "deep/b.png"} for row in ROWS]
+    write_metadata(tmp_path, "jsonl", rows, encode, noise)
+    for keys, caption, count in (
+        ({}, "c", 1),
+        ({"caption_key": "long", "image_key": "file_name"}, "l", 2),
+        ({"caption_key": "text"}, "a dog", 1),
+    ):
+        examples = opened(tmp_path, **keys)
+        assert (examples[0]["captions"][0], len(examples)) == (caption, count)
+
+
+def test_one_split_of_metadata_is_no_class(tmp_path, encode, noise):
+    write_metadata(tmp_path / "train", "jsonl", ROWS, encode, noise)
+    with pytest.raises(UserError, match="name a split"):
+        opened(tmp_path)
+
+
+JSON_LISTS = {
+    "BLIP's training": (
+        [{"caption": f"c {n}", "image": "a.png", "image_id": "coco_1"} for n in range(2)],
+        [("c 0", "c 1")],
+    ),
+    "BLIP's test": ([{"image": "a.png", "caption": ["c 0", "犬 {", "]"]}], [("c 0", "犬 {", "]")]),
+    "LLaVA": ([{"id": "1", "image": "a.png", "caption": 'a "dog"', "url": "http"}], [('a "dog"',)]),
+    "other names": ([{"file_name": "a.png", "text": "a dog"}], [("a dog",)]),
+}
+
+
+@pytest.mark.parametrize("name", JSON_LISTS)
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("place", [".", "images", "../images"])
+@pytest.mark.parametrize("file", ["coco_karpathy_test.json", "dataset_a.json", "captions_a.json"])
+def test_a_json_list_of_rows_is_read(tmp_path, name, indent, place, file, encode, noise):
+    rows, captions = JSON_LISTS[name]
+    folder = tmp_path / "data"
+    (folder / place).mkdir(parents=True)
+    (folder / place / "a.png").write_bytes(encode(noise(4, 7, 3)))
+    text = json.dumps(rows, indent=indent, ensure_ascii=False)
+    (folder / file).write_text("\ufeff" * (indent is None) + text, encoding="utf-8")
+    for path in (folder, folder / file):
+        examples = opened(path)
+        assert [example["captions"] for example in examples] == captions
+        assert decode(examples[0]["image"]).size == (7, 4)
+
+
+def test_bad_rows_of_a_json_list_are_bad_samples(tmp_path, encode, noise):
+    (tmp_path / "a.png").write_bytes(encode(noise(4, 7, 3)))
+    rows = [{"image": "a.png", "caption": "a"}, 7, {"image": 3}, {"image": "b.png", "caption": [1]}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    source = open_source(SourceConfig(path=str(tmp_path)))
+    assert source[0]["captions"] == ("a",)
+    for n in (1, 2, 3):
+        with pytest.raises(BadSampleError, match=rf"item {n} of .*a\.json") as raised:
+            source[n]
+        assert raised.value.kind == "no_example"
+
+
+@pytest.mark.parametrize("end", ["", ",", ",]", "] x", "}]", '{"image": "b"}]'])
+def test_a_damaged_json_list_is_refused(tmp_path, end):
+    (tmp_path / "a.json").write_text('[{"image": "a.png", "caption": "a"}' + end)
+    with pytest.raises(UserError, match=r"a\.json is no JSON list of rows"):
+        opened(tmp_path)
+
+
+def test_other_json_files_beside_classes_are_no_data(tmp_path, encode, noise):
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "0.png").write_bytes(encode(noise(4, 7, 3)))
+    for n, content in enumerate((["cat", "dog"], {"0": "cat"}, [{"name": "cat"}], [], 7)):
+        (tmp_path / f"{n}.json").write_text(json.dumps(content))
+    assert [example["label"] for example in opened(tmp_path)] == ["cat", "dog"]

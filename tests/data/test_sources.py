@@ -16,7 +16,7 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from lit_jax.config import SourceConfig
 from lit_jax.data.decode import decode
 from lit_jax.data.demo import DemoSource
-from lit_jax.data.example import BadSampleError, Source
+from lit_jax.data.example import BadSampleError, Source, usable_label
 from lit_jax.data.files import line_offsets
 from lit_jax.data.sources import open_source
 from lit_jax.data.sources.tfds import TfdsSource
@@ -336,8 +336,9 @@ def test_tfds_examples_may_be_without_a_label(tfds_folder, tmp_path, noise, enco
     source = open_source(SourceConfig(path=str(folder), split="train"))
     assert [source[i]["label"] for i in (0, 1, 4)] == [None, "cat", "dog"]
     for index in (2, 3):
+        assert source[index]["captions"] == ("",)  # good for all that does without labels
         with pytest.raises(BadSampleError, match=r'"label" is -?2, of 2 classes') as raised:
-            source[index]
+            usable_label(source[index])
         assert raised.value.kind == "no_example"
 
 

@@ -5,10 +5,11 @@ A source is random access and can be sent to worker processes; reading an image 
 
 import dataclasses
 import fnmatch
+import functools
 import logging
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from lit_jax.config import SourceConfig
@@ -22,7 +23,9 @@ from lit_jax.data.sources import columns, flickr, hints, lists, splits
 from lit_jax.data.sources.checks import check_first_rows
 from lit_jax.data.sources.delimited import DelimitedSource
 from lit_jax.data.sources.grouping import Table, group_rows
-from lit_jax.data.sources.jsonl import JsonlSource
+from lit_jax.data.sources.json_list import is_list_of_rows
+from lit_jax.data.sources.jsonl import JsonlSource, open_json_list
+from lit_jax.data.sources.metadata import with_names_of
 from lit_jax.data.sources.pairs import open_pairs
 from lit_jax.data.sources.records import RecordSource
 from lit_jax.data.sources.tars import TarSource
@@ -37,6 +40,10 @@ CAPTIONS_FILE = "captions.jsonl"
 Opener = Callable[[Sequence[File], SourceConfig, bool], Source]
 
 
+def _any_file(file: File) -> bool:
+    return True
+
+
 class Format(NamedTuple):
     """One row of the table: what is found by `patterns` of file names is read by `open`."""
 
@@ -44,7 +51,16 @@ class Format(NamedTuple):
     open: Opener
     several: bool = False  # whether many files are one data set; else one has to be named
     knows_splits: bool = False  # else a split is a folder, or a part of the files' names
-    fits: Callable[[File], bool] = lambda file: True  # of files that others may be called like
+    fits: Callable[[File], bool] = _any_file  # of files that others may be called like
+    has_other_names: bool = False  # columns that are called as other tools call them
+
+    def matches(self, name: str) -> bool:
+        return name not in hints.ABOUT and _pattern(self.patterns).match(name) is not None
+
+
+@functools.cache
+def _pattern(patterns: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(fnmatch.translate, patterns)))
 
 
 FORMATS = (
@@ -72,6 +88,21 @@ FORMATS = (
         lambda files, config, text_only: JsonlSource(files[0], config, text_only=text_only),
     ),
     Format(
+        ("metadata.jsonl",),
+        lambda files, config, text_only: JsonlSource(files[0], config, text_only=text_only),
+        has_other_names=True,
+    ),
+    Format(
+        ("metadata.csv",),
+        lambda files, config, text_only: DelimitedSource(files[0], config, text_only=text_only),
+        has_other_names=True,
+    ),
+    Format(
+        ("metadata.parquet",),
+        lambda files, config, text_only: columns.ParquetSource(files, config, text_only=text_only),
+        has_other_names=True,
+    ),
+    Format(
         ("*.tar",),
         lambda files, config, text_only: TarSource(files, config, text_only=text_only),
         several=True,
@@ -85,10 +116,12 @@ FORMATS = (
         ("dataset_*.json",),
         lambda files, config, _: lists.open_karpathy(files[0], config.split),
         knows_splits=True,
+        fits=lambda file: not is_list_of_rows(file),
     ),
     Format(
         ("captions_*.json",),
         lambda files, config, _: lists.open_coco(files[0], config.split),
+        fits=lambda file: not is_list_of_rows(file),
     ),
     Format(
         ("*.token", "*.token.txt", "captions.txt"),
@@ -106,6 +139,12 @@ FORMATS = (
     Format(
         ("*.csv", "*.tsv"),
         lambda files, config, text_only: DelimitedSource(files[0], config, text_only=text_only),
+    ),
+    Format(
+        ("*.json",),
+        lambda files, config, text_only: open_json_list(files[0], config, text_only=text_only),
+        fits=is_list_of_rows,
+        has_other_names=True,
     ),
 )
 
@@ -134,8 +173,8 @@ def _find(config: SourceConfig, text_only: bool, labelled: bool) -> Source:
         )
     try:
         places = [locate(path) for path in expand(config.path)] if config.path else []
-        if source := _open(places, config, text_only):
-            return _look_through(source, config, text_only, labelled)
+        if source := _open(places, config, text_only, labelled):
+            return source
     except AddressError as error:
         raise UserError(str(error)) from error
     except OSError as error:  # no permission, no network, no credentials
@@ -163,7 +202,9 @@ def _all_patterns() -> str:
     return ", ".join(pattern for known in FORMATS for pattern in known.patterns)
 
 
-def _open(places: Sequence[File], config: SourceConfig, text_only: bool) -> Source | None:
+def _open(
+    places: Sequence[File], config: SourceConfig, text_only: bool, labelled: bool
+) -> Source | None:
     files = list(places)
     folder = files[0] if len(files) == 1 and files[0].is_dir() else None
     if folder:
@@ -180,12 +221,18 @@ def _open(places: Sequence[File], config: SourceConfig, text_only: bool) -> Sour
                 f"{found[0].parent} has {', '.join(file.name for file in found)}; "
                 "name one of them, by the path or by the split."
             )
-        return kind.open(found, config, text_only)
-    return _open_folder(folder, listed, config, text_only) if folder else None
+        config = with_names_of(found[0], config) if kind.has_other_names else config
+        source = kind.open(found, config, text_only)
+        return _look_through(source, config, text_only, labelled)
+    return _open_folder(folder, listed, config, text_only, labelled) if folder else None
 
 
 def _open_folder(
-    folder: File, listed: Sequence[File], config: SourceConfig, text_only: bool
+    folder: File,
+    listed: Sequence[File],
+    config: SourceConfig,
+    text_only: bool,
+    labelled: bool,
 ) -> Source | None:
     """Open a split that is a folder, or images with their captions beside them or in folders of classes.
 
@@ -194,16 +241,21 @@ def _open_folder(
     """
     if not config.split:
         paths = [*walk(folder)]
+        tops = [*filter(splits.is_split, top_folders(folder))]
+        # Images in them may have their captions in a table there: they are no class.
+        inside = [PurePosixPath(path) for path in paths if path.count("/") == 1]
+        if any(str(path.parent) in tops and _is_data(path.name) for path in inside):
+            raise splits.not_found(folder, None, tops)
         source = open_pairs(folder, paths, config, text_only=text_only)
         source = source or lists.image_folder(folder, paths)
         if source is None:
             hints.check_versions(folder, paths)
-        if source is None and (known := [*filter(splits.is_split, top_folders(folder))]):
-            raise splits.not_found(folder, None, known)
+        if source is None and tops:
+            raise splits.not_found(folder, None, tops)
         return source
     inside = folder / config.split
     if inside.is_dir():
-        return _open([inside], dataclasses.replace(config, split=None), text_only)
+        return _open([inside], dataclasses.replace(config, split=None), text_only, labelled)
     hints.check_versions(folder, [*walk(folder)])
     raise splits.not_found(folder, config.split, {*splits.in_names(listed), *top_folders(folder)})
 
@@ -232,12 +284,16 @@ def _is_record(table: File) -> bool:
 def _recognise(files: Sequence[File]) -> tuple[list[File], Format | None]:
     """Return the first of `FORMATS` that some of the files have, and these files."""
     for kind in FORMATS:
-        match = re.compile("|".join(map(fnmatch.translate, kind.patterns))).match
-        found = [file for file in files if match(file.name) and file.name not in hints.ABOUT]
+        found = [file for file in files if kind.matches(file.name)]
         require_regular(found)
         if found := [*filter(kind.fits, found)]:
             return found, kind
     return [], None
+
+
+def _is_data(name: str) -> bool:
+    """Return whether a file is in one of `FORMATS`, as far as its name alone says so."""
+    return any(kind.matches(name) for kind in FORMATS if kind.fits is _any_file)
 
 
 def _home(files: Sequence[File], what: str) -> Path:

@@ -10,6 +10,8 @@ import numpy as np
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.files import File, Lines
+from lit_jax.data.sources.json_list import JsonItems
+from lit_jax.data.sources.lists import folder_of_images
 from lit_jax.data.sources.rows import bad_sample, example_of, identity
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
@@ -27,8 +29,18 @@ class JsonlSource:
     Lines are found by their offsets and parsed when they are asked for: millions of them are no burden.
     """
 
-    def __init__(self, file: File, config: SourceConfig, *, text_only: bool = False):
-        self._lines = Lines(file)
+    def __init__(
+        self,
+        file: File,
+        config: SourceConfig,
+        *,
+        text_only: bool = False,
+        folder: File | None = None,
+        lines: Lines | JsonItems | None = None,
+    ):
+        """Open a file; `folder` is where paths of images start, if not from the file's own folder."""
+        self._lines = lines or Lines(file)
+        self._folder = folder or file.parent
         self._config = config
         self._text_only = text_only
         try:
@@ -44,8 +56,7 @@ class JsonlSource:
     def __getitem__(self, index: int) -> Example:
         with bad_sample(self._lines.place(index)):
             row = _row(self._lines[index])
-            folder = self._lines.file.parent
-            return example_of(row, self._config, folder, text_only=self._text_only)
+            return example_of(row, self._config, self._folder, text_only=self._text_only)
 
     @property
     def files(self) -> list[File]:
@@ -58,11 +69,9 @@ class JsonlSource:
                 yield _row(line)
 
     def identities(self, *, by_label: bool) -> Iterator[list[str | None]]:
-        folder = self._lines.file.parent
-
         def name(line: bytes) -> str | None:
             try:
-                return identity(_row(line), self._config, folder, by_label=by_label)
+                return identity(_row(line), self._config, self._folder, by_label=by_label)
             except ValueError:
                 return None
 
@@ -78,3 +87,14 @@ def _row(line: bytes) -> Mapping[str, Any]:
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     return row
+
+
+def open_json_list(file: File, config: SourceConfig, *, text_only: bool = False) -> JsonlSource:
+    """Open a list of rows in one JSON file, whose images may lie in a folder beside it."""
+    items, folder = JsonItems(file), file.parent
+    if not text_only:
+        rows = [parse_json(items[index].decode()) for index in range(min(len(items), 5))]
+        images = [row.get(config.image_key) for row in rows if isinstance(row, dict)]
+        paths = [path for path in images if isinstance(path, str) and "://" not in path]
+        folder = folder_of_images(file, paths) if paths else folder
+    return JsonlSource(file, config, text_only=text_only, folder=folder, lines=items)

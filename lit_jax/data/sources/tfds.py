@@ -4,7 +4,7 @@ import functools
 import logging
 import operator
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.listing import shown
+from lit_jax.data.sources.rows import read_label
 from lit_jax.data.sources.splits import not_found
 from lit_jax.errors import UserError
 
@@ -46,8 +47,8 @@ class TfdsSource:
             )
         captions = _chosen(leaves, config.caption_key, "caption_key", folder)
         label = _chosen(leaves, config.label_key, "label_key", folder)
-        is_class = label is not None and isinstance(label.feature, tfds.features.ClassLabel)
-        self._class_names = label.feature.names if is_class else None
+        kind = label.feature if label else None
+        self._class_names = kind.names if isinstance(kind, tfds.features.ClassLabel) else None
         self._folder = folder
         self._image_key = config.image_key
         self._label_path = config.label_key.split("/") if label else None
@@ -75,35 +76,39 @@ class TfdsSource:
             raise BadSampleError(
                 f"{self._split}/{index} of {self._folder} cannot be read ({_shortened(error)})"
             ) from error
-        return Example(
+        label, problem = self._label(row)
+        example = Example(
             key=f"{self._split}/{index}",
             image=row[self._image_key],
             captions=self._captions(row),
-            label=self._label(row),
+            label=label,
         )
+        return {**example, "label_problem": problem} if problem else example
 
     def _captions(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         if self._caption_path is None:
             return ()
-        texts = functools.reduce(operator.getitem, self._caption_path, row)
+        texts = _inside(row, self._caption_path)
         try:
             return tuple(text.decode() for text in ([texts] if isinstance(texts, bytes) else texts))
         except UnicodeDecodeError as error:
             raise BadSampleError(f"a caption is not UTF-8 ({error})", "not_utf8") from error
 
-    def _label(self, row: Mapping[str, Any]) -> str | None:
+    def _label(self, row: Mapping[str, Any]) -> tuple[str | None, str | None]:
+        """Return the label, or why the value that is there cannot be one."""
         if self._label_path is None:
-            return None
-        label = functools.reduce(operator.getitem, self._label_path, row)
+            return None, None
+        label, name = _inside(row, self._label_path), "/".join(self._label_path)
         if not self._class_names:
-            return _text(label)
+            if isinstance(label, bytes):
+                return label.decode("utf-8", "replace"), None
+            return read_label(
+                {name: label.item() if isinstance(label, np.generic) else label}, name
+            )
         # -1 is what TFDS gives to examples without a label.
         if not -1 <= label < len(self._class_names):
-            raise BadSampleError(
-                f'"{"/".join(self._label_path)}" is {label}, of {len(self._class_names)} classes',
-                "no_example",
-            )
-        return None if label < 0 else self._class_names[label]
+            return None, f'"{name}" is {label}, of {len(self._class_names)} classes'
+        return None if label < 0 else self._class_names[label], None
 
 
 def _damaged(folder: Path, error: Exception) -> UserError:
@@ -114,6 +119,10 @@ def _damaged(folder: Path, error: Exception) -> UserError:
 
 def _shortened(error: Exception | str) -> str:
     return textwrap.shorten(str(error), 150)
+
+
+def _inside(row: Any, path: Sequence[str]) -> Any:
+    return functools.reduce(operator.getitem, path, row)
 
 
 class _Leaf(NamedTuple):
@@ -200,7 +209,3 @@ def _check_split(splits: Mapping[str, Any], split: str | None, folder: Path) -> 
         ) from error
     if size <= 0:
         raise UserError(f"The split {split!r} of {folder} is empty; choose another one.")
-
-
-def _text(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,84 @@
+"""A list of rows in one JSON file, as BLIP and LLaVA read it: [{"image": "a.jpg", "caption": "a dog"}]."""
+
+import codecs
+import itertools
+import json
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from lit_jax.data.files import File, read, read_text
+from lit_jax.errors import UserError
+
+_HEAD_BYTES = 1 << 16
+_LIST = re.compile(rb'(\xef\xbb\xbf)?\s*\[\s*\{\s*"')
+_IMAGE = re.compile(rb'"(image|file_name)"\s*:')
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def is_list_of_rows(file: File) -> bool:
+    """Return whether a JSON file is a list of objects of which one of the first names an image."""
+    head = read(file, 0, _HEAD_BYTES)
+    return _LIST.match(head) is not None and _IMAGE.search(head) is not None
+
+
+class JsonItems:
+    """The items of a JSON list, found by their offsets and read when asked for, as the lines of a JSONL file.
+
+    Raises UserError if there is none, or if the file is no JSON list.
+    """
+
+    def __init__(self, file: File):
+        self.file = file
+        try:
+            mark = read(file, 0, len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+            self._bounds_Nx2 = _bounds(read_text(file)) + mark * len(codecs.BOM_UTF8)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file} is no JSON list of rows ({error}); get it again.") from error
+        if not len(self):
+            raise UserError(f"{file} is an empty list; it needs a row for each example.")
+
+    def __len__(self) -> int:
+        return len(self._bounds_Nx2)
+
+    def __getitem__(self, index: int) -> bytes:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return read(self.file, *self._bounds_Nx2[index].tolist())
+
+    def blocks(self, start: int = 0, *, count: int = 10_000) -> Iterator[list[bytes]]:
+        """Yield all items from `start` on, in order and many at a time; the file is read once."""
+        content = self.file.read_bytes()
+        bounds = iter(self._bounds_Nx2[start:].tolist())
+        while block := [content[a:b] for a, b in itertools.islice(bounds, count)]:
+            yield block
+
+    def place(self, index: int) -> str:
+        return f"item {index} of {self.file}"
+
+
+def _bounds(text: str) -> np.ndarray:
+    """Return int64 Nx2: the bytes at which each item of a JSON list starts and stops."""
+    decoder, ends = json.JSONDecoder(), []
+    place = _after_space(text, 0)
+    if text[place : place + 1] != "[":
+        raise ValueError("it begins with another character than [")
+    place = _after_space(text, place + 1)
+    is_open = text[place : place + 1] != "]"
+    while is_open:
+        _, stop = decoder.raw_decode(text, place)
+        ends += [place, stop]
+        place = _after_space(text, stop)
+        is_open = text[place : place + 1] == ","
+        place = _after_space(text, place + 1) if is_open else place
+    if text[place:].strip() != "]":
+        raise ValueError(f"neither a comma nor the end after item {len(ends) // 2 - 1}")
+    # From characters to bytes.
+    lengths = [len(text[a:b].encode()) for a, b in itertools.pairwise([0, *ends])]
+    return np.cumsum(lengths, dtype=np.int64).reshape(-1, 2)
+
+
+def _after_space(text: str, place: int) -> int:
+    match = _SPACE.match(text, place)
+    return match.end() if match else place
