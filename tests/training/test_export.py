@@ -128,6 +128,17 @@ def test_an_export_has_the_image_size_of_the_run(train_and_export, towers, reque
     np.testing.assert_allclose(torch_logits(folder), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize(("pooling", "said"), [("mean", True), ("cls", False)])
+def test_an_export_for_lit_jax_alone_is_said_before_the_training(
+    tiny, tmp_path, one_device, caplog, pooling, said
+):
+    loop._prepare(tiny(**{"model.text.pooling": pooling}), tmp_path / "run")
+    sentences = [record.getMessage() for record in caplog.records]
+    found = [text for text in sentences if "readable by lit_jax only, because" in text]
+    assert len(found) == said
+    assert all("config.model.text.pooling" in text for text in found)
+
+
 def test_what_is_no_run_is_named(tmp_path, capsys):
     arguments = [f"--workdir={tmp_path}", f"--output={tmp_path / 'exported'}"]
     assert export.main(arguments) == BAD_INPUT
