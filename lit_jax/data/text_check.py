@@ -77,7 +77,7 @@ def check_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: 
         )
         if share > TOO_MANY
     ]
-    more = "more than " if found.longest > found.limit + BEYOND else ""
+    more = "at least " if found.longest > found.limit + BEYOND else ""
     log.log(
         logging.WARNING if advice else logging.INFO,
         "%d texts of %s: %.1f %% are cut at %d tokens (the longest has %s%d), %.1f %% of the tokens are "

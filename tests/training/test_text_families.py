@@ -1,13 +1,16 @@
 """Every text family with its own tokenizer: trained, exported, evaluated, and read by transformers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+import lit_jax
 from lit_jax import evaluate, export
 from lit_jax.data.text import tokenize
+from lit_jax.evals.encode import Encoder
 from lit_jax.training import loop
 from tests.tokenizer_files import FAMILIES, TEXTS, write_tokenizer
 from tests.training.conftest import DEMO, WIDTHS
@@ -57,3 +60,44 @@ def test_a_family_is_trained_exported_and_evaluated(train, tmp_path, family, mon
     if family == QUICK:
         assert evaluate.main([f"--workdir={workdir}", *data, f"--output={results}"]) == 0
     assert of_model == json.loads(results.read_text())
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("family", ["siglip", "siglip2"])
+def test_pytorch_embeds_the_same_texts_of_a_siglip_in_the_same_way(
+    tiny, tmp_path, one_device, family
+):
+    """As long as its model was trained with, and in the letters."""
+    import torch
+    from transformers import SiglipConfig, SiglipModel
+
+    folder, out = tmp_path / "siglip", tmp_path / "out"
+    _, config = write_tokenizer(family, folder)
+    small = {**WIDTHS, "num_hidden_layers": 1}
+    text = {**small, "vocab_size": config["vocab_size"], "max_position_embeddings": 48}
+    text |= {"bos_token_id": None, "eos_token_id": None}
+    image = {**small, "image_size": 32, "patch_size": 16}
+    model = lit_jax.DualEncoder.from_config(SiglipConfig(text_config=text, vision_config=image))
+    (folder / "config.json").unlink()
+    model.save_pretrained(folder)
+    shutil.copy(DEMO / "vit" / "preprocessor_config.json", folder)
+    own = {"model.image.model": "", "model.text.model": "", "model.projection_dim": 512}
+    short = {"duration": "1 step", "schedule.warmup": "0 steps", "loss": "sigmoid"}
+    config = tiny(
+        **{"model.dual_encoder": str(folder), "data.max_text_length": None, **own, **short}
+    )
+    run = loop.train(config, tmp_path / "run")
+    assert export.main([f"--workdir={tmp_path / 'run'}", f"--output={out}"]) == 0
+    texts = [*TEXTS, "A Photo OF the number " * 20]
+    tokens = AutoTokenizer.from_pretrained(out)(
+        texts, padding="max_length", truncation=True, return_tensors="pt"
+    )
+    assert tokens["input_ids"].shape[1] == 48
+    with torch.no_grad():
+        features = SiglipModel.from_pretrained(out).get_text_features(**tokens)
+    theirs = getattr(features, "pooler_output", features).numpy()
+    theirs /= np.linalg.norm(theirs, axis=1, keepdims=True)
+    ours = Encoder.of_setup(run.setup).texts(run.params, texts)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    encoder, params = evaluate.load_folder(str(out))
+    np.testing.assert_allclose(encoder.texts(params, texts), theirs, atol=1e-5)
