@@ -156,8 +156,10 @@ def _pass_over(table: Table, *, by_label: bool) -> pa.LargeListArray:
     order_N, is_first_N = _sorted(hash_Nx2)
     if is_first_N.all():
         return _lists(order_N[:0], np.zeros(0, bool))
-    held = 0
-    for row, content in table.contents(np.sort(order_N[_repeated(is_first_N)])):
+    held, repeated = 0, np.sort(order_N[_repeated(is_first_N)])
+    for row, content in table.contents(repeated):
+        if not held:  # all of them are read: of a large table that takes minutes
+            log.info("%d rows share paths; their images are compared by content.", len(repeated))
         digest = hashlib.blake2b(content, digest_size=16).digest()
         hash_Nx2[row] ^= np.frombuffer(digest, np.int64)
         held += 1
