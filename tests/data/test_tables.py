@@ -3,6 +3,7 @@
 import decimal
 import json
 import math
+import os
 import struct
 import unicodedata
 from pathlib import Path
@@ -15,7 +16,7 @@ from pyarrow import parquet
 from lit_jax.config import SourceConfig
 from lit_jax.data.decode import decode
 from lit_jax.data.example import BadSampleError, usable_label
-from lit_jax.data.sources import open_source
+from lit_jax.data.sources import grouping, open_source
 from lit_jax.data.sources.checks import is_list
 from lit_jax.errors import UserError
 
@@ -263,6 +264,27 @@ def test_rows_may_name_files_outside_their_folder(tmp_path, noise, encode):
         row = {"image": name, "caption": "a"}
         (tmp_path / "data" / "captions.jsonl").write_text(json.dumps(row))
         assert decode(open_folder(tmp_path / "data")[0]["image"]).size == (7, 4)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "datasets"])
+def test_a_folder_whose_name_is_not_utf8_is_read_and_its_rows_are_kept(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(grouping, "KEEP_FROM_SECONDS", 0)
+    table = pa.table({"image": ["a.png", "a.png", "b.png"], "caption": ["a", "one", "b"]})
+    made, folder = tmp_path / "made", Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    made.mkdir()
+    if kind == "parquet":
+        parquet.write_table(table, made / "a.parquet")
+    elif kind == "datasets":
+        datasets.Dataset(table).save_to_disk(made)
+    elif kind == "csv":
+        (made / "a.csv").write_text("image,caption\na.png,a\na.png,one\nb.png,b\n")
+    else:
+        (made / "a.jsonl").write_text("\n".join(map(json.dumps, table.to_pylist())))
+    made.rename(folder)
+    for _ in range(2):
+        source = open_folder(folder)
+        assert [source[i]["captions"] for i in range(2)] == [("a", "one"), ("b",)]
+    assert len(list(folder.glob("lit_jax-groups-*.arrow"))) == 1
 
 
 # Damaged files.

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -240,7 +241,7 @@ class ParquetSource:
 def _open_parquet(file: File) -> parquet.ParquetFile:
     try:
         if isinstance(file, Path):
-            return parquet.ParquetFile(file, memory_map=True)
+            return parquet.ParquetFile(pa.memory_map(os.fsencode(file)))
         return parquet.ParquetFile(str(file.path), filesystem=file.filesystem, pre_buffer=True)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
@@ -366,7 +367,7 @@ class HuggingFaceSource:
 def _map_batches(files: Sequence[Path]) -> list[pa.RecordBatch]:
     batches = []
     for file in files:
-        with pa.ipc.open_stream(pa.memory_map(str(file))) as stream:
+        with pa.ipc.open_stream(pa.memory_map(os.fsencode(file))) as stream:
             _check_utf8(stream.schema)
             batches += [batch for batch in stream if len(batch)]
     return batches

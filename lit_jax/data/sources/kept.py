@@ -27,7 +27,7 @@ class KeptTable:
     def __init__(self, path: Path):
         self._path = path
         # One batch: so that a column is one piece and a row is found at once.
-        with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
+        with pa.ipc.open_file(pa.memory_map(os.fsencode(path))) as reader:
             self.about = reader.schema.metadata
             self.columns: list[Any] = reader.get_batch(0).columns
 
@@ -50,7 +50,8 @@ class Shelf:
             signatures = list(pool.map(signature, files))
         self._about = json.dumps([*decided_by, signatures]).encode()
         names = "\n".join(map(str, [*files, *(decided_by[1:])]))
-        name = f"lit_jax-{kind}-{hashlib.sha256(names.encode()).hexdigest()[:16]}.arrow"
+        digest = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        name = f"lit_jax-{kind}-{digest}.arrow"
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_jax"
         beside = [files[0].parent] if isinstance(files[0], Path) else []
         self.places = [folder / name for folder in (*beside, cache)]  # best first
@@ -79,8 +80,12 @@ class Shelf:
         for place in self.places:
             try:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                with whole(place) as new, pa.ipc.new_file(str(new), table.schema) as writer:
-                    batches = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
+                batches = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
+                with (
+                    whole(place) as new,
+                    new.open("wb") as file,
+                    pa.ipc.new_file(file, table.schema) as writer,
+                ):
                     writer.write_batch(batches[0])
                 return KeptTable(place)
             except OSError as error:
