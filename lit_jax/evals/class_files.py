@@ -144,8 +144,14 @@ def _class_file(content: Any, dataset: str, file: File) -> _ClassFile:
     if "classnames" in content or "templates" in content:
         return _own_form(content, file)
     numbered = content.get("id2label", content)
+    if all(type(value) is int for value in content.values()):  # {"cat": 0, "dog": 1}
+        numbered = {str(number): name for name, number in content.items()}
     if isinstance(numbered, dict) and all(isinstance(name, str) for name in numbered.values()):
         return _numbered(numbered, file)
+    if _is_keras_index(content):
+        found = _numbered({number: name for number, (_, name) in content.items()}, file)
+        labels = {int(number): label for number, (label, _) in content.items()}
+        return _ClassFile(names=found.names, labels=tuple(labels[n] for n in sorted(labels)))
     key = _dataset(content, dataset, file)
     return _ClassFile(names=_strings(content[key], key, file))
 
@@ -184,6 +190,14 @@ def _numbered(names: Mapping[str, str], file: File) -> _ClassFile:
     return _ClassFile(
         names=_strings([names[key] for key in keys], "id2label", file),
         labels=() if from_zero else tuple(keys),
+    )
+
+
+def _is_keras_index(content: Mapping[str, Any]) -> bool:
+    """Whether it is {"0": ["n01440764", "tench"], ...}: number, label and name of each class."""
+    return len(content) > 1 and all(
+        key.isdecimal() and isinstance(value, list) and [type(v) for v in value] == [str, str]
+        for key, value in content.items()
     )
 
 

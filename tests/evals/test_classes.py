@@ -131,6 +131,7 @@ def test_a_missing_class_file_is_named(tmp_path):
         ("classes.json", ["cat", "dog", "[mouse]"]),
         ("classes.txt", '["cat",\n "dog", "[mouse]"]'),
         ("classes.json", {"1": "dog", "0": "cat", "2": "[mouse]"}),
+        ("classes.json", {"dog": 1, "cat": 0, "[mouse]": 2}),
         (
             "config.json",
             {"model_type": "vit", "id2label": {"0": "cat", "1": "dog", "2": "[mouse]"}},
@@ -147,6 +148,9 @@ def test_other_forms_of_class_files(tmp_path, name, content):
 def test_numbers_that_do_not_count_from_zero_are_the_labels(tmp_path):
     classes = load(tmp_path, {"10": "dog", "7": "cat"})
     assert (classes.names, classes.labels) == (("cat", "dog"), ("7", "10"))
+    keras = {"10": ["n3", "eel"], "2": ["n2", "dog"], "1": ["n1", "cat"]}
+    classes = load(tmp_path, keras)
+    assert (classes.names, classes.labels) == (("cat", "dog", "eel"), ("n1", "n2", "n3"))
     content = {"classnames": ["cat", "dog"], "labels": [7, 10]}
     assert load(tmp_path, content).labels == ("7", "10")
 
