@@ -5,9 +5,10 @@
 #
 # K simulated CPU devices for each process; without it, the devices that JAX finds. Each line of output starts
 # with the number of its process. SIGTERM and Ctrl-C reach all of them, and where one fails the others get a SIGTERM:
-# they may still be waiting for it to join. What is still there 90 seconds later is killed. The exit code is that of what
-# went wrong: of a command's own failure before that of a process which was only left alone (76) or stopped (75, or 143
-# before it could save).
+# they may still be waiting for it to join. What is still there 90 seconds later is killed. Where this script is killed
+# itself, they get a SIGTERM, and ten seconds later they are killed. The exit code is that of what went wrong: of a
+# command's own failure before that of a process which was only left alone (76) or stopped (75, or 143 before it could
+# save).
 set -euo pipefail
 
 usage() {
@@ -49,16 +50,36 @@ if [[ $dry_run ]]; then
 fi
 
 pids=()
+# Ends what this script leaves behind when it is killed: it hears of each process, and then nothing more. A process
+# leads its group, so that what it has started itself ends with it.
+guard() {
+    local pid groups=() i
+    trap '' INT TERM HUP
+    while read -r pid; do
+        [[ $pid != end ]] || exit 0
+        groups+=("-$pid")
+    done
+    kill -TERM -- "${groups[@]}"
+    for ((i = 0; i < 100; i++)); do # ten seconds to save
+        sleep 0.1
+        kill -0 -- "${groups[@]}" || break
+    done
+    kill -KILL -- "${groups[@]}"
+}
 set -m # else Python would not listen to Ctrl-C: a shell makes what runs in its background deaf to it
 # shellcheck disable=SC2329  # the traps call it
 forward() { kill "-$1" "${pids[@]}" 2>/dev/null || true; }
 trap 'forward TERM' TERM
 trap 'forward INT' INT
+# In a group of its own, too, and with nothing of this script's that somebody waits to see closed.
+coproc GUARD { guard > /dev/null 2>&1; }
+tell=${GUARD[1]}
 for ((i = 0; i < processes; i++)); do
     # The readers outlive the signals, and end when what they read ends.
     env "${variables[@]}" "JAX_PROCESS_ID=$i" "$@" \
         > >(trap '' INT TERM && exec sed -u "s/^/[$i] /") 2> >(trap '' INT TERM && exec sed -u "s/^/[$i] /" >&2) &
     pids+=($!)
+    echo "$!" >&"$tell"
 done
 
 # How bad an exit code is: 0 done, 1 stopped, 2 left alone, 3 the cause.
@@ -83,4 +104,5 @@ while ((${#pids[@]})); do
     sleep 0.2 &
     wait "$!" 2>/dev/null || true # unlike a program in the foreground, it lets a signal to this script through at once
 done
+echo end >&"$tell"
 exit "$worst"

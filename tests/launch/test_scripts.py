@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -396,6 +397,38 @@ def test_local_says_who_speaks_and_passes_signals_on():
         said, _ = launcher.communicate(timeout=30)
         assert sorted(said.splitlines()) == [f"[0] {number:d}", f"[1] {number:d}"]
         assert launcher.returncode == PREEMPTED
+
+
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_local_killed_leaves_nothing_behind(tmp_path, whole_group):
+    """Neither its processes nor what they have started."""
+    of_process = f"sleep 600 & echo $$ $! >> {tmp_path}/started; wait"
+    launcher = subprocess.Popen(
+        [LAUNCH / "local.sh", "2", "--", "bash", "-c", of_process],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    started = tmp_path / "started"
+    until(lambda: started.exists() and len(started.read_text().split()) == 4)
+    if whole_group:
+        os.killpg(launcher.pid, signal.SIGKILL)
+    else:
+        launcher.kill()
+    launcher.wait()
+    until(lambda: not any(map(is_running, started.read_text().split())))
+
+
+def until(condition):
+    latest = time.monotonic() + 40
+    while not condition():
+        assert time.monotonic() < latest
+        time.sleep(0.1)
+
+
+def is_running(number):
+    """Not of one that has ended and that nobody has asked for its exit code."""
+    status = Path(f"/proc/{number}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.parametrize(
