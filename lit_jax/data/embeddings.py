@@ -11,7 +11,6 @@ JSON object of its counts.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import textwrap
 import uuid
@@ -27,7 +26,6 @@ from jaxtyping import Float
 
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.readers import Batch, caption_index
-from lit_jax.data.sources import Source
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
 
@@ -38,7 +36,6 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 GOOD, BAD = b"\0", b"\1"
 MOST_SHARDS = 500  # a reader keeps all of them open
 LEAST_SHARD = 1024  # examples
-SAMPLED = 4096  # examples that stand for the data set in its fingerprint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,35 +233,3 @@ class PooledTexts(Pooled):
     def draw(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
         caption = caption_index(example, rng)
         return self.embeddings[index][caption]
-
-
-def sampled_examples(source: Source) -> list[Example]:
-    """At most `SAMPLED` examples, evenly over the whole source; one that is bad is an empty one."""
-    count = min(len(source), SAMPLED)
-    return [_sample(source, int(i)) for i in np.linspace(0, len(source) - 1, count)]
-
-
-def _sample(source: Source, index: int) -> Example:
-    try:
-        return source[index]
-    except BadSampleError as reason:
-        return Example(key=str(reason), image=None, captions=(), label=None)
-
-
-def data_fingerprint(source: Source, sample: Sequence[Example], side: str) -> str:
-    """Of the number of examples and, of the sampled ones, key, and captions or image (if it is no file)."""
-    parts: list[Any] = [len(source)]
-    for example in sample:
-        parts.append(example["key"])
-        image = example["image"]
-        if side == "text":
-            parts.append(example["captions"])
-        elif isinstance(image, (bytes, np.ndarray)):
-            parts.append(hashlib.sha256(np.asarray(image).tobytes()).hexdigest())
-    return fingerprint(parts)
-
-
-def fingerprint(value: Any) -> str:
-    """A hash of what JSON can say; of an array it takes the bytes."""
-    text = json.dumps(value, sort_keys=True, default=lambda array: array.tobytes().hex())
-    return hashlib.sha256(text.encode()).hexdigest()[:32]

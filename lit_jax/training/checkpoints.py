@@ -25,7 +25,7 @@ import tensorstore as ts
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json, write_json
-from lit_jax.training.disk import complete_steps, reason, writing
+from lit_jax.training.disk import STEP, complete_steps, reason, writing
 from lit_jax.training.integrity import DamagedError, check_sums, sums_of, text_sum
 from lit_jax.training.step import State
 
@@ -65,6 +65,7 @@ class Checkpoints:
                 post_finalization_callback=self._before_it_is_complete,
             ),
         )
+        _check_names(workdir / "checkpoints")
         with self._writing():
             self._manager = ocp.CheckpointManager(
                 (workdir / "checkpoints").resolve(),
@@ -150,6 +151,17 @@ class Checkpoints:
     def _writing(self) -> contextlib.AbstractContextManager[None]:
         # Orbax and TensorStore raise many types for a full disk or lost rights, some from a thread.
         return writing(self._workdir, Exception)
+
+
+def _check_names(folder: Path) -> None:
+    """Raise UserError at a folder that Orbax takes for a step and `complete_steps` does not: old_4."""
+    for found in sorted(folder.glob("*")):
+        ends_in_a_number = found.name.rpartition("_")[2].isdigit()
+        if found.is_dir() and ends_in_a_number and not STEP.fullmatch(found.name):
+            raise UserError(
+                f"{found} is not the checkpoint of a step, though Orbax would take it for one; move it "
+                "elsewhere."
+            )
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 from lit_jax.errors import UserError
 
+STEP = re.compile(r"0|[1-9][0-9]{0,9}")  # str.isdigit is true of ², which int() does not read
+
 
 @contextlib.contextmanager
 def writing(workdir: Path, failure: type[Exception] = OSError) -> Iterator[None]:
@@ -31,9 +33,9 @@ def writing(workdir: Path, failure: type[Exception] = OSError) -> Iterator[None]
 
 
 def complete_steps(workdir: Path) -> list[int]:
-    """The steps of the checkpoints in a run folder: Orbax names one after its step when it is complete."""
+    """Return the steps of the checkpoints in a run folder; Orbax names a complete one after its step."""
     names = [folder.name for folder in (workdir / "checkpoints").glob("*") if folder.is_dir()]
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if STEP.fullmatch(name))
 
 
 def reason(error: Exception) -> str:

@@ -13,12 +13,10 @@ from lit_jax.data.embeddings import (
     Header,
     PooledImages,
     PooledTexts,
-    data_fingerprint,
-    fingerprint,
-    sampled_examples,
     shard_size,
 )
 from lit_jax.data.example import Example, Source
+from lit_jax.data.fingerprint import data_fingerprint, fingerprint, sampled_examples
 from lit_jax.data.readers import Inputs
 from lit_jax.data.text import tokenize
 from lit_jax.distributed.checksums import checksums
@@ -126,8 +124,8 @@ def embedding_folders(config: Config) -> dict[Side, str]:
     return {side: folder for side, folder in folders.items() if folder}
 
 
-def open_embedded(config: Config, setup: Setup, source: Source) -> Embedded:
-    """Opens the folders that config.data names, and checks all but the tower's parameters.
+def open_embedded(config: Config, setup: Setup, source: Source | None) -> Embedded:
+    """Open the folders that config.data names, and check all but the tower's parameters; none without data.
 
     Raises UserError if one is not complete, or was made of other data or in another way than the config says.
     """
@@ -136,6 +134,7 @@ def open_embedded(config: Config, setup: Setup, source: Source) -> Embedded:
             config, setup, source, side, local_path(f"config.data.{side}_embeddings", folder)
         )
         for side, folder in embedding_folders(config).items()
+        if source is not None
     }
     inputs: dict[Side, Inputs] = {}
     if "image" in opened:

@@ -76,6 +76,6 @@ def _by_path(tree: Any) -> dict[str, jax.Array]:
 def _checksums(leaves: Mapping[str, jax.Array]) -> dict[str, list[int]]:
     if not leaves:
         return {}
-    sharding = next(iter(leaves.values())).sharding
+    sharding: Any = next(iter(leaves.values())).sharding
     with jax.set_mesh(sharding.mesh) if isinstance(sharding, NamedSharding) else nullcontext():
         return {path: sums.tolist() for path, sums in jax.device_get(checksums(leaves)).items()}

@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,20 @@ from jax.sharding import Mesh
 
 from lit_jax.config import MOST, Config, steps
 from lit_jax.data.example import Source
-from lit_jax.data.mixture import open_training_data
 from lit_jax.data.pipeline import TrainStream
 from lit_jax.distributed.finite import not_finite
 from lit_jax.distributed.mesh import global_batch, make_mesh
+from lit_jax.distributed.process import is_primary
 from lit_jax.errors import Preempted, UserError
 from lit_jax.files import output_path
 from lit_jax.training.checkpoints import Checkpoints
+from lit_jax.training.data_identity import (
+    ALLOWED,
+    check_same_data,
+    identify,
+    open_data,
+    save_identity,
+)
 from lit_jax.training.disk import complete_steps, writing
 from lit_jax.training.evaluation import EvalSchedule, Evaluate
 from lit_jax.training.from_embeddings import Embedded, open_embedded
@@ -31,8 +39,7 @@ from lit_jax.training.preemption import StopSignal
 from lit_jax.training.program import Program, check_batch_size
 from lit_jax.training.run import (
     Run,
-    check_format,
-    open_workdir,
+    check_workdir,
     save_config,
     save_model_files,
     save_parameter_table,
@@ -44,13 +51,17 @@ from lit_jax.training.teacher import check_config
 from lit_jax.training.tokenizing import check_captions
 from lit_jax.trees import Tree
 
+# Keys whose change, where it is permitted, means other data.
+_NAMES_DATA = re.compile(r"data\.(train|mixture)\b|model\.teacher$")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Prepared:
     """All of a run that is known before it writes anything. What lasts or recurs is counted in steps."""
 
     config: Config
-    source: Source
+    source: Source | None
+    identity: dict[str, Any] | None
     towers: Towers
     program: Program
     embedded: Embedded
@@ -90,13 +101,16 @@ def train(
     before, and Preempted after SIGTERM, once a checkpoint of the last step is on disk.
     """
     workdir = output_path("--workdir", str(workdir))
-    check_format(workdir)
-    ready = _prepare(config, workdir)
-    teacher = ready.setup.teacher
-    check_captions(ready.setup.tokenizer, ready.source, teacher and teacher.tokenizer)
+    changes = check_workdir(workdir, config, allowed_changes)
+    may_differ = ALLOWED in allowed_changes or any(map(_NAMES_DATA.match, changes))
+    ready = _prepare(config, workdir, may_differ=may_differ)
+    if ready.source is not None:
+        teacher = ready.setup.teacher
+        check_captions(ready.setup.tokenizer, ready.source, teacher and teacher.tokenizer)
     check_evals(ready.setup.tokenizer)
     with writing(workdir):
-        open_workdir(workdir, config, allowed_changes)
+        if is_primary():
+            workdir.mkdir(parents=True, exist_ok=True)
         save_model_files(workdir, config, ready.towers, ready.setup)
         save_parameter_table(workdir, ready.setup)
     with (
@@ -111,11 +125,12 @@ def train(
         frozen = ready.embedded.needed(locked)
         with writing(workdir):
             save_config(workdir, config)
+            save_identity(workdir, ready.identity)
         step_fn = ready.program.compiled_step()
         start = checkpoints.latest or 0
         # Nothing may wait for the device by accident: implicit transfers are errors in here.
         with (
-            contextlib.closing(_open_stream(ready, position)) as stream,
+            _open_stream(ready, position, start) as stream,
             _open_reporter(ready, workdir, start, checkpoints, frozen) as reporter,
             jax.transfer_guard("disallow"),
         ):
@@ -128,6 +143,7 @@ def train(
 
             evaluate_at(start, ready.evals.missing(start, workdir))
             for step in range(start + 1, ready.total + 1):
+                assert stream is not None
                 # The stream moves on only here, after any save: its position is then that of `step`.
                 batch = global_batch(next(stream), ready.mesh)
                 state, metrics = step_fn(state, frozen, batch)
@@ -147,8 +163,12 @@ def train(
     return Run.of(config, ready.setup, state.params, locked, ready.total)
 
 
-def _prepare(config: Config, workdir: Path) -> _Prepared:
-    """Raises UserError on all bad input that can be known before the run folder is touched."""
+def _prepare(config: Config, workdir: Path, *, may_differ: bool) -> _Prepared:
+    """Raise UserError on all bad input that can be known before the run folder is touched.
+
+    Args:
+        may_differ: whether the run may go on with other data than it was started with.
+    """
     check_config(config)
     mesh = make_mesh(config.mesh)
     check_batch_size(config.batch_size, mesh, config.accumulate)
@@ -156,10 +176,15 @@ def _prepare(config: Config, workdir: Path) -> _Prepared:
     # Before the data: whoever starts without network and without data learns first where the towers may lie.
     # The run folder has configs and tokenizer, but the first step needs the weights, too.
     towers = saved_towers(workdir) if trained else find_towers(config.model)
-    source = open_training_data(config.data, text_only=bool(config.model.teacher))
-    check_negatives(config, source)
+    data = open_data(config, workdir, trained[-1] if trained else None)
+    identity = None
+    if data.source is not None:
+        identity = identify(data.source)
+        if trained and not may_differ:
+            check_same_data(workdir, identity)
+        check_negatives(config, data.source)
     to_steps = functools.partial(
-        steps, batch_size=config.batch_size, examples_per_epoch=len(source)
+        steps, batch_size=config.batch_size, examples_per_epoch=data.examples
     )
 
     def at_least_one(key: str, duration: str) -> int:
@@ -185,10 +210,11 @@ def _prepare(config: Config, workdir: Path) -> _Prepared:
     warn_of_export(setup)
     return _Prepared(
         config=config,
-        source=source,
+        source=data.source,
+        identity=identity,
         towers=towers,
         program=Program.of(config, setup, schedule),
-        embedded=open_embedded(config, setup, source),
+        embedded=open_embedded(config, setup, data.source),
         total=total,
         save_every=at_least_one("checkpoint.every", config.checkpoint.every),
         keep_every=at_least_one("checkpoint.keep_every", keep_every) if keep_every else None,
@@ -197,7 +223,14 @@ def _prepare(config: Config, workdir: Path) -> _Prepared:
     )
 
 
-def _open_stream(ready: _Prepared, position: dict[str, int] | None) -> TrainStream:
+@contextlib.contextmanager
+def _open_stream(
+    ready: _Prepared, position: dict[str, int] | None, start: int
+) -> Iterator[TrainStream | None]:
+    """Open the stream at a position; a finished run has none, and reads no data."""
+    if ready.source is None or start == ready.total:
+        yield None
+        return
     stream = TrainStream(
         ready.source,
         ready.setup.reader(ready.config.data, ready.embedded.inputs),
@@ -207,9 +240,10 @@ def _open_stream(ready: _Prepared, position: dict[str, int] | None) -> TrainStre
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    if position is not None:
-        stream.set_state(position)
-    return stream
+    with contextlib.closing(stream):
+        if position is not None:
+            stream.set_state(position)
+        yield stream
 
 
 def _usual_scale(config: Config) -> float:

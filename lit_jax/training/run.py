@@ -1,5 +1,6 @@
 """The run folder: what makes a run the same run when its command is given again.
 
+data.json              length and fingerprint of the training data
 config.json            the resolved config, with the format of the folder and the version that wrote it
 model/                 config, tokenizer and image processor of the model
 parameters.txt         what trains, how fast, and how it lies on the mesh
@@ -171,44 +172,45 @@ def _read_config_file(workdir: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def check_format(workdir: Path) -> None:
-    """Raise UserError if another version has to finish the run in `workdir`: its defaults are others."""
-    content = _read_config_file(workdir)
-    if content is None or content.get("format") == FORMAT:
-        return
-    if "format" not in content:
-        read_config(workdir)  # raises unless the file describes a run
-    version = content.get("version", _WITHOUT_FORMAT)
-    raise UserError(
-        f"{workdir} holds a run of lit_jax {version} (folder format {content.get('format', 1)}), and this is "
-        f"lit_jax {__version__} (format {FORMAT}), whose defaults differ. Finish the run with lit_jax "
-        f"{version}, or choose another --workdir; evaluate and export still read it."
-    )
+def check_workdir(
+    workdir: Path, config: Config, allowed_changes: Collection[str]
+) -> Collection[str]:
+    """Return the keys in which `config` differs from that of the run in `workdir`; it may have none.
 
-
-def open_workdir(workdir: Path, config: Config, allowed_changes: Collection[str]) -> None:
-    """Creates or reopens a run folder; `save_config` is what makes it this config's.
-
-    Raises UserError if `config` differs from the run's own in keys that would change the result and are
+    Raises UserError if the run is of another format, or if a key that would change the result differs and is
     not in `allowed_changes`.
     """
     previous = read_config(workdir)
-    if previous is not None:
-        changes = changed_keys(previous, config)
-        refused = {key: text for key, text in changes.items() if key not in allowed_changes}
-        if refused:
-            raise UserError(
-                f"{workdir} holds a run with another config ({'; '.join(refused.values())}); choose another "
-                f"--workdir, or go on with the change by --allow_changes={','.join(refused)}."
-            )
-        if complete_steps(workdir) and (moved := changes.keys() & TOWER_KEYS):
-            log.warning(
-                "%s holds the run's own towers, and it goes on with those; %s is only noted.",
-                workdir,
-                " and ".join(sorted(moved)),
-            )
-    if is_primary():
-        workdir.mkdir(parents=True, exist_ok=True)
+    if previous is None:
+        return ()
+    _check_format(workdir)
+    changes = changed_keys(previous, config)
+    refused = {key: text for key, text in changes.items() if key not in allowed_changes}
+    if refused:
+        raise UserError(
+            f"{workdir} holds a run with another config ({'; '.join(refused.values())}); choose another "
+            f"--workdir, or go on with the change by --allow_changes={','.join(refused)}."
+        )
+    if complete_steps(workdir) and (moved := changes.keys() & TOWER_KEYS):
+        log.warning(
+            "%s holds the run's own towers, and it goes on with those; %s is only noted.",
+            workdir,
+            " and ".join(sorted(moved)),
+        )
+    return changes
+
+
+def _check_format(workdir: Path) -> None:
+    """Raise UserError if another version has to finish the run in `workdir`: its defaults are others."""
+    content = _read_config_file(workdir) or {}
+    if (found := content.get("format", 1)) == FORMAT:
+        return
+    version = content.get("version", _WITHOUT_FORMAT)
+    raise UserError(
+        f"{workdir} holds a run of lit_jax {version} (folder format {found}), and this is lit_jax "
+        f"{__version__} (format {FORMAT}), whose defaults differ. Finish the run with lit_jax {version}, or "
+        "choose another --workdir; evaluate and export still read it."
+    )
 
 
 def save_config(workdir: Path, config: Config) -> None:

@@ -15,19 +15,17 @@ from lit_jax.data.embeddings import (
     LEAST_SHARD,
     MANIFEST,
     MOST_SHARDS,
-    SAMPLED,
     Counts,
     Embeddings,
     Header,
     PooledImages,
     PooledTexts,
     ShardWriter,
-    data_fingerprint,
-    sampled_examples,
     shard_counts,
     shard_size,
 )
 from lit_jax.data.example import BadSampleError, Example
+from lit_jax.data.fingerprint import SAMPLED, data_fingerprint, sampled_examples
 from lit_jax.data.readers import Captions, Pixels
 from lit_jax.errors import UserError
 

@@ -255,7 +255,7 @@ def test_of_two_processes_one_writes_and_reports(whole_of_two):
     assert after_gloo(said_by(1, output)) == ""
     assert results(workdir)["zero_shot/unseen16/n"] == 800
     assert {path.name for path in workdir.iterdir()} == {
-        *("config.json", "parameters.txt", "model", "frozen", "checkpoints"),
+        *("config.json", "data.json", "parameters.txt", "model", "frozen", "checkpoints"),
         *("metrics.jsonl", "tensorboard", "results.json", "evals"),
     }
     assert len(list((workdir / "tensorboard").iterdir())) == 1

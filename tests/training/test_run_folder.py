@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import lit_jax
 from lit_jax.config import MeshConfig
@@ -159,4 +160,58 @@ def test_a_checkpoint_under_another_step_is_refused_and_one_without_checksums_is
     assert caplog.text.count("is not compared with checksums") == 2
     (workdir / "checkpoints" / "6").rename(workdir / "checkpoints" / "5")
     with pytest.raises(UserError, match=r"5 is damaged: its data are at step 6; remove .* step 4"):
+        train(tiny(), workdir)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Writes a data set of as many pairs as there are numbers, in their order."""
+
+    def write(numbers):
+        folder = tmp_path / "data"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for n in numbers:
+            Image.new("RGB", (32, 32), (n, n, n)).save(folder / f"{n}.png")
+        rows = [{"image": f"{n}.png", "caption": f"the number {n}"} for n in numbers]
+        (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    return write
+
+
+def test_other_data_under_the_same_config_are_refused_and_can_be_permitted(
+    train, tiny, pairs, tmp_path, caplog
+):
+    """The run is as long as its data: grown, a finished one would train on."""
+    workdir = tmp_path / "run"
+    data = {"data.train.path": str(pairs(range(32))), "data.train.split": None}
+    config = tiny(**data, duration="1 epochs")
+    train(config, workdir)
+    for numbers, counts in (
+        (range(48), "32 examples then and 48 now"),
+        (range(16), "32 examples then and 16 now"),
+        (range(31, -1, -1), "32 examples then and 32 now, in another order"),
+    ):
+        pairs(numbers)
+        with pytest.raises(UserError, match=rf"{counts}.*--allow_changes=data\.$"):
+            train(config, workdir)
+        assert complete_steps(workdir) == [2]
+    shutil.rmtree(tmp_path / "data")  # of a finished run
+    assert train(config, workdir).step == 2
+    assert "goes without its data" in caplog.text
+    with pytest.raises(UserError, match="There is no data set in"):
+        train(tiny(**data, duration="3 steps"), workdir, allowed_changes=["duration"])
+    pairs(range(48))
+    assert train(config, workdir, allowed_changes=["data"]).step == 3
+    assert train(config, workdir).step == 3
+
+
+@pytest.mark.parametrize("name", ["²", "old_4", "007"])
+def test_odd_names_among_the_checkpoints_are_none(finished, train, tiny, tmp_path, name):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "checkpoints" / name).mkdir()
+    (workdir / "checkpoints" / "notes").mkdir()
+    assert load_run(workdir).step == 6
+    with pytest.raises(UserError, match=f"checkpoints/{name} is not the checkpoint of a step"):
         train(tiny(), workdir)
