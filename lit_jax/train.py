@@ -44,14 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(args.config, overrides)
     # Opened before training: a mistake in an evaluation should not cost a run.
     evaluator = Evaluator(runner.open_evals(config.evals))
-    run = train(
+    train(
         config,
         args.workdir,
         evaluate=evaluator.during_training,
         check_evals=evaluator.check_tokens,
+        finish=lambda run: finish(config, args.workdir, run, evaluator.finally_of(run)),
         allowed_changes=args.allow_changes.split(","),
     )
-    finish(config, args.workdir, run, evaluator.finally_of(run))
 
 
 class Evaluator:

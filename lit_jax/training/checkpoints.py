@@ -27,6 +27,7 @@ from lit_jax.errors import UserError
 from lit_jax.files import parse_json, write_json
 from lit_jax.training.disk import STEP, complete_steps, reason, writing
 from lit_jax.training.integrity import DamagedError, check_sums, sums_of, text_sum
+from lit_jax.training.lease import check_lease
 from lit_jax.training.step import State
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ class Checkpoints:
 
         Orbax calls it in the thread of the save of the first process; an error leaves the folder unnamed.
         """
+        check_lease(self._workdir)
         for folder in (self._workdir / "checkpoints").glob(f"*{_UNFINISHED}*"):
             _check_arrays(folder / "state", self._leaves)
 

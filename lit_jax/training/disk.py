@@ -12,15 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from lit_jax.errors import UserError
+from lit_jax.training.lease import check_lease
 
 STEP = re.compile(r"0|[1-9][0-9]{0,9}")  # str.isdigit is true of ², which int() does not read
 
 
 @contextlib.contextmanager
 def writing(workdir: Path, failure: type[Exception] = OSError) -> Iterator[None]:
-    """Raises UserError where something that writes into a run folder raises `failure`."""
+    """Raise UserError where something that writes into a run folder raises `failure`.
+
+    Nothing is written by a process that has lost the folder to another run.
+    """
+    check_lease(workdir)
     try:
         yield
+    except UserError:
+        raise
     except failure as error:
         what_then = "mend that or choose another --workdir"
         if steps := complete_steps(workdir):

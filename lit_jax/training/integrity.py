@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from lit_jax.distributed.checksums import checksums, rounded
 
@@ -76,6 +75,6 @@ def _by_path(tree: Any) -> dict[str, jax.Array]:
 def _checksums(leaves: Mapping[str, jax.Array]) -> dict[str, list[int]]:
     if not leaves:
         return {}
-    sharding: Any = next(iter(leaves.values())).sharding
-    with jax.set_mesh(sharding.mesh) if isinstance(sharding, NamedSharding) else nullcontext():
+    mesh: Any = getattr(next(iter(leaves.values())).sharding, "mesh", None)
+    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         return {path: sums.tolist() for path, sums in jax.device_get(checksums(leaves)).items()}

@@ -17,7 +17,6 @@ from lit_jax.data.example import Source
 from lit_jax.data.pipeline import TrainStream
 from lit_jax.distributed.finite import not_finite
 from lit_jax.distributed.mesh import global_batch, make_mesh
-from lit_jax.distributed.process import is_primary
 from lit_jax.errors import Preempted, UserError
 from lit_jax.files import output_path
 from lit_jax.training.checkpoints import Checkpoints
@@ -31,6 +30,7 @@ from lit_jax.training.data_identity import (
 from lit_jax.training.disk import complete_steps, writing
 from lit_jax.training.evaluation import EvalSchedule, Evaluate
 from lit_jax.training.from_embeddings import Embedded, open_embedded
+from lit_jax.training.lease import holding
 from lit_jax.training.metrics import Reporter
 from lit_jax.training.negatives import check_negatives
 from lit_jax.training.optimizer import make_schedule
@@ -90,27 +90,39 @@ def train(
     *,
     evaluate: Evaluate = lambda run, names: {},
     check_evals: Callable[[Any], None] = lambda tokenizer: None,
+    finish: Callable[[Run], None] = lambda run: None,
     allowed_changes: Collection[str] = (),
 ) -> Run:
-    """Trains until `config.duration`, or goes on from the latest checkpoint in `workdir`.
+    """Train until `config.duration`, or go on from the latest checkpoint in `workdir`.
 
-    `evaluate` is called at the steps that `config.evals` ask for; its metrics join those of the steps.
-    `check_evals` is called before the first step with the tokenizer; it may raise UserError.
+    Args:
+        evaluate: called at the steps that `config.evals` ask for; its metrics join those of the steps.
+        check_evals: called before the first step with the tokenizer; it may raise UserError.
+        finish: called with the trained run, while the folder still is this run's.
 
     Returns the trained run. Raises UserError on bad input, with nothing written if it can be known
-    before, and Preempted after SIGTERM, once a checkpoint of the last step is on disk.
+    before, and where another run has the folder; raises Preempted after SIGTERM, once a checkpoint of the
+    last step is on disk.
     """
     workdir = output_path("--workdir", str(workdir))
-    changes = check_workdir(workdir, config, allowed_changes)
-    may_differ = ALLOWED in allowed_changes or any(map(_NAMES_DATA.match, changes))
-    ready = _prepare(config, workdir, may_differ=may_differ)
-    if ready.source is not None:
-        teacher = ready.setup.teacher
-        check_captions(ready.setup.tokenizer, ready.source, teacher and teacher.tokenizer)
-    check_evals(ready.setup.tokenizer)
+    with contextlib.ExitStack() as stack:
+        with writing(workdir):
+            stack.enter_context(holding(workdir))
+        changes = check_workdir(workdir, config, allowed_changes)
+        may_differ = ALLOWED in allowed_changes or any(map(_NAMES_DATA.match, changes))
+        ready = _prepare(config, workdir, may_differ=may_differ)
+        if ready.source is not None:
+            teacher = ready.setup.teacher
+            check_captions(ready.setup.tokenizer, ready.source, teacher and teacher.tokenizer)
+        check_evals(ready.setup.tokenizer)
+        run = _train(ready, workdir, evaluate)
+        finish(run)
+    return run
+
+
+def _train(ready: _Prepared, workdir: Path, evaluate: Evaluate) -> Run:
+    config = ready.config
     with writing(workdir):
-        if is_primary():
-            workdir.mkdir(parents=True, exist_ok=True)
         save_model_files(workdir, config, ready.towers, ready.setup)
         save_parameter_table(workdir, ready.setup)
     with (

@@ -1,0 +1,24 @@
+"""What test_lease.py runs: holds a run folder, and writes a file there for each line that it is given."""
+
+import sys
+from pathlib import Path
+
+from lit_jax.console import command
+from lit_jax.training import lease
+from lit_jax.training.disk import writing
+
+
+@command
+def main(folder: str) -> None:
+    lease.GRACE_SECONDS = 1.0
+    lease.RENEW_SECONDS = 0.2
+    workdir = Path(folder)
+    with lease.holding(workdir):
+        print("held", flush=True)
+        for line in sys.stdin:
+            with writing(workdir):
+                (workdir / line.strip()).write_text("")
+            print("written", flush=True)
+
+
+sys.exit(main(sys.argv[1]))
