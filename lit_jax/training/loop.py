@@ -175,7 +175,7 @@ def _train(ready: _Prepared, workdir: Path, evaluate: Evaluate) -> Run:
     return Run.of(config, ready.setup, state.params, locked, ready.total)
 
 
-def _prepare(config: Config, workdir: Path, *, may_differ: bool) -> _Prepared:
+def _prepare(config: Config, workdir: Path, *, may_differ: bool = False) -> _Prepared:
     """Raise UserError on all bad input that can be known before the run folder is touched.
 
     Args:
