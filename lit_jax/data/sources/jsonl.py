@@ -16,6 +16,8 @@ from lit_jax.data.sources.rows import bad_sample, example_of, identity
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
 
+TRIED = 20  # lines, of which one has to be good
+
 
 class JsonlSource:
     """Pairs listed in a JSONL file, for example captions.jsonl:
@@ -43,12 +45,20 @@ class JsonlSource:
         self._folder = folder or file.parent
         self._config = config
         self._text_only = text_only
-        try:
-            self[0]  # a file of another format is better refused now than in a worker process
-        except BadSampleError as error:
-            image, caption = config.image_key, config.caption_key
-            message = f'{error}; a line looks like {{"{image}": "a.jpg", "{caption}": "a dog"}}.'
-            raise UserError(message[:1].upper() + message[1:]) from error
+        self._check_format()
+
+    def _check_format(self) -> None:
+        """Raise UserError if all of the first lines are bad: better now than in a worker process."""
+        first = None
+        for index in range(min(len(self), TRIED)):
+            try:
+                self[index]
+                return
+            except BadSampleError as error:
+                first = first or error
+        image, caption = self._config.image_key, self._config.caption_key
+        message = f'{first}; a line looks like {{"{image}": "a.jpg", "{caption}": "a dog"}}.'
+        raise UserError(message[:1].upper() + message[1:]) from first
 
     def __len__(self) -> int:
         return len(self._lines)
