@@ -542,6 +542,8 @@ def test_two_towers_are_joined_with_arguments_of_their_own(model, tmp_path):
     assert_same_params(objects.params, pair.params)
     with pytest.raises(UserError, match="no text tower; give text_model_name_or_path"):
         join(tmp_path / "vision")
+    with pytest.raises(UserError, match=r"text_model is a VisionModel; give a lit_jax\.TextModel"):
+        join(tmp_path / "vision", text_model=model.vision_model)
     with pytest.raises(UserError, match=r"projection_dims .* did you mean 'projection_dim'"):
         join(tmp_path / "vision", tmp_path / "text", projection_dims=4)
 

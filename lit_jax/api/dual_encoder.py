@@ -114,8 +114,8 @@ class DualEncoder(Model):
         vision_model_name_or_path: str | Path | None = None,
         text_model_name_or_path: str | Path | None = None,
         *,
-        vision_model: VisionModel | None = None,
-        text_model: TextModel | None = None,
+        vision_model: Any = None,
+        text_model: Any = None,
         image_pooling: Pooling = "pooler",
         text_pooling: Pooling = "pooler",
         projection_dim: int = 512,
@@ -126,7 +126,8 @@ class DualEncoder(Model):
     ) -> "DualEncoder":
         """Make a VisionTextDualEncoder of two pretrained towers; its projections are random, so train them.
 
-        A tower is the name of one that `VisionModel` or `TextModel` reads, or such an object. `options` that
+        A tower is the name of one that `VisionModel` or `TextModel` reads, or such an object, given as
+        `vision_model` or `text_model`. `options` that
         start with vision_ or text_ are those of its from_pretrained.
         """
         own = {
@@ -138,14 +139,10 @@ class DualEncoder(Model):
             for side in TOWERS.values()
         }
         refuse_unknown(options, ("projection_dim", "logit_scale_init_value", "seed", "dtype"))
-        image = vision_model or VisionModel.from_pretrained(
-            _named(vision_model_name_or_path, "vision"),
-            **{"pooling": image_pooling, "dtype": dtype} | own["vision"],
-        )
-        text = text_model or TextModel.from_pretrained(
-            _named(text_model_name_or_path, "text"),
-            **{"pooling": text_pooling, "dtype": dtype} | own["text"],
-        )
+        image_options = {"pooling": image_pooling, "dtype": dtype} | own["vision"]
+        text_options = {"pooling": text_pooling, "dtype": dtype} | own["text"]
+        image = _tower(VisionModel, vision_model, vision_model_name_or_path, image_options)
+        text = _tower(TextModel, text_model, text_model_name_or_path, text_options)
         hf = _vision_text_config(
             image.config.to_dict(), text.config.to_dict(), projection_dim, logit_scale_init_value
         )
@@ -286,12 +283,26 @@ class DualEncoder(Model):
         )
 
 
-def _named(model: str | Path | None, side: str) -> str | Path:
-    if model is None:
+def _tower(
+    kind: type[VisionModel] | type[TextModel],
+    given: Any,
+    name: str | Path | None,
+    options: dict[str, Any],
+) -> Any:
+    """Return the tower that is given as an object, or the one of that name."""
+    if isinstance(given, kind):
+        return given
+    side = TOWERS[kind.side]
+    if given is not None:
+        raise UserError(
+            f"{side}_model is a {type(given).__name__}; give a lit_jax.{kind.__name__}, or the folder of a "
+            f"model of PyTorch as {side}_model_name_or_path."
+        )
+    if name is None:
         raise UserError(
             f"There is no {side} tower; give {side}_model_name_or_path, or {side}_model with an object."
         )
-    return model
+    return kind.from_pretrained(name, **options)
 
 
 def _vision_text_config(

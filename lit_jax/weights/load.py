@@ -93,14 +93,18 @@ def _open_tower(
     folder: str | pathlib.Path, module: Tower, variant: str | None = None
 ) -> _TowerFile:
     side, hf_config = side_of(module), hub.read_config(folder)
-    found = hub.tower_part(hf_config, side)["model_type"]
+    own_config = hub.tower_part(hf_config, side)
+    found = own_config["model_type"]
     if found != module.config.model_type:
         raise UserError(
             f"{folder} holds a model of type {found}, where config.model.{side}.model needs "
             f"{module.config.model_type}."
         )
+    tensors = files.read_tensors(folder, variant)
+    if hf_config["model_type"] in SYSTEMS:  # Flax text towers alone counted as PyTorch's
+        _warn_of_positions(module.config, tensors, hf_config, own_config)
     return _TowerFile(
-        files.read_tensors(folder, variant),
+        tensors,
         name_tables.FAMILIES[found],
         side,
         " ".join(hf_config.get("architectures") or (hf_config["model_type"],)),
@@ -163,7 +167,7 @@ def load_dual_encoder(
         dual_encoder_module(hf_config, dtype=dtype),
         files.read_tensors(folder, variant),
     )
-    _check_positions(module, tensors, hf_config)
+    _warn_of_positions(module.text_model.config, tensors, hf_config, hf_config["text_config"])
     if "lit_jax" not in hf_config or hf_config["model_type"] == hub.OWN_TYPE:
         params, report = _take_dual_encoder(module, tensors, hf_config)
     else:
@@ -182,20 +186,23 @@ def load_dual_encoder(
     return module, params, hf_config, report
 
 
-def _check_positions(
-    module: DualEncoderModule, tensors: files.Tensors, hf_config: Mapping[str, Any]
+def _warn_of_positions(
+    tower: Any, tensors: files.Tensors, hf_config: Mapping[str, Any], text_config: Mapping[str, Any]
 ) -> None:
-    """Warn where a file does not say from where its text tower counted positions in training."""
+    """Warn where a file does not say from where its text tower counted positions in training.
+
+    `tower` is our config of that tower, `hf_config` that of the dual encoder.
+    """
     is_flax = tensors.file.name.startswith("flax_model") and "lit_jax" not in hf_config
-    has_choice = hasattr(module.text_model.config, "position_ids")
-    if is_flax and has_choice and "position_ids" not in hf_config["text_config"]:
+    counts = getattr(tower, "position_ids", None) == "input_ids"
+    if is_flax and counts and "position_ids" not in text_config:
         log.warning(
             "%s is of a Flax dual encoder, and those gave a %s the positions 0, 1, 2 ... in training, where "
             "PyTorch's counts from the padding id + 1 on, as is done now. If this model was trained in Flax, "
             "choose 'arange' (text_config={'position_ids': 'arange'} in Python, --position_ids=arange of "
             "evaluate, config.model.text.overrides.position_ids); 'input_ids' there chooses PyTorch's.",
             tensors.file,
-            module.text_model.config.model_type,
+            tower.model_type,
         )
 
 

@@ -11,6 +11,7 @@ import pytest
 from flax import serialization
 
 from lit_jax.models.dual_encoder import build_system
+from lit_jax.models.families import build_tower
 from lit_jax.weights import hub, load, save
 
 RANDOM = np.random.default_rng(0)
@@ -111,6 +112,12 @@ def test_a_flax_roberta_warns_until_its_positions_are_chosen(flax_roberta, caplo
     assert "text_config={'position_ids': 'arange'}" in record.getMessage()
     assert "config.model.text.overrides.position_ids" in record.getMessage()
     caplog.clear()
+    text = hf["text_config"]
+    for position_ids, said in (("input_ids", 1), ("arange", 0)):  # the tower alone, taken out
+        tower = build_tower(text | {"position_ids": position_ids}, pooling="cls", dtype="float32")
+        load.load_tower(folder, tower)
+        assert len(caplog.records) == said
+        caplog.clear()
     for choice in ("arange", "input_ids"):
         chosen = hf | {"text_config": hf["text_config"] | {"position_ids": choice}}
         module, _, _, _ = load.load_dual_encoder(folder, dtype="float32", hf_config=chosen)
