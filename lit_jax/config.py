@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 from ml_collections import config_dict
 
 from lit_jax.config_keys import nearest_key
+from lit_jax.credentials import take_keys
 from lit_jax.errors import UserError
 
 
@@ -269,14 +270,16 @@ def default() -> config_dict.ConfigDict:
 
 
 def parse(raw: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
-    """The `Config` that `raw` (a ConfigDict, or config.json of a run) describes.
+    """Return the `Config` that `raw` (a ConfigDict, or config.json of a run) describes.
+
+    The keys of addresses are no part of it; see credentials.py.
 
     Raises UserError on an unknown key, with the nearest known one, and on a value of the wrong type or
     out of its range.
     """
     if isinstance(raw, config_dict.ConfigDict):
         raw = raw.to_dict()
-    return _convert(Config, raw, "config")
+    return _convert(Config, take_keys(raw), "config")
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from lit_jax.credentials import hide_keys
 from lit_jax.distributed import process
 from lit_jax.errors import (
     BAD_INPUT,
@@ -76,10 +77,12 @@ def _exit_code(main: Callable[[], None]) -> int:
     except Exception as error:
         sentence = _sentence(error)
         if sentence is None:
-            process.end(FAILED, f"{type(error).__name__}: {error}", traceback.format_exc())
+            details = hide_keys(traceback.format_exc())
+            process.end(FAILED, hide_keys(f"{type(error).__name__}: {error}"), details)
             raise
+        sentence = hide_keys(sentence)
         if os.environ.get("LIT_JAX_TRACEBACK") == "1":
-            traceback.print_exc()
+            print(hide_keys(traceback.format_exc()), end="", file=sys.stderr)
         process.end(BAD_INPUT, sentence)
         _say(sentence)
         return BAD_INPUT

@@ -25,6 +25,7 @@ import jax
 from lit_jax.command_line import Parser
 from lit_jax.config import EvalConfig, MeshConfig, parse
 from lit_jax.console import add_path, command
+from lit_jax.credentials import split_keys
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.text import load_tokenizer
 from lit_jax.distributed import process
@@ -165,7 +166,11 @@ def _evals_of_flags(args: argparse.Namespace) -> dict[str, EvalConfig]:
 
 def _name(args: argparse.Namespace) -> str:
     """Of the data set, for results: as it is given, or the last part of the path that says something."""
-    path = args.data.partition("?")[0] if "://" in args.data else str(Path(args.data).absolute())
+    path = (
+        split_keys(args.data)[0].partition("?")[0]
+        if "://" in args.data
+        else str(Path(args.data).absolute())
+    )
     parts = [part for part in path.split("/") if part and "{" not in part]
     return printable(args.dataset or (parts[-1] if parts else "data"))
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lit_jax.credentials import hide_keys
 from lit_jax.errors import UserError
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
@@ -26,8 +27,8 @@ def local_path(name: str, text: str) -> Path:
         raise UserError(f"{name} is empty; give a path.")
     if _ADDRESS.match(text):
         raise UserError(
-            f"{name}={text} is an address, and this is read and written on local disks alone; give a path on "
-            "this machine, such as that of a mounted bucket."
+            f"{name}={hide_keys(text)} is an address, and this is read and written on local disks "
+            "alone; give a path on this machine, such as that of a mounted bucket."
         )
     if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(text).parts):
         raise UserError(

@@ -9,6 +9,7 @@ from typing import Any, TextIO, cast
 
 import absl.logging
 
+from lit_jax.credentials import hide_keys
 from lit_jax.distributed import process
 from lit_jax.printable import printable
 
@@ -124,10 +125,10 @@ def _logging() -> Iterator[None]:
 
 
 class _PrintableFormatter(logging.Formatter):
-    """A formatter that lets no control character of a file's or a caption's text reach the terminal."""
+    """A formatter that lets no key and no control character of a text reach the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(map(printable, super().format(record).split("\n")))
+        return "\n".join(map(printable, hide_keys(super().format(record)).split("\n")))
 
 
 def _one_voice(record: logging.LogRecord) -> bool:

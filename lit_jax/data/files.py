@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, urlencode
 import numpy as np
 from pyarrow import fs
 
+from lit_jax.credentials import Keys, hide_keys, keys_of, split_keys
 from lit_jax.errors import UserError
 
 # Up to the end of the text if the quote that ends it is missing. Possessive: nothing is tried twice.
@@ -34,7 +35,8 @@ class ObjectPath:
 
     scheme: str  # "s3"
     path: PurePosixPath  # the bucket and what is in it
-    options: str = ""  # "endpoint_override=..." and so on, see Arrow's URIs
+    # "endpoint_override=..." and so on, see Arrow's URIs; like the user, it may have keys.
+    options: str = dataclasses.field(default="", repr=False)
     user: str = dataclasses.field(default="", repr=False)  # "anonymous", or a key with its secret
 
     def __str__(self) -> str:
@@ -103,7 +105,7 @@ def _filesystem(scheme: str, user: str, bucket: str, options: str) -> fs.FileSys
             f"{scheme}://{user}{'@' if user else ''}{bucket}?{options}"
         )
     except ValueError as error:
-        reason = str(error).replace(f"{user}@", "") if user else str(error)  # no keys in messages
+        reason = hide_keys(str(error).replace(f"{user}@", "") if user else str(error))
         raise AddressError(f"{scheme}://{bucket} cannot be opened ({reason}).") from None
     return found
 
@@ -113,19 +115,25 @@ def locate(path: str, beside: File | None = None) -> File:
 
     Without user and options of its own it has those of `beside`, if that is in the same store.
     """
-    scheme, mark, rest = path.partition("://")
-    if not mark:
+    if "://" not in path:
         return Path(path).expanduser()
+    clean, keys = split_keys(path)
+    scheme, _, rest = clean.partition("://")
     address, _, options = rest.partition("?")
     bucket, slash, inside = address.partition("/")
-    user, _, bucket = bucket.rpartition("@")
+    nobody, _, bucket = bucket.rpartition("@")
     if scheme not in ("s3", "gs") or not bucket:
         raise UserError(
-            f"{path} is no address that can be read; it is s3://BUCKET/PATH, gs://BUCKET/PATH, or a path on "
-            "this machine."
+            f"{hide_keys(path)} is no address that can be read; it is s3://BUCKET/PATH, gs://BUCKET/PATH, or "
+            "a path on this machine."
         )
+    user = keys.user or nobody
+    options = "&".join(filter(None, (options, keys.options)))
     if isinstance(beside, ObjectPath) and beside.scheme == scheme and not user and not options:
         user, options = beside.user, beside.options
+    elif keys == Keys() and not user:
+        keys = keys_of(path)
+        user, options = keys.user, "&".join(filter(None, (options, keys.options)))
     return ObjectPath(scheme, PurePosixPath(bucket + slash + inside), options, user)
 
 

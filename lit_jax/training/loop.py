@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lit_jax.config import MOST, Config, steps
+from lit_jax.config import MOST, Config, parse, steps
 from lit_jax.data.example import Source
 from lit_jax.data.pipeline import TrainStream
 from lit_jax.distributed.finite import not_finite
@@ -105,6 +105,8 @@ def train(
     last step is on disk.
     """
     workdir = output_path("--workdir", str(workdir))
+    # As config.json will have it, without keys of stores.
+    config = parse(dataclasses.asdict(config))
     with contextlib.ExitStack() as stack:
         with writing(workdir):
             stack.enter_context(holding(workdir))

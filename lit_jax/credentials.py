@@ -1,0 +1,98 @@
+"""Keys in addresses: used by this process, and neither stored nor shown.
+
+`s3://KEY:SECRET@bucket/data` and `s3://bucket/data?secret_key=...` are read as `s3://bucket/data`. The keys
+go into this process's environment, where its worker processes find them.
+"""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+log = logging.getLogger(__name__)
+
+_VARIABLE = "LIT_JAX_ADDRESS_KEYS"
+_HIDDEN = "***"
+# Who asks for nothing but what everybody may read.
+_NOBODY = "anonymous"
+_SCHEME = r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://"
+# A key with its secret, which may have slashes that should have been %2F; or a token alone.
+_USER = r"(?P<user>[^\s/?#@:'\"]*:[^\s?#'\"]*?(?=@)|[^\s/?#'\"]+(?=@))@"
+_ADDRESS = re.compile(_SCHEME + _USER)
+_OPTION = re.compile(
+    r"(?P<name>[?&](?:sig|[\w.-]*(?:key|secret|token|passw|credential|signature)[\w.-]*)=)"
+    r"(?P<value>[^\s&#'\"]+)",
+    re.IGNORECASE,
+)
+
+
+class Keys(NamedTuple):
+    """What an address has beside the place: the user part, and options that are secret."""
+
+    user: str = ""
+    options: str = ""
+
+
+def hide_keys(text: str) -> str:
+    """Return a text, such as a message, with *** for the keys in all its addresses."""
+    text = _ADDRESS.sub(_hidden_user, text)
+    return _OPTION.sub(lambda match: f"{match['name']}{_HIDDEN}", text)
+
+
+def _hidden_user(match: re.Match[str]) -> str:
+    return match[0] if match["user"] == _NOBODY else f"{match['scheme']}://{_HIDDEN}@"
+
+
+def split_keys(address: str) -> tuple[str, Keys]:
+    """Return an address without its keys, and these."""
+    user = ""
+    if (match := _ADDRESS.match(address)) and match["user"] != _NOBODY:
+        user = ":".join(quote(part, safe="%") for part in match["user"].split(":", 1))
+        address = f"{match['scheme']}://{address[match.end() :]}"
+    place, mark, options = address.partition("?")
+    parts = options.split("&") if mark else []
+    secret = [part for part in parts if _OPTION.match(f"?{part}")]
+    rest = "&".join(part for part in parts if part not in secret)
+    return place + ("?" + rest if rest else ""), Keys(user, "&".join(secret))
+
+
+def take_keys(value: Any) -> Any:
+    """Return texts, alone or in dicts, lists and tuples, without keys, which `keys_of` then knows."""
+    if isinstance(value, Mapping):
+        return {key: take_keys(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(take_keys(item) for item in value)
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    address, keys = split_keys(value)
+    if keys == Keys():
+        return value
+    known = _known()
+    if not known:
+        log.warning(
+            "The keys in the address %s serve this process alone and are not stored; give them in the "
+            "environment instead (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "GOOGLE_APPLICATION_CREDENTIALS).",
+            address,
+        )
+    known |= {_bucket(address): list(keys), address: list(keys)}
+    os.environ[_VARIABLE] = json.dumps(known)
+    return address
+
+
+def keys_of(address: str) -> Keys:
+    """Return the keys that were given with this address, or last with one of the same bucket."""
+    known = _known()
+    return Keys(*known.get(address, known.get(_bucket(address), ())))
+
+
+def _known() -> dict[str, list[str]]:
+    return json.loads(os.environ.get(_VARIABLE, "{}"))
+
+
+def _bucket(address: str) -> str:
+    scheme, _, rest = address.partition("://")
+    return f"{scheme}://{re.split('[/?]', rest, maxsplit=1)[0]}"
