@@ -36,12 +36,6 @@ UNSEEN = ["--data=demo", "--split=unseen"]
 CLASSES = f"--classes={DEMO / 'unseen16.json'}"
 
 
-@pytest.fixture(autouse=True)
-def _joined(monkeypatch):
-    """JAX runs already in the process of the tests, so the command may not set it up again."""
-    monkeypatch.setattr("lit_jax.distributed.process.initialize", lambda: None)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of two steps from scratch, both saved, parameters split over fsdp, and its folder."""

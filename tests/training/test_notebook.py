@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 PROGRAM = """
@@ -41,6 +42,7 @@ assert settings() == before
 """
 
 
+@pytest.mark.long
 def test_commands_can_be_called_again_where_jax_is_in_use(tmp_path):
     (tmp_path / "data").mkdir()
     lines = []

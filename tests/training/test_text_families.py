@@ -42,7 +42,7 @@ def train(tiny, tmp_path, one_device):
     "family",
     [pytest.param(name, marks=[] if name == QUICK else pytest.mark.long) for name in FAMILIES],
 )
-def test_a_family_is_trained_exported_and_evaluated(train, tmp_path, family, monkeypatch):
+def test_a_family_is_trained_exported_and_evaluated(train, tmp_path, family):
     run, workdir = train(family)
     out = tmp_path / "out"
     assert export.main([f"--workdir={workdir}", f"--output={out}"]) == 0
@@ -52,7 +52,6 @@ def test_a_family_is_trained_exported_and_evaluated(train, tmp_path, family, mon
         assert ours.keys() == theirs.keys()
         for name, array in ours.items():
             np.testing.assert_array_equal(array, np.array(theirs[name]))
-    monkeypatch.setattr("lit_jax.distributed.process.initialize", lambda: None)
     results = tmp_path / "results.json"
     data = ["--data=demo", "--split=unseen", f"--classes={DEMO / 'unseen16.json'}"]
     assert evaluate.main([f"--model={out}", *data, f"--output={results}"]) == 0
