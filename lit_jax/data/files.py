@@ -147,7 +147,11 @@ def local(location: File, what: str) -> Path:
 def require_regular(files: Iterable[File]) -> None:
     """Raise UserError at a file on this machine that cannot be read at random: a pipe, a device, a folder."""
     for file in files:
-        if isinstance(file, Path) and file.exists() and not file.is_file():
+        try:
+            mode = file.stat().st_mode if isinstance(file, Path) else stat.S_IFREG
+        except OSError:  # its reader says more
+            continue
+        if not stat.S_ISREG(mode):
             raise UserError(
                 f"{file} is a pipe, a device or a folder; give a file, or the folder that it lies in."
             )

@@ -251,7 +251,8 @@ def test_braces_that_name_too_much_or_nothing_are_refused(path, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["captions.jsonl", "0.tar", "a.csv", "0.parquet", "captions_val.json"]
+    "name",
+    ["captions.jsonl", "0.tar", "a.csv", "0.parquet", "captions_val.json", "a.json", "results.csv"],
 )
 def test_data_that_is_no_regular_file_is_refused(tmp_path, name):
     os.mkfifo(tmp_path / name)

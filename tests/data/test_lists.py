@@ -10,9 +10,11 @@ from datasets import load_dataset
 from pyarrow import parquet
 
 from lit_jax.config import SourceConfig
+from lit_jax.data import sources
 from lit_jax.data.decode import decode
 from lit_jax.data.example import BadSampleError
-from lit_jax.data.sources import open_source
+from lit_jax.data.sources import FORMATS, open_source
+from lit_jax.data.sources.json_list import is_list_of_rows
 from lit_jax.errors import UserError
 
 HEADERS = {
@@ -292,3 +294,18 @@ def test_other_json_files_beside_classes_are_no_data(tmp_path, encode, noise):
     for n, content in enumerate((["cat", "dog"], {"0": "cat"}, [{"name": "cat"}], [], 7)):
         (tmp_path / f"{n}.json").write_text(json.dumps(content))
     assert [example["label"] for example in opened(tmp_path)] == ["cat", "dog"]
+
+
+def test_thousands_of_json_files_are_not_looked_into(tmp_path, monkeypatch):
+    """In an object store each would be a request."""
+    (tmp_path / "pairs").mkdir()
+    for n in range(100):
+        (tmp_path / f"pairs/{n}.json").write_text('[{"image": "a.png"}]')
+    looked_into = []
+    kinds = [
+        k._replace(fits=looked_into.append) if k.fits is is_list_of_rows else k for k in FORMATS
+    ]
+    monkeypatch.setattr(sources, "FORMATS", tuple(kinds))
+    with pytest.raises(UserError, match="no data set"):
+        opened(tmp_path / "pairs")
+    assert not looked_into

@@ -35,6 +35,7 @@ from lit_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 CAPTIONS_FILE = "captions.jsonl"
+MOST_READ = 50  # files that are looked into to see their format
 
 # From what was found, never empty and all in one folder.
 Opener = Callable[[Sequence[File], SourceConfig, bool], Source]
@@ -216,6 +217,7 @@ def _open(
     if kind and not kind.knows_splits and config.split:
         found = splits.files_of(found, config.split)
     if kind and found:
+        require_regular(found)
         if len(found) > 1 and not kind.several:
             raise UserError(
                 f"{found[0].parent} has {', '.join(file.name for file in found)}; "
@@ -285,8 +287,10 @@ def _recognise(files: Sequence[File]) -> tuple[list[File], Format | None]:
     """Return the first of `FORMATS` that some of the files have, and these files."""
     for kind in FORMATS:
         found = [file for file in files if kind.matches(file.name)]
-        require_regular(found)
-        if found := [*filter(kind.fits, found)]:
+        if kind.fits is not _any_file:
+            # Each is read: of thousands, as those of img2dataset beside its images, none is one data set.
+            found = [*filter(kind.fits, found)] if len(found) <= MOST_READ else []
+        if found:
             return found, kind
     return [], None
 

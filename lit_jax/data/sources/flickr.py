@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Iterator
 
-from lit_jax.data.files import File, read, read_text
+from lit_jax.data.files import File, read, read_text, require_regular
 from lit_jax.data.sources.lists import IMAGE_SUFFIXES, ListedSource, captioned, parsing
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ _TAB = re.compile(r"(?P<name>[^\t]+?)(?:#[0-9]+)?\t(?P<caption>.*)")
 
 def has_bars(file: File) -> bool:
     """Return whether a table begins as results.csv of Flickr30k does."""
+    require_regular([file])
     return re.match(rb"(\xef\xbb\xbf)?\s*image_name\s*\|", read(file, 0, 64)) is not None
 
 

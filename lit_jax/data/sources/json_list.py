@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lit_jax.data.files import File, read, read_text
+from lit_jax.data.files import File, read, read_text, require_regular
 from lit_jax.errors import UserError
 
 _HEAD_BYTES = 1 << 16
@@ -19,6 +19,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 def is_list_of_rows(file: File) -> bool:
     """Return whether a JSON file is a list of objects of which one of the first names an image."""
+    require_regular([file])
     head = read(file, 0, _HEAD_BYTES)
     return _LIST.match(head) is not None and _IMAGE.search(head) is not None
 
