@@ -315,7 +315,7 @@ def encoding_problem(error: UnicodeDecodeError) -> str:
     # Windows-1252 is what programs write that say Latin-1; it has no letter for five bytes.
     letter = byte.decode("cp1252", "replace")
     meant = f", which is {letter!r} in Latin-1 and Windows-1252" if letter != "\ufffd" else ""
-    return f"byte 0x{byte.hex()} at position {error.start}{meant}; save the file in UTF-8"
+    return f"byte 0x{byte.hex()} at position {error.start}{meant}"
 
 
 class Lines:

@@ -67,6 +67,21 @@ def test_a_key_of_another_type_spoils_nothing(tmp_path, key, found):
     assert (example["key"], example["captions"]) == (found, ("a",))
 
 
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["1.0", "", "12.0"], ["1", None, "12"]),
+        (["1.0", "1.5", ""], ["1.0", "1.5", None]),
+        (["1", "01", "x"], ["1", "01", "x"]),
+    ],
+)
+def test_labels_that_pandas_writes_as_floats_are_whole_numbers(tmp_path, labels, expected):
+    lines = [f"{i}.png,a,{label}" for i, label in enumerate(labels)]
+    (tmp_path / "a.csv").write_text("\n".join(["image,caption,label", *lines]))
+    source = open_folder(tmp_path)
+    assert [source[i]["label"] for i in range(3)] == expected
+
+
 COLUMNS = {
     "floats": (pa.array([0.0, None, math.nan]), ["0", None, None]),
     "decimals": (pa.array([decimal.Decimal("1.00"), None, decimal.Decimal(2)]), ["1", None, "2"]),
@@ -205,6 +220,12 @@ def test_names_of_columns_may_have_marks_blanks_and_quotes(tmp_path, content):
     (tmp_path / "a.csv").write_text(content, encoding="utf-8")
     example = open_folder(tmp_path)[0]
     assert (example["key"], example["captions"]) == ("a.png", ("a dog",))
+
+
+def test_lines_that_end_with_carriage_returns_alone_are_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"image,caption\ra.png,a\r")
+    with pytest.raises(UserError, match="carriage returns alone"):
+        open_folder(tmp_path)
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):

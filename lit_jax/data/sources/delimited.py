@@ -4,6 +4,7 @@ import contextlib
 import csv
 import errno
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import Example
 from lit_jax.data.files import File, Lines, encoding_problem, find
+from lit_jax.data.sources.checks import first_rows
 from lit_jax.data.sources.rows import (
     DOWNLOAD,
     WEB,
@@ -22,6 +24,7 @@ from lit_jax.data.sources.rows import (
 )
 from lit_jax.errors import UserError
 
+_WHOLE = re.compile(r"(-?[0-9]+)\.0+")
 _SEPARATORS = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
 
 
@@ -32,6 +35,9 @@ class DelimitedSource:
     no line breaks inside of fields, and quotes count only around a whole field. Without names, a TSV of
     two columns is read as caption and path (Conceptual Captions). Blanks around the names of columns do not
     count; if there are some, those around all fields do not.
+
+    pandas writes a column of whole numbers as 1.0, 2.0 ... if some are missing: if all labels of the first
+    rows are written so, the label 1.0 is 1.
     """
 
     def __init__(self, file: File, config: SourceConfig, *, text_only: bool = False):
@@ -40,7 +46,7 @@ class DelimitedSource:
         self._lines = Lines(file, quoted=self._comma)
         self._config = config
         self._text_only = text_only
-        self._blanks = False
+        self._blanks = self._whole_labels = False
         first = self._first_line()
         header = self._is_header(first)
         self._first = 1 if header else 0
@@ -48,6 +54,8 @@ class DelimitedSource:
         if not len(self):
             raise UserError(f"{file} has the names of its columns, and no line after them.")
         check_names(self._names, [config.image_key, config.caption_key, config.label_key], file)
+        labels = {label for row in first_rows(self) if (label := row.get(config.label_key))}
+        self._whole_labels = bool(labels) and all(map(_WHOLE.fullmatch, labels))
 
     def _first_line(self) -> list[str]:
         """Return the fields of the first line, and see whether blanks around fields count."""
@@ -59,7 +67,8 @@ class DelimitedSource:
             reason = encoding_problem(error)
         except ValueError as error:
             self._refuse_separator([])
-            reason = str(error)
+            old = b"\r" in self._lines[0].rstrip(b"\r\n")  # as on the first Macintosh
+            reason = "its lines end with carriage returns alone" if old else str(error)
         raise UserError(
             f"The first line of {self._lines.file} is no line of a table ({reason}); save it as CSV or "
             "TSV in UTF-8."
@@ -151,7 +160,11 @@ class DelimitedSource:
         if len(values) != len(self._names):
             quote = "; a comma within a field needs double quotes around it" if self._comma else ""
             raise ValueError(f"{len(values)} fields for {len(self._names)} columns{quote}")
-        return {name: value or None for name, value in zip(self._names, values, strict=True)}
+        row = {name: value or None for name, value in zip(self._names, values, strict=True)}
+        label = row.get(self._config.label_key)
+        if self._whole_labels and label and (match := _WHOLE.fullmatch(label)):
+            row[self._config.label_key] = match[1]
+        return row
 
     def _fields(self, line: bytes) -> list[str]:
         text = line.decode().rstrip("\r\n")

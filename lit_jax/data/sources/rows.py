@@ -226,7 +226,7 @@ def bad_sample(place: str) -> Iterator[None]:
         raise BadSampleError(f"{place} is no example ({error})", error.kind) from error
     except UnicodeDecodeError as error:
         raise BadSampleError(
-            f"{place} is not UTF-8 ({encoding_problem(error)})", "not_utf8"
+            f"{place} is not UTF-8 ({encoding_problem(error)}; save the file in UTF-8)", "not_utf8"
         ) from error
     except (OSError, pa.ArrowException) as error:  # some of Arrow's are ValueErrors
         raise BadSampleError(f"{place} cannot be read ({error})") from error
