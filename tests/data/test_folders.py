@@ -170,7 +170,7 @@ def test_splits_and_hidden_folders_of_an_object_store(make, store):
             labels(root)
         with pytest.raises(UserError, match=r"name a split.* train "):
             labels(root.replace("/all", "/all/tars"))
-        with pytest.raises(UserError, match=r"no split 'dev'.* tars, train, val"):
+        with pytest.raises(UserError, match=r"no split 'dev'.* are tars, train, val\."):
             labels(root, "dev")
 
 
@@ -178,7 +178,7 @@ def test_splits_and_hidden_folders_of_an_object_store(make, store):
     ("names", "split", "known"),
     [
         (("captions_train2017.json", "captions_val2017.json"), "val", "train2017, val2017"),
-        (("annotations/captions_val2014.json",), "val", "annotations, val2014"),
+        (("annotations/captions_val2014.json",), "val", "val2014"),
         (("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"), "val", "train"),
         (("cc3m-train-0000.tar", "cc3m-validation-0000.tar"), "val", "train, validation"),
         (("photos.csv", "drawings.csv"), "val", "drawings, photos"),
@@ -197,6 +197,10 @@ def test_files_without_a_split_in_their_names_have_none(make):
 
 
 def test_folders_and_images_without_a_class_are_told(make, caplog):
+    folder = make("cat/x.txt", "dog/0.heic")
+    with pytest.raises(UserError, match="no data set"):
+        labels(folder)
+    assert "2 folders in" in caplog.text
     folder = make("cat/0.jpg", "dog/0.jpg", "cover.jpg", "notes/readme.txt", "photos/0.heic")
     (folder / "empty").mkdir()
     assert labels(folder) == ["cat", "dog"]

@@ -157,6 +157,16 @@ def test_a_caption_file_with_other_types_is_refused(tmp_path, content):
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.token", "captions.txt", "captions_a.json", "dataset_a.json"])
+@pytest.mark.parametrize(
+    ("encoding", "told"), [("latin-1", "'é' in Latin-1"), ("utf-16", "UTF-16")]
+)
+def test_caption_files_in_another_encoding_are_refused(tmp_path, name, encoding, told):
+    (tmp_path / name).write_bytes("a.png#0\tcafé\n".encode(encoding))
+    with pytest.raises(UserError, match=told):
+        opened(tmp_path)
+
+
 def test_one_missing_image_does_not_hide_the_others(coco):
     """The first that is listed may be the one that is missing."""
     folder = coco(IMAGES, [{"image_id": n, "caption": "a"} for n in range(3)])

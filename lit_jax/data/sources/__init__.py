@@ -254,12 +254,15 @@ def _open_folder(
             hints.check_versions(folder, paths)
         if source is None and tops:
             raise splits.not_found(folder, None, tops)
+        if source is None and (folders := top_folders(folder)):
+            log.warning("%d folders in %s have no image: %s.", len(folders), folder, shown(folders))
         return source
     inside = folder / config.split
     if inside.is_dir():
         return _open([inside], dataclasses.replace(config, split=None), text_only, labelled)
     hints.check_versions(folder, [*walk(folder)])
-    raise splits.not_found(folder, config.split, {*splits.in_names(listed), *top_folders(folder)})
+    folders = {*top_folders(folder)} - {"annotations", *lists.IMAGE_FOLDERS}
+    raise splits.not_found(folder, config.split, splits.in_names(listed) | folders)
 
 
 def _listed(folder: File) -> list[File]:

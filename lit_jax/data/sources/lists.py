@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from lit_jax.data.example import BadSampleError, Example
-from lit_jax.data.files import File, find, read_text, readable
+from lit_jax.data.files import File, check_text, encoding_problem, find, read_text, readable
 from lit_jax.data.listing import is_system, shown, system_part
 from lit_jax.data.sources import splits
 from lit_jax.errors import UserError
@@ -195,8 +195,11 @@ def _by_name(pairs: Iterable[tuple[Any, Iterable[Any]]]) -> dict[str, list[Any]]
 @contextlib.contextmanager
 def parsing(file: File) -> Iterator[None]:
     """Raise UserError at a caption file that is damaged, or of another kind than its name says."""
+    check_text(file)
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 ({encoding_problem(error)}).") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: also not UTF-8
         raise UserError(
             f"{file} is no caption file of its kind ({textwrap.shorten(repr(error), 200)}); get it again."
