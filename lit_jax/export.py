@@ -17,6 +17,7 @@ from lit_jax.command_line import Parser
 from lit_jax.console import add_path, command
 from lit_jax.data.image import ImageTransform, load_processor
 from lit_jax.data.text import check_saved, finish_saving, without_state
+from lit_jax.distributed import process
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.models.patches import ImageTower, pair
 from lit_jax.training.run import load_run, model_folder
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_path(parser, "--output", required=True, help="folder to write")
     parser.add_argument("--step", type=int, help="of the checkpoint; the latest if not given")
     args = parser.parse(argv)
+    process.open_devices()
     # Locked parameters are on disk as they were read; float32 gives them away unrounded.
     run = load_run(args.workdir, step=args.step, dtype="float32")
     model_type = run.setup.hf_config["model_type"]

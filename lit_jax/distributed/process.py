@@ -58,7 +58,7 @@ def initialize() -> None:
         _join(place)
     elif sentence := idle_tasks():
         log.warning(sentence)
-    _open_devices()
+    open_devices()
 
 
 def _join(place: Place) -> None:
@@ -77,8 +77,9 @@ def _join(place: Place) -> None:
     _lifeline = Lifeline(place.index, distributed.global_state.client, host)
 
 
-def _open_devices() -> None:
-    """Raise UserError if JAX has no device of the kind that the environment asks for."""
+def open_devices() -> None:
+    """Raise UserError if JAX has no device of the kind that the environment asks for, or an odd setting."""
+    check_settings()
     try:
         jax.local_devices()
     except (
