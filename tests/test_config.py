@@ -97,10 +97,14 @@ def test_arguments_of_the_recipe():
 
 @pytest.mark.parametrize(
     ("arg", "message"),
-    [("bas", "known are demo, base, large, data="), ("base,batch=many", "batch must be of type int"),
-     ("batch", "no variant"), ("base,size=3", "no variant"),
-     ("base,large", "'base' and 'large' are two variants")],
-)  # fmt: skip
+    [
+        ("bas", "known are demo, base, large, data="),
+        ("base,batch=many", "batch must be of type int"),
+        ("batch", "no variant"),
+        ("base,size=3", "no variant"),
+        ("base,large", "'base' and 'large' are two variants"),
+    ],
+)
 def test_arguments_are_parsed_strictly(arg, message):
     with pytest.raises(UserError, match=message):
         get_config(arg)

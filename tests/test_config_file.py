@@ -55,7 +55,11 @@ def test_a_mistyped_flag_or_key_is_answered_by_the_right_one(words, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("get.py", "def get_config(a):\n c = default()\n c.optimizer.learning_rate *= 2", "'config.schedule"),
+        (
+            "get.py",
+            "def get_config(a):\n c = default()\n c.optimizer.learning_rate *= 2",
+            "'config.schedule",
+        ),
         ("lock.py", "def get_config(a):\n c = default().lock()\n c.data.seed = 2", "'config.seed'"),
         ("exits.py", "import sys; sys.exit(3)", "exits with 3"),
         ("latin.py", "x = '\udce9'", "latin.py fails: .*utf-8"),
@@ -63,7 +67,7 @@ def test_a_mistyped_flag_or_key_is_answered_by_the_right_one(words, message):
         ("none.py:base", "", "none.py has no function get_config"),
         ("x" * 256, "", "x does not exist"),
     ],
-)  # fmt: skip
+)
 def test_whatever_a_config_file_is_or_does_is_one_sentence(tmp_path, name, content, message):
     path = list(sys.path)
     file = tmp_path / name.partition(":")[0]

@@ -89,8 +89,10 @@ def walk(folder: File) -> Iterator[str]:
     if again:
         log.warning(
             "%d folders in %s are there under another path, too, by links; their files count each time: %s.",
-            len(again), folder, shown(again),
-        )  # fmt: skip
+            len(again),
+            folder,
+            shown(again),
+        )
 
 
 def _real_path(folder: os.DirEntry[str], parents: Sequence[str]) -> str:

@@ -38,8 +38,12 @@ def check_negatives(config: Config, source: Source) -> None:
                 "%s has %d images, and a batch takes %d from it (config.batch_size=%d): at least %d of them "
                 "are there more than once and are their own negatives; make config.batch_size smaller, or "
                 "use more data.",
-                key, size, drawn, config.batch_size, drawn - size,
-            )  # fmt: skip
+                key,
+                size,
+                drawn,
+                config.batch_size,
+                drawn - size,
+            )
 
 
 def _key(config: Config) -> str:

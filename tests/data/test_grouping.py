@@ -107,7 +107,7 @@ def test_converted_rows_are_grouped_rows(folder, tmp_path_factory):
 
 
 def test_what_took_long_is_kept_and_found_again(folder, monkeypatch):
-    monkeypatch.setattr(grouping, "KEEP_FROM_SECONDS", 0)
+    monkeypatch.setattr(grouping, "CACHE_FROM_SECONDS", 0)
     config = SourceConfig(path=str(folder))
     assert captions_of(open_source(config)) == GROUPED
     with monkeypatch.context() as patch:
@@ -121,7 +121,7 @@ def test_what_took_long_is_kept_and_found_again(folder, monkeypatch):
 
 
 def test_a_changed_file_is_passed_over_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(grouping, "KEEP_FROM_SECONDS", 0)
+    monkeypatch.setattr(grouping, "CACHE_FROM_SECONDS", 0)
     config = SourceConfig(path=str(tmp_path))
     for count in (2, 3):
         write_jsonl(tmp_path, [("a.png", f"{i}") for i in range(count)])
@@ -145,10 +145,16 @@ def test_rows_with_other_labels_stay_apart_where_labels_count(tmp_path):
 
 def test_bad_rows_stand_alone(tmp_path):
     lines = [
-        '{"image": "a.png", "cap', '{"image": "a.png", "caption": "x"}', '{"image": "a.png", "caption": 7}',
-        '{"image": "a.png", "caption": "y"}', '{"caption": "no image"}', '{"image": "http://a/a.png"}',
-        '{"image": "http://a/a.png"}', "[" * 100_000, '{"image": "a.png", "caption": "z"}',
-    ]  # fmt: skip
+        '{"image": "a.png", "cap',
+        '{"image": "a.png", "caption": "x"}',
+        '{"image": "a.png", "caption": 7}',
+        '{"image": "a.png", "caption": "y"}',
+        '{"caption": "no image"}',
+        '{"image": "http://a/a.png"}',
+        '{"image": "http://a/a.png"}',
+        "[" * 100_000,
+        '{"image": "a.png", "caption": "z"}',
+    ]
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
     source = open_source(SourceConfig(path=str(tmp_path)))
     assert len(source) == 7

@@ -47,11 +47,19 @@ def test_a_damaged_record_is_a_bad_sample(record):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("captions", None), ("captions", "a dog"), ("captions", ("a", None)), ("captions", {"en": "a"}),
-        ("key", 3), ("image", "a.png"), ("label", 1.0), ("teacher_caption", b"a"),
-        ("languages", ("en", "de")), ("languages", (1,)), ("languages", "en"),
+        ("captions", None),
+        ("captions", "a dog"),
+        ("captions", ("a", None)),
+        ("captions", {"en": "a"}),
+        ("key", 3),
+        ("image", "a.png"),
+        ("label", 1.0),
+        ("teacher_caption", b"a"),
+        ("languages", ("en", "de")),
+        ("languages", (1,)),
+        ("languages", "en"),
     ],
-)  # fmt: skip
+)
 def test_a_record_with_another_type_in_a_field_is_a_bad_sample(field, value):
     row = {"key": "a", "image": b"x", "captions": ("a dog",), field: value}
     with pytest.raises(BadSampleError, match=rf'not a record \("{field}'):

@@ -57,11 +57,17 @@ def test_each_line_of_a_text_is_a_caption(tmp_path, image):
     """As CLIP_benchmark reads it; not where json holds the caption as well, as img2dataset writes it."""
     caption = "first\nsecond"
     members = {
-        "a.jpg": image, "a.txt": "one\r\ntwo\n\nthree\n",
-        "b.jpg": image, "b.txt": caption, "b.json": json.dumps({"caption": caption, "key": 7}),
-        "c.jpg": image, "c.txt": caption, "c.json": json.dumps({"url": "http://a.org"}),
-        "d.jpg": image, "d.txt": "\ufeffone",
-    }  # fmt: skip
+        "a.jpg": image,
+        "a.txt": "one\r\ntwo\n\nthree\n",
+        "b.jpg": image,
+        "b.txt": caption,
+        "b.json": json.dumps({"caption": caption, "key": 7}),
+        "c.jpg": image,
+        "c.txt": caption,
+        "c.json": json.dumps({"url": "http://a.org"}),
+        "d.jpg": image,
+        "d.txt": "\ufeffone",
+    }
     write_tar(tmp_path / "0.tar", members)
     assert describe(open_at(tmp_path)) == {
         "a": ("one", "two", "three"),
@@ -130,7 +136,17 @@ DOTS = {
         ["several files of captions", "1 (for example 0.tar/a)"],
     ),
     "captions of other endings": (
-        ["a.jpg", "a.caption", "b.JPG", "b.Text", "c.jpg", "c.caption", "c.txt", "d.jpg", "d.text.txt"],
+        [
+            "a.jpg",
+            "a.caption",
+            "b.JPG",
+            "b.Text",
+            "c.jpg",
+            "c.caption",
+            "c.txt",
+            "d.jpg",
+            "d.text.txt",
+        ],
         {"a": ("a.caption",), "b": ("b.Text",), "c": ("c.txt",), "d": ("d.text.txt",)},
         ["1 .caption (for example 0.tar/c.caption)"],
     ),
@@ -140,13 +156,29 @@ DOTS = {
         [],
     ),
     "unknown kinds are counted": (
-        ["a.jpg", "a.npy", "b.jpg", "b.npy", "b.flac", "._a.jpg", ".nb/x.jpg", "README", "c.jpg.bak",
-         "e.cls"],
+        [
+            "a.jpg",
+            "a.npy",
+            "b.jpg",
+            "b.npy",
+            "b.flac",
+            "._a.jpg",
+            ".nb/x.jpg",
+            "README",
+            "c.jpg.bak",
+            "e.cls",
+        ],
         {"a": (), "b": (), "2": "missing"},
-        ["2 .npy (for example 0.tar/a.npy, 0.tar/b.npy)", "2 hidden (for example 0.tar/._a.jpg",
-         "1 without an ending (for example 0.tar/README)", "1 .bak", "1 .flac", "no image"],
+        [
+            "2 .npy (for example 0.tar/a.npy, 0.tar/b.npy)",
+            "2 hidden (for example 0.tar/._a.jpg",
+            "1 without an ending (for example 0.tar/README)",
+            "1 .bak",
+            "1 .flac",
+            "no image",
+        ],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DOTS)
@@ -175,11 +207,18 @@ def test_one_reading_holds_for_all_files_of_a_source(tmp_path, image):
 
 def test_json_that_nobody_needs_does_not_spoil_a_sample(tmp_path, image):
     members = {
-        "a.jpg": image, "a.txt": "a", "a.json": "{",
-        "b.jpg": image, "b.cls": "3", "b.json": "[" * 100_000,
-        "c.jpg": image, "c.txt": "c", "c.json": '{"key": 5, "caption": "c"}',
-        "d.jpg": image, "d.json": "[]",
-    }  # fmt: skip
+        "a.jpg": image,
+        "a.txt": "a",
+        "a.json": "{",
+        "b.jpg": image,
+        "b.cls": "3",
+        "b.json": "[" * 100_000,
+        "c.jpg": image,
+        "c.txt": "c",
+        "c.json": '{"key": 5, "caption": "c"}',
+        "d.jpg": image,
+        "d.json": "[]",
+    }
     write_tar(tmp_path / "0.tar", members)
     source = open_at(tmp_path)
     assert describe(source) == {"a": ("a",), "b": (), "c": ("c",), "3": "no_example"}
@@ -370,14 +409,23 @@ def test_pairs_of_files_have_splits_as_other_folders(tmp_path, image):
 
 def test_pairs_of_files_may_lie_anywhere_and_be_incomplete(tmp_path, image, caplog):
     files = {
-        "a.jpg": image, "a.txt": b"one\ntwo", "a.cls": b"3",
-        "b.png": image, "b.caption": b"b",
-        "deep/er/photo.v1.jfif": image, "deep/er/photo.v1.txt": b"v1",
-        "deep/er/photo.v2.jfif": image, "deep/er/photo.v2.txt": b"v2",
-        "deep/lost.txt": b"no image", "deep/x.gif": image,
-        "deep/caf\udce9.png": image, "deep/caf\udce9.txt": b"cafe",
-        "notes/readme.txt": b"no caption", ".cache/c.jpg": image, ".cache/c.txt": b"c",
-    }  # fmt: skip
+        "a.jpg": image,
+        "a.txt": b"one\ntwo",
+        "a.cls": b"3",
+        "b.png": image,
+        "b.caption": b"b",
+        "deep/er/photo.v1.jfif": image,
+        "deep/er/photo.v1.txt": b"v1",
+        "deep/er/photo.v2.jfif": image,
+        "deep/er/photo.v2.txt": b"v2",
+        "deep/lost.txt": b"no image",
+        "deep/x.gif": image,
+        "deep/caf\udce9.png": image,
+        "deep/caf\udce9.txt": b"cafe",
+        "notes/readme.txt": b"no caption",
+        ".cache/c.jpg": image,
+        ".cache/c.txt": b"c",
+    }
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
@@ -386,9 +434,13 @@ def test_pairs_of_files_may_lie_anywhere_and_be_incomplete(tmp_path, image, capl
         with contextlib.suppress(BadSampleError):
             found[source[i]["key"]] = source[i]["captions"]
     assert found == {
-        "a": ("one", "two"), "b": ("b",), "deep/er/photo.v1": ("v1",), "deep/er/photo.v2": ("v2",),
-        "deep/x": (), r"deep/caf\xe9": ("cafe",),
-    }  # fmt: skip
+        "a": ("one", "two"),
+        "b": ("b",),
+        "deep/er/photo.v1": ("v1",),
+        "deep/er/photo.v2": ("v2",),
+        "deep/x": (),
+        r"deep/caf\xe9": ("cafe",),
+    }
     assert len(source) == len(found) + 1
     assert source[0]["label"] == "3"
     assert "deep/lost" in caplog.text

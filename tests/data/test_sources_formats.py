@@ -30,7 +30,7 @@ from lit_jax.data.listing import expand
 from lit_jax.data.pipeline import TrainStream
 from lit_jax.data.readers import Captions, ImageTextReader, Pixels
 from lit_jax.data.sources import open_source, tar_index
-from lit_jax.data.sources.kept import Shelf
+from lit_jax.data.sources.index_cache import TableCache
 from lit_jax.data.sources.tar_index import open_index
 from lit_jax.errors import UserError
 from tests.data.object_store import BUCKET, serve
@@ -463,7 +463,7 @@ def test_the_index_goes_to_the_cache_where_nothing_can_be_written(tmp_path, imag
     write_tars(folder, images)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     files = [folder / f"{n:05}.tar" for n in range(2)]
-    beside, _ = Shelf(files, [tar_index.VERSION], kind="index").places
+    beside, _ = TableCache(files, [tar_index.VERSION], kind="index").places
     beside.mkdir()  # root may write everywhere, but not a file where a folder is
     assert len(open_index(files)) == N
     assert len(list((cache / "lit_jax").glob("*.arrow"))) == 1
@@ -491,14 +491,20 @@ def test_hostile_members_are_bad_samples(tmp_path, images, name):
 
 def test_bad_members_are_bad_samples_of_their_kind(tmp_path, images):
     members = {
-        "a.txt": "é".encode("latin-1"), "a.png": images[0],
-        "b.json": b"{", "b.png": images[0],
-        "c.json": b"[]", "c.png": images[0],
+        "a.txt": "é".encode("latin-1"),
+        "a.png": images[0],
+        "b.json": b"{",
+        "b.png": images[0],
+        "c.json": b"[]",
+        "c.png": images[0],
         "d.txt": b"no image",
-        "e.png": b"", "e.txt": b"e",
-        "f.png": images[0][:60], "f.txt": b"f",
-        "g.png": b"<html>", "g.txt": b"g",
-    }  # fmt: skip
+        "e.png": b"",
+        "e.txt": b"e",
+        "f.png": images[0][:60],
+        "f.txt": b"f",
+        "g.png": b"<html>",
+        "g.txt": b"g",
+    }
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name, content in members.items():
             add(tar, name, content)
@@ -508,8 +514,14 @@ def test_bad_members_are_bad_samples_of_their_kind(tmp_path, images):
             decode(source[i]["image"])
         kinds.append(raised.value.kind)
     assert kinds == [
-        "not_utf8", "no_example", "no_example", "missing", "empty", "damaged", "not_image"
-    ]  # fmt: skip
+        "not_utf8",
+        "no_example",
+        "no_example",
+        "missing",
+        "empty",
+        "damaged",
+        "not_image",
+    ]
 
 
 def test_names_that_are_not_utf8_name_images(tmp_path, images):
@@ -737,9 +749,14 @@ def test_several_files_need_a_choice(tmp_path, images):
 )
 def test_a_split_is_a_whole_part_of_the_names(tmp_path, split, names):
     for name in (
-        "train-00000.parquet", "train-00001.parquet", "train_extra-00000.parquet",
-        "more-train-00000.parquet", "test.v2.parquet", "coco-val.parquet", "val-clean-small.parquet",
-    ):  # fmt: skip
+        "train-00000.parquet",
+        "train-00001.parquet",
+        "train_extra-00000.parquet",
+        "more-train-00000.parquet",
+        "test.v2.parquet",
+        "coco-val.parquet",
+        "val-clean-small.parquet",
+    ):
         table = pa.table({"image": [b""], "caption": [name]})
         parquet.write_table(table, tmp_path / name)
     config = SourceConfig(path=str(tmp_path), split=split)

@@ -28,9 +28,16 @@ def open_folder(folder: Path, **config):
 # Fields that a task does not need.
 
 LABELS = [
-    (0.0, "0"), (1.0, "1"), (math.nan, None), (None, None), (2, "2"), ("dog", "dog"), (True, "True"),
-    ("", None), ("7.0", "7.0"),
-]  # fmt: skip
+    (0.0, "0"),
+    (1.0, "1"),
+    (math.nan, None),
+    (None, None),
+    (2, "2"),
+    ("dog", "dog"),
+    (True, "True"),
+    ("", None),
+    ("7.0", "7.0"),
+]
 NO_LABELS = [0.5, math.inf, ["dog"], {"id": 3}, []]
 
 
@@ -132,12 +139,24 @@ def test_the_number_of_a_class_may_be_written_as_a_float(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("['a dog', 'a cat']", True), ('["a dog", "a cat"]', True), ("('a', 'b')", True),
-        ("['a dog' 'a cat']", True), ('{"en": "a dog"}', True), (' ["it\'s"] ', True),
-        ("a dog", False), ("[a dog]", False), ("(a dog)", False), ("[]", False), ("[1, 2]", False),
-        ("", False), ("[" * 5000 + "]" * 5000, False), (r"['\d", False), ("{}", False), ("('a')", False),
+        ("['a dog', 'a cat']", True),
+        ('["a dog", "a cat"]', True),
+        ("('a', 'b')", True),
+        ("['a dog' 'a cat']", True),
+        ('{"en": "a dog"}', True),
+        (' ["it\'s"] ', True),
+        ("a dog", False),
+        ("[a dog]", False),
+        ("(a dog)", False),
+        ("[]", False),
+        ("[1, 2]", False),
+        ("", False),
+        ("[" * 5000 + "]" * 5000, False),
+        (r"['\d", False),
+        ("{}", False),
+        ("('a')", False),
     ],
-)  # fmt: skip
+)
 def test_a_list_written_as_text_is_seen(text, expected):
     assert is_list(text) is expected
 
@@ -289,7 +308,7 @@ def test_rows_may_name_files_outside_their_folder(tmp_path, noise, encode):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "datasets"])
 def test_a_folder_whose_name_is_not_utf8_is_read_and_its_rows_are_kept(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(grouping, "KEEP_FROM_SECONDS", 0)
+    monkeypatch.setattr(grouping, "CACHE_FROM_SECONDS", 0)
     table = pa.table({"image": ["a.png", "a.png", "b.png"], "caption": ["a", "one", "b"]})
     made, folder = tmp_path / "made", Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     made.mkdir()

@@ -62,9 +62,15 @@ def place(monkeypatch):
         (SRUN, (3, 4, "node07:61444", "SLURM_STEP_NUM_TASKS", (2, 3))),
         (SRUN | ONE_A_NODE, (1, 2, "node07:61444", "SLURM_STEP_NUM_TASKS", None)),
         (SRUN | {"SLURM_GPUS_PER_TASK": "2"}, (3, 4, "node07:61444", "SLURM_STEP_NUM_TASKS", None)),
-        (SRUN | {"CUDA_VISIBLE_DEVICES": "0"}, (3, 4, "node07:61444", "SLURM_STEP_NUM_TASKS", None)),
+        (
+            SRUN | {"CUDA_VISIBLE_DEVICES": "0"},
+            (3, 4, "node07:61444", "SLURM_STEP_NUM_TASKS", None),
+        ),
         (SRUN | {"CUDA_VISIBLE_DEVICES": ""}, (3, 4, "node07:61444", "SLURM_STEP_NUM_TASKS", (1,))),
-        (SRUN | {"JAX_COORDINATOR_PORT": "99"}, (3, 4, "node07:99", "SLURM_STEP_NUM_TASKS", (2, 3))),
+        (
+            SRUN | {"JAX_COORDINATOR_PORT": "99"},
+            (3, 4, "node07:99", "SLURM_STEP_NUM_TASKS", (2, 3)),
+        ),
         # The same launcher, told once more by a plugin of srun or by the user's own script.
         (
             SRUN | {"PMI_SIZE": "4", "PMI_RANK": "3", "WORLD_SIZE": "4", "RANK": "3"},
@@ -76,7 +82,7 @@ def place(monkeypatch):
         # What names the processes by JAX's own variables wins over what is left over.
         (MPIRUN | JAX, (1, 2, "localhost:1234", "JAX_NUM_PROCESSES", None)),
     ],
-)  # fmt: skip
+)
 def test_a_launcher_of_several_is_understood(place, variables, expected):
     found = place(variables)
     index, count, address, count_from, devices = expected
@@ -155,9 +161,27 @@ def test_an_address_is_host_and_port(text, expected):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a", ":1", "a:", "a:0", "a:65536", "a:x", "http://a:1", "a b:1", " a:1", "a:1 ", "::1:80",
-     "::1", "[::1]", "a:1,b:2", "a/b:1", "a:1/b", "a:\u0661"],
-)  # fmt: skip
+    [
+        "",
+        "a",
+        ":1",
+        "a:",
+        "a:0",
+        "a:65536",
+        "a:x",
+        "http://a:1",
+        "a b:1",
+        " a:1",
+        "a:1 ",
+        "::1:80",
+        "::1",
+        "[::1]",
+        "a:1,b:2",
+        "a/b:1",
+        "a:1/b",
+        "a:\u0661",
+    ],
+)
 def test_any_other_address_is_refused(text):
     with pytest.raises(UserError, match=r"NAME=.*10\.0\.0\.1:1234"):
         split_address("NAME", text)

@@ -77,27 +77,45 @@ def test_every_field_refuses_a_value_of_another_type_and_names_it(model_type):
 @pytest.mark.parametrize(
     ("hf", "message"),
     [
-        ({"model_type": "bert", "is_decoder": "false"}, "^is_decoder .*'false'; .*bool .True or False"),
+        (
+            {"model_type": "bert", "is_decoder": "false"},
+            "^is_decoder .*'false'; .*bool .True or False",
+        ),
         ({"model_type": "bert", "is_decoder": 0}, "^is_decoder .* is 0; .* bool"),
         ({"model_type": "bert", "num_hidden_layers": 2.0}, "^num_hidden_layers .* is 2.0; .* int"),
-        ({"model_type": "bert", "num_hidden_layers": True}, "^num_hidden_layers .* is True; .* int"),
+        (
+            {"model_type": "bert", "num_hidden_layers": True},
+            "^num_hidden_layers .* is True; .* int",
+        ),
         ({"model_type": "bert", "layer_norm_eps": None}, "^layer_norm_eps .* is None; .* float"),
-        ({"model_type": "bert", "layer_norm_eps": float("nan")}, "^layer_norm_eps .* is nan; .* float"),
+        (
+            {"model_type": "bert", "layer_norm_eps": float("nan")},
+            "^layer_norm_eps .* is nan; .* float",
+        ),
         ({"model_type": "bert", "layer_norm_eps": -1e-6}, "^layer_norm_eps .* at least 0"),
         ({"model_type": "bert", "hidden_act": 3}, "^hidden_act .* is 3; .* str"),
         ({"model_type": "bert", "hidden_size": -8}, "^hidden_size .* is -8; .* at least 1"),
         ({"model_type": "bert", "hidden_dropout_prob": 1.5}, "^hidden_dropout_prob .* at most 1"),
-        ({"model_type": "bert", "num_attention_heads": 7}, "^num_attention_heads .* 7, .* hidden_size .*8"),
+        (
+            {"model_type": "bert", "num_attention_heads": 7},
+            "^num_attention_heads .* 7, .* hidden_size .*8",
+        ),
         ({"model_type": "distilbert", "n_heads": 5}, "^n_heads .* 5, .* divide dim"),
-        ({"model_type": "roberta", "pad_token_id": 600}, "^max_position_embeddings .* pad_token_id .* 600"),
+        (
+            {"model_type": "roberta", "pad_token_id": 600},
+            "^max_position_embeddings .* pad_token_id .* 600",
+        ),
         ({"model_type": "mpnet", "position_ids": "flax"}, "^position_ids .*'input_ids', 'arange'"),
-        ({"model_type": "vit", "image_size": [224]}, r"^image_size .* \[224\]; .* tuple\[int, int\]"),
+        (
+            {"model_type": "vit", "image_size": [224]},
+            r"^image_size .* \[224\]; .* tuple\[int, int\]",
+        ),
         ({"model_type": "vit", "image_size": [224, 0]}, "^image_size .* is 0; .* at least 1"),
         ({"model_type": "vit", "image_size": 8}, "^image_size .* 8, less than patch_size .* 16"),
         ({"model_type": "convnext", "depths": [1, 2]}, "^hidden_sizes .*, depths .* 4, 2 entries"),
         ({"model_type": "efficientnet", "strides": [1]}, "strides .* entries"),
     ],
-)  # fmt: skip
+)
 def test_a_value_that_a_field_cannot_have_is_named(hf, message):
     with pytest.raises(UserError, match=message) as error:
         tower_config(hf)

@@ -31,9 +31,15 @@ def test_a_large_scale_of_the_logits_is_told_once(tmp_path, caplog):
     for limit, said in ((100.0, 1), (math.inf, 0)):
         caplog.clear()
         with Reporter(
-            tmp_path, LogConfig(), every=1, batch_size=4, start=0, total=4, scale_limit=limit,
+            tmp_path,
+            LogConfig(),
+            every=1,
+            batch_size=4,
+            start=0,
+            total=4,
+            scale_limit=limit,
             last_saved=lambda: None,
-        ) as reporter:  # fmt: skip
+        ) as reporter:
             for step, scale in enumerate((99.0, 100.0, 4.9e8, 5e8), start=1):
                 metrics = {"loss": jnp.float32(1), "logit_scale": jnp.float32(scale)}
                 reporter.add(step, metrics, bad_samples={})

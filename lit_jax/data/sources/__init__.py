@@ -276,8 +276,10 @@ def _listed(folder: File) -> list[File]:
     if kind:
         log.info(
             "%d hidden or system files in %s are left out: %s.",
-            len(hidden), folder, shown(file.name for file in hidden),
-        )  # fmt: skip
+            len(hidden),
+            folder,
+            shown(file.name for file in hidden),
+        )
     return seen
 
 

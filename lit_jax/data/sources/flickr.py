@@ -43,8 +43,10 @@ def open_flickr(file: File) -> ListedSource:
     if unread:
         log.warning(
             "%d lines of %s have no image with a caption and are left out, the first: %.100r.",
-            len(unread), file, unread[0],
-        )  # fmt: skip
+            len(unread),
+            file,
+            unread[0],
+        )
     return captioned(file, listed)
 
 

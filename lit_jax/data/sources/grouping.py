@@ -20,12 +20,12 @@ from jaxtyping import Int
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import BadSampleError, Example, Source
 from lit_jax.data.files import File
-from lit_jax.data.sources.kept import KeptTable, Shelf
+from lit_jax.data.sources.index_cache import CachedTable, TableCache
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
-KEEP_FROM_SECONDS = 1.0  # that a pass took
+CACHE_FROM_SECONDS = 1.0  # that a pass took
 _ALONE = -1  # what Python's hash never is
 
 
@@ -72,11 +72,11 @@ def group_rows(table: Table, config: SourceConfig, *, by_label: bool) -> Source:
 
 
 class Groups:
-    """The rows of each image. Of those kept on disk only the path is sent to worker processes."""
+    """The rows of each image. Of cached ones only the path is sent to worker processes."""
 
-    def __init__(self, found: pa.LargeListArray | KeptTable):
+    def __init__(self, found: pa.LargeListArray | CachedTable):
         self._found = found
-        (array,) = found.columns if isinstance(found, KeptTable) else (found,)
+        (array,) = found.columns if isinstance(found, CachedTable) else (found,)
         self._starts, self._rows = array.offsets.to_numpy(), array.values.to_numpy()
 
     def __reduce__(self):
@@ -128,17 +128,17 @@ def _merge(examples: Sequence[Example]) -> Example:
 def _find_groups(table: Table, config: SourceConfig, *, by_label: bool) -> Groups:
     """Return the rows of each image, or nothing if each image has one row.
 
-    A result that took long is kept on disk.
+    A result that took long is cached on disk.
     """
     keys = [config.image_key, config.caption_key, config.label_key if by_label else ""]
-    shelf = Shelf(table.files, [VERSION, *keys], kind="groups")
-    if kept := shelf.find():
-        return Groups(kept)
+    cache = TableCache(table.files, [VERSION, *keys], kind="groups")
+    if cached := cache.load():
+        return Groups(cached)
     started = time.monotonic()
     found = _pass_over(table, by_label=by_label)
-    if time.monotonic() - started > KEEP_FROM_SECONDS:
+    if time.monotonic() - started > CACHE_FROM_SECONDS:
         with contextlib.suppress(OSError):  # the next start takes as long again
-            return Groups(shelf.keep(pa.table({"rows": found})))
+            return Groups(cache.store(pa.table({"rows": found})))
     return Groups(found)
 
 

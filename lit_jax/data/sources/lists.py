@@ -128,18 +128,25 @@ def _tell_left_out(
     if hidden:
         log.info(
             "%d hidden or system files and folders in %s are left out: %s.",
-            len(hidden), folder, shown(hidden),
-        )  # fmt: skip
+            len(hidden),
+            folder,
+            shown(hidden),
+        )
     if empty := folders - classes:
         log.warning(
             "%d of the %d folders in %s have no image and are no classes: %s.",
-            len(empty), len(folders), folder, shown(empty),
-        )  # fmt: skip
+            len(empty),
+            len(folders),
+            folder,
+            shown(empty),
+        )
     if outside:
         log.warning(
             "%d images in %s lie in no folder of a class and are left out: %s.",
-            len(outside), folder, shown(outside),
-        )  # fmt: skip
+            len(outside),
+            folder,
+            shown(outside),
+        )
 
 
 def open_coco(file: File, split: str | None) -> ListedSource:
@@ -155,8 +162,9 @@ def open_coco(file: File, split: str | None) -> ListedSource:
     if unknown:
         log.warning(
             "%d image_ids of the annotations in %s are no id of its images; their captions are left out.",
-            len(unknown), file,
-        )  # fmt: skip
+            len(unknown),
+            file,
+        )
     return captioned(file, listed, split or file.stem.removeprefix("captions_"))
 
 

@@ -96,8 +96,10 @@ def open_pairs(
         log.warning(
             "%s: only %d of %d images have files of captions or json beside them: these are not read, and "
             "its folders are classes.",
-            folder, described, images,
-        )  # fmt: skip
+            folder,
+            described,
+            images,
+        )
         return None
     splits.require_named(folder, paths)
     for remark in samples.remarks(readings):

@@ -1,6 +1,6 @@
-"""Where the samples of tar files are: found by one pass over the files, and kept for the next time.
+"""Where the samples of tar files are: found by one pass over the files, and cached for the next time.
 
-See `kept` for where it lies, and when it is made again.
+See `index_cache` for where the index lies, and when it is made again.
 """
 
 import json
@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from lit_jax.data.files import File, readable
 from lit_jax.data.sources import samples
-from lit_jax.data.sources.kept import KeptTable, Shelf
+from lit_jax.data.sources.index_cache import CachedTable, TableCache
 from lit_jax.data.sources.samples import FIELDS, Readings
 from lit_jax.data.sources.tar_members import tar_members
 from lit_jax.errors import UserError
@@ -59,7 +59,7 @@ class Entry(NamedTuple):
 class TarIndex:
     """The samples of all files in their order."""
 
-    def __init__(self, table: KeptTable):
+    def __init__(self, table: CachedTable):
         self._table = table
         shard, self._key, self._flaw, start, stop, self._members = table.columns
         self._numbers = [column.to_numpy() for column in (shard, start, stop)]  # no copies
@@ -89,10 +89,10 @@ def open_index(files: Sequence[File]) -> TarIndex:
     Raises UserError if a file cannot be read, or if there is no place for the index.
     """
     try:
-        shelf = Shelf(files, [VERSION], kind="index")
+        cache = TableCache(files, [VERSION], kind="index")
     except OSError as error:
         raise UserError(f"{error}; a shard of the data set cannot be read.") from error
-    if found := shelf.find():
+    if found := cache.load():
         return TarIndex(found)
     log.info("The samples of %d tar files are being indexed.", len(files))
     with ThreadPoolExecutor(16) as pool:
@@ -102,9 +102,9 @@ def open_index(files: Sequence[File]) -> TarIndex:
     remarks = json.dumps([*samples.remarks(readings), *broken]).encode()
     table = pa.Table.from_batches([reading.samples for reading in readings], _SCHEMA)
     try:
-        return TarIndex(shelf.keep(table.replace_schema_metadata({_REMARKS: remarks})))
+        return TarIndex(cache.store(table.replace_schema_metadata({_REMARKS: remarks})))
     except OSError as error:
-        places = ", ".join(map(str, shelf.places))
+        places = ", ".join(map(str, cache.places))
         raise UserError(
             f"The index of the tar files can be written to none of {places} ({error}); set XDG_CACHE_HOME to "
             "a folder with space."

@@ -20,8 +20,8 @@ MAX_GAP_BYTES = 1 << 18
 class TarSource:
     """Samples of an image (jpg, png, webp ...), and of txt, json and cls as far as there are any.
 
-    See `samples` for how they are named and what they say. Where the samples are is found once and kept, see
-    `tar_index`. In a compressed tar nothing can be found.
+    See `samples` for how they are named and what they say. The places of all samples are found once and
+    cached, see `tar_index`. In a compressed tar nothing can be found.
     """
 
     def __init__(self, files: Sequence[File], config: SourceConfig, *, text_only: bool = False):

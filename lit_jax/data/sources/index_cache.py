@@ -1,8 +1,8 @@
-"""Tables about files that take a pass over them to make: kept on disk, and made again when a file changes.
+"""A cache on disk of tables about files, each made by one pass over these files.
 
 A table is one record batch in an Arrow file that is mapped into memory: opening it costs the same for a
 thousand rows and for a billion. The table lies beside the files or, where nothing can be written, in the
-user's cache folder. When the size or the time of a file changes, the table is no longer found.
+user's cache folder. Its key is the signatures of the files: a table of changed files is not loaded.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ import pyarrow as pa
 from lit_jax.data.files import File, signature
 from lit_jax.files import whole
 
-_KEY = b"lit_jax"
+_KEY = b"lit_jax"  # in the metadata of the table's schema
 
 
-class KeptTable:
+class CachedTable:
     """The columns of a table on disk. Only its path is sent to worker processes."""
 
     def __init__(self, path: Path):
@@ -32,49 +32,49 @@ class KeptTable:
             self.columns: list[Any] = reader.get_batch(0).columns
 
     def __reduce__(self):
-        return KeptTable, (self._path,)
+        return CachedTable, (self._path,)
 
 
-class Shelf:
-    """The places where a table about `files` may lie, and what tells a table of today from an older one.
+class TableCache:
+    """The cache entry of one table about `files`: where it may lie, and the key that it has to have.
 
     Args:
-        decided_by: plain values; the table depends on them as it does on the files.
+        settings: a version, and plain texts; the table depends on them as it does on the files.
         kind: begins the name of the table's file.
 
     Raises OSError if one of the files is missing.
     """
 
-    def __init__(self, files: Sequence[File], decided_by: Sequence[Any], *, kind: str):
+    def __init__(self, files: Sequence[File], settings: Sequence[Any], *, kind: str):
         with ThreadPoolExecutor(16) as pool:
             signatures = list(pool.map(signature, files))
-        self._about = json.dumps([*decided_by, signatures]).encode()
-        names = "\n".join(map(str, [*files, *(decided_by[1:])]))
+        self._key = json.dumps([*settings, signatures]).encode()
+        names = "\n".join(map(str, [*files, *settings[1:]]))
         digest = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         name = f"lit_jax-{kind}-{digest}.arrow"
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_jax"
         beside = [files[0].parent] if isinstance(files[0], Path) else []
         self.places = [folder / name for folder in (*beside, cache)]  # best first
 
-    def find(self) -> KeptTable | None:
-        """Return the table of today, if it is there and whole."""
+    def load(self) -> CachedTable | None:
+        """Return the table, None if there is no whole one with this key."""
         for place in self.places:
             try:
-                found = KeptTable(place)
+                found = CachedTable(place)
             except (OSError, pa.ArrowException):
                 continue
-            if found.about.get(_KEY) == self._about:
+            if found.about.get(_KEY) == self._key:
                 return found
         return None
 
-    def keep(self, table: pa.Table) -> KeptTable:
+    def store(self, table: pa.Table) -> CachedTable:
         """Write the table, with its schema's metadata, to the first place that takes it.
 
-        Raise OSError if none does.
+        Several processes may do so at once: each writes a whole file, and the files are the same.
 
-        Several processes may do it at once: each writes a whole file, and they are the same.
+        Raises OSError if no place takes it.
         """
-        metadata = (table.schema.metadata or {}) | {_KEY: self._about}
+        metadata = (table.schema.metadata or {}) | {_KEY: self._key}
         table = table.combine_chunks().replace_schema_metadata(metadata)
         problem = OSError("there is no place")
         for place in self.places:
@@ -87,7 +87,7 @@ class Shelf:
                     pa.ipc.new_file(file, table.schema) as writer,
                 ):
                     writer.write_batch(batches[0])
-                return KeptTable(place)
+                return CachedTable(place)
             except OSError as error:
                 problem = error
         raise problem
