@@ -15,8 +15,8 @@ from lit_jax.config import (
     default,
     parse,
     parse_arg,
-    steps,
 )
+from lit_jax.config_values import steps
 from lit_jax.errors import UserError
 
 

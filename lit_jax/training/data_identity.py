@@ -5,7 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lit_jax.config import Config, steps
+from lit_jax.config import Config
+from lit_jax.config_values import steps
 from lit_jax.data.example import Source
 from lit_jax.data.fingerprint import data_fingerprint, sampled_examples
 from lit_jax.data.mixture import open_training_data

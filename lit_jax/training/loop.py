@@ -12,7 +12,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lit_jax.config import MOST, Config, parse, steps
+from lit_jax.config import Config, parse
+from lit_jax.config_values import MOST, steps
 from lit_jax.data.example import Source
 from lit_jax.data.pipeline import TrainStream
 from lit_jax.distributed.finite import not_finite

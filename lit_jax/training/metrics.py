@@ -14,7 +14,8 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from lit_jax.config import LARGEST_FLOAT, MOST, LogConfig
+from lit_jax.config import LogConfig
+from lit_jax.config_values import LARGEST_FLOAT, MOST
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json, write_whole

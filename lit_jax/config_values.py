@@ -1,0 +1,144 @@
+"""The values that keys of the config may have: their types, limits and form.
+
+`convert` turns what a ConfigDict or config.json holds into the frozen dataclasses of config.py.
+"""
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from lit_jax.errors import UserError
+
+
+class Range(NamedTuple):
+    """The values that a number may have, both ends included."""
+
+    least: int | float
+    most: int | float = math.inf
+
+
+# Step numbers and sizes are 32-bit integers on a device.
+MOST = 2**31 - 1
+# A number that float32 cannot hold would be infinite on a device.
+LARGEST_FLOAT = 3.4e38
+
+Count = Annotated[int, Range(1, MOST)]
+NotNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(1e-6)]
+Fraction = Annotated[float, Range(0, 1)]
+# A moment with a decay of 1 never moves. Adafactor, whose b2 is a cap, is below this one for 3e7 steps.
+Decay = Annotated[float, Range(0, 0.999999)]
+_DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]{1,2})?)\s+(step|epoch|example)s?\s*")
+# "300 steps", "2.5 epochs" or "9e8 examples"; see `steps`.
+Duration = Annotated[str, _DURATION]
+
+
+class UnknownKeyError(Exception):
+    """A group of the config has no such key."""
+
+    def __init__(self, group: str, key: str):
+        super().__init__(f"{group}.{key}")
+        self.group, self.key = group, key
+
+
+def convert(kind: Any, value: Any, where: str) -> Any:
+    """Return `value` as the annotated type `kind`; `where` names it in messages.
+
+    Raises UserError for another type or a number out of its range, UnknownKeyError for a key that a dataclass
+    lacks.
+    """
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return _convert_dataclass(kind, value, where)
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        # What config.json would give back: JSON knows no tuples.
+        return list(value) if isinstance(value, tuple) else value
+    if origin is Annotated:
+        converted, limit = convert(args[0], value, where), args[1]
+        if isinstance(limit, Range):
+            return _in_range(converted, limit, where)
+        return _duration(converted, where)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(
+                f"{where} is {value!r}; it must be one of {', '.join(map(repr, args))}."
+            )
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        (inner,) = (t for t in args if t is not types.NoneType)
+        return convert(inner, value, where)
+    if origin is dict and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if args[-1] is Ellipsis:
+            return tuple(convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        if len(args) == len(value):
+            return tuple(convert(t, v, where) for t, v in zip(args, value, strict=True))
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
+            return float(value)
+        raise UserError(f"{where} is {_shown(value)}; it must be a number that float32 can hold.")
+    elif origin is None and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+        return value
+    raise UserError(f"{where} is {_shown(value)}; it must be of type {_name(kind)}.")
+
+
+def _shown(value: Any) -> str:
+    """Return the value as it would be written, cut where it would fill the terminal."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python writes no integer of more than 4,300 digits.
+        text = "too long a number"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _name(kind: Any) -> str:
+    """Return the type as Python code: 'tuple[tuple[str, float], ...]'."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _name(args[0])
+    if origin is None:
+        return "..." if kind is Ellipsis else kind.__name__
+    return f"{origin.__name__}[{', '.join(map(_name, args))}]"
+
+
+def _in_range(number: int | float, allowed: Range, where: str) -> int | float:
+    if allowed.least <= number <= allowed.most:
+        return number
+    most = "" if allowed.most == math.inf else f" and at most {allowed.most}"
+    raise UserError(f"{where} is {_shown(number)}; it must be at least {allowed.least}{most}.")
+
+
+def _duration(text: str, where: str) -> str:
+    if _DURATION.fullmatch(text):
+        return text
+    raise UserError(
+        f"{where}={text!r} is no duration; write for example '300 steps', '2.5 epochs' or '9e8 examples'."
+    )
+
+
+def _convert_dataclass(kind: type, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} is {value!r}; it must be a group of keys.")
+    hints = get_type_hints(kind, include_extras=True)
+    for key in value:
+        if key not in hints:
+            raise UnknownKeyError(where, key)
+    return kind(**{key: convert(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+
+
+def steps(duration: str, *, batch_size: int, examples_per_epoch: int) -> int:
+    """Return the number of steps of a `Duration`, rounded down; `MOST` stands for that many and for more."""
+    match = _DURATION.fullmatch(duration)
+    # `convert` has checked the form.
+    assert match, duration
+    amount, unit = float(match[1]), match[2]
+    examples = {"step": batch_size, "epoch": examples_per_epoch, "example": 1}[unit]
+    return int(min(amount * examples / batch_size + 1e-9, MOST))
