@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from transformers import PreTrainedConfig
 
 from lit_jax.api.model import (
+    Call,
     Config,
     Dtype,
     Model,
@@ -33,14 +34,9 @@ from lit_jax.models.dual_encoder import (
     build_system,
     normalize,
 )
-from lit_jax.models.inputs import (
-    dtype_of,
-    images_of,
-    is_deterministic,
-    refuse_positional,
-    texts_of,
-)
-from lit_jax.models.outputs import DualEncoderOutput, model_output
+from lit_jax.models.inputs import dtype_of, image_inputs, text_inputs
+from lit_jax.models.layers import TowerOutput
+from lit_jax.models.outputs import DualEncoderOutput
 from lit_jax.training.losses import make_loss
 from lit_jax.training.similarity import similarity_logits
 from lit_jax.weights import hub, load, save
@@ -127,8 +123,8 @@ class DualEncoder(Model):
         """Make a VisionTextDualEncoder of two pretrained towers; its projections are random, so train them.
 
         A tower is the name of one that `VisionModel` or `TextModel` reads, or such an object, given as
-        `vision_model` or `text_model`. `options` that
-        start with vision_ or text_ are those of its from_pretrained.
+        `vision_model` or `text_model`. `options` that start with vision_ or text_ are those of its
+        from_pretrained.
         """
         own = {
             side: {
@@ -180,35 +176,19 @@ class DualEncoder(Model):
         False returns a tuple in the place of a `DualEncoderOutput`. Raises UserError, when traced, for the
         loss of inputs that are no pairs.
         """
-        refuse_positional(further, "attention_mask")
-        rows = self.module.text_model.config.rows
-        texts = texts_of(rows, input_ids, attention_mask, token_type_ids, position_ids)
-        images_BxHxWxC = images_of(pixel_values)
-        deterministic = is_deterministic(train, dropout_rng)
+        call = Call(
+            params, dropout_rng, train, output_hidden_states, output_attentions, return_dict
+        )
+        texts = self._text_inputs(
+            input_ids, attention_mask, token_type_ids, position_ids, further=further
+        )
+        images_BxHxWxC = image_inputs(pixel_values)
         if return_loss and len(texts[0]) != len(images_BxHxWxC):
             raise UserError(
                 f"return_loss wants a text for each image, not {len(texts[0])} texts for "
                 f"{len(images_BxHxWxC)} images."
             )
-
-        def compute(module: DualEncoderModule) -> tuple:
-            image = module.vision_model(images_BxHxWxC, deterministic=deterministic)
-            text = module.text_model(*texts, deterministic=deterministic)
-            zimg_BxE = normalize(module.project_image(image.pooled))
-            ztxt_TxE = normalize(module.project_text(module.pooled_text(text)))
-            return image, text, (zimg_BxE, ztxt_TxE, *module.logit_parameters())
-
-        record = bool(output_hidden_states or output_attentions)
-        (image, text, embedded), recorded = self._run(compute, params, dropout_rng, record)
-        of_text, of_image = (
-            model_output(
-                output,
-                recorded.get(part, {}),
-                hidden_states=bool(output_hidden_states),
-                attentions=bool(output_attentions),
-            )
-            for output, part in ((text, "text_model"), (image, "vision_model"))
-        )
+        (image, text, embedded), recorded = self._run(call, _encode, images_BxHxWxC, *texts)
         logits_BxT = similarity_logits(*embedded)
         output = DualEncoderOutput(
             loss=self._loss(*embedded) if return_loss else None,
@@ -216,10 +196,13 @@ class DualEncoder(Model):
             logits_per_text=logits_BxT.T,
             text_embeds=embedded[1],
             image_embeds=embedded[0],
-            text_model_output=of_text,
-            vision_model_output=of_image,
+            text_model_output=call.model_output(text, recorded.get("text_model", {})),
+            vision_model_output=call.model_output(image, recorded.get("vision_model", {})),
         )
-        return output.to_tuple() if return_dict is False else output
+        return call.returned(output)
+
+    def _text_inputs(self, *given: Any, further: tuple[Any, ...]) -> tuple[Any, ...]:
+        return text_inputs(self.module.text_model.config.rows, *given, further=further)
 
     def _loss(self, *embedded: Array | None) -> Array:
         system = SYSTEMS[self.config.model_type]
@@ -234,13 +217,8 @@ class DualEncoder(Model):
         train: bool | None = None,
     ) -> Float[Array, "B E"]:
         """Return the embeddings of images BxCxHxW: projected, not normalised."""
-        images_BxHxWxC = images_of(pixel_values)
-        deterministic = is_deterministic(train, dropout_rng)
-
-        def compute(module: DualEncoderModule) -> Array:
-            return module.encode_image(images_BxHxWxC, deterministic=deterministic)
-
-        return self._run(compute, params, dropout_rng, record=False)[0]
+        call = Call(params, dropout_rng, train)
+        return self._run(call, DualEncoderModule.encode_image, image_inputs(pixel_values))[0]
 
     def get_text_features(
         self,
@@ -254,15 +232,11 @@ class DualEncoder(Model):
         train: bool | None = None,
     ) -> Float[Array, "T E"]:
         """Return the embeddings of texts TxL: projected, not normalised."""
-        refuse_positional(further, "attention_mask")
-        rows = self.module.text_model.config.rows
-        texts = texts_of(rows, input_ids, attention_mask, token_type_ids, position_ids)
-        deterministic = is_deterministic(train, dropout_rng)
-
-        def compute(module: DualEncoderModule) -> Array:
-            return module.encode_text(*texts, deterministic=deterministic)
-
-        return self._run(compute, params, dropout_rng, record=False)[0]
+        call = Call(params, dropout_rng, train)
+        texts = self._text_inputs(
+            input_ids, attention_mask, token_type_ids, position_ids, further=further
+        )
+        return self._run(call, DualEncoderModule.encode_text, *texts)[0]
 
     @property
     def vision_model(self) -> VisionModel:
@@ -281,6 +255,17 @@ class DualEncoder(Model):
             module=self.module.text_model,
             params=self.params["text_model"],
         )
+
+
+def _encode(
+    module: DualEncoderModule, images_BxHxWxC: Array, *texts: Array | None, deterministic: bool
+) -> tuple[TowerOutput, TowerOutput, tuple[Array | None, ...]]:
+    """Return what both towers compute, and their embeddings of length 1 with the scale and bias of logits."""
+    image = module.vision_model(images_BxHxWxC, deterministic=deterministic)
+    text = module.text_model(*texts, deterministic=deterministic)
+    zimg_BxE = normalize(module.project_image(image.pooled))
+    ztxt_TxE = normalize(module.project_text(module.pooled_text(text)))
+    return image, text, (zimg_BxE, ztxt_TxE, *module.logit_parameters())
 
 
 def _tower(

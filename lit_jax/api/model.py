@@ -4,7 +4,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from lit_jax.config_keys import nearest
 from lit_jax.errors import UserError
+from lit_jax.models.inputs import is_deterministic
+from lit_jax.models.layers import TowerOutput
+from lit_jax.models.outputs import ModelOutput, Output, model_output
 from lit_jax.weights import hub, load, save
 
 Dtype = str | type | np.dtype  # "float32", "bfloat16" or "float16", or jnp.bfloat16 ...
@@ -20,6 +23,35 @@ Params = Mapping[str, Any]
 Config = PreTrainedConfig | str | Path  # or where there is one: a folder, a Hub id
 
 _OPTIONS = [field.name for field in dataclasses.fields(hub.HubOptions)]
+
+
+class Call(NamedTuple):
+    """The arguments of a call that do not depend on what is encoded, in the order of the signatures."""
+
+    params: Params | None = None
+    dropout_rng: Any = None
+    train: bool | None = None
+    output_hidden_states: bool | None = None
+    output_attentions: bool | None = None
+    return_dict: bool | None = None
+
+    @property
+    def records(self) -> bool:
+        """Whether the blocks of the towers record what they compute."""
+        return bool(self.output_hidden_states or self.output_attentions)
+
+    def model_output(self, output: TowerOutput, recorded: Mapping[str, Any]) -> ModelOutput:
+        """Return the output of a tower with those recorded values that are asked for."""
+        return model_output(
+            output,
+            recorded,
+            hidden_states=bool(self.output_hidden_states),
+            attentions=bool(self.output_attentions),
+        )
+
+    def returned(self, output: Output) -> Any:
+        """Return the output, as a tuple if that is asked for."""
+        return output.to_tuple() if self.return_dict is False else output
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,14 +63,16 @@ class Model:
     params: Params
 
     def _run(
-        self, compute: Callable[[Any], Any], params: Params | None, dropout_rng: Any, record: bool
+        self, call: Call, method: Callable[..., Any] | None, *inputs: Any
     ) -> tuple[Any, Mapping[str, Any]]:
-        """Return what compute(module) returns, and what the blocks recorded on the way if they are to."""
+        """Return what a method of the module (None: its __call__) returns, and what the blocks recorded."""
         output, state = self.module.apply(
-            {"params": self.params if params is None else params},
-            method=compute,
-            rngs=None if dropout_rng is None else {"dropout": dropout_rng},
-            mutable=["intermediates"] if record else [],
+            {"params": self.params if call.params is None else call.params},
+            *inputs,
+            deterministic=is_deterministic(call.train, call.dropout_rng),
+            method=method,
+            rngs=None if call.dropout_rng is None else {"dropout": call.dropout_rng},
+            mutable=["intermediates"] if call.records else [],
         )
         return output, state.get("intermediates", {})
 

@@ -4,7 +4,6 @@ Dims: B images, T texts, L tokens, C channels, HxW pixels.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from transformers import PreTrainedConfig
 
 from lit_jax.api.model import (
+    Call,
     Config,
     Dtype,
     Model,
@@ -25,15 +25,8 @@ from lit_jax.api.model import (
 from lit_jax.config import Pooling
 from lit_jax.models.dual_encoder import Side, check_side
 from lit_jax.models.families import build_tower
-from lit_jax.models.inputs import (
-    dtype_of,
-    images_of,
-    is_deterministic,
-    refuse_positional,
-    texts_of,
-)
-from lit_jax.models.layers import Tower, TowerOutput
-from lit_jax.models.outputs import model_output
+from lit_jax.models.inputs import dtype_of, image_inputs, text_inputs
+from lit_jax.models.layers import Tower
 from lit_jax.weights import hub, load, save
 
 
@@ -97,30 +90,9 @@ class _TowerModel(Model):
             folder, hf, self.module, dict(params), processor, pooler, beside_others=True
         )
 
-    def _call(
-        self,
-        inputs: tuple[Any, ...],
-        params: Params | None,
-        dropout_rng: Any,
-        train: bool | None,
-        output_hidden_states: bool | None,
-        output_attentions: bool | None,
-        return_dict: bool | None,
-    ) -> Any:
-        deterministic = is_deterministic(train, dropout_rng)
-
-        def compute(tower: Any) -> TowerOutput:
-            return tower(*inputs, deterministic=deterministic)
-
-        record = bool(output_hidden_states or output_attentions)
-        computed, recorded = self._run(compute, params, dropout_rng, record)
-        output = model_output(
-            computed,
-            recorded,
-            hidden_states=bool(output_hidden_states),
-            attentions=bool(output_attentions),
-        )
-        return output.to_tuple() if return_dict is False else output
+    def _call(self, call: Call, *inputs: Any) -> Any:
+        output, recorded = self._run(call, None, *inputs)
+        return call.returned(call.model_output(output, recorded))
 
 
 class VisionModel(_TowerModel):
@@ -144,11 +116,10 @@ class VisionModel(_TowerModel):
         `train` False leaves dropout out all the same. `return_dict` False returns a tuple, and
         not a `ModelOutput`.
         """
-        return self._call(
-            (images_of(pixel_values),),
-            *(params, dropout_rng, train),
-            *(output_hidden_states, output_attentions, return_dict),
+        call = Call(
+            params, dropout_rng, train, output_hidden_states, output_attentions, return_dict
         )
+        return self._call(call, image_inputs(pixel_values))
 
 
 class TextModel(_TowerModel):
@@ -175,10 +146,8 @@ class TextModel(_TowerModel):
         `train` False leaves dropout out all the same. `return_dict` False returns a tuple, and
         not a `ModelOutput`.
         """
-        refuse_positional(further, "attention_mask")
-        rows: Mapping[str, int] = self.module.config.rows
-        return self._call(
-            texts_of(rows, input_ids, attention_mask, token_type_ids, position_ids),
-            *(params, dropout_rng, train),
-            *(output_hidden_states, output_attentions, return_dict),
+        call = Call(
+            params, dropout_rng, train, output_hidden_states, output_attentions, return_dict
         )
+        texts = (input_ids, attention_mask, token_type_ids, position_ids)
+        return self._call(call, *text_inputs(self.module.config.rows, *texts, further=further))

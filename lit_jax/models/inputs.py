@@ -37,16 +37,17 @@ def dtype_of(dtype: Any) -> Any:
     return jnp.dtype(name)
 
 
-def refuse_positional(further: tuple[Any, ...], last: str) -> None:
-    """Raise UserError for positional arguments after the one named `last`.
+def _refuse_positional(further: tuple[Any, ...]) -> None:
+    """Raise UserError for positional arguments after attention_mask.
 
     In transformers the next one is position_ids in some models and token_type_ids in others: no order is
     right for the code of both.
     """
     if further:
         raise UserError(
-            f"{len(further)} positional arguments stand after {last}, where models of transformers differ in "
-            "their order; write them by name, token_type_ids=... or position_ids=... (and return_loss=...)."
+            f"{len(further)} positional arguments stand after attention_mask, where models of transformers "
+            "differ in their order; write them by name, token_type_ids=... or position_ids=... (and "
+            "return_loss=...)."
         )
 
 
@@ -59,7 +60,7 @@ def is_deterministic(train: bool | None, dropout_rng: Any) -> bool:
     return dropout_rng is None if train is None else not train
 
 
-def images_of(pixel_values_BxCxHxW: Given) -> Float[Array, "B H W C"]:
+def image_inputs(pixel_values_BxCxHxW: Given) -> Float[Array, "B H W C"]:
     """Return images with their channels last; integers, of a processor that does not normalise, as float32.
 
     Raises UserError for anything but a batch of images.
@@ -75,12 +76,16 @@ def images_of(pixel_values_BxCxHxW: Given) -> Float[Array, "B H W C"]:
     return images_BxHxWxC if is_float else images_BxHxWxC.astype(jnp.float32)
 
 
-def texts_of(rows: Mapping[str, int], *inputs: Given | None) -> tuple[Any, ...]:
+def text_inputs(
+    rows: Mapping[str, int], *inputs: Given | None, further: tuple[Any, ...] = ()
+) -> tuple[Any, ...]:
     """Return `TEXT_INPUTS` in their order as int32, as tokenizers give int64; a single row is one for all.
 
-    `rows` is the `rows` of the tower's config. Raises UserError for inputs that do not belong together or to
-    the tower: JAX itself has no error for an index that is out of range.
+    `rows` is the `rows` of the tower's config, `further` what a caller gave by position after the mask.
+    Raises UserError for inputs that do not belong together or to the tower: JAX itself has no error for an
+    index that is out of range.
     """
+    _refuse_positional(further)
     named = dict(zip(TEXT_INPUTS, inputs, strict=True))
     given = {name: _array(name, x) for name, x in named.items() if x is not None}
     if "input_ids" not in given:

@@ -5,7 +5,7 @@ import pytest
 
 from lit_jax.errors import UserError
 from lit_jax.models.families import TEXT
-from lit_jax.models.inputs import dtype_of, images_of, texts_of
+from lit_jax.models.inputs import dtype_of, image_inputs, text_inputs
 
 ROWS = {"input_ids": 20, "position_ids": 9, "token_type_ids": 2}
 IDS = np.arange(6).reshape(2, 3)
@@ -25,24 +25,24 @@ def test_other_dtypes_are_refused(dtype):
 
 def test_images_get_their_channels_last():
     pixels = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
-    np.testing.assert_array_equal(images_of(pixels), pixels.transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(image_inputs(pixels), pixels.transpose(0, 2, 3, 1))
 
 
 def test_images_that_are_not_normalised_are_numbers_still():
     """So they come from a processor with do_rescale and do_normalize false."""
     pixels = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
-    images = images_of(pixels)
+    images = image_inputs(pixels)
     assert images.dtype == jnp.float32
     np.testing.assert_array_equal(images, pixels.transpose(0, 2, 3, 1))
 
 
 def test_one_image_is_no_batch():
     with pytest.raises(UserError, match=r"shape \[3, 4, 5\].*\[images, channels, height, width\]"):
-        images_of(np.zeros((3, 4, 5), np.float32))
+        image_inputs(np.zeros((3, 4, 5), np.float32))
 
 
 def test_texts_are_int32_and_one_row_is_for_all():
-    ids, mask, types, positions = texts_of(ROWS, IDS, None, MASK, IDS[:1])
+    ids, mask, types, positions = text_inputs(ROWS, IDS, None, MASK, IDS[:1])
     assert mask is None
     assert ids.dtype == types.dtype == positions.dtype == jnp.int32
     np.testing.assert_array_equal(ids, IDS)
@@ -75,12 +75,12 @@ def test_texts_that_do_not_fit_are_refused(inputs, message, kind):
         None if x is None else kind(x, np.float32 if x.dtype == float else None) for x in inputs
     ]
     with pytest.raises(UserError, match=message):
-        texts_of(ROWS, *inputs, *[None] * (4 - len(inputs)))
+        text_inputs(ROWS, *inputs, *[None] * (4 - len(inputs)))
 
 
 def test_numbers_are_looked_at_only_where_there_is_a_table_and_they_are_known():
-    texts_of({"input_ids": 6}, IDS, None, None, IDS + 100)
-    traced = jax.jit(lambda ids: texts_of({"input_ids": 3}, ids, None, None, None)[0])
+    text_inputs({"input_ids": 6}, IDS, None, None, IDS + 100)
+    traced = jax.jit(lambda ids: text_inputs({"input_ids": 3}, ids, None, None, None)[0])
     np.testing.assert_array_equal(traced(IDS), IDS)
 
 
@@ -111,19 +111,19 @@ def test_rows_are_those_of_the_tables(family):
 def test_what_makes_no_array_is_named(name, value, message):
     inputs = {"input_ids": IDS, "attention_mask": None} | {name: value}
     with pytest.raises(UserError, match=message):
-        texts_of(ROWS, *inputs.values(), None, None)
+        text_inputs(ROWS, *inputs.values(), None, None)
 
 
 def test_images_of_different_sizes_make_no_array():
     with pytest.raises(UserError, match="pixel_values makes no array"):
-        images_of([np.zeros((3, 4, 5)), np.zeros((3, 5, 4))])
+        image_inputs([np.zeros((3, 4, 5)), np.zeros((3, 5, 4))])
     with pytest.raises(UserError, match="pixel_values is missing"):
-        images_of(None)
+        image_inputs(None)
 
 
 def test_lists_and_truth_values_and_float_masks_of_0_and_1_are_taken():
     for mask in (MASK.astype(bool), MASK.astype(np.float32), MASK.tolist()):
-        ids, taken, _, _ = texts_of(ROWS, IDS.tolist(), mask, None, None)
+        ids, taken, _, _ = text_inputs(ROWS, IDS.tolist(), mask, None, None)
         np.testing.assert_array_equal(ids, IDS)
         np.testing.assert_array_equal(taken, MASK)
 
@@ -131,4 +131,4 @@ def test_lists_and_truth_values_and_float_masks_of_0_and_1_are_taken():
 def test_a_float_mask_whose_numbers_nobody_knows_is_refused():
     """It may be additive: 0 would then mean attended."""
     with pytest.raises(UserError, match="attention_mask has dtype float32"):
-        jax.jit(lambda mask: texts_of(ROWS, IDS, mask, None, None)[1])(MASK.astype(np.float32))
+        jax.jit(lambda mask: text_inputs(ROWS, IDS, mask, None, None)[1])(MASK.astype(np.float32))

@@ -1,0 +1,6 @@
+# For editors and type checkers: __init__.py looks these up only when they are asked for.
+from lit_jax.api import DualEncoder as DualEncoder
+from lit_jax.api import TextModel as TextModel
+from lit_jax.api import VisionModel as VisionModel
+
+__version__: str
