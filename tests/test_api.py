@@ -1,6 +1,8 @@
 """lit_jax.DualEncoder and its towers as the documentation of transformers uses theirs."""
 
 import functools
+import json
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -485,11 +487,67 @@ def test_a_model_is_saved_beside_its_processor_again_and_again(tmp_path, process
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 
-def test_a_model_of_somebody_else_is_not_overwritten(model, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"config.json of a model that lit_jax did not write"):
-        model.save_pretrained(tmp_path)
-    assert (tmp_path / "config.json").read_text() == "{}"
+def as_transformers_writes_it(model, folder):
+    """Save a model as transformers does with a small max_shard_size."""
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("lit_jax")
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    for file in ("model.safetensors", "flax_model.msgpack"):
+        (folder / file).unlink(missing_ok=True)
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    shard_of = {name: shards[i % 2] for i, name in enumerate(tensors)}
+    for shard in shards:
+        part = {name: array for name, array in tensors.items() if shard_of[name] == shard}
+        safetensors.numpy.save_file(part, folder / shard, {"format": "pt"})
+    index = json.dumps({"metadata": {"total_size": 1}, "weight_map": shard_of})
+    (folder / "model.safetensors.index.json").write_text(index)
+
+
+def test_a_model_of_the_same_class_is_replaced_in_every_format(model, tmp_path, caplog):
+    """It is the idiom of fine-tuning in place; no older weights may be loaded instead of the new ones."""
+    as_transformers_writes_it(model, tmp_path)
+    for name in ("flax_model.msgpack", "pytorch_model.bin", "model.fp16.safetensors", "vocab.txt"):
+        (tmp_path / name).write_text("old")
+    again = lit_jax.DualEncoder.from_pretrained(tmp_path)
+    assert_same_params(again.params, model.params)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # a disk that is full
+    try:
+        with pytest.raises(UserError, match="cannot be written"):
+            again.save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+    again.save_pretrained(tmp_path, params=again.params | {"logit_scale": jnp.float32(3)})
+    written = {"config.json", "flax_model.msgpack", "model.safetensors"}
+    assert {file.name for file in tmp_path.iterdir()} == written | {
+        "model.fp16.safetensors",
+        "vocab.txt",
+    }
+    assert "(model.fp16.safetensors)" in caplog.text
+    for name in ("model.safetensors", "flax_model.msgpack"):
+        assert lit_jax.DualEncoder.from_pretrained(tmp_path).params["logit_scale"] == 3
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({}, "holds a model"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "holds a BertForMaskedLM"),
+        ({"model_type": "clip"}, "holds a clip"),
+    ],
+)
+def test_a_model_of_another_class_is_not_overwritten(model, tmp_path, config, named):
+    """A head, or a second tower, would be lost."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"{named} that lit_jax did not write, .* is a BertModel"):
+        model.text_model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == config
     with pytest.raises(UserError, match=r"processor is a dict.*params="):
         model.save_pretrained(tmp_path / "new", dict(model.params))
 

@@ -88,8 +88,9 @@ class Model:
     ) -> None:
         """Write a folder that transformers loads, with the files of the processor if one is given.
 
-        Other files in the folder stay, such as those of a processor that was saved before; an earlier model
-        of lit_jax is replaced. `params` are written in the place of the model's own.
+        Other files in the folder stay, such as those of a processor that was saved before. A model there is
+        replaced if it is of the same class, or an earlier one of lit_jax. `params` are written in the place
+        of the model's own.
 
         With `push_to_hub` the folder is uploaded, too; `repo_id` is the folder's name if it is not given, and
         `options` are those of `push_to_hub`.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,6 +42,13 @@ class Format:
         """Return a glob pattern of the files that the index names."""
         return f"{self._stem(variant)}-*{self.suffix}"
 
+    @property
+    def pattern(self) -> str:
+        """A regular expression of the names of its files, shards and index, with the group 'variant'."""
+        stem, suffix = self.stem, re.escape(self.suffix)
+        file = rf"{stem}(\.(?P<variant>\w+))?(-\d{{5}}-of-\d{{5}})?{suffix}"
+        return rf"{file}|{stem}{suffix}\.index(\.(?P<variant_of_index>\w+))?\.json"
+
     def _stem(self, variant: str | None) -> str:
         return f"{self.stem}.{variant}" if variant else self.stem
 
@@ -70,6 +78,16 @@ def read_tensors(folder: str | pathlib.Path, variant: str | None = None) -> Tens
         f"{', '.join(others)} or {last}, or the shards of one and their index "
         f"({FORMATS[0].index(variant)} ...)."
     )
+
+
+def weights_in(folder: pathlib.Path) -> dict[str, str | None]:
+    """Return the names of the files with weights, and the variant that each name has, such as 'fp16'."""
+    found: dict[str, str | None] = {}
+    for name in sorted(file.name for file in folder.iterdir()):
+        for format_ in FORMATS:
+            if match := re.fullmatch(format_.pattern, name):
+                found[name] = match["variant"] or match["variant_of_index"]
+    return found
 
 
 def one_line(error: BaseException) -> str:

@@ -2,8 +2,8 @@
 
 The folder is written beside its place under another name and then renamed, so that what has the right
 name is complete. A former export is replaced; any other folder that is not empty is left alone. With
-`beside_others` the files go one by one into a folder that may hold others, as in transformers; only a model
-that lit_jax did not write is left alone.
+`beside_others` the files go one by one into a folder that may hold others, as in transformers; a model
+there is replaced if it is of the same class, or an export.
 """
 
 import contextlib
@@ -221,16 +221,20 @@ def _write_json(file: pathlib.Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def _new_folder(target: pathlib.Path, beside_others: bool) -> Iterator[pathlib.Path]:
-    """Yield a folder beside `target` that takes its name when the block ends well, and else is removed.
+    """Yield a folder that takes the place of `target` when the block ends well, and else is removed.
 
-    With `beside_others` its files are moved into a `target` that exists.
+    With `beside_others`, or where `target` is empty, its files are moved into `target`, which may be a mount
+    and thus have no place for another folder beside it.
     """
-    new = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
-    old = new.with_suffix(".old")
+    name = f".{target.name}-{uuid.uuid4().hex}"
+    new, old = target.with_name(name), target.with_name(f"{name}.old")
     try:
+        stays = target.is_dir() and (beside_others or not any(target.iterdir()))
+        if stays:
+            new = target / name
         new.mkdir(parents=True)
         yield new
-        if beside_others and target.is_dir():
+        if stays:
             _move_into(target, new)
             return
         if target.exists():
@@ -247,23 +251,53 @@ def _new_folder(target: pathlib.Path, beside_others: bool) -> Iterator[pathlib.P
 
 
 def _move_into(target: pathlib.Path, new: pathlib.Path) -> None:
-    """Move the files of `new` into `target`, each whole, and remove weights that they replace.
+    """Move the files of `new` into `target`, each whole, and then remove the weights that were there before.
 
-    Raises UserError if `target` holds a model that lit_jax did not write.
+    Raises UserError if `target` holds another kind of model.
     """
-    weights = {format_.file() for format_ in files.FORMATS}
-    models = {"config.json", *weights, *(format_.index() for format_ in files.FORMATS)}
-    present = sorted(models & {file.name for file in target.iterdir()})
-    if present and not _is_export(target):
-        raise UserError(
-            f"{target} holds {present[0]} of a model that lit_jax did not write; give another folder, or "
-            "remove that model."
-        )
-    written = sorted(new.iterdir(), key=lambda file: file.name == "config.json")  # that one last
-    for file in written:
+    weights = files.weights_in(target)
+    if weights or (target / "config.json").exists():
+        _check_same_class(target, new)
+    moved = sorted(new.iterdir(), key=lambda file: file.name == "config.json")  # that one last
+    for file in moved:
         file.replace(target / file.name)
-    for name in weights & set(present) - {file.name for file in written}:
+    before = weights.keys() - {file.name for file in moved}
+    if variants := sorted(name for name in before if weights[name]):
+        log.warning(
+            "%s still has other variants of the weights that were there before (%s); remove them if they are "
+            "not to be loaded with variant=%r.",
+            target,
+            ", ".join(variants),
+            weights[variants[0]],
+        )
+    # An index before its shards: what is left of a sharded model is then not taken for a whole one.
+    for name in sorted(before - {*variants}, key=lambda name: not name.endswith(".json")):
         (target / name).unlink()
+
+
+def _check_same_class(target: pathlib.Path, new: pathlib.Path) -> None:
+    """Raise UserError unless `target` holds an export, or a model of the class of the one in `new`.
+
+    A model with a head would lose it to a tower.
+    """
+    if _is_export(target):
+        return
+    (there_type, there), (own_type, own) = map(_read_class, (target, new))
+    if there_type != own_type or (there and there != own):
+        raise UserError(
+            f"{target} holds a {there or there_type or 'model'} that lit_jax did not write, and this is a "
+            f"{own}; give another folder, or remove that model."
+        )
+
+
+def _read_class(folder: pathlib.Path) -> tuple[str, str]:
+    """Return the model_type of a config.json and its class in PyTorch, empty where it does not say."""
+    try:
+        config = parse_json((folder / "config.json").read_bytes())
+        model_type, names_ = str(config.get("model_type", "")), config.get("architectures")
+        return model_type, str(names_[0]).removeprefix("Flax") if names_ else ""
+    except (OSError, ValueError, TypeError, AttributeError, LookupError):
+        return "", ""
 
 
 def _check_replaceable(target: pathlib.Path, new: pathlib.Path) -> None:
