@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,11 @@ from lit_jax.distributed.mesh import REPLICATED, global_batch
 from lit_jax.errors import UserError
 from lit_jax.evals.cache import Arrays, EmbeddingCache, of_images, of_parts, of_side, side_params
 from lit_jax.models.dual_encoder import DualEncoderModule, Side, normalize, tower_name
+
+log = logging.getLogger(__name__)
+
+# Embeddings that differ by less, in parts of the largest number, are the same.
+SAME = 1e-6
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, np.ndarray]
@@ -189,7 +195,18 @@ class Encoder:
                 check_rows(finite_B[real_B], side, side_params(params, tower_name(side)))
                 embeds_NxE[index_B[real_B]] = z_BxE[real_B]
                 valid_N[index_B[real_B]] = True
+        _warn_if_all_the_same(embeds_NxE[valid_N], side)
         return embeds_NxE, valid_N
+
+
+def _warn_if_all_the_same(embeds_NxE: np.ndarray, side: Side) -> None:
+    count = len(embeds_NxE)
+    if count > 1 and np.ptp(embeds_NxE, axis=0).max() <= SAME * np.abs(embeds_NxE).max():
+        log.warning(
+            "The %s tower gives all %d %ss the same embedding, so that the model tells none of them apart; "
+            "see whether its weights are those that you want.",
+            side, count, side,
+        )  # fmt: skip
 
 
 # Compiled functions belong to the module, not to an Encoder: those of one module share them.

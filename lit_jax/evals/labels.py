@@ -12,6 +12,7 @@ from lit_jax.config_keys import nearest
 from lit_jax.data.example import BadSampleError, Source, usable_label
 from lit_jax.errors import UserError
 from lit_jax.evals.classes import Classes
+from lit_jax.printable import printable
 
 log = logging.getLogger(__name__)
 
@@ -19,12 +20,15 @@ log = logging.getLogger(__name__)
 SORTED, AS_TEXT, AS_NUMBERS = "sorted", "sorted_as_text", "sorted_as_numbers"
 _INTEGER = re.compile(r"([+-]?[0-9]+)(\.0*)?")  # "7", "007", "-1", and "7.0" as pandas writes it
 _SHOWN = 3  # pairs of label and class in the log
+# `datasets`, TFDS and others write this where there is no label.
+UNLABELLED = -1
+_KEY = "the data's label key (--label_key, or label_key in a config)"
 
 
 class Labels:
     """The labels of all examples of a source; an example that cannot be read has none.
 
-    Raises UserError at an example without a label, and if no example can be read.
+    Raises UserError if no example has one.
 
     Attributes:
         of_example: position in the source -> (key of the example, label).
@@ -34,38 +38,46 @@ class Labels:
     def __init__(self, source: Source):
         self.of_example: dict[int, tuple[str, str]] = {}
         self.are_folders = False
-        first_bad = None
+        self._size = len(source)
+        # Position and key of the examples without a label, and whether the log has their number already:
+        # several evaluations may ask for positions.
+        self._without: dict[int, str] = {}
+        self._told = False
+        problems: list[BadSampleError] = []
         for i in range(len(source)):
             try:
                 example = source[i]
             except BadSampleError as reason:
-                first_bad = first_bad or reason
+                problems.append(reason)
                 continue
             try:
                 label = usable_label(example)
             except BadSampleError as reason:  # its image may be good: nothing else would name it
                 key = example["key"]
                 log.warning("Bad sample %s is left out of the evaluation: %s.", key, reason)
-                first_bad = first_bad or reason
+                problems.append(reason)
                 continue
             if label is None:
-                raise UserError(
-                    f"The example {example['key']} has no label, and classification needs one; "
-                    "give the data's label key."
-                )
+                self._without[i] = example["key"]
+                continue
             self.of_example[i] = example["key"], label
             self.are_folders |= example.get("label_is_folder", False)
-        if first_bad and not self.of_example:
+        if problems and not self.of_example:
+            rest = f", and the others have no label ({_KEY})" if self._without else ""
             raise UserError(
-                f"None of the {len(source)} examples of an evaluation can be read; the first: {first_bad}."
+                f"None of the {self._size} examples of an evaluation can be used: {len(problems)} cannot be "
+                f"read{rest}; the first: {problems[0]}."
             )
+        if not self.of_example:
+            raise self._unlabelled()
         self.found = {label for _, label in self.of_example.values()}
-        self._size = len(source)
 
     def positions(
         self, known: Sequence[str], refusal: Callable[[str, str], str]
     ) -> Int[np.ndarray, " N"]:
-        """Return the position in `known` of each example's label; -1 of one that cannot be read.
+        """Return the position in `known` of each example's label; -1 of one without a label.
+
+        Examples without a label are counted in the log. -1 is a label only if `known` has it.
 
         Args:
             refusal: from key and label of an example, what to say if `known` has not its label.
@@ -75,17 +87,43 @@ class Labels:
             same = {label: label for label in same}
         ids = {same[label]: i for i, label in enumerate(known)}
         label_N = np.full(self._size, -1, np.int32)
+        minus_one = {}
         for i, (key, label) in self.of_example.items():
-            if same[label] not in ids:
+            if same[label] in ids:
+                label_N[i] = ids[same[label]]
+            elif integer(label) == UNLABELLED:
+                minus_one[i] = key
+            else:
                 raise UserError(refusal(key, label))
-            label_N[i] = ids[same[label]]
+        if (label_N < 0).all():
+            raise self._unlabelled()
+        self._tell(self._without | minus_one, " (-1 stands for none)" if minus_one else "")
         return label_N
+
+    def _tell(self, without: Mapping[int, str], why: str) -> None:
+        if without and not self._told:
+            log.warning(
+                "%d of %d examples have no label%s and are left out, for example %s.",
+                len(without), self._size, why, printable(without[min(without)]),
+            )  # fmt: skip
+            self._told = True
+
+    def _unlabelled(self) -> UserError:
+        return UserError(
+            f"None of the {self._size} examples of an evaluation has a label, and classification needs one; "
+            f"give {_KEY}."
+        )
 
 
 def integer(label: str) -> int | None:
     """Return the whole number that a label is, None if it is none."""
     match = _INTEGER.fullmatch(label)
     return int(match[1]) if match else None
+
+
+def without_minus_one(labels: Iterable[str]) -> list[str]:
+    """Return the labels but for -1, which often stands for an example without one."""
+    return [label for label in labels if integer(label) != UNLABELLED]
 
 
 def one_spelling(labels: Iterable[str]) -> Mapping[str, str]:
@@ -99,17 +137,16 @@ def one_spelling(labels: Iterable[str]) -> Mapping[str, str]:
     return {label: str(number) for label, number in numbers.items()}
 
 
-def label_ids(source: Source, classes: Classes, *, order: str = "given") -> Int[np.ndarray, " N"]:
-    """Return the class of each example as its position in `classes`; -1 of one that cannot be read.
+def label_ids(labels: Labels, classes: Classes, *, order: str = "given") -> Int[np.ndarray, " N"]:
+    """Return the class of each example as its position in `classes`; -1 of one without a label.
 
     A label is what `classes.labels` lists, or else a class name or, if it is a number, a position from 0.
 
     Args:
         order: `labels` of an evaluation's config.
 
-    Raises UserError at an example without a label, or with one that is not in the class list.
+    Raises UserError at a label that is not in the class list.
     """
-    labels = Labels(source)
     known = (
         _given(labels.found, classes)
         if order == "given"
@@ -129,6 +166,7 @@ def label_ids(source: Source, classes: Classes, *, order: str = "given") -> Int[
 
 def _given(found: Collection[str], classes: Classes) -> Sequence[str]:
     """Return what the data calls the classes, in their order, where nobody says that sorting gives it."""
+    found = without_minus_one(found)
     same = one_spelling([*found, *classes.names])
     are_names = {same[label] for label in found} <= {same[name] for name in classes.names}
     if classes.labels:
@@ -156,6 +194,19 @@ def _sorted(
     Raises UserError unless there are as many as classes, and if folders have one order as text and another
     as numbers, and nobody says which.
     """
+    count = len(classes.names)
+    # -1 is a class if it takes one more label to fill the list.
+    for labels in (found, without_minus_one(found)):
+        ranked = _ranked(labels, order, are_folders=are_folders)
+        if len(ranked) == count:
+            return ranked
+    raise UserError(
+        f"The data has {len(ranked)} different labels but the class file {count} "
+        "classes; to put them in order by sorting, there must be equally many."
+    )
+
+
+def _ranked(found: Collection[str], order: str, *, are_folders: bool) -> Sequence[str]:
     as_text = sorted(found)
     numbers = {label: number for label in as_text if (number := integer(label)) is not None}
     all_numbers = len(numbers) == len(as_text)
@@ -164,17 +215,11 @@ def _sorted(
         raise UserError(
             f"The label {odd!r} is no whole number, so labels cannot be {AS_NUMBERS!r}; take {AS_TEXT!r}."
         )
-    ranked = as_text
-    if all_numbers and order != AS_TEXT:
-        if are_folders and order == SORTED and (two := _two_orders(found)):
-            raise UserError(f"{two} (labels in a config).")
-        ranked = [str(number) for number in sorted(set(numbers.values()))]
-    if len(ranked) != len(classes.names):
-        raise UserError(
-            f"The data has {len(ranked)} different labels but the class file {len(classes.names)} "
-            "classes; to put them in order by sorting, there must be equally many."
-        )
-    return ranked
+    if not all_numbers or order == AS_TEXT:
+        return as_text
+    if are_folders and order == SORTED and (two := _two_orders(found)):
+        raise UserError(f"{two} (labels in a config).")
+    return [str(number) for number in sorted(set(numbers.values()))]
 
 
 def _two_orders(folders: Collection[str]) -> str:
@@ -200,7 +245,8 @@ def _refusal(key: str, label: str, labels: Labels, known: Sequence[str], classes
             f"{nearest(label, known)}."
         )
     count = len(classes.names)
-    numbers = {number for text in labels.found if (number := integer(text)) is not None}
+    counted = without_minus_one(labels.found)
+    numbers = {number for text in counted if (number := integer(text)) is not None}
     if len(numbers) != count:
         remedy = (
             "correct the data or the class file, or list in the class file the label of each class, as "

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from lit_jax.data.example import Source
 from lit_jax.errors import UserError
 from lit_jax.evals.encode import Encoder, Params
-from lit_jax.evals.labels import Labels, one_spelling
-from lit_jax.evals.zero_shot import top_classes, top_metrics
+from lit_jax.evals.labels import Labels, integer, one_spelling, without_minus_one
+from lit_jax.evals.zero_shot import expected_hits, top_metrics
 
 log = logging.getLogger(__name__)
 
@@ -35,17 +35,14 @@ class Features:
         return Features(rows=self.rows[chosen], label=self.label[chosen])
 
 
-def class_ids(train: Source, test: Source) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " M"]]:
-    """Return the class of each example of both, as its position among the labels of `train`; -1 of one that
-    cannot be read.
+def class_ids(train: Labels, test: Labels) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " M"]]:
+    """Return the class of each example of both, as its position among the labels of `train`; -1 of one
+    without a label.
 
-    Raises UserError at an example without a label, and if `test` has a class that `train` has not.
+    Raises UserError if `test` has a class that `train` has not.
     """
-    labels = Labels(train), Labels(test)
-    same = one_spelling(labels[0].found | labels[1].found)
-    known = sorted({same[label] for label in labels[0].found})
-    if len(known) < 2:
-        raise UserError("The training data of a probe has one class alone; give it two or more.")
+    same = one_spelling(train.found | test.found)
+    known = sorted({same[label] for label in _classes(train.found)})
 
     def refusal(key: str, label: str) -> str:
         return (
@@ -53,12 +50,20 @@ def class_ids(train: Source, test: Source) -> tuple[Int[np.ndarray, " N"], Int[n
             "both must have the same classes."
         )
 
-    return labels[0].positions(known, refusal), labels[1].positions(known, refusal)
+    return train.positions(known, refusal), test.positions(known, refusal)
+
+
+def _classes(found: Collection[str]) -> Collection[str]:
+    """Return the labels that are classes: -1 is one beside 1 alone, else it stands for no label."""
+    others = without_minus_one(found)
+    return found if {integer(label) for label in others} == {1} else others
 
 
 def check_counts(label_N: Int[np.ndarray, " N"], shots: Sequence[int] = ()) -> None:
-    """Raises UserError if there are too few training images for `few_shot`, or else for `linear_probe`."""
+    """Raise UserError if there are too few training images for `few_shot`, or else for `linear_probe`."""
     of_class = np.bincount(label_N[label_N >= 0])
+    if (of_class > 0).sum() < 2:
+        raise UserError("The training data of a probe has one class alone; give it two or more.")
     if shots and max(shots) > of_class.min():
         raise UserError(
             f"A class has {of_class.min()} training images, fewer than the {max(shots)} of shots; "
@@ -74,9 +79,15 @@ def check_counts(label_N: Int[np.ndarray, " N"], shots: Sequence[int] = ()) -> N
 def features(
     encoder: Encoder, params: Params, source: Source, label_N: Int[np.ndarray, " N"]
 ) -> Features:
-    """Of all images of `source` that can be decoded."""
+    """Return the features of the images of `source` that can be decoded and have a label.
+
+    Raises UserError if there is none.
+    """
     rows, valid_N = encoder.features(params, source)
-    return Features(rows=rows, label=label_N)[valid_N & (label_N >= 0)]
+    valid_N = valid_N & (label_N >= 0)
+    if not valid_N.any():
+        raise UserError("No image with a label can be decoded; there is nothing to classify.")
+    return Features(rows=rows, label=label_N)[valid_N]
 
 
 def linear_probe(train: Features, test: Features) -> dict[str, float]:
@@ -157,4 +168,8 @@ def _test(classifier: Any, test: Features) -> dict[str, float]:
     scores_NxC = classifier.decision_function(test.rows)
     if scores_NxC.ndim == 1:  # of two classes, that of the second
         scores_NxC = np.stack([-scores_NxC, scores_NxC], axis=1)
-    return top_metrics(classifier.classes_[top_classes(scores_NxC)], test.label)
+    # A class that was not trained is behind all others.
+    classes = 1 + int(max(classifier.classes_.max(), test.label.max()))
+    all_NxC = np.full((len(test.label), classes), -np.inf)
+    all_NxC[:, classifier.classes_] = scores_NxC
+    return top_metrics(expected_hits(all_NxC, test.label), test.label, classes)

@@ -18,7 +18,7 @@ from lit_jax.evals.figures import (
     predictions_figure,
     similarity_figure,
 )
-from lit_jax.evals.labels import label_ids
+from lit_jax.evals.labels import Labels, label_ids
 from lit_jax.evals.zero_shot import ZeroShotResult, zero_shot
 
 GUESSES = 3
@@ -38,7 +38,7 @@ def write_demo_report(
     classes = Classes(names=tuple(map(number_words, NUMBERS)), templates=TEMPLATES["en"])
     sources = {split: DemoSource(split) for split in ("seen", "unseen")}
     results = {
-        split: zero_shot(encoder, params, source, classes, label_ids(source, classes))
+        split: zero_shot(encoder, params, source, classes, label_ids(Labels(source), classes))
         for split, source in sources.items()
     }
     if not is_primary():

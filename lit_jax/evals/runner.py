@@ -16,7 +16,7 @@ from lit_jax.evals.cache import EmbeddingCache
 from lit_jax.evals.class_files import load_classes
 from lit_jax.evals.classes import Classes
 from lit_jax.evals.encode import Encoder, Params
-from lit_jax.evals.labels import label_ids
+from lit_jax.evals.labels import Labels, label_ids
 from lit_jax.evals.retrieval import RetrievalResult, captions_of, evaluate_retrieval
 from lit_jax.evals.zero_shot import ZeroShotResult, zero_shot
 
@@ -73,6 +73,13 @@ def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
             sources[key] = sources[other] if same else source
         return sources[key]
 
+    labels: dict[int, Labels] = {}
+
+    def labels_of(source: Source) -> Labels:
+        if id(source) not in labels:
+            labels[id(source)] = Labels(source)
+        return labels[id(source)]
+
     prepared = []
     for key, config in evals.items():
         _check(key, config)
@@ -91,7 +98,7 @@ def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
                     language=language,
                     source=source,
                     classes=classes,
-                    measure=_OPEN[config.kind](config, language, source, classes, train),
+                    measure=_OPEN[config.kind](config, language, source, classes, train, labels_of),
                 )
             )
     return prepared
@@ -164,12 +171,13 @@ def table(metrics: Metrics) -> str:
 
 
 Measure = Callable[[Encoder, Params], tuple[Metrics, Details]]
+_LabelsOf = Callable[[Source], Labels]
 
 
 def _open_zero_shot(
-    config: EvalConfig, _: str, source: Source, classes: Classes, __: None
+    config: EvalConfig, _: str, source: Source, classes: Classes, __: None, labels_of: _LabelsOf
 ) -> Measure:
-    label_N = label_ids(source, classes, order=config.labels)
+    label_N = label_ids(labels_of(source), classes, order=config.labels)
     unused = len(classes.names) - len(set(label_N.tolist()) - {-1})
 
     def measure(encoder: Encoder, params: Params) -> tuple[Metrics, Details]:
@@ -181,7 +189,7 @@ def _open_zero_shot(
     return measure
 
 
-def _open_retrieval(config: EvalConfig, language: str, source: Source, *_: None) -> Measure:
+def _open_retrieval(config: EvalConfig, language: str, source: Source, *_: Any) -> Measure:
     captions = captions_of(source, language)
 
     def measure(encoder: Encoder, params: Params) -> tuple[Metrics, Details]:
@@ -191,8 +199,10 @@ def _open_retrieval(config: EvalConfig, language: str, source: Source, *_: None)
     return measure
 
 
-def _open_probe(config: EvalConfig, _: str, source: Source, __: None, train: Source) -> Measure:
-    label_N, test_label_M = probe.class_ids(train, source)
+def _open_probe(
+    config: EvalConfig, _: str, source: Source, __: None, train: Source, labels_of: _LabelsOf
+) -> Measure:
+    label_N, test_label_M = probe.class_ids(labels_of(train), labels_of(source))
     probe.check_counts(label_N, config.shots if config.kind == "few_shot" else ())
 
     def measure(encoder: Encoder, params: Params) -> tuple[Metrics, Details]:

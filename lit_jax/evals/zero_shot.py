@@ -24,7 +24,8 @@ class ZeroShotResult:
         metrics: top1, top5 (of five classes or more), mean_per_class_recall, n.
         index: where in the source each image is.
         label: its class; a row of `class_embeds`, as everything below.
-        top: the predicted classes, the most probable first.
+        top: the predicted classes, the most probable first; of equally probable ones any. In the metrics
+            chance decides between those.
         probability: of these, by softmax over all classes.
     """
 
@@ -63,10 +64,14 @@ def zero_shot(
     class_embeds_CxE = embed_classes(encoder, params, classes)
     image_embeds_NxE, valid_N = encoder.images(params, source)
     valid_N = valid_N & (label_N >= 0)
+    if not valid_N.any():
+        raise UserError("No image with a label can be decoded; there is nothing to classify.")
     image_embeds_NxE, label_N = image_embeds_NxE[valid_N], label_N[valid_N]
-    top_NxK, probability_NxK = _classify(image_embeds_NxE, class_embeds_CxE, scale)
+    top_NxK, probability_NxK, hit_Nx2 = _classify(
+        image_embeds_NxE, class_embeds_CxE, scale, label_N
+    )
     return ZeroShotResult(
-        metrics=top_metrics(top_NxK, label_N),
+        metrics=top_metrics(hit_Nx2, label_N, len(class_embeds_CxE)),
         index=np.flatnonzero(valid_N),
         label=label_N,
         top=top_NxK,
@@ -100,37 +105,62 @@ def _scale(params: Params) -> np.float32:
     return scale
 
 
-def _classify(images_NxE, classes_CxE, scale) -> tuple[np.ndarray, np.ndarray]:
-    """The most probable classes of each image, and their probabilities."""
-    top, probability = [], []
+def _classify(
+    images_NxE: np.ndarray, classes_CxE: np.ndarray, scale: np.float32, label_N: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the most probable classes of each image, their probabilities, and `expected_hits`."""
+    # Classes of equal embeddings are computed once: a product does not round all its columns alike.
+    classes_UxE, place_C = np.unique(classes_CxE, axis=0, return_inverse=True)
+    top, probability, hits = [], [], []
     for start in range(0, len(images_NxE), BLOCK):
-        logits_bxC = scale * (images_NxE[start : start + BLOCK] @ classes_CxE.T)
+        block = slice(start, start + BLOCK)
+        logits_bxC = (scale * (images_NxE[block] @ classes_UxE.T))[:, place_C]
         exp_bxC = np.exp(logits_bxC - logits_bxC.max(axis=1, keepdims=True))
         top.append(top_classes(logits_bxC))
         exp_sum_bx1 = exp_bxC.sum(axis=1, keepdims=True)
         probability.append(np.take_along_axis(exp_bxC, top[-1], axis=1) / exp_sum_bx1)
-    return np.concatenate(top), np.concatenate(probability)
+        hits.append(expected_hits(logits_bxC, label_N[block]))
+    return np.concatenate(top), np.concatenate(probability), np.concatenate(hits)
 
 
 def top_classes(logits_bxC: Float[np.ndarray, "b C"]) -> Int[np.ndarray, "b K"]:
-    """The positions of the five largest logits of each row, or of all if there are fewer."""
+    """Return the positions of the five largest logits of each row, or of all if there are fewer."""
     k = min(TOP, logits_bxC.shape[1])
     some_bxK = np.argpartition(-logits_bxC, k - 1, axis=1)[:, :k]  # sorting all C is slow
     order_bxK = np.argsort(-np.take_along_axis(logits_bxC, some_bxK, axis=1), axis=1)
     return np.take_along_axis(some_bxK, order_bxK, axis=1)
 
 
+def expected_hits(
+    scores_bxC: Float[np.ndarray, "b C"], label_b: Int[np.ndarray, " b"]
+) -> Float[np.ndarray, "b 2"]:
+    """Return how probable it is that a row's class is the first, and one of five, if chance decides ties.
+
+    Without ties that is 0 or 1. A model that gives all classes the same score is right once in C; it would
+    be always right about the first class, did the position decide.
+    """
+    own_bx1 = np.take_along_axis(scores_bxC, label_b[:, None], axis=1)
+    ahead_bx1 = (scores_bxC > own_bx1).sum(axis=1, keepdims=True)
+    tied_bx1 = (scores_bxC == own_bx1).sum(axis=1, keepdims=True)
+    return np.clip((np.array([1, TOP]) - ahead_bx1) / tied_bx1, 0, 1)
+
+
 def top_metrics(
-    top_NxK: Int[np.ndarray, "N K"], label_N: Int[np.ndarray, " N"]
+    hit_Nx2: Float[np.ndarray, "N 2"], label_N: Int[np.ndarray, " N"], classes: int
 ) -> dict[str, float]:
-    """The part of images whose class is the first, or one of five; the former as a mean over the classes."""
-    hit_NxK = top_NxK == label_N[:, None]
+    """Return the part of images whose class is the first, or one of five, and the mean of the former over the
+    classes.
+
+    Args:
+        hit_Nx2: from `expected_hits`.
+        classes: how many there are; of fewer than five, every class is one of five.
+    """
     of_class = np.bincount(label_N)
-    recall = np.bincount(label_N, weights=hit_NxK[:, 0])[of_class > 0] / of_class[of_class > 0]
-    top5 = {"top5": float(hit_NxK.any(axis=1).mean())} if top_NxK.shape[1] == TOP else {}
+    recall = np.bincount(label_N, weights=hit_Nx2[:, 0])[of_class > 0] / of_class[of_class > 0]
+    top1, top5 = hit_Nx2.mean(axis=0).tolist()
     return {
-        "top1": float(hit_NxK[:, 0].mean()),
-        **top5,
+        "top1": top1,
+        **({"top5": top5} if classes >= TOP else {}),
         "mean_per_class_recall": float(recall.mean()),
         "n": float(len(label_N)),
     }

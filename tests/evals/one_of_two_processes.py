@@ -13,7 +13,7 @@ from lit_jax.distributed import process
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.evals.cache import EmbeddingCache
 from lit_jax.evals.classes import Classes
-from lit_jax.evals.labels import label_ids
+from lit_jax.evals.labels import Labels, label_ids
 from lit_jax.evals.retrieval import captions_of, evaluate_retrieval
 from lit_jax.evals.zero_shot import zero_shot
 
@@ -32,7 +32,7 @@ folder = (
 )  # a disk that the other does not see
 for _ in range(2):  # computed, then read by the first process alone
     cached = dataclasses.replace(encoder, cache=EmbeddingCache(folder))
-    result = zero_shot(cached, params, source, classes, label_ids(source, classes))
+    result = zero_shot(cached, params, source, classes, label_ids(Labels(source), classes))
     found = evaluate_retrieval(cached, params, source, captions_of(source))
 arrays = dataclasses.asdict(result)
 del arrays["metrics"]

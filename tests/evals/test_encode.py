@@ -20,7 +20,7 @@ from lit_jax.distributed.sharding import parameter_shardings
 from lit_jax.errors import UserError
 from lit_jax.evals.classes import Classes
 from lit_jax.evals.encode import _encode
-from lit_jax.evals.labels import label_ids
+from lit_jax.evals.labels import Labels, label_ids
 from lit_jax.evals.retrieval import captions_of, evaluate_retrieval
 from lit_jax.evals.zero_shot import zero_shot
 from lit_jax.trees import flatten, unflatten
@@ -92,6 +92,28 @@ def test_embeddings_that_are_not_finite_are_an_error_that_names_tower_and_parame
     getattr(encoder, other)(bad, inputs)
 
 
+@pytest.mark.parametrize(
+    ("side", "name"), [("image", "visual_projection"), ("text", "text_projection")]
+)
+def test_a_tower_that_tells_nothing_apart_is_named_once_and_has_no_hits(
+    encoder, params, pictures, side, name, caplog
+):
+    """A projection of zeros, whose embeddings all tie."""
+    blind = {**params, name: jax.tree.map(jnp.zeros_like, params[name])}
+    classes = Classes(names=tuple("abcdefg"), templates=("{}",))
+    label_N = np.zeros(len(pictures), np.int32)  # all of the first class, where positions would win
+    result = zero_shot(encoder, blind, pictures, classes, label_N)
+    assert caplog.text.count(f"The {side} tower gives all") == 1
+    assert result.metrics["top1"] == pytest.approx(1 / 7)
+    assert result.metrics["top5"] == pytest.approx(5 / 7)
+    found = evaluate_retrieval(encoder, blind, pictures, captions_of(pictures)).metrics
+    assert found["image_to_text_mean_rank"] == 2 * len(pictures) - 1
+    assert found["text_to_image_mean_rank"] == len(pictures)
+    caplog.clear()
+    zero_shot(encoder, params, pictures, classes, label_N)
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(("batch_size", "rows"), [(1, 8), (8, 8), (9, 16), (256, 256)])
 def test_batch_size_is_rounded_up_to_the_devices(encoder, batch_size, rows):
     assert encoder.mesh.size == 8
@@ -137,7 +159,7 @@ def test_locked_parameters_may_be_bfloat16(encoder, params, pictures):
 def test_two_processes_agree_with_one(encoder, params, pictures_with_bad, tmp_path):
     """Each of two processes with four devices gets all of what one process with eight gets."""
     classes = Classes(names=tuple("abc"), templates=("{}",))
-    label_N = label_ids(pictures_with_bad, classes)
+    label_N = label_ids(Labels(pictures_with_bad), classes)
     expected = zero_shot(encoder, params, pictures_with_bad, classes, label_N)
     captions = captions_of(pictures_with_bad)
     found = evaluate_retrieval(encoder, params, pictures_with_bad, captions)

@@ -11,7 +11,7 @@ from lit_jax.data.sources import open_source
 from lit_jax.errors import UserError
 from lit_jax.evals import probe
 from lit_jax.evals.classes import Classes
-from lit_jax.evals.labels import label_ids
+from lit_jax.evals.labels import Labels, label_ids
 from tests.evals.conftest import ListSource
 
 ELEVEN = [str(n) for n in range(1, 12)]
@@ -43,7 +43,7 @@ def class_folders(tmp_path):
 
 def test_labels_become_positions_in_the_class_list(pictures):
     classes = Classes(names=("c", "a", "b", "unused"), templates=("{}",))
-    assert label_ids(pictures, classes)[:4].tolist() == [1, 2, 0, 1]
+    assert label_ids(Labels(pictures), classes)[:4].tolist() == [1, 2, 0, 1]
 
 
 @pytest.mark.parametrize("labels", ["abc", "cab"])
@@ -51,17 +51,17 @@ def test_labels_may_be_others_than_the_names(pictures, labels):
     """But where a data set has the names themselves, these are meant."""
     classes = Classes(names=("zett", "aa", "be"), labels=tuple(labels))
     expected = [labels.index(label) for label in "abca"]
-    assert label_ids(pictures, classes)[:4].tolist() == expected
-    assert label_ids(relabel(pictures, ["be", "zett"]), classes).tolist() == [2, 0]
+    assert label_ids(Labels(pictures), classes)[:4].tolist() == expected
+    assert label_ids(Labels(relabel(pictures, ["be", "zett"])), classes).tolist() == [2, 0]
 
 
 def test_labels_may_be_numbers_or_put_in_order_by_sorting(pictures):
     classes = Classes(names=("crane", "crane", "dog"), templates=("{}",))
-    assert label_ids(relabel(pictures, "2010"), classes).tolist() == [2, 0, 1, 0]
+    assert label_ids(Labels(relabel(pictures, "2010")), classes).tolist() == [2, 0, 1, 0]
     folders = relabel(pictures, ["n03", "n01", "n02", "n01"])
-    assert label_ids(folders, classes, order="sorted").tolist() == [2, 0, 1, 0]
+    assert label_ids(Labels(folders), classes, order="sorted").tolist() == [2, 0, 1, 0]
     digits = Classes(names=("1", "0"), templates=("{}",))  # names, not positions
-    assert label_ids(relabel(pictures, "01"), digits).tolist() == [1, 0]
+    assert label_ids(Labels(relabel(pictures, "01")), digits).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_labels_that_are_all_whole_numbers_have_the_order_of_numbers(
 ):
     source = relabel(pictures, labels)
     classes = numbered(len(set(expected)))
-    assert label_ids(source, classes, order=order).tolist() == list(expected)
+    assert label_ids(Labels(source), classes, order=order).tolist() == list(expected)
 
 
 @pytest.mark.parametrize(
@@ -102,15 +102,15 @@ def test_listed_labels_that_are_numbers_are_found_in_any_spelling(
     pictures, listed, labels, expected
 ):
     classes = Classes(names=("a", "b", "c"), labels=listed)
-    assert label_ids(relabel(pictures, labels), classes).tolist() == expected
+    assert label_ids(Labels(relabel(pictures, labels)), classes).tolist() == expected
 
 
 def test_the_first_pairs_of_label_and_class_are_shown(pictures, caplog):
     caplog.set_level(logging.INFO, logger="lit_jax")
-    label_ids(relabel(pictures, ELEVEN), numbered(11), order="sorted")
+    label_ids(Labels(relabel(pictures, ELEVEN)), numbered(11), order="sorted")
     assert "1 is 'kind 0', 2 is 'kind 1', 3 is 'kind 2' ..." in caplog.text
     caplog.clear()
-    label_ids(pictures, Classes(names=("a", "b", "c")))
+    label_ids(Labels(pictures), Classes(names=("a", "b", "c")))
     assert not caplog.text
 
 
@@ -118,12 +118,12 @@ def test_class_folders_with_two_orders_have_to_say_which(class_folders):
     source, labels = class_folders(ELEVEN)
     both = "1, 2, 3, 4 .*1, 10, 11, 2 .*--labels=sorted_as_numbers or --labels=sorted_as_text"
     with pytest.raises(UserError, match=both):
-        label_ids(source, numbered(11), order="sorted")
+        label_ids(Labels(source), numbered(11), order="sorted")
     with pytest.raises(UserError, match=f"the label 11, out of the range .*{both}"):
-        label_ids(source, numbered(11))
-    by_number = label_ids(source, numbered(11), order="sorted_as_numbers")
+        label_ids(Labels(source), numbered(11))
+    by_number = label_ids(Labels(source), numbered(11), order="sorted_as_numbers")
     assert by_number.tolist() == [int(label) - 1 for label in labels]
-    by_text = label_ids(source, numbered(11), order="sorted_as_text")
+    by_text = label_ids(Labels(source), numbered(11), order="sorted_as_text")
     assert by_text.tolist() == [sorted(ELEVEN).index(label) for label in labels]
 
 
@@ -131,14 +131,15 @@ def test_class_folders_with_two_orders_have_to_say_which(class_folders):
 def test_class_folders_with_one_order_are_sorted(class_folders, names):
     source, labels = class_folders(names)
     expected = [sorted(names).index(label) for label in labels]
-    assert label_ids(source, numbered(len(names)), order="sorted").tolist() == expected
+    assert label_ids(Labels(source), numbered(len(names)), order="sorted").tolist() == expected
 
 
 @pytest.mark.parametrize(
     ("labels", "names", "order", "message"),
     [
         ("ab", ("a", "bb"), "given", r"picture1 has the label 'b', .* did you mean 'bb'"),
-        (["a", None], ("a", "b"), "given", "picture1 has no label"),
+        ([None, None], ("a", "b"), "given", "None of the 2 examples .*--label_key"),
+        (["-1", "-1"], ("a", "b"), "given", "None of the 2 examples .*--label_key"),
         (
             "013",
             ("a", "b", "c"),
@@ -151,7 +152,8 @@ def test_class_folders_with_one_order_are_sorted(class_folders, names):
             "given",
             'picture2 has the label 3, out of the range of the 3 classes, 0 to 2; .* "labels"',
         ),
-        (["-1", "0"], ("a", "b", "c"), "given", "the label -1, out of the range of the 3 classes"),
+        (["-2", "0"], ("a", "b", "c"), "given", "the label -2, out of the range of the 3 classes"),
+        (["-1", *ELEVEN], numbered(11).names, "given", r"--labels=sorted .* labels 1 to 11"),
         (ELEVEN, numbered(11).names, "given", r"label 11, .*--labels=sorted .* labels 1 to 11"),
         ("ab", ("a", "b", "a"), "given", "'a' is 2 times among .*--labels=sorted"),
         ("ab", ("a", "b", "c"), "sorted", "2 different labels but the class file 3 classes"),
@@ -160,7 +162,55 @@ def test_class_folders_with_one_order_are_sorted(class_folders, names):
 )
 def test_class_list_and_data_that_disagree(pictures, labels, names, order, message):
     with pytest.raises(UserError, match=message):
-        label_ids(relabel(pictures, labels), Classes(names=names, templates=("{}",)), order=order)
+        label_ids(
+            Labels(relabel(pictures, labels)), Classes(names=names, templates=("{}",)), order=order
+        )
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "order", "expected"),
+    [
+        (["a", None, "b", None], "ab", "given", [0, -1, 1, -1]),
+        (["1", "-1", "0", None], "ab", "given", [1, -1, 0, -1]),
+        (["1", "-1", "0", "-1.0"], "10", "given", [0, -1, 1, -1]),  # names that are numbers
+        (["b", "-1", "a"], "ab", "given", [1, -1, 0]),
+        (["7", "-1", "9"], "ab", "sorted", [0, -1, 1]),
+        (["1", "-1", "0"], "abc", "sorted", [2, 0, 1]),  # three classes, of which -1 is one
+        (["n2", "-1", "n1"], "ab", "sorted_as_text", [1, -1, 0]),
+    ],
+)
+def test_examples_without_a_label_are_left_out_and_counted_once(
+    pictures, caplog, labels, names, order, expected
+):
+    found = Labels(relabel(pictures, labels))
+    classes = Classes(names=tuple(names), templates=("{}",))
+    for _ in range(2):  # as for two languages
+        assert label_ids(found, classes, order=order).tolist() == expected
+    count = expected.count(-1)
+    assert caplog.text.count(f"{count} of {len(labels)} examples have no label") == bool(count)
+    assert ("for example picture1" in caplog.text) == bool(count)
+
+
+def test_a_list_among_missing_labels_is_named_with_them(pictures):
+    source = relabel(pictures, [None, None])
+    source[1]["label_problem"] = "it is ['a']"
+    with pytest.raises(
+        UserError, match=r"None of the 2 .* 1 cannot .*--label_key.*: it is \['a'\]"
+    ):
+        Labels(source)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "expected"),
+    [
+        (["-1", "0", "1", None], ["1", "-1", None], ([-1, 0, 1, -1], [1, -1, -1])),
+        (["-1", "1"], ["1", "-1"], ([0, 1], [1, 0])),  # as a support vector machine has them
+        (["cat", "dog", "-1"], ["dog"], ([0, 1, -1], [1])),
+    ],
+)
+def test_a_probe_leaves_out_examples_without_a_label(pictures, train, test, expected):
+    found = probe.class_ids(*(Labels(relabel(pictures, labels)) for labels in (train, test)))
+    assert tuple(ids.tolist() for ids in found) == expected
 
 
 def test_data_of_which_no_example_can_be_read_says_why(tmp_path):
@@ -169,14 +219,15 @@ def test_data_of_which_no_example_can_be_read_says_why(tmp_path):
     with pytest.raises(
         UserError, match=r"None of the 2 examples .*byte 12 .*3 fields for 2 columns"
     ):
-        label_ids(source, numbered(2))
+        label_ids(Labels(source), numbered(2))
 
 
 def test_a_probe_knows_a_number_in_any_spelling(pictures):
     train_N, test_M = probe.class_ids(
-        relabel(pictures, ["10", "9", "10", "9.0"]), relabel(pictures, ["09", "10.0"])
+        Labels(relabel(pictures, ["10", "9", "10", "9.0"])),
+        Labels(relabel(pictures, ["09", "10.0"])),
     )
     np.testing.assert_array_equal(train_N, [0, 1, 0, 1])
     np.testing.assert_array_equal(test_M, [1, 0])
     with pytest.raises(UserError, match=r"The class '8' .*\(picture0\) is not in its training"):
-        probe.class_ids(relabel(pictures, ["10", "9"]), relabel(pictures, ["8"]))
+        probe.class_ids(Labels(relabel(pictures, ["10", "9"])), Labels(relabel(pictures, ["8"])))

@@ -10,7 +10,8 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from lit_jax.errors import UserError
-from lit_jax.evals.probe import Features, class_ids, features, few_shot, linear_probe
+from lit_jax.evals.labels import Labels
+from lit_jax.evals.probe import Features, check_counts, class_ids, features, few_shot, linear_probe
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +75,34 @@ def test_too_few_images_or_classes(digits, pictures):
     only_a = type(pictures)(e for e in pictures if e["label"] == "a")
     ab = type(pictures)(e for e in pictures if e["label"] != "c")
     with pytest.raises(UserError, match="one class alone"):
-        class_ids(only_a, pictures)
+        check_counts(class_ids(Labels(only_a), Labels(only_a))[0])
     with pytest.raises(UserError, match=r"The class 'c' .* is not in its training data"):
-        class_ids(ab, pictures)
-    unlabelled = type(pictures)([{**pictures[0], "label": None}])
-    with pytest.raises(UserError, match="picture0 has no label"):
-        class_ids(pictures, unlabelled)
+        class_ids(Labels(ab), Labels(pictures))
+
+
+def test_features_that_tell_nothing_apart_score_as_chance(digits):
+    train, test = (part[part.label < 8] for part in digits)
+    blind = [dataclasses.replace(part, rows=np.zeros_like(part.rows)) for part in (train, test)]
+    # Equally many of each class, so that the classifier has no favourite.
+    chosen = np.concatenate([np.flatnonzero(train.label == label)[:20] for label in range(8)])
+    metrics = few_shot(blind[0][chosen], blind[1], shots=(20,), draws=1)
+    assert metrics["top1_20_shot"] == pytest.approx(1 / 8, abs=0.02)
+
+
+@pytest.mark.parametrize("kept", [[], ["a"]])
+def test_too_few_images_that_can_be_decoded(encoder, params, pictures, kept):
+    source = type(pictures)(
+        e if e["label"] in kept else {**e, "image": b"bad"} for e in pictures[:9]
+    )
+    labels = Labels(source)
+    label_N, _ = class_ids(labels, labels)
+    if not kept:
+        with pytest.raises(UserError, match="None of the 9 images"):
+            features(encoder, params, source, label_N)
+        return
+    learn = features(encoder, params, source, label_N)
+    for measure in (linear_probe, lambda *parts: few_shot(*parts, shots=(1,), draws=1)):
+        with pytest.raises(UserError, match="one class alone"):
+            measure(learn, learn)
+    with pytest.raises(UserError, match="No image with a label"):
+        features(encoder, params, source, np.where(label_N == 0, -1, label_N))

@@ -9,7 +9,7 @@ from PIL import Image
 from lit_jax.data.demo import NUMBERS, TEMPLATES, UNSEEN, DemoSource, number_words
 from lit_jax.evals.classes import Classes
 from lit_jax.evals.figures import Accuracies, Prediction, loss_figure, predictions_figure
-from lit_jax.evals.labels import label_ids
+from lit_jax.evals.labels import Labels, label_ids
 from lit_jax.evals.report import _accuracies, _first_predictions, _similarity, write_demo_report
 from lit_jax.evals.zero_shot import ZeroShotResult, zero_shot
 
@@ -24,7 +24,7 @@ METRICS = [
 @pytest.fixture(scope="module")
 def unseen_result(encoder, params):
     source = DemoSource("unseen")
-    return zero_shot(encoder, params, source, CLASSES, label_ids(source, CLASSES))
+    return zero_shot(encoder, params, source, CLASSES, label_ids(Labels(source), CLASSES))
 
 
 def test_writes_three_pictures(encoder, params, tmp_path):

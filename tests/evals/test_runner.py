@@ -322,3 +322,33 @@ def test_labels_that_cannot_be_used_leave_out_their_images_alone(folder, encoder
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError, match=r"None of the 4 examples .* \"label\" is \['a', 'b'\]"):
         open_evals(evals)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("captions.jsonl", '{"image": "%s", "label": null}'),
+        ("captions.jsonl", '{"image": "%s", "label": NaN}'),
+        ("captions.jsonl", '{"image": "%s", "label": -1}'),
+        ("data.csv", "%s,"),
+        ("data.csv", "%s,-1"),
+    ],
+)
+def test_an_image_without_a_label_is_left_out_and_named_once(
+    encoder, params, folder, caplog, name, content
+):
+    """As where pandas leaves gaps, or `datasets` writes -1."""
+    row = "%s,%d" if name == "data.csv" else '{"image": "%s", "label": %d}'
+    rows = [row % (f"picture{i}.png", i % 2) for i in range(4)]
+    rows[2] = content % "picture2.png"
+    (folder / "captions.jsonl").unlink()
+    head = ["image,label"] if name == "data.csv" else []
+    (folder / name).write_text("\n".join([*head, *rows]) + "\n")
+    data = SourceConfig(path=str(folder))
+    evals = {
+        "classes": EvalConfig(data=data, classes=str(folder / "classes.json")),
+        "shots": EvalConfig(kind="few_shot", data=data, train=data, shots=(1,), draws=1),
+    }
+    metrics = flat(run(open_evals(evals), encoder, params))
+    assert metrics["zero_shot/classes/n"] == metrics["few_shot/shots/n"] == 3
+    assert caplog.text.count("1 of 4 examples have no label") == 1

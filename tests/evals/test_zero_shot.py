@@ -1,15 +1,18 @@
 """Zero-shot classification against results known by hand or computed one by one."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lit_jax.errors import UserError
 from lit_jax.evals.classes import Classes
 from lit_jax.evals.encode import Encoder
-from lit_jax.evals.labels import label_ids
-from lit_jax.evals.zero_shot import embed_classes, zero_shot
+from lit_jax.evals.labels import Labels, label_ids
+from lit_jax.evals.zero_shot import embed_classes, expected_hits, zero_shot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,7 @@ def test_metrics_by_hand(encoder, params, pictures):
 
 def test_a_perfect_model_is_always_right(encoder, params, pictures):
     classes = Classes(names=("a", "b", "c"), templates=("{}",))
-    label_N = label_ids(pictures, classes)
+    label_N = label_ids(Labels(pictures), classes)
     planned = plan(encoder, np.eye(3)[label_N], dict(zip("abc", np.eye(3), strict=True)))
     result = zero_shot(planned, params, pictures, classes, label_N)
     assert result.metrics == {"top1": 1.0, "mean_per_class_recall": 1.0, "n": 21.0}  # no top5
@@ -95,7 +98,7 @@ def test_a_perfect_model_is_always_right(encoder, params, pictures):
 
 def test_predictions_match_logits_computed_one_by_one(encoder, params, pictures):
     classes = Classes(names=("a", "b", "c", "d", "e", "f", "g"), templates=("the number {}", "{}"))
-    result = zero_shot(encoder, params, pictures, classes, label_ids(pictures, classes))
+    result = zero_shot(encoder, params, pictures, classes, label_ids(Labels(pictures), classes))
     scale = np.exp(float(params["logit_scale"]))
     images_NxE, _ = encoder.images(params, pictures)
     for image_E, top, probability in zip(images_NxE, result.top, result.probability, strict=True):
@@ -106,9 +109,51 @@ def test_predictions_match_logits_computed_one_by_one(encoder, params, pictures)
     assert set(result.metrics) == {"top1", "top5", "mean_per_class_recall", "n"}
 
 
+@pytest.mark.parametrize("width", [3, 8, 33])
+def test_classes_of_one_name_share_their_hits(encoder, params, pictures, width):
+    """Whatever their places among others, as if chance decided."""
+    names = (*(f"n{i}" for i in range(20)), "crane", *(f"m{i}" for i in range(40)), "crane")
+    vectors = {name: np.random.default_rng(i).normal(size=width) for i, name in enumerate(names)}
+    label_N = np.array([names.index("crane")] * 3 + [len(names) - 1], np.int32)
+    planned = plan(encoder, [vectors["crane"]] * 4, vectors)
+    classes = Classes(names=names, templates=("{}",))
+    result = zero_shot(planned, params, type(pictures)(pictures[:4]), classes, label_N)
+    expected = {"top1": 0.5, "top5": 1.0, "mean_per_class_recall": 0.5, "n": 4.0}
+    assert result.metrics == expected
+
+
+@given(st.data())
+def test_expected_hits_are_the_mean_over_all_orders_of_ties(data):
+    classes = data.draw(st.integers(1, 7))
+    scores_bxC = np.array(
+        [data.draw(st.lists(st.integers(0, 2), min_size=classes, max_size=classes))]
+    )
+    scores_bxC = scores_bxC.astype(np.float32)
+    label = data.draw(st.integers(0, classes - 1))
+    hits = np.zeros(2)
+    orders = [*itertools.permutations(range(classes))]
+    for order in orders:
+        place = sorted(order, key=lambda c: -scores_bxC[0, c]).index(label)
+        hits += [place < 1, place < 5]
+    found = expected_hits(scores_bxC, np.array([label]))
+    np.testing.assert_allclose(found[0], hits / len(orders))
+
+
+def test_images_without_a_label_alone_are_nothing_to_classify(encoder, params, pictures):
+    planned = plan(
+        encoder, np.eye(3), dict(zip("abc", np.eye(3), strict=True)), [True, False, True]
+    )
+    classes, label_N = (
+        Classes(names=tuple("abc"), templates=("{}",)),
+        np.array([-1, 0, -1], np.int32),
+    )
+    with pytest.raises(UserError, match="No image with a label"):
+        zero_shot(planned, params, type(pictures)(pictures[:3]), classes, label_N)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 100.0])
 def test_a_logit_scale_that_tells_no_classes_apart_is_an_error(encoder, params, pictures, value):
     classes = Classes(names=("a", "b", "c"), templates=("{}",))
     bad = {**params, "logit_scale": np.float32(value)}
     with pytest.raises(UserError, match="logit scale"):
-        zero_shot(encoder, bad, pictures, classes, label_ids(pictures, classes))
+        zero_shot(encoder, bad, pictures, classes, label_ids(Labels(pictures), classes))
