@@ -16,10 +16,29 @@ from lit_jax.data.files import File, ObjectPath, find, read_whole
 # What a source gives; None: there is no image.
 ImageFile = File | bytes | np.ndarray | None
 WHITE = (255, 255, 255, 255)
+# Formats that are read, by Pillow's names, and the endings of their files in every kind of source. Pillow
+# knows more, and starts Ghostscript for one of them (EPS). The table stays the same whatever Pillow is
+# installed, since the endings decide which samples a source has; an index of tar files is made again when
+# they change (VERSION there). TGA stands last: it has no mark at its start.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif", ".avifs"),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "QOI": (".qoi",),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "TGA": (".tga",),
+}
+IMAGE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 
 def decode(image: ImageFile) -> Image.Image:
-    """The first frame of an image as upright RGB.
+    """Return the first frame of an image as upright RGB.
 
     The EXIF orientation is applied, transparency is put on white and 16-bit grey is scaled to 8 bits.
 
@@ -43,7 +62,7 @@ def file_content(path: File) -> bytes:
 
 @contextlib.contextmanager
 def opened(image: ImageFile) -> Iterator[Image.Image]:
-    """The image with no more than its header read; what goes wrong inside the block is a bad sample."""
+    """Open an image and read no more than its header; what goes wrong inside the block is a bad sample."""
     if image is None:
         raise BadSampleError("no image", "missing")
     if isinstance(image, np.ndarray):
@@ -53,19 +72,29 @@ def opened(image: ImageFile) -> Iterator[Image.Image]:
     if not content:
         raise BadSampleError("0 bytes", "empty")
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with Image.open(io.BytesIO(content), formats=[*FORMATS]) as picture:
             _check_size(picture)
             yield picture
     except BadSampleError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise BadSampleError("not an image", "not_image") from error
+        raise BadSampleError(_other_file(content), "not_image") from error
     # The warning is an exception only where the caller's filters make it one.
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadSampleError(str(error), "too_large") from error
     except Exception as error:
         # Pillow's parsers let through whatever a broken file makes them raise.
         raise BadSampleError(str(error) or type(error).__name__) from error
+
+
+def _other_file(content: bytes) -> str:
+    """Return what a file is that is in none of `FORMATS`, by its first bytes alone."""
+    Image.init()
+    for name, (_, accepts) in Image.OPEN.items():
+        with contextlib.suppress(Exception):  # the start may be too short
+            if name not in FORMATS and accepts and accepts(content[:16]):
+                return f"an image in {name} format, and only {', '.join(FORMATS)} are read"
+    return "not an image"
 
 
 def _check_size(picture: Image.Image) -> None:
@@ -87,10 +116,10 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def reduce_jpeg(image: Image.Image, part: float) -> float:
-    """Has a JPEG file decoded at 1/2, 1/4 or 1/8 of its size, the smallest that is at least `part` of it.
+    """Have a JPEG file decoded at 1/2, 1/4 or 1/8 of its size, the smallest that is at least `part` of it.
 
-    Returns by what its size is divided then; 1 for files of other formats. The decoder computes only the low
-    frequencies of each block of 8x8 pixels, which saves time and averages the pixels.
+    The decoder computes only the low frequencies of each block of 8x8 pixels, which saves time and averages
+    the pixels. Returns the factor that the size is divided by; 1 for files of other formats.
     """
     width, height = image.size
     drafted = image.draft(None, (math.ceil(width * part), math.ceil(height * part)))

@@ -111,12 +111,17 @@ def _filesystem(scheme: str, user: str, bucket: str, options: str) -> fs.FileSys
 
 
 def locate(path: str, beside: File | None = None) -> File:
-    """The file or folder of this name, whether or not it exists; UserError if it is in no known store.
+    """Return the file or folder of this name, whether or not it exists.
 
-    Without user and options of its own it has those of `beside`, if that is in the same store.
+    An address without user and options has those of `beside`, if that is in the same store.
+
+    Raises UserError if it is in no known store, or in the home folder of an unknown user.
     """
     if "://" not in path:
-        return Path(path).expanduser()
+        try:
+            return Path(path).expanduser()
+        except RuntimeError as error:
+            raise UserError(f"{path} has no home folder ({error}); give a path.") from error
     clean, keys = split_keys(path)
     scheme, _, rest = clean.partition("://")
     address, _, options = rest.partition("?")

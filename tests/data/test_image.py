@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 from transformers.image_transforms import convert_to_rgb
 
-from lit_jax.data.decode import decode
+from lit_jax.data.decode import FORMATS, IMAGE_SUFFIXES, decode
 from lit_jax.data.example import BadSampleError
 from lit_jax.data.image import ImageTransform, load_processor, random_box
-from lit_jax.data.sources.lists import IMAGE_SUFFIXES
 from lit_jax.errors import UserError
 from tests.data.conftest import train
 
@@ -245,6 +244,34 @@ def test_a_file_with_any_ending_of_images_is_decoded(noise, ending):
         buffer, Image.registered_extensions()[ending]
     )
     assert decode(buffer.getvalue()).size == (8, 6)
+
+
+def test_the_endings_of_a_format_are_those_that_pillow_knows():
+    assert {ending: Image.registered_extensions()[ending] for ending in IMAGE_SUFFIXES} == {
+        ending: name for name, endings in FORMATS.items() for ending in endings
+    }
+
+
+def test_two_pictures_of_a_camera_in_one_file_are_read(noise, encode):
+    """The format MPO is a JPEG with another one behind it."""
+    assert decode(encode(noise(6, 8, 3), "MPO")).size == (8, 6)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "PCX", "SGI", "DDS"])
+def test_a_format_that_is_not_read_is_named(noise, encode, tmp_path, monkeypatch, kind):
+    """Pillow starts Ghostscript for EPS, a program that interprets whatever a stranger wrote."""
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # not looked for yet
+    content = encode(noise(6, 8, 3), kind)
+    (tmp_path / "a.jpg").write_bytes(content)
+    for image in (content, tmp_path / "a.jpg"):
+        with pytest.raises(BadSampleError, match=kind) as error:
+            decode(image)
+        assert error.value.kind == "not_image"
+    assert not (tmp_path / "started").exists()
 
 
 def test_decode_applies_the_exif_orientation(noise, encode):

@@ -11,8 +11,9 @@ import logging
 import re
 from collections.abc import Iterator
 
+from lit_jax.data.decode import IMAGE_SUFFIXES
 from lit_jax.data.files import File, read, read_text, require_regular
-from lit_jax.data.sources.lists import IMAGE_SUFFIXES, ListedSource, captioned, parsing
+from lit_jax.data.sources.lists import ListedSource, captioned, parsing
 
 log = logging.getLogger(__name__)
 

@@ -52,9 +52,8 @@ class TableCache:
         names = "\n".join(map(str, [*files, *settings[1:]]))
         digest = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         name = f"lit_jax-{kind}-{digest}.arrow"
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_jax"
         beside = [files[0].parent] if isinstance(files[0], Path) else []
-        self.places = [folder / name for folder in (*beside, cache)]  # best first
+        self.places = [folder / name for folder in (*beside, *_user_cache())]  # best first
 
     def load(self) -> CachedTable | None:
         """Return the table, None if there is no whole one with this key."""
@@ -91,3 +90,12 @@ class TableCache:
             except OSError as error:
                 problem = error
         raise problem
+
+
+def _user_cache() -> list[Path]:
+    """Return the user's cache folder, if the user has one."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return [Path(given or Path.home() / ".cache") / "lit_jax"]
+    except RuntimeError:  # neither HOME nor an entry among the users, as in some containers
+        return []

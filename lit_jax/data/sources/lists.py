@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from lit_jax.data.decode import IMAGE_SUFFIXES
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.files import File, check_text, encoding_problem, find, read_text, readable
 from lit_jax.data.listing import is_system, shown, system_part
@@ -19,13 +20,6 @@ from lit_jax.files import parse_json
 
 log = logging.getLogger(__name__)
 
-# Endings of image files in every kind of source. The tuple stays the same whatever Pillow is installed, since
-# it decides which samples a source has; an index of tar files is made again when it changes (VERSION there).
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".avifs", ".gif"),
-    *(".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".qoi"),
-    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
-)
 # Where images lie beside a caption file, if not in its own folder.
 IMAGE_FOLDERS = (
     *("images", "Images", "image", "imgs", "flickr30k-images", "flickr30k_images"),

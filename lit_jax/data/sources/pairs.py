@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 
 from lit_jax.config import SourceConfig
+from lit_jax.data.decode import IMAGE_SUFFIXES
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.files import File, read_whole, readable
 from lit_jax.data.listing import is_system
 from lit_jax.data.sources import samples, splits
-from lit_jax.data.sources.lists import IMAGE_SUFFIXES
 from lit_jax.data.sources.rows import bad_sample
 from lit_jax.data.sources.samples import FIELDS, FLAWS, Member, Parts, Reading, example_of_parts
 

@@ -104,7 +104,7 @@ def open_index(files: Sequence[File]) -> TarIndex:
     try:
         return TarIndex(cache.store(table.replace_schema_metadata({_REMARKS: remarks})))
     except OSError as error:
-        places = ", ".join(map(str, cache.places))
+        places = ", ".join(map(str, cache.places)) or "the folders"
         raise UserError(
             f"The index of the tar files can be written to none of {places} ({error}); set XDG_CACHE_HOME to "
             "a folder with space."
