@@ -108,13 +108,9 @@ def _real_path(folder: os.DirEntry[str], parents: Sequence[str]) -> str:
     return real
 
 
-def top_folders(folder: File) -> list[str]:
-    """Return the names of the folders in `folder`, sorted and without hidden ones."""
-    if isinstance(folder, ObjectPath):  # Google's stores list no folders
-        names = {path.split("/", 1)[0] for path in walk(folder) if "/" in path}
-    else:
-        with os.scandir(folder) as entries:
-            names = {entry.name for entry in entries if entry.is_dir()}
+def top_folders(paths: Iterable[str]) -> list[str]:
+    """Return the folders among the paths that `walk` gives which lie in no other one, without hidden ones."""
+    names = {path.split("/", 1)[0] for path in paths if "/" in path}
     return sorted(name for name in names if not is_system(name))
 
 

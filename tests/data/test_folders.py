@@ -263,3 +263,8 @@ def test_data_that_is_no_regular_file_is_refused(tmp_path, name):
     for path in (tmp_path, tmp_path / name):
         with pytest.raises(UserError, match=rf"{name} is a pipe, a device or a folder"):
             open_source(SourceConfig(path=str(path)))
+
+
+def test_the_home_of_an_unknown_user_is_one_sentence():
+    with pytest.raises(UserError, match=r"^~nobody-here/data has no home folder"):
+        open_source(SourceConfig(path="~nobody-here/data"))

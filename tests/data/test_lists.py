@@ -250,6 +250,46 @@ def test_one_split_of_metadata_is_no_class(tmp_path, encode, noise):
         opened(tmp_path)
 
 
+def test_one_of_several_metadata_files_is_read_and_named(tmp_path, encode, noise, caplog):
+    write_metadata(tmp_path, "jsonl", ROWS, encode, noise)
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,another\n")
+    assert opened(tmp_path)[0]["captions"] == ("a dog", "one dog")
+    assert "metadata.jsonl is read, and metadata.csv" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_metadata_above_the_folders_of_splits_is_no_split(tmp_path, kind, encode, noise):
+    """`datasets` would give all rows to each split."""
+    rows = [{**row, "file_name": f"{part}/a.png"} for part in ("train", "test") for row in ROWS]
+    write_metadata(tmp_path, kind, rows, encode, noise)
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "a.png").write_bytes(encode(noise(4, 7, 3)))
+    assert len(opened(tmp_path)) == 4  # of two labels in each
+    with pytest.raises(UserError, match=rf"test, train.*test.metadata\.{kind}"):
+        opened(tmp_path, split="test")
+    (tmp_path / "test" / "captions.jsonl").write_text('{"image": "a.png", "caption": "own"}\n')
+    assert [example["captions"] for example in opened(tmp_path, split="test")] == [("own",)]
+
+
+def test_a_table_of_classes_above_the_folders_of_splits_is_not_in_the_way(tmp_path, encode, noise):
+    (tmp_path / "classes.csv").write_text("id,name\n0,cat\n")
+    (tmp_path / "test" / "cat").mkdir(parents=True)
+    (tmp_path / "test" / "cat" / "a.png").write_bytes(encode(noise(4, 7, 3)))
+    assert [example["label"] for example in opened(tmp_path, split="test")] == ["cat"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_names_of_files_in_capitals_are_the_same_formats(tmp_path, kind, encode, noise):
+    write_metadata(tmp_path, kind, ROWS, encode, noise)
+    for name in (f"METADATA.{kind.upper()}", f"Metadata.{kind.title()}"):
+        next(f for f in tmp_path.iterdir() if f.name.lower() == f"metadata.{kind}").rename(
+            tmp_path / name
+        )
+        assert [e["captions"][0] for e in opened(tmp_path)] == ["a dog", "ein Hund, naß"]
+        assert opened(tmp_path / name)[0]["captions"] == ("a dog", "one dog")
+
+
 JSON_LISTS = {
     "BLIP's training": (
         [{"caption": f"c {n}", "image": "a.png", "image_id": "coco_1"} for n in range(2)],

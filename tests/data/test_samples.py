@@ -457,3 +457,62 @@ def test_folders_of_classes_with_a_text_here_and_there_stay_classes(tmp_path, im
     assert [source[i]["label"] for i in range(len(source))] == ["cat"] * 3 + ["dog"] * 3
     assert "2 of 6 images" in caplog.text
     assert captions_by_key(open_at(tmp_path / "cat")) == {"0": ("credits",), "1": (), "2": ()}
+
+
+ANNOTATIONS = {
+    "labelme": (
+        ".json",
+        json.dumps({"version": "5.0", "shapes": [{"label": "nose", "points": []}]}),
+    ),
+    "YOLO": (".txt", "0 0.5 0.5 0.25 0.25\n1 0.1 0.2 0.3 0.4\n"),
+    "json that is a list": (".json", "[]"),
+    "captions": (".txt", "a pet"),
+}
+
+
+def write_classes(root: Path, image: bytes, files: dict[str, str]) -> None:
+    """Two classes of three images, each with these files beside it."""
+    for name in ("dog", "cat"):
+        (root / name).mkdir(parents=True)
+        for n in range(3):
+            (root / name / f"{n}.jpg").write_bytes(image)
+            for suffix, content in files.items():
+                (root / name / f"{n}{suffix}").write_text(content)
+
+
+@pytest.mark.parametrize("name", ANNOTATIONS)
+def test_folders_of_classes_whose_images_have_annotations_are_labels(tmp_path, image, name):
+    """Captions beside the images are there as well; templates are captions of the classes alone."""
+    suffix, content = ANNOTATIONS[name]
+    write_classes(tmp_path, image, {suffix: content})
+    for labelled in (True, False):
+        source = open_source(SourceConfig(path=str(tmp_path)), labelled=labelled)
+        examples = [source[i] for i in range(len(source))]
+        assert [example["label"] for example in examples] == ["cat"] * 3 + ["dog"] * 3
+        assert all(example.get("label_is_folder") for example in examples)
+        expected = tuple(content.splitlines()) if suffix == ".txt" else ()
+        assert {example["captions"] for example in examples} == {expected}
+    source = open_at(tmp_path, templates=("a {}",))
+    found = [(source[i]["captions"], source[i]["label"]) for i in range(len(source))]
+    assert found == [((f"a {label}",), label) for label in ("cat", "dog") for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({".txt": "a pet", ".cls": "7"}, "7"),
+        ({".json": '{"caption": "a pet", "label": 8}'}, "8"),
+    ],
+)
+def test_labels_beside_images_win_over_their_folders(tmp_path, image, files, expected):
+    write_classes(tmp_path, image, files)
+    source = open_at(tmp_path)
+    assert {source[i]["label"] for i in range(len(source))} == {expected}
+
+
+def test_numbered_folders_of_img2dataset_are_no_classes(tmp_path, image):
+    write_files(tmp_path, image)
+    for templates in ((), ("a {}",)):
+        source = open_at(tmp_path, templates=templates)
+        assert {source[i]["label"] for i in range(len(source))} == {None}
+        assert captions_by_key(source) == FILES

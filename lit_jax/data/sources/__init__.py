@@ -19,13 +19,12 @@ from lit_jax.data.example import Source
 from lit_jax.data.files import AddressError, File, local, locate, require_regular
 from lit_jax.data.listing import expand, is_system, shown, top_folders, walk
 from lit_jax.data.records import MANIFEST
-from lit_jax.data.sources import columns, flickr, hints, lists, splits
-from lit_jax.data.sources.checks import check_first_rows
+from lit_jax.data.sources import columns, flickr, hints, lists, metadata, splits
+from lit_jax.data.sources.checks import HasRows, check_first_rows
 from lit_jax.data.sources.delimited import DelimitedSource
 from lit_jax.data.sources.grouping import Table, group_rows
 from lit_jax.data.sources.json_list import is_list_of_rows
 from lit_jax.data.sources.jsonl import JsonlSource, open_json_list
-from lit_jax.data.sources.metadata import with_names_of
 from lit_jax.data.sources.pairs import open_pairs
 from lit_jax.data.sources.records import RecordSource
 from lit_jax.data.sources.tars import TarSource
@@ -56,12 +55,14 @@ class Format(NamedTuple):
     has_other_names: bool = False  # columns that are called as other tools call them
 
     def matches(self, name: str) -> bool:
-        return name not in hints.ABOUT and _pattern(self.patterns).match(name) is not None
+        is_known = _pattern(self.patterns).match(name) is not None
+        return is_known and name.lower() not in hints.ABOUT
 
 
 @functools.cache
 def _pattern(patterns: Sequence[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(fnmatch.translate, patterns)))
+    # Cameras and programs on Windows write PAIRS.CSV.
+    return re.compile("|".join(map(fnmatch.translate, patterns)), re.IGNORECASE)
 
 
 FORMATS = (
@@ -211,7 +212,7 @@ def _open(
     if folder:
         files = _listed(folder)
     listed, kind = _recognise(files)
-    if folder and listed and listed[0].suffix == ".parquet" and _is_record(listed[0]):
+    if folder and listed and listed[0].suffix.lower() == ".parquet" and _is_record(listed[0]):
         listed, kind = [], None
     found = listed
     if kind and not kind.knows_splits and config.split:
@@ -223,10 +224,30 @@ def _open(
                 f"{found[0].parent} has {', '.join(file.name for file in found)}; "
                 "name one of them, by the path or by the split."
             )
-        config = with_names_of(found[0], config) if kind.has_other_names else config
+        if kind.has_other_names:
+            metadata.tell_unread(found[0], files)
+            config = metadata.with_names_of(found[0], config)
         source = kind.open(found, config, text_only)
         return _look_through(source, config, text_only, labelled)
+    if folder and kind and len(listed) == 1 and not (kind.several or kind.knows_splits):
+        _check_above_split(folder, listed[0], kind, config, text_only)
     return _open_folder(folder, listed, config, text_only, labelled) if folder else None
+
+
+def _check_above_split(
+    folder: File, file: File, kind: Format, config: SourceConfig, text_only: bool
+) -> None:
+    """Raise UserError if the images in the folder of a split are listed above it, with those of others."""
+    inside = folder / (config.split or "")
+    if not inside.is_dir() or _recognise(_listed(inside))[1]:
+        return
+    config = metadata.with_names_of(file, config) if kind.has_other_names else config
+    try:
+        table = kind.open([file], config, text_only)
+    except UserError:  # a list of something else, such as of classes
+        return
+    if isinstance(table, HasRows):
+        metadata.require_in_split(table, file, config)
 
 
 def _open_folder(
@@ -243,7 +264,8 @@ def _open_folder(
     """
     if not config.split:
         paths = [*walk(folder)]
-        tops = [*filter(splits.is_split, top_folders(folder))]
+        folders = top_folders(paths)
+        tops = [*filter(splits.is_split, folders)]
         # Images in them may have their captions in a table there: they are no class.
         inside = [PurePosixPath(path) for path in paths if path.count("/") == 1]
         if any(str(path.parent) in tops and _is_data(path.name) for path in inside):
@@ -254,14 +276,15 @@ def _open_folder(
             hints.check_versions(folder, paths)
         if source is None and tops:
             raise splits.not_found(folder, None, tops)
-        if source is None and (folders := top_folders(folder)):
+        if source is None and folders:
             log.warning("%d folders in %s have no image: %s.", len(folders), folder, shown(folders))
         return source
     inside = folder / config.split
     if inside.is_dir():
         return _open([inside], dataclasses.replace(config, split=None), text_only, labelled)
-    hints.check_versions(folder, [*walk(folder)])
-    folders = {*top_folders(folder)} - {"annotations", *lists.IMAGE_FOLDERS}
+    paths = [*walk(folder)]
+    hints.check_versions(folder, paths)
+    folders = {*top_folders(paths)} - {"annotations", *lists.IMAGE_FOLDERS}
     raise splits.not_found(folder, config.split, splits.in_names(listed) | folders)
 
 

@@ -31,7 +31,9 @@ def hint(files: Sequence[File]) -> str:
     """Return a sentence about the files of a folder without a data set; "" if none of them is known."""
     for patterns, what in _HINTS.items():
         found = [
-            file.name for file in files if any(fnmatch.fnmatch(file.name, p) for p in patterns)
+            file.name
+            for file in files
+            if any(fnmatch.fnmatch(file.name.lower(), p) for p in patterns)
         ]
         if found:
             return f" There is {shown(found, 3)}: {what}."

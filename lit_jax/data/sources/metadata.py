@@ -7,17 +7,25 @@ a column "file_name" and captions in any other, "text" in most.
 import csv
 import dataclasses
 import json
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Sequence
 
 from pyarrow import parquet
 
 from lit_jax.config import SourceConfig
 from lit_jax.data.files import File, read
+from lit_jax.data.listing import shown
+from lit_jax.data.sources import splits
+from lit_jax.data.sources.checks import HasRows, first_rows
+from lit_jax.errors import UserError
 from lit_jax.files import parse_json
+
+log = logging.getLogger(__name__)
 
 # Key of a source -> names of what it names elsewhere, if nothing is called like its default.
 _OTHER_NAMES = {"image_key": ("file_name",), "caption_key": ("captions", "text")}
 _HEAD_BYTES = 1 << 20
+_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def with_names_of(file: File, config: SourceConfig) -> SourceConfig:
@@ -34,15 +42,39 @@ def with_names_of(file: File, config: SourceConfig) -> SourceConfig:
 
 def _names(file: File) -> Collection[str]:
     """Return the names of a table's columns; none if it is damaged, which its reader says better."""
-    if file.suffix == ".parquet":
+    kind = file.suffix.lower()
+    if kind == ".parquet":
         with file.open("rb") as opened:
             return parquet.read_schema(opened).names
     try:
         head = read(file, 0, _HEAD_BYTES).decode("utf-8-sig", "replace").strip()
-        if file.suffix == ".json":
+        if kind == ".json":
             row, _ = json.JSONDecoder().raw_decode(head.removeprefix("[").strip())
             return row
         line = head.split("\n")[0]
-        return parse_json(line) if file.suffix == ".jsonl" else next(csv.reader([line]), [])
+        return parse_json(line) if kind == ".jsonl" else next(csv.reader([line]), [])
     except (ValueError, RecursionError, csv.Error):
         return ()
+
+
+def tell_unread(file: File, files: Sequence[File]) -> None:
+    """Warn of other metadata files beside the one that is read. `datasets` refuses several."""
+    others = [other.name for other in files if other.name.lower() in _FILES and other != file]
+    if others:
+        log.warning("%s is read, and %s beside it is not.", file, shown(others))
+
+
+def require_in_split(table: HasRows, file: File, config: SourceConfig) -> None:
+    """Raise UserError if a table above the folder of a split lists images in folders of splits.
+
+    `datasets` gives all of its rows to each split.
+    """
+    paths = [row.get(config.image_key) for row in first_rows(table)]
+    folders = {path.split("/")[0] for path in paths if isinstance(path, str) and "/" in path}
+    if config.split in folders or any(map(splits.is_split, folders)):
+        own = file.parent / (config.split or "") / file.name
+        raise UserError(
+            f"{file} lists the images of several splits ({shown(folders)}); move the rows of "
+            f"{config.split!r} to {own}, with paths that start in its folder, or leave out the split to read "
+            "all rows."
+        )

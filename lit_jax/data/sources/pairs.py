@@ -5,12 +5,14 @@
 A sample is the files of one folder whose names differ in their ending alone, see `samples`.
 """
 
+import contextlib
 import itertools
 import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
 
 from lit_jax.config import SourceConfig
@@ -25,6 +27,9 @@ from lit_jax.data.sources.samples import FIELDS, FLAWS, Member, Parts, Reading, 
 log = logging.getLogger(__name__)
 
 _TEXT = tuple(suffix for rank in (*FIELDS["text"], *FIELDS["json"]) for suffix in rank)
+# 00012/000120034.jpg
+_IN_PART = re.compile(r"(?:.*/)?([0-9]{5,})/\1[0-9]+\.[^/]+")
+_LOOKED_AT = 50  # samples, to see whether they have labels
 # Few different values in millions of rows: a dictionary keeps each once.
 _FEW = pa.dictionary(pa.int32(), pa.binary())
 _SCHEMA = pa.schema(
@@ -35,11 +40,21 @@ _SCHEMA = pa.schema(
 class PairSource:
     """Images of a folder with files beside them. Kept as Arrow arrays: a name, and endings by field."""
 
-    def __init__(self, folder: File, table: pa.Table, config: SourceConfig, *, text_only: bool):
+    def __init__(
+        self,
+        folder: File,
+        table: pa.Table,
+        config: SourceConfig,
+        *,
+        text_only: bool = False,
+        has_classes: bool = False,
+    ):
+        """Open the samples of `table`; `has_classes`: the first folder of each is the name of its class."""
         self._folder = folder
         self._table = table
         self._config = config
         self._text_only = text_only
+        self._has_classes = has_classes
 
     def __len__(self) -> int:
         return len(self._table)
@@ -61,13 +76,19 @@ class PairSource:
                 if field != "image"
             }
             one = {field: found[0] if found else None for field, found in contents.items()}
-            return example_of_parts(
+            if self._has_classes:  # then the label is in no file, and broken json spoils nothing
+                one["cls"] = b""
+            example = example_of_parts(
                 Parts(next(iter(names["image"]), None), contents["text"], one["json"], one["cls"]),
                 self._config,
                 self._folder,
                 key=key,
                 text_only=self._text_only,
             )
+        if not self._has_classes:
+            return example
+        label = key.split("/", 1)[0] if "/" in key else None
+        return {**example, "label": label, "label_is_folder": True}
 
 
 def open_pairs(
@@ -75,7 +96,9 @@ def open_pairs(
 ) -> PairSource | None:
     """Return the samples of a folder, if its images have texts or json beside them.
 
-    If fewer than half of them have and lie in folders, these are taken for classes.
+    If fewer than half of them have and lie in folders, these are taken for classes. If no sample has a label,
+    the folders are its classes, too; for `config.templates` nothing else is read then, since a text beside an
+    image of a class is often an annotation (labelme, YOLO).
 
     Args:
         found: the paths of all files in it.
@@ -106,9 +129,38 @@ def open_pairs(
         log.warning("%s: %s.", folder, remark)
     log.info("%s has %d images with files of captions or json beside them.", folder, images)
     table = pa.Table.from_batches([reading.samples for reading in readings], _SCHEMA)
-    return PairSource(
-        folder, table.unify_dictionaries().combine_chunks(), config, text_only=text_only
-    )
+    table = table.unify_dictionaries().combine_chunks()
+    source = PairSource(folder, table, config, text_only=text_only)
+    may_be_classes = not text_only and _may_be_classes(paths)
+    if not may_be_classes or table["cls"].null_count < len(table) or _has_label(source):
+        return source
+    if config.templates:
+        log.warning(
+            "%s: no image has a label beside it, so its folders are classes; what lies beside the images is "
+            "not read, since this source has templates.",
+            folder,
+        )
+        return None
+    log.info("%s: no image has a label beside it, so its folders are classes.", folder)
+    return PairSource(folder, table, config, has_classes=True)
+
+
+def _may_be_classes(paths: Sequence[str]) -> bool:
+    """Return whether images lie in several folders that are not the numbered ones of img2dataset."""
+    inside = [path for path in paths if "/" in path]
+    folders = {path.split("/", 1)[0] for path in inside}
+    return len(folders) > 1 and not all(map(_IN_PART.fullmatch, inside))
+
+
+def _has_label(source: PairSource) -> bool:
+    """Return whether the json of one of some samples all over the source has a label."""
+    count = min(len(source), _LOOKED_AT)
+    for position in np.linspace(0, len(source) - 1, count).astype(int).tolist():
+        with contextlib.suppress(BadSampleError):
+            example = source[position]
+            if example["label"] is not None or "label_problem" in example:
+                return True
+    return False
 
 
 def _readings(names: Sequence[str]) -> Iterator[tuple[Reading, Reading]]:
