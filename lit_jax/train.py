@@ -23,6 +23,7 @@ from lit_jax.evals.report import write_demo_report
 from lit_jax.evals.results import Subject, write_results
 from lit_jax.files import write_json, write_whole
 from lit_jax.training.disk import quiet_orbax, writing
+from lit_jax.training.evaluation import Evaluations
 from lit_jax.training.loop import train
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.run import Run
@@ -43,35 +44,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     process.initialize()  # first: a config file may ask JAX for its devices
     config = load_config(args.config, overrides)
     # Opened before training: a mistake in an evaluation should not cost a run.
-    evaluator = Evaluator(runner.open_evals(config.evals))
-    train(
-        config,
-        args.workdir,
-        evaluate=evaluator.during_training,
-        check_evals=evaluator.check_tokens,
-        finish=lambda run: finish(config, args.workdir, run, evaluator.finally_of(run)),
-        allowed_changes=args.allow_changes.split(","),
-    )
+    evaluations = ConfiguredEvaluations(config, args.workdir, runner.open_evals(config.evals))
+    train(config, args.workdir, evaluations, allowed_changes=args.allow_changes.split(","))
 
 
-class Evaluator:
-    """Runs the evaluations of a config, and keeps those of the last step, which the end needs again."""
+class ConfiguredEvaluations(Evaluations):
+    """The evaluations of a config; those of the last step are kept, since the end needs them again."""
 
-    def __init__(self, prepared: Sequence[runner.PreparedEval]):
+    def __init__(self, config: Config, workdir: Path, prepared: Sequence[runner.PreparedEval]):
+        self._config, self._workdir = config, workdir
         self._prepared = prepared
         self._done: dict[str, runner.Evaluation] = {}
         self._step = -1
 
-    def check_tokens(self, tokenizer: Any) -> None:
-        """Log what the tokenizer makes of the evaluations' texts."""
+    def check(self, tokenizer: Any) -> None:
         runner.check_tokens(self._prepared, tokenizer)
 
-    def during_training(self, run: Run, names: Collection[str]) -> runner.Metrics:
+    def measure(self, run: Run, names: Collection[str]) -> runner.Metrics:
         chosen = [task for task in self._prepared if task.key in names]
         return runner.flat(self._evaluate(run, chosen))
 
-    def finally_of(self, run: Run) -> list[runner.Evaluation]:
-        """The evaluations at the end of a run, of which only those that are not done yet are run."""
+    def finish(self, run: Run) -> None:
+        finish(self._config, self._workdir, run, self._finally(run))
+
+    def _finally(self, run: Run) -> list[runner.Evaluation]:
+        """Return the evaluations at the end of a run, of which only those that are not done yet are run."""
         chosen = [task for task in self._prepared if task.config.at_end]
         done = self._done if self._step == run.step else {}
         self._evaluate(run, [task for task in chosen if task.name not in done])
@@ -89,7 +86,7 @@ class Evaluator:
 def finish(
     config: Config, workdir: Path, run: Run, evaluations: Sequence[runner.Evaluation]
 ) -> None:
-    """results.json, evals/, the report, and what the user sees last."""
+    """Write results.json, evals/ and the report, and print what the user sees last."""
     if config.report == "demo":
         with writing(workdir):
             encoder = Encoder.of_setup(run.setup)

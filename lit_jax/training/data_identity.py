@@ -2,23 +2,27 @@
 
 import dataclasses
 import logging
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from lit_jax.config import Config
-from lit_jax.config_values import steps
 from lit_jax.data.example import Source
 from lit_jax.data.fingerprint import data_fingerprint, sampled_examples
 from lit_jax.data.mixture import open_training_data
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json, write_json
+from lit_jax.training.durations import steps_of
 
 log = logging.getLogger(__name__)
 
 DATA_FILE = "data.json"
 # The value of --allow_changes that lets a run go on with other data under the same config.
 ALLOWED = "data"
+# Keys whose change, where it is permitted, means other data.
+_NAMES_DATA = re.compile(r"data\.(train|mixture)\b|model\.teacher$")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,37 +30,46 @@ class TrainingData:
     """The data of a run.
 
     Attributes:
-        source: None if they cannot be read and the run, which is finished, does not need them.
+        source: empty if they cannot be read and the run, which is finished, does not need them.
         examples: how many there are, or were when the run was started.
+        identity: their length and fingerprint, in the first process alone; None also without a source.
     """
 
-    source: Source | None
+    source: Source
     examples: int
+    identity: dict[str, Any] | None
 
 
-def open_data(config: Config, workdir: Path, trained: int | None) -> TrainingData:
+def may_differ(changes: Collection[str], allowed_changes: Collection[str]) -> bool:
+    """Return whether a run may go on with other data, given the keys of the config that have changed."""
+    return ALLOWED in allowed_changes or any(map(_NAMES_DATA.match, changes))
+
+
+def open_data(
+    config: Config, workdir: Path, trained: int | None, *, may_differ: bool
+) -> TrainingData:
     """Open the data that `config` names; a finished run goes without those that are gone.
 
     Args:
         trained: the step of the latest checkpoint in `workdir`.
+
+    Raises UserError if a run that has a checkpoint was trained on other data, unless they `may_differ`.
     """
     try:
         source = open_training_data(config.data, text_only=bool(config.model.teacher))
     except UserError as error:
         known = _read(workdir) if trained is not None else None
-        if known is None or trained != _total(config, known["examples"]):
+        if known is None or trained != steps_of(config, known["examples"], config.duration):
             raise
         log.warning("This run is finished and goes without its data: %s", error)
-        return TrainingData(source=None, examples=known["examples"])
-    return TrainingData(source=source, examples=len(source))
+        return TrainingData(source=(), examples=known["examples"], identity=None)
+    identity = _identify(source)
+    if identity is not None and trained is not None and not may_differ:
+        _check_same_data(workdir, identity)
+    return TrainingData(source=source, examples=len(source), identity=identity)
 
 
-def _total(config: Config, examples: int) -> int:
-    return steps(config.duration, batch_size=config.batch_size, examples_per_epoch=examples)
-
-
-def identify(source: Source) -> dict[str, Any] | None:
-    """Return length and fingerprint of the data in the first process, None in the others."""
+def _identify(source: Source) -> dict[str, Any] | None:
     if not is_primary():
         return None
     sample = sampled_examples(source)
@@ -64,10 +77,7 @@ def identify(source: Source) -> dict[str, Any] | None:
     return {"examples": len(source), "fingerprint": fingerprint}
 
 
-def check_same_data(workdir: Path, found: dict[str, Any] | None) -> None:
-    """Raise UserError if `found` is not what the run in `workdir` was trained on."""
-    if found is None:
-        return
+def _check_same_data(workdir: Path, found: dict[str, Any]) -> None:
     known = _read(workdir)
     if known is None:
         log.warning("%s does not say which data it was trained on: they are not compared.", workdir)
@@ -82,7 +92,7 @@ def check_same_data(workdir: Path, found: dict[str, Any] | None) -> None:
 
 
 def save_identity(workdir: Path, identity: dict[str, Any] | None) -> None:
-    """Write what `identify` gave, in the process that has it."""
+    """Write the identity of the data of a run, in the process that has it."""
     if identity is not None:
         write_json(workdir / DATA_FILE, identity)
 

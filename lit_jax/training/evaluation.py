@@ -1,8 +1,9 @@
-"""Which evaluations are due at which step of a run: each once, however often the run is resumed."""
+"""The evaluations of a run, and at which steps they are due: each once, however often it is resumed."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,8 +13,19 @@ from lit_jax.config import EvalConfig
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.run import Run
 
-# Evaluates a run, of `config.evals` those with these names; returns metrics under flat names.
-Evaluate = Callable[[Run, Collection[str]], Mapping[str, float]]
+
+class Evaluations:
+    """The evaluations of a run, at the three times when it has something for them. Here they are none."""
+
+    def check(self, tokenizer: Any) -> None:
+        """Raise UserError before the first step where an evaluation cannot be made with the tokenizer."""
+
+    def measure(self, run: Run, names: Collection[str]) -> Mapping[str, float]:
+        """Return the metrics, under flat names, of those of `config.evals` with these names."""
+        return {}
+
+    def finish(self, run: Run) -> None:
+        """Write the results of the trained run, while its folder still is this run's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,18 +35,6 @@ class EvalSchedule:
     evals: Mapping[str, EvalConfig]
     every: Mapping[str, int]
     total: int
-
-    @classmethod
-    def of(
-        cls, evals: Mapping[str, EvalConfig], to_steps: Callable[[str, str], int], total: int
-    ) -> "EvalSchedule":
-        """`to_steps` takes a config key and its duration."""
-        every = {
-            name: to_steps(f"evals.{name}.every", config.every)
-            for name, config in evals.items()
-            if config.every is not None
-        }
-        return cls(evals=evals, every=every, total=total)
 
     def due(self, step: int) -> list[str]:
         """The evaluations to be done when `step` steps have been taken."""

@@ -124,7 +124,7 @@ def embedding_folders(config: Config) -> dict[Side, str]:
     return {side: folder for side, folder in folders.items() if folder}
 
 
-def open_embedded(config: Config, setup: Setup, source: Source | None) -> Embedded:
+def open_embedded(config: Config, setup: Setup, source: Source) -> Embedded:
     """Open the folders that config.data names, and check all but the tower's parameters; none without data.
 
     Raises UserError if one is not complete, or was made of other data or in another way than the config says.
@@ -134,7 +134,7 @@ def open_embedded(config: Config, setup: Setup, source: Source | None) -> Embedd
             config, setup, source, side, local_path(f"config.data.{side}_embeddings", folder)
         )
         for side, folder in embedding_folders(config).items()
-        if source is not None
+        if source
     }
     inputs: dict[Side, Inputs] = {}
     if "image" in opened:

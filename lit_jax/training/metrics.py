@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from lit_jax.config import LogConfig
+from lit_jax.config import Config, LogConfig
 from lit_jax.config_values import LARGEST_FLOAT, MOST
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
@@ -24,6 +24,13 @@ from lit_jax.training.disk import writing
 from lit_jax.training.step import Metrics
 
 log = logging.getLogger(__name__)
+
+
+def usual_scale(config: Config) -> float:
+    """Return the largest scale of the logits that needs no word: CLIP's limit, and more than SigLIP's 118."""
+    if config.model.logit_scale_max is not None:
+        return math.inf
+    return 200.0 if config.loss == "sigmoid" else 100.0
 
 
 class Reporter:
@@ -82,11 +89,8 @@ class Reporter:
             log.warning(
                 "The logits' scale is %.4g at step %d, above %g: few pairs decide the loss then, and "
                 "training may become unstable; config.model.logit_scale_max=%g limits it.",
-                scale,
-                step,
-                self._scale_limit,
-                self._scale_limit,
-            )
+                scale, step, self._scale_limit, self._scale_limit,
+            )  # fmt: skip
             self._scale_limit = math.inf
 
     @contextlib.contextmanager
@@ -215,10 +219,8 @@ def _read_rows(workdir: Path) -> list[tuple[bytes, dict[str, Any]]]:
     if damaged:
         log.warning(
             "%d lines of %s are no rows and are left out, the first is %s.",
-            len(damaged),
-            path,
-            damaged[0],
-        )
+            len(damaged), path, damaged[0],
+        )  # fmt: skip
     return rows
 
 

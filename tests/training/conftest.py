@@ -121,13 +121,13 @@ def train(monkeypatch):
     cores, wait for each other for ever.
     """
 
-    def run(config, workdir, *, devices=1, **kwargs):
+    def run(config, workdir, *args, devices=1, **kwargs):
         some = functools.partial(make_mesh, devices=jax.devices()[:devices])
         monkeypatch.setattr(loop, "make_mesh", some)
         step = chex.assert_max_traces(UNPATCHED_STEP, n=1)
         monkeypatch.setattr(program, "train_step", step)
         chex.clear_trace_counter()
-        return loop.train(config, workdir, **kwargs)
+        return loop.train(config, workdir, *args, **kwargs)
 
     return run
 

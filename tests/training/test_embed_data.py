@@ -146,7 +146,7 @@ def test_eight_devices_embed_as_one_does_and_as_the_tower_does(make, tmp_path, m
     with jax.set_mesh(plan.mesh):
         _, frozen = first_parameters(plan.config, plan.setup, plan.towers)
     pixels = [
-        plan.setup.image_transform.eval(plan.source[i]["image"])
+        plan.setup.image_transform.eval(plan.data.source[i]["image"])
         for i in range(EXAMPLES)
         if i != BAD
     ]

@@ -17,6 +17,7 @@ from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import Preempted, UserError
 from lit_jax.training import loop
 from lit_jax.training.checkpoints import Checkpoints
+from lit_jax.training.evaluation import Evaluations
 from lit_jax.training.losses import softmax_loss
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.optimizer import make_optimizer
@@ -303,6 +304,7 @@ def test_where_no_checkpoint_folder_can_be_made_the_process_says_so_and_ends(tmp
         import optax
         from lit_jax.errors import UserError
         from lit_jax.training.checkpoints import Checkpoints
+from lit_jax.training.evaluation import Evaluations
         from lit_jax.training.step import State
         workdir = Path(sys.argv[1])
         state = State(jnp.zeros((), jnp.int32), {"a": jnp.ones(3)}, optax.EmptyState())
@@ -444,35 +446,41 @@ def test_evaluations_are_made_when_due_and_change_nothing(train, tiny, tmp_path,
     """Interrupted in an evaluation and between two, each is in the log once, and training is the same."""
     due = [(0, ["often"]), (2, ["often"]), (4, ["often"]), (6, ["last", "often"])]
 
-    def evaluate(run, names):
-        # Reads what may be read only where waiting is allowed.
-        leaves = [float(np.asarray(x).sum()) for x in jax.tree.leaves(run.params)]
-        scale = float(run.params["logit_scale"] + 1)
-        assert run.step in dict(due)
-        kinds = {"often": "zero_shot", "last": "retrieval"}
-        return {f"{kinds[name]}/{name}/top1": sum(leaves) + scale for name in names}
+    class Measured(Evaluations):
+        def measure(self, run, names):
+            # Reads what may be read only where waiting is allowed.
+            leaves = [float(np.asarray(x).sum()) for x in jax.tree.leaves(run.params)]
+            scale = float(run.params["logit_scale"] + 1)
+            assert run.step in dict(due)
+            kinds = {"often": "zero_shot", "last": "retrieval"}
+            return {f"{kinds[name]}/{name}/top1": sum(leaves) + scale for name in names}
 
-    def killed(run, names):
-        if run.step == 4:
-            raise KeyboardInterrupt
-        return evaluate(run, names)
+    class Killed(Measured):
+        def measure(self, run, names):
+            if run.step == 4:
+                raise KeyboardInterrupt
+            return super().measure(run, names)
+
+    class Unwanted(Evaluations):
+        def measure(self, run, names):
+            pytest.fail("done already")
 
     config = tiny(evals=EVALS)
     plain = train(tiny(), tmp_path / "plain")
-    whole = train(config, tmp_path / "whole", evaluate=evaluate)
+    whole = train(config, tmp_path / "whole", Measured())
     assert recorded(tmp_path / "whole") == due
     assert_same(whole.params, plain.params)
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         with pytest.raises(Preempted):
-            train(config, tmp_path / "parts", evaluate=evaluate)
+            train(config, tmp_path / "parts", Measured())
     with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "parts", evaluate=killed)
+        train(config, tmp_path / "parts", Killed())
     assert recorded(tmp_path / "parts") == due[:2]
-    parts = train(config, tmp_path / "parts", evaluate=evaluate)
+    parts = train(config, tmp_path / "parts", Measured())
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
     assert_same(parts.params, whole.params)
-    train(config, tmp_path / "parts", evaluate=lambda *_: pytest.fail("done already"))
+    train(config, tmp_path / "parts", Unwanted())
 
 
 def test_an_evaluation_that_recurs_too_often_is_refused(train, tiny, tmp_path):

@@ -12,6 +12,7 @@ from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import UserError
 from lit_jax.training import loop
 from lit_jax.training.embed_data import embed
+from lit_jax.training.evaluation import Evaluations
 from lit_jax.training.setup import find_towers, prepare
 from tests.tokenizer_files import write_tokenizer
 from tests.training.conftest import WIDTHS
@@ -85,11 +86,12 @@ def test_captions_of_unknown_tokens_alone_end_a_run_before_it_starts(tiny, thai,
 def test_evaluations_are_checked_before_the_first_step(tiny, tmp_path, one_device):
     checked = []
 
-    def refuse(tokenizer):
-        checked.append(tokenizer.model_max_length)
-        raise UserError("zero_shot/x")
+    class Refused(Evaluations):
+        def check(self, tokenizer):
+            checked.append(tokenizer.model_max_length)
+            raise UserError("zero_shot/x")
 
     with pytest.raises(UserError, match="zero_shot/x"):
-        loop.train(tiny(), tmp_path / "run", check_evals=refuse)
+        loop.train(tiny(), tmp_path / "run", Refused())
     assert checked == [24]
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,62 @@
+"""The durations of a config, counted in steps."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+from lit_jax.config import Config
+from lit_jax.config_values import MOST, steps
+from lit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Durations:
+    """The last step of a run, and the steps between two saves, two rows of the log and two evaluations."""
+
+    total: int
+    save_every: int
+    keep_every: int | None
+    log_every: int
+    # By name, of the evaluations that are repeated.
+    eval_every: Mapping[str, int]
+
+    @classmethod
+    def of(cls, config: Config, examples: int) -> "Durations":
+        """Count with `examples` in an epoch.
+
+        Raises UserError at a duration of less than one step, and where the run has too many.
+        """
+        count = functools.partial(_at_least_one, config, examples)
+        keep_every = config.checkpoint.keep_every
+        total = count("duration", config.duration)
+        if total >= MOST:
+            raise UserError(
+                f"config.duration={config.duration!r} is more than {MOST - 1} steps; make it shorter."
+            )
+        return cls(
+            total=total,
+            save_every=count("checkpoint.every", config.checkpoint.every),
+            keep_every=count("checkpoint.keep_every", keep_every) if keep_every else None,
+            log_every=count("log.every", config.log.every),
+            eval_every={
+                name: count(f"evals.{name}.every", one.every)
+                for name, one in config.evals.items()
+                if one.every is not None
+            },
+        )
+
+    def saves_at(self, step: int) -> bool:
+        is_kept = self.keep_every is not None and step % self.keep_every == 0
+        return step == self.total or step % self.save_every == 0 or is_kept
+
+
+def steps_of(config: Config, examples: int, duration: str) -> int:
+    """Return the steps of a duration in a run whose epoch has so many examples, rounded down."""
+    return steps(duration, batch_size=config.batch_size, examples_per_epoch=examples)
+
+
+def _at_least_one(config: Config, examples: int, key: str, duration: str) -> int:
+    count = steps_of(config, examples, duration)
+    if count < 1:
+        raise UserError(f"config.{key}={duration!r} is less than one step; make it longer.")
+    return count
