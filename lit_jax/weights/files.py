@@ -73,6 +73,12 @@ def read_tensors(folder: str | pathlib.Path, variant: str | None = None) -> Tens
         layout = "flax" if any(name.endswith(".kernel") for name in values) else "torch"
         return Tensors(values, layout, file)
     *others, last = (format_.file(variant) for format_ in FORMATS)
+    variants = sorted({name for name in weights_in(folder).values() if name})
+    if variants and not variant:
+        raise UserError(
+            f"{folder} has weights of the variant {' and '.join(map(repr, variants))} alone; give variant="
+            f"{variants[0]!r} in Python, or rename the files without it."
+        )
     raise UserError(
         f"{folder} has no weights{f' of the variant {variant!r}' if variant else ''}; it must hold "
         f"{', '.join(others)} or {last}, or the shards of one and their index "
@@ -83,7 +89,7 @@ def read_tensors(folder: str | pathlib.Path, variant: str | None = None) -> Tens
 def weights_in(folder: pathlib.Path) -> dict[str, str | None]:
     """Return the names of the files with weights, and the variant that each name has, such as 'fp16'."""
     found: dict[str, str | None] = {}
-    for name in sorted(file.name for file in folder.iterdir()):
+    for name in sorted(file.name for file in folder.iterdir()) if folder.is_dir() else ():
         for format_ in FORMATS:
             if match := re.fullmatch(format_.pattern, name):
                 found[name] = match["variant"] or match["variant_of_index"]

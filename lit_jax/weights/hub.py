@@ -14,6 +14,7 @@ from lit_jax.files import parse_json
 from lit_jax.models.dual_encoder import SYSTEMS, TOWERS, Side
 from lit_jax.models.families import TEXT, VISION, tower_config, tower_fields, unknown
 from lit_jax.weights.files import FORMATS, one_line
+from lit_jax.weights.other_libraries import explain_config, explain_folder
 
 # The model_type of a dual encoder of ours that transformers has no class for; else a VisionTextDualEncoder.
 OWN_TYPE = "lit_jax"
@@ -138,11 +139,15 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
     """
     file = pathlib.Path(folder) / "config.json"
     try:
-        return complete(parse_json(file.read_bytes()))
+        content = parse_json(file.read_bytes())
+        if isinstance(content, dict) and not content.get("model_type"):
+            raise UserError(f"{file} {explain_config(content)}.")
+        return complete(content)
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{file} is missing; give the folder of a Hugging Face model.") from None
+        remedy = explain_folder(file.parent) or "give the folder of a Hugging Face model"
+        raise UserError(f"{file} is missing; {remedy}.") from None
     except Exception as error:  # each of transformers' configs checks its fields in its own way
         raise UserError(
             f"{file} is not a config.json that transformers understands ({one_line(error)}); take the one "

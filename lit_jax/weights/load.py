@@ -30,6 +30,7 @@ from lit_jax.models.layers import Tower
 from lit_jax.weights import dual_encoder_form, files, hub, name_tables
 from lit_jax.weights.dual_encoder_form import Params
 from lit_jax.weights.matching import LoadReport, StateDictMatcher, listed
+from lit_jax.weights.other_libraries import sentence_pooling
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,8 @@ def _open_tower(
     tensors = files.read_tensors(folder, variant)
     if hf_config["model_type"] in SYSTEMS:  # Flax text towers alone counted as PyTorch's
         _warn_of_positions(module.config, tensors, hf_config, own_config)
+    elif side == "text":
+        _warn_of_pooling(pathlib.Path(folder), module)
     return _TowerFile(
         tensors,
         name_tables.FAMILIES[found],
@@ -184,6 +187,30 @@ def load_dual_encoder(
     if (bias := hf_config.get("logit_bias")) is not None:
         params["logit_bias"] = np.asarray(bias, np.float32)
     return module, params, hf_config, report
+
+
+def _warn_of_pooling(folder: pathlib.Path, tower: Tower) -> None:
+    """Warn where a folder of sentence-transformers says another pooling than that of `tower`."""
+    found = sentence_pooling(folder)
+    if found is None or (found.modes == (tower.pooling,) and not found.layers):
+        return
+    mode = "+".join(found.modes)
+    layers = f", and has {', '.join(found.layers)} behind it" if found.layers else ""
+    if mode == tower.pooling:
+        remedy = "the tower is without that"
+    elif mode in tower.poolings:
+        remedy = f"for that set its pooling (config.model.text.pooling) to {mode!r}"
+    else:
+        remedy = "the tower cannot be told to do so"
+    log.warning(
+        "%s is a model of sentence-transformers, which pools it by %r%s, and this text tower has the pooling "
+        "%r; %s.",
+        folder,
+        mode,
+        layers,
+        tower.pooling,
+        remedy,
+    )
 
 
 def _warn_of_positions(

@@ -17,12 +17,13 @@ from lit_jax.weights import hub
 KEY = "config.model.image.model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ASK = f"""
+import json
 import sys
 from lit_jax.weights import hub
 from lit_jax.errors import UserError
-for model in sys.argv[1:]:
+for model, options in json.loads(sys.argv[1]):
     try:
-        print(hub.local_folder(model, config_key="{KEY}"))
+        print(hub.local_folder(model, config_key="{KEY}", options=hub.HubOptions(**options)))
     except UserError as error:
         print("UserError", error)
 """
@@ -57,6 +58,15 @@ WEIGHTS = {  # model: (weights that the Hub has, those that are needed)
     ),
     "org/shards": ([INDEX, *SHARDS], [INDEX, *SHARDS]),
 }
+# A repository that wants a token, and has other files in the branch 'next'.
+PRIVATE, TOKEN, NEXT_COMMIT = "org/private", "hf_secret", "f" * 40
+ALL = {"revision": "next", "subfolder": "inner", "variant": "fp16"}
+NEXT = [
+    "inner/config.json",
+    "inner/model.fp16.safetensors",
+    "inner/model.safetensors",
+    "model.fp16.safetensors",
+]
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -65,23 +75,28 @@ class Hub(http.server.BaseHTTPRequestHandler):
     fetched: ClassVar[list[str]] = []
 
     def do_GET(self):
-        match = re.match(r"/(api/models/)?(org/\w+)(/(tree|resolve)/\w+/?)?([^?]*)", self.path)
+        path = r"/(api/models/)?(org/\w+)(/(tree|resolve|revision)/(\w+)/?)?([^?]*)"
+        match = re.match(path, self.path)
         assert match
-        model, action, file = match[2], match[4], match[5]
-        if model not in WEIGHTS:
+        model, action, revision, file = match.group(2, 4, 5, 6)
+        if model == PRIVATE and self.headers["Authorization"] == f"Bearer {TOKEN}":
+            files, commit = NEXT, NEXT_COMMIT
+            assert revision in ("next", NEXT_COMMIT)
+        elif model in WEIGHTS:
+            files, commit = [*SMALL, *WEIGHTS[model][0], "README.md"], COMMIT
+        else:
             self.answer(b"", 401, {"X-Error-Code": "RepoNotFound"})
             return
-        files = [*SMALL, *WEIGHTS[model][0], "README.md"]
         if action == "tree":
             tree = [{"type": "file", "path": f, "size": len(f), "oid": f} for f in files]
             self.answer(json.dumps(tree).encode())
         elif action == "resolve":
             if self.command == "GET":
                 self.fetched.append(f"{model}/{file}")
-            self.answer(file.encode(), 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{file}"'})
+            self.answer(file.encode(), 200, {"X-Repo-Commit": commit, "ETag": f'"{file}"'})
         else:
             siblings = [{"rfilename": file} for file in files]
-            self.answer(json.dumps({"id": model, "sha": COMMIT, "siblings": siblings}).encode())
+            self.answer(json.dumps({"id": model, "sha": commit, "siblings": siblings}).encode())
 
     def do_HEAD(self):
         self.do_GET()
@@ -106,8 +121,10 @@ def ask(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
 
     def ask(models, **environment) -> list[str]:
+        """Ask for (model, options) each; a name alone has no options."""
+        pairs = [(model, {}) if isinstance(model, str) else model for model in models]
         result = subprocess.run(
-            [sys.executable, "-c", ASK, *models],
+            [sys.executable, "-c", ASK, json.dumps(pairs)],
             env={**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", **environment},
             capture_output=True,
             text=True,
@@ -123,7 +140,10 @@ def downloaded(ask) -> list[str]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        return ask([*WEIGHTS, "org/other"], HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+        # The refused one first: what was downloaded once is taken from the cache.
+        private = [(PRIVATE, ALL | {"token": token}) for token in ("hf_other", TOKEN)]
+        address = f"http://127.0.0.1:{server.server_port}"
+        return ask([*WEIGHTS, *private, "org/other"], HF_ENDPOINT=address)
     finally:
         server.shutdown()
         server.server_close()
@@ -135,12 +155,27 @@ def test_only_what_is_needed_is_downloaded(downloaded):
             SMALL + needed
         )
         assert {f"{model}/{file}" for file in SMALL + needed} <= set(Hub.fetched)
-    assert len(Hub.fetched) == sum(len(SMALL + needed) for _, needed in WEIGHTS.values())
+    public = [file for file in Hub.fetched if not file.startswith(PRIVATE)]
+    assert len(public) == sum(len(SMALL + needed) for _, needed in WEIGHTS.values())
+
+
+def test_revision_token_subfolder_and_variant_choose_the_copy(downloaded):
+    folder = pathlib.Path(downloaded[len(WEIGHTS) + 1])
+    assert folder.parts[-2:] == (NEXT_COMMIT, "inner")
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.fp16.safetensors"}
+    assert [file.name for file in folder.parent.iterdir()] == ["inner"]
+    assert (folder / "config.json").read_text() == "inner/config.json"
+
+
+def test_a_wrong_token_is_a_user_error_without_the_token(downloaded):
+    refused = downloaded[len(WEIGHTS)]
+    assert refused.startswith(f"UserError {KEY} is '{PRIVATE}', which is no folder")
+    assert "hf_other" not in refused
 
 
 def test_a_model_that_the_hub_does_not_have_is_a_user_error(downloaded):
     assert downloaded[-1].startswith(f"UserError {KEY} is 'org/other', which is no folder")
-    assert len(downloaded) == len(WEIGHTS) + 1
+    assert len(downloaded) == len(WEIGHTS) + 3
 
 
 def test_what_was_downloaded_is_there_offline(ask, downloaded):
@@ -190,7 +225,8 @@ def test_a_bad_config_is_a_user_error(tmp_path, content):
     )
     (tmp_path / "code.py").write_text("raise SystemExit('this code must not run')")
     refusal = (
-        r"config\.json (is not a config\.json that transformers|has model_type '(my-own|no-such)')"
+        r"config\.json (is not a config\.json that transformers|has no model_type|"
+        r"has model_type '(my-own|no-such)')"
     )
     with pytest.raises(UserError, match=refusal) as error:
         hub.read_config(tmp_path)
