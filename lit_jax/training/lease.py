@@ -1,12 +1,15 @@
 """Whose a run folder is: one process at a time writes there.
 
-The holder keeps a file `.lease.N` in the folder, locked by flock and written anew every few seconds. On the
-holder's own machine the kernel frees the lock when the process ends, however it ends. Elsewhere, and on file
-systems without flock, a lease that has not changed for a minute may be taken over: by making `.lease.N+1`,
-which the file system lets one process do. Readers take no lease.
+The holder keeps a file `.lease.N` in the folder, locked by flock and written anew every few seconds. Where
+both processes see the same locks, the kernel tells whether the holder lives, and frees the lock however it
+ends. Elsewhere, and on file systems without flock, a lease whose content has not changed for a minute may be
+taken over: by making `.lease.N+1`, which the file system lets one process do, and removing `.lease.N`.
+Clocks, host names and process numbers decide nothing: they differ between machines, or are the same in two
+containers. Readers take no lease.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import logging
@@ -34,6 +37,7 @@ STALE_SECONDS = 60.0  # without a change, seen by the one that waits: clocks of 
 GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 _PREFIX = ".lease."
+_LONGEST = 4096  # bytes of a lease
 
 _held: dict[Path, "_Lease"] = {}
 
@@ -73,12 +77,17 @@ def _made(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def _kernel() -> str:
-    """Return what tells running kernels apart: all processes on one of them see the same flocks."""
+def _lock_domain(file: int) -> str:
+    """Return what processes that see the same locks of a file have in common.
+
+    It is a running kernel and a mounted file system. Containers on one machine may mount one folder twice,
+    each with locks of its own.
+    """
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:  # not Linux
-        return platform.node()
+        kernel = platform.node()
+    return f"{kernel}/{os.fstat(file).st_dev}"
 
 
 def _now() -> float:
@@ -94,14 +103,17 @@ class _Lease:
         self._token = secrets.token_hex(8)
         self._beat = 0
         self._file = -1
-        self._path = workdir
-        self._renewed = _now()
-        self._taken_by: str | None = None
+        self._number = 0
+        self._is_locked = False
+        self._found = _now()
+        self._lost = ""
         self._lock = threading.Lock()
         self._ended = threading.Event()
 
     def __enter__(self) -> None:
-        self._acquire()
+        wait = _Wait(self._workdir)
+        while not self._acquire(wait):
+            time.sleep(_POLL_SECONDS)
         _held[self._workdir.resolve()] = self
         threading.Thread(target=self._keep, daemon=True, name="lease").start()
 
@@ -114,24 +126,28 @@ class _Lease:
                     self._path.unlink()
             os.close(self._file)
 
+    @property
+    def _path(self) -> Path:
+        return self._workdir / f"{_PREFIX}{self._number}"
+
     def check(self) -> None:
-        """Raise UserError if another process has taken the lease over, or may have."""
-        silent = _now() - self._renewed
-        if self._taken_by is None and silent < 1.5 * RENEW_SECONDS:
-            return
+        """Raise UserError if another process has taken the lease over, or may have.
+
+        The folder is looked at each time: where a whole machine was paused, its clocks do not tell.
+        """
         try:
-            self._renew()
+            self._look()
         except OSError as error:
+            silent = _now() - self._found
             if silent > STALE_SECONDS - 2 * RENEW_SECONDS:
                 raise UserError(
                     f"The lease of the run folder {self._workdir} could not be renewed for {silent:.0f} s "
                     f"({error.strerror}), so that another run may have it; run the same command again to go "
                     "on from what is saved."
                 ) from error
-        if self._taken_by is not None:
+        if self._lost:
             raise UserError(
-                f"The run folder {self._workdir} was taken over by {self._taken_by}: this process did "
-                f"not run for more than {STALE_SECONDS:.0f} s; it ends and writes nothing more."
+                f"The run folder {self._workdir} {self._lost}; this process ends and writes nothing more."
             )
 
     def forget(self) -> None:
@@ -139,19 +155,25 @@ class _Lease:
         os.close(self._file)
 
     def _keep(self) -> None:
-        while not self._ended.wait(RENEW_SECONDS) and self._taken_by is None:
-            with contextlib.suppress(OSError):  # `check` says so when it lasts
-                self._renew()
+        while not self._ended.wait(RENEW_SECONDS) and not self._lost:
+            with contextlib.suppress(OSError), self._lock:  # `check` says so when it lasts
+                if not self._ended.is_set() and self._look():
+                    self._write()
 
-    def _renew(self) -> None:
-        with self._lock:
-            if self._ended.is_set():
-                return
-            if self._is_mine():
-                self._write()
-            else:
-                newest = _newest(self._workdir)
-                self._taken_by = _name(_read(newest[1])) if newest else "another run"
+    def _look(self) -> bool:
+        """Return whether the lease is still this process's, and keep the reason if it is not."""
+        if self._is_mine():
+            self._found = _now()
+        elif newest := _newest(self._workdir):
+            self._lost = (
+                f"was taken over by {_name(_read(newest[1]))}: this process did not run for more than "
+                f"{STALE_SECONDS:.0f} s"
+            )
+        else:
+            self._lost = (
+                "has no lease any more: another run had it and has ended, or a person removed it"
+            )
+        return not self._lost
 
     def _is_mine(self) -> bool:
         newest = _newest(self._workdir)
@@ -160,86 +182,124 @@ class _Lease:
 
     def _write(self) -> None:
         self._beat += 1
-        holder = {"host": platform.node(), "pid": os.getpid(), "kernel": _kernel()}
+        holder = {
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "locks": _lock_domain(self._file) if self._is_locked else None,
+        }
         # The number has a fixed width, so that each content takes the place of the one before.
         text = json.dumps(holder | {"token": self._token, "beat": f"{self._beat:012}"})
         os.pwrite(self._file, text.encode(), 0)
-        self._renewed = _now()
+        # Other machines see what has left this one; some file systems cannot be asked to send it.
+        with contextlib.suppress(OSError):
+            os.fsync(self._file)
 
     def _create(self, number: int) -> bool:
         """Make the lease of that number, unless another process has; True if it is now this process's."""
-        path = self._workdir / f"{_PREFIX}{number}"
+        self._number = number
         try:
-            self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+            self._file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
         except FileExistsError:
             return False
-        self._path = path
         try:
-            with contextlib.suppress(
-                OSError
-            ):  # a file system without locks: the lease alone counts
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._is_locked = _lock(self._file)
             self._write()
         except OSError:
-            os.close(self._file)
-            path.unlink()
+            self._drop()
             raise
         return True
 
-    def _acquire(self) -> None:
-        start, since, seen, said = time.monotonic(), time.monotonic(), None, False
-        while True:
-            newest = _newest(self._workdir)
-            if newest is None:
-                if self._create(1):
-                    return
-                continue
-            number, path = newest
-            if (content := _read(path)) is None:
-                continue  # just given back
-            now, locked = time.monotonic(), _is_locked(path)
-            if content != seen:
-                since, renewed, seen = now, seen is not None, content
-                # A lock lets its holder end first; without one, who writes here lives elsewhere.
-                if renewed and not locked:
-                    raise self._refusal(content)
-            if locked and now - start > GRACE_SECONDS:
-                raise self._refusal(content)
-            is_dead = locked is False and _parsed(content).get("kernel") == _kernel()
-            if is_dead or (not locked and now - since > STALE_SECONDS):
-                if self._create(number + 1):
-                    self._settle(path, 0.0 if is_dead else GRACE_SECONDS)
-                    return
-                continue
-            if not locked and not said:
-                log.warning(
-                    "%s was in use by %s; if that does not change, this run goes on after %.0f s.",
-                    self._workdir,
-                    _name(content),
-                    STALE_SECONDS,
-                )
-                said = True
-            time.sleep(_POLL_SECONDS)
+    def _drop(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file), self._path.stat()):
+                self._path.unlink()
+        os.close(self._file)
 
-    def _settle(self, former: Path, seconds: float) -> None:
-        time.sleep(seconds)
-        former.unlink(missing_ok=True)
+    def _acquire(self, wait: "_Wait") -> bool:
+        """Make the next lease if no other process may have the folder; True if it is now this process's."""
+        newest, found = _newest(self._workdir), None
+        if newest is not None:
+            found = _observe(newest[1])
+            if found is None or not wait.is_over(found):
+                return False
+        if not self._create(newest[0] + 1 if newest else 1):
+            return False
+        # First: a holder that wakes up finds its lease gone, though its machine may keep an old listing.
+        for number, path in _leases(self._workdir):
+            if number < self._number:
+                path.unlink(missing_ok=True)
+        if found is not None and found.is_alive is None:
+            time.sleep(GRACE_SECONDS)
+        # The listing may have missed a lease that took the place of another one meanwhile.
+        if self._is_mine():
+            return True
+        self._drop()
+        return False
 
-    def _refusal(self, content: bytes) -> UserError:
+
+@dataclasses.dataclass(frozen=True)
+class _Observed:
+    """A lease of another process. `is_alive` says whether its holder lives, None where locks do not tell."""
+
+    content: bytes
+    is_alive: bool | None
+
+
+class _Wait:
+    """A wait for the lease of another process, which ends when its holder is gone."""
+
+    def __init__(self, workdir: Path):
+        self._workdir = workdir
+        self._start = self._since = time.monotonic()
+        self._content: bytes | None = None
+
+    def is_over(self, found: _Observed) -> bool:
+        """Return whether the holder is gone. Raise UserError if it lives."""
+        now = time.monotonic()
+        if found.content != self._content:
+            is_renewed, self._since = self._content is not None, now
+            self._content = found.content
+            # A process of this machine is given time to end; nobody can wait for one elsewhere.
+            if is_renewed and found.is_alive is None:
+                raise self._refusal()
+            if not is_renewed and found.is_alive is not False:
+                self._say(found)
+        if found.is_alive and now - self._start > GRACE_SECONDS:
+            raise self._refusal()
+        is_stale = found.is_alive is None and now - self._since > STALE_SECONDS
+        return found.is_alive is False or is_stale
+
+    def _say(self, found: _Observed) -> None:
+        holder = _name(found.content)
+        if found.is_alive:
+            text = "%s is in use by %s; waiting %.0f s for it to end."
+            log.info(text, self._workdir, holder, GRACE_SECONDS)
+        else:
+            text = "%s was in use by %s; if that does not change, this run goes on after %.0f s."
+            log.warning(text, self._workdir, holder, STALE_SECONDS)
+
+    def _refusal(self) -> UserError:
         return UserError(
-            f"The run folder {self._workdir} is in use by {_name(content)}; wait for it or stop it, or "
+            f"The run folder {self._workdir} is in use by {_name(self._content)}; wait for it or stop it, or "
             "choose another --workdir."
         )
 
 
+def _leases(workdir: Path) -> list[tuple[int, Path]]:
+    """Return the leases in a folder with their numbers."""
+    numbers = [
+        name.removeprefix(_PREFIX) for name in os.listdir(workdir) if name.startswith(_PREFIX)
+    ]
+    return [
+        (int(number), workdir / f"{_PREFIX}{number}")
+        for number in numbers
+        if number.isdecimal() and number.isascii()
+    ]
+
+
 def _newest(workdir: Path) -> tuple[int, Path] | None:
     """Return the lease of the highest number in a folder."""
-    leases = [
-        (int(number), path)
-        for path in workdir.glob(f"{_PREFIX}*")
-        if (number := path.name.removeprefix(_PREFIX)).isdecimal() and number.isascii()
-    ]
-    return max(leases, default=None)
+    return max(_leases(workdir), default=None)
 
 
 def _read(path: Path) -> bytes | None:
@@ -249,13 +309,6 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
-def _parsed(content: bytes | None) -> dict[str, Any]:
-    try:
-        return dict(json.loads(content or b""))
-    except (ValueError, TypeError):  # just being made, or damaged
-        return {}
-
-
 def _name(content: bytes | None) -> str:
     holder = _parsed(content)
     if not holder:
@@ -263,22 +316,50 @@ def _name(content: bytes | None) -> str:
     return f"process {holder.get('pid')} on {holder.get('host')}"
 
 
-def _is_locked(path: Path) -> bool | None:
-    """Return whether a process has locked the file, None where that cannot be known."""
+def _parsed(content: bytes | None) -> dict[str, Any]:
+    try:
+        return dict(json.loads(content or b""))
+    except (ValueError, TypeError):  # just being made, or damaged
+        return {}
+
+
+def _lock(file: int) -> bool:
+    """Lock a new file. Return False where the file system has no locks."""
+    try:
+        # Not at once: a process that looks whether the file is locked has a lock itself for a moment.
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+def _observe(path: Path) -> _Observed | None:
+    """Return what can be seen of a lease, None if there is none."""
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        return False
+        return None
+    try:
+        # Before the lock: the holder has the lock when it writes.
+        content = os.read(file, _LONGEST)
+        is_free = None
+        if _parsed(content).get("locks") == _lock_domain(file):
+            is_free = _try_lock(file)
+    finally:
+        os.close(file)
+    return _Observed(content, None if is_free is None else not is_free)
+
+
+def _try_lock(file: int) -> bool | None:
+    """Return whether a file can be locked, None where that cannot be known."""
     try:
         # Shared: several that look at once do not take each other for the holder.
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
+        return False
     except OSError:
         return None
-    finally:
-        os.close(file)
-    return False
+    return True
 
 
 def _forget_in_child() -> None:

@@ -1,8 +1,10 @@
 """Whose a run folder is: real processes that start, are killed and are suspended."""
 
+import fcntl
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,22 +44,26 @@ def holder():
         process.communicate()
 
 
-def foreign(workdir, number, beat=0):
+def foreign(workdir, number, beat=0, locks="another"):
     """A lease as another machine leaves it; its clock is an hour ahead."""
     workdir.mkdir(exist_ok=True)
-    holder = {"host": "elsewhere", "pid": 7, "kernel": "another", "token": "t", "beat": beat}
+    holder = {"host": "elsewhere", "pid": 7, "locks": locks, "token": "t", "beat": beat}
     path = workdir / f".lease.{number}"
     path.write_text(json.dumps(holder))
     os.utime(path, (time.time() + 3600,) * 2)
+    return path
 
 
 def test_two_runs_do_not_share_a_folder_and_a_killed_one_does_not_block_it(holder, tmp_path):
     workdir = tmp_path / "run"
-    first = holder(workdir)
-    assert first.stdout.readline() == "held\n"
-    second = holder(workdir)
+    both = [holder(workdir) for _ in range(2)]
+    while not (ended := [process for process in both if process.poll() is not None]):
+        time.sleep(0.05)
+    (second,) = ended
+    (first,) = (process for process in both if process is not second)
     _, errors = second.communicate(timeout=100)
     assert second.returncode == BAD_INPUT
+    assert first.stdout.readline() == "held\n"
     assert f"is in use by process {first.pid} on {platform.node()};" in errors
     first.kill()
     third = holder(workdir)
@@ -107,10 +113,59 @@ def test_a_lease_of_another_machine_is_waited_for_by_what_changes_and_not_by_clo
     renewal.join()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
-def test_a_damaged_lease_is_one_of_an_unknown_process(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(lease, "STALE_SECONDS", 0.3)
+@pytest.fixture
+def soon(monkeypatch):
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.5)
     monkeypatch.setattr(lease, "GRACE_SECONDS", 0.1)
+
+
+def kept_for_a_while(workdir):
+    start = time.monotonic()
+    with lease.holding(workdir):
+        return time.monotonic() - start >= lease.STALE_SECONDS
+
+
+def test_locks_count_only_where_both_processes_see_the_same_ones(tmp_path, soon):
+    """One folder may be mounted twice on a machine, and a server may keep the lock of a dead machine."""
+    path = foreign(tmp_path, 1)
+    with path.open() as file:
+        own = lease._lock_domain(file.fileno())
+    kernel, device = own.split("/")
+    foreign(tmp_path, 1, locks=f"{kernel}/{device}9")
+    assert kept_for_a_while(tmp_path)
+    path = foreign(tmp_path, 1)
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert kept_for_a_while(tmp_path)
+        foreign(tmp_path, 1, locks=own)
+        fcntl.flock(file, fcntl.LOCK_UN)
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with (
+            pytest.raises(UserError, match="is in use by process 7 on elsewhere"),
+            lease.holding(tmp_path),
+        ):
+            pass
+
+
+def test_the_copy_of_a_run_folder_that_is_in_use_is_nobodys(tmp_path):
+    with lease.holding(tmp_path / "run"):
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        assert not kept_for_a_while(tmp_path / "copy")
+
+
+def test_a_lease_that_a_person_has_removed_ends_the_run_before_its_next_write(tmp_path):
+    with lease.holding(tmp_path / "run"):
+        (tmp_path / "run" / ".lease.1").unlink()
+        with (
+            pytest.raises(UserError, match=r"has no lease any more.*a person"),
+            writing(tmp_path / "run"),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
+def test_a_damaged_lease_is_one_of_an_unknown_process(tmp_path, soon, content):
     (tmp_path / ".lease.1").write_text(content)
     (tmp_path / ".lease.x").write_text("")
     with lease.holding(tmp_path):
