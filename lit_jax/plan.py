@@ -46,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--compilations={args.compilations} must be at least 1.")
     if not args.output.parent.is_dir() or args.output.is_dir():
         raise UserError(f"--output={args.output} must name a file in a folder that exists.")
-    config = load_config(args.config, overrides)
     set_flags()
+    # First: it keeps JAX to the CPU, whatever JAX_PLATFORMS says; a config file may ask JAX for its devices.
     topology = open_topology(args.topology, slices=args.slices)
+    config = load_config(args.config, overrides)
     plan = make_plan(config, topology, slices=args.slices, compilations=args.compilations)
     print(table(plan), flush=True)  # first: what took minutes to find is not lost with the file
     with writing_files("--output"):

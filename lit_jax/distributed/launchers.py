@@ -192,8 +192,11 @@ def _from_slurm(environment: Environment) -> Place | None:
 
 def _slurm_devices(environment: Environment) -> tuple[int, ...] | None:
     """Return the GPUs of a task that sees those of all tasks on its node, as launch/slurm.sh starts them."""
-    if environment.get("SLURM_GPUS_PER_TASK") or environment.get("SLURM_GPU_BIND"):
-        return None  # Slurm shows each task its own
+    # Slurm shows each task its own: by --gpus-per-task or --gpu-bind, also as --tres-per-task=gres/gpu:2.
+    asked = ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND")
+    tres = ("SLURM_TRES_PER_TASK", "SLURM_TRES_BIND")
+    if any(map(environment.get, asked)) or any("gpu" in environment.get(name, "") for name in tres):
+        return None
     # "2(x3),1": two tasks on each of three nodes, then one.
     layout = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
     parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", layout)
