@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,8 @@ class TextStatistics:
         longest: tokens of the longest text, special ones included.
         tokens: how many are kept, without special ones, and without the blank that sentencepiece sets apart
             in front of an unknown word.
-        same: texts with the ids of another one that says something else.
+        same: texts with the ids of another one that says something else; capitals, blanks and forms of one
+            character make no difference.
     """
 
     texts: int
@@ -105,7 +107,7 @@ def text_statistics(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) ->
     tokens = sum(len(ids) - ids.count(blank) for ids in kept)
     said: dict[tuple[int, ...], set[str]] = defaultdict(set)
     for ids, text in zip(kept, texts, strict=True):
-        said[ids].add(text.strip())
+        said[ids].add(_plain(text))
     return TextStatistics(
         texts=len(texts),
         limit=tokenizer.model_max_length,
@@ -115,6 +117,11 @@ def text_statistics(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) ->
         unknown=sum(ids.count(unknown) for ids in kept) / max(tokens, 1),
         same=sum(len(said[ids]) > 1 for ids in kept) / len(texts),
     )
+
+
+def _plain(text: str) -> str:
+    """Return the text without what many tokenizers leave out on purpose."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

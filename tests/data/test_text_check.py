@@ -45,6 +45,20 @@ def test_shares_are_counted(load):
     assert found.same == 3 / 7  # those of 8 words and more; blanks around a text are no difference
 
 
+@pytest.mark.parametrize(
+    ("texts", "same"),
+    [
+        (["A photo", "a  PHOTO ", "a photo", "a photo"], 0),  # of no interest to an uncased model
+        (["caf\u00e9", "cafe\u0301", "number"], 0),  # one text in two forms
+        (["mà", "má", "number", "photo"], 2 / 4),  # two words in Vietnamese
+        (["a photo"] * 5 + ["number"] * 5, 0),  # captions that many images share
+        (["☃", "☠", "☃"], 1),
+    ],
+)
+def test_texts_are_the_same_only_where_they_say_different_things(load, texts, same):
+    assert text_statistics(load("bert"), texts).same == same
+
+
 @pytest.mark.parametrize("family", ["clip", "roberta", "siglip2", "modernbert"])
 def test_a_tokenizer_of_bytes_knows_all_texts(load, family):
     assert text_statistics(load(family, 40), ["☃ 犬", "ж"]).unknown == 0
