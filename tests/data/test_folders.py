@@ -268,3 +268,8 @@ def test_data_that_is_no_regular_file_is_refused(tmp_path, name):
 def test_the_home_of_an_unknown_user_is_one_sentence():
     with pytest.raises(UserError, match=r"^~nobody-here/data has no home folder"):
         open_source(SourceConfig(path="~nobody-here/data"))
+
+
+def test_a_path_that_does_not_exist_is_told_so(tmp_path):
+    with pytest.raises(UserError, match=r"no file or folder .*nowhere"):
+        open_source(SourceConfig(path=str(tmp_path / "nowhere")))

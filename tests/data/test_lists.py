@@ -63,6 +63,16 @@ def test_quoted_captions_of_flickr_are_the_same(tmp_path, encode, noise):
     assert [example["captions"] for example in opened(tmp_path)] == [TEXTS, TEXTS]
 
 
+@pytest.mark.parametrize("mark", ["\t", "| "])
+@pytest.mark.parametrize("header", ["image{}caption\n", "image_name{}comment\n", ""])
+def test_names_of_columns_of_flickr_are_no_image(tmp_path, header, mark, encode, noise):
+    (tmp_path / "1.jpg").write_bytes(encode(noise(4, 7, 3)))
+    number = "" if mark == "\t" else "0| "
+    text = header.format(mark) + f"1.jpg{mark}{number}a dog\n1.jpg{mark}{number}wet\n"
+    (tmp_path / "captions.txt").write_text(text)
+    assert [example["captions"] for example in opened(tmp_path)] == [("a dog", "wet")]
+
+
 @pytest.mark.parametrize("header", ["", "image_name,comment_number,comment\n"])
 def test_other_columns_of_flickr(tmp_path, header, encode, noise):
     (tmp_path / "1.jpg").write_bytes(encode(noise(4, 7, 3)))

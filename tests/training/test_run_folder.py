@@ -200,7 +200,7 @@ def test_other_data_under_the_same_config_are_refused_and_can_be_permitted(
     shutil.rmtree(tmp_path / "data")  # of a finished run
     assert train(config, workdir).step == 2
     assert "goes without its data" in caplog.text
-    with pytest.raises(UserError, match="There is no data set in"):
+    with pytest.raises(UserError, match=r"no file or folder .*data"):
         train(tiny(**data, duration="3 steps"), workdir, allowed_changes=["duration"])
     pairs(range(48))
     assert train(config, workdir, allowed_changes=["data"]).step == 3

@@ -9,7 +9,7 @@ import collections
 import csv
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from lit_jax.data.decode import IMAGE_SUFFIXES
 from lit_jax.data.files import File, read, read_text, require_regular
@@ -53,26 +53,31 @@ def open_flickr(file: File) -> ListedSource:
 
 def _rows(text: str) -> Iterator[tuple[str, tuple[str, str] | None]]:
     """Yield each line with its image and caption, None if they cannot be told."""
-    lines = text.split("\n")
-    first = next(filter(str.strip, lines), "")
+    lines = [*filter(str.strip, text.split("\n"))]
+    first = lines[0] if lines else ""
     if "\t" in first or "|" in first:
-        pattern = _TAB if "\t" in first else _BARS
-        for line in filter(str.strip, lines):
-            match = pattern.fullmatch(line)
-            if match:
-                yield line, (match["name"].strip(), match["caption"].strip())
-            elif line != first:  # the names of the columns
-                yield line, None
+        yield from _matched(lines, _TAB if "\t" in first else _BARS)
         return
     has_header = not _is_image(first.split(",")[0])
     # Not everybody quotes a caption with commas; it is the last column.
     before = first.count(",") if has_header else 1
-    for line in filter(str.strip, lines):
+    for line in lines:
         fields = _fields(line)
         if len(fields) > before > 0 and _is_image(fields[0]):
             yield line, (fields[0].strip(), ",".join(fields[before:]).strip())
         elif not has_header or line != first:
             yield line, None
+
+
+def _matched(
+    lines: Sequence[str], pattern: re.Pattern[str]
+) -> Iterator[tuple[str, tuple[str, str] | None]]:
+    """Yield the lines behind the names of the columns, if the first line has these."""
+    matches = [pattern.fullmatch(line) for line in lines]
+    names = [match["name"] if match else "" for match in matches[:2]]
+    has_header = not names[0] or (not _is_image(names[0]) and any(map(_is_image, names[1:])))
+    for line, match in [*zip(lines, matches, strict=True)][has_header:]:
+        yield line, (match["name"].strip(), match["caption"].strip()) if match else None
 
 
 def _fields(line: str) -> list[str]:

@@ -18,7 +18,7 @@ _HINTS = {
         "that `tfds build` or `save_to_disk` has written"
     ),
     ("*.arrow",): "it is part of the cache of `datasets`; save the data set with `save_to_disk`",
-    ("*.tar.gz", "*.tgz", "*.tar.bz2", "*.tar.xz", "*.tar.zst", "*.zip", "*.rar", "*.7z"): (
+    ("*.gz", "*.tgz", "*.bz2", "*.xz", "*.zst", "*.zip", "*.rar", "*.7z"): (
         "it is compressed, so nothing can be read at random in it; unpack it"
     ),
     ("*.xlsx", "*.xls", "*.ods"): "it is a spreadsheet; save it as CSV in UTF-8",
