@@ -182,7 +182,9 @@ def _find(config: SourceConfig, text_only: bool, labelled: bool) -> Source:
     except OSError as error:  # no permission, no network, no credentials
         raise UserError(f"{config.path!r} cannot be read ({error}).") from error
     if places and all(isinstance(place, Path) and not place.exists() for place in places):
-        raise UserError(f"There is no file or folder {config.path!r}; give the path of a data set.")
+        raise UserError(
+            f"There is no file or folder {config.path!r}; give the path of a data set, or 'demo'."
+        )
     found = _listed(places[0]) if len(places) == 1 and places[0].is_dir() else places
     raise UserError(
         f"There is no data set in {config.path!r}.{hints.hint(found)} A source's path "
