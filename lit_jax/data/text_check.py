@@ -72,7 +72,7 @@ def check_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: 
         for share, text in (
             (
                 found.cut,
-                "where the text tower has more positions, raise config.data.max_text_length",
+                "where the text tower has more positions, train with a larger config.data.max_text_length",
             ),
             (found.unknown, "choose a text tower whose tokenizer knows these texts"),
             (found.same, "the text tower cannot tell these texts apart"),

@@ -45,6 +45,7 @@ th, td {{ padding: 0.4rem 0.9rem 0.4rem 0; text-align: right; vertical-align: mi
 th {{ color: var(--faint); font-weight: 500; font-size: 0.85rem; line-height: 1.25; vertical-align: bottom; }}
 th:first-child, td:first-child, td.text, th.text {{ text-align: left; }}
 td:first-child {{ font-weight: 600; }}
+td:first-child, td.text {{ max-width: 22rem; overflow-wrap: break-word; }}
 .cards {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: 1.4rem 1.2rem;
   margin: 0.8rem 0 1rem; }}
 .card img {{ width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--wash); border-radius: 6px;

@@ -19,7 +19,7 @@ from lit_jax.evals.html import html_report
 from lit_jax.evals.results import Subject, write_results
 from lit_jax.evals.runner import open_evals, run
 
-NAMES = ["<b>a</b>", "b & 猫 \ud83d\x00", "קוף"]
+NAMES = ["<b>a</b>", "b & 猫 \ud83d\x00", "קוף" + "x" * 300]
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 METRICS = [
     {"step": 0, "zero_shot/few/top1": 0.2},

@@ -25,9 +25,11 @@ def train(tiny, tmp_path, one_device):
     def run(family, **changes):
         folder = tmp_path / "text"
         _, config = write_tokenizer(family, folder)
-        small = {**WIDTHS, "num_hidden_layers": 1, "max_position_embeddings": 40}
+        # One size of vocabulary, so that towers of one kind are compiled once.
+        small = {**WIDTHS, "num_hidden_layers": 1, "max_position_embeddings": 40, "vocab_size": 640}
         if config["model_type"] == "distilbert":
             small = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}
+            small["vocab_size"] = 640
         (folder / "config.json").write_text(json.dumps(config | small))
         pooling = "cls" if config["model_type"] in ("distilbert", "modernbert") else "pooler"
         changes = {"model.text.model": str(folder), "model.text.pooling": pooling, **changes}
