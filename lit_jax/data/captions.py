@@ -10,7 +10,7 @@ from lit_jax.errors import UserError
 
 
 def choose(source: Source, config: SourceConfig) -> Source:
-    """The source with `max_examples`, `languages` and `templates` of its config applied.
+    """Return the source with `max_examples`, `languages` and `templates` of its config applied.
 
     Raises UserError if a template has no {} or no language a weight above 0.
     """
@@ -54,8 +54,9 @@ class _Chosen:
 
 
 def in_languages(example: Example, wanted: Mapping[str, float]) -> Example:
-    """The example with its captions in the wanted languages: of those that it has, one is drawn as often as
-    its weight says, and then each of its captions alike.
+    """Return the example with its captions in the wanted languages.
+
+    A language is drawn as often as its weight says, and then each of its captions alike.
 
     Without any it has no captions. Raises UserError if the languages of its captions are not known.
     """

@@ -118,13 +118,13 @@ def make_plan(source: SourceConfig, shard_size: int, *, text_only: bool = False)
 
 @functools.lru_cache(maxsize=1)
 def _source(text: str, text_only: bool) -> Source:
-    """Opened once in each process: sent with every shard it could be more than what the shard holds."""
+    """Open the source, once in each process: sent with every shard it could outweigh the shard."""
     source = parse({"data": {"train": parse_json(text)}}).data.train
     return open_source(source, text_only=text_only)
 
 
 def _enter(folder: Path, plan: Plan) -> None:
-    """Makes the output folder, or makes sure that it is one of the same conversion."""
+    """Make the output folder, or check that it is one of the same conversion."""
     file = folder / PLAN_FILE
     wanted = json.dumps(dataclasses.asdict(plan), indent=1)
     if not file.exists():
@@ -141,7 +141,7 @@ def _enter(folder: Path, plan: Plan) -> None:
 
 
 def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
-    """Writes one shard, which is there as a whole or not at all; returns how many positions it covers.
+    """Write one shard, as a whole or not at all, and return how many positions it covers.
 
     Its bad samples are written before it, so that a shard that is there has them.
     """
@@ -171,7 +171,7 @@ def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
 
 
 def _self_contained(example: Example) -> Example:
-    """The example with the bytes of its image, which was decoded to see that it can be."""
+    """Return the example with the bytes of its image, after a decoding that has to succeed."""
     image = example["image"]
     if image is None:
         if not any(map(str.strip, example["captions"])):
@@ -218,7 +218,7 @@ def _each(convert: Callable[[int], int], todo: Sequence[int], workers: int) -> I
 def _run_beam(
     plan: Plan, folder: Path, todo: Sequence[int], runner: str, flags: Sequence[str]
 ) -> None:
-    """The same on a cluster, whose machines have to see source and folder under the same paths."""
+    """Convert the shards on a cluster, whose machines have to see source and folder under the same paths."""
     try:
         import apache_beam as beam  # pyright: ignore[reportMissingImports]
         from apache_beam.options import pipeline_options  # pyright: ignore[reportMissingImports]
@@ -232,7 +232,7 @@ def _run_beam(
 
 
 def _finish(plan: Plan, folder: Path) -> str:
-    """Writes bad.jsonl and the manifest; says what there is now."""
+    """Write bad.jsonl and the manifest, and return a summary."""
     files = [folder / plan.shard_name(shard) for shard in range(plan.shards)]
     shards = [records.Shard(file.name, _count(file)) for file in files]
     reports = [file for file in map(_bad_file, files) if file.exists()]

@@ -75,7 +75,7 @@ class ObjectPath:
         return self.info().type == fs.FileType.Directory
 
     def iterdir(self) -> Iterator["ObjectPath"]:
-        """All files in a folder. Of folders Arrow lists those that were made as such, and on S3 all."""
+        """Yield all files in a folder, and its folders: on S3 all, elsewhere those that were made as such."""
         for info in self.filesystem.get_file_info(fs.FileSelector(str(self.path))):
             yield dataclasses.replace(self, path=PurePosixPath(info.path))
 
@@ -143,7 +143,7 @@ def locate(path: str, beside: File | None = None) -> File:
 
 
 def local(location: File, what: str) -> Path:
-    """`location` if it is on this machine; else UserError that says how to go on with `what`."""
+    """Return `location`. Raise UserError, which names `what`, if it is not on this machine."""
     if isinstance(location, Path):
         return location
     raise UserError(f"{what} is read from local disks alone; copy {location} to one.")
@@ -186,7 +186,7 @@ def _check_size(file: File, size: int) -> None:
 
 
 def read(file: File, start: int, stop: int) -> bytes:
-    """Bytes `start` to `stop` of a file, fewer if it ends before."""
+    """Return the bytes `start` to `stop` of a file, fewer if it ends before."""
     if isinstance(file, ObjectPath):  # after a seek Google's client asks for all bytes to the end
         with file.open() as opened:
             return opened.read_at(stop - start, start)
@@ -196,7 +196,7 @@ def read(file: File, start: int, stop: int) -> bytes:
 
 
 def signature(file: File) -> tuple[int, int]:
-    """Size in bytes and time of the last change: another one for another content, but for rare accidents."""
+    """Return the size in bytes and the time of the last change, which differ if the content does."""
     if isinstance(file, Path):
         status = file.stat()
         return status.st_size, status.st_mtime_ns
@@ -205,12 +205,12 @@ def signature(file: File) -> tuple[int, int]:
 
 
 def read_text(file: File) -> str:
-    """A whole file of UTF-8, with or without a byte order mark; raises UnicodeDecodeError if it is not."""
+    """Return the text of a file in UTF-8, with or without a byte order mark. Raises UnicodeDecodeError."""
     return file.read_bytes().decode("utf-8-sig")
 
 
 def readable(name: str) -> str:
-    """A name of a file as text: what is not UTF-8 in it becomes \\xNN."""
+    """Return the name of a file as text: bytes that are not UTF-8 become \\xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -232,7 +232,7 @@ def find(file: File) -> File:
 
 
 def line_offsets(file: File, *, quoted: bool = False, block_bytes: int = 1 << 24) -> np.ndarray:
-    """int64 offsets of a text file's lines and of its end, without blank lines and a byte order mark.
+    """Return int64 offsets of a text file's lines and of its end, without blank lines and a byte order mark.
 
     Args:
         quoted: whether a line break in a quoted field is part of the line, as in CSV (RFC 4180).
@@ -266,7 +266,7 @@ def line_offsets(file: File, *, quoted: bool = False, block_bytes: int = 1 << 24
 
 
 def _quoted_fields(text: bytes) -> tuple[np.ndarray, bool]:
-    """int64 Fx2: where each quoted field starts and stops, and whether the last is still open.
+    """Return int64 Fx2, where each quoted field starts and stops, and whether the last is still open.
 
     Double quotes that do not begin a field stand for themselves.
     """
@@ -283,7 +283,7 @@ def _quoted_fields(text: bytes) -> tuple[np.ndarray, bool]:
 
 
 def _starts(text: bytes, ends: np.ndarray) -> np.ndarray:
-    """Where the lines of a text start that have more than white space."""
+    """Return the offsets of the lines of a text that have more than white space."""
     if not text:
         return np.zeros(0, np.int64)
     starts = np.concatenate([np.zeros(1, np.int64), ends + 1])
@@ -340,7 +340,7 @@ class Lines:
         return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> bytes:
-        """A line, with blank ones behind it."""
+        """Return a line, with blank ones behind it."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         start, stop = self._offsets[index : index + 2].tolist()
@@ -359,5 +359,5 @@ class Lines:
                 start = stop
 
     def place(self, index: int) -> str:
-        """Names a line in messages. To count the lines before it would take as long as to read the file."""
+        """Return the name of a line in messages, by its byte: counting lines takes as long as reading them."""
         return f"the line at byte {self._offsets[index]} of {self.file}"

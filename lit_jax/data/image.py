@@ -74,7 +74,7 @@ class ImageTransform:
         random_crop: bool = False,
         **augmentations: Any,
     ) -> "ImageTransform":
-        """The transform that the image processor in `folder` describes.
+        """Return the transform that the image processor in `folder` describes.
 
         Args:
             folder: has preprocessor_config.json (or processor_config.json).
@@ -182,7 +182,7 @@ class ImageTransform:
     def _box(
         self, size: tuple[int, int], rng: np.random.Generator
     ) -> tuple[tuple[int, int, int, int], tuple[int, int] | None]:
-        """What of an image is resized (left, top, right, bottom), and to which (height, width), if at all."""
+        """Return the box to resize (left, top, right, bottom), and its new (height, width) if it changes."""
         if self.crop_min_area is not None:
             return random_box(size, self.crop_min_area, rng), (self.height, self.width)
         return (0, 0, *size), None if self.resize is None else _target(self.resize, size)
@@ -193,7 +193,7 @@ class ImageTransform:
         box: tuple[int, int, int, int],
         target: tuple[int, int] | None,
     ) -> float:
-        """By what the decoded image is smaller; its box is still `KEPT` times as large as the target."""
+        """Return the JPEG downscale factor that leaves the box `KEPT` times as large as the target."""
         if not (self.reduced_jpeg and self.is_random) or target is None:
             return 1.0
         left, top, right, bottom = box
@@ -220,8 +220,9 @@ class ImageTransform:
 def random_box(
     size: tuple[int, int], min_area: float, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Inception's crop (Szegedy et al., 1409.4842, section 6): (left, top, right, bottom) in an image of
-    `size` (width, height), of at least `min_area` of it and an aspect ratio of 3/4 to 4/3.
+    """Return Inception's crop (Szegedy et al., 1409.4842, section 6) as (left, top, right, bottom).
+
+    It has at least `min_area` of an image of `size` (width, height) and an aspect ratio of 3/4 to 4/3.
 
     An image too long for any such crop gives the largest one of the nearest ratio, at a random place.
     """
@@ -240,7 +241,7 @@ def random_box(
 
 
 def load_processor(folder: Path, *, image_size: int | None = None) -> Any:
-    """The transformers image processor (PIL backend) of a folder, with its size overridden.
+    """Load the transformers image processor (PIL backend) of a folder, with its size overridden.
 
     With a centre crop the ratio of resized to cropped size is kept. Raises UserError if there is none.
     """
@@ -282,7 +283,7 @@ def _about(folder: Path) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _usable(folder: Path) -> Iterator[None]:
-    """Raises UserError for whatever transformers lets through where a setting of a processor is broken."""
+    """Raise UserError for whatever transformers lets through where a setting of a processor is broken."""
     try:
         yield
     except UserError:
@@ -312,7 +313,7 @@ def _geometry(processor: Any, folder: Path) -> dict[str, Any]:
 
 
 def _table(processor: Any) -> Float[np.ndarray, "3 256"]:
-    """What the processor makes of the values 0..255 in each channel, float32."""
+    """Return the processor's results for the values 0..255 in each channel, float32."""
     ramp_16x16x3 = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
     as_is = {"do_resize": False, "do_center_crop": False, "do_pad": False}
     result = processor(ramp_16x16x3, **as_is, return_tensors="np")
@@ -325,7 +326,7 @@ def _check(
     processor: Any,
     folder: Path,
 ) -> None:
-    """Raises UserError unless `transform` does on three noise images what `processor` does, and normalises
+    """Raise UserError unless `transform` does on three noise images what `processor` does, and normalises
     every value as `table_3x256` says."""
     ramp_256x3 = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
     difference_3x256 = np.abs(transform.normalization(ramp_256x3).T - table_3x256)
@@ -351,8 +352,10 @@ def _is_too_long(size: tuple[int, int], resized: tuple[int, int]) -> bool:
 
 
 def _target(resize: tuple[int, int] | int, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of an image of size (width, height) after resizing. The longer edge is rounded down, as
-    the processor does it."""
+    """Return (height, width) after resizing an image of size (width, height).
+
+    The longer edge is rounded down, as the processor does it.
+    """
     if isinstance(resize, tuple):
         return resize
     width, height = size

@@ -23,7 +23,7 @@ from lit_jax.errors import UserError
 
 
 def open_training_data(config: DataConfig, *, text_only: bool = False) -> Source:
-    """What `config.train` names, or `config.mixture`; an epoch is all of it once.
+    """Open what `config.train` or `config.mixture` names; an epoch is all of it once.
 
     Raises UserError if both are given, if a weight is 0, or as `open_source`.
     """
@@ -72,18 +72,18 @@ class Mixture:
         return {**example, "key": f"{name}/{example['key']}"}
 
     def span(self, index: int) -> range:
-        """The positions of all examples of the source that has the one at `index`."""
+        """Return the positions of all examples of the source that has the one at `index`."""
         which = bisect.bisect_right(self._ends, index)
         return range(self._ends[which - 1] if which else 0, self._ends[which])
 
 
 def part_of(source: Source, index: int) -> range:
-    """The positions of the examples that may stand in for the one at `index`."""
+    """Return the positions of the examples that may stand in for the one at `index`."""
     return source.span(index) if isinstance(source, Mixture) else range(len(source))
 
 
 def training_order(source: Source, seed: int) -> grain.MapDataset[int]:
-    """The endless sequence of positions in `source` that training reads."""
+    """Return the endless sequence of positions in `source` that training reads."""
     if not isinstance(source, Mixture):
         return _shuffled(range(len(source)), seed)
     parts, start = [], 0

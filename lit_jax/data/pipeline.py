@@ -82,8 +82,11 @@ class TrainStream:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The position, counted from the start of the run: which batch `next` would give, and how many
-        samples, good and bad, this process has met before it, the bad ones by kind."""
+        """Return the position, counted from the start of the run.
+
+        It is the number of the next batch, and how many samples, good and bad, this process has met before
+        it, the bad ones by kind.
+        """
         return {
             "next_batch": self._next_batch,
             "samples_read": self._samples_read,
@@ -91,7 +94,7 @@ class TrainStream:
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position that `get_state` gave, with these or other workers and processes.
+        """Go to a position that `get_state` gave, with these or other workers and processes.
 
         A run saves that of its first process: all go on from what that one has counted.
         """
@@ -100,7 +103,7 @@ class TrainStream:
         self._samples_read, self.bad_samples = state["samples_read"], dict(state["bad_samples"])
 
     def close(self) -> None:
-        """Stops threads and worker processes."""
+        """Stop threads and worker processes."""
         self._iterator.close()
 
     def _open(self, start: int) -> None:
@@ -129,7 +132,7 @@ class TrainStream:
             examples = [f", for example {key}: {why}" for key, why in self._reasons.items()]
             raise UserError(
                 f"{bad} of {self._samples_read} samples are bad ({fraction:.1%}: "
-                f"{_by_kind(self.bad_samples)}){''.join(examples[-1:])}; mend the data or raise "
+                f"{_by_kind(self.bad_samples)}){''.join(examples[-1:])}; fix the data, or raise "
                 "config.data.max_bad_fraction."
             )
 
@@ -143,7 +146,7 @@ def _start_worker(_index: int, _count: int) -> None:
 
 
 def local_rows(batch_size: int, process_count: int) -> int:
-    """The rows of a batch that each process reads; UserError if they cannot be the same for all."""
+    """Return how many rows of a batch each process reads. Raise UserError if they do not divide evenly."""
     if batch_size % process_count:
         raise UserError(
             f"A batch size of {batch_size} does not divide by {process_count} processes; "
@@ -173,7 +176,7 @@ class _Read:
                 index = int(rng.integers(part.start, part.stop))
         key, _, reason = skipped[0]
         raise UserError(
-            f"{MAX_TRIES} samples in a row are bad, the first is {key}: {reason}; mend the data set."
+            f"{MAX_TRIES} samples in a row are bad, the first is {key}: {reason}; fix the data set."
         )
 
 
@@ -196,7 +199,7 @@ def eval_batches(
     positions: Sequence[int] | None = None,
     threads: int = 8,
 ) -> Iterator[Batch]:
-    """The images at `positions` of the source, or all, once, in order, this process's share of them.
+    """Yield the images at `positions` of the source, or all, once, in order, this process's share of them.
 
     Every process gets the same number of equally large batches.
 

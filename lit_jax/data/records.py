@@ -36,7 +36,7 @@ class Shard(NamedTuple):
 
 
 def encode(example: Example) -> bytes:
-    """One record. Its image is bytes or None: whoever converts reads files and encodes pixels."""
+    """Return one record. Its image is bytes or None: whoever converts reads files and encodes pixels."""
     image = example["image"]
     if not isinstance(image, bytes | None):
         raise TypeError(f"the image of a record is bytes or None, not {type(image).__name__}")
@@ -65,13 +65,16 @@ def decode(record: bytes) -> Example:
 
 
 def write_manifest(folder: Path, shards: Sequence[Shard]) -> None:
-    """Makes the folder a data set: all shards have to be there and closed."""
+    """Write the manifest, which makes the folder a data set: all shards have to be there and closed."""
     manifest = {"version": VERSION, "shards": [shard._asdict() for shard in shards]}
     write_json(folder / MANIFEST, manifest)
 
 
 def read_manifest(folder: Path) -> tuple[Shard, ...]:
-    """The shards in their order; UserError if the manifest is damaged, of another version or lists none."""
+    """Return the shards in their order.
+
+    Raises UserError if the manifest is damaged, of another version or lists none.
+    """
     file = folder / MANIFEST
     try:
         manifest: Any = parse_json(file.read_text(encoding="utf-8"))

@@ -141,7 +141,7 @@ def _close_folder(folder: Path, header: Header, max_bad_fraction: float) -> Coun
     counts = sum((shard_counts(folder, header, n) for n in range(header.shards)), Counts())
     if (fraction := counts.bad / header.examples) > max_bad_fraction:
         raise UserError(
-            f"{counts.bad} of {header.examples} samples are bad ({fraction:.1%}); mend the data and choose "
+            f"{counts.bad} of {header.examples} samples are bad ({fraction:.1%}); fix the data and choose "
             "another --output, or raise config.data.max_bad_fraction."
         )
     if is_primary():

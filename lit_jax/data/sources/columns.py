@@ -141,7 +141,7 @@ def _contents(column: pa.Array | pa.ChunkedArray, rows: np.ndarray) -> Iterator[
 
 
 def _class_names(schema: pa.Schema, label_key: str) -> list[str] | None:
-    """The names that a ClassLabel of `datasets` has written into the schema's metadata."""
+    """Return the names that a ClassLabel of `datasets` has written into the schema's metadata."""
     with contextlib.suppress(KeyError, ValueError, TypeError):
         features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return features[label_key]["names"]
@@ -379,7 +379,7 @@ def _check_utf8(schema: pa.Schema) -> None:
 
 
 def open_dict(folder: Path, config: SourceConfig, *, text_only: bool = False) -> HuggingFaceSource:
-    """The split of a saved DatasetDict that `config` names."""
+    """Open the split of a saved DatasetDict that `config` names."""
     names = sorted(file.parent.name for file in folder.glob("*/state.json"))
     if config.split not in names:
         raise splits.not_found(folder, config.split, names)

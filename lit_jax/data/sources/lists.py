@@ -144,7 +144,7 @@ def _tell_left_out(
 
 
 def open_coco(file: File, split: str | None) -> ListedSource:
-    """A caption file of COCO: "images" with id and file_name, "annotations" with image_id and caption."""
+    """Open captions of COCO: "images" with id and file_name, "annotations" with image_id and caption."""
     with parsing(file):
         content = parse_json(read_text(file))
         captions = collections.defaultdict(list)
@@ -163,7 +163,7 @@ def open_coco(file: File, split: str | None) -> ListedSource:
 
 
 def open_karpathy(file: File, split: str | None) -> ListedSource:
-    """dataset_flickr30k.json or dataset_coco.json of Karpathy; "train+restval" is two splits in one."""
+    """Open dataset_flickr30k.json or dataset_coco.json of Karpathy; "train+restval" is two splits in one."""
     with parsing(file):
         rows = parse_json(read_text(file))["images"]
         known = {row["split"] for row in rows}

@@ -79,7 +79,7 @@ class TarIndex:
 
     @property
     def remarks(self) -> list[str]:
-        """What is to be said of the samples at the start."""
+        """The warnings about the samples, one sentence each."""
         return json.loads(self._table.about[_REMARKS])
 
 
