@@ -359,5 +359,5 @@ class Lines:
                 start = stop
 
     def place(self, index: int) -> str:
-        """Return the name of a line in messages, by its byte: counting lines takes as long as reading them."""
+        """Return the name of a line in messages, by its byte: counting lines would mean reading them."""
         return f"the line at byte {self._offsets[index]} of {self.file}"

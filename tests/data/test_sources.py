@@ -306,6 +306,7 @@ def test_tfds_versions_are_named(tfds_folder, tmp_path, inside, split):
         ("00000.tar.gz", "unpack"),
         ("PAIRS.JSONL.GZ", "unpack"),
         ("pairs.xlsx", "CSV"),
+        ("pairs.json", r"\*\.jsonl"),
     ],
 )
 def test_what_is_no_data_set_is_named_with_what_to_do(tmp_path, name, hint):

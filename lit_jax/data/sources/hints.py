@@ -22,6 +22,10 @@ _HINTS = {
         "it is compressed, so nothing can be read at random in it; unpack it"
     ),
     ("*.xlsx", "*.xls", "*.ods"): "it is a spreadsheet; save it as CSV in UTF-8",
+    ("*.json",): (
+        'it is read if it is a list, [{"image": "a.jpg", "caption": "a dog"}, ...]; if it has such an object '
+        "on each line, call it *.jsonl"
+    ),
 }
 # Beside the data of other formats, which they only describe.
 ABOUT = ("dataset_info.json", "dataset_infos.json")
