@@ -20,6 +20,18 @@ SRUN = {
     "SLURM_LOCALID": "1",
     "CUDA_VISIBLE_DEVICES": "0,1,2,3",
 }
+TRES_GPU, TRES_CPU = ({"SLURM_TRES_PER_TASK": text} for text in ("gres/gpu=2", "cpu=8"))
+# As a batch script has them, whose python is not started by srun: no step, but places of a task.
+SBATCH = {
+    "SLURM_JOB_ID": "4100",
+    "SLURM_JOB_NODELIST": "node[07-08]",
+    "SLURM_NTASKS": "4",
+    "SLURM_NPROCS": "4",
+    "SLURM_TASKS_PER_NODE": "2(x2)",
+    "SLURM_NODEID": "0",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
 ONE_A_NODE = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"} | {
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",
@@ -62,6 +74,8 @@ def place(monkeypatch):
         (SRUN, (3, 4, "node07:61444", "SLURM_STEP_NUM_TASKS", (2, 3))),
         (SRUN | ONE_A_NODE, (1, 2, "node07:61444", "SLURM_STEP_NUM_TASKS", None)),
         (SRUN | {"SLURM_GPUS_PER_TASK": "2"}, (3, 4, "node07:61444", "SLURM_STEP_NUM_TASKS", None)),
+        (SRUN | TRES_GPU, (3, 4, "node07:61444", "SLURM_STEP_NUM_TASKS", None)),
+        (SRUN | TRES_CPU, (3, 4, "node07:61444", "SLURM_STEP_NUM_TASKS", (2, 3))),
         (
             SRUN | {"CUDA_VISIBLE_DEVICES": "0"},
             (3, 4, "node07:61444", "SLURM_STEP_NUM_TASKS", None),
@@ -101,6 +115,7 @@ def test_a_launcher_of_several_is_understood(place, variables, expected):
         # The shell of an allocation: the job is for four, this step is one.
         SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},
+        SBATCH,
         MPIRUN | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0"},
         {"WORLD_SIZE": "1", "RANK": "0"},
         {"NUM_PROCESSES": "8"},
@@ -113,6 +128,7 @@ def test_a_single_process_needs_no_other(place, variables):
 
 def test_an_allocation_for_several_that_one_process_uses_is_mentioned():
     assert "SLURM_NTASKS=4" in idle_tasks({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"})
+    assert "SLURM_NTASKS=4" in idle_tasks(SBATCH)
     assert not idle_tasks({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"})
     assert not idle_tasks({"SLURM_NTASKS": "4"})
 
