@@ -552,6 +552,35 @@ def test_a_model_of_another_class_is_not_overwritten(model, tmp_path, config, na
         model.save_pretrained(tmp_path / "new", dict(model.params))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"params": {"params": {}}}, r"logit_scale is missing, .* without \{'params'"),
+        ({"params": {"logit_scale": np.zeros(3)}}, r"logit_scale is \[3\], the model has \[\]"),
+        ({"params": {"more": np.zeros(())}}, "more is .* no such parameter"),
+        ({"safe_serialization": True}, "safe_serialization is not an argument of save_pretrained"),
+        ({"commit_message": "epoch 1"}, "commit_message .* push_to_hub=True"),
+    ],
+)
+def test_what_cannot_be_saved_is_said_before_anything_is_written(model, tmp_path, options, message):
+    if "more" in options.get("params", ()) or "logit_scale" in options.get("params", ()):
+        options = {"params": {**model.params, **options["params"]}}
+    with pytest.raises(UserError, match=message):
+        model.save_pretrained(tmp_path / "new", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_is_saved_to_the_working_folder_and_through_a_link(model, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path / "real")
+    model.save_pretrained(".")
+    assert (tmp_path / "real/config.json").exists()
+    model.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "real"]
+
+
 def test_from_pretrained_takes_the_options_of_transformers(model, tmp_path):
     folder = tmp_path / "repository" / "inner"
     model.save_pretrained(folder)
@@ -569,7 +598,7 @@ def test_from_pretrained_takes_the_options_of_transformers(model, tmp_path):
     tower = lit_jax.TextModel.from_pretrained(folder, variant="fp16", hidden_dropout_prob=0.5)
     assert tower.config.hidden_dropout_prob == 0.5
     for options, message in (
-        ({}, "no weights; it must hold model.safetensors"),
+        ({}, "weights of the variant 'fp16' alone; give variant='fp16'"),
         ({"variant": "fp32"}, "of the variant 'fp32'; it must hold model.fp32.safetensors"),
         ({"subfolder": "outer"}, "no folder 'outer'"),
         ({"revison": "main"}, "revison is no argument here; did you mean 'revision'"),
@@ -634,6 +663,16 @@ def test_what_is_no_model_is_refused(model, inputs, tmp_path):
         UserError, match="config is of model_type 'vit'; as text tower lit_jax has bert"
     ):
         lit_jax.TextModel.from_config(model.config.vision_config)
+    with pytest.raises(UserError, match="A model of type bert is not a dual encoder"):
+        lit_jax.DualEncoder.from_config(model.config.text_config)
+    towers = model.config.vision_config, model.config.text_config
+    with pytest.raises(UserError, match="projection_dim is 0"):
+        lit_jax.DualEncoder.from_vision_text_configs(*towers, projection_dim=0)
+    with pytest.raises(UserError, match=r"\[0, 7\]; give texts"):
+        model.get_text_features(inputs["input_ids"][:0])
+    with pytest.raises(UserError, match=r"\[0, 3, 16, 16\]; give images"):
+        model.get_image_features(inputs["pixel_values"][:0])
+    assert len(repr(model)) < 10_000
     with pytest.raises(UserError, match="not 1 texts for 2 images"):
         model(inputs["input_ids"][:1], inputs["pixel_values"], return_loss=True)
     with pytest.raises(UserError, match="only 40 tokens; use the model's own tokenizer"):

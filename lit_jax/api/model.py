@@ -23,6 +23,15 @@ Params = Mapping[str, Any]
 Config = PreTrainedConfig | str | Path  # or where there is one: a folder, a Hub id
 
 _OPTIONS = [field.name for field in dataclasses.fields(hub.HubOptions)]
+# Of push_to_hub of transformers.
+_PUSH_OPTIONS = (
+    "token",
+    "private",
+    "revision",
+    "commit_message",
+    "commit_description",
+    "create_pr",
+)
 
 
 class Call(NamedTuple):
@@ -60,7 +69,7 @@ class Model:
 
     config: PreTrainedConfig
     module: Any
-    params: Params
+    params: Params = dataclasses.field(repr=False)  # a notebook would print millions of numbers
 
     def _run(
         self, call: Call, method: Callable[..., Any] | None, *inputs: Any
@@ -100,10 +109,18 @@ class Model:
                 f"processor is a {type(processor).__name__}, which has no save_pretrained; parameters are "
                 "given by name, params=..."
             )
-        if options and not push_to_hub:
-            raise UserError(
-                f"{', '.join(options)} of save_pretrained is for push_to_hub=True alone; leave it out."
-            )
+        for name in options:
+            if name not in _PUSH_OPTIONS:
+                known = ("processor", "params", "push_to_hub", "repo_id", *_PUSH_OPTIONS)
+                raise UserError(
+                    f"{name} is not an argument of save_pretrained; {nearest(name, known)}."
+                )
+            if not push_to_hub:
+                raise UserError(
+                    f"{name} of save_pretrained is about an upload; add push_to_hub=True or leave it out."
+                )
+        if params is not None:
+            _check_params(params, self.params)
         self._write(str(folder), self.params if params is None else params, processor)
         if push_to_hub:
             written = Path(folder).expanduser().resolve()
@@ -123,6 +140,25 @@ class Model:
 
     def _write(self, folder: str, params: Params, processor: Any) -> None:
         raise NotImplementedError
+
+
+def _check_params(given: Params, own: Params) -> None:
+    """Raise UserError unless a tree of parameters has the names and shapes of the model's own."""
+    shapes, expected = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (given, own)
+    )
+    for name in sorted(shapes.keys() | expected.keys()):
+        if shapes.get(name) != expected.get(name):
+            found = f"{[*shapes[name]]}" if name in shapes else "missing"
+            wanted = f"{[*expected[name]]}" if name in expected else "no such parameter"
+            raise UserError(
+                f"params are not those of this model ({name} is {found}, the model has {wanted}); give a "
+                "tree like model.params, without {'params': ...} around it."
+            )
 
 
 def split_options(given: Mapping[str, Any]) -> tuple[hub.HubOptions, dict[str, Any]]:

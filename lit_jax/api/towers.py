@@ -35,7 +35,7 @@ class _TowerModel(Model):
     """`pooler` is that of the checkpoint, if `module` has no use for it; it is written again."""
 
     module: Tower
-    pooler: Params = dataclasses.field(default_factory=dict)
+    pooler: Params = dataclasses.field(default_factory=dict, repr=False)
 
     side: ClassVar[Side]
 

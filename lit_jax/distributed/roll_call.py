@@ -99,7 +99,7 @@ def _unknown(host: str) -> str | None:
 
 
 def _gather(port: int, place: Place, clock: _Clock) -> None:
-    """Process 0: listen until each number has come once, and let all go on."""
+    """Listen, as process 0, until each number has come once, and let all go on."""
     there: dict[int, socket.socket] = {}
     try:
         with _listen(port, place) as server, selectors.DefaultSelector() as selector:
@@ -201,7 +201,7 @@ def _listen(port: int, place: Place) -> socket.socket:
 
 
 def _follow(host: str, port: int, place: Place, clock: _Clock) -> None:
-    """Any other process: connect to process 0, as often as needed, and wait for its word to go on."""
+    """Connect, as any other process, to process 0, as often as needed, and wait for its word to go on."""
     problem = ""
 
     def missing() -> str:

@@ -321,7 +321,14 @@ def build_system(hf_config: Mapping[str, Any], *, dtype: Any) -> DualEncoderModu
 
     Raises UserError if one of its towers is not of a family for its side.
     """
+    if hf_config["model_type"] not in SYSTEMS:
+        raise UserError(
+            f"A model of type {hf_config['model_type']} is not a dual encoder; lit_jax knows "
+            f"{', '.join(SYSTEMS)}."
+        )
     system = SYSTEMS[hf_config["model_type"]]
+    if (width := hf_config.get("projection_dim")) is not None and width < 1:
+        raise UserError(f"projection_dim is {width}; it must be at least 1.")
     vision, text = hf_config["vision_config"], hf_config["text_config"]
     check_side("image", vision, "The vision_config of the model's config.json")
     check_side("text", text, "The text_config of the model's config.json")

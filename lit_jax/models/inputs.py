@@ -66,7 +66,7 @@ def image_inputs(pixel_values_BxCxHxW: Given) -> Float[Array, "B H W C"]:
     Raises UserError for anything but a batch of images.
     """
     pixels = _array("pixel_values", pixel_values_BxCxHxW)
-    if pixels.ndim != 4:
+    if pixels.ndim != 4 or 0 in pixels.shape:
         raise UserError(
             f"pixel_values has the shape {[*pixels.shape]}; give images as their processor makes them, "
             "[images, channels, height, width]."
@@ -91,7 +91,7 @@ def text_inputs(
     if "input_ids" not in given:
         raise UserError("input_ids is missing; give texts as their tokenizer makes them.")
     shape = given["input_ids"].shape
-    if len(shape) != 2:
+    if len(shape) != 2 or 0 in shape:
         raise UserError(
             f"input_ids has the shape {[*shape]}; give texts as their tokenizer makes them with "
             "padding=True, [texts, tokens]."
@@ -119,9 +119,12 @@ def _array(name: str, x: Given) -> Array | np.ndarray:
         try:
             array = np.asarray(x)
         except Exception as error:  # NumPy of ragged lists; whatever the class of `x` raises
+            remedy = "give an array of NumPy"
+            if isinstance(x, list | tuple):
+                remedy = "give rows of equal length"
             raise UserError(
-                f"{name} makes no array ({_shortened(error)}); give rows of equal length, as the processor "
-                "makes them with padding=True and return_tensors='np'."
+                f"{name} makes no array ({_shortened(error)}); {remedy}, as the processor makes it with "
+                "padding=True and return_tensors='np'."
             ) from error
     if array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number):
         return array

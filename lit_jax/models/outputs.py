@@ -72,7 +72,7 @@ def _as_pytree(class_: type[T]) -> type[T]:
 @_as_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelOutput(Output):
-    """What a tower computes."""
+    """The output of a tower."""
 
     last_hidden_state: Float[Array, "B L D"]
     pooler_output: Float[Array, "B P"]
@@ -84,7 +84,7 @@ class ModelOutput(Output):
 @_as_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class DualEncoderOutput(Output):
-    """What a dual encoder computes. The embeddings have length 1."""
+    """The output of a dual encoder; its embeddings have length 1."""
 
     loss: Float[Array, ""] | None
     logits_per_image: Float[Array, "B T"]

@@ -1,8 +1,9 @@
 """Where a model's files are: a local folder, or a copy of a Hugging Face Hub repository."""
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import huggingface_hub
@@ -139,28 +140,41 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
     """
     file = pathlib.Path(folder) / "config.json"
     try:
-        content = parse_json(file.read_bytes())
-        if isinstance(content, dict) and not content.get("model_type"):
-            raise UserError(f"{file} {explain_config(content)}.")
-        return complete(content)
-    except UserError:
-        raise
+        with _refusing(str(file)):
+            content = parse_json(file.read_bytes())
     except FileNotFoundError:
         remedy = explain_folder(file.parent) or "give the folder of a Hugging Face model"
         raise UserError(f"{file} is missing; {remedy}.") from None
+    return complete(content, str(file))
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Raise UserError, which names `what`, for whatever transformers says of a config."""
+    try:
+        yield
+    except (UserError, FileNotFoundError):
+        raise
     except Exception as error:  # each of transformers' configs checks its fields in its own way
         raise UserError(
-            f"{file} is not a config.json that transformers understands ({one_line(error)}); take the one "
+            f"{what} is not a config.json that transformers understands ({one_line(error)}); take the one "
             "that belongs to the model."
         ) from error
 
 
-def complete(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a config.json with transformers' defaults for its `model_type`.
+def complete(content: Any, what: str = "The config") -> dict[str, Any]:
+    """Return the content of a config.json, called `what`, with transformers' defaults for its `model_type`.
 
-    Raises UserError if that, or the one of a tower in it, is none of ours.
+    Raises UserError if transformers does not understand it, and if that type, or the one of a tower in it, is
+    none of ours.
     """
-    content = dict(content)
+    if isinstance(content, Mapping) and not content.get("model_type"):
+        raise UserError(f"{what} {explain_config(content)}.")
+    with _refusing(what):
+        return _completed(dict(content))
+
+
+def _completed(content: dict[str, Any]) -> dict[str, Any]:
     parts = (content.get(f"{tower}_config") or {} for tower in TOWERS.values())
     of_towers = (part.get("model_type") or None for part in parts)
     for kind in (content.get("model_type"), *of_towers):

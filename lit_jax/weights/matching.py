@@ -28,7 +28,7 @@ _LISTED = 6  # of every kind of difference
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What was read; `str()` is a line for the log."""
+    """A report of what was read; `str()` is a line for the log."""
 
     file: pathlib.Path
     layout: names.Layout

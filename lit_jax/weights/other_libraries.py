@@ -45,7 +45,7 @@ def explain_config(content: Mapping[str, Any]) -> str:
 
 
 class SentencePooling(NamedTuple):
-    """How sentence-transformers makes one vector of a transformer's tokens.
+    """The way in which sentence-transformers makes one vector of a transformer's tokens.
 
     Attributes:
         modes: 'mean', 'cls' ...; several are joined to one long vector.

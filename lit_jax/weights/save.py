@@ -79,7 +79,7 @@ def save_tower(
             " and no ".join(lacking),
             module.pooling,
         )
-    with _new_folder(local_path("The folder to write", str(folder)), beside_others) as new:
+    with _new_folder(local_path("folder", str(folder)), beside_others) as new:
         _write_json(new / "config.json", config)
         tensors = names.tensors_of(flatten(_float32(params)), family, "torch")
         _write_torch(new, {_inner(family) + name: array for name, array in tensors.items()})
@@ -137,7 +137,7 @@ def save_dual_encoder(
             params = dual_encoder_form.express(params, settings, module.projection_dim)
     system = name_tables.SYSTEMS[config["model_type"]]
     config |= {"architectures": [system.architecture], "dtype": "float32"}
-    with _new_folder(local_path("The folder to write", str(folder)), beside_others) as new:
+    with _new_folder(local_path("folder", str(folder)), beside_others) as new:
         _write_json(new / "config.json", config)
         _write_torch(new, _dual_encoder_tensors(module, params, system, "torch"))
         if system.in_flax:
@@ -226,6 +226,7 @@ def _new_folder(target: pathlib.Path, beside_others: bool) -> Iterator[pathlib.P
     With `beside_others`, or where `target` is empty, its files are moved into `target`, which may be a mount
     and thus have no place for another folder beside it.
     """
+    target = target.resolve()  # '.' has no name, and a link stays one
     name = f".{target.name}-{uuid.uuid4().hex}"
     new, old = target.with_name(name), target.with_name(f"{name}.old")
     try:
