@@ -228,10 +228,13 @@ def test_json_that_nobody_needs_does_not_spoil_a_sample(tmp_path, image):
         wanted[0]
 
 
-def test_texts_alone_need_no_image(tmp_path):
+def test_texts_alone_need_no_image(tmp_path, caplog):
     write_tar(tmp_path / "0.tar", {"a.txt": "one\ntwo"})
     example = open_source(SourceConfig(path=str(tmp_path)), text_only=True)[0]
     assert (example["image"], example["captions"]) == (None, ("one", "two"))
+    assert not caplog.text
+    open_at(tmp_path)
+    assert "have no image" in caplog.text
 
 
 def test_a_video_between_an_image_and_its_text_is_not_read(tmp_path, image, monkeypatch):

@@ -125,8 +125,9 @@ def open_pairs(
         )
         return None
     splits.require_named(folder, paths)
-    for remark in samples.remarks(readings):
-        log.warning("%s: %s.", folder, remark)
+    for problem, remark in samples.remarks(readings).items():
+        if not (text_only and problem == "no image"):
+            log.warning("%s: %s.", folder, remark)
     log.info("%s has %d images with files of captions or json beside them.", folder, images)
     table = pa.Table.from_batches([reading.samples for reading in readings], _SCHEMA)
     table = table.unify_dictionaries().combine_chunks()

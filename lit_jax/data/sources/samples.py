@@ -141,20 +141,23 @@ def decide(readings: Sequence[Readings]) -> list[Reading]:
     return [*by_first]
 
 
-def remarks(readings: Iterable[Reading]) -> list[str]:
-    """Return how many samples are incomplete or ambiguous, and which files are not read, in words."""
+def remarks(readings: Iterable[Reading]) -> dict[str, str]:
+    """Return how many samples are incomplete or ambiguous, and which files are not read, in words.
+
+    The keys are those of `_PROBLEMS`, and "unread".
+    """
     problems, unread = {}, {}
     for reading in readings:
         for suffix, (number, names) in reading.unread.items():
             _count(unread, suffix, names, number)
         for key, problem in sorted(reading.problems):
             _count(problems, problem, [key])
-    said = [
-        f"samples that {_PROBLEMS[problem]}: {_listed({'': found})}"
+    said = {
+        problem: f"samples that {_PROBLEMS[problem]}: {_listed({'': found})}"
         for problem, found in problems.items()
-    ]
+    }
     if unread:
-        said.append(
+        said["unread"] = (
             "files that are not read, because they are of no known kind or their sample has another one of "
             f"that kind: {_listed(unread)}"
         )

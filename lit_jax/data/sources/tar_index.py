@@ -21,7 +21,7 @@ from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-VERSION = 4
+VERSION = 5
 _FIELDS = (*FIELDS,)
 _REMARKS = b"remarks"
 _SCHEMA = pa.schema(
@@ -78,8 +78,8 @@ class TarIndex:
         return Entry(shard, key, flaw, start, stop, members)
 
     @property
-    def remarks(self) -> list[str]:
-        """The warnings about the samples, one sentence each."""
+    def remarks(self) -> dict[str, str]:
+        """The warnings about the samples, see `samples.remarks`; "broken" is about tars that break off."""
         return json.loads(self._table.about[_REMARKS])
 
 
@@ -99,7 +99,8 @@ def open_index(files: Sequence[File]) -> TarIndex:
         scanned = list(pool.map(_scan, range(len(files)), files))
     readings = samples.decide([readings for readings, _ in scanned])
     broken = [f"{file.name} {end}" for file, (_, end) in zip(files, scanned, strict=True) if end]
-    remarks = json.dumps([*samples.remarks(readings), *broken]).encode()
+    said = samples.remarks(readings) | ({"broken": "; ".join(broken)} if broken else {})
+    remarks = json.dumps(said).encode()
     table = pa.Table.from_batches([reading.samples for reading in readings], _SCHEMA)
     try:
         return TarIndex(cache.store(table.replace_schema_metadata({_REMARKS: remarks})))

@@ -30,8 +30,9 @@ class TarSource:
         self._text_only = text_only
         self._index = open_index(self._files)
         place = files[0] if len(files) == 1 else files[0].parent
-        for remark in self._index.remarks:
-            log.warning("%s: %s.", place, remark)
+        for problem, remark in self._index.remarks.items():
+            if not (text_only and problem == "no image"):
+                log.warning("%s: %s.", place, remark)
         if not len(self):
             raise UserError(f"{files[0]} has no samples; use tar files that have some.")
 
