@@ -534,6 +534,25 @@ def test_a_model_of_the_same_class_is_replaced_in_every_format(model, tmp_path, 
         (tmp_path / name).unlink()
 
 
+@pytest.mark.oracle
+def test_shards_of_transformers_are_fine_tuned_in_place(tmp_path):
+    import torch
+
+    theirs = tr.CLIPModel(CONFIGS["clip"]()).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    ours = lit_jax.DualEncoder.from_pretrained(tmp_path)
+    ours.save_pretrained(tmp_path, params=ours.params | {"logit_scale": jnp.float32(0.5)})
+    assert not list(tmp_path.glob("*-of-*")) + list(tmp_path.glob("*.index.json"))
+    again, info = tr.CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert again.logit_scale.item() == 0.5
+    with torch.no_grad():
+        theirs.logit_scale.fill_(0.5)
+    for name, tensor in theirs.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name], tensor)
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [
