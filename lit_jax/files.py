@@ -37,10 +37,18 @@ def local_path(name: str, text: str) -> Path:
         )
     if "\0" in text:
         raise UserError(f"{name}={text!r} has a null character; give another path.")
+    return expand_home(text, f"{name}={text}")
+
+
+def expand_home(path: str, subject: str) -> Path:
+    """Return the path with a leading `~` replaced by the home folder; `subject` begins the error message.
+
+    Raises UserError if there is no such user, or no such folder is known.
+    """
     try:
-        return Path(text).expanduser()
-    except RuntimeError as error:  # no such user
-        raise UserError(f"{name}={text} has no home folder ({error}); give a path.") from error
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{subject} has no home folder ({error}); give a path.") from error
 
 
 def output_path(name: str, text: str) -> Path:

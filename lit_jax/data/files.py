@@ -18,6 +18,7 @@ from pyarrow import fs
 
 from lit_jax.credentials import Keys, hide_keys, keys_of, split_keys
 from lit_jax.errors import UserError
+from lit_jax.files import expand_home
 
 # Up to the end of the text if the quote that ends it is missing. Possessive: nothing is tried twice.
 _QUOTED = re.compile(rb'"(?:[^"]++|"")*+("?)')
@@ -118,10 +119,7 @@ def locate(path: str, beside: File | None = None) -> File:
     Raises UserError if it is in no known store, or in the home folder of an unknown user.
     """
     if "://" not in path:
-        try:
-            return Path(path).expanduser()
-        except RuntimeError as error:
-            raise UserError(f"{path} has no home folder ({error}); give a path.") from error
+        return expand_home(path, path)
     clean, keys = split_keys(path)
     scheme, _, rest = clean.partition("://")
     address, _, options = rest.partition("?")

@@ -82,7 +82,7 @@ def classes_in(config: SourceConfig, language: str = "en") -> File | None:
         return None
     try:
         place = locate(paths[0])
-        folder = place.parent if place.suffix == ".tar" else place
+        folder = place.parent if place.suffix.lower() == ".tar" else place
         is_split = folder.name in {*_SPLITS, config.split}
         for home in (folder, folder.parent) if is_split else (folder,):
             if (home / CLASS_NAMES).is_file():

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from lit_jax.config_keys import nearest
 from lit_jax.errors import UserError
-from lit_jax.files import parse_json
+from lit_jax.files import expand_home, parse_json
 from lit_jax.models.dual_encoder import SYSTEMS, TOWERS, Side
 from lit_jax.models.families import TEXT, VISION, tower_config, tower_fields, unknown
 from lit_jax.weights.files import FORMATS, one_line
@@ -63,7 +63,7 @@ def local_folder(
     """
     if not model:
         raise UserError(f"{config_key} is empty; give a local folder or the id of a Hub model.")
-    folder = pathlib.Path(model).expanduser()
+    folder = expand_home(model, f"{config_key}={model}")
     if not folder.is_dir():
         folder = _from_hub(model, config_key, options)
     if not (folder / options.subfolder).is_dir():

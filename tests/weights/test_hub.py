@@ -34,7 +34,16 @@ def test_a_folder_is_itself(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model", ["", "google/no-such-model", "a/b/c", "/no/such/folder", "./no such folder", "x" * 200]
+    "model",
+    [
+        "",
+        "google/no-such-model",
+        "a/b/c",
+        "/no/such/folder",
+        "./no such folder",
+        "~nobody-here/x",
+        "x" * 200,
+    ],
 )
 def test_what_is_neither_folder_nor_model_is_a_user_error(model):
     with pytest.raises(UserError, match=KEY) as error:  # the tests' environment is offline
