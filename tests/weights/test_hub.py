@@ -33,6 +33,11 @@ def test_a_folder_is_itself(tmp_path):
     assert hub.local_folder(str(tmp_path), config_key=KEY) == tmp_path
 
 
+def test_the_home_of_an_unknown_user_is_a_user_error():
+    with pytest.raises(UserError, match=f"{KEY}=~nobody-here/x has no home folder"):
+        hub.local_folder("~nobody-here/x", config_key=KEY)
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -41,7 +46,6 @@ def test_a_folder_is_itself(tmp_path):
         "a/b/c",
         "/no/such/folder",
         "./no such folder",
-        "~nobody-here/x",
         "x" * 200,
     ],
 )
