@@ -2,7 +2,8 @@
 
     <workdir>/frozen/             the locked parameters, written once, and their checksums
     <workdir>/checkpoints/<step>/ state (trainable parameters, optimizer), data (position in the stream),
-                                  sums (checksums of both), meta (resolved config, library versions)
+                                  meta (resolved config, library versions), sums.json (checksums of the first
+                                  two)
 
 Orbax writes into a temporary folder and renames it when all is on disk, so that a process killed at any
 moment leaves the previous checkpoint as the latest.
@@ -26,7 +27,13 @@ from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json, write_json
 from lit_jax.training.disk import STEP, complete_steps, reason, writing
-from lit_jax.training.integrity import DamagedError, check_sums, sums_of, text_sum
+from lit_jax.training.integrity import (
+    DamagedError,
+    PendingSums,
+    check_sums,
+    start_sums,
+    text_sum,
+)
 from lit_jax.training.lease import check_lease
 from lit_jax.training.step import State
 
@@ -54,7 +61,8 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep_last: int, keep_every: int | None = None):
         self._workdir = workdir
-        self._leaves = 0  # of the save under way
+        self._sums: PendingSums | None = None  # of the save under way
+        self._data_sum = 0
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last,
             keep_period=keep_every,
@@ -71,7 +79,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 (workdir / "checkpoints").resolve(),
                 options=options,
-                item_names=("state", "data", "sums", "meta"),
+                item_names=("state", "data", "meta"),
             )
 
     def __enter__(self) -> "Checkpoints":
@@ -102,28 +110,29 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         meta = {"config": config, "versions": versions()}
-        sums = {"arrays": sums_of(state), "data": text_sum(data)}
         with self._writing():
             self._manager.wait_until_finished()
-            self._leaves = len(jax.tree.leaves(state))
+            self._sums, self._data_sum = start_sums(state), text_sum(data)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     data=ocp.args.JsonSave(dict(data)),
-                    sums=ocp.args.JsonSave(sums),
                     meta=ocp.args.JsonSave(meta),
                 ),
             )
 
     def _before_it_is_complete(self) -> None:
-        """Check what a save has written, before Orbax gives the folder the name of a complete checkpoint.
+        """Check what a save has written, and add its checksums, before Orbax calls the checkpoint complete.
 
         Orbax calls it in the thread of the save of the first process; an error leaves the folder unnamed.
         """
         check_lease(self._workdir)
+        assert self._sums is not None
+        arrays = self._sums.fetch()
         for folder in (self._workdir / "checkpoints").glob(f"*{_UNFINISHED}*"):
-            _check_arrays(folder / "state", self._leaves)
+            _check_arrays(folder / "state", len(arrays))
+            write_json(folder / SUMS_FILE, {"arrays": arrays, "data": self._data_sum})
 
     def wait(self) -> None:
         """Returns when all that was saved is on disk."""
@@ -213,12 +222,12 @@ def save_frozen(workdir: Path, frozen: Mapping[str, Any]) -> None:
     """Writes the locked parameters of a run; those of an earlier start from step 0 are replaced."""
     if not frozen:
         return
-    sums = sums_of(frozen, with_rounded=True)
+    sums = start_sums(frozen, with_rounded=True)
     with writing(workdir, Exception), ocp.StandardCheckpointer() as writer:
         writer.save((workdir / "frozen").resolve(), frozen, force=True)
         writer.wait_until_finished()
         if is_primary():
-            write_json(workdir / "frozen" / SUMS_FILE, sums)
+            write_json(workdir / "frozen" / SUMS_FILE, sums.fetch())
 
 
 def restore_frozen(workdir: Path, abstract_frozen: Mapping[str, Any]) -> Any:
@@ -274,7 +283,7 @@ def _check_shapes(folder: Path, wanted: Any, part: str | None = None) -> None:
 
 def _check_step_sums(folder: Path, arrays: Any, data: Any = None) -> None:
     """Raise DamagedError where what was read of a checkpoint differs from the checksums in it."""
-    stored = _stored_sums(folder / "sums" / "metadata")
+    stored = _stored_sums(folder / SUMS_FILE)
     _compare(arrays, stored and stored["arrays"])
     if stored and data is not None and stored["data"] != text_sum(data):
         raise DamagedError("the position in the data is not as it was saved")

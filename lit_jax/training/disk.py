@@ -64,15 +64,19 @@ _NO_NEWS = re.compile(
 )
 
 
+# Orbax closes its event loop at the first array that it cannot write or read, and gives the others up: they
+# then report to nobody.
+_GIVEN_UP = ("Event loop is closed", "Encountered error while reading array index")
+
+
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Keep Orbax from printing pages about a failed write, which it also raises where we wait for it."""
+    """Keep Orbax from printing pages about a failed write or read, whose error it also raises."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     hook = sys.unraisablehook
 
     def print_unraisable(unraisable: Any) -> None:
-        # Orbax closes its event loop at the first failed write; TensorStore's others then report to nobody.
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if not str(unraisable.exc_value).startswith(_GIVEN_UP):
             hook(unraisable)
 
     for logger in loggers:
@@ -80,11 +84,11 @@ def quiet_orbax() -> Iterator[None]:
     sys.unraisablehook = print_unraisable
     try:
         with warnings.catch_warnings():
-            # Writes that had not begun when the first one failed.
-            pattern = r"coroutine '.*write.*' was never awaited"
+            # Writes and reads that had not begun when the first one failed.
+            pattern = r"coroutine '.*(write|read).*' was never awaited"
             warnings.filterwarnings("ignore", pattern, RuntimeWarning)
             yield
-            gc.collect()  # such a write speaks when it is freed
+            gc.collect()  # such a one speaks when it is freed
     finally:
         sys.unraisablehook = hook
         for logger in loggers:

@@ -3,6 +3,7 @@
 They are computed on the devices that have the arrays, and are the same on any mesh.
 """
 
+import dataclasses
 import json
 import zlib
 from collections.abc import Mapping
@@ -21,23 +22,40 @@ class DamagedError(ValueError):
     """Something read from a run folder that is not as it was saved."""
 
 
-def sums_of(tree: Any, *, with_rounded: bool = False) -> Sums:
-    """Return dtype and checksum of each array of a tree under its path; all processes must call it.
+@dataclasses.dataclass(frozen=True)
+class PendingSums:
+    """Checksums by the path of each array, which the devices may still be computing."""
+
+    dtypes: Mapping[str, str]
+    exact: Mapping[str, jax.Array]
+    rounded: Mapping[str, jax.Array]
+
+    def fetch(self) -> Sums:
+        """Return dtype and checksum of each array; any thread may wait here for the devices."""
+        exact, halves = _fetched(self.exact), _fetched(self.rounded)
+        return {
+            path: {"dtype": dtype, "sum": exact[path]}
+            | ({"rounded": halves[path]} if path in halves else {})
+            for path, dtype in self.dtypes.items()
+        }
+
+
+def start_sums(tree: Any, *, with_rounded: bool = False) -> PendingSums:
+    """Start to compute the checksum of each array of a tree; all processes must call it.
+
+    The next step may reuse the arrays at once.
 
     Args:
         with_rounded: whether those of float32 also get the checksum of their bfloat16, as which they may be
             read back.
     """
     leaves = _by_path(tree)
-    exact = _checksums(leaves)
-    found: Sums = {
-        path: {"dtype": leaf.dtype.name, "sum": exact[path]} for path, leaf in leaves.items()
-    }
-    if with_rounded:
-        floats = {path: leaf for path, leaf in leaves.items() if leaf.dtype == np.float32}
-        for path, value in _checksums(rounded(floats)).items():
-            found[path]["rounded"] = value
-    return found
+    floats = {path: leaf for path, leaf in leaves.items() if leaf.dtype == np.float32}
+    return PendingSums(
+        dtypes={path: leaf.dtype.name for path, leaf in leaves.items()},
+        exact=_checksums(leaves),
+        rounded=_checksums(rounded(floats)) if with_rounded else {},
+    )
 
 
 def check_sums(tree: Any, stored: Mapping[str, Mapping[str, Any]] | None) -> None:
@@ -47,9 +65,11 @@ def check_sums(tree: Any, stored: Mapping[str, Mapping[str, Any]] | None) -> Non
     All processes must call it; those with `stored` compare.
     """
     leaves = _by_path(tree)
-    exact = _checksums(leaves)
     halves = {path: leaf for path, leaf in leaves.items() if leaf.dtype.name == "bfloat16"}
-    found = {"sum": exact, "rounded": _checksums(rounded(halves))}
+    found = {
+        "sum": _fetched(_checksums(leaves)),
+        "rounded": _fetched(_checksums(rounded(halves))),
+    }
     if stored is None:
         return
     for path, leaf in leaves.items():
@@ -72,9 +92,13 @@ def _by_path(tree: Any) -> dict[str, jax.Array]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _checksums(leaves: Mapping[str, jax.Array]) -> dict[str, list[int]]:
+def _checksums(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     if not leaves:
         return {}
     mesh: Any = getattr(next(iter(leaves.values())).sharding, "mesh", None)
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
-        return {path: sums.tolist() for path, sums in jax.device_get(checksums(leaves)).items()}
+        return checksums(leaves)
+
+
+def _fetched(sums: Mapping[str, jax.Array]) -> dict[str, list[int]]:
+    return {path: both.tolist() for path, both in jax.device_get(sums).items()}
