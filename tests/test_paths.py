@@ -23,18 +23,20 @@ FLAGS = [
 ]
 
 
-@pytest.mark.parametrize(("command", "others", "flag"), FLAGS)
+VALUES = (
+    "",
+    "gs://bucket/run",
+    "file:///tmp/run",
+    "s3:/bucket/x",
+    "~nobody-is-called-so/x",
+    "run[1]",
+    "a?b",
+)
+
+
 @pytest.mark.parametrize(
-    "value",
-    [
-        "",
-        "gs://bucket/run",
-        "file:///tmp/run",
-        "s3:/bucket/x",
-        "~nobody-is-called-so/x",
-        "run[1]",
-        "a?b",
-    ],
+    ("command", "others", "flag", "value"),
+    [(*flag, VALUES[1]) for flag in FLAGS] + [(*FLAGS[2], value) for value in VALUES],
 )
 def test_what_cannot_be_written_is_refused_before_anything_is_read(
     capsys, tmp_path, monkeypatch, command, others, flag, value

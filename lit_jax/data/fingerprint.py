@@ -12,15 +12,34 @@ import numpy as np
 from lit_jax.data.example import BadSampleError, Example, Source
 
 SAMPLED = 4096  # examples that stand for the data set in its fingerprint
+# Examples that do so where each is read with its image, in blocks of neighbours: of a table few row groups.
+WITH_IMAGES = 256
+_BLOCK = 16
 _THREADS = 16  # that read them: where the data are in an object store, each waits for an answer
 
 
 def sampled_examples(source: Source) -> list[Example]:
     """Return at most `SAMPLED` examples, evenly over the whole source; one that is bad is an empty one."""
     count = min(len(source), SAMPLED)
-    positions = np.linspace(0, len(source) - 1, count).astype(int).tolist()
+    return _read(source, np.linspace(0, len(source) - 1, count))
+
+
+def sampled_at_start(source: Source) -> list[Example]:
+    """Return examples to compare at each start of a run, which must not read thousands of images.
+
+    They are at most `WITH_IMAGES` if any has the content of its image; otherwise those of `sampled_examples`.
+    """
+    block = min(_BLOCK, len(source))
+    starts = np.linspace(0, len(source) - block, WITH_IMAGES // _BLOCK).astype(int)
+    few = _read(source, np.unique(starts[:, None] + np.arange(block)))
+    if any(isinstance(example["image"], bytes | np.ndarray) for example in few):
+        return few
+    return sampled_examples(source)
+
+
+def _read(source: Source, positions: np.ndarray) -> list[Example]:
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(functools.partial(_sample, source), positions))
+        return list(pool.map(functools.partial(_sample, source), positions.astype(int).tolist()))
 
 
 def _sample(source: Source, index: int) -> Example:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lit_jax.config import Config
 from lit_jax.data.example import Source
-from lit_jax.data.fingerprint import data_fingerprint, sampled_examples
+from lit_jax.data.fingerprint import data_fingerprint, sampled_at_start
 from lit_jax.data.mixture import open_training_data
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
@@ -72,7 +72,7 @@ def open_data(
 def _identify(source: Source) -> dict[str, Any] | None:
     if not is_primary():
         return None
-    sample = sampled_examples(source)
+    sample = sampled_at_start(source)
     fingerprint = data_fingerprint(source, sample, "image", "text")
     return {"examples": len(source), "fingerprint": fingerprint}
 

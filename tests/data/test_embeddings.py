@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pickle
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +26,13 @@ from lit_jax.data.embeddings import (
     shard_size,
 )
 from lit_jax.data.example import BadSampleError, Example
-from lit_jax.data.fingerprint import SAMPLED, data_fingerprint, sampled_examples
+from lit_jax.data.fingerprint import (
+    SAMPLED,
+    WITH_IMAGES,
+    data_fingerprint,
+    sampled_at_start,
+    sampled_examples,
+)
 from lit_jax.data.readers import Captions, Pixels
 from lit_jax.errors import UserError
 
@@ -265,6 +272,22 @@ def test_of_a_large_source_the_ends_and_what_is_between_are_sampled():
     assert len(keys) == SAMPLED
     assert (keys[0], keys[-1]) == (0, 10**8 - 1)
     assert max(np.diff(keys)) < 10**8 / SAMPLED * 1.01
+
+
+@pytest.mark.parametrize(("image", "count"), [(Path("a.png"), SAMPLED), (b"content", WITH_IMAGES)])
+def test_a_start_reads_few_examples_where_each_comes_with_its_image(image, count):
+    class Large:
+        def __len__(self):
+            return 10**8
+
+        def __getitem__(self, index):
+            return example(index, image)
+
+    keys = [int(one["key"]) for one in sampled_at_start(Large())]
+    assert len(keys) == count
+    assert (keys[0], keys[-1]) == (0, 10**8 - 1)
+    few = [example(i, image) for i in range(7)]
+    assert [int(one["key"]) for one in sampled_at_start(few)] == list(range(7))
 
 
 def test_a_bad_example_among_the_sampled_ones_is_part_of_the_fingerprint():
