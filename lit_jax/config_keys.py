@@ -30,8 +30,9 @@ def nearest_key(root: Any, where: str, key: str) -> str:
     key = key.partition(".")[0]
     if difflib.get_close_matches(key, own, n=1):
         return nearest(key, own)
+    # Of so many names one is always a little like it: only a mistyped one counts, not 'eps' for 'steps'.
     close = difflib.get_close_matches(
-        key, {path.rpartition(".")[2] for path in paths}, n=1, cutoff=0.65
+        key, {path.rpartition(".")[2] for path in paths}, n=1, cutoff=0.8
     )
     if close:
         return "did you mean " + " or ".join(map(repr, namesakes(root, close[0])))

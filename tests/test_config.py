@@ -68,6 +68,7 @@ def test_config_survives_json():
         ({"evals": {"a": {"kinds": "x"}}}, "config.evals.a.kinds .* did you mean 'kind'"),
         ({"optimizer": {"warmup": 1}}, "config.optimizer.warmup .* 'config.schedule.warmup'"),
         ({"rand_augment": {}}, "did you mean 'config.data.rand_augment'"),
+        ({"steps": 3}, "config.steps is not a config key; known are .* duration,"),
         ({"learning_rat": 1}, "did you mean 'config.schedule.learning_rate'"),
         ({"batch_size": 2**31}, "config.batch_size is 2147483648; .* at most 2147483647"),
         ({"batch_size": 10**5000}, "config.batch_size is too long a number"),
