@@ -38,7 +38,7 @@ class Classes:
     labels: tuple[str, ...] = ()
 
     def texts(self) -> list[tuple[str, ...]]:
-        """The sentences about each class."""
+        """Return the sentences about each class."""
         return list(self.prompts) or [
             tuple(fill(template, name) for template in self.templates) for name in self.names
         ]

@@ -85,7 +85,7 @@ class Encoder:
     def images(
         self, params: Params, source: Source
     ) -> tuple[Float[np.ndarray, "N E"], Bool[np.ndarray, " N"]]:
-        """Embeds all N images of `source`; the result is the same on every process.
+        """Embed all N images of `source`; the result is the same on every process.
 
         Args:
             params: the merged tree of the dual encoder, placed on the mesh.
@@ -101,7 +101,7 @@ class Encoder:
     def features(
         self, params: Params, source: Source
     ) -> tuple[Float[np.ndarray, "N P"], Bool[np.ndarray, " N"]]:
-        """As `images`, but what the image tower has pooled: not projected, not normalised."""
+        """Return what `images` does, but as the image tower has pooled it: not projected, not normalised."""
         return self._images("pool_image", params, source)
 
     def texts(self, params: Params, texts: Sequence[str]) -> Float[np.ndarray, "M E"]:

@@ -91,9 +91,9 @@ def features(
 
 
 def linear_probe(train: Features, test: Features) -> dict[str, float]:
-    """Logistic regression whose L2 penalty is chosen on a fifth of the training images (CLIP section 3.2).
+    """Fit a logistic regression; a fifth of the training images chooses its penalty (CLIP section 3.2).
 
-    The penalty is swept from 1e-6 to 1e6, then between the neighbours of the best, down to an eighth of a
+    The L2 penalty is swept from 1e-6 to 1e6, then between the neighbours of the best, down to an eighth of a
     decade. The classifier with the best one is trained on all training images.
 
     Returns top1, top5 (of five classes or more), mean_per_class_recall, n, and l2.
@@ -118,7 +118,7 @@ def linear_probe(train: Features, test: Features) -> dict[str, float]:
 def few_shot(
     train: Features, test: Features, *, shots: Sequence[int], draws: int
 ) -> dict[str, float]:
-    """Logistic regression on k training images a class, for each k of `shots`.
+    """Fit a logistic regression on k training images a class, for each k of `shots`.
 
     Returns the mean ('top1_4_shot') and the standard deviation ('top1_4_shot_std') of the accuracy over
     `draws` of the images, the same ones at every call.
@@ -143,7 +143,7 @@ def few_shot(
 
 
 def _each_of(n: int, label_N: np.ndarray) -> np.ndarray:
-    """Whether an example is the n-th, 2n-th ... of its class."""
+    """Return whether an example is the n-th, 2n-th ... of its class."""
     order_N = np.argsort(label_N, kind="stable")
     starts = np.cumsum(np.bincount(label_N)) - np.bincount(label_N)
     place_N = np.empty(len(label_N), int)

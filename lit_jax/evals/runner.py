@@ -26,6 +26,7 @@ DEFAULT_LANGUAGE = "en"  # of class files and templates, where no language is na
 
 Metrics = dict[str, float]
 Details = ZeroShotResult | RetrievalResult | None
+_LabelsOf = Callable[[Source], Labels]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Evaluation:
 
 
 def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
-    """Opens the data and class files of all `evals`, and checks that they fit each other.
+    """Open the data and class files of all `evals`, and check that they fit each other.
 
     Raises UserError on what would end an evaluation later: call it before training.
     """
@@ -73,13 +74,7 @@ def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
             sources[key] = sources[other] if same else source
         return sources[key]
 
-    labels: dict[int, Labels] = {}
-
-    def labels_of(source: Source) -> Labels:
-        if id(source) not in labels:
-            labels[id(source)] = Labels(source)
-        return labels[id(source)]
-
+    labels_of = _read_once()
     prepared = []
     for key, config in evals.items():
         _check(key, config)
@@ -102,6 +97,18 @@ def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
                 )
             )
     return prepared
+
+
+def _read_once() -> _LabelsOf:
+    """Return what gives the labels of a source, which are read at the first call."""
+    labels: dict[int, Labels] = {}
+
+    def labels_of(source: Source) -> Labels:
+        if id(source) not in labels:
+            labels[id(source)] = Labels(source)
+        return labels[id(source)]
+
+    return labels_of
 
 
 def _check(key: str, config: EvalConfig) -> None:
@@ -139,7 +146,7 @@ def run(
     *,
     cache: Path | None = None,
 ) -> list[Evaluation]:
-    """Runs the evaluations in order, each with its own batch size.
+    """Run the evaluations in order, each with its own batch size.
 
     What several have in common, images or texts, is embedded once.
 
@@ -156,7 +163,7 @@ def run(
 
 
 def flat(evaluations: Sequence[Evaluation]) -> Metrics:
-    """All metrics under flat names such as "zero_shot/unseen/top1"."""
+    """Return all metrics under flat names such as "zero_shot/unseen/top1"."""
     return {
         f"{evaluation.prepared.name}/{name}": value
         for evaluation in evaluations
@@ -165,13 +172,12 @@ def flat(evaluations: Sequence[Evaluation]) -> Metrics:
 
 
 def table(metrics: Metrics) -> str:
-    """A line for each metric: its name and its value."""
+    """Return a line for each metric: its name and its value."""
     width = max(map(len, metrics), default=0)
     return "\n".join(f"{name:{width}}  {value:8.4g}" for name, value in metrics.items())
 
 
 Measure = Callable[[Encoder, Params], tuple[Metrics, Details]]
-_LabelsOf = Callable[[Source], Labels]
 
 
 def _open_zero_shot(

@@ -38,7 +38,7 @@ class ZeroShotResult:
     class_embeds: Float[np.ndarray, "C E"]
 
     def confusion(self) -> Int[np.ndarray, "P 3"]:
-        """How often each class (first column) was taken for which (second): the counts (third) above zero.
+        """Return how often each class (first column) was taken for which (second): counts (third) above zero.
 
         All pairs in order of the classes; a class that was found is taken for itself.
         """
@@ -54,7 +54,7 @@ def zero_shot(
     classes: Classes,
     label_N: Int[np.ndarray, " N"],
 ) -> ZeroShotResult:
-    """Classifies every image of `source`; one that cannot be decoded is not counted.
+    """Classify every image of `source` that has a label; one that cannot be decoded is not counted.
 
     Args:
         params: the merged tree of the dual encoder, placed on the encoder's mesh.
@@ -82,7 +82,7 @@ def zero_shot(
 
 
 def embed_classes(encoder: Encoder, params: Params, classes: Classes) -> Float[np.ndarray, "C E"]:
-    """One unit vector a class: the mean of its texts' embeddings, normalised (CLIP section 3.1.4)."""
+    """Return one unit vector a class: the mean of its texts' embeddings, normalised (CLIP section 3.1.4)."""
     texts = classes.texts()
     embeds_CTxE = encoder.texts(params, [text for of_class in texts for text in of_class])
     starts_C = np.cumsum([0, *map(len, texts[:-1])])
