@@ -71,6 +71,7 @@ def assert_close(ours, theirs):
         np.testing.assert_allclose(gradients[path], leaf, atol=1e-5 * largest, err_msg=path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lock", ["LU", "UU", "uL"])
 def test_the_gradient_is_that_of_the_whole_batch(tiny, lock):
     config = tiny(**{"policy.lock": lock, "model.text.overrides": NO_DROPOUT})
