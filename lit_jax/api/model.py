@@ -46,7 +46,7 @@ class Call(NamedTuple):
 
     @property
     def records(self) -> bool:
-        """Whether the blocks of the towers record what they compute."""
+        """True if the blocks of the towers record their outputs."""
         return bool(self.output_hidden_states or self.output_attentions)
 
     def model_output(self, output: TowerOutput, recorded: Mapping[str, Any]) -> ModelOutput:
@@ -65,7 +65,7 @@ class Call(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """`config` is transformers' own, `params` what a call takes if it is given no others."""
+    """A model with its parameters. `config` is transformers' own; a call may bring other `params`."""
 
     config: PreTrainedConfig
     module: Any

@@ -205,8 +205,10 @@ def _warn_if_all_the_same(embeds_NxE: np.ndarray, side: Side) -> None:
         log.warning(
             "The %s tower gives all %d %ss the same embedding, so that the model tells none of them apart; "
             "see whether its weights are those that you want.",
-            side, count, side,
-        )  # fmt: skip
+            side,
+            count,
+            side,
+        )
 
 
 # Compiled functions belong to the module, not to an Encoder: those of one module share them.

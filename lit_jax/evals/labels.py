@@ -104,8 +104,11 @@ class Labels:
         if without and not self._told:
             log.warning(
                 "%d of %d examples have no label%s and are left out, for example %s.",
-                len(without), self._size, why, printable(without[min(without)]),
-            )  # fmt: skip
+                len(without),
+                self._size,
+                why,
+                printable(without[min(without)]),
+            )
             self._told = True
 
     def _unlabelled(self) -> UserError:

@@ -89,8 +89,11 @@ class Reporter:
             log.warning(
                 "The logits' scale is %.4g at step %d, above %g: few pairs decide the loss then, and "
                 "training may become unstable; config.model.logit_scale_max=%g limits it.",
-                scale, step, self._scale_limit, self._scale_limit,
-            )  # fmt: skip
+                scale,
+                step,
+                self._scale_limit,
+                self._scale_limit,
+            )
             self._scale_limit = math.inf
 
     @contextlib.contextmanager
@@ -219,8 +222,10 @@ def _read_rows(workdir: Path) -> list[tuple[bytes, dict[str, Any]]]:
     if damaged:
         log.warning(
             "%d lines of %s are no rows and are left out, the first is %s.",
-            len(damaged), path, damaged[0],
-        )  # fmt: skip
+            len(damaged),
+            path,
+            damaged[0],
+        )
     return rows
 
 

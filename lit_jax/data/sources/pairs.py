@@ -132,9 +132,14 @@ def open_pairs(
     table = pa.Table.from_batches([reading.samples for reading in readings], _SCHEMA)
     table = table.unify_dictionaries().combine_chunks()
     source = PairSource(folder, table, config, text_only=text_only)
-    may_be_classes = not text_only and _may_be_classes(paths)
-    if not may_be_classes or table["cls"].null_count < len(table) or _has_label(source):
+    labels_missing = table["cls"].null_count == len(table) and not _has_label(source)
+    if text_only or not labels_missing or not _may_be_classes(paths):
         return source
+    return _with_classes(folder, table, config)
+
+
+def _with_classes(folder: File, table: pa.Table, config: SourceConfig) -> PairSource | None:
+    """Return samples whose folders are their classes, None where only images and folders count."""
     if config.templates:
         log.warning(
             "%s: no image has a label beside it, so its folders are classes; what lies beside the images is "
