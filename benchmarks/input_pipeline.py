@@ -139,7 +139,7 @@ def read(file: Path, random: np.random.Generator) -> np.ndarray:
 def open_stream(folder: Path, batch: int, workers: int) -> TrainStream:
     transform = ImageTransform.from_folder(DEMO / "vit", image_size=SIZE, crop_min_area=MIN_AREA)
     return TrainStream(
-        open_source(SourceConfig(path=str(folder))),
+        open_source(SourceConfig(path=str(folder), group_captions=False)),
         ImageTextReader(Pixels(transform), Captions(load_tokenizer(DEMO / "bert", max_length=32))),
         config=DataConfig(workers=workers, threads=1),
         seed=0,
