@@ -121,13 +121,13 @@ class ShardWriter:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """What killed commands have left behind."""
+    """Remove the unfinished shards that killed commands have left behind."""
     for file in folder.glob(".*.tmp"):
         file.unlink(missing_ok=True)
 
 
 def shard_counts(folder: Path, header: Header, number: int) -> Counts:
-    """What the last record of a shard says. Raises UserError if the shard is damaged."""
+    """Return the counts in the last record of a shard. Raise UserError if the shard is damaged."""
     path = folder / header.shard_name(number)
     with reading(path):
         reader = ArrayRecordReader(str(path))
@@ -214,7 +214,7 @@ class Pooled:
 
 @dataclasses.dataclass(frozen=True)
 class PooledImages(Pooled):
-    """Of each image one of the first `views` views, drawn as `Pixels` draws it."""
+    """One row for each image: one of the first `views` views, drawn as `Pixels` draws it."""
 
     embeddings: Embeddings
     views: int
@@ -226,7 +226,7 @@ class PooledImages(Pooled):
 
 @dataclasses.dataclass(frozen=True)
 class PooledTexts(Pooled):
-    """Of each example one caption, drawn as `Captions` draws it."""
+    """One row for each example: a caption, drawn as `Captions` draws it."""
 
     embeddings: Embeddings
 
