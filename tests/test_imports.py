@@ -3,11 +3,15 @@
 import subprocess
 import sys
 
-# The libraries come first, with those that they import lazily: what they change is theirs.
+# The libraries come first, with those that they import lazily, so that what they change counts as theirs. PyTorch and
+# SymPy, which transformers imports where they are installed, belong to the oracle environment only.
 PROGRAM = """
-import ast, importlib, logging, os, pathlib, pkgutil, signal, sys, threading, warnings
+import ast, importlib.util, logging, os, pathlib, pkgutil, signal, sys, threading, warnings
 
-import scipy.special, sympy, torch, transformers
+for name in ("scipy.special", "sympy", "torch", "transformers"):
+    if importlib.util.find_spec(name.partition(".")[0]):
+        importlib.import_module(name)
+import transformers
 
 root = pathlib.Path(importlib.util.find_spec("lit_jax").origin).parent
 for file in sorted(root.rglob("*.py")):
