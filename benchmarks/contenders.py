@@ -158,7 +158,7 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
     from lit_jax.distributed.mesh import make_mesh, replicated
     from lit_jax.models.dual_encoder import POOLED, build_dual_encoder
     from lit_jax.training.losses import softmax_loss
-    from lit_jax.training.optimizer import make_optimizer
+    from lit_jax.training.optimizers import make_optimizer
     from lit_jax.training.policy import resolve_policy
     from lit_jax.training.step import State, jit_train_step, train_step
 

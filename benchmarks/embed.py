@@ -24,9 +24,9 @@ import torch
 import transformers
 
 from benchmarks.timing import in_turn
-from lit_jax.data.embeddings import MANIFEST, Embeddings, Header, ShardWriter, shard_counts
 from lit_jax.distributed.flags import set_flags
 from lit_jax.models.families import build_tower
+from lit_jax.precomputed.format import MANIFEST, Embeddings, Header, ShardWriter, shard_counts
 
 EXAMPLES = 20_000  # that are read
 WIDTH = 768

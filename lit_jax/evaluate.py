@@ -33,15 +33,15 @@ from lit_jax.distributed.mesh import make_mesh, replicated
 from lit_jax.errors import UserError
 from lit_jax.evals.class_files import classes_in
 from lit_jax.evals.encode import Encoder, Params
-from lit_jax.evals.html import html_report
-from lit_jax.evals.results import Subject, write_results
 from lit_jax.evals.runner import Evaluation, check_tokens, flat, open_evals, run, table
 from lit_jax.files import parse_json, write_json, write_whole, writing_files
 from lit_jax.models.bert import PositionIds
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.printable import printable
+from lit_jax.reports.html import html_report
+from lit_jax.reports.results import Subject, write_results
 from lit_jax.training.metrics import read_metrics
-from lit_jax.training.run import load_run, read_config
+from lit_jax.training.workdir import load_run, read_config
 from lit_jax.weights.hub import local_folder, override
 from lit_jax.weights.hub import read_config as read_hf_config
 from lit_jax.weights.load import load_dual_encoder

@@ -18,15 +18,15 @@ from lit_jax.console import add_path, command
 from lit_jax.distributed import process
 from lit_jax.evals import runner
 from lit_jax.evals.encode import Encoder
-from lit_jax.evals.html import html_report
-from lit_jax.evals.report import write_demo_report
-from lit_jax.evals.results import Subject, write_results
 from lit_jax.files import write_json, write_whole
+from lit_jax.reports.demo import write_demo_report
+from lit_jax.reports.html import html_report
+from lit_jax.reports.results import Subject, write_results
 from lit_jax.training.disk import quiet_orbax, writing
 from lit_jax.training.evaluation import Evaluations
-from lit_jax.training.loop import train
 from lit_jax.training.metrics import read_metrics
-from lit_jax.training.run import Run
+from lit_jax.training.trainer import train
+from lit_jax.training.workdir import Run
 
 
 @quiet_orbax()

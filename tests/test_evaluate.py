@@ -21,7 +21,7 @@ from lit_jax.config import default, parse
 from lit_jax.console import BAD_INPUT
 from lit_jax.data.demo import DemoSource
 from lit_jax.evaluate import main
-from lit_jax.training.loop import train
+from lit_jax.training.trainer import train
 from lit_jax.weights.save import save_dual_encoder
 from tests.gloo import after_gloo
 

@@ -7,12 +7,12 @@ import pytest
 
 from lit_jax.config import EvalConfig, SourceConfig
 from lit_jax.data import records
-from lit_jax.data.embeddings import Embeddings
 from lit_jax.data.sources import open_source
 from lit_jax.errors import UserError
 from lit_jax.evals.class_files import load_classes
 from lit_jax.files import parse_json
-from lit_jax.training.run import read_config
+from lit_jax.precomputed.format import Embeddings
+from lit_jax.training.workdir import read_config
 from lit_jax.weights import hub
 
 DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"

@@ -3,8 +3,8 @@
 import subprocess
 import sys
 
-# The libraries come first, with those that they import lazily, so that what they change counts as theirs. PyTorch and
-# SymPy, which transformers imports where they are installed, belong to the oracle environment only.
+# The libraries come first, with those that they import lazily, so that what they change counts as theirs.
+# PyTorch and SymPy, which transformers imports where it finds them, are in the oracle environment only.
 PROGRAM = """
 import ast, importlib.util, logging, os, pathlib, pkgutil, signal, sys, threading, warnings
 

@@ -14,7 +14,7 @@ from lit_jax import export
 from lit_jax.config import default, parse
 from lit_jax.evals import runner
 from lit_jax.evals.encode import Encoder
-from lit_jax.training.loop import train
+from lit_jax.training.trainer import train
 
 FOLDER = Path(__file__).resolve().parent / "clip"
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from transformers import PreTrainedConfig
 
+from lit_jax.api.inputs import dtype_of, image_inputs, text_inputs
 from lit_jax.api.model import (
     Call,
     Config,
@@ -24,6 +25,7 @@ from lit_jax.api.model import (
     refuse_unknown,
     split_options,
 )
+from lit_jax.api.outputs import DualEncoderOutput
 from lit_jax.api.towers import TextModel, VisionModel
 from lit_jax.config import Pooling
 from lit_jax.errors import UserError
@@ -34,9 +36,7 @@ from lit_jax.models.dual_encoder import (
     build_system,
     normalize,
 )
-from lit_jax.models.inputs import dtype_of, image_inputs, text_inputs
 from lit_jax.models.layers import TowerOutput
-from lit_jax.models.outputs import DualEncoderOutput
 from lit_jax.training.losses import make_loss
 from lit_jax.training.similarity import similarity_logits
 from lit_jax.weights import hub, load, save

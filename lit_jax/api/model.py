@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import AutoConfig, PreTrainedConfig
 
+from lit_jax.api.inputs import is_deterministic
+from lit_jax.api.outputs import ModelOutput, Output, model_output
 from lit_jax.config_keys import nearest
 from lit_jax.errors import UserError
-from lit_jax.models.inputs import is_deterministic
 from lit_jax.models.layers import TowerOutput
-from lit_jax.models.outputs import ModelOutput, Output, model_output
 from lit_jax.weights import hub, load, save
 
 Dtype = str | type | np.dtype  # "float32", "bfloat16" or "float16", or jnp.bfloat16 ...

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedConfig
 
+from lit_jax.api.inputs import dtype_of, image_inputs, text_inputs
 from lit_jax.api.model import (
     Call,
     Config,
@@ -25,7 +26,6 @@ from lit_jax.api.model import (
 from lit_jax.config import Pooling
 from lit_jax.models.dual_encoder import Side, check_side
 from lit_jax.models.families import build_tower
-from lit_jax.models.inputs import dtype_of, image_inputs, text_inputs
 from lit_jax.models.layers import Tower
 from lit_jax.weights import hub, load, save
 

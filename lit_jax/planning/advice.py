@@ -7,8 +7,8 @@ from jax.sharding import Mesh
 from lit_jax.config import Config
 from lit_jax.distributed.mesh import by_slice
 from lit_jax.models.dual_encoder import TOWERS, tower_name
-from lit_jax.training.accumulation import normalized_by_batch
 from lit_jax.training.from_embeddings import embedding_folders
+from lit_jax.training.gradcache import normalized_by_batch
 from lit_jax.training.program import Program
 
 

@@ -16,8 +16,8 @@ from lit_jax.planning.chips import Topology
 from lit_jax.planning.collectives import Traffic, traffic
 from lit_jax.planning.flops import matmul_flops
 from lit_jax.planning.network import network_traffic
+from lit_jax.training.model_factory import find_towers, prepare
 from lit_jax.training.program import AbstractBatch, Program, check_batch_size
-from lit_jax.training.setup import find_towers, prepare
 from lit_jax.training.teacher import check_config
 
 # How the compiler says it, depending on where it finds out. The second leaves out what the chip holds.

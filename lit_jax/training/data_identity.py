@@ -9,11 +9,11 @@ from typing import Any
 
 from lit_jax.config import Config
 from lit_jax.data.example import Source
-from lit_jax.data.fingerprint import data_fingerprint, sampled_at_start
 from lit_jax.data.mixture import open_training_data
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json, write_json
+from lit_jax.precomputed.fingerprint import data_fingerprint, sampled_at_start
 from lit_jax.training.durations import steps_of
 
 log = logging.getLogger(__name__)

@@ -19,16 +19,6 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from lit_jax.config import Config
-from lit_jax.data.embeddings import (
-    MANIFEST,
-    STARTED,
-    Counts,
-    Header,
-    ShardWriter,
-    complete_shards,
-    remove_unfinished,
-    shard_counts,
-)
 from lit_jax.data.example import BadSampleError, Source
 from lit_jax.data.mixture import open_training_data
 from lit_jax.data.readers import Captions, Pixels
@@ -38,10 +28,20 @@ from lit_jax.distributed.process import is_primary
 from lit_jax.errors import Preempted, UserError
 from lit_jax.files import parse_json, write_whole, writing_output
 from lit_jax.models.dual_encoder import DualEncoderModule, Side, tower_name
+from lit_jax.precomputed.format import (
+    MANIFEST,
+    STARTED,
+    Counts,
+    Header,
+    ShardWriter,
+    complete_shards,
+    remove_unfinished,
+    shard_counts,
+)
 from lit_jax.training.from_embeddings import check_locked, describe, tower_fingerprint
+from lit_jax.training.model_factory import Setup, find_towers, first_parameters, prepare
 from lit_jax.training.policy import merge
 from lit_jax.training.preemption import StopSignal
-from lit_jax.training.setup import Setup, find_towers, first_parameters, prepare
 from lit_jax.training.tokenizing import check_captions
 from lit_jax.trees import Tree
 

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from lit_jax.config import EvalConfig
 from lit_jax.training.metrics import read_metrics
-from lit_jax.training.run import Run
+from lit_jax.training.workdir import Run
 
 
 class Evaluations:

@@ -8,22 +8,22 @@ import jax
 import numpy as np
 
 from lit_jax.config import Config
-from lit_jax.data.embeddings import (
-    Embeddings,
-    Header,
-    PooledImages,
-    PooledTexts,
-    shard_size,
-)
 from lit_jax.data.example import Example, Source
-from lit_jax.data.fingerprint import data_fingerprint, fingerprint, sampled_examples
 from lit_jax.data.readers import Inputs
 from lit_jax.data.text import tokenize
 from lit_jax.distributed.checksums import checksums
 from lit_jax.errors import UserError
 from lit_jax.files import local_path
 from lit_jax.models.dual_encoder import POOLED, Side, tower_name
-from lit_jax.training.setup import Setup
+from lit_jax.precomputed.fingerprint import data_fingerprint, fingerprint, sampled_examples
+from lit_jax.precomputed.format import (
+    Embeddings,
+    Header,
+    PooledImages,
+    PooledTexts,
+    shard_size,
+)
+from lit_jax.training.model_factory import Setup
 from lit_jax.trees import Tree, flatten
 
 TOKENIZED = 256  # captions that stand for the tokenizer in its fingerprint

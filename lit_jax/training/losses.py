@@ -3,7 +3,7 @@ And the loss of a text tower that learns from another one.
 
 B is the global batch. Under `jit` with the embeddings split over the mesh, the compiler gathers the
 other modality; no form uses the negatives of one device alone. The forms here are the definitions; those of
-`lean_losses.py` equal them and need less memory.
+`blockwise_losses.py` equal them and need less memory.
 """
 
 from typing import Any, Literal, get_args
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lit_jax.distributed.mesh import mesh_size
 from lit_jax.errors import UserError
-from lit_jax.training.lean_losses import TILE, lean_sigmoid_loss, lean_softmax_loss
+from lit_jax.training.blockwise_losses import TILE, lean_sigmoid_loss, lean_softmax_loss
 from lit_jax.training.similarity import Embeddings, Loss, Scalar, similarity_logits
 
 

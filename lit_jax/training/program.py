@@ -13,18 +13,18 @@ import optax
 from jax.sharding import Mesh
 
 from lit_jax.config import Config
-from lit_jax.data.embeddings import Pooled
 from lit_jax.data.example import Example
 from lit_jax.data.readers import Inputs
 from lit_jax.distributed.mesh import batch_sharding, by_slice
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import POOLED, Side
-from lit_jax.training.accumulation import accumulated, check_accumulation
+from lit_jax.precomputed.format import Pooled
 from lit_jax.training.from_embeddings import check_locked, embedding_folders, without_towers
+from lit_jax.training.gradcache import accumulated, check_accumulation
 from lit_jax.training.losses import Loss, make_loss
-from lit_jax.training.optimizer import make_optimizer
+from lit_jax.training.model_factory import Setup
+from lit_jax.training.optimizers import make_optimizer
 from lit_jax.training.policy import Policy
-from lit_jax.training.setup import Setup
 from lit_jax.training.state import abstract_state, shardings_of
 from lit_jax.training.step import Metrics, State, jit_train_step, train_step
 from lit_jax.trees import Tree

@@ -13,7 +13,7 @@ from lit_jax.config import Config
 from lit_jax.distributed.mesh import replicated
 from lit_jax.distributed.sharding import optimizer_shardings
 from lit_jax.training.checkpoints import Checkpoints, restore_frozen, save_frozen
-from lit_jax.training.setup import Setup, Towers, first_parameters
+from lit_jax.training.model_factory import Setup, Towers, first_parameters
 from lit_jax.training.step import State
 from lit_jax.trees import Tree
 

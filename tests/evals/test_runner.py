@@ -12,8 +12,8 @@ from PIL import Image
 from lit_jax.config import EvalConfig, SourceConfig
 from lit_jax.errors import UserError
 from lit_jax.evals.encode import Encoder
-from lit_jax.evals.results import Subject, tables, write_results
 from lit_jax.evals.runner import flat, open_evals, run, table
+from lit_jax.reports.results import Subject, tables, write_results
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from configs.vit_bert import get_config
 from lit_jax.config import parse
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.models.families import build_tower
-from lit_jax.training import loop, program
+from lit_jax.training import program, trainer
 from lit_jax.training.preemption import StopSignal
 from lit_jax.weights.save import save_tower
 
@@ -41,7 +41,7 @@ def standard_promotion():
 def one_device(monkeypatch):
     """Runs on one of the eight devices: many on few cores now and then wait for each other for ever."""
     one = functools.partial(make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(loop, "make_mesh", one)
+    monkeypatch.setattr(trainer, "make_mesh", one)
 
 
 def stop_after(monkeypatch, step):
@@ -123,11 +123,11 @@ def train(monkeypatch):
 
     def run(config, workdir, *args, devices=1, **kwargs):
         some = functools.partial(make_mesh, devices=jax.devices()[:devices])
-        monkeypatch.setattr(loop, "make_mesh", some)
+        monkeypatch.setattr(trainer, "make_mesh", some)
         step = chex.assert_max_traces(UNPATCHED_STEP, n=1)
         monkeypatch.setattr(program, "train_step", step)
         chex.clear_trace_counter()
-        return loop.train(config, workdir, *args, **kwargs)
+        return trainer.train(config, workdir, *args, **kwargs)
 
     return run
 
@@ -137,6 +137,6 @@ def finished(tmp_path_factory, tiny):
     """The folder of a run; copy it to change it."""
     workdir = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        patch.setattr(loop, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
-        loop.train(tiny(), workdir)
+        patch.setattr(trainer, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+        trainer.train(tiny(), workdir)
     return workdir

@@ -14,7 +14,7 @@ from transformers import BertConfig, ViTConfig
 from configs.vit_bert import DEMO, get_config
 from lit_jax.config import MeshConfig, parse
 from lit_jax.distributed.mesh import make_mesh
-from lit_jax.training.setup import Towers, find_towers, prepare
+from lit_jax.training.model_factory import Towers, find_towers, prepare
 
 GOLDEN = Path(__file__).with_name("golden")
 LARGE = {

@@ -11,7 +11,7 @@ import transformers
 import lit_jax
 from lit_jax import export
 from lit_jax.errors import UserError
-from lit_jax.training import loop
+from lit_jax.training import trainer
 from lit_jax.training.metrics import read_metrics
 from lit_jax.trees import flatten
 from lit_jax.weights.load import load_dual_encoder
@@ -71,7 +71,7 @@ def train(tiny, tmp_path, one_device):
     def run(folder, **changes):
         no_towers = {"model.image.model": "", "model.text.model": "", "model.projection_dim": 512}
         config = tiny(**{"model.dual_encoder": folder, **no_towers, **changes})
-        return loop.train(config, tmp_path / "run"), tmp_path / "run"
+        return trainer.train(config, tmp_path / "run"), tmp_path / "run"
 
     return run
 

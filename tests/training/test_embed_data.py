@@ -19,15 +19,15 @@ from PIL import Image
 
 from lit_jax import embed as command
 from lit_jax.console import BAD_INPUT, PREEMPTED
-from lit_jax.data import embeddings as data_embeddings
-from lit_jax.data.embeddings import MANIFEST, Embeddings
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import Preempted, UserError
-from lit_jax.training import embed_data, loop, program
+from lit_jax.precomputed import format as data_embeddings
+from lit_jax.precomputed.format import MANIFEST, Embeddings
+from lit_jax.training import embed_data, program, trainer
 from lit_jax.training.embed_data import embed
 from lit_jax.training.metrics import read_metrics
-from lit_jax.training.run import load_run
-from lit_jax.training.setup import first_parameters
+from lit_jax.training.model_factory import first_parameters
+from lit_jax.training.workdir import load_run
 from lit_jax.trees import flatten
 from tests.training.conftest import stop_after
 
@@ -72,12 +72,12 @@ def on_devices(monkeypatch, count):
         embed_data, "make_mesh", lambda config, devices: make_mesh(config, devices[:count])
     )
     some = functools.partial(make_mesh, devices=jax.devices()[:count])
-    monkeypatch.setattr(loop, "make_mesh", some)
+    monkeypatch.setattr(trainer, "make_mesh", some)
 
 
 def losses(config, workdir):
     """Of each step, with the norm of the gradient, which tells batches apart."""
-    loop.train(config, workdir)
+    trainer.train(config, workdir)
     return [(row["loss"], row["grad_norm"]) for row in read_metrics(workdir)]
 
 
@@ -142,7 +142,7 @@ def test_eight_devices_embed_as_one_does_and_as_the_tower_does(make, tmp_path, m
     embed(make(), tmp_path / "eight", "image", batch_size=8)
     one, eight = Embeddings(tmp_path / "one"), Embeddings(tmp_path / "eight")
     assert one.header == eight.header
-    plan = loop._prepare(make(), tmp_path / "run")
+    plan = trainer._prepare(make(), tmp_path / "run")
     with jax.set_mesh(plan.mesh):
         _, frozen = first_parameters(plan.config, plan.setup, plan.towers)
     pixels = [
@@ -180,7 +180,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(make, tmp_path, monkeypatch):
     (tmp_path / "parts" / ".shard-00002-of-00006.array_record.tmp").write_bytes(b"as kill -9")
     times = {name: (tmp_path / "parts" / name).stat().st_mtime_ns for name in there}
     with pytest.raises(UserError, match="holds no complete embeddings"):
-        loop._prepare(
+        trainer._prepare(
             make(
                 **AUGMENTED, **{"data.views": 2, "data.image_embeddings": str(tmp_path / "parts")}
             ),
@@ -242,7 +242,7 @@ def test_another_config_than_that_of_the_embeddings_is_refused(
     make, cache, tmp_path, changes, message
 ):
     with pytest.raises(UserError, match=message):
-        loop.train(
+        trainer.train(
             make(**AUGMENTED | {"data.views": 2, "data.image_embeddings": str(cache)} | changes),
             tmp_path / "run",
         )
@@ -260,7 +260,7 @@ def test_other_data_than_that_of_the_embeddings_is_refused(
     (tmp_path / "data" / "captions.jsonl").write_text("".join(change(folder)))
     changes = {"data.views": 2, "data.image_embeddings": str(cache)}
     with pytest.raises(UserError, match=message):
-        loop.train(
+        trainer.train(
             make(**AUGMENTED, **changes, **{"data.train.path": str(tmp_path / "data")}),
             tmp_path / "run",
         )
@@ -270,7 +270,7 @@ def test_other_data_than_that_of_the_embeddings_is_refused(
 def test_the_embeddings_of_the_other_side_are_refused(make, cache, tmp_path):
     changes = {"policy.lock": "uL", "data.text_embeddings": str(cache)}
     with pytest.raises(UserError, match="was made with the image tower"):
-        loop.train(make(**changes), tmp_path / "run")
+        trainer.train(make(**changes), tmp_path / "run")
 
 
 def test_another_tower_is_refused_and_the_folder_is_not_mixed(make, towers, cache, tmp_path):
@@ -283,7 +283,7 @@ def test_another_tower_is_refused_and_the_folder_is_not_mixed(make, towers, cach
     weights.write_bytes(bits)
     changes = {"data.views": 2, "model.image.model": str(other)}
     with pytest.raises(UserError, match="was made with another image tower"):
-        loop.train(
+        trainer.train(
             make(**AUGMENTED, **changes, **{"data.image_embeddings": str(cache)}), tmp_path / "run"
         )
     assert not (tmp_path / "run" / "config.json").exists()
@@ -306,7 +306,7 @@ def test_a_run_goes_on_from_embeddings_and_from_images(make, cache, tmp_path, mo
         with monkeypatch.context() as patch:
             stop_after(patch, 3)
             with pytest.raises(Preempted):
-                loop.train(first, workdir)
+                trainer.train(first, workdir)
         np.testing.assert_allclose(losses(second, workdir), expected, rtol=1e-5)
 
 

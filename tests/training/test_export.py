@@ -14,8 +14,8 @@ from lit_jax.data.demo import DemoSource
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.text import load_tokenizer, tokenize
 from lit_jax.models.families import build_tower
-from lit_jax.training import loop
-from lit_jax.training.run import load_run
+from lit_jax.training import trainer
+from lit_jax.training.workdir import load_run
 from lit_jax.trees import flatten
 from lit_jax.weights.load import load_dual_encoder, shapes_of
 from lit_jax.weights.save import save_tower
@@ -28,7 +28,7 @@ def train_and_export(tiny, tmp_path, one_device):
     """Trains with changes of the config, exports, and returns the folders of both."""
 
     def run(**changes):
-        loop.train(tiny(**changes), tmp_path / "run")
+        trainer.train(tiny(**changes), tmp_path / "run")
         arguments = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'exported'}"]
         assert export.main(arguments) == 0
         return tmp_path / "run", tmp_path / "exported"
@@ -132,7 +132,7 @@ def test_an_export_has_the_image_size_of_the_run(train_and_export, towers, reque
 def test_an_export_for_lit_jax_alone_is_said_before_the_training(
     tiny, tmp_path, one_device, caplog, pooling, said
 ):
-    loop._prepare(tiny(**{"model.text.pooling": pooling}), tmp_path / "run")
+    trainer._prepare(tiny(**{"model.text.pooling": pooling}), tmp_path / "run")
     sentences = [record.getMessage() for record in caplog.records]
     found = [text for text in sentences if "readable by lit_jax only, because" in text]
     assert len(found) == said

@@ -8,8 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import global_batch, make_mesh
+from lit_jax.training.model_factory import find_towers, first_parameters, prepare
 from lit_jax.training.program import Program
-from lit_jax.training.setup import find_towers, first_parameters, prepare
 from lit_jax.training.state import abstract_state, shardings_of
 from lit_jax.training.step import State
 from lit_jax.trees import flatten

@@ -16,7 +16,7 @@ from PIL import Image
 from lit_jax.errors import BAD_INPUT, PREEMPTED
 from lit_jax.training.disk import complete_steps
 from lit_jax.training.metrics import read_metrics
-from lit_jax.training.run import load_run
+from lit_jax.training.workdir import load_run
 from lit_jax.trees import flatten
 from tests.gloo import after_gloo
 

@@ -14,9 +14,9 @@ from lit_jax.data.demo import DemoSource
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.text import load_tokenizer, tokenize
 from lit_jax.errors import Preempted, UserError
-from lit_jax.training import loop
+from lit_jax.training import trainer
 from lit_jax.training.metrics import read_metrics
-from lit_jax.training.run import load_run
+from lit_jax.training.workdir import load_run
 from lit_jax.trees import flatten
 from lit_jax.weights.load import load_dual_encoder
 from tests.training.conftest import stop_after
@@ -58,8 +58,8 @@ def train_and_export(name, folder, monkeypatch, **changes):
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         with pytest.raises(Preempted, match="after step 3 of 4"):
-            loop.train(config, folder / "run")
-    loop.train(config, folder / "run")
+            trainer.train(config, folder / "run")
+    trainer.train(config, folder / "run")
     exported = folder / "exported"
     assert export.main([f"--workdir={folder / 'run'}", f"--output={exported}"]) == 0
     return exported

@@ -14,12 +14,12 @@ import lit_jax
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import BATCH, make_mesh, replicated
 from lit_jax.errors import UserError
-from lit_jax.training import loop
+from lit_jax.training import trainer
 from lit_jax.training.checkpoints import Checkpoints, restore_frozen, restore_params, save_frozen
 from lit_jax.training.disk import complete_steps, quiet_orbax
 from lit_jax.training.integrity import DamagedError, check_sums, start_sums
-from lit_jax.training.run import FORMAT, load_run
 from lit_jax.training.step import State
+from lit_jax.training.workdir import FORMAT, load_run
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_folder_that_orbax_takes_for_a_pattern_gets_no_checkpoint(tiny, tmp_pa
         save_once(workdir, State(leaf, {"kernel": leaf}, ()))
     assert complete_steps(workdir) == []
     with pytest.raises(UserError, match=r"has the character \["):
-        loop.train(tiny(), workdir)
+        trainer.train(tiny(), workdir)
 
 
 DTYPES = ("bool", "int8", "uint8", "int32", "uint32", "float16", "bfloat16", "float32")

@@ -17,11 +17,11 @@ from lit_jax.data.text import load_tokenizer, tokenize
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import UserError
 from lit_jax.models.families import build_tower
-from lit_jax.training import loop
+from lit_jax.training import trainer
 from lit_jax.training.losses import mse_loss
 from lit_jax.training.metrics import read_metrics
-from lit_jax.training.run import load_run
-from lit_jax.training.setup import find_towers, first_parameters, prepare
+from lit_jax.training.model_factory import find_towers, first_parameters, prepare
+from lit_jax.training.workdir import load_run
 from lit_jax.trees import flatten, unflatten
 from lit_jax.weights.load import load_dual_encoder, shapes_of
 from lit_jax.weights.save import save_tower
@@ -51,7 +51,7 @@ def test_mse_is_the_mean_over_texts_and_numbers():
 
 
 def test_only_the_text_tower_changes(tmp_path, one_device):
-    run = loop.train(demo(), tmp_path)
+    run = trainer.train(demo(), tmp_path)
     _, clip, _, _ = load_dual_encoder(DEMO / "clip", dtype="float32")
     after = flatten(run.params)
     assert not [path for path in after if path.startswith("teacher")]
@@ -80,7 +80,7 @@ def test_the_first_loss_is_the_distance_of_what_both_towers_return(tmp_path, one
         "data.train.path": str(tmp_path / "data"),
         "data.train.split": None,
     }
-    run = loop.train(demo(**changes), tmp_path / "run")
+    run = trainer.train(demo(**changes), tmp_path / "run")
     clip, clip_params, _, _ = load_dual_encoder(DEMO / "clip", dtype="float32")
     taught = pooled(clip.text_model, clip_params["text_model"], DEMO / "clip", "twenty one")
     first = read_metrics(tmp_path / "run")[0]["loss"]
@@ -154,5 +154,5 @@ def test_german_finds_images_that_no_german_text_was_seen_with(tmp_path):
 )
 def test_what_does_not_fit_a_teacher_is_one_sentence(changes, message, tmp_path, one_device):
     with pytest.raises(UserError, match=message):
-        loop.train(demo(**changes), tmp_path / "run")
+        trainer.train(demo(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()

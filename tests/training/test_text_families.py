@@ -11,7 +11,7 @@ import lit_jax
 from lit_jax import evaluate, export
 from lit_jax.data.text import tokenize
 from lit_jax.evals.encode import Encoder
-from lit_jax.training import loop
+from lit_jax.training import trainer
 from tests.tokenizer_files import FAMILIES, TEXTS, write_tokenizer
 from tests.training.conftest import DEMO, WIDTHS
 
@@ -35,7 +35,7 @@ def train(tiny, tmp_path, one_device):
         changes = {"model.text.model": str(folder), "model.text.pooling": pooling, **changes}
         short = {"duration": "1 step", "schedule.warmup": "0 steps", "batch_size": 8}
         config = tiny(**{"policy.lock": "Lu", **short, "data.max_text_length": None, **changes})
-        return loop.train(config, tmp_path / "run"), tmp_path / "run"
+        return trainer.train(config, tmp_path / "run"), tmp_path / "run"
 
     return run
 
@@ -87,7 +87,7 @@ def test_pytorch_embeds_the_same_texts_of_a_siglip_in_the_same_way(
     config = tiny(
         **{"model.dual_encoder": str(folder), "data.max_text_length": None, **own, **short}
     )
-    run = loop.train(config, tmp_path / "run")
+    run = trainer.train(config, tmp_path / "run")
     assert export.main([f"--workdir={tmp_path / 'run'}", f"--output={out}"]) == 0
     texts = [*TEXTS, "A Photo OF the number " * 20]
     tokens = AutoTokenizer.from_pretrained(out)(

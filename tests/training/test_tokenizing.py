@@ -10,10 +10,10 @@ from PIL import Image
 from lit_jax.config import DataConfig, MeshConfig
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import UserError
-from lit_jax.training import loop
+from lit_jax.training import trainer
 from lit_jax.training.embed_data import embed
 from lit_jax.training.evaluation import Evaluations
-from lit_jax.training.setup import find_towers, prepare
+from lit_jax.training.model_factory import find_towers, prepare
 from tests.tokenizer_files import write_tokenizer
 from tests.training.conftest import WIDTHS
 
@@ -76,7 +76,7 @@ def thai(tmp_path):
 def test_captions_of_unknown_tokens_alone_end_a_run_before_it_starts(tiny, thai, one_device):
     data = {"data.train.path": str(thai), "data.train.split": None, "batch_size": 2}
     with pytest.raises(UserError, match=r"config\.data are unknown"):
-        loop.train(tiny(**data), thai / "run")
+        trainer.train(tiny(**data), thai / "run")
     assert not (thai / "run").exists()
     with pytest.raises(UserError, match=r"config\.data are unknown"):
         embed(tiny(**data, **{"policy.lock": "UL"}), thai / "embedded", "text")
@@ -92,6 +92,6 @@ def test_evaluations_are_checked_before_the_first_step(tiny, tmp_path, one_devic
             raise UserError("zero_shot/x")
 
     with pytest.raises(UserError, match="zero_shot/x"):
-        loop.train(tiny(), tmp_path / "run", Refused())
+        trainer.train(tiny(), tmp_path / "run", Refused())
     assert checked == [24]
     assert not (tmp_path / "run").exists()

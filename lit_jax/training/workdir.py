@@ -28,8 +28,8 @@ from lit_jax.files import parse_json, write_json, write_whole
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.training.checkpoints import restore_frozen, restore_params
 from lit_jax.training.disk import complete_steps
+from lit_jax.training.model_factory import Setup, Towers, prepare
 from lit_jax.training.policy import merge
-from lit_jax.training.setup import Setup, Towers, prepare
 from lit_jax.training.teacher import TeacherFolder
 from lit_jax.trees import Tree, flatten
 from lit_jax.weights.hub import read_config as read_hf_config

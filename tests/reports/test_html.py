@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from lit_jax.config import EvalConfig, SourceConfig
-from lit_jax.evals.html import html_report
-from lit_jax.evals.results import Subject, write_results
 from lit_jax.evals.runner import open_evals, run
+from lit_jax.reports.html import html_report
+from lit_jax.reports.results import Subject, write_results
 
 NAMES = ["<b>a</b>", "b & 猫 \ud83d\x00", "קוף" + "x" * 300]
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")

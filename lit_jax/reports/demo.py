@@ -11,15 +11,15 @@ from lit_jax.data.demo import NUMBERS, TEMPLATES, UNSEEN, DemoSource, number_wor
 from lit_jax.distributed.process import is_primary
 from lit_jax.evals.classes import Classes
 from lit_jax.evals.encode import Encoder, Params
-from lit_jax.evals.figures import (
+from lit_jax.evals.labels import Labels, label_ids
+from lit_jax.evals.zero_shot import ZeroShotResult, zero_shot
+from lit_jax.reports.figures import (
     Accuracies,
     Prediction,
     loss_figure,
     predictions_figure,
     similarity_figure,
 )
-from lit_jax.evals.labels import Labels, label_ids
-from lit_jax.evals.zero_shot import ZeroShotResult, zero_shot
 
 GUESSES = 3
 

@@ -7,12 +7,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lit_jax.evals.classes import Classes
-from lit_jax.evals.figures import curves_figure, heat_map_figure
-from lit_jax.evals.page import drawing, page, picture, plain_table, table, text
-from lit_jax.evals.results import Subject, percent, tables
 from lit_jax.evals.retrieval import RetrievalResult
 from lit_jax.evals.runner import Evaluation
 from lit_jax.evals.zero_shot import ZeroShotResult
+from lit_jax.reports.figures import curves_figure, heat_map_figure
+from lit_jax.reports.page import drawing, page, picture, plain_table, table, text
+from lit_jax.reports.results import Subject, percent, tables
 
 SAMPLES = 8  # queries shown, evenly spaced in the data: they are not chosen for their looks
 ANSWERS = 8  # images shown for a text

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lit_jax.api.inputs import dtype_of, image_inputs, text_inputs
 from lit_jax.errors import UserError
 from lit_jax.models.families import TEXT
-from lit_jax.models.inputs import dtype_of, image_inputs, text_inputs
 
 ROWS = {"input_ids": 20, "position_ids": 9, "token_type_ids": 2}
 IDS = np.arange(6).reshape(2, 3)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import batch_sharding, make_mesh
 from lit_jax.errors import UserError
-from lit_jax.training import lean_losses, losses
+from lit_jax.training import blockwise_losses, losses
 from lit_jax.training.losses import make_loss, pays_lean
 from tests.training.test_losses import embeddings, numeric_gradients, reference
 
@@ -93,7 +93,7 @@ def test_the_float64_gradients_are_those_of_the_float64_value(name):
 @pytest.mark.parametrize("sizes", MESHES)
 def test_value_and_gradients_equal_float64_on_every_mesh(sizes, monkeypatch):
     """Tiles of 2 of the 3 rows of a device: a tile in part filled up, and several of them."""
-    monkeypatch.setattr(lean_losses, "TILE", 2)
+    monkeypatch.setattr(blockwise_losses, "TILE", 2)
     args = (*embeddings(24, 5), np.float32(np.log(100)), np.float32(-10))
     assert_equal(on_mesh(sizes, both, *args), args)
 
@@ -112,7 +112,7 @@ def test_value_and_gradients_equal_float64_on_every_mesh(sizes, monkeypatch):
 def test_any_batch_equals_float64(sizes, slices, rows, width, tile, scale, bias, seed):
     args = (*embeddings(8 * rows, width, seed), np.float32(scale), np.float32(bias))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lean_losses, "TILE", tile)
+        patch.setattr(blockwise_losses, "TILE", tile)
         assert_equal(on_mesh(sizes, functools.partial(both, slices=slices), *args), args)
 
 
@@ -188,7 +188,7 @@ def largest_array(form, sizes, args):
 
 @pytest.mark.parametrize("sizes", [(1, 1), (4, 2)])
 def test_no_array_is_larger_than_the_embeddings_of_a_device_or_a_tile(sizes, monkeypatch):
-    monkeypatch.setattr(lean_losses, "TILE", 32)
+    monkeypatch.setattr(blockwise_losses, "TILE", 32)
     batch, width, devices = 512, 32, np.prod(sizes)
     args = (batch, width), jnp.float32
     assert largest_array("global", sizes, args) >= batch * batch / devices

@@ -24,12 +24,17 @@ from lit_jax.training.evaluation import EvalSchedule, Evaluations
 from lit_jax.training.from_embeddings import Embedded, open_embedded
 from lit_jax.training.lease import holding
 from lit_jax.training.metrics import Reporter, usual_scale
+from lit_jax.training.model_factory import Setup, Towers, find_towers, prepare, warn_of_export
 from lit_jax.training.negatives import check_negatives
-from lit_jax.training.optimizer import make_schedule
+from lit_jax.training.optimizers import make_schedule
 from lit_jax.training.policy import warn_of_full_rate
 from lit_jax.training.preemption import StopSignal
 from lit_jax.training.program import Program, check_batch_size
-from lit_jax.training.run import (
+from lit_jax.training.state import first_or_latest_state
+from lit_jax.training.step import State
+from lit_jax.training.teacher import check_config
+from lit_jax.training.tokenizing import check_captions
+from lit_jax.training.workdir import (
     Run,
     check_workdir,
     save_config,
@@ -37,11 +42,6 @@ from lit_jax.training.run import (
     save_parameter_table,
     saved_towers,
 )
-from lit_jax.training.setup import Setup, Towers, find_towers, prepare, warn_of_export
-from lit_jax.training.state import first_or_latest_state
-from lit_jax.training.step import State
-from lit_jax.training.teacher import check_config
-from lit_jax.training.tokenizing import check_captions
 from lit_jax.trees import Tree
 
 _NO_EVALUATIONS = Evaluations()

@@ -11,7 +11,7 @@ import pytest
 from lit_jax.config import OptimizerConfig, PolicyConfig, ScheduleConfig
 from lit_jax.config_values import steps
 from lit_jax.errors import UserError
-from lit_jax.training.optimizer import make_optimizer, make_schedule
+from lit_jax.training.optimizers import make_optimizer, make_schedule
 from lit_jax.training.policy import resolve_policy
 
 TO_STEPS = functools.partial(steps, batch_size=10, examples_per_epoch=100)

@@ -15,15 +15,15 @@ import pytest
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import Preempted, UserError
-from lit_jax.training import loop
+from lit_jax.training import trainer
 from lit_jax.training.checkpoints import Checkpoints
 from lit_jax.training.evaluation import Evaluations
 from lit_jax.training.losses import softmax_loss
 from lit_jax.training.metrics import read_metrics
-from lit_jax.training.optimizer import make_optimizer
-from lit_jax.training.run import load_run
-from lit_jax.training.setup import example_batch, find_towers, prepare
+from lit_jax.training.model_factory import example_batch, find_towers, prepare
+from lit_jax.training.optimizers import make_optimizer
 from lit_jax.training.state import abstract_state, first_or_latest_state
+from lit_jax.training.workdir import load_run
 from lit_jax.trees import flatten
 from lit_jax.weights.load import load_tower
 from tests.training.conftest import UNPATCHED_STEP, stop_after
@@ -225,7 +225,7 @@ def test_a_start_without_checkpoint_takes_nothing_from_the_one_before(
     hf = json.loads((other / "config.json").read_text()) | {"hidden_act": "relu"}
     (other / "config.json").write_text(json.dumps(hf))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_open_stream", lambda *_: 1 / 0)
+        patch.setattr(trainer, "_open_stream", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(tiny(**{"model.image.model": str(other)}), tmp_path / "run")
         assert (tmp_path / "run" / "frozen").exists()

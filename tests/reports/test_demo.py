@@ -8,10 +8,10 @@ from PIL import Image
 
 from lit_jax.data.demo import NUMBERS, TEMPLATES, UNSEEN, DemoSource, number_words
 from lit_jax.evals.classes import Classes
-from lit_jax.evals.figures import Accuracies, Prediction, loss_figure, predictions_figure
 from lit_jax.evals.labels import Labels, label_ids
-from lit_jax.evals.report import _accuracies, _first_predictions, _similarity, write_demo_report
 from lit_jax.evals.zero_shot import ZeroShotResult, zero_shot
+from lit_jax.reports.demo import _accuracies, _first_predictions, _similarity, write_demo_report
+from lit_jax.reports.figures import Accuracies, Prediction, loss_figure, predictions_figure
 
 CLASSES = Classes(names=tuple(map(number_words, NUMBERS)), templates=TEMPLATES["en"][:1])
 METRICS = [

@@ -12,12 +12,12 @@ from jax.extend.core import jaxprs_in_params
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import batch_sharding, make_mesh
 from lit_jax.errors import UserError
-from lit_jax.training import loop
-from lit_jax.training.accumulation import accumulated, check_accumulation, cut, join
+from lit_jax.training import trainer
+from lit_jax.training.gradcache import accumulated, check_accumulation, cut, join
 from lit_jax.training.losses import make_loss
 from lit_jax.training.metrics import read_metrics
+from lit_jax.training.model_factory import example_batch, find_towers, prepare
 from lit_jax.training.policy import Policy, merge
-from lit_jax.training.setup import example_batch, find_towers, prepare
 from lit_jax.trees import flatten
 from tests.training.test_teacher import demo as teacher_demo
 
@@ -180,8 +180,8 @@ def test_every_device_keeps_its_rows(sizes):
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"loss_form": "lean", "accumulate": 4}])
 def test_a_run_has_the_losses_of_one_in_whole_batches(tiny, tmp_path, one_device, changes):
     exact = {"model.text.overrides": NO_DROPOUT, "duration": "4 steps"}
-    loop.train(tiny(**exact), tmp_path / "whole")
-    loop.train(tiny(**exact, **changes), tmp_path / "parts")
+    trainer.train(tiny(**exact), tmp_path / "whole")
+    trainer.train(tiny(**exact, **changes), tmp_path / "parts")
     ours, theirs = (read_metrics(tmp_path / run) for run in ("parts", "whole"))
     for row, expected in zip(ours, theirs, strict=True):
         for name in ("loss", "logit_scale"):
@@ -192,8 +192,8 @@ def test_a_run_has_the_losses_of_one_in_whole_batches(tiny, tmp_path, one_device
 @pytest.mark.long
 def test_a_student_learns_in_micro_batches(tmp_path, one_device):
     exact = {"model.text.overrides": NO_DROPOUT}
-    loop.train(teacher_demo(**exact), tmp_path / "whole")
-    loop.train(teacher_demo(**exact, accumulate=4), tmp_path / "parts")
+    trainer.train(teacher_demo(**exact), tmp_path / "whole")
+    trainer.train(teacher_demo(**exact, accumulate=4), tmp_path / "parts")
     ours, theirs = (read_metrics(tmp_path / run) for run in ("parts", "whole"))
     for row, expected in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-5)
@@ -206,7 +206,7 @@ def test_a_student_learns_in_micro_batches(tmp_path, one_device):
 )
 def test_a_batch_that_does_not_divide_is_refused(tiny, tmp_path, batch_size, count, message):
     with pytest.raises(UserError, match=message):
-        loop.train(tiny(batch_size=batch_size, accumulate=count), tmp_path / "run")
+        trainer.train(tiny(batch_size=batch_size, accumulate=count), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -12,7 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_jax.data.embeddings import (
+from lit_jax.data.example import BadSampleError, Example
+from lit_jax.data.readers import Captions, Pixels
+from lit_jax.errors import UserError
+from lit_jax.precomputed.fingerprint import (
+    SAMPLED,
+    WITH_IMAGES,
+    data_fingerprint,
+    sampled_at_start,
+    sampled_examples,
+)
+from lit_jax.precomputed.format import (
     LEAST_SHARD,
     MANIFEST,
     MOST_SHARDS,
@@ -25,16 +35,6 @@ from lit_jax.data.embeddings import (
     shard_counts,
     shard_size,
 )
-from lit_jax.data.example import BadSampleError, Example
-from lit_jax.data.fingerprint import (
-    SAMPLED,
-    WITH_IMAGES,
-    data_fingerprint,
-    sampled_at_start,
-    sampled_examples,
-)
-from lit_jax.data.readers import Captions, Pixels
-from lit_jax.errors import UserError
 
 WIDTH = 5
 

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lit_jax.data.decode import ImageFile, decode
-from lit_jax.evals.figures import FAINT, INK, RIGHT, UNSEEN
-from lit_jax.evals.results import Table
 from lit_jax.printable import printable
+from lit_jax.reports.figures import FAINT, INK, RIGHT, UNSEEN
+from lit_jax.reports.results import Table
 
 THUMBNAIL = 192  # pixels of the longer edge, twice what is shown: phones have fine screens
 PIXEL_ART = 64  # up to this, an image is enlarged without smoothing
