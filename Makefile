@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A file's tests stay in one process: they share its fixtures and what it has compiled.
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: train test test-all test-gpu check parity lock clean
+.PHONY: train test test-all test-gpu check docs parity lock clean
 
 train: .venv/run.stamp
 	$(BIN)/python -m lit_jax.train --config=configs/vit_bert.py --workdir=runs/demo
@@ -25,6 +25,10 @@ test-gpu: .venv-gpu/stamp
 parity: .venv/oracle.stamp
 	$(BIN)/python -m tests.parity
 
+# The site, in docs/_build/html. Any warning is an error, and the tutorial is executed.
+docs: .venv/docs.stamp
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -34,7 +38,7 @@ check: .venv/dev.stamp
 # Moves the locked versions to the newest that requirements*.txt admit; run the tests before committing them.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install --quiet -r requirements-oracle.txt
+	.venv-lock/bin/pip install --quiet -r requirements-oracle.txt -r requirements-docs.txt
 	.venv-lock/bin/pip freeze --exclude lit_jax | sed 's/+cpu$$//' > requirements.lock
 	rm -rf .venv-lock
 

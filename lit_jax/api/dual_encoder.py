@@ -123,7 +123,7 @@ class DualEncoder(Model):
         """Make a VisionTextDualEncoder of two pretrained towers; its projections are random, so train them.
 
         A tower is the name of one that `VisionModel` or `TextModel` reads, or such an object, given as
-        `vision_model` or `text_model`. `options` that start with vision_ or text_ are those of its
+        `vision_model` or `text_model`. `options` that start with `vision_` or `text_` are those of its
         from_pretrained.
         """
         own = {
