@@ -13,8 +13,8 @@ BERT-large.
 
 from ml_collections import ConfigDict
 
-from configs import vit_bert
 from lit_jax.config import default
+from lit_jax.configs import vit_bert
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -23,8 +23,8 @@ of steps are ours.
 
 from ml_collections import ConfigDict
 
-from configs import clip_xlmr, vit_bert
 from lit_jax.config import default
+from lit_jax.configs import clip_xlmr, vit_bert
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -10,7 +10,7 @@ there, and it takes many more steps to learn less: it shows that the recipe runs
 
 from ml_collections import ConfigDict
 
-from configs import vit_bert
+from lit_jax.configs import vit_bert
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -11,7 +11,7 @@ logits' scale is at most 100, as CLIP's. Compare altclip.py, which needs no imag
 
 from ml_collections import ConfigDict
 
-from configs import vit_bert
+from lit_jax.configs import vit_bert
 
 
 def get_config(arg: str = "") -> ConfigDict:

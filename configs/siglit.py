@@ -14,7 +14,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from configs import vit_bert
+from lit_jax.configs import vit_bert
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -22,6 +22,9 @@ from lit_jax.errors import UserError
 
 PREFIX = "--config."
 
+# The recipes that come with the package, which are found by name.
+RECIPES = Path(__file__).parent / "configs"
+
 
 def parse_with_config(
     parser: Parser, argv: Sequence[str] | None
@@ -71,17 +74,22 @@ def _split(spec: str) -> tuple[Path, str]:
     """Return file and argument. A colon may also be part of a folder's name."""
     file = re.match(r"(.*?\.py)(?::(.*))?$", spec, re.DOTALL)
     path, arg = (file[1], file[2] or "") if file else spec.partition(":")[::2]
+    packaged = RECIPES / f"{path}.py"
+    if file is None and "/" not in path and packaged.is_file() and not os.path.isfile(path):
+        return packaged, arg
     if not os.path.isfile(path):
         what = "is not a file" if os.path.lexists(path) else "does not exist"
+        names = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.py")))
         raise UserError(
-            f"The config file {path} {what}; give --config=FILE.py or FILE.py:ARGUMENT."
+            f"The config file {path} {what}; give --config=FILE.py or FILE.py:ARGUMENT, or the name of a "
+            f"recipe: {names}."
         )
     return Path(path), arg
 
 
 def _run(path: Path, arg: str) -> Any:
     """Return what get_config(arg) of the file returns. Raise UserError whatever it raises."""
-    # One config may start from another: `from configs import vit_bert`.
+    # One config file may start from another in its folder: `from my_configs import base`.
     folder = str(path.resolve().parent.parent)
     sys.path.insert(0, folder)
     try:

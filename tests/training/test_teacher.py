@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import altclip
 from lit_jax.config import parse
+from lit_jax.configs import altclip
 from lit_jax.data.text import load_tokenizer, tokenize
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import UserError

@@ -1,0 +1,39 @@
+"""All commands as one: `lit-jax train --config=vit_bert --workdir=runs/demo`.
+
+`python -m lit_jax train ...` is the same, and so is `python -m lit_jax.train ...`.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "lit_jax.train",
+    "evaluate": "lit_jax.evaluate",
+    "export": "lit_jax.export",
+    "embed": "lit_jax.embed",
+    "plan": "lit_jax.plan",
+    "convert": "lit_jax.data.convert",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the first word names with the words behind it; return its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    name, rest = (words[0], words[1:]) if words else ("--help", [])
+    if name in ("-h", "--help"):
+        print(f"usage: lit-jax {{{','.join(COMMANDS)}}} ...\n\n{__doc__}")
+        print("`lit-jax COMMAND --help` lists the flags of a command.")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"write one of {', '.join(COMMANDS)}."
+        print(f"error: {name} is not a command; {remedy}", file=sys.stderr)
+        return 2
+    # Imported only now: `lit-jax --help` should not have to wait for JAX.
+    return importlib.import_module(COMMANDS[name]).main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""The package as `pip install .` leaves it: its recipes and its command, from any folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_jax.__main__ import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.long
+def test_the_installed_package_trains_a_recipe_by_name_from_any_folder(tmp_path):
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"--target={site}"]
+    # From a copy: the build leaves its files beside pyproject.toml.
+    source = tmp_path / "source"
+    subprocess.run(["git", "clone", "--quiet", ROOT, source], check=True)
+    subprocess.run([*install, source], check=True)
+    assert not (site / "configs").exists()
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    words = [
+        "train",
+        "--config=siglit",
+        "--workdir=run",
+        "--config.duration=2 steps",
+        "--config.evals={}",
+    ]
+    result = subprocess.run(
+        [
+            site / "bin" / "lit-jax",
+            *words,
+            "--config.report=none",
+            "--config.schedule.warmup=0 steps",
+        ],
+        env=environment,
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (elsewhere / "run" / "checkpoints" / "2").is_dir()
+
+
+def test_one_command_has_all_commands(capsys):
+    assert main(["export", "--help"]) == 0
+    assert "lit_jax.export" in capsys.readouterr().out
+    assert main([]) == 0
+    assert "evaluate" in capsys.readouterr().out
+
+
+def test_a_mistyped_command_is_answered_with_the_nearest(capsys):
+    assert main(["evalute"]) == 2
+    assert "'evaluate'" in capsys.readouterr().err
