@@ -151,7 +151,10 @@ class Encoder:
             (method, id(source)), parts, lambda: embed(range(len(source))), again
         )
         if not valid_N.any():
-            raise UserError(f"None of the {len(source)} images of an evaluation can be decoded.")
+            raise UserError(
+                f"None of the {len(source)} images of an evaluation can be read (each warning above has a "
+                "reason); fix the data, or give the path of others."
+            )
         return embeds_NxE, valid_N
 
     def _once(

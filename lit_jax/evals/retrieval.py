@@ -51,8 +51,8 @@ def captions_of(source: Source, language: str = "") -> list[tuple[str, ...]]:
             f"{rest}; the first: {problems[0]}."
         )
     raise UserError(
-        "Retrieval needs captions, and no example has one; "
-        "give the data's caption key, or a class file for zero-shot classification."
+        "Retrieval needs captions, and no example has one; name what holds them with caption_key "
+        "(--caption_key), or give a class file for zero-shot classification (--classes)."
     )
 
 

@@ -328,6 +328,23 @@ def test_a_json_list_of_rows_is_read(tmp_path, name, indent, place, file, encode
         assert decode(examples[0]["image"]).size == (7, 4)
 
 
+@pytest.mark.parametrize("escaped", [True, False])
+def test_rows_of_a_json_list_may_name_images_and_captions_by_other_keys(
+    tmp_path, encode, noise, escaped
+):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(encode(noise(4, 7, 3)))
+    rows = [{"id": 1, "画像": "a.png", "sentence": "a"}]
+    (tmp_path / "train.json").write_text(json.dumps(rows, ensure_ascii=escaped), "utf-8")
+    keys = {"image_key": "画像", "caption_key": "sentence"}
+    for path in (tmp_path, tmp_path / "train.json"):
+        (example,) = open_source(SourceConfig(path=str(path), **keys))
+        assert example["captions"] == ("a",)
+        assert example["image"] == tmp_path / "images" / "a.png"
+    with pytest.raises(UserError, match="image_key"):
+        opened(tmp_path / "train.json")
+
+
 def test_bad_rows_of_a_json_list_are_bad_samples(tmp_path, encode, noise):
     (tmp_path / "a.png").write_bytes(encode(noise(4, 7, 3)))
     rows = [{"image": "a.png", "caption": "a"}, 7, {"image": 3}, {"image": "b.png", "caption": [1]}]
@@ -363,7 +380,10 @@ def test_thousands_of_json_files_are_not_looked_into(tmp_path, monkeypatch):
         (tmp_path / f"pairs/{n}.json").write_text('[{"image": "a.png"}]')
     looked_into = []
     kinds = [
-        k._replace(fits=looked_into.append) if k.fits is is_list_of_rows else k for k in FORMATS
+        k._replace(fits=lambda file, _: looked_into.append(file))
+        if k.fits is is_list_of_rows
+        else k
+        for k in FORMATS
     ]
     monkeypatch.setattr(sources, "FORMATS", tuple(kinds))
     with pytest.raises(UserError, match="no data set"):

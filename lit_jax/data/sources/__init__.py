@@ -40,7 +40,7 @@ MOST_READ = 50  # files that are looked into to see their format
 Opener = Callable[[Sequence[File], SourceConfig, bool], Source]
 
 
-def _any_file(file: File) -> bool:
+def _any_file(file: File, image_key: str) -> bool:
     return True
 
 
@@ -51,7 +51,8 @@ class Format(NamedTuple):
     open: Opener
     several: bool = False  # whether many files are one data set; else one has to be named
     knows_splits: bool = False  # else a split is a folder, or a part of the files' names
-    fits: Callable[[File], bool] = _any_file  # of files that others may be called like
+    # Of files that others may be called like: whether this one is meant, given the config's image_key.
+    fits: Callable[[File, str], bool] = _any_file
     has_other_names: bool = False  # columns that are called as other tools call them
 
     def matches(self, name: str) -> bool:
@@ -118,12 +119,12 @@ FORMATS = (
         ("dataset_*.json",),
         lambda files, config, _: lists.open_karpathy(files[0], config.split),
         knows_splits=True,
-        fits=lambda file: not is_list_of_rows(file),
+        fits=lambda file, image_key: not is_list_of_rows(file, image_key),
     ),
     Format(
         ("captions_*.json",),
         lambda files, config, _: lists.open_coco(files[0], config.split),
-        fits=lambda file: not is_list_of_rows(file),
+        fits=lambda file, image_key: not is_list_of_rows(file, image_key),
     ),
     Format(
         ("*.token", "*.token.txt", "captions.txt"),
@@ -132,7 +133,7 @@ FORMATS = (
     Format(
         ("results.csv",),
         lambda files, config, _: flickr.open_flickr(files[0]),
-        fits=flickr.has_bars,
+        fits=lambda file, _: flickr.has_bars(file),
     ),
     Format(
         ("*.jsonl",),
@@ -185,7 +186,7 @@ def _find(config: SourceConfig, text_only: bool, labelled: bool) -> Source:
         raise UserError(
             f"There is no file or folder {config.path!r}; give the path of a data set, or 'demo'."
         )
-    found = _listed(places[0]) if len(places) == 1 and places[0].is_dir() else places
+    found = _listed(places[0], config) if len(places) == 1 and places[0].is_dir() else places
     raise UserError(
         f"There is no data set in {config.path!r}.{hints.hint(found)} A source's path "
         f"(config.data.train.path to train) is 'demo', a file or a folder that has one of {_all_patterns()}, "
@@ -214,8 +215,8 @@ def _open(
     files = list(places)
     folder = files[0] if len(files) == 1 and files[0].is_dir() else None
     if folder:
-        files = _listed(folder)
-    listed, kind = _recognise(files)
+        files = _listed(folder, config)
+    listed, kind = _recognise(files, config)
     if folder and listed and listed[0].suffix.lower() == ".parquet" and _is_record(listed[0]):
         listed, kind = [], None
     found = listed
@@ -243,7 +244,7 @@ def _check_above_split(
 ) -> None:
     """Raise UserError if the images in the folder of a split are listed above it, with those of others."""
     inside = folder / (config.split or "")
-    if not inside.is_dir() or _recognise(_listed(inside))[1]:
+    if not inside.is_dir() or _recognise(_listed(inside, config), config)[1]:
         return
     config = metadata.with_names_of(file, config) if kind.has_other_names else config
     try:
@@ -292,14 +293,14 @@ def _open_folder(
     raise splits.not_found(folder, config.split, splits.in_names(listed) | folders)
 
 
-def _listed(folder: File) -> list[File]:
+def _listed(folder: File, config: SourceConfig) -> list[File]:
     """Return the files of a folder and those of COCO's "annotations" in it, without hidden ones."""
     files = sorted(folder.iterdir(), key=str)
     inside = folder / "annotations"  # asked for, since Google's stores do not list it
     if inside.is_dir():
         files += sorted(inside.iterdir(), key=str)
     seen = [file for file in files if not is_system(file.name)]
-    hidden, kind = _recognise([file for file in files if is_system(file.name)])
+    hidden, kind = _recognise([file for file in files if is_system(file.name)], config)
     if kind:
         log.info(
             "%d hidden or system files in %s are left out: %s.",
@@ -315,13 +316,14 @@ def _is_record(table: File) -> bool:
     return table.stem.isdecimal() and (table.parent / table.stem).is_dir()
 
 
-def _recognise(files: Sequence[File]) -> tuple[list[File], Format | None]:
+def _recognise(files: Sequence[File], config: SourceConfig) -> tuple[list[File], Format | None]:
     """Return the first of `FORMATS` that some of the files have, and these files."""
     for kind in FORMATS:
         found = [file for file in files if kind.matches(file.name)]
         if kind.fits is not _any_file:
             # Each is read: of thousands, as those of img2dataset beside its images, none is one data set.
-            found = [*filter(kind.fits, found)] if len(found) <= MOST_READ else []
+            few = found if len(found) <= MOST_READ else []
+            found = [file for file in few if kind.fits(file, config.image_key)]
         if found:
             return found, kind
     return [], None

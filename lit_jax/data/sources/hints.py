@@ -23,8 +23,8 @@ _HINTS = {
     ),
     ("*.xlsx", "*.xls", "*.ods"): "it is a spreadsheet; save it as CSV in UTF-8",
     ("*.json",): (
-        'it is read if it is a list, [{"image": "a.jpg", "caption": "a dog"}, ...]; if it has such an object '
-        "on each line, call it *.jsonl"
+        'it is read if it is a list, [{"image": "a.jpg", "caption": "a dog"}, ...], where image_key may name '
+        "another field than image; if it has such an object on each line, call it *.jsonl"
     ),
 }
 # Beside the data of other formats, which they only describe.

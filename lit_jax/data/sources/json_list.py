@@ -13,15 +13,23 @@ from lit_jax.errors import UserError
 
 _HEAD_BYTES = 1 << 16
 _LIST = re.compile(rb'(\xef\xbb\xbf)?\s*\[\s*\{\s*"')
-_IMAGE = re.compile(rb'"(image|file_name)"\s*:')
+# Keys of rows that hold the image, beside the one that the config names.
+_IMAGE_KEYS = ("image", "file_name")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def is_list_of_rows(file: File) -> bool:
+def is_list_of_rows(file: File, image_key: str) -> bool:
     """Return whether a JSON file is a list of objects of which one of the first names an image."""
     require_regular([file])
     head = read(file, 0, _HEAD_BYTES)
-    return _LIST.match(head) is not None and _IMAGE.search(head) is not None
+    # A file may write letters beyond ASCII as they are, or escaped.
+    keys = [
+        re.escape(json.dumps(key, ensure_ascii=is_escaped)).encode()
+        for key in (*_IMAGE_KEYS, image_key)
+        for is_escaped in (True, False)
+    ]
+    has_image = re.search(rb"(%s)\s*:" % b"|".join(keys), head)
+    return _LIST.match(head) is not None and has_image is not None
 
 
 class JsonItems:
