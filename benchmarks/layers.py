@@ -1,4 +1,4 @@
-"""The layers of a ViT-B/16 and of BERT-base, lit_jax against PyTorch.
+"""The layers of a ViT-B/16, of BERT-base and of ConvNeXt-T, lit_jax against PyTorch.
 
     python -m benchmarks.layers [--batch=16] [--repeats=20] [--only=GELU] [--tiny]   (requirements-oracle.txt)
 
@@ -6,12 +6,15 @@ Method: float32, the same shapes and values; attention from the outputs of the q
 the input of the output layer, in PyTorch by scaled_dot_product_attention. Forward alone, compiled or in
 inference mode, and with the gradient of all inputs and parameters. In turn in one process, on all cores; of
 five calls in a row the last counts, so that no thread of the other framework still waits for work on a core.
-Prints the median milliseconds on the clock of both, the spread (half the distance between quartiles), and two
-ratios PyTorch / lit_jax: of the clock and of processor time. Above 1 lit_jax is faster.
+Prints the median milliseconds on the clock of both and of lit_jax's plain form (lit_jax/models/ops.py), the
+spread (half the distance between quartiles), and two ratios PyTorch / lit_jax: of the clock and of processor
+time. Above 1 lit_jax is faster.
 """
 
 import argparse
 import functools
+import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +28,7 @@ from benchmarks.timing import in_turn
 from lit_jax.distributed.flags import set_flags
 from lit_jax.models.attention import attend
 from lit_jax.models.layers import LayerNorm, activation
+from lit_jax.models.ops import depthwise_conv
 
 
 class Case(NamedTuple):
@@ -46,7 +50,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
     args = parser.parse_args()
     set_flags()
-    print(f"{'':26}  lit_jax ms      PyTorch ms      ratio  ratio of processor time")
+    print(
+        f"{'':26}  lit_jax ms     plain form ms    PyTorch ms      ratio  ratio of processor time"
+    )
     all_cases = cases(2, (5, 3), 4, 2) if args.tiny else cases(args.batch, (197, 32), 64, 12)
     for case in all_cases:
         if args.only in case.name:
@@ -55,6 +61,9 @@ def main() -> None:
 
 def cases(batch: int, lengths: tuple[int, int], head: int, heads: int) -> list[Case]:
     width = head * heads
+    size = math.isqrt(
+        4 * lengths[0]
+    )  # ConvNeXt's first map is finer and narrower than a ViT's patches
     image, text = ((batch, length, width) for length in lengths)
     wide = (*image[:2], 4 * width)
     # The last token of a text is padding.
@@ -83,6 +92,12 @@ def cases(batch: int, lengths: tuple[int, int], head: int, heads: int) -> list[C
             (wide,),
         ),
         Case("LayerNorm", our_norm, their_norm, (image, (width,), (width,))),
+        Case(
+            "depthwise convolution",
+            functools.partial(depthwise_conv, stride=1, padding=(3, 3)),
+            their_depthwise,
+            ((batch, size, size, 8 * heads), (7, 7, 1, 8 * heads)),
+        ),
         Case("dense", our_dense, their_dense, (image, (width, 4 * width), (4 * width,))),
     ]
 
@@ -110,6 +125,12 @@ def their_norm(x, scale, bias):
     return functional.layer_norm(x, x.shape[-1:], scale, bias, 1e-12)
 
 
+def their_depthwise(x, kernel):
+    # Channels are last here, as in lit_jax; PyTorch names them second, whatever their place in memory.
+    x, kernel = x.permute(0, 3, 1, 2), kernel.permute(3, 2, 0, 1)
+    return functional.conv2d(x, kernel, padding=3, groups=len(kernel)).permute(0, 2, 3, 1)
+
+
 def our_dense(x, kernel, bias):
     return x @ kernel + bias[None, None]
 
@@ -128,27 +149,34 @@ def compare(case: Case, repeats: int) -> None:
     their_in = [torch.from_numpy(a).requires_grad_() for a in arrays]
     their_out = torch.from_numpy(cotangent)
 
-    @jax.jit
     def gradient(out: jax.Array, *inputs: jax.Array) -> Any:
         result, pull = jax.vjp(ours, *inputs)
         return result, pull(out)
 
+    def compiled(function: Callable[..., Any], *inputs: jax.Array) -> list[Callable[..., Any]]:
+        """The function by hand-made and by plain operations; the variable counts while JAX traces."""
+        programs = []
+        for plain in ("0", "1"):
+            os.environ["LIT_JAX_PLAIN_OPS"] = plain
+            programs.append(jax.jit(lambda *args: function(*args)).lower(*inputs).compile())
+        return programs
+
     def their_gradient() -> None:
         torch.autograd.grad(theirs(*their_in), their_in, their_out)
 
-    forward = jax.jit(ours)
-    for name, our_call, their_call in (
-        (case.name, lambda: forward(*ours_in), torch.inference_mode()(lambda: theirs(*their_in))),
-        ("  with gradient", lambda: gradient(ours_out, *ours_in), their_gradient),
+    for name, function, inputs, their_call in (
+        (case.name, ours, ours_in, torch.inference_mode()(lambda: theirs(*their_in))),
+        ("  with gradient", gradient, [ours_out, *ours_in], their_gradient),
     ):
-        times = in_turn(
-            {"ours": lambda call=our_call: jax.block_until_ready(call()), "theirs": their_call},
-            repeats,
-            uncounted=4,
-        )
-        ours_t, theirs_t = times["ours"], times["theirs"]
+        calls = {
+            form: lambda program=program, inputs=inputs: jax.block_until_ready(program(*inputs))
+            for form, program in zip(("ours", "plain"), compiled(function, *inputs), strict=True)
+        }
+        times = in_turn({**calls, "theirs": their_call}, repeats, uncounted=4)
+        ours_t, plain_t, theirs_t = times["ours"], times["plain"], times["theirs"]
         print(
             f"{name:26} {ours_t.wall * 1e3:8.2f} ±{ours_t.spread:4.0%} "
+            f"{plain_t.wall * 1e3:9.2f} ±{plain_t.spread:4.0%} "
             f"{theirs_t.wall * 1e3:9.2f} ±{theirs_t.spread:4.0%} "
             f"{theirs_t.wall / ours_t.wall:8.2f} {theirs_t.cpu / ours_t.cpu:12.2f}",
             flush=True,

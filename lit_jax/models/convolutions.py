@@ -4,7 +4,6 @@ Dims: B batch, YxX positions of a feature map, L = Y * X positions, C channels i
 out, K kernel size, N depth. Maps have their channels last.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -16,11 +15,9 @@ from jaxtyping import Array, Float
 from lit_jax.config import Remat
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
+from lit_jax.models import ops
 from lit_jax.models.layers import rematerialized, to_rows
-
-Map = Float[Array, "B Y X C"]
-Kernel = Float[Array, "K K 1 C"]
-NewMap = Float[Array, "B V U D"]  # made of a `Map`: of any size and width
+from lit_jax.models.ops import Map, NewMap
 
 
 class PointwiseConv(nn.Module):
@@ -58,99 +55,10 @@ class DepthwiseConv(nn.Module):
         init = nn.initializers.normal(self.init_std)
         shape = (self.kernel_size, self.kernel_size, 1, x_BxYxXxC.shape[-1])
         kernel_KxKx1xC = self.param("kernel", init, shape).astype(self.dtype)
-        y_BxYxXxC = jax.lax.platform_dependent(
-            x_BxYxXxC.astype(self.dtype),
-            kernel_KxKx1xC,
-            cpu=lambda x, kernel: depthwise_by_shifts(x, kernel, self.stride, self.padding),
-            default=lambda x, kernel: depthwise_by_convolution(
-                x, kernel, self.stride, self.padding
-            ),
+        y_BxYxXxC = ops.depthwise_conv(
+            x_BxYxXxC.astype(self.dtype), kernel_KxKx1xC, self.stride, self.padding
         )
         return _add_bias(self, y_BxYxXxC) if self.use_bias else y_BxYxXxC
-
-
-def depthwise_by_convolution(
-    x_BxYxXxC: Map, kernel_KxKx1xC: Kernel, stride: int, padding: tuple[int, int]
-) -> NewMap:
-    return jax.lax.conv_general_dilated(
-        x_BxYxXxC,
-        kernel_KxKx1xC,
-        (stride, stride),
-        (padding, padding),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x_BxYxXxC.shape[-1],
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def depthwise_by_shifts(
-    x_BxYxXxC: Map, kernel_KxKx1xC: Kernel, stride: int, padding: tuple[int, int]
-) -> NewMap:
-    """The same as a sum of shifted maps, added up in float32. XLA's CPU backend has no kernel for
-    depthwise convolutions: this is 30 times as fast there, and its gradient about 10 times."""
-    border = (*padding, 0)
-    total = _sum_of_shifts(_pad(x_BxYxXxC, border, border), kernel_KxKx1xC, stride)
-    return total.astype(x_BxYxXxC.dtype)
-
-
-def _shifts_forward(
-    x_BxYxXxC: Map, kernel_KxKx1xC: Kernel, stride: int, padding: tuple[int, int]
-) -> tuple[Any, tuple[Map, Kernel]]:
-    y = depthwise_by_shifts(x_BxYxXxC, kernel_KxKx1xC, stride, padding)
-    return y, (x_BxYxXxC, kernel_KxKx1xC)
-
-
-def _shifts_backward(
-    stride: int, padding: tuple[int, int], saved: tuple[Map, Kernel], dy_BxVxUxC: NewMap
-) -> tuple[Map, Kernel]:
-    """Written out because what autodiff makes of 49 shifts takes twice as long to compile and to run."""
-    x_BxYxXxC, kernel_KxKx1xC = saved
-    size, dy_BxVxUxC = len(kernel_KxKx1xC), dy_BxVxUxC.astype(jnp.float32)
-    # From the corner of the first window to that of the last.
-    spans = [(length - 1) * stride + 1 for length in dy_BxVxUxC.shape[1:3]]
-    # Each value gets back what all windows over it give: the same sum, with the kernel turned round.
-    before = size - 1 - padding[0]
-    borders = [
-        (before, length + size - 1 - before - span, stride - 1)
-        for length, span in zip(x_BxYxXxC.shape[1:3], spans, strict=True)
-    ]
-    dx_BxYxXxC = _sum_of_shifts(_pad(dy_BxVxUxC, *borders), kernel_KxKx1xC[::-1, ::-1], 1)
-
-    border = (*padding, 0)
-    padded = _pad(x_BxYxXxC, border, border)
-
-    def row_of_kernel(y: Array) -> Float[Array, "K C"]:
-        rows = jax.lax.dynamic_slice_in_dim(padded, y, spans[0], axis=1)[:, ::stride]
-        products = (rows[:, :, x : x + spans[1] : stride] * dy_BxVxUxC for x in range(size))
-        return jnp.stack([product.sum((0, 1, 2)) for product in products])
-
-    dkernel_KxKx1xC = jax.lax.map(row_of_kernel, jnp.arange(size))[:, :, None]
-    return dx_BxYxXxC.astype(x_BxYxXxC.dtype), dkernel_KxKx1xC.astype(kernel_KxKx1xC.dtype)
-
-
-depthwise_by_shifts.defvjp(_shifts_forward, _shifts_backward)
-
-
-def _pad(
-    x_BxYxXxC: Map, rows: tuple[int, int, int], columns: tuple[int, int, int]
-) -> Float[Array, "B V U C"]:
-    """In float32 with zeros (before, after, between the values); negative numbers cut off."""
-    border = ((0, 0, 0), rows, columns, (0, 0, 0))
-    return jax.lax.pad(x_BxYxXxC.astype(jnp.float32), jnp.float32(0), border)
-
-
-def _sum_of_shifts(x_BxYxXxC: Map, kernel_KxKx1xC: Kernel, stride: int) -> Float[Array, "B V U C"]:
-    kernel_KxKxC = jnp.squeeze(kernel_KxKx1xC, 2).astype(jnp.float32)
-    size = len(kernel_KxKxC)
-    # As far as a window reaches whose first element is the first one.
-    rows, columns = (length - size + 1 for length in x_BxYxXxC.shape[1:3])
-    shifted = (
-        x_BxYxXxC[:, y : y + rows : stride, x : x + columns : stride]
-        * _channels(kernel_KxKxC[y, x])
-        for y in range(size)
-        for x in range(size)
-    )
-    return functools.reduce(jnp.add, shifted)
 
 
 def _add_bias(module: nn.Module, x_BxYxXxC: Map) -> Map:

@@ -19,6 +19,7 @@ from lit_jax.config import Pooling, Remat
 from lit_jax.config_keys import nearest
 from lit_jax.distributed.sharding import fsdp_parts, gathered
 from lit_jax.errors import UserError
+from lit_jax.models import ops
 
 
 class TowerOutput(NamedTuple):
@@ -98,46 +99,24 @@ def rematerialized(
     return nn.remat(call, policy=policy, prevent_cse=prevent_cse)
 
 
-Elementwise = Callable[[Array], Array]
-
-
-def _keeping_slope(function: Elementwise) -> Elementwise:
-    """`function`, whose gradient keeps its slope at x, and none of the values on the way to it."""
-
-    with_slope = jax.custom_jvp(function)
-
-    @with_slope.defjvp
-    def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-        value, slope = jax.jvp(function, primals, (jnp.ones_like(primals[0]),))
-        return value, slope * tangents[0]
-
-    return with_slope
-
-
-@_keeping_slope
-def _gelu(x: Array) -> Array:
-    # By erf, as in torch; jax.nn.gelu uses erfc, three times slower on CPU.
-    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
-
-
-_gelu_tanh = _keeping_slope(functools.partial(jax.nn.gelu, approximate=True))
-_silu = _keeping_slope(jax.nn.silu)
+_gelu_tanh = ops.save_slope(functools.partial(jax.nn.gelu, approximate=True))
+_silu = ops.save_slope(jax.nn.silu)
 
 # By the names that config.json uses (transformers' ACT2FN); several names are one function.
-ACTIVATIONS: Mapping[str, Elementwise] = {
-    "gelu": _gelu,
-    "gelu_python": _gelu,
-    "gelu_10": lambda x: jnp.clip(_gelu(x), -10, 10),
+ACTIVATIONS: Mapping[str, ops.Elementwise] = {
+    "gelu": ops.gelu,
+    "gelu_python": ops.gelu,
+    "gelu_10": lambda x: jnp.clip(ops.gelu(x), -10, 10),
     "gelu_accurate": _gelu_tanh,
     "gelu_fast": _gelu_tanh,
     "gelu_new": _gelu_tanh,
     "gelu_python_tanh": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
-    "quick_gelu": _keeping_slope(lambda x: x * jax.nn.sigmoid(1.702 * x)),
+    "quick_gelu": ops.save_slope(lambda x: x * jax.nn.sigmoid(1.702 * x)),
     "hardswish": jax.nn.hard_swish,
     "leaky_relu": jax.nn.leaky_relu,
     "linear": lambda x: x,
-    "mish": _keeping_slope(jax.nn.mish),
+    "mish": ops.save_slope(jax.nn.mish),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "relu6": jax.nn.relu6,
@@ -148,7 +127,7 @@ ACTIVATIONS: Mapping[str, Elementwise] = {
 }
 
 
-def activation(name: str) -> Elementwise:
+def activation(name: str) -> ops.Elementwise:
     """The activation that config.json calls `name`. Raises UserError if there is none."""
     if name not in ACTIVATIONS:
         raise UserError(
@@ -169,69 +148,11 @@ class LayerNorm(nn.Module):
     def __call__(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         width = x_BxLxD.shape[-1]
         scale_D = jnp.asarray(self.param("scale", nn.initializers.ones, (width,)), jnp.float32)
-        result_BxLxD: Any = _normalized(self.epsilon, x_BxLxD, scale_D)
+        y_BxLxD = ops.layer_norm(x_BxLxD, scale_D, self.epsilon)
         if self.use_bias:
-            bias_D = self.param("bias", nn.initializers.zeros, (width,)).astype(jnp.float32)
-            result_BxLxD += bias_D[None, None]
-        return result_BxLxD.astype(self.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normalized(epsilon: float, x_BxLxD: Array, scale_D: Array) -> Array:
-    """(x - mean) / deviation * scale over the last axis, in float32. Its gradient keeps x, in x's dtype."""
-
-    def in_one(x_BxLxD: Array, scale_D: Array) -> Array:
-        # Of this form XLA makes one kernel for GPUs, which reads x once; of the other one five.
-        mean_BxLx1, inverse_BxLx1 = _statistics(epsilon, x_BxLxD)
-        difference_BxLxD = x_BxLxD.astype(jnp.float32) - mean_BxLx1
-        return difference_BxLxD * inverse_BxLx1 * scale_D[None, None]
-
-    def for_cpu(x_BxLxD: Array, scale_D: Array) -> Array:
-        return _normalized_forward(epsilon, x_BxLxD, scale_D)[0]
-
-    return jax.lax.platform_dependent(x_BxLxD, scale_D, cpu=for_cpu, default=in_one)
-
-
-def _statistics(epsilon: float, x_BxLxD: Array) -> tuple[Array, Array]:
-    """The mean and 1 / deviation, in float32."""
-    x32_BxLxD = x_BxLxD.astype(jnp.float32)
-    mean_BxLx1 = x32_BxLxD.mean(-1, keepdims=True)
-    # The mean of the squared differences, not E[x^2] - E[x]^2: that one cancels in float32.
-    variance_BxLx1 = jnp.square(x32_BxLxD - mean_BxLx1).mean(-1, keepdims=True)
-    return mean_BxLx1, jax.lax.rsqrt(variance_BxLx1 + epsilon)
-
-
-def _normalized_forward(
-    epsilon: float, x_BxLxD: Array, scale_D: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    mean_BxLx1, inverse_BxLx1 = _statistics(epsilon, x_BxLxD)
-    # Not the differences from above: on CPU, XLA would write to memory what two results are made of.
-    normed_BxLxD = x_BxLxD.astype(jnp.float32) * inverse_BxLx1 - mean_BxLx1 * inverse_BxLx1
-    return normed_BxLxD * scale_D[None, None], (x_BxLxD, mean_BxLx1, inverse_BxLx1, scale_D)
-
-
-def _normalized_backward(
-    epsilon: float, kept: tuple[Array, ...], grad_BxLxD: Array
-) -> tuple[Array, Array]:
-    x_BxLxD, mean_BxLx1, inverse_BxLx1, scale_D = kept
-    normed_BxLxD = x_BxLxD.astype(jnp.float32) * inverse_BxLx1 - mean_BxLx1 * inverse_BxLx1
-    product_BxLxD = grad_BxLxD * normed_BxLxD
-    # What does not change the mean or the variance of a row.
-    along_mean_BxLx1 = _mean_of_product(grad_BxLxD, scale_D)
-    along_normed_BxLx1 = _mean_of_product(product_BxLxD, scale_D)
-    grad_x_BxLxD = inverse_BxLx1 * (
-        grad_BxLxD * scale_D[None, None] - along_mean_BxLx1 - normed_BxLxD * along_normed_BxLx1
-    )
-    return grad_x_BxLxD.astype(x_BxLxD.dtype), product_BxLxD.sum((0, 1))
-
-
-def _mean_of_product(x_BxLxD: Array, y_D: Array) -> Array:
-    """BxLx1. Products with a vector: on CPU they read their input once; for TPUs XLA makes sums of them."""
-    precision = jax.lax.Precision.HIGHEST
-    return jnp.einsum("bld,d->bl", x_BxLxD, y_D, precision=precision)[..., None] / len(y_D)
-
-
-_normalized.defvjp(_normalized_forward, _normalized_backward)
+            bias_D = jnp.asarray(self.param("bias", nn.initializers.zeros, (width,)), jnp.float32)
+            y_BxLxD += bias_D[None, None]
+        return y_BxLxD.astype(self.dtype)
 
 
 def mean_of_attended(
@@ -264,34 +185,10 @@ def drop(
     to a multiple of 2^-16.
     """
     steps = jnp.round((1 - rate.astype(jnp.float32)) * 2**16)
-    kept = _sixteen_bits(key, shape) < steps.astype(jnp.uint32)
+    kept = ops.random_16_bits(key, shape) < steps.astype(jnp.uint32)
     return (jnp.where(kept, x.astype(jnp.float32), 0.0) * (2**16 / jnp.maximum(steps, 1))).astype(
         x.dtype
     )
-
-
-def _sixteen_bits(key: jax.Array, shape: tuple[int, ...]) -> Array:
-    """Random integers below 2^16, uint32.
-
-    On CPU two of each 32 random bits: these cost as much as everything else in dropout. On a TPU it costs
-    more to put the two side by side: 3% of a step of BERT-base with 32 tokens, as libtpu estimates it. GPUs,
-    on which it was not measured, do as TPUs.
-    """
-    return jax.lax.platform_dependent(
-        key,
-        cpu=functools.partial(_two_of_each, shape=shape),
-        default=functools.partial(_one_of_each, shape=shape),
-    )
-
-
-def _one_of_each(key: jax.Array, shape: tuple[int, ...]) -> Array:
-    return jax.random.bits(key, shape, jnp.uint16).astype(jnp.uint32)
-
-
-def _two_of_each(key: jax.Array, shape: tuple[int, ...]) -> Array:
-    *rows, last = shape
-    bits = jax.random.bits(key, (*rows, -(-last // 2)), jnp.uint32)
-    return jnp.concatenate([bits & 0xFFFF, bits >> 16], axis=-1)[..., :last]
 
 
 def check_length(length: int, max_length: int) -> None:

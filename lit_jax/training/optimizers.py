@@ -10,6 +10,7 @@ import optax
 
 from lit_jax.config import OptimizerConfig, ScheduleConfig
 from lit_jax.errors import UserError
+from lit_jax.models.ops import clip_by_global_norm
 from lit_jax.training.policy import Policy
 from lit_jax.trees import STACK, flatten, unflatten
 
@@ -57,7 +58,7 @@ def make_optimizer(
     parentheses scaled, for each parameter, to the length of that parameter.
     """
     return optax.chain(
-        optax.identity() if config.clip_norm is None else _clip_by_global_norm(config.clip_norm),
+        optax.identity() if config.clip_norm is None else _clip(config.clip_norm),
         _DIRECTIONS[config.name](config),
         _add_weight_decay(config.weight_decay, policy),
         optax.stateless(_scale_to_parameter) if config.name == "lamb" else optax.identity(),
@@ -66,17 +67,8 @@ def make_optimizer(
     )
 
 
-def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scales the gradient to the length `max_norm` if it is longer (1211.5063, section 3.2).
-
-    optax's own divides by the norm, and takes that or the gradient: on CPU two more arrays of its size.
-    """
-
-    def update(updates: Any, _: Any) -> Any:
-        scale = max_norm / jnp.maximum(optax.tree.norm(updates), max_norm)
-        return jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates)
-
-    return optax.stateless(update)
+def _clip(max_norm: float) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: clip_by_global_norm(updates, max_norm))
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
