@@ -27,7 +27,7 @@ parity: .venv/oracle.stamp
 
 # The site, in docs/_build/html. Any warning is an error, and the tutorial is executed.
 docs: .venv/docs.stamp
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet -b html docs docs/_build/html
 
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
