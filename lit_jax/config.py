@@ -70,8 +70,9 @@ class ModelConfig:
     projection_dim: Count = 512
     # The dtype of the computation, and of locked parameters.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # The logits are scaled by its exp. 2.6592 is log(1 / 0.07) (CLIP, section 2.5).
-    logit_scale_init: float = 2.6592
+    # The logits are scaled by its exp, which float32 holds up to here. 2.6592 is log(1 / 0.07) (CLIP, section
+    # 2.5).
+    logit_scale_init: Annotated[float, Range(-87, 88)] = 2.6592
     # A number adds a trainable bias to the logits (SigLIP: -10).
     logit_bias_init: float | None = None
     # After each step the logits' scale (1 / temperature in ALIGN) is cut to this (CLIP, section 2.5: 100).

@@ -654,6 +654,20 @@ def test_two_towers_are_joined_with_arguments_of_their_own(model, tmp_path):
         join(tmp_path / "vision", tmp_path / "text", projection_dims=4)
 
 
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [
+        ({"text_hidden_dropout_prob": 0.5}, "text_hidden_dropout_prob"),
+        ({"vision_model_name_or_path": "somewhere"}, "vision_model_name_or_path"),
+        ({"text_pooling": "mean"}, "text_pooling"),
+    ],
+)
+def test_what_does_not_change_a_tower_that_is_an_object_is_refused(model, given, unused):
+    towers = {"vision_model": model.vision_model, "text_model": model.text_model}
+    with pytest.raises(UserError, match=f"_model is an object, which {unused} would not change"):
+        lit_jax.DualEncoder.from_vision_text_pretrained(**towers, **given)
+
+
 def test_its_own_export_is_read_also_where_transformers_has_no_class_for_it(model, tmp_path):
     """Mean pooling is the pooling of most sentence encoders."""
     model.save_pretrained(tmp_path / "whole")

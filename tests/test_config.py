@@ -54,6 +54,10 @@ def test_config_survives_json():
         ({"seed": -1}, "config.seed is -1; it must be at least 0 and at most 4294967295"),
         ({"optimizer": {"clip_norm": -1.0}}, "clip_norm is -1.0; it must be at least 1e-06"),
         ({"mesh": {"fsdp": 0}}, "config.mesh.fsdp is 0; it must be at least 1"),
+        (
+            {"model": {"logit_scale_init": 100}},
+            "logit_scale_init is 100.0; it must be at least -87",
+        ),
         ({"label_smoothing": 2}, "label_smoothing is 2.0; it must be at least 0 and at most 1"),
         ({"optimizer": {"b1": 1.0}}, "b1 is 1.0; it must be at least 0 and at most 0.999999"),
         ({"evals": {"a": {"batch_size": 0}}}, "config.evals.a.batch_size is 0; .* at least 1"),

@@ -135,10 +135,12 @@ class DualEncoder(Model):
             for side in TOWERS.values()
         }
         refuse_unknown(options, ("projection_dim", "logit_scale_init_value", "seed", "dtype"))
-        image_options = {"pooling": image_pooling, "dtype": dtype} | own["vision"]
-        text_options = {"pooling": text_pooling, "dtype": dtype} | own["text"]
-        image = _tower(VisionModel, vision_model, vision_model_name_or_path, image_options)
-        text = _tower(TextModel, text_model, text_model_name_or_path, text_options)
+        image_form = {"pooling": image_pooling, "dtype": dtype}
+        text_form = {"pooling": text_pooling, "dtype": dtype}
+        image = _tower(
+            VisionModel, vision_model, vision_model_name_or_path, image_form, own["vision"]
+        )
+        text = _tower(TextModel, text_model, text_model_name_or_path, text_form, own["text"])
         hf = _vision_text_config(
             image.config.to_dict(), text.config.to_dict(), projection_dim, logit_scale_init_value
         )
@@ -272,12 +274,26 @@ def _tower(
     kind: type[VisionModel] | type[TextModel],
     given: Any,
     name: str | Path | None,
+    form: dict[str, Any],
     options: dict[str, Any],
 ) -> Any:
-    """Return the tower that is given as an object, or the one of that name."""
-    if isinstance(given, kind):
-        return given
+    """Return the tower that is given as an object, or the one of that name.
+
+    `form` are the pooling and the dtype, `options` the caller's own of from_pretrained.
+    """
     side = TOWERS[kind.side]
+    if isinstance(given, kind):
+        unused = [f"{side}_{option}" for option in options]
+        unused += [] if name is None else [f"{side}_model_name_or_path"]
+        unused += (
+            [] if form["pooling"] in ("pooler", given.module.pooling) else [f"{kind.side}_pooling"]
+        )
+        if unused:
+            raise UserError(
+                f"{side}_model is an object, which {' and '.join(unused)} would not change; leave it out, or "
+                f"read the tower with such options by lit_jax.{kind.__name__}.from_pretrained."
+            )
+        return given
     if given is not None:
         raise UserError(
             f"{side}_model is a {type(given).__name__}; give a lit_jax.{kind.__name__}, or the folder of a "
@@ -287,7 +303,7 @@ def _tower(
         raise UserError(
             f"There is no {side} tower; give {side}_model_name_or_path, or {side}_model with an object."
         )
-    return kind.from_pretrained(name, **options)
+    return kind.from_pretrained(name, **(form | options))
 
 
 def _vision_text_config(
