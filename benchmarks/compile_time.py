@@ -16,8 +16,8 @@ from typing import Any
 
 import jax
 
-from configs.vit_bert import get_config
 from lit_jax.config import parse
+from lit_jax.configs.vit_bert import get_config
 from lit_jax.distributed.flags import set_flags
 from lit_jax.planning.chips import open_topology
 from lit_jax.planning.planner import abstract_program, traced

@@ -17,8 +17,8 @@ import jax
 from jax.experimental import topologies
 
 from benchmarks.contenders import PROJECTION, SIZES, tower_configs
-from configs.vit_bert import get_config
 from lit_jax.config import parse
+from lit_jax.configs.vit_bert import get_config
 from lit_jax.distributed.flags import set_flags
 from lit_jax.planning.planner import abstract_program, traced
 

@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 from lit_jax.config import default, parse_arg
 
 DEMO = Path(__file__).resolve().parent / "demo"
+# The data of all demos: a script, which makes a folder of digits when they are first needed.
+DIGITS = DEMO / "make_digits.py"
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -45,18 +47,22 @@ def demo() -> ConfigDict:
     config.optimizer.weight_decay = 0.01
     config.schedule.learning_rate = 2e-3
     config.schedule.warmup = "50 steps"
-    config.data.train.path = "demo"
+    config.data.train.path = str(DIGITS)
     config.data.train.split = "train"
     config.data.max_text_length = 24
     config.checkpoint.every = "100 steps"
     config.log.every = "5 steps"
-    for name, classes in (("unseen16", "unseen16.json"), ("all80_on_unseen", "all80.json")):
+    for name, split, classes in (
+        ("unseen16", "unseen", "unseen16"),
+        ("all80_on_unseen", "unseen", "all80"),
+        ("all80_on_seen", "seen", "all80"),
+    ):
         config.evals[name] = {
             "kind": "zero_shot",
-            "data": {"path": "demo", "split": "unseen"},
-            "classes": str(DEMO / classes),
+            "data": {"path": str(DIGITS), "split": split},
+            "classes": str(DEMO / f"{classes}.json"),
         }
-    config.report = "demo"
+    config.report = "html"
     return config
 
 

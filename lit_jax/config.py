@@ -130,7 +130,7 @@ class ScheduleConfig:
 class SourceConfig:
     """One data set."""
 
-    # "demo", or a folder or file in one of the formats of docs/data.md.
+    # A folder or file in one of the formats of docs/data.md, or a Python script that makes such a folder.
     path: str = ""
     split: str | None = None
     # The three keys are names of columns, fields or features.
@@ -298,8 +298,8 @@ class Config:
     evals: dict[str, EvalConfig] = dataclasses.field(
         default_factory=dict, metadata={"changes_result": False}
     )
-    # demo: the page, and the demo's own pictures.
-    report: Literal["none", "html", "demo"] = _free("none")
+    # html: a page with the results, samples, confusions and curves, in the run's folder.
+    report: Literal["none", "html"] = _free("none")
 
 
 def default() -> config_dict.ConfigDict:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from lit_jax.command_line import Parser
 from lit_jax.config_file import load_config, parse_with_config
 from lit_jax.console import add_path, command
+from lit_jax.data.makers import make_missing, sources_of
 from lit_jax.distributed import process
 from lit_jax.errors import UserError
 from lit_jax.training.embed_data import embed
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for flag in ("views", "batch_size"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag}={value} is none; give 1 or more.")
+    make_missing(sources_of(config))
     counts = embed(config, args.output, args.side, batch_size=args.batch_size)
     if process.is_primary():
         data = " and ".join(config.data.mixture) or config.data.train.path

@@ -27,6 +27,7 @@ from lit_jax.config import EvalConfig, MeshConfig, parse
 from lit_jax.console import add_path, command
 from lit_jax.credentials import split_keys
 from lit_jax.data.image import ImageTransform
+from lit_jax.data.makers import make_missing
 from lit_jax.data.text import load_tokenizer
 from lit_jax.distributed import process
 from lit_jax.distributed.mesh import make_mesh, replicated
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     process.initialize()
     evals = _evals_of_flags(args) if args.data else _evals_of_run(args.workdir)
+    if args.data:
+        make_missing(source for task in evals.values() for source in (task.data, task.train))
     if args.batch_size:
         evals = {
             name: dataclasses.replace(config, batch_size=args.batch_size)

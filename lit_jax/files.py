@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,18 @@ def expand_home(path: str, subject: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"{subject} has no home folder ({error}); give a path.") from error
+
+
+def cache_folder() -> Path:
+    """Return lit_jax's folder among the user's caches, which need not exist.
+
+    A user without a home folder, as in some containers, has one among the temporary files.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(given or Path.home() / ".cache") / "lit_jax"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"lit_jax-{os.getuid()}"
 
 
 def output_path(name: str, text: str) -> Path:

@@ -15,11 +15,11 @@ from lit_jax.command_line import Parser
 from lit_jax.config import Config
 from lit_jax.config_file import load_config, parse_with_config
 from lit_jax.console import add_path, command
+from lit_jax.data.makers import make_missing, sources_of
 from lit_jax.distributed import process
 from lit_jax.evals import runner
 from lit_jax.evals.encode import Encoder
 from lit_jax.files import write_json, write_whole
-from lit_jax.reports.demo import write_demo_report
 from lit_jax.reports.html import html_report
 from lit_jax.reports.results import Subject, write_results
 from lit_jax.training.disk import quiet_orbax, writing
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = parse_with_config(parser, argv)
     process.initialize()  # first: a config file may ask JAX for its devices
     config = load_config(args.config, overrides)
+    make_missing(sources_of(config))
     # Opened before training: a mistake in an evaluation should not cost a run.
     evaluations = ConfiguredEvaluations(config, args.workdir, runner.open_evals(config.evals))
     train(config, args.workdir, evaluations, allowed_changes=args.allow_changes.split(","))
@@ -87,10 +88,6 @@ def finish(
     config: Config, workdir: Path, run: Run, evaluations: Sequence[runner.Evaluation]
 ) -> None:
     """Write results.json, evals/ and the report, and print what the user sees last."""
-    if config.report == "demo":
-        with writing(workdir):
-            encoder = Encoder.of_setup(run.setup)
-            write_demo_report(workdir / "report", encoder, run.params, read_metrics(workdir))
     if not process.is_primary():
         return
     results = runner.flat(evaluations)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.vit_bert import get_config
 from lit_jax.config import Config, EvalConfig, ModelConfig, TowerConfig, default, parse, parse_arg
 from lit_jax.config_values import steps
+from lit_jax.configs.vit_bert import get_config
 from lit_jax.errors import UserError
 
 

@@ -18,11 +18,13 @@ import pytest
 from PIL import Image
 
 from lit_jax.config import default, parse
+from lit_jax.configs.vit_bert import DIGITS
 from lit_jax.console import BAD_INPUT
-from lit_jax.data.demo import DemoSource
+from lit_jax.data.decode import decode
 from lit_jax.evaluate import main
 from lit_jax.training.trainer import train
 from lit_jax.weights.save import save_dual_encoder
+from tests.digits import make_digits, open_digits
 from tests.gloo import after_gloo
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo"
@@ -32,7 +34,7 @@ TINY = {
     "num_attention_heads": 2,
     "intermediate_size": 32,
 }
-UNSEEN = ["--data=demo", "--split=unseen"]
+UNSEEN = [f"--data={DIGITS}", "--split=unseen"]
 CLASSES = f"--classes={DEMO / 'unseen16.json'}"
 
 
@@ -53,15 +55,16 @@ def run(tmp_path_factory):
     config.model.text.model = str(DEMO / "bert")
     config.model.text.overrides = TINY
     config.model.projection_dim = 8
-    config.data.train.path = "demo"
+    config.data.train.path = str(DIGITS)
     config.data.train.split = "train"
     config.data.max_text_length = 16
     config.log.tensorboard = False
     config.evals.unseen = {
-        "data": {"path": "demo", "split": "unseen"},
+        "data": {"path": str(DIGITS), "split": "unseen"},
         "classes": str(DEMO / "unseen16.json"),
     }
     workdir = tmp_path_factory.mktemp("run")
+    make_digits()
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 power
         return train(parse(config), workdir), workdir
 
@@ -175,13 +178,13 @@ def test_without_classes_it_is_retrieval(exported, tmp_path, capsys, monkeypatch
 
 def test_class_names_in_the_data_make_it_zero_shot_classification(exported, tmp_path, capsys):
     """Of CLIP_benchmark's layout, with labels that are numbers; the same as with files that say so."""
-    source = DemoSource("unseen")
+    source = open_digits("unseen")
     names = sorted({source[i]["label"] for i in range(0, len(source), 50)}, reverse=True)
     (tmp_path / "test").mkdir()
     with tarfile.open(tmp_path / "test" / "0.tar", "w") as tar:
         for i in range(0, len(source), 40):
             content = io.BytesIO()
-            Image.fromarray(source[i]["image"]).save(content, "PNG")
+            decode(source[i]["image"]).save(content, "PNG")
             label = str(names.index(source[i]["label"])).encode()
             for suffix, part in (("cls", label), ("png", content.getvalue())):
                 member = tarfile.TarInfo(f"s{i:07}.{suffix}")
@@ -228,11 +231,11 @@ def test_results_report_and_cache_are_written(run, tmp_path):
 def pairs(tmp_path_factory) -> Path:
     """40 images with two captions and a class each."""
     folder = tmp_path_factory.mktemp("pairs")
-    source = DemoSource("unseen")
+    source = open_digits("unseen")
     with (folder / "captions.jsonl").open("w") as file:
         for i in range(40):
             example = source[i]
-            Image.fromarray(example["image"]).save(folder / f"{i}.png")
+            decode(example["image"]).save(folder / f"{i}.png")
             captions = [f"{example['captions'][0]} {'I' * i}", example["captions"][1]]
             row = {"image": f"{i}.png", "captions": captions, "label": example["label"]}
             file.write(json.dumps(row) + "\n")
@@ -360,7 +363,10 @@ def test_a_folder_whose_tokenizer_config_is_damaged(exported, tmp_path, content,
         (["--model=x", "--data=/nowhere"], "/nowhere"),
         (["--model=x", *UNSEEN, CLASSES, "--train_data=x"], "give one of them"),
         (["--model=x", *UNSEEN, "--shots=1"], "--shots and --train_split tell about --train_data"),
-        (["--model=x", *UNSEEN, "--train_data=demo", "--shots=a"], "must be numbers joined by"),
+        (
+            ["--model=x", *UNSEEN, f"--train_data={DIGITS}", "--shots=a"],
+            "must be numbers joined by",
+        ),
         (["--model=x", *UNSEEN, CLASSES, "--labels=x"], "labels is 'x'; it must be one of"),
         (["--model=x", *UNSEEN, "--report=/nowhere/a.html"], "there is no folder /nowhere"),
         (["--model=x", *UNSEEN, "--classes=/nowhere.json"], "/nowhere.json cannot be read"),

@@ -10,13 +10,13 @@ from lit_jax.errors import BAD_INPUT, UserError
 from lit_jax.files import local_path, output_path
 
 CONFIG = ["--config=configs/vit_bert.py"]
-MEASURED = ["--model=none", "--data=demo"]
+MEASURED = ["--model=none", "--data=none"]
 FLAGS = [
     (train.main, CONFIG, "--workdir"),
     (embed.main, CONFIG, "--output"),
     (export.main, ["--workdir=none"], "--output"),
     (export.main, ["--output=none"], "--workdir"),
-    (convert.main, ["--source.path=demo"], "--output"),
+    (convert.main, ["--source.path=none"], "--output"),
     (plan.main, [*CONFIG, "--topology=v5e:2x2"], "--output"),
     (evaluate.main, [], "--workdir"),
     *((evaluate.main, MEASURED, f"--{flag}") for flag in ("output", "results", "report", "cache")),

@@ -1,4 +1,4 @@
-"""Makes the weights of clip/, the demo's teacher: python configs/demo/make_clip.py (minutes on two cores)
+"""Makes the weights of clip/, the demo's teacher: python -m lit_jax.configs.demo.make_clip (in minutes)
 
 Trains both towers of a tiny CLIP from scratch on the demo's images and their English captions. It has seen no
 caption of the sixteen numbers that the demo leaves out, and no scanned digit of its evaluation.
@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 
 from lit_jax import export
 from lit_jax.config import default, parse
+from lit_jax.configs import vit_bert
+from lit_jax.data.makers import make_missing, sources_of
 from lit_jax.evals import runner
 from lit_jax.evals.encode import Encoder
 from lit_jax.training.trainer import train
@@ -29,14 +31,14 @@ def config() -> ConfigDict:
     config.optimizer.weight_decay = 0.05
     config.schedule.learning_rate = 1e-3
     config.schedule.warmup = "200 steps"
-    config.data.train.path = "demo"
+    config.data.train.path = str(vit_bert.DIGITS)
     config.data.train.split = "train"
     config.data.max_text_length = 24
     for split, classes in (("seen", "all80"), ("unseen", "unseen16"), ("unseen", "all80")):
         config.evals[f"{classes}_on_{split}"] = {
             "kind": "zero_shot",
-            "data": {"path": "demo", "split": split},
-            "classes": str(FOLDER.parent / f"{classes}.json"),
+            "data": {"path": str(vit_bert.DIGITS), "split": split},
+            "classes": str(vit_bert.DEMO / f"{classes}.json"),
         }
     return config
 
@@ -45,6 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         workdir, exported = Path(folder) / "run", Path(folder) / "clip"
         trained = parse(config())
+        make_missing(sources_of(trained))
         run = train(trained, workdir)
         export.main([f"--workdir={workdir}", f"--output={exported}"])
         shutil.copyfile(exported / "model.safetensors", FOLDER / "model.safetensors")

@@ -1,6 +1,6 @@
-"""Writes the small files that the demos read: `python configs/demo/make_text_files.py`.
+"""Writes the small files that the demos read: python -m lit_jax.configs.demo.make_text_files
 
-Class lists for zero-shot classification, and of each tiny model its configs, tokenizer and image processor:
+Class files for zero-shot classification, and of each tiny model its configs, tokenizer and image processor:
 all but the weights of those that are pretrained (make_vit.py, make_clip.py).
 """
 
@@ -12,11 +12,11 @@ from typing import Any
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, RobertaTokenizer, XLMRobertaTokenizer
 
-from lit_jax.data import demo
+from lit_jax.configs.demo import make_digits as digits
 
 FOLDER = pathlib.Path(__file__).parent
 
-CLASS_LISTS = {"all80": demo.NUMBERS, "unseen16": demo.UNSEEN}
+CLASS_LISTS = {"all80": digits.NUMBERS, "unseen16": digits.UNSEEN}
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ROBERTA_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 MAX_TEXT_LENGTH = 32  # tokens
@@ -45,7 +45,7 @@ ROBERTA = BERT | {
     "eos_token_id": 2,
 }
 TRANSFORMER = {**SIZES, "num_hidden_layers": 4, "num_attention_heads": 4}
-IMAGE = {"image_size": demo.CANVAS, "patch_size": 8, "num_channels": 3}
+IMAGE = {"image_size": digits.CANVAS, "patch_size": 8, "num_channels": 3}
 BEIT = {
     "architectures": ["BeitModel"],
     "model_type": "beit",
@@ -60,7 +60,7 @@ BEIT = {
 }
 EFFICIENTNET = {
     "model_type": "align_vision_model",
-    "image_size": demo.CANVAS,
+    "image_size": digits.CANVAS,
     "num_channels": 3,
     "width_coefficient": 1.0,
     "depth_coefficient": 1.0,
@@ -81,7 +81,7 @@ EFFICIENTNET = {
 
 
 def processor(kind: str, **settings: Any) -> dict[str, Any]:
-    size = {"height": demo.CANVAS, "width": demo.CANVAS}
+    size = {"height": digits.CANVAS, "width": digits.CANVAS}
     half = [0.5, 0.5, 0.5]
     return {
         "image_processor_type": kind,
@@ -97,13 +97,13 @@ def processor(kind: str, **settings: Any) -> dict[str, Any]:
 
 
 def texts(*languages: str) -> list[str]:
-    """All that the demo says in these languages."""
-    templates = [t for language in languages for t in demo.TEMPLATES[language]]
+    """Return all that the demos say in these languages."""
+    templates = [t for language in languages for t in digits.TEMPLATES[language]]
     return templates + [
         text
-        for number in demo.NUMBERS
+        for number in digits.NUMBERS
         for lang in languages
-        for text in demo.captions(number, lang)
+        for text in digits.captions(number, lang)
     ]
 
 
@@ -141,8 +141,8 @@ def byte_pairs(words: list[str], *, end: str) -> tuple[list[str], list[tuple[str
 
 def unigrams() -> list[tuple[str, float]]:
     """XLM-RoBERTa's pieces with their scores: words, the parts of German numbers, single characters."""
-    parts = ["und", *demo.TENS["de"]]
-    starts = [*words("en", "de"), *demo.UNITS["de"][1:]]
+    parts = ["und", *digits.TENS["de"]]
+    starts = [*words("en", "de"), *digits.UNITS["de"][1:]]
     whole = {f"▁{word}" for word in starts if "und" not in word[2:]} | set(parts)
     characters = {character for text in texts("en", "de") for character in text} | {"▁"}
     characters |= set(string.ascii_letters + string.digits)
@@ -155,11 +155,11 @@ def unigrams() -> list[tuple[str, float]]:
 def write(folder: pathlib.Path) -> None:
     """Writes all files into `folder`."""
     for name, numbers in CLASS_LISTS.items():
-        english = [demo.number_words(number) for number in numbers]
-        classes = {"classnames": english, "templates": demo.TEMPLATES["en"]}
+        english = [digits.number_words(number) for number in numbers]
+        classes = {"classnames": english, "templates": digits.TEMPLATES["en"]}
         _write_json(folder / f"{name}.json", classes)
-        german = [demo.number_words(number, "de") for number in numbers]
-        classes = {"classnames": german, "labels": english, "templates": demo.TEMPLATES["de"]}
+        german = [digits.number_words(number, "de") for number in numbers]
+        classes = {"classnames": german, "labels": english, "templates": digits.TEMPLATES["de"]}
         _write_json(folder / f"{name}.de.json", classes)
     _write_bert(folder / "bert", BERT)
     _write_align(folder / "align")
@@ -190,7 +190,7 @@ def _write_align(folder: pathlib.Path) -> None:
     }
     _write_bert(folder, config)
     _write_json(folder / "config.json", config)
-    larger, crop = demo.CANVAS + 4, {"height": demo.CANVAS, "width": demo.CANVAS}
+    larger, crop = digits.CANVAS + 4, {"height": digits.CANVAS, "width": digits.CANVAS}
     settings = {"size": {"height": larger, "width": larger}, "crop_size": crop}
     _write_json(
         folder / "preprocessor_config.json",
@@ -225,8 +225,8 @@ def _write_clip(folder: pathlib.Path) -> None:
         "vision_config": {"model_type": "clip_vision_model", **TRANSFORMER, **IMAGE},
     }
     _write_json(folder / "config.json", config)
-    edge = {"shortest_edge": demo.CANVAS}
-    crop = {"height": demo.CANVAS, "width": demo.CANVAS}
+    edge = {"shortest_edge": digits.CANVAS}
+    crop = {"height": digits.CANVAS, "width": digits.CANVAS}
     settings = {"size": edge, "do_center_crop": True, "crop_size": crop}
     _write_json(folder / "preprocessor_config.json", processor("CLIPImageProcessor", **settings))
     vocab = {token: i for i, token in enumerate(tokens)}

@@ -1,4 +1,4 @@
-"""Makes vit/, the image tower of the demo: python configs/demo/make_vit.py (minutes on two cores)
+"""Makes vit/, the image tower of the demo: python -m lit_jax.configs.demo.make_vit (minutes on two cores)
 
 Trains lit_jax's own ViT to name both digits of the composed training images, then throws the two
 classifiers away. Like any pretrained image tower it has seen images of all kinds, also of the numbers
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from transformers import ViTConfig, ViTImageProcessorPil
 
-from lit_jax.data.demo import CANVAS, NUMBERS, UNSEEN, draw_number
+from lit_jax.configs.demo.make_digits import CANVAS, NUMBERS, UNSEEN, draw_number
 from lit_jax.models.families import build_tower
 from lit_jax.weights.save import save_tower
 

@@ -30,6 +30,7 @@ from lit_jax.console import add_path, command
 from lit_jax.data import records
 from lit_jax.data.decode import decode, file_content
 from lit_jax.data.example import BadSampleError, Example, Source
+from lit_jax.data.makers import make_missing
 from lit_jax.data.sources import open_source
 from lit_jax.data.workers import start_worker
 from lit_jax.errors import UserError
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         key: getattr(args, f"source.{key}") for key in _source_keys() if f"source.{key}" in args
     }
     source = parse({"data": {"train": given}}).data.train
+    make_missing([source])
     plan = make_plan(source, args.shard_size, text_only=args.text_only)
     _enter(args.output, plan)
     todo = [n for n in range(plan.shards) if not (args.output / plan.shard_name(n)).exists()]

@@ -14,11 +14,13 @@ from lit_jax.reports.figures import curves_figure, heat_map_figure
 from lit_jax.reports.page import drawing, page, picture, plain_table, table, text
 from lit_jax.reports.results import Subject, percent, tables
 
-SAMPLES = 8  # queries shown, evenly spaced in the data: they are not chosen for their looks
+PICTURES = 16  # images shown with their most probable classes
+SAMPLES = 8  # other queries shown, evenly spaced in the data: they are not chosen for their looks
 ANSWERS = 8  # images shown for a text
 CAPTIONS = 5  # texts shown for an image
 GUESSES = 3
 CONFUSIONS = 12
+CLASSES = 100  # classes whose accuracy is shown
 MAP = 40  # rows and columns of a similarity map
 BLOCK = 1 << 18  # embeddings whose scores are in memory at one time
 
@@ -65,10 +67,53 @@ def _zero_shot(result: ZeroShotResult, classes: Classes, show: Show) -> Iterator
     names = classes.names
     yield f"<p>Of {len(result.label):,} images, each among {len(names):,} classes: "
     yield f"{percent(result.metrics['top1'])} % get their own class.</p>"
+    present, accuracy_P = _accuracy(result)
+    yield from _pictures(result, names, show)
+    yield "<h3>Which pictures fit the words?</h3>"
+    yield '<p class="note">The nearest images to the texts of a class; those of the class are framed.</p>'
+    for label in present[_spread(len(present))]:
+        nearest = _nearest(result.class_embeds[label], result.image_embeds, ANSWERS)
+        yield f'<div class="row"><p dir="auto">{text(names[label])}</p><div class="strip">'
+        for row in nearest:
+            kind = "right" if result.label[row] == label else ""
+            truth = names[result.label[row]]
+            yield f'<figure>{show(row, truth, kind)}<figcaption dir="auto">{text(truth)}'
+            yield "</figcaption></figure>"
+        yield "</div></div>"
+    yield from _class_accuracies([names[c] for c in present], accuracy_P)
+    yield from _confusions(result, names, show)
+    yield "<h3>Similarity</h3>"
+    shown = present[_lowest(accuracy_P, MAP)]
+    what = (
+        "All classes" if len(shown) == len(present) else f"The {len(shown)} most confused classes"
+    )
+    yield f'<p class="note">{what}: mean cosine of the images of a class (row) and the texts of one '
+    yield "(column). A bright diagonal: every class finds its own words.</p>"
+    means = np.stack([result.image_embeds[result.label == c].mean(axis=0) for c in shown])
+    labels = [names[c] for c in shown]
+    yield _heat_map(means @ result.class_embeds[shown].T, labels)
+
+
+def _accuracy(
+    result: ZeroShotResult,
+) -> tuple[Int[np.ndarray, " P"], Float[np.ndarray, " P"]]:
+    """Return the classes that have images, and the part of the images of each that its own name won."""
+    hit_N = result.top[:, 0] == result.label
+    present, row_N = np.unique(result.label, return_inverse=True)
+    return present, np.bincount(row_N, weights=hit_N) / np.bincount(row_N)
+
+
+def _lowest(accuracy_P: Float[np.ndarray, " P"], most: int) -> Int[np.ndarray, " S"]:
+    """Return the positions of the lowest accuracies, at most so many, in the order of the classes."""
+    return np.sort(np.argsort(accuracy_P, kind="stable")[:most])
+
+
+def _pictures(result: ZeroShotResult, names: Sequence[str], show: Show) -> Iterator[str]:
+    _, first_P = np.unique(result.label, return_index=True)
     yield "<h3>What is in the picture?</h3>"
-    yield '<p class="note">Images evenly spaced in the data, and the most probable classes.</p>'
+    yield '<p class="note">The first image of a class, and the most probable classes.</p>'
     yield '<div class="cards">'
-    for row in _spread(len(result.label)):
+    for row in first_P[_spread(len(first_P), PICTURES)]:
         truth = names[result.label[row]]
         right = result.top[row, 0] == result.label[row]
         yield f'<div class="card">{show(row, truth, "")}'
@@ -82,29 +127,18 @@ def _zero_shot(result: ZeroShotResult, classes: Classes, show: Show) -> Iterator
             yield f'<i style="width:{max(probability, 0):.1%}"></i></div>'
         yield "</div>"
     yield "</div>"
-    yield "<h3>Which pictures fit the words?</h3>"
-    yield '<p class="note">The nearest images to the texts of a class; those of the class are framed.</p>'
-    present = np.unique(result.label)
-    for label in present[_spread(len(present))]:
-        nearest = _nearest(result.class_embeds[label], result.image_embeds, ANSWERS)
-        yield f'<div class="row"><p dir="auto">{text(names[label])}</p><div class="strip">'
-        for row in nearest:
-            kind = "right" if result.label[row] == label else ""
-            truth = names[result.label[row]]
-            yield f'<figure>{show(row, truth, kind)}<figcaption dir="auto">{text(truth)}'
-            yield "</figcaption></figure>"
-        yield "</div></div>"
-    yield from _confusions(result, names, show)
-    yield "<h3>Similarity</h3>"
-    shown = _most_confused(result, present)
-    what = (
-        "All classes" if len(shown) == len(present) else f"The {len(shown)} most confused classes"
-    )
-    yield f'<p class="note">{what}: mean cosine of the images of a class (row) and the texts of one '
-    yield "(column). A bright diagonal: every class finds its own words.</p>"
-    means = np.stack([result.image_embeds[result.label == c].mean(axis=0) for c in shown])
-    labels = [names[c] for c in shown]
-    yield _heat_map(means @ result.class_embeds[shown].T, labels)
+
+
+def _class_accuracies(names: Sequence[str], accuracy_P: np.ndarray) -> Iterator[str]:
+    shown = _lowest(accuracy_P, CLASSES)
+    yield "<h3>Accuracy of every class</h3>"
+    if len(shown) < len(names):
+        yield f'<p class="note">The {len(shown)} lowest of {len(names):,}.</p>'
+    yield '<div class="cells">'
+    for c in shown:
+        yield f'<div style="--part:{accuracy_P[c]:.3f}"><b dir="auto">{text(names[c])}</b>'
+        yield f"{accuracy_P[c]:.0%}</div>"
+    yield "</div>"
 
 
 def _confusions(result: ZeroShotResult, names: tuple[str, ...], show: Show) -> Iterator[str]:
@@ -126,15 +160,6 @@ def _confusions(result: ZeroShotResult, names: tuple[str, ...], show: Show) -> I
         )
     columns = ("", "class", "taken for", "images", "% of the class")
     yield plain_table(columns, "\n".join(rows), texts=3)
-
-
-def _most_confused(result: ZeroShotResult, present: np.ndarray) -> np.ndarray:
-    """Up to `MAP` of the classes that occur, those with the lowest accuracy, in their order."""
-    hit_N = result.top[:, 0] == result.label
-    accuracy = (
-        np.bincount(result.label, weights=hit_N)[present] / np.bincount(result.label)[present]
-    )
-    return np.sort(present[np.argsort(accuracy, kind="stable")[:MAP]])
 
 
 def _retrieval(result: RetrievalResult, show: Show) -> Iterator[str]:

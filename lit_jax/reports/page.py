@@ -13,14 +13,14 @@ from PIL import Image
 
 from lit_jax.data.decode import ImageFile, decode
 from lit_jax.printable import printable
-from lit_jax.reports.figures import FAINT, INK, RIGHT, UNSEEN
+from lit_jax.reports.figures import FAINT, INK, PALE_BLUE, RIGHT, WRONG
 from lit_jax.reports.results import Table
 
 THUMBNAIL = 192  # pixels of the longer edge, twice what is shown: phones have fine screens
 PIXEL_ART = 64  # up to this, an image is enlarged without smoothing
 
 STYLE = f"""
-:root {{ --ink: {INK}; --faint: {FAINT}; --right: {RIGHT}; --wrong: {UNSEEN}; --line: #e3e6e8;
+:root {{ --ink: {INK}; --faint: {FAINT}; --right: {RIGHT}; --wrong: {WRONG}; --line: #e3e6e8;
   --wash: #f6f8f9; }}
 * {{ box-sizing: border-box; }}
 body {{ margin: 0 auto; max-width: 68rem; padding: 2.5rem 1.25rem 5rem; background: white; color: var(--ink);
@@ -56,6 +56,11 @@ td:first-child, td.text {{ max-width: 22rem; overflow-wrap: break-word; }}
 .guess i {{ grid-column: 1 / -1; height: 4px; border-radius: 2px; background: #aeb6bd; min-width: 2px; }}
 .guess.right {{ color: var(--right); font-weight: 600; }}
 .guess.right i {{ background: var(--right); }}
+.cells {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr)); gap: 4px;
+  margin: 0.8rem 0 1rem; }}
+.cells div {{ padding: 0.35rem 0.5rem; border-radius: 4px; font-size: 0.85rem;
+  background: color-mix(in srgb, {PALE_BLUE} calc(var(--part) * 100%), var(--wash)); }}
+.cells b {{ display: block; font-weight: 600; line-height: 1.3; overflow-wrap: anywhere; }}
 .row {{ margin: 1.1rem 0 1.5rem; }}
 .row > p {{ margin: 0 0 0.4rem; font-weight: 600; max-width: none; overflow-wrap: anywhere; }}
 .strip {{ display: grid; grid-template-columns: repeat(8, 1fr); gap: 0.6rem; }}

@@ -14,6 +14,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
 from lit_jax.config import SourceConfig
+from lit_jax.configs.vit_bert import DIGITS
 from lit_jax.data import records
 from lit_jax.data.convert import convert_shard, main, make_plan
 from lit_jax.data.example import Example
@@ -82,7 +83,7 @@ def test_every_good_example_comes_out_as_it_went_in(folder, tmp_path, capsys):
 
 
 def test_texts_without_images_and_pixels_without_files(tmp_path):
-    assert convert("demo", tmp_path / "texts", "--source.split=parallel", "--text_only") == 0
+    assert convert(DIGITS, tmp_path / "texts", "--source.split=parallel", "--text_only") == 0
     texts = read(tmp_path / "texts")
     assert len(texts) == 560
     assert all(example["image"] is None and len(example["captions"]) == 2 for example in texts)

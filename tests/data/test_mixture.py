@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_jax.config import DataConfig, SourceConfig, default, parse
-from lit_jax.data.demo import CAPTIONS
 from lit_jax.data.example import BadSampleError, Example, Source
 from lit_jax.data.mixture import Interleave, Mixture, open_training_data, part_of, training_order
 from lit_jax.data.pipeline import TrainStream
@@ -236,7 +235,7 @@ def test_a_mixture_is_written_in_the_config(write_folders):
 
 def test_bad_mixtures_are_refused(write_folders):
     with pytest.raises(UserError, match=r"train\.path and config\.data\.mixture are both set"):
-        open_config(mixture=write_folders, train={"path": "demo", "split": "train"})
+        open_config(mixture=write_folders, train={"path": "nowhere"})
     write_folders["labels"]["weight"] = 0
     with pytest.raises(UserError, match=r"mixture\.labels\.weight is 0"):
         open_config(mixture=write_folders)
@@ -330,9 +329,3 @@ def test_a_template_takes_the_label_where_it_stands(write_folders):
         open_config(train={**write_folders["all"], "templates": ("a photo",)})
     captioned = open_config(train={**write_folders["all"], "templates": ("{}",)})
     assert captioned[0]["captions"] == ("0",)  # it has one of its own
-
-
-def test_the_demo_knows_its_languages():
-    config = SourceConfig(path="demo", split="bilingual", languages={"de": 1.0}, max_examples=64)
-    example = open_source(config)[0]
-    assert example["captions"] == tuple(text.format("zwanzig") for text in CAPTIONS["de"])

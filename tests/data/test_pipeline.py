@@ -13,13 +13,13 @@ import pytest
 
 from lit_jax.config import DataConfig, SourceConfig
 from lit_jax.data import pipeline
-from lit_jax.data.demo import ParallelDemoSource
 from lit_jax.data.example import BAD_KINDS, Example, Source
 from lit_jax.data.pipeline import TrainStream, eval_batches
 from lit_jax.data.readers import Captions, ImageTextReader, Pixels, TextPairReader
 from lit_jax.data.sources import open_source
 from lit_jax.data.text import load_tokenizer
 from lit_jax.errors import UserError
+from tests.digits import open_digits
 
 EXAMPLES = 22
 WORDS = ("one", "two", "three")
@@ -107,7 +107,8 @@ def test_text_pairs_have_what_a_student_and_its_teacher_take(demo_folder, open_s
     student = load_tokenizer(demo_folder / "xlm_roberta", max_length=24)
     teacher = load_tokenizer(demo_folder / "clip", max_length=20)
     reader = TextPairReader(student, teacher)
-    batch = next(open_stream(ParallelDemoSource(), reader=reader, batch_size=64))
+    source = open_digits("parallel", text_only=True)
+    batch = next(open_stream(source, reader=reader, batch_size=64))
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
         "input_ids": ((64, 24), np.int32),
         "attention_mask": ((64, 24), np.int32),
@@ -116,7 +117,6 @@ def test_text_pairs_have_what_a_student_and_its_teacher_take(demo_folder, open_s
     }
     said = student.batch_decode(batch["input_ids"], skip_special_tokens=True)
     taught = teacher.batch_decode(batch["teacher_input_ids"], skip_special_tokens=True)
-    source = ParallelDemoSource()
     german_of = {e["teacher_caption"]: e["captions"] for e in (source[i] for i in range(560))}
     pairs = zip(said, taught, strict=True)
     matches = [german_of[english.strip()].index(text) for text, english in pairs]
@@ -329,17 +329,17 @@ def test_workers_end_when_training_is_killed(source, demo_folder, tmp_path):
         import multiprocessing, os, signal, sys
         from pathlib import Path
         from lit_jax.config import DataConfig, SourceConfig
-        from lit_jax.data.demo import DemoSource
         from lit_jax.data.image import ImageTransform
         from lit_jax.data.pipeline import TrainStream
         from lit_jax.data.readers import Captions, ImageTextReader, Pixels
         from lit_jax.data.text import load_tokenizer
+        from tests.digits import open_digits
         if __name__ == "__main__":
             demo = Path(sys.argv[1])
             transform = ImageTransform.from_folder(demo / "vit")
             tokenizer = load_tokenizer(demo / "bert", max_length=24)
             stream = TrainStream(
-                DemoSource("unseen"),
+                open_digits("unseen"),
                 ImageTextReader(Pixels(transform), Captions(tokenizer)),
                 config=DataConfig(workers=1, threads=1),
                 seed=0, batch_size=4, process_index=0, process_count=1,

@@ -15,12 +15,12 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from lit_jax.config import SourceConfig
 from lit_jax.data.decode import decode
-from lit_jax.data.demo import DemoSource
 from lit_jax.data.example import BadSampleError, Source, usable_label
 from lit_jax.data.files import line_offsets
 from lit_jax.data.sources import open_source
 from lit_jax.data.sources.tfds import TfdsSource
 from lit_jax.errors import UserError
+from tests.digits import open_digits
 
 CAPTIONS = ["ein Hund läuft", "犬が走る", "كلب يجري", "un café", "un cafe\u0301", "👩‍👧 and a dog"]
 
@@ -33,18 +33,10 @@ def captions_of(source) -> list[tuple[str, ...]]:
     return [source[i]["captions"] for i in range(len(source))]
 
 
-def test_demo_is_a_source():
-    source = open_source(SourceConfig(path="demo", split="unseen"))
-    assert isinstance(source, DemoSource)
-    assert len(source) == 16 * 50
-
-
 @pytest.mark.parametrize("path", ["", "."])
 def test_a_missing_data_set_is_refused(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        UserError, match=r"no data set in .*'demo'.*features\.json.*captions\.jsonl"
-    ):
+    with pytest.raises(UserError, match=r"no data set in .*features\.json.*captions\.jsonl"):
         open_source(SourceConfig(path=path))
 
 
@@ -384,7 +376,7 @@ def test_tfds_needs_array_record(tfds_folder, tmp_path):
 
 def test_sources_can_be_sent_to_workers(tfds_config, jsonl_folder):
     jsonl = jsonl_folder({"image": f"{i}.png", "caption": c} for i, c in enumerate(CAPTIONS))
-    for source in (open_source(tfds_config), open_folder(jsonl), DemoSource("unseen")):
+    for source in (open_source(tfds_config), open_folder(jsonl), open_digits("unseen")):
         copy = pickle.loads(pickle.dumps(source))
         assert len(copy) == len(source)
         assert copy[4]["captions"] == source[4]["captions"]

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lit_jax.config import EvalConfig, SourceConfig
+from lit_jax.configs.vit_bert import DIGITS
 from lit_jax.errors import UserError
 from lit_jax.evals.class_files import classes_in, load_classes
 from lit_jax.evals.classes import DEFAULT_TEMPLATES, PLACEHOLDER, Classes
@@ -217,7 +218,7 @@ def test_a_folder_of_other_data_beside_is_not_looked_into(tmp_path):
     (tmp_path / "flickr").mkdir()
     for path in ("flickr", "nowhere/at/all", "flickr\0"):
         assert classes_in(SourceConfig(path=str(tmp_path / path))) is None
-    assert classes_in(SourceConfig(path="demo")) is None
+    assert classes_in(SourceConfig(path=str(DIGITS))) is None
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])

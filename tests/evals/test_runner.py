@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from lit_jax.config import EvalConfig, SourceConfig
+from lit_jax.configs.vit_bert import DIGITS
 from lit_jax.errors import UserError
 from lit_jax.evals.encode import Encoder
 from lit_jax.evals.runner import flat, open_evals, run, table
@@ -151,7 +152,7 @@ def test_each_evaluation_has_its_own_batch_size(encoder, params, folder):
         ({"classes": None}, r"config\.evals\.few\.classes is missing"),
         ({"classes": "nowhere.json"}, r"nowhere\.json cannot be read"),
         ({"data": SourceConfig(path="nowhere")}, "nowhere"),
-        ({"data": SourceConfig(path="demo", split="unseen")}, "the label 'twenty two'"),
+        ({"data": SourceConfig(path=str(DIGITS), split="unseen")}, "the label 'twenty two'"),
         ({"languages": ("en", "")}, r"config\.evals\.few\.languages is 'en,'"),
         ({"languages": ("en", "en")}, r"config\.evals\.few\.languages is 'en,en'"),
         ({"languages": ("en", "de")}, r"config\.evals\.few .* en, de, but .*\{language\}"),

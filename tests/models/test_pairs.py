@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from lit_jax.config import OptimizerConfig, PolicyConfig
-from lit_jax.data.demo import draw_number
+from lit_jax.configs.demo.make_digits import draw_number
 from lit_jax.data.text import load_tokenizer, tokenize
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.models.families import TEXT, VISION

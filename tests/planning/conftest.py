@@ -5,8 +5,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs.vit_bert import get_config
 from lit_jax.config import parse
+from lit_jax.configs.vit_bert import get_config
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo"
 BASE = {

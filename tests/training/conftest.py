@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from configs.vit_bert import get_config
 from lit_jax.config import parse
+from lit_jax.configs.vit_bert import get_config
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.models.families import build_tower
 from lit_jax.training import program, trainer
 from lit_jax.training.preemption import StopSignal
 from lit_jax.weights.save import save_tower
+from tests.digits import make_digits
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo"
 WIDTHS = {
@@ -29,6 +30,11 @@ WIDTHS = {
     "num_attention_heads": 2,
     "intermediate_size": 32,
 }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def digits():
+    make_digits()
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 from transformers import BertConfig, ViTConfig
 
-from configs.vit_bert import DEMO, get_config
 from lit_jax.config import MeshConfig, parse
+from lit_jax.configs.vit_bert import DEMO, get_config
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.training.model_factory import Towers, find_towers, prepare
 

@@ -10,7 +10,7 @@ import pytest
 
 from lit_jax import export
 from lit_jax.console import BAD_INPUT
-from lit_jax.data.demo import DemoSource
+from lit_jax.data.decode import decode
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.text import load_tokenizer, tokenize
 from lit_jax.models.families import build_tower
@@ -19,6 +19,7 @@ from lit_jax.training.workdir import load_run
 from lit_jax.trees import flatten
 from lit_jax.weights.load import load_dual_encoder, shapes_of
 from lit_jax.weights.save import save_tower
+from tests.digits import open_digits
 
 TEXTS = ["a photo of the number forty two", "thirty", "the handwritten number ninety nine"]
 
@@ -50,7 +51,7 @@ def our_logits(folder):
 
 
 def compute_logits(module, params, tokens, transform):
-    source = DemoSource("unseen")
+    source = open_digits("unseen")
     pixels = transform.normalization(
         np.stack([transform.eval(source[i]["image"]) for i in range(3)])
     )
@@ -69,14 +70,13 @@ def test_reading_it_back_is_exact(exported):
 
 def torch_logits(folder):
     import torch
-    from PIL import Image
     from transformers import VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 
     model, info = VisionTextDualEncoderModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     processor = VisionTextDualEncoderProcessor.from_pretrained(folder)
-    source = DemoSource("unseen")
-    images = [Image.fromarray(source[i]["image"]) for i in range(3)]
+    source = open_digits("unseen")
+    images = [decode(source[i]["image"]) for i in range(3)]
     inputs = processor(text=TEXTS, images=images, return_tensors="pt", padding=True)
     with torch.no_grad():
         return model.eval()(**inputs).logits_per_image.numpy()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lit_jax.configs.vit_bert import DIGITS
 from lit_jax.errors import BAD_INPUT, PREEMPTED
 from lit_jax.training.disk import complete_steps
 from lit_jax.training.metrics import read_metrics
@@ -341,7 +342,7 @@ def test_without_network_a_hub_model_is_named_with_the_key_for_a_folder(tmp_path
     process = subprocess.run(
         [
             *(sys.executable, "-m", "lit_jax.train", "--config=configs/vit_bert.py:base"),
-            *("--config.data.train.path=demo", "--config.data.train.split=train"),
+            *(f"--config.data.train.path={DIGITS}", "--config.data.train.split=train"),
             f"--workdir={tmp_path / 'run'}",
         ],
         cwd=ROOT,

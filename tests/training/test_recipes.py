@@ -10,7 +10,7 @@ import pytest
 
 from lit_jax import evaluate, export
 from lit_jax.config import parse
-from lit_jax.data.demo import DemoSource
+from lit_jax.data.decode import decode
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.text import load_tokenizer, tokenize
 from lit_jax.errors import Preempted, UserError
@@ -19,6 +19,7 @@ from lit_jax.training.metrics import read_metrics
 from lit_jax.training.workdir import load_run
 from lit_jax.trees import flatten
 from lit_jax.weights.load import load_dual_encoder
+from tests.digits import open_digits
 from tests.training.conftest import stop_after
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +92,7 @@ def test_a_recipe_from_training_to_pytorch(name, tmp_path, monkeypatch, one_devi
 
 
 def logits(module, params, folder):
-    source, transform = DemoSource("unseen"), ImageTransform.from_folder(folder)
+    source, transform = open_digits("unseen"), ImageTransform.from_folder(folder)
     tokens = tokenize(load_tokenizer(folder, max_length=24), TEXTS)
     pixels = transform.normalization(
         np.stack([transform.eval(source[i]["image"]) for i in range(3)])
@@ -104,7 +105,6 @@ def logits(module, params, folder):
 def pytorch_logits(folder):
     import torch
     import transformers
-    from PIL import Image
 
     config = json.loads((folder / "config.json").read_text())
     model_class = getattr(transformers, config["architectures"][0])
@@ -114,7 +114,7 @@ def pytorch_logits(folder):
         config["model_type"], transformers.VisionTextDualEncoderProcessor
     )
     processor = processor_class.from_pretrained(folder)
-    images = [Image.fromarray(DemoSource("unseen")[i]["image"]) for i in range(3)]
+    images = [decode(open_digits("unseen")[i]["image"]) for i in range(3)]
     inputs = processor(
         text=TEXTS, images=images, return_tensors="pt", padding="max_length", max_length=24
     )

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 import lit_jax
 from lit_jax import evaluate, export
+from lit_jax.configs.vit_bert import DIGITS
 from lit_jax.data.text import tokenize
 from lit_jax.evals.encode import Encoder
 from lit_jax.training import trainer
@@ -55,7 +56,7 @@ def test_a_family_is_trained_exported_and_evaluated(train, tmp_path, family):
         for name, array in ours.items():
             np.testing.assert_array_equal(array, np.array(theirs[name]))
     results = tmp_path / "results.json"
-    data = ["--data=demo", "--split=unseen", f"--classes={DEMO / 'unseen16.json'}"]
+    data = [f"--data={DIGITS}", "--split=unseen", f"--classes={DEMO / 'unseen16.json'}"]
     assert evaluate.main([f"--model={out}", *data, f"--output={results}"]) == 0
     of_model = json.loads(results.read_text())
     if family == QUICK:

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from lit_jax.config import SourceConfig
 from lit_jax.data import captions
-from lit_jax.data.demo import PARALLEL, DemoSource, ParallelDemoSource
 from lit_jax.data.example import Source
 from lit_jax.data.files import AddressError, File, local, locate, require_regular
 from lit_jax.data.listing import expand, is_system, shown, top_folders, walk
+from lit_jax.data.makers import is_maker, made_by
 from lit_jax.data.records import MANIFEST
 from lit_jax.data.sources import columns, flickr, hints, lists, metadata, splits
 from lit_jax.data.sources.checks import HasRows, check_first_rows
@@ -164,16 +164,12 @@ def open_source(config: SourceConfig, *, text_only: bool = False, labelled: bool
 
     Raises UserError if it is missing, empty or broken, or has no such split.
     """
+    if is_maker(config.path):
+        config = dataclasses.replace(config, path=str(made_by(config.path)))
     return captions.choose(_find(config, text_only, labelled), config)
 
 
 def _find(config: SourceConfig, text_only: bool, labelled: bool) -> Source:
-    if config.path == "demo":
-        return (
-            ParallelDemoSource()
-            if text_only and config.split == PARALLEL
-            else DemoSource(config.split)
-        )
     try:
         places = [locate(path) for path in expand(config.path)] if config.path else []
         if source := _open(places, config, text_only, labelled):
@@ -183,13 +179,11 @@ def _find(config: SourceConfig, text_only: bool, labelled: bool) -> Source:
     except OSError as error:  # no permission, no network, no credentials
         raise UserError(f"{config.path!r} cannot be read ({error}).") from error
     if places and all(isinstance(place, Path) and not place.exists() for place in places):
-        raise UserError(
-            f"There is no file or folder {config.path!r}; give the path of a data set, or 'demo'."
-        )
+        raise UserError(f"There is no file or folder {config.path!r}; give the path of a data set.")
     found = _listed(places[0], config) if len(places) == 1 and places[0].is_dir() else places
     raise UserError(
         f"There is no data set in {config.path!r}.{hints.hint(found)} A source's path "
-        f"(config.data.train.path to train) is 'demo', a file or a folder that has one of {_all_patterns()}, "
+        f"(config.data.train.path to train) is a file, a folder that has one of {_all_patterns()}, "
         "or a folder with images that "
         "have texts beside them (a.jpg, a.txt) or a folder for each class."
     )

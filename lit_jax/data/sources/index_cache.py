@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from lit_jax.data.files import File, signature
-from lit_jax.files import whole
+from lit_jax.files import cache_folder, whole
 
 _KEY = b"lit_jax"  # in the metadata of the table's schema
 
@@ -53,7 +53,7 @@ class TableCache:
         digest = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         name = f"lit_jax-{kind}-{digest}.arrow"
         beside = [files[0].parent] if isinstance(files[0], Path) else []
-        self.places = [folder / name for folder in (*beside, *_user_cache())]  # best first
+        self.places = [folder / name for folder in (*beside, cache_folder())]  # best first
 
     def load(self) -> CachedTable | None:
         """Return the table, None if there is no whole one with this key."""
@@ -90,12 +90,3 @@ class TableCache:
             except OSError as error:
                 problem = error
         raise problem
-
-
-def _user_cache() -> list[Path]:
-    """Return the user's cache folder, if the user has one."""
-    given = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return [Path(given or Path.home() / ".cache") / "lit_jax"]
-    except RuntimeError:  # neither HOME nor an entry among the users, as in some containers
-        return []

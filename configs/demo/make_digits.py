@@ -1,30 +1,37 @@
-"""The embedded demo: handwritten two-digit numbers and their names.
+"""Makes the demos' data folder: python configs/demo/make_digits.py FOLDER (a few seconds)
 
 scikit-learn's 1,797 scanned digits, joined two by two on a 32x32 canvas, show the numbers 20 to 99.
 Sixteen of them are never captioned: to name them, a model has to have understood the other 64.
 A scanned digit is used for training or for evaluation, never for both.
 
-The captions are English. For text towers that learn a second language there are also the sentences of
-both languages without images ("parallel"), and the training images with captions in both ("bilingual").
+    FOLDER/SPLIT/captions.jsonl    "train" and "bilingual" to train on, "seen" and "unseen" to evaluate on
+    FOLDER/SPLIT/images/*.png
+    FOLDER/parallel/captions.jsonl sentences without images, also about the uncaptioned numbers
+
+The captions are English. "bilingual" has captions in German, too, and "parallel" says each sentence in both
+languages, for text towers that learn a second one.
 """
 
 import functools
+import json
+import sys
 import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from lit_jax.data.example import Example
-from lit_jax.errors import UserError
-
-CANVAS = 32  # pixels, height and width
+# Pixels, height and width.
+CANVAS = 32
 
 NUMBERS = tuple(range(20, 100))
 # Two of every ten, such that each tens digit and each units digit stays among the captioned numbers.
 UNSEEN = tuple(sorted(10 * t + (3 * t + k) % 10 for t in range(2, 10) for k in (1, 6)))
 SEEN = tuple(n for n in NUMBERS if n not in UNSEEN)
 
-# split -> (which scanned digits, which numbers, images of each number, languages of the captions)
+# Split -> (which scanned digits, which numbers, images of each number, languages of the captions).
 SPLITS = {
     "train": ("train", SEEN, 160, ("en",)),
     "bilingual": ("train", SEEN, 160, ("en", "de")),
@@ -80,7 +87,7 @@ TENS = {
 
 
 def number_words(number: int, language: str = "en") -> str:
-    """The name of a number from 20 to 99: "forty two", in German "zweiundvierzig"."""
+    """Return the name of a number from 20 to 99: "forty two", in German "zweiundvierzig"."""
     tens, units = TENS[language][number // 10 - 2], UNITS[language][number % 10]
     if language == "de":
         return f"{units}und{tens}" if units else tens
@@ -88,15 +95,16 @@ def number_words(number: int, language: str = "en") -> str:
 
 
 def captions(number: int, language: str) -> tuple[str, ...]:
-    """All sentences of a language about a number; those of two languages match one by one."""
+    """Return all sentences of a language about a number; those of two languages match one by one."""
     words = number_words(number, language)
     return tuple(caption.format(words) for caption in CAPTIONS[language])
 
 
 @functools.cache
 def digit_images(part: str) -> tuple[np.ndarray, ...]:
-    """The scanned digits of a part, "train" (four of five) or "test": by digit 0..9, uint8 Nx8x8."""
-    from sklearn.datasets import load_digits  # slow to import, and nothing but the demo needs it
+    """Return the scanned digits of a part, "train" (four of five) or "test": by digit 0..9, uint8 Nx8x8."""
+    # Slow to import, and the names of the numbers do without.
+    from sklearn.datasets import load_digits
 
     pixels_Nx64, labels_N = load_digits(return_X_y=True)
     shuffle = np.random.default_rng(0).permutation(len(labels_N))
@@ -110,7 +118,7 @@ def digit_images(part: str) -> tuple[np.ndarray, ...]:
 
 
 def compose(tens_8x8: np.ndarray, units_8x8: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Both digits side by side, each at a random place and scale: uint8 32x32x3, white on black."""
+    """Return both digits side by side, each at a random place and scale: uint8 32x32x3, white on black."""
     canvas = np.zeros((CANVAS, CANVAS), np.uint8)
     half = CANVAS // 2
     for left, digit_8x8 in ((0, tens_8x8), (half, units_8x8)):
@@ -122,63 +130,58 @@ def compose(tens_8x8: np.ndarray, units_8x8: np.ndarray, rng: np.random.Generato
 
 
 def draw_number(number: int, part: str, rng: np.random.Generator) -> np.ndarray:
-    """A random picture of a number from 20 to 99, of the scanned digits of `part`: uint8 32x32x3."""
+    """Return a random picture of a number from 20 to 99, of the scanned digits of `part`: uint8 32x32x3."""
     tens, units = (digit_images(part)[digit] for digit in divmod(number, 10))
     return compose(tens[rng.integers(len(tens))], units[rng.integers(len(units))], rng)
 
 
-@functools.cache
 def split_images(split: str) -> np.ndarray:
-    """All images of a split, the numbers in turn: uint8 Nx32x32x3. Drawn once, in about a second."""
+    """Draw all images of a split, the numbers in turn: uint8 Nx32x32x3."""
     part, numbers, images_each, _ = SPLITS[split]
     rng = np.random.default_rng(zlib.crc32(split.encode()))
     return np.stack([draw_number(number, part, rng) for number in numbers * images_each])
 
 
-class DemoSource:
-    """The demo's split "train", "bilingual", "seen" or "unseen"; always the same images.
-
-    Raises UserError if there is no such split.
-    """
-
-    def __init__(self, split: str | None):
-        if split not in SPLITS:
-            raise UserError(
-                f"The demo has no split {split!r} with images; its splits are {', '.join(SPLITS)}, and "
-                f"{PARALLEL} for a text tower that learns from a teacher."
-            )
-        self._split = split
-        _, self._numbers, _, self._languages = SPLITS[split]
-        self._images_Nx32x32x3 = split_images(split)
-
-    def __len__(self) -> int:
-        return len(self._images_Nx32x32x3)
-
-    def __getitem__(self, index: int) -> Example:
-        number = self._numbers[index % len(self._numbers)]
-        return Example(
-            key=f"{self._split}/{index}",
-            image=self._images_Nx32x32x3[index],
-            captions=tuple(text for lang in self._languages for text in captions(number, lang)),
-            languages=tuple(lang for lang in self._languages for _ in CAPTIONS[lang]),
-            label=number_words(number),
-        )
+def image_rows(split: str) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a split's captions.jsonl, one an image."""
+    _, numbers, images_each, languages = SPLITS[split]
+    for index, number in enumerate(numbers * images_each):
+        yield {
+            "image": f"images/{index:05}.png",
+            "captions": {language: captions(number, language) for language in languages},
+            "label": number_words(number),
+        }
 
 
-class ParallelDemoSource:
-    """Every sentence about every number, also the uncaptioned ones, in English and German: no images."""
+def parallel_rows() -> Iterator[dict[str, Any]]:
+    """Yield the lines without images: every sentence about every number, in English and German."""
+    for sentence in range(len(CAPTIONS["en"])):
+        for number in NUMBERS:
+            english, german = (captions(number, language)[sentence] for language in ("en", "de"))
+            yield {
+                "captions": {"en": [english], "de": [german]},
+                "teacher_caption": english,
+                "label": number_words(number),
+            }
 
-    def __len__(self) -> int:
-        return len(NUMBERS) * len(CAPTIONS["en"])
 
-    def __getitem__(self, index: int) -> Example:
-        number, sentence = NUMBERS[index % len(NUMBERS)], index // len(NUMBERS)
-        english, german = (captions(number, language)[sentence] for language in ("en", "de"))
-        return Example(
-            key=f"{PARALLEL}/{index}",
-            image=None,
-            captions=(english, german),
-            languages=("en", "de"),
-            teacher_caption=english,
-            label=number_words(number),
-        )
+def write(folder: Path) -> None:
+    """Write the whole data folder; its splits are always the same, to the last byte."""
+    for split in SPLITS:
+        _write_lines(folder / split / "captions.jsonl", image_rows(split))
+        (folder / split / "images").mkdir()
+        for index, image_32x32x3 in enumerate(split_images(split)):
+            # All three channels are the same: a grey file is a third as large.
+            picture = Image.fromarray(image_32x32x3[:, :, 0])
+            picture.save(folder / split / "images" / f"{index:05}.png", compress_level=1)
+    _write_lines(folder / PARALLEL / "captions.jsonl", parallel_rows())
+
+
+def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

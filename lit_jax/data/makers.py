@@ -1,0 +1,96 @@
+"""Data sets that a Python script makes: a source whose path is the script is the folder that it makes.
+
+The script gets the folder to make as its one argument. The folder lies in the user's cache under a name that
+depends on the content of the script, so that a changed script makes a new one.
+
+Only a command that was given the script runs it, on the command line or in a config file. What reads the
+config.json of a run, which may come from anywhere, runs nothing: `made_by` says how to make the folder.
+"""
+
+import hashlib
+import logging
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lit_jax.config import Config, SourceConfig
+from lit_jax.errors import UserError
+from lit_jax.files import cache_folder, expand_home
+
+log = logging.getLogger(__name__)
+
+
+def is_maker(path: str) -> bool:
+    """Return whether the path of a source names a script that makes it."""
+    return path.endswith(".py")
+
+
+def made_by(script: str) -> Path:
+    """Return the folder that a script has made. Raise UserError if it has not, or if there is no script."""
+    folder = _folder(script)
+    if not folder.is_dir():
+        raise UserError(
+            f"The data of {script} are not made yet; run: {sys.executable} {script} {folder}"
+        )
+    return folder
+
+
+def sources_of(config: Config) -> Iterator[SourceConfig]:
+    """Yield all sources of a config, those of its evaluations included."""
+    yield from (config.data.train, *config.data.mixture.values())
+    for task in config.evals.values():
+        yield from (task.data, task.train)
+
+
+def make_missing(sources: Iterable[SourceConfig]) -> None:
+    """Run the scripts among the paths of the sources whose folders are missing.
+
+    Several processes may do so at once: each makes a folder of its own, and the first one to end gives it the
+    name. A folder appears whole or not at all.
+
+    Raises UserError if a script is missing or fails.
+    """
+    for script in dict.fromkeys(source.path for source in sources if is_maker(source.path)):
+        folder = _folder(script)
+        if not folder.is_dir():
+            log.info("%s makes %s.", script, folder)
+            _make(script, folder)
+
+
+def _folder(script: str) -> Path:
+    path = expand_home(script, script)
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"The script {script} cannot be read ({error.strerror}).") from error
+    return cache_folder() / f"{path.stem}-{digest[:16]}"
+
+
+def _make(script: str, folder: Path) -> None:
+    new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.new")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, expand_home(script, script), new]
+        code = subprocess.run(command, check=False).returncode
+        if code or not new.is_dir():
+            problem = f"ended with exit code {code}" if code else "made no folder"
+            raise UserError(f"{script}, which makes data, {problem}; see above what it printed.")
+        _move(new, folder)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can."
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _move(new: Path, folder: Path) -> None:
+    try:
+        new.rename(folder)
+    except OSError:
+        # Nothing replaces a folder that is not empty: another process was faster.
+        if not folder.is_dir():
+            raise
