@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 # What `labels` of an evaluation says where the data's labels, sorted, are those of the classes in order.
 SORTED, AS_TEXT, AS_NUMBERS = "sorted", "sorted_as_text", "sorted_as_numbers"
-_INTEGER = re.compile(r"([+-]?[0-9]+)(\.0*)?")  # "7", "007", "-1", and "7.0" as pandas writes it
+# "7", "007", "-1", and "7.0" as pandas writes it. Python reads no number of more than 4300 digits.
+_INTEGER = re.compile(r"([+-]?[0-9]{1,4000})(\.0*)?")
 _SHOWN = 3  # pairs of label and class in the log
 # `datasets`, TFDS and others write this where there is no label.
 UNLABELLED = -1

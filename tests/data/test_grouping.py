@@ -21,6 +21,7 @@ from lit_jax.data.example import BadSampleError, Source
 from lit_jax.data.mixture import open_training_data
 from lit_jax.data.sources import grouping, open_source
 from lit_jax.data.sources.grouping import Groups
+from lit_jax.data.sources.rows import resolve
 
 # Two images, whose rows do not stand together; the first is written in four ways.
 ROWS = (
@@ -85,6 +86,24 @@ def test_rows_of_one_file_are_one_example(folder, caplog):
     assert [decode(source[i]["image"]).size for i in range(2)] == [(7, 4)] * 2
     assert caplog.text.count("6 rows name 2 images") == 1
     assert captions_of(open_source(SourceConfig(path=str(folder), max_examples=1))) == GROUPED[:1]
+
+
+@pytest.mark.parametrize("write", [write_csv, write_tsv, write_jsonl, write_parquet])
+def test_links_name_the_file_that_they_lead_to(tmp_path, write):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").touch()
+    (tmp_path / "by_folder").symlink_to("images")
+    (tmp_path / "by_file.png").symlink_to(tmp_path / "by_folder" / "a.png")
+    (tmp_path / "nowhere.png").symlink_to("gone.png")
+    names = ("images/a.png", "by_folder/a.png", "by_file.png", "./by_file.png", "nowhere.png")
+    write(tmp_path, [(name, name) for name in names])
+    assert captions_of(open_source(SourceConfig(path=str(tmp_path)))) == [names[:4], names[4:]]
+
+
+def test_a_file_in_the_root_is_another_than_one_in_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve("/a.png", tmp_path) == "//a.png"
+    assert resolve("a.png", tmp_path) == f"{tmp_path.resolve()}/a.png"
 
 
 def test_a_key_keeps_each_row_an_example(folder):

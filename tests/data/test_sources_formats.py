@@ -713,6 +713,12 @@ def test_a_saved_dict_of_data_sets_has_splits(tmp_path, images):
     assert [source[i]["captions"] for i in range(2)] == [(CAPTIONS[2],), (CAPTIONS[0],)]
     with pytest.raises(UserError, match="no split 'valid'; its splits are test, train"):
         open_source(SourceConfig(path=str(tmp_path), split="valid"))
+    for split in ("train", "test"):
+        (tmp_path / split / "state.json").unlink()
+    with pytest.raises(
+        UserError, match=r"has a state\.json, so its dataset_dict\.json has no splits"
+    ):
+        open_source(SourceConfig(path=str(tmp_path)))
 
 
 def test_a_missing_shard_of_records_is_refused(tmp_path, images):

@@ -80,6 +80,9 @@ def test_a_key_of_another_type_spoils_nothing(tmp_path, key, found):
         (["1.0", "", "12.0"], ["1", None, "12"]),
         (["1.0", "1.5", ""], ["1.0", "1.5", None]),
         (["1", "01", "x"], ["1", "01", "x"]),
+        (["1.0", "nan", "NaN"], ["1", None, None]),
+        (["1", "NaN", "007"], ["1", None, "007"]),
+        (["naan", "nan", "1.0"], ["naan", "nan", "1.0"]),  # kinds of bread
     ],
 )
 def test_labels_that_pandas_writes_as_floats_are_whole_numbers(tmp_path, labels, expected):

@@ -79,6 +79,7 @@ def test_labels_may_be_numbers_or_put_in_order_by_sorting(pictures):
         (["n10", "n9", "n1"], "sorted", [1, 2, 0]),
         (["1_0", "2", "30"], "sorted", [0, 1, 2]),
         (["٣", "10", "2"], "sorted", [2, 0, 1]),  # a digit, but not as numbers are written in files
+        (["1" * 5000, "10", "2"], "sorted", [1, 0, 2]),  # more digits than Python reads
     ],
 )
 def test_labels_that_are_all_whole_numbers_have_the_order_of_numbers(

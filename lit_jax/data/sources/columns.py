@@ -381,6 +381,11 @@ def _check_utf8(schema: pa.Schema) -> None:
 def open_dict(folder: Path, config: SourceConfig, *, text_only: bool = False) -> HuggingFaceSource:
     """Open the split of a saved DatasetDict that `config` names."""
     names = sorted(file.parent.name for file in folder.glob("*/state.json"))
+    if not names:
+        raise UserError(
+            f"No folder in {folder} has a state.json, so its dataset_dict.json has no splits; save the data "
+            "set again."
+        )
     if config.split not in names:
         raise splits.not_found(folder, config.split, names)
     return HuggingFaceSource(folder / config.split, config, text_only=text_only)

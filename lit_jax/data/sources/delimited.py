@@ -24,7 +24,8 @@ from lit_jax.data.sources.rows import (
 )
 from lit_jax.errors import UserError
 
-_WHOLE = re.compile(r"(-?[0-9]+)\.0+")
+_WHOLE = re.compile(r"(-?[0-9]+)(\.0+)?")
+_NAN = re.compile("nan", re.IGNORECASE)
 _SEPARATORS = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
 
 
@@ -36,8 +37,8 @@ class DelimitedSource:
     two columns is read as caption and path (Conceptual Captions). Blanks around the names of columns do not
     count; if there are some, those around all fields do not.
 
-    pandas writes a column of whole numbers as 1.0, 2.0 ... if some are missing: if all labels of the first
-    rows are written so, the label 1.0 is 1.
+    pandas writes a column of whole numbers as 1.0, 2.0 ... if some are missing, and these as NaN if asked to:
+    if all labels of the first rows are such, the label 1.0 is 1 and NaN is none.
     """
 
     def __init__(self, file: File, config: SourceConfig, *, text_only: bool = False):
@@ -55,6 +56,7 @@ class DelimitedSource:
             raise UserError(f"{file} has the names of its columns, and no line after them.")
         check_names(self._names, [config.image_key, config.caption_key, config.label_key], file)
         labels = {label for row in first_rows(self) if (label := row.get(config.label_key))}
+        labels = {label for label in labels if not _NAN.fullmatch(label)}
         self._whole_labels = bool(labels) and all(map(_WHOLE.fullmatch, labels))
 
     def _first_line(self) -> list[str]:
@@ -162,8 +164,11 @@ class DelimitedSource:
             raise ValueError(f"{len(values)} fields for {len(self._names)} columns{quote}")
         row = {name: value or None for name, value in zip(self._names, values, strict=True)}
         label = row.get(self._config.label_key)
-        if self._whole_labels and label and (match := _WHOLE.fullmatch(label)):
-            row[self._config.label_key] = match[1]
+        if self._whole_labels and label:
+            match = _WHOLE.fullmatch(label)
+            row[self._config.label_key] = (
+                match[1] if match else None if _NAN.fullmatch(label) else label
+            )
         return row
 
     def _fields(self, line: bytes) -> list[str]:

@@ -24,7 +24,7 @@ from lit_jax.data.sources.index_cache import CachedTable, TableCache
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 CACHE_FROM_SECONDS = 1.0  # that a pass took
 _ALONE = -1  # what Python's hash never is
 

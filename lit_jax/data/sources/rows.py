@@ -185,20 +185,27 @@ def identity(
 def resolve(path: str, folder: File) -> str | None:
     """Return the same text for all ways to write the path of a file, None for what is no path."""
     is_local = isinstance(folder, Path)
-    if is_local and "./" not in path and "//" not in path and path[0] != "/":
-        return f"{_real(str(folder))}/{path}"
     if path.startswith(WEB) or "\0" in path:
         return None
     if "://" in path or not is_local:
         # In a store '..' is a name like any other.
         return str(locate(path, folder) if "://" in path else folder / path)
-    parent, _, name = os.path.join(str(folder), path).rpartition("/")
-    return f"{_real(parent)}/{name}"
+    whole = path if path.startswith("/") else f"{folder!s}/{path}"
+    parent, _, name = whole.rpartition("/")
+    real, links = _real(parent or "/")
+    return os.path.realpath(f"{real}/{name}") if name in links else f"{real}/{name}"
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _real(folder: str) -> str:
-    return os.path.realpath(folder)
+def _real(folder: str) -> tuple[str, frozenset[str]]:
+    """Return where a folder really is, and the names of the links in it."""
+    real = os.path.realpath(folder)
+    try:
+        # One listing: to ask for each image takes minutes where millions lie on a network.
+        with os.scandir(real) as entries:
+            return real, frozenset(entry.name for entry in entries if entry.is_symlink())
+    except OSError:  # its rows are bad samples
+        return real, frozenset()
 
 
 def web_hint(names: Sequence[str]) -> str:
