@@ -9,7 +9,7 @@
 # that is stopped or left alone starts all of them again; after an error none is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-. launch/again.sh
+. launch/shared.sh
 
 name='' image='' claim='' accelerator='' nodes='' chips='' topology='' slices=1 spot='' dry_run=''
 while (($#)); do
@@ -63,7 +63,8 @@ else
                     fieldPath: metadata.annotations['batch.kubernetes.io/job-completion-index']"
 fi
 # Kubernetes makes $ of $$, and reads $(NAME) as a variable.
-arguments=$(python3 -c 'import json, sys; print(json.dumps([word.replace("$", "$$") for word in sys.argv[1:]]))' "$@")
+arguments=$(python3 -c 'import json, sys; print(json.dumps([word.replace("$", "$$") for word in sys.argv[1:]]))' \
+    launch/process.sh -- "$@")
 
 manifest="apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet

@@ -4,17 +4,15 @@
 #     launch/local.sh N [--devices=K] [--dry-run] -- command...
 #
 # K simulated CPU devices for each process; without it, the devices that JAX finds. Each line of output starts
-# with the number of its process. SIGTERM and Ctrl-C reach all of them, and where one fails the others get a SIGTERM:
-# they may still be waiting for it to join. What is still there 90 seconds later is killed. Where this script is killed
-# itself, they get a SIGTERM, and ten seconds later they are killed. The exit code is that of what went wrong: of a
-# command's own failure before that of a process which was only left alone (76) or stopped (75, or 143 before it could
-# save).
+# with the number of its process. SIGTERM and Ctrl-C reach all of them. Where one fails or is killed, or this script is,
+# the others get a SIGTERM (they may still be waiting for it to join), and ten seconds later they are killed. The exit
+# code is that of what went wrong: of a command's own failure before that of a process that is gone (76) or was stopped
+# (75, or 143 before it could save).
 set -euo pipefail
+# shellcheck source=launch/shared.sh
+. "$(dirname "${BASH_SOURCE[0]}")/shared.sh"
 
-usage() {
-    echo "error: $1; usage: launch/local.sh N [--devices=K] [--dry-run] -- command..." >&2
-    exit 2
-}
+usage() { fail "$1; usage: launch/local.sh N [--devices=K] [--dry-run] -- command..."; }
 
 processes='' devices='' dry_run=''
 while (($#)); do
@@ -49,7 +47,7 @@ if [[ $dry_run ]]; then
     exit
 fi
 
-pids=()
+pids=() readers=()
 # Ends what this script leaves behind when it is killed: it hears of each process, and then nothing more. A process
 # leads its group, so that what it has started itself ends with it.
 guard() {
@@ -76,22 +74,27 @@ coproc GUARD { guard > /dev/null 2>&1; }
 tell=${GUARD[1]}
 for ((i = 0; i < processes; i++)); do
     # The readers outlive the signals, and end when what they read ends.
-    env "${variables[@]}" "JAX_PROCESS_ID=$i" "$@" \
-        > >(trap '' INT TERM && exec sed -u "s/^/[$i] /") 2> >(trap '' INT TERM && exec sed -u "s/^/[$i] /" >&2) &
+    exec {output}> >(trap '' INT TERM && exec sed -u "s/^/[$i] /")
+    readers+=($!)
+    exec {errors}> >(trap '' INT TERM && exec sed -u "s/^/[$i] /" >&2)
+    readers+=($!)
+    # shellcheck disable=SC2261  # stdout has a descriptor, stderr another
+    env "${variables[@]}" "JAX_PROCESS_ID=$i" "$@" >&"$output" 2>&"$errors" &
     pids+=($!)
+    exec {output}>&- {errors}>&-
     echo "$!" >&"$tell"
 done
 
-# How bad an exit code is: 0 done, 1 stopped, 2 left alone, 3 the cause.
+# How bad an exit code is: 0 done, 1 stopped, 2 gone or left alone, 3 the cause.
 badness() {
-    case $1 in 0) echo 0 ;; 75 | 143) echo 1 ;; 76) echo 2 ;; *) echo 3 ;; esac
+    case $1 in 0) echo 0 ;; 75 | 143) echo 1 ;; 76) echo 2 ;; *) is_gone "$1" && echo 2 || echo 3 ;; esac
 }
 worst=0 told=''
 while ((${#pids[@]})); do
     for i in "${!pids[@]}"; do
-        kill -0 "${pids[i]}" 2>/dev/null && continue
+        kill -0 "${pids[i]}" && continue
         code=0
-        wait "${pids[i]}" 2>/dev/null || code=$?
+        wait "${pids[i]}" || code=$?
         unset "pids[i]"
         (($(badness "$code") > $(badness "$worst"))) && worst=$code
     done
@@ -99,10 +102,15 @@ while ((${#pids[@]})); do
         told=$SECONDS
         forward TERM
     fi
-    # More than the minute that a checkpoint under way is given: what is there still listens to nothing.
-    [[ ! $told ]] || ((SECONDS - told < 90)) || forward KILL
+    # Without the one that is gone, no other can complete a checkpoint; a process that was stopped hears nothing.
+    [[ ! $told ]] || ((SECONDS - told < 10)) || forward KILL
     sleep 0.2 &
-    wait "$!" 2>/dev/null || true # unlike a program in the foreground, it lets a signal to this script through at once
-done
+    wait "$!" || true # unlike a program in the foreground, it lets a signal to this script through at once
+done 2>/dev/null # the shell's own remarks about a process that was killed
 echo end >&"$tell"
-exit "$worst"
+# What the processes said stands before the last sentence, unless something that they started still holds their output.
+for ((i = 0; i < 50; i++)); do
+    kill -0 "${readers[@]}" 2>/dev/null || break
+    sleep 0.1
+done
+settle "$worst" || exit "$?"

@@ -13,7 +13,7 @@ if [[ ${1:-} == --submitted ]]; then # in the folder that it was submitted from,
 else
     cd "$(dirname "${BASH_SOURCE[0]}")/.."
 fi
-. launch/again.sh
+. launch/shared.sh
 
 nodes=1 gpus='' time=24:00:00 dry_run=''
 while (($#)); do
@@ -44,6 +44,7 @@ fi
 
 code=0
 "${run[@]}" || code=$?
+settle "$code" || code=$?
 if again "$code"; then
     echo "The exit code is $code; the job goes back into the queue." >&2
     scontrol requeue "$SLURM_JOB_ID"

@@ -17,7 +17,7 @@
 # Each action can be given again, with the same --slices: what is there already is left as it is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-. launch/again.sh
+. launch/shared.sh
 
 action=${1:-}
 (($#)) && shift

@@ -37,8 +37,8 @@ def command(main: Callable[..., None]) -> Callable[..., int]:
 
     It is 0, 2 after a UserError (one line on stderr), 75 after Preempted, 76 where another process never
     came, 130 after Ctrl-C. An OSError about a path is the user's, too: every path comes from the flags or the
-    config. LIT_JAX_TRACEBACK=1 in the environment shows the traceback of both. With several processes, all
-    end with the code of the first that fails, or with 76 if it was killed.
+    config. LIT_JAX_TRACEBACK=1 in the environment shows the traceback of both. A process that fails ends at
+    once; JAX aborts the others of its run, which the scripts in launch/ turn into 76.
     """
 
     @functools.wraps(main)
@@ -63,31 +63,40 @@ def _exit_code(main: Callable[[], None]) -> int:
         main()
     except Preempted as stop:
         print(stop, file=sys.stderr, flush=True)
-        process.end(PREEMPTED)
         return PREEMPTED
     except GoneError as error:
         _say(str(error))
         return GONE
     except KeyboardInterrupt:
-        process.end(INTERRUPTED, "Interrupted.")
         print("Interrupted.", file=sys.stderr, flush=True)
+        process.leave(INTERRUPTED)
         return INTERRUPTED
-    except SystemExit as stop:  # after --help
+    # argparse exits after --help.
+    except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else DONE
     except Exception as error:
         sentence = _sentence(error)
         if sentence is None:
-            details = hide_keys(traceback.format_exc())
-            process.end(FAILED, hide_keys(f"{type(error).__name__}: {error}"), details)
-            raise
+            if process.number() is None:
+                raise
+            _fail_among_others(error)
+            return FAILED
         sentence = hide_keys(sentence)
         if os.environ.get("LIT_JAX_TRACEBACK") == "1":
             print(hide_keys(traceback.format_exc()), end="", file=sys.stderr)
-        process.end(BAD_INPUT, sentence)
         _say(sentence)
+        process.leave(BAD_INPUT)
         return BAD_INPUT
-    process.end(DONE)
     return DONE
+
+
+def _fail_among_others(error: Exception) -> None:
+    """End one of several processes after an unexpected error, unless JAX ends it because another is gone."""
+    reason = hide_keys(" ".join(f"{type(error).__name__}: {error}".split()))
+    _say(f"{reason[:300]}; JAX tells within a minute whether another process of the run is gone.")
+    process.await_verdict()
+    print(hide_keys(traceback.format_exc()), end="", file=sys.stderr)
+    process.leave(FAILED)
 
 
 # What a path of the user can be, beside not being there.

@@ -1,47 +1,49 @@
-"""Process set-up: the one place where a command joins the other processes of its run."""
+"""Process set-up: the one place where a command joins the other processes of its run, and leaves them."""
 
+import contextlib
 import ctypes
 import functools
 import logging
 import os
 import re
+import sys
+import time
 from typing import Any
 
 import jax
 
-# The key-value store of a run's processes, and whether JAX is in use, have no public name.
-from jax._src import distributed, xla_bridge
+# JAX has no public name for whether it is in use already.
+from jax._src import xla_bridge
 
 from lit_jax.distributed.flags import check_settings, set_flags
-from lit_jax.distributed.launchers import Place, find_place, idle_tasks, split_address
-from lit_jax.distributed.lifeline import START_SECONDS, Lifeline, assembling
-from lit_jax.distributed.roll_call import meet
+from lit_jax.distributed.launchers import Place, find_place, idle_tasks
+from lit_jax.distributed.roll_call import START_SECONDS, meet
 from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# The second line of defence: a process that hangs as a whole keeps its connections open.
+# After so many seconds without a sign of life from one process, JAX aborts all others (SIGABRT).
 HEARTBEAT_SECONDS = 40
-_TIME_OUTS: dict[str, Any] = {
-    "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
-    "initialization_timeout": 2 * START_SECONDS,  # behind `assembling`, which has a sentence
-}
-COMPILE_SECONDS = 1.0  # what a shorter compilation leaves in memory is not worth looking for
+# Between the time-out and the abort lie a heartbeat and a poll of the coordinator.
+_VERDICT_SECONDS = 5
+# A shorter compilation leaves too little memory behind to be worth looking for.
+COMPILE_SECONDS = 1.0
 
-_lifeline: Lifeline | None = None
+_number: int | None = None
 
 
 def initialize() -> None:
     """Join the run's processes; call before anything touches a device.
 
     `find_place` says which of them this one is. Where it is the only one, JAX may be in use already, as in a
-    notebook. From here on, all processes end if one does; see lifeline.py. If some do not come at all, this
-    one says so within seconds, and ends with 76 after five minutes.
+    notebook. If some do not come at all, this one says so within seconds; after five minutes it raises
+    GoneError. If one dies or stops later, JAX's heartbeats end the others after `HEARTBEAT_SECONDS`.
     """
+    global _number
     check_settings()
-    if distributed.global_state.client is not None:  # by an earlier command in this process
-        if _lifeline is not None:
-            _lifeline.begin()
+    # An earlier command in this process, or the user's own script, has joined the others.
+    if jax.distributed.is_initialized():
+        _number = jax.process_index() if jax.process_count() > 1 else None
         return
     place = find_place()
     is_used = xla_bridge.backends_are_initialized()
@@ -56,25 +58,24 @@ def initialize() -> None:
     _give_memory_back_after_compiling()
     if place:
         _join(place)
+        _number = place.index
     elif sentence := idle_tasks():
         log.warning(sentence)
     open_devices()
 
 
 def _join(place: Place) -> None:
-    global _lifeline
     meet(place)
-    with assembling():
-        jax.distributed.initialize(
-            place.address,
-            place.count,
-            place.index,
-            local_device_ids=place.devices,
-            cluster_detection_method="deactivate",  # `find_place` has looked
-            **_TIME_OUTS,
-        )
-    host = split_address(place.address_from, place.address)[0]
-    _lifeline = Lifeline(place.index, distributed.global_state.client, host)
+    jax.distributed.initialize(
+        place.address,
+        place.count,
+        place.index,
+        local_device_ids=place.devices,
+        # `find_place` has looked already.
+        cluster_detection_method="deactivate",
+        initialization_timeout=START_SECONDS,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
 
 
 def open_devices() -> None:
@@ -82,10 +83,8 @@ def open_devices() -> None:
     check_settings()
     try:
         jax.local_devices()
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # the latter where it knows the name, but has no plugin
+    # AssertionError is what JAX raises where it knows the platform's name but has no plugin for it.
+    except (RuntimeError, AssertionError) as error:
         platforms = os.environ.get("JAX_PLATFORMS", "")
         reason = " ".join(str(error).split()).removesuffix(".") or "there is no plugin for it"
         raise UserError(
@@ -109,14 +108,16 @@ def _steady_simulated_devices() -> None:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-@functools.cache  # a listener stays for the life of the process
+# Cached, as a listener stays for the life of the process.
+@functools.cache
 def _give_memory_back_after_compiling() -> None:
     """Give what compiling leaves free back to the system before the program that was compiled takes its own.
 
     The C library would keep it: of the step of a locked ViT-B/16 and BERT-base 0.3 GiB.
     """
     give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if give_back is None:  # not glibc
+    # Other C libraries than glibc have no such function.
+    if give_back is None:
         return
 
     def after(event: str, duration_secs: float, **_: Any) -> None:
@@ -129,24 +130,34 @@ def _give_memory_back_after_compiling() -> None:
     jax.monitoring.register_event_duration_secs_listener(after)
 
 
-def end(code: int, sentence: str = "", details: str = "") -> None:
-    """Tell the other processes that this one ends with an exit code, and why.
+def await_verdict() -> None:
+    """Return, after a failure in one of several processes, only if all others are still there.
 
-    `details`, a traceback, are printed unless another process turns out to be the cause.
-
-    With several processes it returns only where others may go on (0 and 75): the others end with the same
-    code, and none of them waits for another.
+    Where a process is gone, collectives fail long before JAX knows why. JAX's client then ends this process
+    by an abort that Python cannot see, which tells launchers that the failure was not of its own making.
     """
-    if _lifeline is not None:
-        _lifeline.end(code, sentence, details)
+    if _number is not None:
+        time.sleep(HEARTBEAT_SECONDS + _VERDICT_SECONDS)
+
+
+def leave(code: int) -> None:
+    """End this process with an exit code if it is one of several; return if it is the only one.
+
+    Python's own way out would wait for the others, which wait for this one in a collective.
+    """
+    if _number is None:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def number() -> int | None:
-    """This process's number among several, None if it is the only one. Touches no device."""
-    joined = distributed.global_state
-    return joined.process_id if joined.num_processes > 1 else None
+    """Return this process's number among several, None if it is the only one. Touches no device."""
+    return _number
 
 
 def is_primary() -> bool:
-    """Whether this process writes what is written once: logs, results, reports."""
+    """Return whether this process writes what is written once: logs, results, reports."""
     return jax.process_index() == 0

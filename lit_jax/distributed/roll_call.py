@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from lit_jax.distributed import lifeline
 from lit_jax.distributed.launchers import Place, split_address
 from lit_jax.errors import GoneError, UserError
 
 log = logging.getLogger(__name__)
 
+# Pods and machines of a run may come up minutes apart.
+START_SECONDS = 300
 # So soon it is said who is missing, and then again each minute.
 SAY_SECONDS = 5
 _AGAIN_SECONDS = 60
@@ -61,9 +62,9 @@ class _Clock:
         """Say who is missing if it is time to. Raise GoneError after `START_SECONDS`."""
         place = self._place
         says = f"{place.count_from} says {place.count} processes"
-        if self.seconds >= lifeline.START_SECONDS:
+        if self.seconds >= START_SECONDS:
             raise GoneError(
-                f"The processes of this run have not come together in {lifeline.START_SECONDS} s: "
+                f"The processes of this run have not come together in {START_SECONDS} s: "
                 f"{missing()} ({says}). See what the others say, and run the same command again."
             )
         if time.monotonic() >= self._next:
@@ -73,7 +74,7 @@ class _Clock:
                 place.index,
                 missing(),
                 says,
-                lifeline.START_SECONDS,
+                START_SECONDS,
                 place.count_from,
             )
 

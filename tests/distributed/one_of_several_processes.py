@@ -1,4 +1,4 @@
-"""What test_lifeline.py runs in each of several processes: collectives without end, and an end of its own."""
+"""A command of several processes: endless collectives, until the process `who` ends in a way of its own."""
 
 import os
 import signal
@@ -13,16 +13,17 @@ from lit_jax.errors import UserError
 
 
 @command
-def main(how: str, who: int) -> None:
+def main(how: str, who: int, heartbeat_seconds: int) -> None:
+    process.HEARTBEAT_SECONDS = heartbeat_seconds
     process.initialize()
-    for step in range(10_000):
+    for step in range(1_000_000):
         multihost_utils.process_allgather(np.ones(3))
         if step == 3 and process.number() == who:
             if how == "error":
-                raise UserError("Mend the data.")
+                raise UserError("Correct the data.")
             if how == "bug":
                 raise KeyError("no such key")
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
 
 
-sys.exit(main(sys.argv[1], int(sys.argv[2])))
+sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

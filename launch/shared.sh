@@ -5,6 +5,17 @@
 # gone (76), or something killed it. Not after Ctrl-C (130), and not after an error, which would come again.
 again() { [[ $1 == 75 || $1 == 76 ]] || (($1 > 128 && $1 != 130)); }
 
+# Whether a process with this exit code was killed, or was aborted by JAX (134) because another one of its run is gone
+# or does not answer. SIGTERM (143) and Ctrl-C (130) end a process as they should.
+is_gone() { (($1 > 128 && $1 != 130 && $1 != 143)); }
+
+# Gives back the exit code of a process, or 76 and a sentence if it is gone.
+settle() {
+    is_gone "$1" || return "$1"
+    echo "error: a process of the run is gone (exit code $1); run the same command again to go on from what is saved." >&2
+    return 76
+}
+
 fail() {
     echo "error: $1" >&2
     exit 2

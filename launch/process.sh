@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# One process of a run, as launch/gke.sh starts it in each pod:
+#
+#     launch/process.sh -- command...
+#
+# JAX aborts a process with a page of C++ when another one of its run is gone; this script says so in a sentence behind
+# it and ends with 76. SIGTERM and Ctrl-C reach the command.
+set -euo pipefail
+# shellcheck source=launch/shared.sh
+. "$(dirname "${BASH_SOURCE[0]}")/shared.sh"
+
+[[ ${1:-} == -- ]] && shift
+(($#)) || fail "there is no command behind --"
+
+set -m # else the command would not listen to Ctrl-C: a shell makes what runs in its background deaf to it
+"$@" &
+pid=$!
+trap 'kill -TERM "$pid" 2>/dev/null' TERM
+trap 'kill -INT "$pid" 2>/dev/null' INT
+# A trap ends a wait, too: only the one after the command's end has its exit code.
+code=0
+wait "$pid" 2>/dev/null || code=$?
+while kill -0 "$pid" 2>/dev/null; do
+    code=0
+    wait "$pid" 2>/dev/null || code=$?
+done
+settle "$code" || exit "$?"
