@@ -31,18 +31,18 @@ def test_the_demo_is_planned(tmp_path):
     content = json.loads(output.read_text())
     assert content["fits"]
     assert content["chips"] == 4
-    assert content["sent"]["all-reduce"] > 0
+    assert content["communicated"]["all-reduce"] > 0
     assert content["largest_batch"] > content["batch_size"]
-    assert content["waited"].keys() == content["sent"].keys()
+    assert content["exposed"].keys() == content["communicated"].keys()
     bound = content["bound"]
-    at_least = bound["memory"], bound["interconnect"], bound["compute"] + bound["waiting"]
+    at_least = bound["memory"], bound["interconnect"], bound["compute"] + bound["exposed"]
     assert bound["step"] == max(at_least)
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--topology=v9:4x4", "no TPU topology"),
+        ("--topology=v9:4x4", "not a TPU topology"),
         ("--slices=0", "at least 1"),
         ("--compilations=0", "at least 1"),
         ("--output=missing/plan.json", "a folder that exists"),

@@ -1,4 +1,4 @@
-"""Which knob to turn when a step does not fit."""
+"""Advice for a step that does not fit: the config keys that make it smaller."""
 
 from collections.abc import Mapping
 
@@ -13,12 +13,19 @@ from lit_jax.training.program import Program
 
 
 def advise(
-    config: Config, program: Program, held: Mapping[str, int], hbm: int, largest_batch: int | None
+    config: Config,
+    program: Program,
+    resident: Mapping[str, int],
+    hbm: int,
+    largest_batch: int | None,
 ) -> tuple[str, ...]:
-    """What would make a step smaller, what costs least first; `held` and `hbm` are bytes of one chip."""
+    """Return sentences on what makes a step smaller, the cheapest first.
+
+    `resident` and `hbm` are bytes of one chip.
+    """
     policy, mesh = program.setup.policy, program.setup.mesh
     trained = {path.split("/")[0] for path, trains in policy.trainable.items() if trains}
-    state = held["parameters"] + held["optimizer"] + held["frozen"]
+    state = resident["parameters"] + resident["optimizer"] + resident["frozen"]
     known = (
         (
             config.model.dtype == "float32",
@@ -52,7 +59,7 @@ def advise(
             f"state, now {state / 2**30:.1f} GiB a chip, over more chips.",
         ),
         (
-            config.optimizer.momentum_dtype == "float32" and held["optimizer"] > hbm / 10,
+            config.optimizer.momentum_dtype == "float32" and resident["optimizer"] > hbm / 10,
             "--config.optimizer.momentum_dtype=bfloat16 makes the optimizer's state smaller.",
         ),
         (
@@ -65,7 +72,7 @@ def advise(
 
 
 def _next_fsdp(mesh: Mesh) -> int:
-    """The next larger size that `make_mesh` takes and is at least four times as much, or all devices."""
+    """Return the next size that `make_mesh` takes, at least four times as large, or all devices."""
     now, of_slice = mesh.shape["fsdp"], mesh.size // len(by_slice(list(mesh.devices.flat)))
     sizes = (
         size

@@ -1,4 +1,4 @@
-"""TPU chips: their published figures, and topologies of them that no machine here needs to have."""
+"""TPU chips: their published figures, and topologies to compile for without having them."""
 
 import dataclasses
 import importlib.util
@@ -16,18 +16,28 @@ from lit_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """Of one chip. Peak figures are what is published, not what a program reaches."""
+    """A kind of TPU chip. Peak figures are published ones; a program reaches less.
 
-    flops: float  # bfloat16 FLOPs a second
+    Attributes:
+        flops: bfloat16 FLOPs a second.
+        hbm_bandwidth: bytes a second.
+        ici_bandwidth: bytes a second that a chip sends to its neighbours, over all links.
+        dcn_bandwidth: bytes a second, the chip's part of its host's network; None where not published.
+        shapes: common ones of a slice.
+        largest: the chips of the largest slice.
+        longest: the longest side of a slice; None for any.
+        options: for the compiler.
+    """
+
+    flops: float
     hbm_gib: int
-    hbm_bandwidth: float  # bytes a second
-    ici_bandwidth: float  # bytes a second that it sends to its neighbours, over all links
-    # Bytes a second: its part of what its host sends to other slices. None: not published.
+    hbm_bandwidth: float
+    ici_bandwidth: float
     dcn_bandwidth: float | None
-    shapes: tuple[str, ...]  # common ones of a slice
-    largest: int  # slice, in chips
-    longest: int | None = None  # side of one; None: as long as there are chips
-    options: Mapping[str, str] = dataclasses.field(default_factory=dict)  # for the compiler
+    shapes: tuple[str, ...]
+    largest: int
+    longest: int | None = None
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 _PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -47,7 +57,8 @@ CHIPS: Mapping[str, Chip] = {
         dcn_bandwidth=None,
         shapes=_SPACE,
         largest=4096,
-        options={"chip_config_name": "megacore"},  # else each of its two cores is a device
+        # Else each of its two cores is a device.
+        options={"chip_config_name": "megacore"},
     ),
     "v5e": Chip(
         flops=197e12,
@@ -83,7 +94,7 @@ CHIPS: Mapping[str, Chip] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Devices to compile for. They cannot compute."""
+    """Devices to compile for; they cannot compute."""
 
     name: str
     chip: Chip
@@ -91,9 +102,9 @@ class Topology:
 
 
 def open_topology(name: str, *, slices: int = 1) -> Topology:
-    """`slices` slices of the topology `name`, such as 'v5e:4x4', connected by the data centre's network.
+    """Return `slices` slices of the topology `name`, such as 'v5e:4x4', joined by the data-centre network.
 
-    Raises UserError if libtpu, the TPU compiler, is not installed, and for a topology that it does not know.
+    Raise UserError if libtpu, the TPU compiler, is not installed, and for a topology that it does not know.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
     if match is None or match[1] not in CHIPS:
@@ -113,8 +124,9 @@ def open_topology(name: str, *, slices: int = 1) -> Topology:
         )
     _compile_only()
     options: dict[str, Any] = dict(chip.options)
+    # Else libtpu takes a host to have four chips.
     if math.prod(sides) == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)  # else libtpu takes a host to have four
+        options["chips_per_host_bounds"] = (1, 1, 1)
     if slices > 1:
         options["num_slices"] = slices
     try:
@@ -128,11 +140,11 @@ def _unknown(name: str) -> str:
     known = "; ".join(
         f"{generation}: {', '.join(chip.shapes)}" for generation, chip in CHIPS.items()
     )
-    return f"--topology={name} is no TPU topology; write GENERATION:SHAPE, of {known}."
+    return f"--topology={name} is not a TPU topology; write GENERATION:SHAPE, of {known}."
 
 
 def _compile_only() -> None:
-    """libtpu shall neither look for a TPU here, nor keep other processes from compiling, nor chat."""
+    """Keep libtpu from looking for a TPU here, from locking out other processes, and from chatting."""
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-1",

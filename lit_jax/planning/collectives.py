@@ -1,7 +1,7 @@
-"""What a compiled program sends from chip to chip of a slice, read from its HLO text.
+"""The bytes that a compiled program communicates between the chips of a slice, read from its HLO text.
 
-A computation counts as often as it runs: that of a loop as often as the loop turns. What goes to other slices
-is in network.py.
+A computation counts as often as it runs: the body of a loop once for each turn. network.py counts the bytes
+that go to other slices.
 """
 
 import itertools
@@ -11,7 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-# What one chip of a group of g sends for an operand of one byte, by the algorithms that reach the bound.
+# The bytes that one chip of a group of g sends for an operand of one byte, by the algorithms that reach the
+# bound.
 SENT: dict[str, Callable[[int], float]] = {
     "all-gather": lambda g: g - 1,
     "all-reduce": lambda g: 2 * (g - 1) / g,
@@ -34,47 +35,65 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 
 class Instruction(NamedTuple):
+    """A line of HLO.
+
+    Attributes:
+        operands: their names; the text of a constant or parameter.
+        rest: the attributes, as text.
+    """
+
     name: str
     shape: str
     opcode: str
-    operands: tuple[str, ...]  # names; of a constant or parameter its text
-    rest: str  # attributes
+    operands: tuple[str, ...]
+    rest: str
 
 
 Computation = dict[str, Instruction]
 
 
 class Traffic(NamedTuple):
-    """Bytes that one chip sends in a run of the program, by kind of collective; all of `KINDS` are there."""
+    """The bytes that one chip sends in a run of the program, by kind of collective; all `KINDS` are there.
 
-    sent: dict[str, int]
-    waited: dict[str, int]  # of these, what it sends without computing anything beside
+    Attributes:
+        communicated: all of them.
+        exposed: the part that is sent while the chip computes nothing.
+    """
+
+    communicated: dict[str, int]
+    exposed: dict[str, int]
 
 
 def traffic(hlo: str, devices: int) -> Traffic:
-    """Inside a slice. `devices` is the size of a group that the text does not write out: all of the slice."""
+    """Return the traffic inside a slice.
+
+    Args:
+        hlo: the text of the compiled, scheduled program.
+        devices: the number of chips of the slice, the size of a group that the text does not write out.
+    """
     computations, entry = parse(hlo)
-    sent, waited = (Counter(dict.fromkeys(KINDS, 0)) for _ in range(2))
+    communicated, exposed = (Counter(dict.fromkeys(KINDS, 0)) for _ in range(2))
     seen: set[str] = set()
     for name, times in runs(computations, entry).items():
         for instruction in computations[name].values():
             kind = instruction.opcode.removesuffix("-start")
             if kind not in SENT or _is_seen(instruction, seen):
                 continue
+            # A fusion of a sum with a slice of it.
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # a fusion with a slice of what is summed
+                kind = "reduce-scatter"
             group = _group_size(instruction.rest, devices)
             size = sum(shape_bytes(computations[name][o].shape) for o in instruction.operands)
             size = round(times * size * SENT[kind](group))
-            sent[kind] += size
-            waited[kind] += 0 if _is_beside(instruction, computations[name]) else size
-    return Traffic(dict(sent), dict(waited))
+            communicated[kind] += size
+            exposed[kind] += 0 if _is_overlapped(instruction, computations[name]) else size
+    return Traffic(dict(communicated), dict(exposed))
 
 
-def _is_beside(collective: Instruction, inside: Computation) -> bool:
-    """Whether the chip computes during a collective of a scheduled program: it is part of a chain of fusions
-    with products, or something is computed between its start and its end.
-    """
+def _is_overlapped(collective: Instruction, inside: Computation) -> bool:
+    """Return whether the chip computes during a collective of a scheduled program."""
+    # Either the collective is part of a chain of fusions with products, or something is computed between its
+    # start and its end.
     if "chain_id=" in collective.rest:
         return True
     if not collective.opcode.endswith("-start"):
@@ -85,13 +104,14 @@ def _is_beside(collective: Instruction, inside: Computation) -> bool:
 def computes_until(
     end: Callable[[Instruction], bool], start: Instruction, inside: Computation
 ) -> bool:
-    """Whether something is computed between `start` and the first instruction after it that is the `end`."""
+    """Return whether anything is computed between `start` and the next instruction that is the `end`."""
     between = itertools.dropwhile(lambda i: i.name != start.name, inside.values())
     return any(i.opcode in _COMPUTES for i in itertools.takewhile(lambda i: not end(i), between))
 
 
 def _is_seen(instruction: Instruction, seen: set[str]) -> bool:
-    """TPU programs split a collective that runs beside computations into a chain of parts with one id."""
+    """Return whether a part of the same collective was counted, and remember this one."""
+    # TPU programs split a collective that runs beside computations into a chain of parts with one id.
     channel = re.search(r"channel_id=(\d+)", instruction.rest)
     if channel is None or "chain_id=" not in instruction.rest:
         return False
@@ -101,7 +121,7 @@ def _is_seen(instruction: Instruction, seen: set[str]) -> bool:
 
 
 def parse(hlo: str) -> tuple[dict[str, Computation], str]:
-    """The computations of a module by name, and the name of the one it begins with."""
+    """Return the computations of a module by name, and the name of the one it begins with."""
     computations: dict[str, Computation] = {}
     entry, current = "", {}
     for line in hlo.splitlines():
@@ -124,7 +144,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis that `text` begins with is closed, plus one."""
+    """Return the position after the end of the parenthesis that `text` begins with."""
     depth = 0
     for position, character in enumerate(text):
         depth += {"(": 1, ")": -1}.get(character, 0)
@@ -134,7 +154,7 @@ def _closing(text: str) -> int:
 
 
 def runs(computations: dict[str, Computation], entry: str) -> dict[str, int]:
-    """How often each computation runs; those that only say how to reduce are among them."""
+    """Return the number of times that each computation runs, those that only say how to reduce included."""
     counts: defaultdict[str, int] = defaultdict(int)
 
     def visit(name: str, times: int) -> None:
@@ -157,12 +177,13 @@ def _called(instruction: Instruction) -> Iterator[str]:
 
 
 def trip_count(loop: Instruction, computations: dict[str, Computation], inside: str) -> int:
-    """How often a while loop turns: as its counter goes from its first value up to the limit.
+    """Return the number of turns of a while loop.
 
-    Raises ValueError where the program does not say.
+    Raise ValueError where the program does not say it.
     """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
+    # Else the counter goes from its first value up to the limit.
     condition, body = (
         computations[name]
         for key in ("condition", "body")
@@ -185,7 +206,7 @@ def _element(computation: Computation, loop: Instruction, index: int) -> str:
 
 
 def _constant(computation: Computation, name: str, depth: int = 4) -> int:
-    """The constant that a name is, or that is added to it; 0 if there is none near."""
+    """Return the constant that a name is, or that is added to it; 0 if there is none near."""
     instruction = computation.get(name)
     if instruction is None or depth == 0:
         return 0
@@ -197,7 +218,7 @@ def _constant(computation: Computation, name: str, depth: int = 4) -> int:
 
 
 def _group_size(attributes: str, devices: int) -> int:
-    """How many chips take part, of the three ways in which HLO writes groups."""
+    """Return the number of chips of a group; HLO writes groups in three ways."""
     if match := re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\}", attributes
     ):
@@ -211,7 +232,7 @@ def _group_size(attributes: str, devices: int) -> int:
 
 
 def shape_bytes(shape: str) -> int:
-    """Of an array, or of a tuple of them."""
+    """Return the bytes of an array, or of a tuple of arrays."""
     total = 0
     for dtype, dims in _ARRAY.findall(shape):
         bits = _BITS.match(dtype)

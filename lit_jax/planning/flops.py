@@ -1,5 +1,6 @@
-"""The FLOPs of a program's matrix products and convolutions, counted where they are known exactly: before the
-compiler, whose own count takes the body of a loop once.
+"""The FLOPs of a program's matrix products and convolutions.
+
+They are counted in the traced program: the compiler's own count takes the body of a loop once.
 """
 
 import math
@@ -12,10 +13,11 @@ Jaxpr = Any  # core.Jaxpr or core.ClosedJaxpr
 
 
 def matmul_flops(jaxpr: Jaxpr) -> int:
-    """Over all devices: two for each multiplication and addition. What is computed again counts again.
+    """Return the FLOPs over all devices, two for each multiplication and addition.
 
-    Of a conditional the most expensive branch counts. Raises ValueError for a product in a loop of which only
-    the run knows how often it turns.
+    Recomputation counts again; a conditional counts its most expensive branch.
+
+    Raise ValueError for a product in a loop whose number of turns only the run knows.
     """
     inner: core.Jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     return sum(_flops(equation) for equation in inner.eqns)
@@ -24,9 +26,9 @@ def matmul_flops(jaxpr: Jaxpr) -> int:
 def _flops(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
-        return _of_dot(equation)
+        return _dot_flops(equation)
     if name == "conv_general_dilated":
-        return _of_convolution(equation)
+        return _convolution_flops(equation)
     if name == "scan":
         return params["length"] * matmul_flops(params["jaxpr"])
     if name == "cond":
@@ -34,28 +36,30 @@ def _flops(equation: Any) -> int:
     inside = sum(map(matmul_flops, _jaxprs(params)))
     if name == "while" and inside:
         raise ValueError("A matrix product in a loop of unknown length cannot be counted.")
-    if name == "shard_map":  # its body is what one device does
+    # The body of a shard_map is the work of one device.
+    if name == "shard_map":
         return inside * math.prod(
             params["mesh"].shape[axis] for axis in params["newly_manual_axes"]
         )
     return inside
 
 
-def _of_dot(equation: Any) -> int:
-    """None of a product with a vector: the compiler makes a sum of it, in which no matrix unit has a part."""
+def _dot_flops(equation: Any) -> int:
+    """Return the FLOPs of a product of matrices, 0 for a product with a vector."""
+    # The compiler makes a sum of a product with a vector, in which the matrix unit has no part.
     contracted, batch = equation.params["dimension_numbers"]
     sides = [variable.aval for variable in equation.invars]
     if any(
-        side.ndim == len(axes) + len(of_batch)
-        for side, axes, of_batch in zip(sides, contracted, batch, strict=True)
+        side.ndim == len(axes) + len(batch_axes)
+        for side, axes, batch_axes in zip(sides, contracted, batch, strict=True)
     ):
         return 0
     (out,) = equation.outvars
     return 2 * out.aval.size * math.prod(sides[0].shape[axis] for axis in contracted[0])
 
 
-def _of_convolution(equation: Any) -> int:
-    """As many as its kernel has for each output position. That of a gradient has its zeros counted, too."""
+def _convolution_flops(equation: Any) -> int:
+    """Return the FLOPs of the whole kernel at each output position; zeros in a gradient's count, too."""
     kernel, (out,) = equation.invars[1].aval, equation.outvars
     spec = equation.params["dimension_numbers"].rhs_spec
     # The axis of output features is not summed over; that of input features is per group already.

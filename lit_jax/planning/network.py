@@ -1,8 +1,8 @@
-"""What a program compiled for several slices sends through the data-centre network (DCN), read from its HLO.
+"""The bytes that a program for several slices sends through the data-centre network (DCN), read from its HLO.
 
-libtpu compiles one program for all slices. Its collectives stay inside a slice. What has to leave it goes to
-the host and comes back from there: a `send` and a `recv` with the same rendezvous, the kind, and who takes
-part. As libtpu 0.0.42.1 writes it (slices count from 1; device i of slice s is 100000 s + i):
+libtpu compiles one program for all slices. Its collectives stay inside a slice. Data for other slices go to
+the host and come back from there: a `send` and a `recv` name the same rendezvous, the kind, and the devices
+that take part. libtpu 0.0.42.1 writes (slices count from 1; device i of slice s is 100000 s + i):
 
     _xla_megascale_transfer_type="ALL_REDUCE", _xla_megascale_target="{1,2}x{0:15}"
         each chip with those of the same number in the other slices; so ALL_GATHER and REDUCE_SCATTER
@@ -12,9 +12,9 @@ part. As libtpu 0.0.42.1 writes it (slices count from 1; device i of slice s is 
 Large sums are hierarchical: summed inside each slice, a part by each chip over the slices, then gathered.
 
 The model: in a group over n slices a chip sends what it would in a group of n chips, by the algorithms that
-reach the bound (`collectives.SENT`): 2 (n - 1) / n of what it sums, n - 1 times what others gather. Of a
-permutation only the pairs between slices stand there, and only their sources send. The chips of a host share
-its network cards, so it is hosts that are compared: the one that sends most counts.
+reach the bound (`collectives.SENT`): 2 (n - 1) / n of what it sums, n - 1 times what others gather. A
+permutation lists only the pairs between slices, and only their sources send. The chips of a host share its
+network cards, so the host that sends most counts. A test with the real compiler guards every form.
 """
 
 import itertools
@@ -44,21 +44,31 @@ _OF_SLICE = 100_000  # device numbers of a slice
 
 
 class _Transfer(NamedTuple):
-    kind: str  # one of KINDS
-    senders: frozenset[int]  # devices, as the program numbers them
-    slices: int  # in a group
+    """A send to other slices.
+
+    Attributes:
+        kind: one of `KINDS`.
+        senders: the devices that send, as the program numbers them.
+        slices: the number of slices in a group.
+    """
+
+    kind: str
+    senders: frozenset[int]
+    slices: int
 
 
 def network_traffic(hlo: str, devices: Sequence[Any]) -> Traffic:
-    """Bytes that a chip sends to other slices in a run of the program, by kind of collective: of the host
-    that sends most, divided by its chips.
+    """Return the traffic to other slices of the host that sends most, divided by its chips.
 
-    `devices` are all that the program runs on: their `id` is the one in the program, their `process_index`
-    tells the hosts apart. Raises ValueError for a transfer in none of the forms above.
+    Raise ValueError for a transfer in none of the forms above.
+
+    Args:
+        devices: all that the program runs on; their `id` is the one in the program, their `process_index`
+            tells the hosts apart.
     """
     hosts = {device.id: device.process_index for device in devices}
     chips = Counter(hosts.values())
-    sent, waited = (defaultdict[tuple[int, str], float](float) for _ in range(2))
+    communicated, exposed = (defaultdict[tuple[int, str], float](float) for _ in range(2))
     computations, entry = parse(hlo)
     for name, times in runs(computations, entry).items():
         inside = computations[name]
@@ -68,15 +78,15 @@ def network_traffic(hlo: str, devices: Sequence[Any]) -> Traffic:
             transfer = _transfer(instruction)
             array = inside[instruction.operands[0]]
             size = times * shape_bytes(array.shape) * SENT[transfer.kind](transfer.slices)
-            is_waited = not _is_beside(instruction, inside)
+            is_overlapped = _is_overlapped(instruction, inside)
             for host, senders in Counter(hosts[device] for device in transfer.senders).items():
                 of_chip = size * senders / chips[host]
-                sent[host, transfer.kind] += of_chip
-                waited[host, transfer.kind] += of_chip if is_waited else 0
-    busiest = max(chips, key=lambda host: sum(sent[host, kind] for kind in KINDS))
+                communicated[host, transfer.kind] += of_chip
+                exposed[host, transfer.kind] += 0 if is_overlapped else of_chip
+    busiest = max(chips, key=lambda host: sum(communicated[host, kind] for kind in KINDS))
     return Traffic(
-        {kind: round(sent[busiest, kind]) for kind in KINDS},
-        {kind: round(waited[busiest, kind]) for kind in KINDS},
+        {kind: round(communicated[busiest, kind]) for kind in KINDS},
+        {kind: round(exposed[busiest, kind]) for kind in KINDS},
     )
 
 
@@ -87,13 +97,13 @@ def _transfer(send: Instruction) -> _Transfer:
         return _Transfer("collective-permute", frozenset(int(source) for source, _ in pairs), 2)
     groups = _groups(send.rest)
     if kind not in KINDS or not groups:
-        raise ValueError(f"What {send.name} sends between slices has an unknown form: {send.rest}")
+        raise ValueError(f"{send.name} sends between slices in an unknown form: {send.rest}")
     slices = {device // _OF_SLICE for device in groups[0]}
     return _Transfer(kind, frozenset(itertools.chain(*groups)), len(slices))
 
 
 def _groups(attributes: str) -> list[list[int]]:
-    """The devices that exchange with one another; empty where the attributes do not say."""
+    """Return the groups of devices that exchange data; empty where the attributes do not say."""
     if product := _PRODUCT.search(attributes):
         slices, numbers = (list(_numbers(text)) for text in product.groups())
         return [[_OF_SLICE * s + number for s in slices] for number in numbers]
@@ -102,14 +112,14 @@ def _groups(attributes: str) -> list[list[int]]:
 
 
 def _numbers(text: str) -> Iterator[int]:
-    """Of '1,2' or, with the last one among them, '0:15'."""
+    """Yield the numbers of a text such as '1,2', or '0:15' with both ends included."""
     for part in text.split(","):
         first, _, last = part.partition(":")
         yield from range(int(first), int(last or first) + 1)
 
 
-def _is_beside(send: Instruction, inside: Computation) -> bool:
-    """Whether the chip computes between a send and the end of the recv of the same rendezvous."""
+def _is_overlapped(send: Instruction, inside: Computation) -> bool:
+    """Return whether the chip computes between a send and the end of the recv of the same rendezvous."""
     name = _RENDEZVOUS.search(send.rest)
     received = {
         i.name for i in inside.values() if i.opcode == "recv" and name and name[0] in i.rest

@@ -1,4 +1,4 @@
-"""Does the train step of a config fit on a TPU topology, and what bounds its speed there?"""
+"""Plan a train step on a TPU topology: whether it fits, and what bounds its speed."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from lit_jax.training.model_factory import find_towers, prepare
 from lit_jax.training.program import AbstractBatch, Program, check_batch_size
 from lit_jax.training.teacher import check_config
 
-# How the compiler says it, depending on where it finds out. The second leaves out what the chip holds.
+# The compiler's two messages, depending on where it finds out. The second leaves out the arguments.
 _OUT_OF_MEMORY = (
     re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE),
     re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
@@ -30,50 +30,69 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the compiler says of one batch size; bytes are of one chip."""
+    """The compiler's answer for one batch size, in bytes of one chip; where it does not fit, most are None.
+
+    Attributes:
+        total: the program's memory, its own code included.
+        limit: the chip's memory; the compiler says it only where the program does not fit.
+        code: the program itself, and the padding of arrays by the chip's layout.
+        traffic: inside a slice.
+        network: between slices; None where there is one.
+    """
 
     fits: bool
-    total: int  # that the program needs, its own code among it
-    limit: int | None  # of the chip, as far as the compiler says it: where the program does not fit
-    temporaries: int | None = None  # None where it does not fit
-    code: int | None = None  # the program itself, and what the layout on the chip pads arrays with
-    traffic: Traffic | None = None  # inside a slice
-    network: Traffic | None = None  # between slices; None where there is one
+    total: int
+    limit: int | None
+    temporaries: int | None = None
+    code: int | None = None
+    traffic: Traffic | None = None
+    network: Traffic | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """`lit_jax.plan`'s answer. Bytes, FLOPs and seconds are those of one chip in one step."""
+    """`lit_jax.plan`'s answer. Bytes, FLOPs and seconds are those of one chip in one step.
+
+    Attributes:
+        inputs: the shapes of the arrays in a row of the batch.
+        hbm: the chip's memory.
+        limit: the part of it that the compiler leaves to programs; None where it does not say so.
+        bytes: by kind; temporaries and code are None where the step does not fit.
+        communicated: inside a slice, by kind of collective.
+        exposed: the part of `communicated` that is sent while nothing is computed.
+        network_communicated: to other slices; None where there is one slice.
+        bound: the least seconds for compute, memory, interconnect, network (of several slices, if its speed
+            is published), exposed communication, and the whole step.
+        largest_batch: the largest that was seen to fit; None where none did, or none was searched.
+    """
 
     topology: str
     slices: int
     chips: int
     mesh: Mapping[str, int]
     batch_size: int
-    inputs: Mapping[str, tuple[int, ...]]  # shapes of what is in a row of the batch
+    inputs: Mapping[str, tuple[int, ...]]
     fits: bool
-    hbm: int  # what a chip has
-    limit: int | None  # what the compiler leaves of it; None where it does not say so
-    bytes: Mapping[str, int | None]  # by kind; temporaries and code are None where it does not fit
+    hbm: int
+    limit: int | None
+    bytes: Mapping[str, int | None]
     total: int
     matmul_flops: int
-    sent: Mapping[str, int] | None  # inside a slice, by kind of collective
-    waited: Mapping[str, int] | None  # of these, what is sent while nothing is computed
-    network_sent: Mapping[str, int] | None  # to other slices; None where there is one slice
-    network_waited: Mapping[str, int] | None
-    # Seconds: compute, memory, interconnect, network (of several slices, if its speed is published), waiting,
-    # and step.
+    communicated: Mapping[str, int] | None
+    exposed: Mapping[str, int] | None
+    network_communicated: Mapping[str, int] | None
+    network_exposed: Mapping[str, int] | None
     bound: Mapping[str, float] | None
-    largest_batch: int | None  # that was seen to fit; None: not searched, or none did
+    largest_batch: int | None
     smallest_too_large: int | None
     compilations: int
     advice: tuple[str, ...]
 
 
 def abstract_program(config: Config, devices: Sequence[Any]) -> Program:
-    """The program of a config on devices that are not there. Reads configs and tokenizer, but no weights.
+    """Return the program of a config on devices that need not be there.
 
-    Raises UserError on bad input, as training does.
+    Configs and tokenizers are read, weights are not. Raise UserError on bad input, as training does.
     """
     check_config(config)
     mesh = make_mesh(config.mesh, devices)
@@ -86,15 +105,16 @@ def abstract_program(config: Config, devices: Sequence[Any]) -> Program:
 def make_plan(
     config: Config, topology: Topology, *, slices: int = 1, compilations: int = 6
 ) -> Plan:
-    """Compiles the step for the batch of the config, and then, with what is left of `compilations`, for
-    others, to find the largest batch that fits.
+    """Compile the step for the config's batch, then for others to find the largest batch that fits.
+
+    `compilations` is the number of all of them.
     """
     program = abstract_program(config, topology.devices)
     batch = program.abstract_batch(config.batch_size)
     first = compile_step(program, batch)
     tried = {config.batch_size: first}
-    held = held_bytes(program, batch)
-    fixed = sum(held[kind] for kind in ("parameters", "optimizer", "frozen"))
+    resident = resident_bytes(program, batch)
+    fixed = sum(resident[kind] for kind in ("parameters", "optimizer", "frozen"))
     hbm = first.limit or int(topology.chip.hbm_gib * 2**30)
     chips = program.setup.mesh.size
     unit = chips * config.accumulate
@@ -118,23 +138,23 @@ def make_plan(
         fits=first.fits,
         limit=first.limit,
         hbm=int(topology.chip.hbm_gib * 2**30),
-        bytes=held | {"temporaries": first.temporaries, "code": first.code},
+        bytes=resident | {"temporaries": first.temporaries, "code": first.code},
         total=first.total,
         matmul_flops=flops,
-        sent=first.traffic.sent if first.traffic else None,
-        waited=first.traffic.waited if first.traffic else None,
-        network_sent=first.network.sent if first.network else None,
-        network_waited=first.network.waited if first.network else None,
+        communicated=first.traffic.communicated if first.traffic else None,
+        exposed=first.traffic.exposed if first.traffic else None,
+        network_communicated=first.network.communicated if first.network else None,
+        network_exposed=first.network.exposed if first.network else None,
         bound=_bound(first, flops, topology) if first.fits else None,
         largest_batch=largest,
         smallest_too_large=min(too_large, default=None),
         compilations=len(tried),
-        advice=() if first.fits else advise(config, program, held, hbm, largest),
+        advice=() if first.fits else advise(config, program, resident, hbm, largest),
     )
 
 
 def compile_step(program: Program, batch: AbstractBatch) -> Compiled:
-    """Compiles the step for the program's mesh. A step too large for the chip is an answer, not an error."""
+    """Compile the step for the program's mesh; a step too large for the chip is an answer, no error."""
     mesh = program.setup.mesh
     with jax.set_mesh(mesh):
         lowered: Any = traced(program, batch).lower()
@@ -143,7 +163,7 @@ def compile_step(program: Program, batch: AbstractBatch) -> Compiled:
         except jax.errors.JaxRuntimeError as error:
             return _too_large(error, program, batch)
     memory = compiled.memory_analysis()
-    # The peak, not the size of all temporaries: of those, several may have the same place.
+    # The peak, not the size of all temporaries: several of them may share a place.
     total = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     temporaries = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
     hlo, devices = compiled.as_text(), list(mesh.devices.flat)
@@ -153,14 +173,14 @@ def compile_step(program: Program, batch: AbstractBatch) -> Compiled:
         total=total,
         limit=None,
         temporaries=temporaries,
-        code=total - temporaries - sum(held_bytes(program, batch).values()),
+        code=total - temporaries - sum(resident_bytes(program, batch).values()),
         traffic=traffic(hlo, len(slices[0])),
         network=network_traffic(hlo, devices) if len(slices) > 1 else None,
     )
 
 
 def _too_large(error: Exception, program: Program, batch: AbstractBatch) -> Compiled:
-    """What the compiler's error says of memory; any other error goes on."""
+    """Return the memory that the compiler's error tells; raise any other error again."""
     whole, of_temporaries = (pattern.search(str(error)) for pattern in _OUT_OF_MEMORY)
     match = whole or of_temporaries
     if match is None:
@@ -171,24 +191,25 @@ def _too_large(error: Exception, program: Program, batch: AbstractBatch) -> Comp
     )
     if whole:
         return Compiled(fits=False, total=needed, limit=limit)
-    total = needed + sum(held_bytes(program, batch).values())
+    total = needed + sum(resident_bytes(program, batch).values())
     return Compiled(fits=False, total=total, limit=limit, temporaries=needed)
 
 
 def step_flops(program: Program, batch: AbstractBatch) -> int:
-    """FLOPs of the matrix products of a step on one chip: the batch is split evenly."""
+    """Return the FLOPs of the matrix products of a step on one chip."""
     with jax.set_mesh(program.setup.mesh):
+        # The batch is split evenly.
         return matmul_flops(traced(program, batch).jaxpr) // program.setup.mesh.size
 
 
 def traced(program: Program, batch: AbstractBatch) -> Any:
-    """The step for a batch, before it is lowered and compiled; call it under the program's mesh."""
+    """Return the step for a batch, before it is lowered and compiled; call it under the program's mesh."""
     step: Any = program.compiled_step()
     return step.trace(program.abstract_state(), program.abstract_frozen(batch), batch)
 
 
-def held_bytes(program: Program, batch: AbstractBatch) -> dict[str, int]:
-    """What one chip holds before a step begins, by kind."""
+def resident_bytes(program: Program, batch: AbstractBatch) -> dict[str, int]:
+    """Return the bytes that are resident on one chip before a step begins, by kind."""
     state = program.abstract_state()
     return {
         "parameters": shard_bytes(state.params),
@@ -199,7 +220,7 @@ def held_bytes(program: Program, batch: AbstractBatch) -> dict[str, int]:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Of one device's part of a tree of shapes with shardings."""
+    """Return the bytes of one device's part of a tree of shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -207,9 +228,9 @@ def shard_bytes(tree: Any) -> int:
 
 
 def next_batch(tried: Mapping[int, Compiled], fixed: int, hbm: int, unit: int) -> int | None:
-    """The batch size to compile next on the way to the largest one that fits; None: close enough.
+    """Return the batch size to compile next on the way to the largest that fits, None if near enough.
 
-    Of what a chip holds, all but `fixed` grows with the batch, nearly in proportion.
+    The bytes of a chip, but for `fixed`, grow nearly in proportion to the batch, a multiple of `unit`.
     """
     fits = max((size for size, compiled in tried.items() if compiled.fits), default=0)
     too_large = min((size for size, c in tried.items() if not c.fits), default=None)
@@ -220,7 +241,7 @@ def next_batch(tried: Mapping[int, Compiled], fixed: int, hbm: int, unit: int) -
     if too_large is not None:
         if too_large - fits <= max(unit, too_large // 32):
             return None
-        # Not too near to what is known: each compilation has to take away something.
+        # Stay away from both known sizes, so that each compilation narrows the range.
         margin = (too_large - fits) / 8
         guess = min(max(guess, fits + margin), too_large - margin)
     else:
@@ -233,20 +254,21 @@ def next_batch(tried: Mapping[int, Compiled], fixed: int, hbm: int, unit: int) -
 
 
 def _bound(compiled: Compiled, flops: int, topology: Topology) -> dict[str, float]:
-    """The least seconds that each resource allows: all FLOPs at the bfloat16 peak; what the chip holds read,
-    and its temporaries written and read, once; all that is sent, at the speed of all links, and to other
-    slices at the chip's part of its host's network. Waiting is the part of both during which nothing is
-    computed, as the program is scheduled. A step takes at least the longest of them, and at least computing
-    and waiting together.
+    """Return the least seconds that each resource allows, and those of a step.
+
+    All FLOPs run at the bfloat16 peak; the chip's memory is read once, its temporaries written and read once;
+    communication takes all links, and between slices the chip's part of its host's network. Exposed is the
+    part of both during which nothing is computed, as the program is scheduled. A step takes at least the
+    longest of them, and at least computation and exposed communication together.
     """
     chip, moved = topology.chip, compiled.total + (compiled.temporaries or 0)
     ways = {"interconnect": (compiled.traffic, chip.ici_bandwidth)}
     ways |= {"network": (compiled.network, chip.dcn_bandwidth)}
     seconds = {"compute": flops / chip.flops, "memory": moved / chip.hbm_bandwidth}
-    waiting = 0.0
+    exposed = 0.0
     for way, (sent, bandwidth) in ways.items():
         if sent is not None and bandwidth is not None:
-            seconds[way] = sum(sent.sent.values()) / bandwidth
-            waiting += sum(sent.waited.values()) / bandwidth
-    step = max(*seconds.values(), seconds["compute"] + waiting)
-    return seconds | {"waiting": waiting, "step": step}
+            seconds[way] = sum(sent.communicated.values()) / bandwidth
+            exposed += sum(sent.exposed.values()) / bandwidth
+    step = max(*seconds.values(), seconds["compute"] + exposed)
+    return seconds | {"exposed": exposed, "step": step}

@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""The table that `lit_jax.plan` prints."""
 
 from collections.abc import Iterator, Mapping
 
@@ -8,6 +8,7 @@ _GIB = 2**30
 
 
 def table(plan: Plan) -> str:
+    """Return a plan as text."""
     return "\n".join(_lines(plan))
 
 
@@ -26,15 +27,15 @@ def _lines(plan: Plan) -> Iterator[str]:
     limit = f", {plan.limit / _GIB:.2f} for programs" if plan.limit else ""
     yield f"  {'in all':24} {plan.total / _GIB:10.3f}   of {plan.hbm / _GIB:g}{limit}"
     where = "inside its slice" if plan.slices > 1 else ""
-    yield from _sent(where, plan.sent, plan.waited)
-    yield from _sent("to other slices", plan.network_sent, plan.network_waited)
+    yield from _traffic(where, plan.communicated, plan.exposed)
+    yield from _traffic("to other slices", plan.network_communicated, plan.network_exposed)
     yield f"TFLOPs of matrix products of each chip in a step{plan.matmul_flops / 1e12:9.3f}"
     if plan.bound is not None:
-        yield "Milliseconds that a step takes at least, at the published peak of (and waiting for links)"
+        yield "Milliseconds that a step takes at least, at the published peak of (and exposed communication)"
         for resource, seconds in plan.bound.items():
             if resource != "step":
                 yield f"  {resource:24} {1e3 * seconds:10.2f}"
-        if plan.network_sent is not None and "network" not in plan.bound:
+        if plan.network_communicated is not None and "network" not in plan.bound:
             yield f"  {'network':24} {'?':>10}   not published for this chip; the bound leaves it out"
         rate = plan.batch_size / plan.bound["step"]
         yield f"so it trains at most {rate:,.0f} pairs a second."
@@ -47,12 +48,12 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"- {line}"
 
 
-def _sent(
-    where: str, sent: Mapping[str, int] | None, waited: Mapping[str, int] | None
+def _traffic(
+    where: str, communicated: Mapping[str, int] | None, exposed: Mapping[str, int] | None
 ) -> Iterator[str]:
-    if sent is None or waited is None:
+    if communicated is None or exposed is None:
         return
-    yield f"{f'MiB that each chip sends {where}':42} in a step   beside no computation"
-    for kind, size in sent.items():
+    yield f"{f'MiB that each chip sends {where}':42} in a step   exposed (beside no computation)"
+    for kind, size in communicated.items():
         if size:
-            yield f"  {kind:24} {size / 2**20:26.1f} {waited[kind] / 2**20:23.1f}"
+            yield f"  {kind:24} {size / 2**20:26.1f} {exposed[kind] / 2**20:9.1f}"

@@ -1,4 +1,4 @@
-"""Of real compiled programs, and of the forms in which the TPU compiler writes them."""
+"""The traffic of real compiled programs, and of the forms in which the TPU compiler writes them."""
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from lit_jax.planning.collectives import KINDS, parse, traffic, trip_count
 BYTES = 4 * 8 * 16  # of a device's part, float32
 
 
-def sent(function, *, turns=1, axes=("data", "fsdp")):
-    """Of `turns` runs on 8 devices, each with an array of 8x16."""
+def communicated(function, *, turns=1, axes=("data", "fsdp")):
+    """Return the bytes of `turns` runs on 8 devices, each with an array of 8x16."""
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
 
     def loop(x):
@@ -22,7 +22,7 @@ def sent(function, *, turns=1, axes=("data", "fsdp")):
     spec = P(("data", "fsdp"))
     mapped = jax.shard_map(loop, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     compiled = jax.jit(mapped).lower(jnp.ones((64, 16))).compile()
-    return traffic(compiled.as_text(), 8).sent
+    return traffic(compiled.as_text(), 8).communicated
 
 
 def permute(x, axes):
@@ -44,13 +44,15 @@ def gather_and_scatter(x, axes):
 )
 def test_what_a_chip_sends_is_counted_by_kind_and_turn(function, expected):
     nothing = dict.fromkeys(KINDS, 0)
-    assert sent(function) == nothing | expected
+    assert communicated(function) == nothing | expected
     turns = 5
-    assert sent(function, turns=turns) == nothing | {k: turns * v for k, v in expected.items()}
+    assert communicated(function, turns=turns) == nothing | {
+        k: turns * v for k, v in expected.items()
+    }
 
 
 def test_a_group_may_be_a_part_of_the_mesh():
-    assert sent(jax.lax.psum, axes="fsdp")["all-reduce"] == 2 * 1 / 2 * BYTES
+    assert communicated(jax.lax.psum, axes="fsdp")["all-reduce"] == 2 * 1 / 2 * BYTES
 
 
 LOOP = """HloModule jit_step
@@ -103,7 +105,7 @@ def test_loops_and_groups_as_the_tpu_compiler_writes_them(groups, size):
     assert entry == "main"
     assert trip_count(computations["main"]["loop"], computations, "main") == 5
     expected = round(5 * 2 * (size - 1) / size * 4 * 128 * 2)
-    assert traffic(LOOP.replace("GROUPS", groups), 8).sent["all-reduce"] == expected
+    assert traffic(LOOP.replace("GROUPS", groups), 8).communicated["all-reduce"] == expected
 
 
 def test_the_parts_of_a_split_collective_count_once():
@@ -113,11 +115,11 @@ def test_the_parts_of_a_split_collective_count_once():
     again = chained.replace("%sum =", "%sum.1 =")
     text = LOOP.replace(line, f"{chained}\n{again}").replace("GROUPS", "{}")
     once = traffic(LOOP.replace("GROUPS", "{}"), 8)
-    assert once.waited == once.sent
-    assert traffic(text, 8).sent == once.sent
-    assert set(traffic(text, 8).waited.values()) == {0}  # the parts are computed beside
+    assert once.exposed == once.communicated
+    assert traffic(text, 8).communicated == once.communicated
+    assert set(traffic(text, 8).exposed.values()) == {0}  # the parts are computed beside
     counted_twice = text.replace('chain_id="0"', "")
-    assert traffic(counted_twice, 8).sent != once.sent
+    assert traffic(counted_twice, 8).communicated != once.communicated
 
 
 def test_a_loop_that_does_not_say_how_often_it_turns_is_refused():
@@ -128,13 +130,13 @@ def test_a_loop_that_does_not_say_how_often_it_turns_is_refused():
 
 def test_a_sum_of_which_a_part_is_kept_is_a_reduce_scatter():
     text = LOOP.replace("GROUPS", "{}").replace("%body", "%all-reduce-scatter.1")
-    sent = traffic(text, 8).sent
+    sent = traffic(text, 8).communicated
     assert sent["all-reduce"] == 0
     assert sent["reduce-scatter"] == round(5 * 7 / 8 * 4 * 128 * 2)
 
 
-@pytest.mark.parametrize(("between", "waits"), [("fusion", False), ("bitcast", True)])
-def test_a_collective_is_beside_what_is_computed_before_its_end(between, waits):
+@pytest.mark.parametrize(("between", "is_exposed"), [("fusion", False), ("bitcast", True)])
+def test_a_collective_is_exposed_unless_something_is_computed_before_its_end(between, is_exposed):
     line = next(line for line in LOOP.splitlines() if "all-reduce" in line)
     start = line.replace("%sum =", "%start.1 =").replace("all-reduce(", "all-reduce-start(")
     lines = (
@@ -144,6 +146,6 @@ def test_a_collective_is_beside_what_is_computed_before_its_end(between, waits):
         "  %later = bf16[4,128]{1,0} fusion(%sum)",
     )
     text = LOOP.replace(line, "\n".join(lines)).replace("GROUPS", "{}")
-    sent, waited = traffic(text, 8)
+    sent, exposed = traffic(text, 8)
     assert sent["all-reduce"] == round(5 * 2 * 7 / 8 * 4 * 128 * 2)
-    assert waited["all-reduce"] == (sent["all-reduce"] if waits else 0)
+    assert exposed["all-reduce"] == (sent["all-reduce"] if is_exposed else 0)

@@ -25,7 +25,7 @@ GIB = 2**30
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:", "v5e:3x3", "v5e:32x8", "v4:4x4", "v9:4x4", "x"])
 def test_an_unknown_topology_lists_the_known_ones(name):
-    with pytest.raises(UserError, match=r"no TPU topology.*v4: 2x2x1.*v5e: 1x1.*v6e: 1x1"):
+    with pytest.raises(UserError, match=r"not a TPU topology.*v4: 2x2x1.*v5e: 1x1.*v6e: 1x1"):
         open_topology(name)
 
 
@@ -47,7 +47,7 @@ def test_what_a_chip_holds_is_counted_by_kind(config_of):
     """The matrices of a tower are split over fsdp, the batch over both axes."""
     config = config_of(TINY, TINY, 64, **{"mesh.fsdp": 2})
     program = abstract_program(config, open_topology("v5e:2x2").devices)
-    held = planner.held_bytes(program, program.abstract_batch(64))
+    held = planner.resident_bytes(program, program.abstract_batch(64))
     assert held["batch"] == 64 // 4 * (224 * 224 * 3 + 3 * 16 * 4)  # pixels are bytes
     embedding = 30522 * 32 // 2 * 4
     blocks = 2 * (4 * 32 * 32 + 2 * 32 * 64) // 2 * 4
@@ -160,12 +160,12 @@ def test_the_network_between_slices_bounds_a_step_where_its_speed_is_published(
         waiting += 2 * GIB / dcn
     else:
         assert "network" not in plan.bound
-    assert plan.bound["waiting"] == waiting
+    assert plan.bound["exposed"] == waiting
     assert plan.bound["step"] == max(
         plan.bound["compute"] + waiting, plan.bound.get("network", 0), plan.bound["interconnect"]
     )
     text = table(plan)
-    assert ("to other slices" in text) == (plan.network_sent is not None) == (slices > 1)
+    assert ("to other slices" in text) == (plan.network_communicated is not None) == (slices > 1)
     assert ("not published" in text) == (topology.startswith("v4"))
 
 
@@ -184,7 +184,7 @@ def test_a_gradient_crosses_between_slices_once(config_of):
     program = abstract_program(
         config_of(TINY, TINY, 64, **{"mesh.fsdp": 2}), open_topology("v5e:2x2", slices=2).devices
     )
-    network = compile_step(program, program.abstract_batch(64)).network.sent
+    network = compile_step(program, program.abstract_batch(64)).network.communicated
     # In bfloat16 where it comes out of a product, else in float32; between two slices each is sent once.
     gradients = sum(
         leaf.size * (2 if path.endswith("kernel") else 4)
@@ -227,10 +227,10 @@ def test_split_matrices_are_gathered_and_their_gradients_scattered(config_of):
     matrices = sum(leaf.size for leaf in leaves if not leaf.sharding.is_fully_replicated)
     vectors = sum(leaf.size for leaf in leaves) - matrices
     assert vectors < 0.01 * matrices
-    held = planner.held_bytes(program, batch)
+    held = planner.resident_bytes(program, batch)
     assert held["parameters"] == 4 * (matrices // fsdp + vectors)
     compiled = compile_step(program, batch)
-    sent = compiled.traffic.sent
+    sent = compiled.traffic.communicated
     once = 2 * matrices * (fsdp - 1) / fsdp  # bytes that a chip sends of all matrices in bfloat16
     # The table of words, a tenth of them, need not be gathered, as what is looked up is smaller; its gradient
     # is summed whole, in float32. Of all others the parts are summed over the rest of the mesh.
