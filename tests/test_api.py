@@ -620,7 +620,7 @@ def test_from_pretrained_takes_the_options_of_transformers(model, tmp_path):
         ({}, "weights of the variant 'fp16' alone; give variant='fp16'"),
         ({"variant": "fp32"}, "of the variant 'fp32'; it must hold model.fp32.safetensors"),
         ({"subfolder": "outer"}, "no folder 'outer'"),
-        ({"revison": "main"}, "revison is no argument here; did you mean 'revision'"),
+        ({"revison": "main"}, "revison .*did you mean 'revision'"),
         (
             {"text_config": {"hiden_size": 3}},
             "text_config.hiden_size .* did you mean 'hidden_size'",
@@ -685,7 +685,7 @@ def test_its_own_export_is_read_also_where_transformers_has_no_class_for_it(mode
 def test_what_is_no_model_is_refused(model, inputs, tmp_path):
     with pytest.raises(UserError, match=r"config\.json is missing"):
         lit_jax.DualEncoder.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match="model is 'no/such', which is no folder here"):
+    with pytest.raises(UserError, match="model is 'no/such'"):
         lit_jax.TextModel.from_pretrained("no/such")
     model.text_model.save_pretrained(tmp_path / "text")
     with pytest.raises(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from transformers import PreTrainedConfig
 
-from lit_jax.api.inputs import dtype_of, image_inputs, text_inputs
+from lit_jax.api.inputs import as_dtype, image_inputs, text_inputs
 from lit_jax.api.model import (
     Call,
     Config,
@@ -20,7 +20,7 @@ from lit_jax.api.model import (
     Model,
     Params,
     as_config,
-    draw,
+    init_params,
     read_given,
     refuse_unknown,
     split_options,
@@ -61,10 +61,10 @@ class DualEncoder(Model):
         """Read the dual encoder of a local folder or Hub id; lit_jax.models.dual_encoder has its `SYSTEMS`.
 
         `config` takes the place of the model's config.json. `vision_config` and `text_config` change fields
-        of the towers' configs, as in text_config={"position_ids": "arange"}. `options` say which copy is
-        meant: revision, subfolder, token, variant, cache_dir, force_download, local_files_only.
+        of the towers' configs, as in text_config={"position_ids": "arange"}. `options` choose a
+        copy: revision, subfolder, token, variant, cache_dir, force_download, local_files_only.
 
-        Raises UserError if the model cannot be had or is not what its config.json says.
+        Raise UserError if the model cannot be had or is not what its config.json says.
         """
         which, rest = split_options(options)
         refuse_unknown(rest, ("config", "vision_config", "text_config", "dtype"))
@@ -75,7 +75,7 @@ class DualEncoder(Model):
             if changes and part in hf:
                 hf[part] = hub.override(hf[part], changes, f"{part}.")
         module, params, hf, _ = load.load_dual_encoder(
-            folder, dtype=dtype_of(dtype), hf_config=hf, variant=which.variant
+            folder, dtype=as_dtype(dtype), hf_config=hf, variant=which.variant
         )
         return cls(config=as_config(hf), module=module, params=jax.tree.map(jnp.asarray, params))
 
@@ -84,8 +84,10 @@ class DualEncoder(Model):
         cls, config: PreTrainedConfig, *, seed: int = 0, dtype: Dtype = "float32"
     ) -> "DualEncoder":
         """Make random weights for a CLIPConfig, SiglipConfig, AlignConfig, AltCLIPConfig ..."""
-        module = build_system(hub.complete(config.to_dict()), dtype=dtype_of(dtype))
-        return cls(config=config, module=module, params=draw(module, module.example_batch, seed))
+        module = build_system(hub.complete(config.to_dict()), dtype=as_dtype(dtype))
+        return cls(
+            config=config, module=module, params=init_params(module, module.example_batch, seed)
+        )
 
     @classmethod
     def from_vision_text_configs(
@@ -147,7 +149,7 @@ class DualEncoder(Model):
         module = DualEncoderModule(
             image.module, text.module, projection_dim, logit_scale_init=logit_scale_init_value
         )
-        params = draw(module, module.example_batch, seed)
+        params = init_params(module, module.example_batch, seed)
         params |= {"vision_model": image.params, "text_model": text.params}
         return cls(config=as_config(hf), module=module, params=params)
 
@@ -175,7 +177,7 @@ class DualEncoder(Model):
 
         `return_loss` is for pairs, B = T: the loss that the kind of model was trained with, over this
         batch. With `dropout_rng` both towers compute as in training, unless `train` is False. `return_dict`
-        False returns a tuple in the place of a `DualEncoderOutput`. Raises UserError, when traced, for the
+        False returns a tuple in the place of a `DualEncoderOutput`. Raise UserError, when traced, for the
         loss of inputs that are no pairs.
         """
         call = Call(
@@ -262,7 +264,7 @@ class DualEncoder(Model):
 def _encode(
     module: DualEncoderModule, images_BxHxWxC: Array, *texts: Array | None, deterministic: bool
 ) -> tuple[TowerOutput, TowerOutput, tuple[Array | None, ...]]:
-    """Return what both towers compute, and their embeddings of length 1 with the scale and bias of logits."""
+    """Return the outputs of both towers, and both embeddings of length 1, scale and bias."""
     image = module.vision_model(images_BxHxWxC, deterministic=deterministic)
     text = module.text_model(*texts, deterministic=deterministic)
     zimg_BxE = normalize(module.project_image(image.pooled))

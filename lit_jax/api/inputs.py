@@ -15,9 +15,10 @@ from jaxtyping import Array, Float
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import TEXT_INPUTS
 
-Given = Any  # an array of JAX or NumPy, or what NumPy makes one of: lists, tensors of PyTorch
+# An array of JAX or NumPy, or lists and tensors of PyTorch, of which NumPy makes an array.
+Given = Any
 
-# Token inputs that are looked up in a table: what the rows are, and what to do about one beyond them.
+# Token inputs that are looked up in a table: (name of its rows, remedy for a number beyond them).
 _ROWS: Mapping[str, tuple[str, str]] = {
     "input_ids": ("tokens", "use the model's own tokenizer"),
     "token_type_ids": ("token types", "use the model's own tokenizer, or give none"),
@@ -26,10 +27,10 @@ _ROWS: Mapping[str, tuple[str, str]] = {
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def dtype_of(dtype: Any) -> Any:
+def as_dtype(dtype: Any) -> Any:
     """Return the dtype of a computation, given by name or as JAX's.
 
-    Raises UserError if no tower computes in it.
+    Raise UserError if no tower computes in it.
     """
     name = getattr(dtype, "name", getattr(dtype, "__name__", dtype))
     if name not in _DTYPES:
@@ -63,7 +64,7 @@ def is_deterministic(train: bool | None, dropout_rng: Any) -> bool:
 def image_inputs(pixel_values_BxCxHxW: Given) -> Float[Array, "B H W C"]:
     """Return images with their channels last; integers, of a processor that does not normalise, as float32.
 
-    Raises UserError for anything but a batch of images.
+    Raise UserError for anything but a batch of images.
     """
     pixels = _array("pixel_values", pixel_values_BxCxHxW)
     if pixels.ndim != 4 or 0 in pixels.shape:
@@ -79,10 +80,10 @@ def image_inputs(pixel_values_BxCxHxW: Given) -> Float[Array, "B H W C"]:
 def text_inputs(
     rows: Mapping[str, int], *inputs: Given | None, further: tuple[Any, ...] = ()
 ) -> tuple[Any, ...]:
-    """Return `TEXT_INPUTS` in their order as int32, as tokenizers give int64; a single row is one for all.
+    """Return `TEXT_INPUTS` in their order as int32; a single row is used for all texts.
 
-    `rows` is the `rows` of the tower's config, `further` what a caller gave by position after the mask.
-    Raises UserError for inputs that do not belong together or to the tower: JAX itself has no error for an
+    `rows` is the `rows` of the tower's config, `further` the positional arguments after the mask.
+    Raise UserError for inputs that do not belong together or to the tower: JAX itself has no error for an
     index that is out of range.
     """
     _refuse_positional(further)
@@ -110,21 +111,22 @@ def text_inputs(
 
 
 def _array(name: str, x: Given) -> Array | np.ndarray:
-    """Return `x` as an array of numbers. Raises UserError if it is none."""
+    """Return `x` as an array of numbers. Raise UserError if it is not one."""
     if x is None:
-        raise UserError(f"{name} is missing; give what the model's processor makes.")
+        raise UserError(f"{name} is missing; give the output of the model's processor.")
     if isinstance(x, jax.Array | np.ndarray):
         array = x
     else:
         try:
             array = np.asarray(x)
-        except Exception as error:  # NumPy of ragged lists; whatever the class of `x` raises
+        # NumPy refuses ragged lists; the class of `x` may raise anything.
+        except Exception as error:
             remedy = "give an array of NumPy"
             if isinstance(x, list | tuple):
                 remedy = "give rows of equal length"
             raise UserError(
-                f"{name} makes no array ({_shortened(error)}); {remedy}, as the processor makes it with "
-                "padding=True and return_tensors='np'."
+                f"{name} cannot become an array ({_shortened(error)}); {remedy}, as the processor makes it "
+                "with padding=True and return_tensors='np'."
             ) from error
     if array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number):
         return array
@@ -143,13 +145,13 @@ def _check_numbers(name: str, x: Array | np.ndarray, size: int | None) -> None:
     is_known = _is_known(x)
     numbers = np.asarray(jax.device_get(x)) if is_known else None
     if name == "attention_mask":
-        # A float may be what is added to the attention logits, and only its numbers tell.
+        # A float may be a bias of the attention logits, and only its numbers tell.
         odd = not _is_whole(x) if numbers is None else not np.isin(numbers, (0, 1)).all()
         if odd:
             found = f"dtype {x.dtype}" if numbers is None else f"numbers {_extent(numbers)}"
             raise UserError(
                 f"attention_mask has {found}; give an integer 1 for each token that is attended to and 0 for "
-                "padding, not what is added to attention logits."
+                "padding, not a bias of the attention logits."
             )
     elif not _is_whole(x):
         raise UserError(f"{name} has the dtype {x.dtype}; give integers.")

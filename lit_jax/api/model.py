@@ -1,4 +1,4 @@
-"""What the dual encoder and the towers of the Python interface share: calls, files, the Hub."""
+"""The common part of the dual encoder and the towers in Python: calls, files, the Hub."""
 
 import dataclasses
 import tempfile
@@ -18,12 +18,14 @@ from lit_jax.errors import UserError
 from lit_jax.models.layers import TowerOutput
 from lit_jax.weights import hub, load, save
 
-Dtype = str | type | np.dtype  # "float32", "bfloat16" or "float16", or jnp.bfloat16 ...
+# "float32", "bfloat16" or "float16", or jnp.bfloat16 ...
+Dtype = str | type | np.dtype
 Params = Mapping[str, Any]
-Config = PreTrainedConfig | str | Path  # or where there is one: a folder, a Hub id
+# A config, or a folder or Hub id that has one.
+Config = PreTrainedConfig | str | Path
 
 _OPTIONS = [field.name for field in dataclasses.fields(hub.HubOptions)]
-# Of push_to_hub of transformers.
+# The options of transformers' push_to_hub.
 _PUSH_OPTIONS = (
     "token",
     "private",
@@ -35,7 +37,7 @@ _PUSH_OPTIONS = (
 
 
 class Call(NamedTuple):
-    """The arguments of a call that do not depend on what is encoded, in the order of the signatures."""
+    """The arguments that calls of all models have, in the order of the signatures."""
 
     params: Params | None = None
     dropout_rng: Any = None
@@ -46,7 +48,7 @@ class Call(NamedTuple):
 
     @property
     def records(self) -> bool:
-        """True if the blocks of the towers record their outputs."""
+        """Whether the blocks of the towers record their outputs."""
         return bool(self.output_hidden_states or self.output_attentions)
 
     def model_output(self, output: TowerOutput, recorded: Mapping[str, Any]) -> ModelOutput:
@@ -69,12 +71,13 @@ class Model:
 
     config: PreTrainedConfig
     module: Any
-    params: Params = dataclasses.field(repr=False)  # a notebook would print millions of numbers
+    # A notebook would print millions of numbers.
+    params: Params = dataclasses.field(repr=False)
 
     def _run(
         self, call: Call, method: Callable[..., Any] | None, *inputs: Any
     ) -> tuple[Any, Mapping[str, Any]]:
-        """Return what a method of the module (None: its __call__) returns, and what the blocks recorded."""
+        """Return the result of a method of the module (None: its __call__), and the blocks' records."""
         output, state = self.module.apply(
             {"params": self.params if call.params is None else call.params},
             *inputs,
@@ -129,10 +132,10 @@ class Model:
     def push_to_hub(
         self, repo_id: str, processor: Any = None, *, params: Params | None = None, **options: Any
     ) -> str:
-        """Upload what `save_pretrained` writes to a Hub repository, and return the commit's address.
+        """Upload the files of `save_pretrained` to a Hub repository, and return the commit's address.
 
         `options` are those of transformers: token, private, revision, commit_message, create_pr ...
-        Raises UserError if the Hub refuses or cannot be reached.
+        Raise UserError if the Hub refuses or cannot be reached.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, processor, params=params)
@@ -162,7 +165,7 @@ def _check_params(given: Params, own: Params) -> None:
 
 
 def split_options(given: Mapping[str, Any]) -> tuple[hub.HubOptions, dict[str, Any]]:
-    """Return the options of from_pretrained that say which copy is meant, and all others."""
+    """Return the options of from_pretrained that choose a copy of the model, and all others."""
     options = {name: value for name, value in given.items() if name in _OPTIONS}
     if options.get("subfolder") is None:
         options.pop("subfolder", None)
@@ -173,7 +176,7 @@ def split_options(given: Mapping[str, Any]) -> tuple[hub.HubOptions, dict[str, A
 def refuse_unknown(rest: Mapping[str, Any], known: tuple[str, ...]) -> None:
     """Raise UserError for a keyword argument that from_pretrained does not have."""
     for name in rest:
-        raise UserError(f"{name} is no argument here; {nearest(name, [*known, *_OPTIONS])}.")
+        raise UserError(f"{name} is not an argument here; {nearest(name, [*known, *_OPTIONS])}.")
 
 
 def read_given(config: Config | Mapping[str, Any]) -> dict[str, Any]:
@@ -187,14 +190,15 @@ def as_config(hf: Mapping[str, Any]) -> PreTrainedConfig:
     """Return transformers' config of the content of a config.json."""
     content = dict(hf)
     model_type = content.pop("model_type")
-    # A dual encoder that transformers has no class for; its config has a place for all that ours needs.
+    # transformers has no class for such a dual encoder; this config has all the fields that ours needs.
     if model_type == hub.OWN_TYPE:
         model_type = "vision-text-dual-encoder"
     return AutoConfig.for_model(model_type, **content)
 
 
-def draw(module: Any, example: Any, seed: int) -> dict[str, Any]:
+def init_params(module: Any, example: Any, seed: int) -> dict[str, Any]:
     """Return random parameters of a module."""
-    load.shapes_of(module, example)  # numbers that describe no model are a sentence there
+    # It raises UserError for numbers that describe no model.
+    load.parameter_shapes(module, example)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
     return dict(jax.jit(module.init)(jax.random.key(seed), zeros)["params"])

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from lit_jax.models.layers import TowerOutput
 from lit_jax.trees import flatten
 
-# Where a block records something: all equal ones are 'layer', those from the Nth on 'layer_from_N', each of
-# these with a leading depth axis; a single one is 'layer_N', and ConvNeXt has 'stages_N'.
+# The path of a block's records: all equal blocks are 'layer', those from the Nth on 'layer_from_N', each with
+# a leading depth axis; a single one is 'layer_N', and ConvNeXt has 'stages_N'.
 _BLOCK = re.compile(r"(?:encoder/)?(?:layer|stages)_?(?P<from>from_)?(?P<index>\d*)/(?P<name>.*)")
 
 
@@ -25,11 +25,12 @@ T = TypeVar("T")
 class Output(Mapping[str, Any]):
     """A frozen dataclass that is read as transformers' outputs are: by attribute, key or index.
 
-    As there, what is None has no key and no index, and iteration goes over keys. To JAX it is a pytree.
+    As there, a field that is None has no key and no index, and iteration goes over keys. To JAX it is a
+    pytree.
     """
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """Return all that is not None, in order; an output in it as a tuple, too."""
+        """Return all fields that are not None, in order; an output in it as a tuple, too."""
         values = (self[key] for key in self)
         return tuple(x.to_tuple() if isinstance(x, Output) else x for x in values)
 
@@ -78,7 +79,8 @@ class ModelOutput(Output):
     pooler_output: Float[Array, "B P"]
     # BxLxD: the input of the blocks, the output of each; of a ConvNeXt, of each stage, with other L and D.
     hidden_states: tuple[Array, ...] | None = None
-    attentions: tuple[Array, ...] | None = None  # BxNxLxL: the probabilities of each block
+    # BxNxLxL: the probabilities of each block.
+    attentions: tuple[Array, ...] | None = None
 
 
 @_as_pytree
@@ -98,12 +100,12 @@ class DualEncoderOutput(Output):
 def model_output(
     output: TowerOutput, recorded: Mapping[str, Any], *, hidden_states: bool, attentions: bool
 ) -> ModelOutput:
-    """Return the output with what the blocks of the tower recorded; convolutions have no attentions."""
+    """Return the output with the records of the tower's blocks; convolutions have no attentions."""
     if not recorded:
         return ModelOutput(*output)
     (first,) = recorded.get("input") or recorded["encoder"]["input"]
-    states = [first, *_of_blocks(recorded, "hidden_state")]
-    probabilities = _of_blocks(recorded, "attention/probability")
+    states = [first, *_block_records(recorded, "hidden_state")]
+    probabilities = _block_records(recorded, "attention/probability")
     return ModelOutput(
         *output,
         hidden_states=tuple(map(_sequence, states)) if hidden_states else None,
@@ -111,8 +113,8 @@ def model_output(
     )
 
 
-def _of_blocks(recorded: Mapping[str, Any], name: str) -> list[Array]:
-    """Return what every block recorded under `name`, from the first block to the last."""
+def _block_records(recorded: Mapping[str, Any], name: str) -> list[Array]:
+    """Return the records of all blocks under `name`, from the first block to the last."""
     found: list[tuple[int, list[Array]]] = []
     for path, (value,) in flatten(recorded).items():
         if (block := _BLOCK.fullmatch(path)) and block["name"] == name:

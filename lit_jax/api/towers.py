@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedConfig
 
-from lit_jax.api.inputs import dtype_of, image_inputs, text_inputs
+from lit_jax.api.inputs import as_dtype, image_inputs, text_inputs
 from lit_jax.api.model import (
     Call,
     Config,
@@ -19,7 +19,7 @@ from lit_jax.api.model import (
     Model,
     Params,
     as_config,
-    draw,
+    init_params,
     read_given,
     split_options,
 )
@@ -32,7 +32,11 @@ from lit_jax.weights import hub, load, save
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _TowerModel(Model):
-    """`pooler` is that of the checkpoint, if `module` has no use for it; it is written again."""
+    """A tower alone.
+
+    Attributes:
+        pooler: the checkpoint's, where `module` has no use for it; it is written again.
+    """
 
     module: Tower
     pooler: Params = dataclasses.field(default_factory=dict, repr=False)
@@ -50,8 +54,10 @@ class _TowerModel(Model):
     ):
         """Make a tower of random weights."""
         check_side(cls.side, config.to_dict(), "The config")
-        module = build_tower(config.to_dict(), pooling=pooling, dtype=dtype_of(dtype))
-        return cls(config=config, module=module, params=draw(module, module.example_input, seed))
+        module = build_tower(config.to_dict(), pooling=pooling, dtype=as_dtype(dtype))
+        return cls(
+            config=config, module=module, params=init_params(module, module.example_input, seed)
+        )
 
     @classmethod
     def from_pretrained(
@@ -65,11 +71,11 @@ class _TowerModel(Model):
     ):
         """Read the tower of a local folder or Hub id, which may hold a head or a whole dual encoder, too.
 
-        `config` takes the place of the model's config.json. `options` say which copy is meant (revision,
-        subfolder, token, variant, cache_dir, force_download, local_files_only); all others change fields of
-        the config, such as hidden_dropout_prob=0.0 or position_ids="arange".
+        `config` takes the place of the model's config.json. `options` choose a copy (revision, subfolder,
+        token, variant, cache_dir, force_download, local_files_only); all others change fields of the config,
+        such as hidden_dropout_prob=0.0 or position_ids="arange".
 
-        Raises UserError if the tower cannot be had or is not what its config.json says.
+        Raise UserError if the tower cannot be had or is not what its config.json says.
         """
         which, changes = split_options(options)
         folder = hub.local_folder(str(model), config_key="model", options=which)
@@ -79,7 +85,7 @@ class _TowerModel(Model):
             hf = hub.tower_part(read_given(config), cls.side)
         check_side(cls.side, hf, str(folder))
         hf = hub.override(hf, changes, "")
-        module = build_tower(hf, pooling=pooling, dtype=dtype_of(dtype))
+        module = build_tower(hf, pooling=pooling, dtype=as_dtype(dtype))
         params, pooler = load.load_tower_and_pooler(folder, module, variant=which.variant)
         params = jax.tree.map(jnp.asarray, params)
         return cls(config=as_config(hf), module=module, params=params, pooler=pooler)

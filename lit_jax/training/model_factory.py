@@ -40,9 +40,14 @@ from lit_jax.training.teacher import (
 )
 from lit_jax.training.tokenizing import open_tokenizer
 from lit_jax.trees import Tree, flatten, unflatten
-from lit_jax.weights.dual_encoder_form import why_not_exportable
 from lit_jax.weights.hub import OWN_TYPE, local_folder, override, read_config, read_tower_config
-from lit_jax.weights.load import dual_encoder_module, load_dual_encoder, load_tower, shapes_of
+from lit_jax.weights.load import (
+    dual_encoder_module,
+    load_dual_encoder,
+    load_tower,
+    parameter_shapes,
+)
+from lit_jax.weights.vision_text_dual_encoder import why_not_exportable
 
 log = logging.getLogger(__name__)
 
@@ -223,11 +228,11 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
         config.data,
         pretrained=is_pretrained(config.policy.lock)[1],
     )
-    shapes = shapes_of(module, example_batch(image_transform, tokenizer))
+    shapes = parameter_shapes(module, example_batch(image_transform, tokenizer))
     length = tokenizer.model_max_length
     teacher = load_teacher(towers.teacher, config, length) if towers.teacher else None
     if teacher:
-        shapes[TEACHER] = shapes_of(teacher.module, teacher.module.example_input)
+        shapes[TEACHER] = parameter_shapes(teacher.module, teacher.module.example_input)
     policy = resolve_policy(config.policy, shapes, has_teacher=teacher is not None)
     return Setup(
         hf_config=towers.hf_config,

@@ -19,13 +19,22 @@ from lit_jax.weights.names import Layout
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
-    values: Mapping[str, np.ndarray]  # by dotted name, in the dtypes of the file
+    """The tensors of a folder.
+
+    Attributes:
+        values: by dotted name, in the dtypes of the file.
+        file: the file, or the index of a sharded one.
+    """
+
+    values: Mapping[str, np.ndarray]
     layout: Layout
-    file: pathlib.Path  # the file, or the index of a sharded one
+    file: pathlib.Path
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
+    """A file format, by the names of its files and the function that reads one."""
+
     stem: str
     suffix: str
     read: Callable[[pathlib.Path], dict[str, np.ndarray]]
@@ -56,7 +65,7 @@ class Format:
 def read_tensors(folder: str | pathlib.Path, variant: str | None = None) -> Tensors:
     """Read every tensor of the folder's weights: safetensors, else Flax msgpack, else torch's bin.
 
-    Raises UserError if there is none of them, or if it is damaged or incomplete.
+    Raise UserError if there is none of them, or if it is damaged or incomplete.
     """
     folder = pathlib.Path(folder)
     for format_ in FORMATS:
@@ -97,7 +106,7 @@ def weights_in(folder: pathlib.Path) -> dict[str, str | None]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what went wrong, short enough to stand in a sentence."""
+    """Return an error's class and text, short enough to stand in a sentence."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".: ")
 
 
@@ -106,7 +115,8 @@ def _parsed(file: pathlib.Path, parse: Callable[[pathlib.Path], dict[str, Any]])
         return parse(file)
     except UserError:
         raise
-    except Exception as error:  # a parser that meets arbitrary bytes may raise anything
+    # A parser that meets arbitrary bytes may raise anything.
+    except Exception as error:
         raise UserError(
             f"{file} is damaged or not what its name says ({one_line(error)}); download it again."
         ) from error
@@ -132,18 +142,19 @@ def _read_shards(index: pathlib.Path, format_: Format) -> dict[str, np.ndarray]:
 
 
 def _read_index(index: pathlib.Path) -> dict[str, str]:
-    """{tensor: name of the file that has it}."""
+    """Return the name of the file that holds each tensor."""
     shard_of = parse_json(index.read_bytes())["weight_map"]
     for shard in shard_of.values():
-        # A shard lies beside the index: a path that leads elsewhere is not ours to follow.
+        # A shard lies beside the index; a path that leads elsewhere may be an attack.
         if shard != pathlib.PurePath(shard).name:
-            raise ValueError(f"{shard!r} is no name of a file beside it")
+            raise ValueError(f"{shard!r} is not the name of a file beside it")
     return {name.replace("/", "."): shard for name, shard in shard_of.items()}
 
 
 def _read_msgpack(file: pathlib.Path) -> dict[str, np.ndarray]:
     tree: Any = serialization.msgpack_restore(file.read_bytes())
-    if "params" in tree:  # models with BatchNorm: {'params': ..., 'batch_stats': ...}
+    # Models with BatchNorm: {'params': ..., 'batch_stats': ...}.
+    if "params" in tree:
         return {name: array for part in tree.values() for name, array in _flatten(part).items()}
     return _flatten(tree)
 
@@ -172,7 +183,7 @@ def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
     return safetensors.numpy.load_file(file)
 
 
-# Of the format's dtypes those that are numbers of whole bytes, without the 8 bit floats.
+# The format's dtypes that are numbers of whole bytes, without the 8 bit floats.
 _SAFETENSORS_DTYPES = {
     "BOOL",
     "BF16",

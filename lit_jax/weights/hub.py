@@ -1,4 +1,4 @@
-"""Where a model's files are: a local folder, or a copy of a Hugging Face Hub repository."""
+"""The files of a model: a local folder, or a copy of a Hugging Face Hub repository."""
 
 import contextlib
 import dataclasses
@@ -19,17 +19,17 @@ from lit_jax.weights.other_libraries import explain_config, explain_folder
 
 # The model_type of a dual encoder of ours that transformers has no class for; else a VisionTextDualEncoder.
 OWN_TYPE = "lit_jax"
-# Of FlaxHybridCLIP, which became VisionTextDualEncoder.
+# FlaxHybridCLIP became VisionTextDualEncoder.
 _FORMER_TYPES = {"hybrid-clip": "vision-text-dual-encoder"}
 _OWN_TYPES = {*VISION, *TEXT, *SYSTEMS, *_FORMER_TYPES}
 # Configs, tokenizers, image processors, indices of sharded weights.
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.codes")
-_TIMEOUT = 10  # seconds
+_TIMEOUT_SECONDS = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HubOptions:
-    """The copy of a model that is meant, named as from_pretrained of transformers names it.
+    """The options that choose a copy of a model, named as those of transformers' from_pretrained.
 
     Attributes:
         revision: branch, tag or commit of the Hub repository.
@@ -58,8 +58,8 @@ def local_folder(
 ) -> pathlib.Path:
     """Return the folder that `model` names, or that of a copy of the Hub repository it names.
 
-    What is in the cache of huggingface_hub is not fetched again, and is taken as it is when the Hub cannot be
-    reached. Raises UserError, naming `config_key`, if `model` is neither or cannot be had.
+    Files in the cache of huggingface_hub are not fetched again, and are taken as they are when the Hub cannot
+    be reached. Raise UserError, naming `config_key`, if `model` is neither or cannot be had.
     """
     if not model:
         raise UserError(f"{config_key} is empty; give a local folder or the id of a Hub model.")
@@ -78,20 +78,20 @@ def _from_hub(model: str, config_key: str, options: HubOptions) -> pathlib.Path:
     if not options.local_files_only:
         try:
             return _download(model, options)
-        except (
-            Exception
-        ) as error:  # no network, no such model, no permission: every cause has a class
+        # No network, no such model, no permission: every cause has a class of its own.
+        except Exception as error:
             reason = error
     cached = dataclasses.replace(options, local_files_only=True, force_download=False).download
     try:
         folder = huggingface_hub.snapshot_download(
             model, allow_patterns=list(_SMALL_FILES), **cached
         )
-    except (OSError, ValueError) as error:  # not in the cache; not the form of an id
+    # OSError: not in the cache. ValueError: not the form of an id.
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{config_key} is {model!r}, which is no folder here and cannot be had from the Hugging "
-            f"Face Hub ({one_line(reason or error)}); set {config_key} to a local folder with the model's "
-            "files."
+            f"{config_key} is {model!r}, which is not a folder here and cannot be downloaded from the "
+            f"Hugging Face Hub ({one_line(reason or error)}); set {config_key} to a local folder with the "
+            "model's files."
         ) from (reason or error)
     return pathlib.Path(folder)
 
@@ -100,7 +100,7 @@ def _download(model: str, options: HubOptions) -> pathlib.Path:
     """Fetch the small files and the weights in the first format that the repository has."""
     patterns = [*_SMALL_FILES]
     info = huggingface_hub.HfApi(token=options.token).model_info(
-        model, revision=options.revision, timeout=_TIMEOUT
+        model, revision=options.revision, timeout=_TIMEOUT_SECONDS
     )
     files = {sibling.rfilename for sibling in info.siblings or ()}
     above = f"{options.subfolder.strip('/')}/" if options.subfolder else ""
@@ -118,14 +118,15 @@ def upload(folder: str | pathlib.Path, repo_id: str, **options: Any) -> str:
     """Upload a folder to a Hub repository, which is made if there is none, and return the commit's address.
 
     `options` are those of push_to_hub of transformers: token, private, revision, commit_message ...
-    Raises UserError if the Hub refuses or cannot be reached.
+    Raise UserError if the Hub refuses or cannot be reached.
     """
     token, private = options.pop("token", None), options.pop("private", None)
     api = huggingface_hub.HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url
-    except Exception as error:  # no network, no permission, no such option: every cause has a class
+    # No network, no permission, no such option: every cause has a class of its own.
+    except Exception as error:
         raise UserError(
             f"{repo_id!r} cannot be pushed to the Hugging Face Hub ({one_line(error)}); check the name, the "
             "network and the token (hf auth login, or token=...). save_pretrained writes to a folder."
@@ -135,8 +136,8 @@ def upload(folder: str | pathlib.Path, repo_id: str, **options: Any) -> str:
 def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
     """Return the content of config.json, completed with transformers' defaults for its `model_type`.
 
-    Raises UserError if there is none, none that transformers understands, or of a kind of model that is
-    none of ours.
+    Raise UserError if there is none, if transformers does not understand it, or if lit_jax does not have that
+    kind of model.
     """
     file = pathlib.Path(folder) / "config.json"
     try:
@@ -150,12 +151,13 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _refusing(what: str) -> Iterator[None]:
-    """Raise UserError, which names `what`, for whatever transformers says of a config."""
+    """Raise UserError, which names `what`, for any error of transformers about a config."""
     try:
         yield
     except (UserError, FileNotFoundError):
         raise
-    except Exception as error:  # each of transformers' configs checks its fields in its own way
+    # Each of transformers' configs checks its fields in its own way.
+    except Exception as error:
         raise UserError(
             f"{what} is not a config.json that transformers understands ({one_line(error)}); take the one "
             "that belongs to the model."
@@ -165,8 +167,8 @@ def _refusing(what: str) -> Iterator[None]:
 def complete(content: Any, what: str = "The config") -> dict[str, Any]:
     """Return the content of a config.json, called `what`, with transformers' defaults for its `model_type`.
 
-    Raises UserError if transformers does not understand it, and if that type, or the one of a tower in it, is
-    none of ours.
+    Raise UserError if transformers does not understand it, or if lit_jax does not have that type or the one
+    of a tower in it.
     """
     if isinstance(content, Mapping) and not content.get("model_type"):
         raise UserError(f"{what} {explain_config(content)}.")
@@ -185,13 +187,15 @@ def _completed(content: dict[str, Any]) -> dict[str, Any]:
     config_type: Any = "vision-text-dual-encoder" if model_type == OWN_TYPE else model_type
     # Not AutoConfig.from_pretrained: it might run code of the repository, and towers are ours.
     content = AutoConfig.for_model(config_type, **content).to_dict()
-    content.pop("_name_or_path", None)  # where it was read from, no part of the model
+    # The path that it was read from is no part of the model.
+    content.pop("_name_or_path", None)
     for side, tower in TOWERS.items():
         part = f"{tower}_config"
-        if part in content:  # that of a VisionTextDualEncoder may be the config of a whole CLIP
+        # A tower's config in a VisionTextDualEncoder may be that of a whole CLIP.
+        if part in content:
             content[part] = tower_part(content[part], side)
     if former != model_type and "position_ids" in tower_fields(content["text_config"]):
-        # It was a Flax model, which gave its text tower the positions 0, 1, 2, ...
+        # Flax models of that type gave their text towers the positions 0, 1, 2, ...
         content["text_config"].setdefault("position_ids", "arange")
     return {**content, "model_type": model_type}
 
@@ -199,7 +203,7 @@ def _completed(content: dict[str, Any]) -> dict[str, Any]:
 def read_tower_config(folder: str | pathlib.Path, side: Side) -> dict[str, Any]:
     """Return the config of a folder's tower: of the folder itself, or of its `side` if it is a dual encoder.
 
-    Raises UserError as `read_config`.
+    Raise UserError as `read_config`.
     """
     return tower_part(read_config(folder), side)
 
@@ -207,7 +211,7 @@ def read_tower_config(folder: str | pathlib.Path, side: Side) -> dict[str, Any]:
 def override(hf: Mapping[str, Any], changes: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Return the config `hf` of a tower with `changes` of its fields, which messages call `prefix` and name.
 
-    Raises UserError for a field that neither this kind of tower nor transformers' config has, and for a value
+    Raise UserError for a field that neither this kind of tower nor transformers' config has, and for a value
     that the field cannot have.
     """
     known = {*hf, *tower_fields(hf)}
@@ -234,7 +238,8 @@ def _check_type(hf: dict[str, Any], named: str) -> None:
     """Raise UserError if transformers' config does not take the value of the field that is called `named`."""
     try:
         AutoConfig.for_model(hf.pop("model_type"), **hf)
-    except Exception as error:  # each of transformers' configs checks its fields in its own way
+    # Each of transformers' configs checks its fields in its own way.
+    except Exception as error:
         reason = one_line(error.__cause__ or error)
         raise UserError(
             f"{named} is not what transformers takes ({reason}); correct it."

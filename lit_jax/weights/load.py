@@ -1,7 +1,6 @@
-"""Fills the parameters of a tower or a dual encoder from a Hugging Face folder, accounting for both sides.
+"""Loads the parameters of a tower or a dual encoder from a Hugging Face folder, accounting for both sides.
 
-Every parameter of the module is filled and every tensor of the file is used, or is known to be of no
-use to a tower (heads, buffers); otherwise loading fails and says what differs.
+matching.py compares the parameters of the module with the tensors of the file.
 """
 
 import dataclasses
@@ -27,30 +26,31 @@ from lit_jax.models.dual_encoder import (
 )
 from lit_jax.models.families import VISION
 from lit_jax.models.layers import Tower
-from lit_jax.weights import dual_encoder_form, files, hub, name_tables
-from lit_jax.weights.dual_encoder_form import Params
-from lit_jax.weights.matching import LoadReport, StateDictMatcher, listed
+from lit_jax.weights import files, hub, name_tables
+from lit_jax.weights import vision_text_dual_encoder as vtde
+from lit_jax.weights.matching import LoadReport, StateDictMatcher, shortened_names
 from lit_jax.weights.other_libraries import sentence_pooling
+from lit_jax.weights.vision_text_dual_encoder import Params
 
 log = logging.getLogger(__name__)
 
-# Tensors that make of what a tower pools something else: an embedding, the logits of classes.
+# Tensors that turn pooled features into something else: an embedding, the logits of classes.
 _HEAD = re.compile(r"(^|\.)((visual|text)_projection|\w*classifier)\.")
 
 
-def side_of(module: Tower) -> Side:
-    """Return which of the two towers of a run this one can be."""
+def tower_side(module: Tower) -> Side:
+    """Return the side of a dual encoder that this tower can be."""
     return "image" if module.config.model_type in VISION else "text"
 
 
 def load_tower(
     folder: str | pathlib.Path, module: Tower, *, variant: str | None = None
 ) -> tuple[Params, LoadReport]:
-    """Load the parameters of `module`, float32, from the folder of a base model, of a model with a head or of
-    a dual encoder that has such a tower.
+    """Load the parameters of a tower, float32, and report what was read.
 
-    Raises UserError if the folder holds a model of another family, if its weights do not fit
-    `module` one to one, or if they cannot be read.
+    The folder holds a base model, a model with a head, or a dual encoder that has such a tower. Raise
+    UserError if it holds a model of another family, if its weights do not fit `module` one to one, or if they
+    cannot be read.
     """
     return _take_tower(_open_tower(folder, module, variant), module)
 
@@ -58,9 +58,9 @@ def load_tower(
 def load_tower_and_pooler(
     folder: str | pathlib.Path, module: Tower, *, variant: str | None = None
 ) -> tuple[Params, Params]:
-    """Load as `load_tower`, and with it the parameters of a pooler that `module` has no use for.
+    """Load a tower as `load_tower` does, and the parameters of a pooler that `module` has no use for.
 
-    With them, a tower that is written again is whole.
+    With the pooler, a tower that is written again is whole. The weights are read once.
     """
     file = _open_tower(folder, module, variant)
     params, _ = _take_tower(file, module)
@@ -69,31 +69,36 @@ def load_tower_and_pooler(
     )
     if module.pooling == "pooler" or has_none:
         return params, {}
-    whole = shapes_of(module.clone(pooling="pooler"), module.example_input)
+    whole = parameter_shapes(module.clone(pooling="pooler"), module.example_input)
     pooler = {name: part for name, part in whole.items() if name not in params}
-    account = StateDictMatcher(file.tensors)
-    taken = account.take(pooler, file.family, account.left(file.under), under=file.under)
-    if account.used == 0:
+    matcher = StateDictMatcher(file.tensors)
+    taken = matcher.take(pooler, file.family, prefix=file.prefix)
+    if matcher.used == 0:
         return params, {}
-    account.ignore(account.left())
-    account.close()
+    matcher.ignore(matcher.remaining())
+    matcher.close()
     return params, taken
 
 
 class _TowerFile(NamedTuple):
-    """The weights of a folder that holds a tower, alone or in a dual encoder."""
+    """The weights of a folder that holds a tower, alone or in a dual encoder.
+
+    Attributes:
+        architecture: the class that config.json names.
+        prefix: of the names of the tower's tensors in a dual encoder, else ''.
+    """
 
     tensors: files.Tensors
     family: name_tables.Family
     side: Side
-    architecture: str  # that config.json names
-    under: str  # start of the names of the tower's tensors in a dual encoder, else ''
+    architecture: str
+    prefix: str
 
 
 def _open_tower(
     folder: str | pathlib.Path, module: Tower, variant: str | None = None
 ) -> _TowerFile:
-    side, hf_config = side_of(module), hub.read_config(folder)
+    side, hf_config = tower_side(module), hub.read_config(folder)
     own_config = hub.tower_part(hf_config, side)
     found = own_config["model_type"]
     if found != module.config.model_type:
@@ -102,7 +107,8 @@ def _open_tower(
             f"{module.config.model_type}."
         )
     tensors = files.read_tensors(folder, variant)
-    if hf_config["model_type"] in SYSTEMS:  # Flax text towers alone counted as PyTorch's
+    # Flax text towers alone counted as PyTorch's.
+    if hf_config["model_type"] in SYSTEMS:
         _warn_of_positions(module.config, tensors, hf_config, own_config)
     elif side == "text":
         _warn_of_pooling(pathlib.Path(folder), module)
@@ -116,32 +122,31 @@ def _open_tower(
 
 
 def _take_tower(file: _TowerFile, module: Tower) -> tuple[Params, LoadReport]:
-    account = StateDictMatcher(file.tensors)
-    params = account.take(
-        shapes_of(module, module.example_input),
+    matcher = StateDictMatcher(file.tensors)
+    params = matcher.take(
+        parameter_shapes(module, module.example_input),
         file.family,
-        account.left(file.under),
-        under=file.under,
+        prefix=file.prefix,
         has_pooler=module.pooling == "pooler",
     )
-    bare = [name.removeprefix(file.under) for name in account.missing]
+    bare = [name.removeprefix(file.prefix) for name in matcher.missing]
     if pooler := [name for name in bare if re.match(file.family.pooler, name)]:
         poolings = " or ".join(repr(name) for name in module.poolings if name != "pooler")
         raise UserError(
-            f"{account.file} has no pooler weights ({file.under}{pooler[0]}), and a random pooler would be "
+            f"{matcher.file} has no pooler weights ({file.prefix}{pooler[0]}), and a random pooler would be "
             f"worse than none; set the {file.side} tower's pooling (config.model.{file.side}.pooling) to "
             f"{poolings}."
         )
-    if file.under:
-        account.ignore(account.left())
-    report = account.close()
-    if not file.under and (head := [name for name in report.ignored if _HEAD.search(name)]):
+    if file.prefix:
+        matcher.ignore(matcher.remaining())
+    report = matcher.close()
+    if not file.prefix and (head := [name for name in report.ignored if _HEAD.search(name)]):
         log.warning(
-            "%s is a %s, and a tower has no place for its head (%s): the pooled output is what that head "
-            "would get, not what it returns.",
+            "%s is a %s, and a tower has no place for its head (%s): the pooled output is the input of that "
+            "head.",
             report.file,
             file.architecture,
-            listed(head),
+            shortened_names(head),
         )
     return params, report
 
@@ -153,17 +158,16 @@ def load_dual_encoder(
     hf_config: Mapping[str, Any] | None = None,
     variant: str | None = None,
 ) -> tuple[DualEncoderModule, Params, dict[str, Any], LoadReport]:
-    """Load the module of a dual encoder's folder, its parameters, its config and what was read.
+    """Load a dual encoder: return its module, parameters, config and the report of what was read.
 
-    Poolings and projections that `save_dual_encoder` had to express in other weights come back bit by bit as
-    they were. The parameters are float32; `dtype` is that of the computation. `hf_config` takes the
-    place of the folder's config.json.
-    Raises UserError if the folder holds another kind of model, or as `load_tower` does.
+    Poolings and projections that `save_dual_encoder` wrote as other weights come back bit by bit as they
+    were. The parameters are float32; `dtype` is that of the computation. `hf_config` takes the place of the
+    folder's config.json. Raise UserError if the folder holds another kind of model, or as `load_tower` does.
     """
     hf_config = dict(hub.read_config(folder) if hf_config is None else hf_config)
     if hf_config["model_type"] not in SYSTEMS:
         raise UserError(
-            f"{folder} holds a model of type {hf_config['model_type']}, which is no dual encoder; lit_jax "
+            f"{folder} holds a model of type {hf_config['model_type']}, which is not a dual encoder; lit_jax "
             f"knows {', '.join(SYSTEMS)}."
         )
     module, tensors = (
@@ -176,8 +180,8 @@ def load_dual_encoder(
     else:
         plain = build_system(hf_config, dtype=dtype)
         as_written, report = _take_dual_encoder(plain, tensors, hf_config)
-        settings = dual_encoder_form.Settings.of_config(hf_config)
-        params = dual_encoder_form.restore(as_written, settings, module.projection_dim)
+        settings = vtde.Settings.from_config(hf_config)
+        params = vtde.from_vision_text_dual_encoder(as_written, settings, module.projection_dim)
         if params is None:
             module, params = plain.clone(logit_bias_init=module.logit_bias_init), as_written
             note = (
@@ -234,10 +238,10 @@ def _warn_of_positions(
 
 
 def dual_encoder_module(hf_config: Mapping[str, Any], *, dtype: Any) -> DualEncoderModule:
-    """Return the module that `load_dual_encoder` returns, unless transformers trained the model on."""
+    """Return the module that `load_dual_encoder` returns, unless its export was trained on."""
     if "lit_jax" not in hf_config:
         return build_system(hf_config, dtype=dtype)
-    settings = dual_encoder_form.Settings.of_config(hf_config)
+    settings = vtde.Settings.from_config(hf_config)
     bias = hf_config.get("logit_bias")
     if bias is not None and (isinstance(bias, bool) or not isinstance(bias, int | float)):
         raise UserError(
@@ -258,33 +262,34 @@ def _take_dual_encoder(
     module: DualEncoderModule, tensors: files.Tensors, hf_config: Mapping[str, Any]
 ) -> tuple[Params, LoadReport]:
     """Return the parameters of both towers and of their joint, from names as 'text_model.pooler...'."""
-    shapes = shapes_of(module, module.example_batch)
-    if "logit_bias" in hf_config:  # of an export: not among the tensors
+    shapes = parameter_shapes(module, module.example_batch)
+    # An export has it in config.json, not among the tensors.
+    if "logit_bias" in hf_config:
         shapes.pop("logit_bias", None)
-    account = StateDictMatcher(tensors)
+    matcher = StateDictMatcher(tensors)
     params = {}
     for part, tower in module.towers.items():
-        params[part] = account.take(
+        params[part] = matcher.take(
             shapes.pop(part),
             name_tables.FAMILIES[tower.config.model_type],
-            account.left(f"{part}."),
-            under=f"{part}.",
+            prefix=f"{part}.",
             has_pooler=tower.pooling == "pooler",
         )
-    params |= account.take(shapes, name_tables.SYSTEMS[hf_config["model_type"]], account.left())
-    return params, account.close()
+    params |= matcher.take(shapes, name_tables.SYSTEMS[hf_config["model_type"]])
+    return params, matcher.close()
 
 
-def shapes_of(module: nn.Module, example: Any) -> dict[str, Any]:
+def parameter_shapes(module: nn.Module, example: Any) -> dict[str, Any]:
     """Return the tree of parameters as jax.ShapeDtypeStructs; nothing is computed.
 
-    Raises UserError if the numbers in config.json describe no model that can be computed.
+    Raise UserError if the numbers in config.json describe no model that can be computed.
     """
     try:
         return dict(jax.eval_shape(module.init, jax.random.key(0), example)["params"])
     except UserError:
         raise
-    except Exception as error:  # an attention without heads, a patch of 0 pixels ...
+    # An attention without heads, a patch of 0 pixels ...
+    except Exception as error:
         raise UserError(
             f"The config.json of a tower, with the overrides, describes no model ({files.one_line(error)}); "
             "correct its numbers."

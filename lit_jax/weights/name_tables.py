@@ -1,38 +1,57 @@
-"""What Hugging Face's files call the parameters of each family, as data; see names.py for how it is used."""
+"""The names of each family's parameters in Hugging Face's files, as data that names.py reads."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
-Renames = tuple[tuple[str, str], ...]  # (regex, replacement), each tried once in this order
+# (regex, replacement), each tried once in this order.
+Renames = tuple[tuple[str, str], ...]
 
 
-class Joined(NamedTuple):
-    """Parameters that a file has as one tensor, side by side along their output features."""
+class FusedWeight(NamedTuple):
+    """Parameters that a file has as one tensor, side by side along their output features.
 
-    pattern: str  # of a name in the file as it would be; its one group is the member
-    replacement: str  # its name in the file as it is
+    Attributes:
+        pattern: of the name that a parameter would have in the file; its one group is the member.
+        replacement: the name of the fused tensor.
+    """
+
+    pattern: str
+    replacement: str
     members: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    architecture: str  # the torch class that has these names
-    # Of a dual encoder: whether transformers 4 had a Flax class for it, and whether its towers are models of
-    # their own, with the names of those.
+    """The names of a tower, or of the part that joins two towers, in a file.
+
+    Attributes:
+        architecture: the torch class that has these names.
+        in_flax: whether transformers 4 had a Flax class for a dual encoder.
+        holds_any_tower: whether a dual encoder's towers are models of their own, with the names of those.
+        prefix: of every name of the tower in a file that has a head as well.
+        modules: from our names, dotted, to those of the file.
+        aliases: from other spellings in files to those of `modules`.
+        pooler: regex of the names that only pooling='pooler' has a use for.
+        vectors: scalars that the file has as vectors of one element.
+        placeholders: tensors of size 0 that the file format requires when the tower lacks the parameter, as
+            (name, name of the tensor whose other dimensions they copy).
+        ignore: regexes of names, without prefix, that no tower has a use for.
+        extra_head_names: regex of a head's names without prefix that a tower has, too.
+    """
+
+    architecture: str
     in_flax: bool = False
     holds_any_tower: bool = False
-    prefix: str = ""  # of every name of the tower in a file that has a head as well
-    modules: Renames = ()  # from our names, dotted, to those of the file
-    joined: tuple[Joined, ...] = ()
-    aliases: Renames = ()  # from other spellings in files to those above
-    pooler: str = r"(?!)"  # regex of the names that only pooling='pooler' has a use for
-    vectors: tuple[str, ...] = ()  # scalars that the file has as vectors of one element
-    # (name, of another): tensors that the file has without elements where a tower has no such parameter; but
-    # for their second axis, which is 0 long, they are like the other.
-    empty: tuple[tuple[str, str], ...] = ()
-    ignore: tuple[str, ...] = ()  # regexes of names, without prefix, that no tower has a use for
-    beside: str = r"(?!)"  # regex of names without prefix, of a head, that a tower has too
+    prefix: str = ""
+    modules: Renames = ()
+    fused: tuple[FusedWeight, ...] = ()
+    aliases: Renames = ()
+    pooler: str = r"(?!)"
+    vectors: tuple[str, ...] = ()
+    placeholders: tuple[tuple[str, str], ...] = ()
+    ignore: tuple[str, ...] = ()
+    extra_head_names: str = r"(?!)"
 
 
 _VIT = Family(
@@ -46,7 +65,8 @@ _VIT = Family(
         (r"\.mlp\.fc2\.", ".output.dense."),
         (r"\.mlp_norm\.", ".layernorm_after."),
     ),
-    aliases=(  # transformers 5, save_pretrained(save_original_format=False)
+    # transformers 5, save_pretrained(save_original_format=False).
+    aliases=(
         (r"^layers\.", "encoder.layer."),
         (r"\.attention\.q_proj\.", ".attention.attention.query."),
         (r"\.attention\.k_proj\.", ".attention.attention.key."),
@@ -72,7 +92,8 @@ _BERT = Family(
         (r"\.mlp\.fc2\.", ".output.dense."),
         (r"\.mlp_norm\.", ".output.LayerNorm."),
     ),
-    aliases=(  # checkpoints that were converted from TensorFlow in 2018
+    # Checkpoints that were converted from TensorFlow in 2018.
+    aliases=(
         (r"LayerNorm\.gamma$", "LayerNorm.weight"),
         (r"LayerNorm\.beta$", "LayerNorm.bias"),
     ),
@@ -81,7 +102,8 @@ _BERT = Family(
         r"cls\.",
         r"classifier\.",
         r"qa_outputs\.",
-        r"embeddings\.(position|token_type)_ids$",  # buffers of old versions, no parameters
+        # Buffers of old versions, no parameters.
+        r"embeddings\.(position|token_type)_ids$",
     ),
 )
 
@@ -104,8 +126,9 @@ _DINOV2 = Family(
         (r"\.mlp_norm\.", ".norm2."),
         (r"\.mlp_scale\.factor$", ".layer_scale2.lambda1"),
     ),
-    joined=(Joined(r"\.mlp\.(gate|up)\.(\w+)$", r".mlp.weights_in.\2", ("gate", "up")),),
-    aliases=(  # transformers 5, save_pretrained(save_original_format=False)
+    fused=(FusedWeight(r"\.mlp\.(gate|up)\.(\w+)$", r".mlp.weights_in.\2", ("gate", "up")),),
+    # transformers 5, save_pretrained(save_original_format=False).
+    aliases=(
         (r"\.attention\.q_proj\.", ".attention.attention.query."),
         (r"\.attention\.k_proj\.", ".attention.attention.key."),
         (r"\.attention\.v_proj\.", ".attention.attention.value."),
@@ -164,14 +187,17 @@ _CLIP_VISION = Family(
         (r"\.mlp_norm\.", ".layer_norm2."),
         (r"\.(self_attn|attention)\.output\.", r".\1.out_proj."),
     ),
-    aliases=((r"^encoder\.layer\.", "encoder.layers."),),  # AltCLIP as transformers 5 saves it
+    # AltCLIP as transformers 5 saves it.
+    aliases=((r"^encoder\.layer\.", "encoder.layers."),),
     pooler=r"post_layernorm\.",
     ignore=(
-        r"(vision|text)_model\.",  # the other tower
+        # The other tower.
+        r"(vision|text)_model\.",
         r"(visual|text)_projection\.",
         r"logit_(scale|bias)$",
         r"classifier\.",
-        r"embeddings\.position_ids$",  # a buffer of old versions, no parameter
+        # A buffer of old versions, no parameter.
+        r"embeddings\.position_ids$",
     ),
 )
 
@@ -204,8 +230,8 @@ FAMILIES: Mapping[str, Family] = {
     "siglip_vision_model": dataclasses.replace(
         _CLIP_VISION,
         architecture="SiglipVisionModel",
-        joined=(
-            Joined(
+        fused=(
+            FusedWeight(
                 r"^head\.attention\.(query|key|value)\.(\w+)$",
                 r"head.attention.in_proj_\2",
                 ("query", "key", "value"),
@@ -234,17 +260,19 @@ FAMILIES: Mapping[str, Family] = {
             (rf"(\d)\.{_BEIT_TABLE}$", rf"\1.attention.attention.{_BEIT_TABLE}"),
         ),
         ignore=(
-            r".*\.relative_position_index$",  # buffers of old versions
+            # Buffers of old versions.
+            r".*\.relative_position_index$",
             r"(classifier|lm_head|decode_head|auxiliary_head|fpn\d?)\.",
         ),
-        beside=r"layernorm\.",  # of the head that predicts masked patches
+        # The head that predicts masked patches has a norm of that name.
+        extra_head_names=r"layernorm\.",
     ),
     "dinov2": _DINOV2,
     "dinov2_with_registers": dataclasses.replace(
         _DINOV2,
         architecture="Dinov2WithRegistersModel",
         prefix="dinov2_with_registers.",
-        empty=_NO_REGISTERS,
+        placeholders=_NO_REGISTERS,
     ),
     "dinov3_vit": Family(
         architecture="DINOv3ViTModel",
@@ -265,7 +293,7 @@ FAMILIES: Mapping[str, Family] = {
             (r"\.mlp_scale\.factor$", ".layer_scale2.lambda1"),
         ),
         aliases=((r"^model\.layer\.", "layer."),),  # save_original_format=False
-        empty=_NO_REGISTERS,
+        placeholders=_NO_REGISTERS,
     ),
     "dinov3_convnext": Family(
         architecture="DINOv3ConvNextModel",
@@ -336,9 +364,11 @@ FAMILIES: Mapping[str, Family] = {
             (r"\.attention_norm\.", ".attn_norm."),
             (r"\.mlp\.down\.", ".mlp.Wo."),
         ),
-        joined=(
-            Joined(r"\.attention\.(query|key|value)\.", ".attn.Wqkv.", ("query", "key", "value")),
-            Joined(r"\.mlp\.(gate|up)\.", ".mlp.Wi.", ("gate", "up")),
+        fused=(
+            FusedWeight(
+                r"\.attention\.(query|key|value)\.", ".attn.Wqkv.", ("query", "key", "value")
+            ),
+            FusedWeight(r"\.mlp\.(gate|up)\.", ".mlp.Wi.", ("gate", "up")),
         ),
         ignore=(r"head\.", r"decoder\.", r"classifier\."),
     ),
@@ -348,7 +378,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "altclip_text_model": Family(
         architecture="AltCLIPTextModel",
-        # Of a text tower alone, where transformers 5 does not read 'layer', which is all that 4 reads.
+        # A text tower alone: transformers 5 does not read 'layer', and 4 reads nothing else.
         modules=(
             *_BERT.modules,
             (r"^embeddings\.", "roberta.embeddings."),
@@ -359,7 +389,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 
-# What joins two towers, by the `model_type` of the whole.
+# The part that joins two towers, by the `model_type` of the whole.
 SYSTEMS: Mapping[str, Family] = {
     "vision-text-dual-encoder": Family(
         architecture="VisionTextDualEncoderModel", in_flax=True, holds_any_tower=True

@@ -1,7 +1,7 @@
 """From our names of parameters to those in Hugging Face's files, and back, by the tables of name_tables.py.
 
-One kernel has three names. `encoder/layer/mlp/fc2/kernel` in lit_jax holds the layers of any
-transformer (the last one may be apart); its slice [3] is, for a BERT, `encoder.layer.3.output.dense.kernel`
+One kernel has three names. `encoder/layer/mlp/fc2/kernel` in lit_jax holds the layers of any transformer (the
+last one may be a parameter of its own). Its slice [3] is, for a BERT, `encoder.layer.3.output.dense.kernel`
 in a Flax file and `encoder.layer.3.output.dense.weight`, transposed, in a torch file.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from lit_jax.errors import UserError
 from lit_jax.trees import BLOCK, STACK
-from lit_jax.weights.name_tables import Family, Joined, Renames
+from lit_jax.weights.name_tables import Family, FusedWeight, Renames
 
 Layout = Literal["torch", "flax"]
 
@@ -30,65 +30,66 @@ _TORCH_LEAF = {
 _KERNEL_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}
 
 
-class Place(NamedTuple):
-    """Where a file has a parameter, or one layer of it: part `index` of `count` of a tensor."""
+class Slot(NamedTuple):
+    """The place of a parameter, or of one layer of it, in a file: part `index` of `count` of a tensor."""
 
     name: str
     index: int = 0
     count: int = 1
 
 
-def places(
+def target_slots(
     path: str, shape: tuple[int, ...], family: Family, layout: Layout
-) -> tuple[list[Place], tuple[int, ...]]:
-    """Where the tensors that make up the parameter at `path` of a tower are, and their shape.
+) -> tuple[list[Slot], tuple[int, ...]]:
+    """Return the slots that hold the parameter at `path` of a tower, and the shape of each part.
 
-    Of a stack of layers there is one a layer, of all else there is one.
+    A stack of layers has one slot a layer, any other parameter has one.
     """
     if stack := STACK.fullmatch(path):
         depth, *rest = shape
         first = int(stack["first"] or 0)
         paths = [f"{stack['above']}/{first + i}/{stack['below']}" for i in range(depth)]
-        return [_place(path, family, layout) for path in paths], tuple(rest)
-    return [_place(path, family, layout)], shape
+        return [_slot(path, family, layout) for path in paths], tuple(rest)
+    return [_slot(path, family, layout)], shape
 
 
-def _place(path: str, family: Family, layout: Layout) -> Place:
+def _slot(path: str, family: Family, layout: Layout) -> Slot:
     name = BLOCK.sub(r"layer/\1/", path).replace("/", ".")
     if layout == "torch":
         module, dot, leaf = name.rpartition(".")
         name = module + dot + (_TORCH_LEAF.get(leaf, leaf) if module else leaf)
     name = renamed(name, family.modules)
-    for joined in family.joined:
-        match = re.search(joined.pattern, name)
-        if match and match[1] in joined.members:
-            name = re.sub(joined.pattern, joined.replacement, name)
-            return Place(name, joined.members.index(match[1]), len(joined.members))
-    return Place(name)
+    for fused in family.fused:
+        match = re.search(fused.pattern, name)
+        if match and match[1] in fused.members:
+            name = re.sub(fused.pattern, fused.replacement, name)
+            return Slot(name, fused.members.index(match[1]), len(fused.members))
+    return Slot(name)
 
 
 def renamed(name: str, renames: Renames) -> str:
+    """Return the name after each replacement in its order."""
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def in_file(path: str, shape: tuple[int, ...], place: Place, layout: Layout) -> tuple[int, ...]:
-    """The shape of the tensor at `place` that has the parameter at `path`, one layer of which has `shape`."""
-    if place.count > 1:
-        shape = (*shape[:-1], shape[-1] * place.count)
+def shape_in_file(path: str, shape: tuple[int, ...], slot: Slot, layout: Layout) -> tuple[int, ...]:
+    """Return the shape of the tensor in `slot`; one layer of the parameter at `path` has `shape`."""
+    if slot.count > 1:
+        shape = (*shape[:-1], shape[-1] * slot.count)
     return to_file(path, np.broadcast_to(0, shape), layout).shape
 
 
-def from_file(path: str, array: np.ndarray, place: Place, layout: Layout) -> np.ndarray:
-    """A view of the tensor at `place`, with the axes of the parameter at `path`."""
+def from_file(path: str, array: np.ndarray, slot: Slot, layout: Layout) -> np.ndarray:
+    """Return a view of the tensor in `slot`, with the axes of the parameter at `path`."""
     axes = _kernel_axes(path, array.ndim, layout)
     array = array.transpose(axes) if axes else array
-    return np.split(array, place.count, axis=-1)[place.index] if place.count > 1 else array
+    return np.split(array, slot.count, axis=-1)[slot.index] if slot.count > 1 else array
 
 
 def to_file(path: str, array: np.ndarray, layout: Layout) -> np.ndarray:
-    """A view of one layer of the parameter at `path`, with the axes of a file."""
+    """Return a view of one layer of the parameter at `path`, with the axes of a file."""
     axes = _kernel_axes(path, array.ndim, layout)
     return array.transpose(np.argsort(axes)) if axes else array
 
@@ -98,52 +99,59 @@ def _kernel_axes(path: str, ndim: int, layout: Layout) -> tuple[int, ...] | None
     return _KERNEL_AXES.get(ndim) if is_kernel else None
 
 
-def tensors_of(
+def to_tensors(
     params: Mapping[str, np.ndarray], family: Family, layout: Layout
 ) -> dict[str, np.ndarray]:
-    """The tensors of a file that has the parameters of a tower, by path."""
+    """Return the tensors of a file, by name, that hold the parameters of a tower, by path."""
     tensors: dict[str, np.ndarray] = {}
     parts: dict[str, list[tuple[int, str, np.ndarray]]] = collections.defaultdict(list)
     for path, array in sorted(params.items()):
-        where, shape = places(path, array.shape, family, layout)
-        for place, value in zip(where, array.reshape(len(where), *shape), strict=True):
-            parts[place.name].append((place.index, path, value))
+        slots, shape = target_slots(path, array.shape, family, layout)
+        for slot, value in zip(slots, array.reshape(len(slots), *shape), strict=True):
+            parts[slot.name].append((slot.index, path, value))
     for name, members in parts.items():
         _, paths, values = zip(*sorted(members, key=lambda member: member[0]), strict=True)
-        joined = values[0] if len(values) == 1 else np.concatenate(values, axis=-1)
-        tensor = to_file(paths[0], np.asarray(joined), layout)
+        fused = values[0] if len(values) == 1 else np.concatenate(values, axis=-1)
+        tensor = to_file(paths[0], np.asarray(fused), layout)
         tensors[name] = tensor.reshape(1) if name in family.vectors else tensor
         if name.endswith(".running_var"):
             # Torch counts batches; nothing reads the number, but a file without it counts as incomplete.
             counter = name.replace("running_var", "num_batches_tracked")
             tensors[counter] = np.zeros((), np.int64)
-    for name, like in family.empty:
+    for name, like in family.placeholders:
         tensors.setdefault(name, tensors[like][:, :0])
     return tensors
 
 
-def as_joined_in(names: Iterable[str], family: Family) -> Family:
-    """`family`, but what the file of these (usual) names has as tensors of their own is not joined."""
+def fused_as_in(names: Iterable[str], family: Family) -> Family:
+    """Return `family` with those weights fused that are fused in the file of these (usual) names."""
     names = list(names)
 
-    def is_apart(joined: Joined) -> bool:
-        matches = (re.search(joined.pattern, name) for name in names)
-        return any(match and match[1] in joined.members for match in matches)
+    def is_split(fused: FusedWeight) -> bool:
+        matches = (re.search(fused.pattern, name) for name in names)
+        return any(match and match[1] in fused.members for match in matches)
 
     return dataclasses.replace(
-        family, joined=tuple(joined for joined in family.joined if not is_apart(joined))
+        family, fused=tuple(fused for fused in family.fused if not is_split(fused))
     )
 
 
 class Recognised(NamedTuple):
-    names: dict[str, str]  # usual name -> name in the file
-    ignored: list[str]  # names in the file that a tower has no use for
+    """The names of a tower's file.
+
+    Attributes:
+        names: the name in the file by its usual spelling.
+        ignored: names in the file that a tower has no use for.
+    """
+
+    names: dict[str, str]
+    ignored: list[str]
 
 
 def recognise(names: Iterable[str], family: Family, *, has_pooler: bool = True) -> Recognised:
-    """Takes prefixes and other spellings off the names of a tower's file, and puts aside what it ignores.
+    """Return the names of a tower's file without prefixes and other spellings, and those it ignores.
 
-    Raises UserError if the file has one parameter under two names.
+    Raise UserError if the file has one parameter under two names.
     """
     names = sorted(names)
     prefix = family.prefix if any(name.startswith(family.prefix) for name in names) else ""
@@ -152,8 +160,8 @@ def recognise(names: Iterable[str], family: Family, *, has_pooler: bool = True) 
     result = Recognised({}, [])
     for name in names:
         usual = renamed(name.removeprefix(prefix), family.aliases)
-        of_head = not name.startswith(prefix) and re.match(family.beside, name)
-        if of_head or ignore.match(usual):
+        is_of_head = not name.startswith(prefix) and re.match(family.extra_head_names, name)
+        if is_of_head or ignore.match(usual):
             result.ignored.append(name)
         elif usual in result.names:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Folders of other libraries: which one wrote a folder, and how sentence-transformers pools."""
+"""Folders of other libraries: which one wrote a folder, and the pooling of sentence-transformers."""
 
 import pathlib
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from lit_jax.files import parse_json
 
 _CONVERT = "take a copy of the model that transformers wrote"
-# By a file that only the folders of a library have: the library, and what to do.
+# (library, remedy) by a file that only the folders of that library have.
 _MARKS: Mapping[str, tuple[str, str]] = {
     "open_clip_config.json": ("open_clip", _CONVERT),
     "adapter_config.json": (
@@ -31,7 +31,7 @@ _POOLINGS = {
 
 
 def explain_folder(folder: pathlib.Path) -> str:
-    """Return what a folder without transformers' config.json is, and what to do, or ''."""
+    """Return the kind of a folder without transformers' config.json, and the remedy, or ''."""
     for mark, (library, remedy) in _MARKS.items():
         if (folder / mark).is_file():
             return f"{mark} says that it is of {library}; {remedy}"
@@ -39,13 +39,14 @@ def explain_folder(folder: pathlib.Path) -> str:
 
 
 def explain_config(content: Mapping[str, Any]) -> str:
-    """Return what to say of a config.json without model_type; timm's names an architecture instead."""
+    """Return the fault of a config.json without model_type, and the remedy."""
+    # A config.json of timm names an architecture instead.
     names_timm = isinstance(content.get("architecture"), str)
     return f"has no model_type{', so timm wrote it' if names_timm else ''}; {_CONVERT}"
 
 
 class SentencePooling(NamedTuple):
-    """The way in which sentence-transformers makes one vector of a transformer's tokens.
+    """The pooling of a model of sentence-transformers, which makes one vector of the tokens.
 
     Attributes:
         modes: 'mean', 'cls' ...; several are joined to one long vector.

@@ -1,9 +1,9 @@
 """Writes a tower or a dual encoder as a Hugging Face folder.
 
-The folder is written beside its place under another name and then renamed, so that what has the right
-name is complete. A former export is replaced; any other folder that is not empty is left alone. With
-`beside_others` the files go one by one into a folder that may hold others, as in transformers; a model
-there is replaced if it is of the same class, or an export.
+The folder is written under another name and then renamed, so that a folder with the right name is complete. A
+former export is replaced; any other folder that is not empty is left alone. With `beside_others` the files go
+one by one into a folder that may hold others, as in transformers; a model there is replaced if it is of the
+same class, or an export.
 """
 
 import contextlib
@@ -28,9 +28,10 @@ from lit_jax.models.bert import with_counted_positions
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.models.layers import Tower
 from lit_jax.trees import flatten
-from lit_jax.weights import dual_encoder_form, files, load, name_tables, names
-from lit_jax.weights.dual_encoder_form import Params
+from lit_jax.weights import files, load, name_tables, names
+from lit_jax.weights import vision_text_dual_encoder as vtde
 from lit_jax.weights.hub import OWN_TYPE
+from lit_jax.weights.vision_text_dual_encoder import Params
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +58,9 @@ def save_tower(
 ) -> None:
     """Write config.json, model.safetensors with torch's names, and the processor's files, of one tower.
 
-    `pooler` is what `load_tower_and_pooler` has found beside `params`. A tower without pooler is written
-    without one: most of torch's classes load it with add_pooling_layer=False, and a warning says so.
-    Raises UserError if `folder` cannot be written or holds something else.
+    `pooler` comes from `load_tower_and_pooler`, as `params` do. A tower without pooler is written without
+    one: most of torch's classes load it with add_pooling_layer=False, and a warning says so. Raise UserError
+    if `folder` cannot be written or holds something else.
     """
     family = name_tables.FAMILIES[module.config.model_type]
     hf_config, params = _as_pytorch_counts(hf_config, module, {**params, **(pooler or {})})
@@ -69,7 +70,8 @@ def save_tower(
         "dtype": "float32",
         "lit_jax": {"pooling": module.pooling},
     }
-    if hasattr(module.config, "vision_use_head"):  # SigLIP's says there whether it has a pooler
+    # SigLIP's config says there whether the tower has a pooler.
+    if hasattr(module.config, "vision_use_head"):
         config["vision_use_head"] = "head" in params
     elif lacking := _lacking(module, params, family):
         log.warning(
@@ -81,22 +83,22 @@ def save_tower(
         )
     with _new_folder(local_path("folder", str(folder)), beside_others) as new:
         _write_json(new / "config.json", config)
-        tensors = names.tensors_of(flatten(_float32(params)), family, "torch")
+        tensors = names.to_tensors(flatten(_float32(params)), family, "torch")
         _write_torch(new, {_inner(family) + name: array for name, array in tensors.items()})
         if processor is not None:
             processor.save_pretrained(str(new))
 
 
 def _lacking(module: Tower, params: Params, family: name_tables.Family) -> list[str]:
-    """Return the names of what a tower of that family has with its pooler only, and `params` has not."""
-    if family.pooler == name_tables.Family.pooler:  # none has
+    """Return the names of a pooler's tensors that a tower of that family has and `params` lacks."""
+    if family.pooler == name_tables.Family.pooler:
         return []
-    whole = load.shapes_of(module.clone(pooling="pooler"), module.example_input)
+    whole = load.parameter_shapes(module.clone(pooling="pooler"), module.example_input)
     missing = {name: part for name, part in whole.items() if name not in params}
     return [
-        place.name
+        slot.name
         for path, leaf in flatten(missing).items()
-        for place in names.places(path, leaf.shape, family, "torch")[0]
+        for slot in names.target_slots(path, leaf.shape, family, "torch")[0]
     ]
 
 
@@ -111,11 +113,11 @@ def save_dual_encoder(
 ) -> None:
     """Write a folder that the class of transformers for `hf_config['model_type']` loads.
 
-    config.json, model.safetensors (torch's names), flax_model.msgpack where transformers 4 has a Flax
-    class, and the files of the processor. `hf_config` is what `load_dual_encoder` returns.
-    A model that VisionTextDualEncoder cannot compute (`dual_encoder_form.why_not_exportable`) is written for
-    lit_jax alone, with a model_type that transformers refuses, and a warning that says why.
-    Raises UserError if `folder` cannot be written or holds something else.
+    config.json, model.safetensors (torch's names), flax_model.msgpack where transformers 4 has a Flax class,
+    and the files of the processor. `hf_config` is as from `load_dual_encoder`. A model that
+    VisionTextDualEncoder cannot compute (`why_not_exportable`) is written for lit_jax alone, with a
+    model_type that transformers refuses, and a warning that says why. Raise UserError if `folder` cannot be
+    written or holds something else.
     """
     params, config = _float32(params), dict(hf_config)
     config["text_config"], params["text_model"] = _as_pytorch_counts(
@@ -123,9 +125,10 @@ def save_dual_encoder(
     )
     if hf_config["model_type"] in ("vision-text-dual-encoder", OWN_TYPE):
         config = _vision_text_config(config, module, params)
-        if reason := dual_encoder_form.why_not_exportable(module):
+        if reason := vtde.why_not_exportable(module):
             config["model_type"] = OWN_TYPE
-            params.pop("logit_bias", None)  # config.json has it
+            # config.json has it.
+            params.pop("logit_bias", None)
             log.warning(
                 "Only lit_jax will read %s: VisionTextDualEncoder of transformers cannot be this model; %s.",
                 folder,
@@ -133,8 +136,8 @@ def save_dual_encoder(
             )
         else:
             config["model_type"] = "vision-text-dual-encoder"
-            settings = dual_encoder_form.Settings.of_module(module)
-            params = dual_encoder_form.express(params, settings, module.projection_dim)
+            settings = vtde.Settings.from_module(module)
+            params = vtde.to_vision_text_dual_encoder(params, settings, module.projection_dim)
     system = name_tables.SYSTEMS[config["model_type"]]
     config |= {"architectures": [system.architecture], "dtype": "float32"}
     with _new_folder(local_path("folder", str(folder)), beside_others) as new:
@@ -149,9 +152,10 @@ def save_dual_encoder(
 def _vision_text_config(
     hf_config: Mapping[str, Any], module: DualEncoderModule, params: Params
 ) -> dict[str, Any]:
-    settings = dual_encoder_form.Settings.of_module(module)
+    settings = vtde.Settings.from_module(module)
     vision_config = {**hf_config["vision_config"], "dtype": "float32"}
-    if settings.image_pooling == "cls" and "pooler_act" in vision_config:  # for that of `express`
+    # The pooler that stands in for CLS pooling needs the tanh.
+    if settings.image_pooling == "cls" and "pooler_act" in vision_config:
         vision_config["pooler_act"] = "tanh"
         vision_config["pooler_output_size"] = vision_config["hidden_size"]
     config = {
@@ -163,7 +167,8 @@ def _vision_text_config(
         "lit_jax": dataclasses.asdict(settings),
     }
     config.pop("logit_bias", None)
-    if "logit_bias" in params:  # transformers has none: it moves every logit by as much
+    # transformers has none: it moves every logit by as much.
+    if "logit_bias" in params:
         config["logit_bias"] = float(params["logit_bias"])
     return config
 
@@ -190,15 +195,15 @@ def _dual_encoder_tensors(
     tensors = {}
     for part, tower in module.towers.items():
         family = name_tables.FAMILIES[tower.config.model_type]
-        of_tower = names.tensors_of(flatten(heads.pop(part)), family, layout)
-        under = f"{part}." + (_inner(family) if system.holds_any_tower else "")
+        of_tower = names.to_tensors(flatten(heads.pop(part)), family, layout)
+        prefix = f"{part}." + (_inner(family) if system.holds_any_tower else "")
         for name, array in of_tower.items():
-            tensors[names.renamed(under + name, system.modules)] = array
-    return tensors | names.tensors_of(flatten(heads), system, layout)
+            tensors[names.renamed(prefix + name, system.modules)] = array
+    return tensors | names.to_tensors(flatten(heads), system, layout)
 
 
 def _inner(family: name_tables.Family) -> str:
-    """Return what stands before every name in a file of such a tower alone, for transformers 4."""
+    """Return the prefix of every name in a file of such a tower alone, for transformers 4."""
     return family.prefix if family.prefix in ("vision_model.", "text_model.") else ""
 
 
@@ -206,7 +211,7 @@ def _write_torch(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> Non
     # safetensors writes the memory of an array as it lies, so a transposed view must be copied.
     whole = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     safetensors.numpy.save_file(whole, folder / "model.safetensors", _METADATA)
-    # It makes a file that only its owner may read.
+    # safetensors makes a file that only its owner may read.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
@@ -226,7 +231,8 @@ def _new_folder(target: pathlib.Path, beside_others: bool) -> Iterator[pathlib.P
     With `beside_others`, or where `target` is empty, its files are moved into `target`, which may be a mount
     and thus have no place for another folder beside it.
     """
-    target = target.resolve()  # '.' has no name, and a link stays one
+    # '.' has no name, and a link stays a link.
+    target = target.resolve()
     name = f".{target.name}-{uuid.uuid4().hex}"
     new, old = target.with_name(name), target.with_name(f"{name}.old")
     try:
@@ -254,12 +260,13 @@ def _new_folder(target: pathlib.Path, beside_others: bool) -> Iterator[pathlib.P
 def _move_into(target: pathlib.Path, new: pathlib.Path) -> None:
     """Move the files of `new` into `target`, each whole, and then remove the weights that were there before.
 
-    Raises UserError if `target` holds another kind of model.
+    Raise UserError if `target` holds another kind of model.
     """
     weights = files.weights_in(target)
     if weights or (target / "config.json").exists():
         _check_same_class(target, new)
-    moved = sorted(new.iterdir(), key=lambda file: file.name == "config.json")  # that one last
+    # config.json last: a folder without it is not taken for a model.
+    moved = sorted(new.iterdir(), key=lambda file: file.name == "config.json")
     for file in moved:
         file.replace(target / file.name)
     before = weights.keys() - {file.name for file in moved}
@@ -271,7 +278,7 @@ def _move_into(target: pathlib.Path, new: pathlib.Path) -> None:
             ", ".join(variants),
             weights[variants[0]],
         )
-    # An index before its shards: what is left of a sharded model is then not taken for a whole one.
+    # An index before its shards, so that the rest of a sharded model is never taken for a whole one.
     for name in sorted(before - {*variants}, key=lambda name: not name.endswith(".json")):
         (target / name).unlink()
 

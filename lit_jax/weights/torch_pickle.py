@@ -1,9 +1,9 @@
 """Reads a zip-format `pytorch_model.bin` without torch and without running what the pickle asks for.
 
-A pickle is a program. Of what it may call we provide the few functions that a dictionary of tensors
-needs, and refuse the rest (https://docs.python.org/3/library/pickle.html#restricting-globals). Of its
-instructions we have those that torch.save writes, and none of them costs more memory or time than the file
-has bytes: Python's own C implementation reserves memory for any number that a memo instruction names.
+A pickle is a program. This reader provides the few functions that a dictionary of tensors needs, and refuses
+all others (https://docs.python.org/3/library/pickle.html#restricting-globals). It follows the instructions
+that torch.save writes, and none of them costs more memory or time than the file has bytes: Python's own C
+implementation reserves memory for any number that a memo instruction names.
 """
 
 import collections
@@ -41,7 +41,7 @@ _SAFE = "save the model as safetensors with PyTorch"
 def read(file: pathlib.Path) -> dict[str, np.ndarray]:
     """Return the tensors of a state dict that torch.save wrote, as read-only arrays.
 
-    Raises UserError for the format of torch before 1.6 and for a file that asks for more than
+    Raise UserError for the format of torch before 1.6 and for a file that asks for more than
     tensors, and other exceptions for damaged files.
     """
     with file.open("rb") as stream:
@@ -56,12 +56,12 @@ def read(file: pathlib.Path) -> dict[str, np.ndarray]:
         state = _Unpickler(archive, program, file).load()
     if not isinstance(state, dict):
         raise UserError(
-            f"{file} is no dictionary of tensors, but a {type(state).__name__}; {_SAFE}."
+            f"{file} is not a dictionary of tensors, but a {type(state).__name__}; {_SAFE}."
         )
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, np.ndarray):
             raise UserError(
-                f"{file} is no dictionary of tensors, {name!r:.100} is a {type(value).__name__}; save the "
+                f"{file} is not a dictionary of tensors, {name!r:.100} is a {type(value).__name__}; save the "
                 "model as safetensors with save_pretrained."
             )
     return dict(state)
@@ -94,7 +94,8 @@ class _Unpickler(pickle._Unpickler):
     """Python's own implementation, with the instructions of a dictionary of tensors alone."""
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = _Instructions()
-    stack: list[Any]  # of the base class, as is the next
+    # The base class has these two.
+    stack: list[Any]
     pop_mark: Callable[[], list[Any]]
 
     def __init__(self, archive: zipfile.ZipFile, program: str, file: pathlib.Path):
@@ -107,11 +108,13 @@ class _Unpickler(pickle._Unpickler):
         self._archive = archive
         self._folder = program.removesuffix("data.pkl") + "data/"
         self._file = file
-        self._storages: dict[str, np.ndarray] = {}  # tied weights share one
+        # Tied weights share a storage.
+        self._storages: dict[str, np.ndarray] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGE_DTYPES:
-            return name  # persistent_load gets it back; a string cannot be called or changed
+            # persistent_load gets the name back; a string cannot be called or changed.
+            return name
         known = {
             "collections.OrderedDict": self._new_dictionary,
             "torch._utils._rebuild_tensor_v2": self._rebuild_tensor,
@@ -151,7 +154,7 @@ class _Unpickler(pickle._Unpickler):
         # To hash a tuple of tuples of ... may take for ever.
         if not isinstance(dictionary, dict) or not isinstance(key, str | int):
             raise UserError(
-                f"{self._file} is no dictionary of tensors, a key in it is a {type(key).__name__}; {_SAFE}."
+                f"{self._file} is not a dictionary of tensors, it has a {type(key).__name__} as key; {_SAFE}."
             )
         dictionary[key] = value
 
@@ -183,7 +186,7 @@ class _Unpickler(pickle._Unpickler):
         return tensor
 
 
-# All that torch.save writes with the protocols 2 to 4, but for those that have a method above.
+# The instructions that torch.save writes with the protocols 2 to 4, but for those with a method above.
 _INSTRUCTIONS = (
     *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK),
     *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),

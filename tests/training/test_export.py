@@ -17,7 +17,7 @@ from lit_jax.models.families import build_tower
 from lit_jax.training import trainer
 from lit_jax.training.workdir import load_run
 from lit_jax.trees import flatten
-from lit_jax.weights.load import load_dual_encoder, shapes_of
+from lit_jax.weights.load import load_dual_encoder, parameter_shapes
 from lit_jax.weights.save import save_tower
 from tests.digits import open_digits
 
@@ -105,7 +105,7 @@ def beit(towers, tmp_path):
     random = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: random.normal(0, 0.3, leaf.shape).astype(np.float32),
-        shapes_of(module, module.example_input),
+        parameter_shapes(module, module.example_input),
     )
     save_tower(tmp_path / "beit", hf, module, params)
     shutil.copy(vit / "preprocessor_config.json", tmp_path / "beit")

@@ -23,7 +23,7 @@ from lit_jax.training.metrics import read_metrics
 from lit_jax.training.model_factory import find_towers, first_parameters, prepare
 from lit_jax.training.workdir import load_run
 from lit_jax.trees import flatten, unflatten
-from lit_jax.weights.load import load_dual_encoder, shapes_of
+from lit_jax.weights.load import load_dual_encoder, parameter_shapes
 from lit_jax.weights.save import save_tower
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo"
@@ -107,7 +107,7 @@ def pretrained_student(folder):
     hf_config = json.loads((DEMO / "xlm_roberta" / "config.json").read_text())
     module = build_tower(hf_config, pooling="cls", dtype=jnp.float32)
     rng = np.random.default_rng(0)
-    shapes = flatten(shapes_of(module, module.example_input))
+    shapes = flatten(parameter_shapes(module, module.example_input))
     params = unflatten(
         {path: rng.normal(0, 0.1, leaf.shape).astype(np.float32) for path, leaf in shapes.items()}
     )
@@ -148,7 +148,7 @@ def test_german_finds_images_that_no_german_text_was_seen_with(tmp_path):
             {"model.text.model": str(DEMO / "bert")},
             "model_type bert; with a teacher it must be one of",
         ),
-        ({"model.teacher": "no/where"}, "config.model.teacher is 'no/where', which is no folder"),
+        ({"model.teacher": "no/where"}, "config.model.teacher is 'no/where'"),
         ({"data.train.split": "german"}, "no split 'german'"),
     ],
 )

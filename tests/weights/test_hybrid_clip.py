@@ -92,7 +92,7 @@ def flax_roberta(tmp_path):
             }
         )
         module = build_system(hf, dtype="float32")
-        shapes = load.shapes_of(module, module.example_batch)
+        shapes = load.parameter_shapes(module, module.example_batch)
         params = jax.tree.map(lambda leaf: RANDOM.normal(size=leaf.shape).astype("f4"), shapes)
         save.save_dual_encoder(tmp_path / "flax", hf, module, params)
         (tmp_path / "flax" / "model.safetensors").unlink()

@@ -368,7 +368,7 @@ def test_a_dual_encoder_has_the_names_of_transformers_4(golden, tmp_path, name):
         }
     )
     module = build_system(hf_config, dtype="float32")
-    shapes = load.shapes_of(module, module.example_batch)
+    shapes = load.parameter_shapes(module, module.example_batch)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
     save.save_dual_encoder(tmp_path / "new", hf_config, module, params)
     leaves = json.loads((golden / "names.json").read_text())[name]

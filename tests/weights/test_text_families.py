@@ -75,7 +75,7 @@ MASK = jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], jnp.int32)
 def test_a_model_with_a_head(tower, tmp_path, golden, prefix, useless, layout):
     module = tower(GOLDENS / golden, "mean")
     params, _ = load.load_tower(GOLDENS / golden, module)
-    tensors = names.tensors_of(
+    tensors = names.to_tensors(
         flatten(params), name_tables.FAMILIES[module.config.model_type], layout
     )
     tensors = {prefix + name: np.ascontiguousarray(array) for name, array in tensors.items()}
@@ -204,7 +204,7 @@ def test_transformers_loads_what_we_save(tr, config_of, tmp_path, model_type, po
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32),
-        load.shapes_of(module, module.example_input),
+        load.parameter_shapes(module, module.example_input),
     )
     save.save_tower(tmp_path / "new", hf, module, params)
     kind = getattr(tr, name_tables.FAMILIES[model_type].architecture)

@@ -1,9 +1,9 @@
-"""Writes other models as a VisionTextDualEncoder that computes the same, and takes that back.
+"""Other models as a VisionTextDualEncoder that computes the same, and back.
 
 transformers' VisionTextDualEncoder always computes projection(tanh(pooler(first token))), with no
 bias in the projection. lit_jax also trains towers without a pooler, and other projections. Where the
-same function can be had with other weights, `express` finds them and `restore` undoes it; where it
-cannot, `why_not_exportable` says why.
+same function can be had with other weights, `to_vision_text_dual_encoder` finds them and
+`from_vision_text_dual_encoder` undoes it; where it cannot, `why_not_exportable` says why.
 
 A tower without a pooler (pooling 'cls') gets the pooler z * 2^-14 and a projection that is 2^14 times
 as large. tanh(x) = x (1 - x^2 / 3 + ...), so for |z| < 8 the tanh between them is nothing that float32
@@ -30,7 +30,7 @@ _SCALE = np.float32(2.0**-14)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What config.json keeps under 'lit_jax', for `restore`. The defaults are VisionTextDualEncoder."""
+    """The settings that config.json keeps under 'lit_jax'; the defaults are a VisionTextDualEncoder's."""
 
     image_pooling: Pooling = "pooler"
     image_projection: Projection = "linear"
@@ -38,7 +38,7 @@ class Settings:
     text_projection: Projection = "linear"
 
     @classmethod
-    def of_module(cls, module: DualEncoderModule) -> "Settings":
+    def from_module(cls, module: DualEncoderModule) -> "Settings":
         """Return the settings of a module."""
         return cls(
             image_pooling=_pooling(module.vision_model),
@@ -48,8 +48,8 @@ class Settings:
         )
 
     @classmethod
-    def of_config(cls, hf_config: Mapping[str, Any]) -> "Settings":
-        """Return the settings in a config.json. Raises UserError if they are not of this version."""
+    def from_config(cls, hf_config: Mapping[str, Any]) -> "Settings":
+        """Return the settings in a config.json. Raise UserError if they are not of this version."""
         given = hf_config.get("lit_jax", {})
         hints = get_type_hints(cls)
         if not isinstance(given, Mapping) or not all(
@@ -62,7 +62,7 @@ class Settings:
         return cls(**given)
 
 
-# What 'pooler' is for the towers that VisionTextDualEncoder takes, by model_type.
+# The kind of pooler of each tower that VisionTextDualEncoder takes, by model_type.
 _POOLERS: Mapping[str, Literal["head on the first token", "first token", "own"]] = {
     **dict.fromkeys(
         ("vit", "deit", "bert", "roberta", "xlm-roberta", "camembert", "mpnet"),
@@ -86,7 +86,7 @@ def _pooling(tower: Tower) -> Pooling:
 
 def why_not_exportable(module: DualEncoderModule) -> str | None:
     """Return why VisionTextDualEncoder cannot compute what `module` does, and what to train, or None."""
-    settings = Settings.of_module(module)
+    settings = Settings.from_module(module)
     for side, tower in (("image", module.vision_model), ("text", module.text_model)):
         key, kind = f"config.model.{side}", tower.config.model_type
         pooling = getattr(settings, f"{side}_pooling")
@@ -119,9 +119,11 @@ def why_not_exportable(module: DualEncoderModule) -> str | None:
 
 
 class _Side(NamedTuple):
-    name: str  # in config keys
+    """The names of a side in config keys, and of its tower and projection in parameters."""
+
+    name: str
     tower: str
-    head: str  # the projection
+    head: str
 
 
 _SIDES = (
@@ -130,7 +132,7 @@ _SIDES = (
 )
 
 
-def express(params: Params, settings: Settings, projection_dim: int) -> Params:
+def to_vision_text_dual_encoder(params: Params, settings: Settings, projection_dim: int) -> Params:
     """Return the parameters of the VisionTextDualEncoder that computes the same embeddings.
 
     `params` and the result are NumPy trees of a model that is exportable; the result has what the towers
@@ -148,10 +150,12 @@ def express(params: Params, settings: Settings, projection_dim: int) -> Params:
     return result
 
 
-def restore(params: Params, settings: Settings, projection_dim: int) -> Params | None:
-    """Return the inverse of `express`, bit by bit.
+def from_vision_text_dual_encoder(
+    params: Params, settings: Settings, projection_dim: int
+) -> Params | None:
+    """Return the parameters from which `to_vision_text_dual_encoder` made these, bit by bit.
 
-    None if `express` cannot have made these parameters: the model was trained on after the export.
+    Return None if it cannot have made them: the model was trained on after the export.
     """
     result = {"logit_scale": params["logit_scale"]}
     for side in _SIDES:
@@ -164,7 +168,9 @@ def restore(params: Params, settings: Settings, projection_dim: int) -> Params |
             head = None
         result |= {side.tower: tower} | ({} if head is None else {side.head: head})
     if not jax.tree.all(
-        jax.tree.map(np.array_equal, express(result, settings, projection_dim), params)
+        jax.tree.map(
+            np.array_equal, to_vision_text_dual_encoder(result, settings, projection_dim), params
+        )
     ):
         return None
     return result

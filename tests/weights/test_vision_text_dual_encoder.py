@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 
 from lit_jax.config import ModelConfig, TowerConfig
 from lit_jax.models.dual_encoder import build_dual_encoder
-from lit_jax.weights.dual_encoder_form import Settings, express, restore, why_not_exportable
+from lit_jax.weights.vision_text_dual_encoder import (
+    Settings,
+    from_vision_text_dual_encoder,
+    to_vision_text_dual_encoder,
+    why_not_exportable,
+)
 
 WIDTH, DIM = 5, 3  # of a tower, of the embedding
 SIDES = ("image", "vision_model", "visual_projection"), ("text", "text_model", "text_projection")
@@ -71,7 +76,7 @@ def same(a, b):
 def test_the_same_embeddings_in_other_words_and_back(image, text, projection_dim, seed):
     rng = np.random.default_rng(seed)
     params = make_params(image, text, projection_dim, rng)
-    expressed = express(params, settings(image, text), projection_dim)
+    expressed = to_vision_text_dual_encoder(params, settings(image, text), projection_dim)
     for _, tower, head in SIDES:
         assert set(expressed[tower]) == {"layernorm", "pooler"}
         assert set(expressed[head]) == {"kernel"}
@@ -80,7 +85,7 @@ def test_the_same_embeddings_in_other_words_and_back(image, text, projection_dim
         np.testing.assert_allclose(
             embed(expressed, tower, head, x), embed(params, tower, head, x), rtol=1e-6, atol=1e-5
         )
-    restored = restore(expressed, settings(image, text), projection_dim)
+    restored = from_vision_text_dual_encoder(expressed, settings(image, text), projection_dim)
     assert restored is not None
     assert same(restored, params)
 
@@ -145,17 +150,17 @@ def test_a_first_token_that_is_the_pooler_is_called_so():
     config = ModelConfig(image=TowerConfig(pooling="cls"))
     dinov2 = {"model_type": "dinov2", **SMALL}
     module = build_dual_encoder(dinov2, {"model_type": "bert", **SMALL}, config)
-    assert Settings.of_module(module) == Settings()
+    assert Settings.from_module(module) == Settings()
 
 
 @pytest.mark.parametrize("image", EXPRESSIBLE[1:])
 def test_a_model_that_was_trained_on_is_not_restored(image):
     text = ("pooler", "linear")
     params = make_params(image, text, DIM, np.random.default_rng(0))
-    expressed = express(params, settings(image, text), DIM)
+    expressed = to_vision_text_dual_encoder(params, settings(image, text), DIM)
     changed = "pooler" if image[0] == "cls" else "visual_projection"
     dense = (
         expressed["vision_model"]["pooler"]["dense"] if changed == "pooler" else expressed[changed]
     )
     dense["kernel"][-1, -1] += np.float32(1e-3)
-    assert restore(expressed, settings(image, text), DIM) is None
+    assert from_vision_text_dual_encoder(expressed, settings(image, text), DIM) is None
