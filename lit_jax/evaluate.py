@@ -34,13 +34,13 @@ from lit_jax.distributed.mesh import make_mesh, replicated
 from lit_jax.errors import UserError
 from lit_jax.evals.class_files import classes_in
 from lit_jax.evals.encode import Encoder, Params
-from lit_jax.evals.runner import Evaluation, check_tokens, flat, open_evals, run, table
+from lit_jax.evals.runner import Evaluation, check_tokens, flatten_metrics, open_evals, run, table
 from lit_jax.files import parse_json, write_json, write_whole, writing_files
 from lit_jax.models.bert import PositionIds
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.printable import printable
-from lit_jax.reports.html import html_report
-from lit_jax.reports.results import Subject, write_results
+from lit_jax.reports.html_page import html_report
+from lit_jax.reports.result_files import EvaluatedModel, write_results
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.workdir import load_run, read_config
 from lit_jax.weights.hub import local_folder, override
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_tokens(prepared, encoder.tokenizer)
     evaluations = run(prepared, encoder, params, cache=args.cache)
     if process.is_primary():
-        print(table(flat(evaluations)))
+        print(table(flatten_metrics(evaluations)))
         _write(args, evaluations, subject)
 
 
@@ -200,11 +200,11 @@ def _evals_of_run(workdir: Path) -> dict[str, EvalConfig]:
     return config.evals
 
 
-def _load(args: argparse.Namespace) -> tuple[Encoder, Params, Subject]:
+def _load(args: argparse.Namespace) -> tuple[Encoder, Params, EvaluatedModel]:
     if not args.workdir:
-        return *load_folder(args.model, args.position_ids), Subject(model=args.model)
+        return *load_folder(args.model, args.position_ids), EvaluatedModel(model=args.model)
     trained = load_run(args.workdir, step=args.step)
-    subject = Subject(model=args.workdir.absolute().name, pretrained=f"step {trained.step}")
+    subject = EvaluatedModel(model=args.workdir.absolute().name, pretrained=f"step {trained.step}")
     return Encoder.of_setup(trained.setup), trained.params, subject
 
 
@@ -244,10 +244,12 @@ def _text_length(folder: Path, module: DualEncoderModule) -> int:
     return min(positions, saved or positions)
 
 
-def _write(args: argparse.Namespace, evaluations: Sequence[Evaluation], subject: Subject) -> None:
+def _write(
+    args: argparse.Namespace, evaluations: Sequence[Evaluation], subject: EvaluatedModel
+) -> None:
     with writing_files("--output, --results or --report"):
         if args.output:
-            write_json(args.output, flat(evaluations))
+            write_json(args.output, flatten_metrics(evaluations))
         if args.results:
             write_results(args.results, evaluations, subject)
         if args.report:

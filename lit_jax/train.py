@@ -20,8 +20,8 @@ from lit_jax.distributed import process
 from lit_jax.evals import runner
 from lit_jax.evals.encode import Encoder
 from lit_jax.files import write_json, write_whole
-from lit_jax.reports.html import html_report
-from lit_jax.reports.results import Subject, write_results
+from lit_jax.reports.html_page import html_report
+from lit_jax.reports.result_files import EvaluatedModel, write_results
 from lit_jax.training.disk import quiet_orbax, writing
 from lit_jax.training.evaluation import Evaluations
 from lit_jax.training.metrics import read_metrics
@@ -63,7 +63,7 @@ class ConfiguredEvaluations(Evaluations):
 
     def measure(self, run: Run, names: Collection[str]) -> runner.Metrics:
         chosen = [task for task in self._prepared if task.key in names]
-        return runner.flat(self._evaluate(run, chosen))
+        return runner.flatten_metrics(self._evaluate(run, chosen))
 
     def finish(self, run: Run) -> None:
         finish(self._config, self._workdir, run, self._finally(run))
@@ -90,15 +90,15 @@ def finish(
     """Write results.json, evals/ and the report, and print what the user sees last."""
     if not process.is_primary():
         return
-    results = runner.flat(evaluations)
-    subject = Subject(model=workdir.absolute().name, pretrained=f"step {run.step}")
+    results = runner.flatten_metrics(evaluations)
+    model = EvaluatedModel(model=workdir.absolute().name, pretrained=f"step {run.step}")
     with writing(workdir):
         write_json(workdir / "results.json", results)
         if evaluations:
-            write_results(workdir / "evals", evaluations, subject)
+            write_results(workdir / "evals", evaluations, model)
         if config.report != "none":
             (workdir / "report").mkdir(exist_ok=True)
-            page = html_report(evaluations, subject, read_metrics(workdir))
+            page = html_report(evaluations, model, read_metrics(workdir))
             write_whole(workdir / "report" / "index.html", page)
     print(runner.table(results))
     for path in ("results.json", "evals", "metrics.jsonl", "checkpoints", "report"):

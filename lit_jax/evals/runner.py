@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 DEFAULT_LANGUAGE = "en"  # of class files and templates, where no language is named
 
 Metrics = dict[str, float]
-Details = ZeroShotResult | RetrievalResult | None
+Result = ZeroShotResult | RetrievalResult | None
 _LabelsOf = Callable[[Source], Labels]
 
 
@@ -39,7 +39,7 @@ class PreparedEval:
     language: str
     source: Source
     classes: Classes | None  # of zero_shot
-    measure: Callable[[Encoder, Params], tuple[Metrics, Details]]
+    measure: Callable[[Encoder, Params], tuple[Metrics, Result]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ class Evaluation:
 
     prepared: PreparedEval
     metrics: Metrics
-    details: Details  # what reports are drawn from
+    # Reports are drawn from it; probes have none.
+    result: Result
 
 
 def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
@@ -157,12 +158,12 @@ def run(
     done = []
     for task in prepared:
         own = dataclasses.replace(encoder, batch_size=task.config.batch_size, cache=embedded)
-        metrics, details = task.measure(own, params)
-        done.append(Evaluation(prepared=task, metrics=metrics, details=details))
+        metrics, result = task.measure(own, params)
+        done.append(Evaluation(prepared=task, metrics=metrics, result=result))
     return done
 
 
-def flat(evaluations: Sequence[Evaluation]) -> Metrics:
+def flatten_metrics(evaluations: Sequence[Evaluation]) -> Metrics:
     """Return all metrics under flat names such as "zero_shot/unseen/top1"."""
     return {
         f"{evaluation.prepared.name}/{name}": value
@@ -177,7 +178,7 @@ def table(metrics: Metrics) -> str:
     return "\n".join(f"{name:{width}}  {value:8.4g}" for name, value in metrics.items())
 
 
-Measure = Callable[[Encoder, Params], tuple[Metrics, Details]]
+Measure = Callable[[Encoder, Params], tuple[Metrics, Result]]
 
 
 def _open_zero_shot(
@@ -186,7 +187,7 @@ def _open_zero_shot(
     label_N = label_ids(labels_of(source), classes, order=config.labels)
     unused = len(classes.names) - len(set(label_N.tolist()) - {-1})
 
-    def measure(encoder: Encoder, params: Params) -> tuple[Metrics, Details]:
+    def measure(encoder: Encoder, params: Params) -> tuple[Metrics, Result]:
         if unused:
             log.info("%d of the %d classes have no image.", unused, len(classes.names))
         result = zero_shot(encoder, params, source, classes, label_N)
@@ -198,7 +199,7 @@ def _open_zero_shot(
 def _open_retrieval(config: EvalConfig, language: str, source: Source, *_: Any) -> Measure:
     captions = captions_of(source, language)
 
-    def measure(encoder: Encoder, params: Params) -> tuple[Metrics, Details]:
+    def measure(encoder: Encoder, params: Params) -> tuple[Metrics, Result]:
         result = evaluate_retrieval(encoder, params, source, captions)
         return result.metrics, result
 
@@ -211,7 +212,7 @@ def _open_probe(
     label_N, test_label_M = probe.class_ids(labels_of(train), labels_of(source))
     probe.check_counts(label_N, config.shots if config.kind == "few_shot" else ())
 
-    def measure(encoder: Encoder, params: Params) -> tuple[Metrics, Details]:
+    def measure(encoder: Encoder, params: Params) -> tuple[Metrics, Result]:
         learn = probe.features(encoder, params, train, label_N)
         test = probe.features(encoder, params, source, test_label_M)
         if config.kind == "few_shot":

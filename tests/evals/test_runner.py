@@ -13,8 +13,8 @@ from lit_jax.config import EvalConfig, SourceConfig
 from lit_jax.configs.vit_bert import DIGITS
 from lit_jax.errors import UserError
 from lit_jax.evals.encode import Encoder
-from lit_jax.evals.runner import flat, open_evals, run, table
-from lit_jax.reports.results import Subject, tables, write_results
+from lit_jax.evals.runner import flatten_metrics, open_evals, run, table
+from lit_jax.reports.result_files import EvaluatedModel, tables, write_results
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def evaluations(encoder, params, folder):
 
 
 def test_metrics_have_flat_names(evaluations):
-    metrics = flat(evaluations)
+    metrics = flatten_metrics(evaluations)
     assert metrics["zero_shot/few/n"] == metrics["retrieval/pairs/images"] == 4
     assert metrics["retrieval/pairs/texts"] == 8
     assert metrics["zero_shot/many/en/top1"] == metrics["zero_shot/few/top1"]
@@ -83,7 +83,7 @@ def test_a_cache_on_disk_gives_back_the_same_and_notices_changes(
     evals = {"few": evals_of(folder)["few"]}
 
     def measure(params=params):
-        return flat(run(open_evals(evals), encoder, params, cache=cache))
+        return flatten_metrics(run(open_evals(evals), encoder, params, cache=cache))
 
     first = measure()
     files = sorted(cache.iterdir())
@@ -115,14 +115,14 @@ def test_an_image_that_could_not_be_read_is_tried_again(encoder, params, folder,
         image.write_bytes(content)
         os.utime(image, ns=(when.st_atime_ns, when.st_mtime_ns))
         caplog.clear()
-        return flat(run(open_evals(evals), encoder, params, cache=tmp_path / "cache"))
+        return flatten_metrics(run(open_evals(evals), encoder, params, cache=tmp_path / "cache"))
 
     for _ in range(2):
         assert measure(bytes(len(content)))["zero_shot/few/n"] == 3
         assert "Bad sample picture2" in caplog.text  # said each time, not only when it is embedded
         assert "1 of 4 samples are left out" in caplog.text
     mended = measure(content)
-    assert mended == flat(run(open_evals(evals), encoder, params))
+    assert mended == flatten_metrics(run(open_evals(evals), encoder, params))
     assert "Bad sample" not in caplog.text
     assert measure(bytes(len(content))) == mended  # kept from then on
 
@@ -142,7 +142,7 @@ def test_each_evaluation_has_its_own_batch_size(encoder, params, folder):
     few = evals_of(folder)["few"]
     evals = {str(n): dataclasses.replace(few, batch_size=n) for n in (24, 8)}
     prepared = [dataclasses.replace(task, measure=measure) for task in open_evals(evals)]
-    assert flat(run(prepared, encoder, params)) == {}
+    assert flatten_metrics(run(prepared, encoder, params)) == {}
     assert batch_sizes == [24, 8]
 
 
@@ -168,7 +168,7 @@ def test_errors_come_before_any_model(folder, changes, message):
 
 def test_results_are_in_clip_benchmarks_layout(evaluations, tmp_path):
     out = tmp_path / "evals"
-    write_results(out, evaluations, Subject(model="tiny", pretrained="step 3"))
+    write_results(out, evaluations, EvaluatedModel(model="tiny", pretrained="step 3"))
     assert sorted(path.name for path in out.iterdir()) == [
         "few_shot_shots_1_shot.json",
         "retrieval_pairs.json",
@@ -180,7 +180,7 @@ def test_results_are_in_clip_benchmarks_layout(evaluations, tmp_path):
         "zero_shot_many_en.json",
         "zero_shot_many_en_confusion.csv",
     ]
-    metrics = flat(evaluations)
+    metrics = flatten_metrics(evaluations)
     assert json.loads((out / "zero_shot_many_de.json").read_text()) == {
         "dataset": "many",
         "model": "tiny",
@@ -238,7 +238,7 @@ def test_retrieval_in_several_languages_takes_the_captions_of_each(
         "all": EvalConfig(kind="retrieval", data=SourceConfig(path=str(folder))),
     }
     evaluations = run(open_evals(evals), encoder, params)
-    metrics = flat(evaluations)
+    metrics = flatten_metrics(evaluations)
     assert metrics["retrieval/both/en/texts"] == 8
     assert metrics["retrieval/both/de/texts"] == 4
     assert metrics["retrieval/one/texts"] == 4
@@ -279,7 +279,7 @@ def test_a_line_that_is_no_example_is_left_out_of_every_evaluation(encoder, para
         "pairs": EvalConfig(kind="retrieval", data=data),
         "shots": EvalConfig(kind="few_shot", data=data, train=data, shots=(1,), draws=1),
     }
-    metrics = flat(run(open_evals(evals), encoder, params))
+    metrics = flatten_metrics(run(open_evals(evals), encoder, params))
     assert metrics["zero_shot/few/n"] == metrics["retrieval/pairs/images"] == 4
     assert metrics["few_shot/shots/n"] == 4
 
@@ -301,7 +301,7 @@ def test_a_row_for_each_caption_is_retrieved_as_lists_of_captions(
     def measure(name: str, **config) -> dict[str, float]:
         data = SourceConfig(path=str(tmp_path / name), **config)
         evals = {"x": EvalConfig(kind="retrieval", data=data)}
-        return flat(run(open_evals(evals), encoder, params))
+        return flatten_metrics(run(open_evals(evals), encoder, params))
 
     expected = measure("lists")
     assert (expected["retrieval/x/images"], expected["retrieval/x/texts"]) == (8, 24)
@@ -315,7 +315,7 @@ def test_labels_that_cannot_be_used_leave_out_their_images_alone(folder, encoder
     rows[1]["label"] = ["a", "b"]
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     evals = {name: evals_of(folder)[name] for name in ("few", "pairs")}
-    metrics = flat(run(open_evals(evals), encoder, params))
+    metrics = flatten_metrics(run(open_evals(evals), encoder, params))
     assert (metrics["zero_shot/few/n"], metrics["retrieval/pairs/images"]) == (3, 4)
     assert caplog.text.count("is left out of the evaluation: \"label\" is ['a', 'b']") == 1
     for row in rows:
@@ -350,6 +350,6 @@ def test_an_image_without_a_label_is_left_out_and_named_once(
         "classes": EvalConfig(data=data, classes=str(folder / "classes.json")),
         "shots": EvalConfig(kind="few_shot", data=data, train=data, shots=(1,), draws=1),
     }
-    metrics = flat(run(open_evals(evals), encoder, params))
+    metrics = flatten_metrics(run(open_evals(evals), encoder, params))
     assert metrics["zero_shot/classes/n"] == metrics["few_shot/shots/n"] == 3
     assert caplog.text.count("1 of 4 examples have no label") == 1

@@ -16,8 +16,8 @@ from PIL import Image
 
 from lit_jax.config import EvalConfig, SourceConfig
 from lit_jax.evals.runner import open_evals, run
-from lit_jax.reports.html import html_report
-from lit_jax.reports.results import Subject, write_results
+from lit_jax.reports.html_page import html_report
+from lit_jax.reports.result_files import EvaluatedModel, write_results
 
 NAMES = ["<b>a</b>", "b & 猫 \ud83d\x00", "קוף" + "x" * 300]
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -63,8 +63,10 @@ def reported(encoder, params, pictures, tmp_path_factory) -> tuple[str, Path]:
         "pairs": EvalConfig(kind="retrieval", data=data),
     }
     evaluations = run(open_evals(evals), encoder, params)
-    write_results(folder / "evals", evaluations, Subject(model="a \ud83d <model>"))
-    return html_report(evaluations, Subject(model="a \ud83d <model>"), METRICS), folder / "evals"
+    write_results(folder / "evals", evaluations, EvaluatedModel(model="a \ud83d <model>"))
+    return html_report(
+        evaluations, EvaluatedModel(model="a \ud83d <model>"), METRICS
+    ), folder / "evals"
 
 
 @pytest.fixture(scope="module")

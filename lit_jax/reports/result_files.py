@@ -1,4 +1,4 @@
-"""What evaluations write: CLIP_benchmark's JSON, confusions as CSV, and tables."""
+"""The files of results: CLIP_benchmark's JSON, confusions as CSV, and tables in Markdown."""
 
 import csv
 import dataclasses
@@ -25,11 +25,13 @@ _STARTS = {"text_to_image_": "image_retrieval_", "image_to_text_": "text_retriev
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What was evaluated."""
+class EvaluatedModel:
+    """The model that was evaluated, by CLIP_benchmark's two names."""
 
-    model: str  # a name or folder
-    pretrained: str = ""  # which weights of it: "step 400"
+    # A name or folder.
+    model: str
+    # The weights: "step 400".
+    pretrained: str = ""
 
     def __str__(self) -> str:
         return f"{self.model}, {self.pretrained}" if self.pretrained else self.model
@@ -54,38 +56,42 @@ def _cell(text: str) -> str:
     return printable(text).replace("|", "\\|")
 
 
-def write_results(folder: Path, evaluations: Sequence[Evaluation], subject: Subject) -> None:
-    """Writes into `folder`, which is created: a JSON file for each evaluation in CLIP_benchmark's layout, for
-    classifications a CSV file of confusions, and for all of them table.md.
+def write_results(folder: Path, evaluations: Sequence[Evaluation], model: EvaluatedModel) -> None:
+    """Write the files of all evaluations into `folder`, which is created.
+
+    Each evaluation gets a JSON file in CLIP_benchmark's layout, a classification also a CSV file of its
+    confusions, and all of them are in table.md.
 
     Each file is there whole or not at all. Raises OSError if one cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for evaluation in evaluations:
         stem = evaluation.prepared.name.replace("/", "_")
-        for suffix, result in clip_benchmark(evaluation, subject):
-            write_json(folder / f"{stem}{suffix}.json", result)
-        if isinstance(evaluation.details, ZeroShotResult):
+        for suffix, content in clip_benchmark(evaluation, model):
+            write_json(folder / f"{stem}{suffix}.json", content)
+        if isinstance(evaluation.result, ZeroShotResult):
             write_whole(folder / f"{stem}_confusion.csv", confusion_csv(evaluation))
     text = "\n".join(table.markdown() for table in tables(evaluations))
-    write_whole(folder / "table.md", f"## {printable(str(subject))}\n\n{text}")
+    write_whole(folder / "table.md", f"## {printable(str(model))}\n\n{text}")
 
 
-def clip_benchmark(evaluation: Evaluation, subject: Subject) -> list[tuple[str, dict[str, Any]]]:
-    """The content of result files as CLIP_benchmark writes and collects them, with the ends of their names.
+def clip_benchmark(
+    evaluation: Evaluation, model: EvaluatedModel
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return (end of the file's name, content) of result files as CLIP_benchmark writes and collects them.
 
     There is one for an evaluation, but for few_shot one for each number of shots.
     """
     config = evaluation.prepared.config
     parts: list[tuple[str, Metrics]] = [("", evaluation.metrics)]
     if config.kind == "few_shot":
-        parts = [(f"_{k}_shot", _of_shots(evaluation.metrics, k)) for k in config.shots]
+        parts = [(f"_{k}_shot", _metrics_of_shots(evaluation.metrics, k)) for k in config.shots]
     elif config.kind == "linear_probe":
         parts = [("", evaluation.metrics | {"fewshot_k": -1})]
     head = {
         "dataset": printable(config.dataset or evaluation.prepared.key),
-        "model": printable(subject.model),
-        "pretrained": subject.pretrained,
+        "model": printable(model.model),
+        "pretrained": model.pretrained,
         "task": TASKS[config.kind],
     }
     return [
@@ -93,7 +99,7 @@ def clip_benchmark(evaluation: Evaluation, subject: Subject) -> list[tuple[str, 
             suffix,
             {
                 **head,
-                "metrics": {_theirs(name): value for name, value in metrics.items()},
+                "metrics": {_clip_benchmark_name(name): value for name, value in metrics.items()},
                 "language": evaluation.prepared.language,
             },
         )
@@ -101,12 +107,12 @@ def clip_benchmark(evaluation: Evaluation, subject: Subject) -> list[tuple[str, 
     ]
 
 
-def _of_shots(metrics: Metrics, k: int) -> Metrics:
+def _metrics_of_shots(metrics: Metrics, k: int) -> Metrics:
     start = f"top1_{k}_shot"
     return {"top1": metrics[start], "top1_std": metrics[f"{start}_std"], "fewshot_k": k}
 
 
-def _theirs(name: str) -> str:
+def _clip_benchmark_name(name: str) -> str:
     for ours, theirs in _STARTS.items():
         if name.startswith(ours):
             name = theirs + name.removeprefix(ours)
@@ -114,14 +120,14 @@ def _theirs(name: str) -> str:
 
 
 def confusion_csv(evaluation: Evaluation) -> str:
-    """A line for each pair that occurs: the class, the one it was taken for, and how often."""
-    assert isinstance(evaluation.details, ZeroShotResult)
+    """Return a line for each pair that occurs: the class, the one it was taken for, and how often."""
+    assert isinstance(evaluation.result, ZeroShotResult)
     assert evaluation.prepared.classes is not None
     names = [printable(name) for name in evaluation.prepared.classes.names]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("class", "predicted", "images"))
-    for truth, guess, count in evaluation.details.confusion().tolist():
+    for truth, guess, count in evaluation.result.confusion().tolist():
         writer.writerow((names[truth], names[guess], count))
     return text.getvalue()
 
@@ -167,8 +173,9 @@ _TITLES = {
 
 
 def tables(evaluations: Sequence[Evaluation]) -> list[Table]:
-    """One for each kind of evaluation, a row each; one for each evaluation in several languages, a row a
-    language and one for their mean.
+    """Return a table for each kind of evaluation, with a row for each evaluation.
+
+    An evaluation in several languages has a table of its own: a row a language, and one for their mean.
     """
     found = []
     for kind, title in _TITLES.items():

@@ -1,0 +1,372 @@
+"""The HTML page about evaluations: numbers, samples in both directions, confusions, similarities, curves.
+
+The page opens from disk without a network: its style, pictures and drawings are part of the file. Below the
+report stand the parts that any page is made of.
+"""
+
+import base64
+import html
+import io
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, SupportsIndex
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lit_jax.data.decode import ImageFile, decode
+from lit_jax.evals.classes import Classes
+from lit_jax.evals.retrieval import RetrievalResult
+from lit_jax.evals.runner import Evaluation
+from lit_jax.evals.zero_shot import ZeroShotResult
+from lit_jax.printable import printable
+from lit_jax.reports.matplotlib_figures import (
+    FAINT,
+    INK,
+    PALE_BLUE,
+    RIGHT,
+    WRONG,
+    curves_figure,
+    heat_map_figure,
+)
+from lit_jax.reports.result_files import EvaluatedModel, Table, percent, tables
+
+# Images shown with their most probable classes, one a class.
+PICTURES = 16
+# Other queries shown, evenly spaced in the data: they are not chosen for their looks.
+SAMPLES = 8
+# Images shown for a text, texts shown for an image, classes shown for an image.
+ANSWERS, CAPTIONS, GUESSES = 8, 5, 3
+CONFUSIONS = 12
+# Classes whose accuracy is shown; rows and columns of a similarity map.
+CLASSES, MAP = 100, 40
+# Embeddings whose scores are in memory at one time.
+BLOCK = 1 << 18
+# Pixels of a thumbnail's longer edge, twice what is shown: phones have fine screens.
+THUMBNAIL = 192
+# Up to so many pixels an image is enlarged without smoothing.
+PIXEL_ART = 64
+
+# (row of an image in the result, alternative text, CSS class) -> the picture in HTML.
+ShowImage = Callable[[int, str, str], str]
+
+STYLE = f"""
+:root {{ --ink: {INK}; --faint: {FAINT}; --right: {RIGHT}; --wrong: {WRONG}; --line: #e3e6e8;
+  --wash: #f6f8f9; }}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0 auto; max-width: 68rem; padding: 2.5rem 1.25rem 5rem; background: white; color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif;
+  -webkit-text-size-adjust: 100%; }}
+h1 {{ font-size: 1.9rem; line-height: 1.2; letter-spacing: -0.01em; margin: 0 0 0.2rem; }}
+h2 {{ font-size: 1.4rem; line-height: 1.25; margin: 3.5rem 0 0.4rem; padding-top: 1.2rem;
+  border-top: 1px solid var(--line); }}
+h3 {{ font-size: 1.05rem; margin: 2rem 0 0.3rem; }}
+p {{ margin: 0.2rem 0 0.8rem; max-width: 44rem; }}
+.note {{ color: var(--faint); font-size: 0.92rem; }}
+.pan {{ overflow-x: auto; }}
+.wide {{ overflow-x: auto; background-repeat: no-repeat;
+  background-image: linear-gradient(to left, white 30%, transparent),
+    linear-gradient(to left, #0003, transparent);
+  background-position: right; background-size: 2rem 100%, 0.7rem 100%;
+  background-attachment: local, scroll; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0.4rem 0 1rem;
+  font-size: 0.95rem; }}
+th, td {{ padding: 0.4rem 0.9rem 0.4rem 0; text-align: right; vertical-align: middle;
+  border-bottom: 1px solid var(--line); }}
+th {{ color: var(--faint); font-weight: 500; font-size: 0.85rem; line-height: 1.25; vertical-align: bottom; }}
+th:first-child, td:first-child, td.text, th.text {{ text-align: left; }}
+td:first-child {{ font-weight: 600; }}
+td:first-child, td.text {{ max-width: 22rem; overflow-wrap: break-word; }}
+.cards {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: 1.4rem 1.2rem;
+  margin: 0.8rem 0 1rem; }}
+.card img {{ width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--wash); border-radius: 6px;
+  display: block; }}
+.card strong {{ display: block; margin: 0.45rem 0 0.15rem; line-height: 1.3; overflow-wrap: anywhere; }}
+.guess {{ display: grid; grid-template-columns: 1fr auto; column-gap: 0.6rem; font-size: 0.86rem;
+  color: var(--faint); line-height: 1.35; margin-top: 0.25rem; overflow-wrap: anywhere; }}
+.guess i {{ grid-column: 1 / -1; height: 4px; border-radius: 2px; background: #aeb6bd; min-width: 2px; }}
+.guess.right {{ color: var(--right); font-weight: 600; }}
+.guess.right i {{ background: var(--right); }}
+.cells {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr)); gap: 4px;
+  margin: 0.8rem 0 1rem; }}
+.cells div {{ padding: 0.35rem 0.5rem; border-radius: 4px; font-size: 0.85rem;
+  background: color-mix(in srgb, {PALE_BLUE} calc(var(--part) * 100%), var(--wash)); }}
+.cells b {{ display: block; font-weight: 600; line-height: 1.3; overflow-wrap: anywhere; }}
+.row {{ margin: 1.1rem 0 1.5rem; }}
+.row > p {{ margin: 0 0 0.4rem; font-weight: 600; max-width: none; overflow-wrap: anywhere; }}
+.strip {{ display: grid; grid-template-columns: repeat(8, 1fr); gap: 0.6rem; }}
+.strip img, .small {{ width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--wash);
+  border-radius: 5px; display: block; }}
+.strip figure {{ margin: 0; }}
+.strip img.right {{ outline: 3px solid var(--right); outline-offset: 1px; }}
+.strip figcaption {{ font-size: 0.78rem; color: var(--faint); line-height: 1.3; padding-top: 0.3rem;
+  overflow-wrap: anywhere; }}
+.small {{ width: 3.4rem; }}
+.pixels {{ image-rendering: pixelated; }}
+.answer {{ display: grid; grid-template-columns: minmax(6rem, 9rem) 1fr; gap: 0.4rem 1.2rem;
+  margin: 1.2rem 0 1.6rem; }}
+.answer > img {{ width: 100%; max-height: 12rem; object-fit: contain; object-position: top left;
+  border-radius: 6px; display: block; }}
+.answer ol {{ margin: 0; padding: 0 1.4rem; color: var(--faint); overflow-wrap: anywhere; }}
+.answer li {{ padding: 0.1rem 0; }}
+.answer li.right {{ color: var(--right); font-weight: 600; }}
+@media (max-width: 40rem) {{ .cards {{ grid-template-columns: 1fr 1fr; }}
+  .strip {{ grid-template-columns: repeat(4, 1fr); }} }}
+.figure {{ width: 100%; min-width: 36rem; height: auto; display: block; margin: 0.6rem 0; }}
+""".strip()
+
+
+def html_report(
+    evaluations: Sequence[Evaluation],
+    model: EvaluatedModel,
+    metrics: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Return one self-contained page about `evaluations`, with samples of the first language of each.
+
+    Args:
+        metrics: the rows of a run's metrics.jsonl, for the curves.
+    """
+    parts = ["<h2>Results</h2>", *map(table, tables(evaluations))]
+    seen = set()
+    for evaluation in evaluations:
+        if evaluation.prepared.key not in seen and evaluation.result is not None:
+            parts += _samples(evaluation)
+        seen.add(evaluation.prepared.key)
+    parts += _curves(metrics)
+    return page("Evaluation", str(model), parts)
+
+
+def _samples(evaluation: Evaluation) -> list[str]:
+    prepared, result = evaluation.prepared, evaluation.result
+    assert result is not None
+
+    def show(row: SupportsIndex, alt: str, kind: str = "") -> str:
+        return picture(prepared.source[int(result.index[row])]["image"], alt, kind)
+
+    if isinstance(result, RetrievalResult):
+        return [f"<h2>Retrieval: {text(prepared.key)}</h2>", *_retrieval(result, show)]
+    assert prepared.classes is not None
+    head = f"<h2>Zero-shot classification: {text(prepared.key)}</h2>"
+    return [head, *_zero_shot(result, prepared.classes, show)]
+
+
+def _zero_shot(result: ZeroShotResult, classes: Classes, show: ShowImage) -> Iterator[str]:
+    names = classes.names
+    yield f"<p>Of {len(result.label):,} images, each among {len(names):,} classes: "
+    yield f"{percent(result.metrics['top1'])} % get their own class.</p>"
+    present, accuracy_P = _accuracy(result)
+    yield from _pictures(result, names, show)
+    yield "<h3>Which pictures fit the words?</h3>"
+    yield '<p class="note">The nearest images to the texts of a class; those of the class are framed.</p>'
+    for label in present[_spread(len(present))]:
+        nearest = _nearest(result.class_embeds[label], result.image_embeds, ANSWERS)
+        yield f'<div class="row"><p dir="auto">{text(names[label])}</p><div class="strip">'
+        for row in nearest:
+            kind = "right" if result.label[row] == label else ""
+            truth = names[result.label[row]]
+            yield f'<figure>{show(row, truth, kind)}<figcaption dir="auto">{text(truth)}'
+            yield "</figcaption></figure>"
+        yield "</div></div>"
+    yield from _class_accuracies([names[c] for c in present], accuracy_P)
+    yield from _confusions(result, names, show)
+    yield "<h3>Similarity</h3>"
+    shown = present[_lowest(accuracy_P, MAP)]
+    what = (
+        "All classes" if len(shown) == len(present) else f"The {len(shown)} most confused classes"
+    )
+    yield f'<p class="note">{what}: mean cosine of the images of a class (row) and the texts of one '
+    yield "(column). A bright diagonal: every class finds its own words.</p>"
+    means = np.stack([result.image_embeds[result.label == c].mean(axis=0) for c in shown])
+    labels = [names[c] for c in shown]
+    yield _heat_map(means @ result.class_embeds[shown].T, labels)
+
+
+def _accuracy(
+    result: ZeroShotResult,
+) -> tuple[Int[np.ndarray, " P"], Float[np.ndarray, " P"]]:
+    """Return the classes that have images, and the part of the images of each that its own name won."""
+    hit_N = result.top[:, 0] == result.label
+    present, row_N = np.unique(result.label, return_inverse=True)
+    return present, np.bincount(row_N, weights=hit_N) / np.bincount(row_N)
+
+
+def _lowest(accuracy_P: Float[np.ndarray, " P"], most: int) -> Int[np.ndarray, " S"]:
+    """Return the positions of the lowest accuracies, at most so many, in the order of the classes."""
+    return np.sort(np.argsort(accuracy_P, kind="stable")[:most])
+
+
+def _pictures(result: ZeroShotResult, names: tuple[str, ...], show: ShowImage) -> Iterator[str]:
+    first_P = np.unique(result.label, return_index=True)[1]
+    yield "<h3>What is in the picture?</h3>"
+    yield '<p class="note">The first image of a class, and the most probable classes.</p>'
+    yield '<div class="cards">'
+    for row in first_P[_spread(len(first_P), PICTURES)]:
+        truth = names[result.label[row]]
+        right = result.top[row, 0] == result.label[row]
+        yield f'<div class="card">{show(row, truth, "")}'
+        yield f'<strong dir="auto">{text(truth)} {"✓" if right else "✗"}</strong>'
+        for guess, probability in zip(
+            result.top[row, :GUESSES], result.probability[row], strict=False
+        ):
+            kind = "guess right" if guess == result.label[row] else "guess"
+            yield f'<div class="{kind}"><span dir="auto">{text(names[guess])}</span>'
+            yield f"<span>{probability:.0%}</span>"
+            yield f'<i style="width:{max(probability, 0):.1%}"></i></div>'
+        yield "</div>"
+    yield "</div>"
+
+
+def _class_accuracies(names: Sequence[str], accuracy_P: np.ndarray) -> Iterator[str]:
+    shown = _lowest(accuracy_P, CLASSES)
+    yield "<h3>Accuracy of every class</h3>"
+    if len(shown) < len(names):
+        yield f'<p class="note">The {len(shown)} lowest of {len(names):,}.</p>'
+    yield '<div class="cells">'
+    for c in shown.tolist():
+        yield f'<div style="--part:{accuracy_P[c]:.3f}"><b dir="auto">{text(names[c])}</b>'
+        yield f"{accuracy_P[c]:.0%}</div>"
+    yield "</div>"
+
+
+def _confusions(result: ZeroShotResult, names: tuple[str, ...], show: ShowImage) -> Iterator[str]:
+    wrong = [row for row in result.confusion().tolist() if row[0] != row[1]]
+    yield "<h3>Worst confusions</h3>"
+    if not wrong:
+        yield "<p>None: every image gets its own class.</p>"
+        return
+    of_class = np.bincount(result.label)
+    rows = []
+    for truth, guess, count in sorted(wrong, key=lambda row: -row[2])[:CONFUSIONS]:
+        example = int(np.flatnonzero((result.label == truth) & (result.top[:, 0] == guess))[0])
+        alt = f"{names[truth]}, taken for {names[guess]}"
+        rows.append(
+            f'<tr><td class="text">{show(example, alt, "small")}</td>'
+            f'<td class="text" dir="auto">{text(names[truth])}</td>'
+            f'<td class="text" dir="auto">{text(names[guess])}</td>'
+            f"<td>{count:,}</td><td>{percent(count / of_class[truth])}</td></tr>"
+        )
+    columns = ("", "class", "taken for", "images", "% of the class")
+    yield plain_table(columns, "\n".join(rows), texts=3)
+
+
+def _retrieval(result: RetrievalResult, show: ShowImage) -> Iterator[str]:
+    yield f"<p>{len(result.index):,} images and {len(result.texts):,} texts.</p>"
+    yield "<h3>Which texts fit the picture?</h3>"
+    yield '<p class="note">Images evenly spaced in the data, and the nearest texts; its own in blue.</p>'
+    for row in _spread(len(result.index)):
+        yield f'<div class="answer">{show(row, "an image that asks for texts", "")}<ol>'
+        for m in _nearest(result.image_embeds[row], result.text_embeds, CAPTIONS):
+            kind = ' class="right"' if result.image_of_text[m] == row else ""
+            yield f'<li{kind} dir="auto">{text(result.texts[m])}</li>'
+        yield "</ol></div>"
+    yield "<h3>Which pictures fit the text?</h3>"
+    yield '<p class="note">The nearest images to a text, the best one first; its own is framed.</p>'
+    for m in _spread(len(result.texts)):
+        yield f'<div class="row"><p dir="auto">{text(result.texts[m])}</p><div class="strip">'
+        for row in _nearest(result.text_embeds[m], result.image_embeds, ANSWERS):
+            kind = "right" if result.image_of_text[m] == row else ""
+            yield f"<figure>{show(row, result.texts[m], kind)}</figure>"
+        yield "</div></div>"
+    yield "<h3>Similarity</h3>"
+    yield '<p class="note">Cosine of images (rows) and one text of each (columns), evenly spaced in the '
+    yield "data. A bright diagonal: each finds its own.</p>"
+    own = np.unique(result.image_of_text, return_index=True)[1]
+    chosen = own[_spread(len(own), MAP)]
+    images = result.image_embeds[result.image_of_text[chosen]]
+    yield _heat_map(images @ result.text_embeds[chosen].T, [result.texts[m] for m in chosen])
+
+
+def _heat_map(similarity: Float[np.ndarray, "C C"], names: Sequence[str]) -> str:
+    return drawing(heat_map_figure(similarity, names), "Map of cosine similarities")
+
+
+def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    losses = [row for row in metrics if {"loss", "learning_rate"} <= row.keys()]
+    if not losses:
+        return []
+    last = f"The loss is {losses[-1]['loss']:.3f} after {losses[-1]['step']:,} steps."
+    figure = drawing(curves_figure(metrics), "Curves of loss, learning rate and evaluations")
+    return ["<h2>Training</h2>", f"<p>{last}</p>", figure]
+
+
+def _spread(count: int, most: int = SAMPLES) -> Int[np.ndarray, " S"]:
+    """Return up to `most` positions, evenly spaced."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
+
+
+def _nearest(
+    query_E: Float[np.ndarray, " E"], items_ME: Float[np.ndarray, "M E"], count: int
+) -> Int[np.ndarray, " K"]:
+    """Return the rows with the largest inner products, the largest first; among equals the earlier row."""
+    scores_M = np.concatenate(
+        [items_ME[start : start + BLOCK] @ query_E for start in range(0, len(items_ME), BLOCK)]
+    )
+    return np.argsort(-scores_M, kind="stable")[:count]
+
+
+def page(title: str, subtitle: str, body: Iterable[str]) -> str:
+    """Return a whole HTML document. Only the title and the subtitle are escaped here: the body is HTML."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{text(title)}: {text(subtitle)}</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n"
+        f'<h1>{text(title)}</h1>\n<p class="note">{text(subtitle)}</p>\n'
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def text(value: str) -> str:
+    """Return a text as it stands in HTML: printable and escaped."""
+    return html.escape(printable(value))
+
+
+def table(content: Table) -> str:
+    """Return a table under its title."""
+    rows = "\n".join(
+        "<tr>" + "".join(f'<td dir="auto">{text(cell)}</td>' for cell in row) + "</tr>"
+        for row in content.rows
+    )
+    return f"<h3>{text(content.title)}</h3>\n{plain_table(content.columns, rows)}"
+
+
+def plain_table(columns: Sequence[str], rows: str, texts: int = 1) -> str:
+    """Return a table of rows that are HTML already; the first `texts` columns hold no numbers."""
+    whole = [text(column).replace(" %", "&nbsp;%").replace(" →", "&nbsp;→") for column in columns]
+    head = "".join(
+        f'<th class="text">{column}</th>' if i < texts else f"<th>{column}</th>"
+        for i, column in enumerate(whole)
+    )
+    return f'<div class="wide"><table>\n<tr>{head}</tr>\n{rows}\n</table></div>'
+
+
+def picture(image: ImageFile, alt: str, kind: str = "") -> str:
+    """Return a thumbnail of an image. Raise BadSampleError if it cannot be decoded."""
+    thumbnail = decode(image)
+    tiny = max(thumbnail.size) <= PIXEL_ART
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    thumbnail.save(content, **({"format": "PNG"} if tiny else {"format": "JPEG", "quality": 82}))
+    mime = "image/png" if tiny else "image/jpeg"
+    kind = " ".join(filter(None, (kind, "pixels" if tiny else "")))
+    return _image(mime, content.getvalue(), alt, kind)
+
+
+def drawing(figure: Figure, alt: str) -> str:
+    """Return a figure as SVG, as wide as its size in inches says."""
+    content = io.BytesIO()
+    # Texts stay texts, which the browser has the fonts for; with no date, equal numbers give equal files.
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "lit_jax", "font.family": "sans-serif"}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support")
+        figure.savefig(content, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    image = _image("image/svg+xml", content.getvalue(), alt, "figure")
+    return f'<div class="pan" style="max-width:{figure.get_figwidth() * 110:.0f}px">{image}</div>'
+
+
+def _image(mime: str, content: bytes, alt: str, kind: str) -> str:
+    data = base64.b64encode(content).decode()
+    return f'<img class="{kind}" alt="{text(alt)}" src="data:{mime};base64,{data}">'
