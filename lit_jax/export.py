@@ -19,7 +19,8 @@ from lit_jax.data.image import ImageTransform, load_processor
 from lit_jax.data.text import check_saved, finish_saving, without_state
 from lit_jax.distributed import process
 from lit_jax.models.dual_encoder import DualEncoderModule
-from lit_jax.models.patches import ImageTower, pair
+from lit_jax.models.patches import pair
+from lit_jax.models.tower import ImageTower
 from lit_jax.training.workdir import load_run, model_folder
 from lit_jax.weights.save import save_dual_encoder
 

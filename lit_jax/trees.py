@@ -1,15 +1,19 @@
-"""Nested dicts of parameters by path: 'vision_model/encoder/layer/mlp/fc2/kernel'."""
+"""Nested dicts of parameters by path: 'vision_model/encoder/layer/mlp/fc2/kernel'.
+
+Equal blocks are stacked: below `layer/` a parameter has a leading depth axis. The blocks of it count from 0,
+those of `layer_from_7/`, a stack behind another one, from 7. Block 11, if it is in no stack, is `layer_11/`.
+A tower may be cut into stacks anywhere; rules and files know a block by its number alone.
+"""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from flax import traverse_util
 
 Tree = Mapping[str, Any]
 
-# Below `layer/` a parameter has a leading depth axis. The layers of it count from 0, those of
-# `layer_from_7/`, a stack behind others, from 7. Layer 11, if it is not in a stack, is `layer_11/`.
 STACK = re.compile(r"(?P<above>(?:.*/)?layer)(?:_from_(?P<first>\d+))?/(?P<below>.*)")
 BLOCK = re.compile(r"\blayer_(\d+)/")
 
@@ -22,3 +26,35 @@ def flatten(tree: Tree) -> dict[str, Any]:
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The nested dict of which `flatten` made `flat`."""
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def block_paths(path: str, shape: tuple[int, ...]) -> list[str]:
+    """Return the path of each block's part of a parameter, such as '.../layer_3/mlp/fc2/kernel'.
+
+    A parameter that is in no stack has one part, itself.
+    """
+    if not (stack := STACK.fullmatch(path)):
+        return [path]
+    first = int(stack["first"] or 0)
+    return [f"{stack['above']}_{first + i}/{stack['below']}" for i in range(shape[0])]
+
+
+def restack(params: Tree, shapes: Tree) -> dict[str, Any]:
+    """Return the parameters of a tower that is cut into stacks as `shapes`, which may have more leaves.
+
+    A parameter that lies alike in both is passed on as it is; others are copied.
+    """
+    flat, wanted = flatten(params), flatten(shapes)
+    blocks: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        if path not in wanted or wanted[path].shape != leaf.shape:
+            parts = leaf if STACK.fullmatch(path) else [leaf]
+            blocks |= zip(block_paths(path, leaf.shape), parts, strict=True)
+    cut = {}
+    for path, leaf in wanted.items():
+        names = block_paths(path, leaf.shape)
+        if names[0] in blocks:
+            parts = [blocks[name] for name in names]
+            cut[path] = np.stack(parts) if STACK.fullmatch(path) else parts[0]
+    kept = {path: leaf for path, leaf in flat.items() if path in wanted and path not in cut}
+    return unflatten(kept | cut)

@@ -36,7 +36,7 @@ from lit_jax.models.dual_encoder import (
     build_system,
     normalize,
 )
-from lit_jax.models.layers import TowerOutput
+from lit_jax.models.tower import TowerOutput
 from lit_jax.training.losses import make_loss
 from lit_jax.training.similarity import similarity_logits
 from lit_jax.weights import hub, load, save

@@ -15,7 +15,7 @@ from lit_jax.api.inputs import is_deterministic
 from lit_jax.api.outputs import ModelOutput, Output, model_output
 from lit_jax.config_keys import nearest
 from lit_jax.errors import UserError
-from lit_jax.models.layers import TowerOutput
+from lit_jax.models.tower import TowerOutput
 from lit_jax.weights import hub, load, save
 
 # "float32", "bfloat16" or "float16", or jnp.bfloat16 ...

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import jax
 from jaxtyping import Array, Float
 
-from lit_jax.models.layers import TowerOutput
+from lit_jax.models.tower import TowerOutput
 from lit_jax.trees import flatten
 
 # The path of a block's records: all equal blocks are 'layer', those from the Nth on 'layer_from_N', each with

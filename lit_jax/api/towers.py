@@ -26,7 +26,7 @@ from lit_jax.api.model import (
 from lit_jax.config import Pooling
 from lit_jax.models.dual_encoder import Side, check_side
 from lit_jax.models.families import build_tower
-from lit_jax.models.layers import Tower
+from lit_jax.models.tower import Tower
 from lit_jax.weights import hub, load, save
 
 

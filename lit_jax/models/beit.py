@@ -13,17 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lit_jax.models.layers import LayerNorm, TowerOutput
+from lit_jax.models.layers import LayerNorm
 from lit_jax.models.patches import (
     Embeddings,
     EmbeddingsConfig,
-    ImageTower,
     Size,
     bilinear_matrix,
     patch_grid,
     resize_grid,
 )
-from lit_jax.models.transformer import Bias, BiasOfTable, BlockConfig, Encoder
+from lit_jax.models.tower import ImageTower, TowerOutput
+from lit_jax.models.transformer import Bias, BiasOfTable, BlockConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,9 +116,7 @@ class Beit(ImageTower):
         )
         _, height, width, _ = pixel_values_BxHxWxC.shape
         bias = self._bias(patch_grid((height, width), cfg.patch_size))
-        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, self.last_block, name="encoder")(
-            x_BxLxD, bias, deterministic
-        )
+        x_BxLxD = self.encoder(cfg.block)(x_BxLxD, bias, deterministic)
         if not cfg.use_mean_pooling:
             x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layernorm")(x_BxLxD)
         if self.pooling == "pooler" and cfg.use_mean_pooling:

@@ -23,14 +23,13 @@ from lit_jax.models.layers import (
     DenseAct,
     Dropout,
     LayerNorm,
-    Tower,
-    TowerOutput,
     check_length,
     dense,
     mean_of_attended,
     to_rows,
 )
-from lit_jax.models.transformer import BlockConfig, Encoder
+from lit_jax.models.tower import Tower, TowerOutput
+from lit_jax.models.transformer import BlockConfig
 from lit_jax.trees import Tree, flatten, unflatten
 
 PositionIds = Literal["input_ids", "arange"]
@@ -257,9 +256,7 @@ class Bert(Tower):
         # Only BERT's and RoBERTa's configs have the option to be a decoder.
         bias = attention_bias(attended_BxL, causal=getattr(cfg, "is_decoder", False))
         bias = self.with_learned_bias(bias, input_ids_BxL.shape[1])
-        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, self.last_block, name="encoder")(
-            x_BxLxD, bias, deterministic
-        )
+        x_BxLxD = self.encoder(cfg.block)(x_BxLxD, bias, deterministic)
         x_BxLxD = self.transform(x_BxLxD)
         if self.pooling == "pooler":
             pooled_BxP = self.pool_first(x_BxLxD[:, 0])

@@ -20,14 +20,18 @@ from lit_jax.errors import UserError
 from lit_jax.models.attention import attention_bias
 from lit_jax.models.layers import (
     LayerNorm,
-    Tower,
-    TowerOutput,
     check_length,
     mean_of_attended,
     to_rows,
 )
-from lit_jax.models.patches import ImageTower, PatchEmbeddings, Size, patch_grid, resize_positions
-from lit_jax.models.transformer import BlockConfig, Encoder, Pick, first_token
+from lit_jax.models.patches import (
+    PatchEmbeddings,
+    Size,
+    patch_grid,
+    resize_positions,
+)
+from lit_jax.models.tower import ImageTower, Tower, TowerOutput
+from lit_jax.models.transformer import BlockConfig, Pick, first_token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,9 +159,7 @@ class CLIPVision(ImageTower):
         x_BxLxD = ImageEmbeddings(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
         # Hugging Face misspelled the name once, and its files have kept it.
         x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="pre_layrnorm")(x_BxLxD)
-        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, self.last_block, name="encoder")(
-            x_BxLxD, None, deterministic
-        )
+        x_BxLxD = self.encoder(cfg.block)(x_BxLxD, None, deterministic)
         if self.pooling == "pooler":
             norm = LayerNorm(cfg.layer_norm_eps, self.dtype, name="post_layernorm")
             pooled_BxD = norm(x_BxLxD[:, :1])[:, 0]
@@ -236,9 +238,7 @@ class CLIPText(Tower):
         )
         bias = attention_bias(attended_BxL, causal=self.causal)
         pick = self.pooled_token(input_ids_BxL) if self.pools_one_token else first_token
-        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, self.last_block, name="encoder")(
-            x_BxLxD, bias, deterministic, pick=pick
-        )
+        x_BxLxD = self.encoder(cfg.block)(x_BxLxD, bias, deterministic, pick=pick)
         x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="final_layer_norm")(x_BxLxD)
         if self.pools_one_token:
             x_Bx1xD = pick(x_BxLxD, 1) if self.all_tokens else x_BxLxD

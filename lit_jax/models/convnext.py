@@ -7,6 +7,7 @@ D width of the last map, F four times the width, N depth.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -16,8 +17,9 @@ from jaxtyping import Array, Float
 
 from lit_jax.config import Remat
 from lit_jax.models.convolutions import DepthwiseConv, Map, NewMap, positions, scan_blocks
-from lit_jax.models.layers import LayerNorm, TowerOutput, activation, dense, drop
-from lit_jax.models.patches import ImageTower, PatchEmbeddings, Size
+from lit_jax.models.layers import LayerNorm, activation, dense, drop
+from lit_jax.models.patches import PatchEmbeddings, Size
+from lit_jax.models.tower import ImageTower, TowerOutput, cuts_under
 from lit_jax.models.transformer import LayerScale
 
 _KERNEL_SIZE = 7
@@ -133,7 +135,7 @@ class ConvNext(ImageTower):
         """The positions of the last map, not normalised."""
         cfg = self.config
         x_BxYxXxC = Embeddings(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
-        encoder = Encoder(cfg, self.dtype, self.remat, name="encoder")
+        encoder = Encoder(cfg, self.dtype, self.remat, self.cuts, name="encoder")
         return positions(encoder(x_BxYxXxC, deterministic))
 
 
@@ -189,6 +191,7 @@ class Encoder(nn.Module):
     config: Config
     dtype: Any
     remat: Remat = "none"
+    cuts: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, x_BxYxXxC: Map, deterministic: bool) -> NewMap:
@@ -197,7 +200,9 @@ class Encoder(nn.Module):
         rates = np.linspace(0, cfg.drop_path_rate, sum(cfg.depths))
         rates_of_stage = np.split(rates, np.cumsum(cfg.depths[:-1]))
         for i, rates_N in enumerate(rates_of_stage[: cfg.num_stages]):
-            stage = Stage(cfg, cfg.hidden_sizes[i], self.dtype, self.remat, name=f"stages_{i}")
+            cuts = cuts_under(f"encoder/stages_{i}", self.cuts)
+            width, name = cfg.hidden_sizes[i], f"stages_{i}"
+            stage = Stage(cfg, width, self.dtype, self.remat, cuts, name=name)
             x_BxYxXxC = stage(x_BxYxXxC, rates_N, deterministic, downsample=i > 0)
         return x_BxYxXxC
 
@@ -207,6 +212,7 @@ class Stage(nn.Module):
     width: int
     dtype: Any
     remat: Remat
+    cuts: tuple[int, ...]
 
     @nn.compact
     def __call__(
@@ -222,8 +228,10 @@ class Stage(nn.Module):
                 self.dtype,
                 name="downsampling_layer_1",
             )(_normed(x_BxYxXxC, "downsampling_layer_0", cfg.norm_epsilon, self.dtype))
-        block = Block(cfg, self.width, self.dtype, name="layer")
-        x_BxYxXxC = scan_blocks(block, x_BxYxXxC, rates_N, deterministic, self.remat)
+        make_block = functools.partial(Block, cfg, self.width, self.dtype)
+        x_BxYxXxC = scan_blocks(
+            make_block, x_BxYxXxC, rates_N, deterministic, self.remat, cuts=self.cuts
+        )
         self.sow("intermediates", "hidden_state", x_BxYxXxC)
         return x_BxYxXxC
 

@@ -4,6 +4,7 @@ Dims: B batch, YxX positions of a feature map, L = Y * X positions, C channels i
 out, K kernel size, N depth. Maps have their channels last.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ from lit_jax.config import Remat
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models import ops
-from lit_jax.models.layers import rematerialized, to_rows
+from lit_jax.models.layers import rematerialized, stacks, to_rows
 from lit_jax.models.ops import Map, NewMap
 
 
@@ -127,21 +128,34 @@ def positions(x_BxYxXxC: Map) -> Float[Array, "B L C"]:
 
 
 def scan_blocks(
-    block: nn.Module, x_BxYxXxC: Map, rates_N: np.ndarray, deterministic: bool, remat: Remat
+    make_block: Callable[..., nn.Module],
+    x_BxYxXxC: Map,
+    rates_N: np.ndarray,
+    deterministic: bool,
+    remat: Remat,
+    first: int = 0,
+    cuts: tuple[int, ...] = (),
 ) -> Map:
-    """Applies as many equal blocks, one after another, as there are dropout rates.
+    """Apply as many equal blocks, one after another, as there are dropout rates.
 
-    The parameters of `block` get a leading depth axis. Neither the time to compile nor the size of the
-    program grows with depth.
+    The parameters of a stack of blocks have a leading depth axis; a stack begins at each of `cuts`. Neither
+    the time to compile nor the size of the program grows with depth.
+
+    Args:
+        make_block: makes a block with a `name`.
+        first: the number of the first block.
     """
 
     def step(block: nn.Module, x_BxYxXxC: Array, rate: Array) -> tuple[Array, None]:
         return shard_batch(block(x_BxYxXxC, rate, deterministic)), None
 
-    scan = nn.scan(
-        rematerialized(step, remat, prevent_cse=False),
-        variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},
-        split_rngs={"params": True, "dropout": True},
-        length=len(rates_N),
-    )
-    return scan(block, x_BxYxXxC, jnp.asarray(rates_N, jnp.float32))[0]
+    rate_N = jnp.asarray(rates_N, jnp.float32)
+    for name, blocks in stacks(first, len(rates_N), cuts):
+        scan = nn.scan(
+            rematerialized(step, remat, prevent_cse=False),
+            variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=blocks.stop - blocks.start,
+        )
+        x_BxYxXxC, _ = scan(make_block(name=name), x_BxYxXxC, rate_N[blocks])
+    return x_BxYxXxC

@@ -9,16 +9,16 @@ import dataclasses
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from lit_jax.models.layers import LayerNorm, TowerOutput
+from lit_jax.models.layers import LayerNorm
 from lit_jax.models.patches import (
     Embeddings,
     EmbeddingsConfig,
-    ImageTower,
     Matrix,
     Size,
     patch_grid,
 )
-from lit_jax.models.transformer import BlockConfig, Encoder, Rotary
+from lit_jax.models.tower import ImageTower, TowerOutput
+from lit_jax.models.transformer import BlockConfig, Rotary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,9 +129,7 @@ class Dinov2(ImageTower):
         )
         _, height, width, _ = pixel_values_BxHxWxC.shape
         rotary = self._rotary(patch_grid((height, width), cfg.patch_size), deterministic)
-        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, self.last_block, name="encoder")(
-            x_BxLxD, None, deterministic, rotary
-        )
+        x_BxLxD = self.encoder(cfg.block)(x_BxLxD, None, deterministic, rotary)
         x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layernorm")(x_BxLxD)
         if self.pooling == "mean":
             return TowerOutput(x_BxLxD, x_BxLxD[:, cfg.embeddings.leading :].mean(1))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from lit_jax.config import TEACHER
 from lit_jax.models.dual_encoder import TEXT_INPUTS
-from lit_jax.models.layers import Tower
+from lit_jax.models.tower import Tower
 
 
 class DistillationOutput(NamedTuple):

@@ -18,8 +18,9 @@ from lit_jax.config import ModelConfig, Pooling, Remat
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models.families import TEXT, VISION, build_tower
-from lit_jax.models.layers import Dense, Tower, TowerOutput
+from lit_jax.models.layers import Dense
 from lit_jax.models.normalization import Normalization
+from lit_jax.models.tower import Tower, TowerOutput
 
 Images = Float[Array, "B H W C"] | UInt8[Array, "B H W C"]
 Projection = Literal["none", "linear", "linear_bias"]
@@ -103,8 +104,13 @@ class DualEncoderModule(nn.Module):
         return self.clone(vision_model=image, text_model=text)
 
     def pooled_only(self) -> "DualEncoderModule":
-        """The same with towers that compute what is pooled and not all tokens; see `layers.Tower`."""
+        """The same with towers that compute what is pooled and not all tokens; see `tower.Tower`."""
         image, text = (tower.clone(all_tokens=False) for tower in self.towers.values())
+        return self.clone(vision_model=image, text_model=text)
+
+    def with_cuts(self, cuts: Mapping[str, tuple[str, ...]]) -> "DualEncoderModule":
+        """Return the same with towers whose stacks are cut, each as `cuts` says by its name."""
+        image, text = (tower.clone(cuts=cuts.get(name, ())) for name, tower in self.towers.items())
         return self.clone(vision_model=image, text_model=text)
 
     def with_dtype(self, dtype: Any) -> "DualEncoderModule":

@@ -28,8 +28,9 @@ from lit_jax.models.convolutions import (
     positions,
     scan_blocks,
 )
-from lit_jax.models.layers import TowerOutput, activation, drop, rematerialized, scaled
-from lit_jax.models.patches import ImageTower, Size, check_channels
+from lit_jax.models.layers import activation, drop, rematerialized, scaled
+from lit_jax.models.patches import Size, check_channels
+from lit_jax.models.tower import ImageTower, TowerOutput, cuts_under
 
 # Hugging Face leaves torch's default where a block is made wider, and elsewhere takes the config's.
 _EXPANSION_MOMENTUM = 0.1
@@ -169,7 +170,9 @@ class EfficientNet(ImageTower):
             self.dtype,
             "embeddings",
         )(pixel_values_BxHxWxC, deterministic)
-        x_BxYxXxD = Encoder(cfg, self.dtype, self.remat, name="encoder")(x_BxYxXxC, deterministic)
+        cuts = cuts_under("encoder", self.cuts)
+        encoder = Encoder(cfg, self.dtype, self.remat, cuts, name="encoder")
+        x_BxYxXxD = encoder(x_BxYxXxC, deterministic)
         x_BxLxD = positions(x_BxYxXxD)
         if cfg.pooling_type not in ("mean", "max"):
             raise UserError(
@@ -196,6 +199,7 @@ class Encoder(nn.Module):
     config: EfficientNetConfig
     dtype: Any
     remat: Remat = "none"
+    cuts: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, x_BxYxXxC: Map, deterministic: bool) -> NewMap:
@@ -210,9 +214,11 @@ class Encoder(nn.Module):
             first = Block(cfg, config, self.dtype, name=f"layer_{n}")
             x_BxYxXxC = rematerialized(call, self.remat, prevent_cse=True)(first, x_BxYxXxC)
             if depth > 1:
-                others = Block(cfg, config.following, self.dtype, name=f"layer_from_{n + 1}")
+                others = functools.partial(Block, cfg, config.following, self.dtype)
                 rates_N = cfg.drop_connect_rate * np.arange(n + 1, n + depth) / sum(cfg.depths)
-                x_BxYxXxC = scan_blocks(others, x_BxYxXxC, rates_N, deterministic, self.remat)
+                x_BxYxXxC = scan_blocks(
+                    others, x_BxYxXxC, rates_N, deterministic, self.remat, n + 1, self.cuts
+                )
             n += depth
         if cfg.has_top:
             conv = _pointwise(cfg, cfg.channels(1280), self.dtype)

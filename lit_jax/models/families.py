@@ -40,10 +40,10 @@ from lit_jax.models.dinov3 import Dinov3, Dinov3Config
 from lit_jax.models.distilbert import DistilBert, DistilBertConfig
 from lit_jax.models.efficientnet import AlignVisionConfig, EfficientNet, EfficientNetConfig
 from lit_jax.models.fields import Named, check_sizes, in_config_json, read_fields
-from lit_jax.models.layers import Tower
 from lit_jax.models.modernbert import ModernBert, ModernBertConfig
 from lit_jax.models.mpnet import MPNet, MPNetConfig
 from lit_jax.models.siglip import SiglipText, SiglipTextConfig, SiglipVision, SiglipVisionConfig
+from lit_jax.models.tower import Tower
 from lit_jax.models.vit import DeiTConfig, ViT, ViTConfig
 
 # model_type -> (config class, module class)

@@ -7,7 +7,7 @@ float32 whatever it is.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,72 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from lit_jax.config import Pooling, Remat
+from lit_jax.config import Remat
 from lit_jax.config_keys import nearest
 from lit_jax.distributed.sharding import fsdp_parts, gathered
 from lit_jax.errors import UserError
 from lit_jax.models import ops
 
 
-class TowerOutput(NamedTuple):
-    """What every tower returns: its tokens, and the one vector that stands for the input.
-
-    The tokens are all there are, or the pooled one alone; see `Tower.all_tokens`.
-    """
-
-    last_hidden_state: Float[Array, "B Q D"]
-    pooled: Float[Array, "B P"]
-
-
-# How a transformer has its last block: scanned with the others; apart, with parameters of its own in the
-# tree; or apart and computed for the pooled token alone.
-LastBlock = Literal["scanned", "apart", "one token"]
-
-
-class Tower(nn.Module):
-    """What the towers of all families have in common.
-
-    Attributes:
-        config: a frozen dataclass with the fields of config.json that change a number, and `model_type`.
-        pooling: what stands for the input: 'pooler' is what the family itself calls the pooled output,
-            'cls' the first token of the last hidden state, 'mean' the mean of its patches or attended
-            tokens.
-        dtype: of the computation.
-        remat: what of a block the backward pass computes again; see lit_jax/config.py.
-        all_tokens: whether the last hidden state is wanted. If not, a transformer that is pooled by one token
-            computes its last block for that token alone: of a ViT-B/16 or a BERT-base, 7% less.
-        poolings: those that the family has.
-        fixed_length: whether a text tower sees the padding, since it has no mask, so that all texts must have
-            as many tokens as those it was trained with.
-    """
-
-    config: Any
-    pooling: Pooling = "pooler"
-    dtype: Any = jnp.float32
-    remat: Remat = "none"
-    all_tokens: bool = True
-
-    poolings: ClassVar[tuple[Pooling, ...]] = ("pooler", "cls", "mean")
-    fixed_length: ClassVar[bool] = False
-
-    @property
-    def example_input(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of an input, to initialise with."""
-        raise NotImplementedError
-
-    @property
-    def pools_one_token(self) -> bool:
-        """Whether what is pooled is made of one token of the last hidden state alone."""
-        return "cls" in self.poolings and self.pooling != "mean"
-
-    @property
-    def last_block(self) -> LastBlock:
-        """How `Encoder` has it. It is apart whether all tokens are wanted or one: so both have the same tree
-        of parameters, and no step copies the other blocks out of a stack of all.
-        """
-        if not self.pools_one_token:
-            return "scanned"
-        return "apart" if self.all_tokens else "one token"
+def stacks(first: int, depth: int, cuts: tuple[int, ...]) -> list[tuple[str, slice]]:
+    """Return the name of each stack of `depth` blocks that count from `first`, and which of them it has."""
+    starts = sorted({first, *(cut for cut in cuts if first < cut < first + depth)})
+    ends = [*starts[1:], first + depth]
+    return [
+        (f"layer_from_{start}" if start else "layer", slice(start - first, end - first))
+        for start, end in zip(starts, ends, strict=True)
+        if start < end
+    ]
 
 
 def rematerialized(

@@ -22,14 +22,13 @@ from lit_jax.models.attention import attention_bias
 from lit_jax.models.layers import (
     Dropout,
     LayerNorm,
-    Tower,
-    TowerOutput,
     check_length,
     mean_of_attended,
     normal,
     rematerialized,
 )
-from lit_jax.models.transformer import Block, BlockConfig, Encoder, Rotary
+from lit_jax.models.tower import Tower, TowerOutput
+from lit_jax.models.transformer import Block, BlockConfig, Rotary
 
 # What config.json calls the kinds of block, and the base of the frequencies of each (2104.09864).
 _THETAS = {"sliding_attention": 10_000.0, "full_attention": 160_000.0}
@@ -198,7 +197,7 @@ class ModernBert(Tower):
         if not other_kinds:
             return x_BxLxD
         others = dataclasses.replace(block, depth=len(other_kinds))
-        encoder = Encoder(others, self.dtype, self.remat, self.last_block, first=1, name="encoder")
+        encoder = self.encoder(others, first=1)
         return encoder(x_BxLxD, bias, deterministic, rotary, jnp.array(other_kinds))
 
     @property

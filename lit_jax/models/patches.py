@@ -9,15 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
-from lit_jax.models.layers import Dense, Dropout, Tower, to_rows
-from lit_jax.trees import Tree, flatten, unflatten
+from lit_jax.models.layers import Dense, Dropout, to_rows
 
 Size = int | tuple[int, int]
 
@@ -31,46 +29,6 @@ def patch_grid(image_size: Size, patch_size: Size) -> tuple[int, int]:
     """The patches, in rows and columns, that an image has; pixels beyond the last whole one are left out."""
     (height, width), (patch_height, patch_width) = pair(image_size), pair(patch_size)
     return height // patch_height, width // patch_width
-
-
-class ImageTower(Tower):
-    """A tower whose config has `image_size` and `num_channels`."""
-
-    @property
-    def example_input(self) -> jax.ShapeDtypeStruct:
-        shape = (1, *pair(self.config.image_size), self.config.num_channels)
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    @property
-    def position_matrix(self) -> "Matrix":
-        """What position embeddings are interpolated by."""
-        return bicubic_matrix
-
-    def interpolated(self, params: Tree, image_size: int) -> tuple["ImageTower", Tree]:
-        """A tower whose config has `image_size`, pixels of a square, and computes with its parameters what
-        this one computes for such images with `params`.
-        """
-        config = dataclasses.replace(self.config, image_size=image_size)
-        flat = flatten(params)
-        flat = {path: self.at_size(path, leaf, image_size) for path, leaf in flat.items()}
-        return self.clone(config=config), unflatten(flat)
-
-    def at_size(self, path: str, value: Array | np.ndarray, image_size: int) -> Array | np.ndarray:
-        """The parameter at `path` for images of `image_size`."""
-        if not path.startswith("embeddings/position_embedding"):
-            return value
-        *leading, length, width = value.shape  # Hugging Face's ViT has a batch of one in front
-        positions_LxD = jnp.reshape(jnp.asarray(value), (length, width))
-        resized_MxD = resize_positions(positions_LxD, *self.grids(image_size), self.position_matrix)
-        return resized_MxD.reshape(*leading, -1, width)
-
-    def grids(self, image_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """That of the config and that of `image_size`."""
-        own_grid, grid = (
-            patch_grid(size, self.config.patch_size)
-            for size in (self.config.image_size, image_size)
-        )
-        return own_grid, grid
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

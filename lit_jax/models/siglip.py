@@ -14,9 +14,10 @@ from jaxtyping import Array, Float, Int
 from lit_jax.config import Pooling
 from lit_jax.errors import UserError
 from lit_jax.models.clip import BlockFields, CLIPText, ImageEmbeddings
-from lit_jax.models.layers import LayerNorm, TowerOutput, dense, to_rows
-from lit_jax.models.patches import ImageTower, Size, pair
-from lit_jax.models.transformer import Attention, Encoder, Mlp, Pick
+from lit_jax.models.layers import LayerNorm, dense, to_rows
+from lit_jax.models.patches import Size, pair
+from lit_jax.models.tower import ImageTower, TowerOutput
+from lit_jax.models.transformer import Attention, Mlp, Pick
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,9 +107,7 @@ class SiglipVision(ImageTower):
                 "tower's pooling (config.model.image.pooling) to 'mean'."
             )
         x_BxLxD = ImageEmbeddings(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
-        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, self.last_block, name="encoder")(
-            x_BxLxD, None, deterministic
-        )
+        x_BxLxD = self.encoder(cfg.block)(x_BxLxD, None, deterministic)
         x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="post_layernorm")(x_BxLxD)
         if self.pooling == "pooler":
             pooled_BxD = AttentionPooling(cfg, self.dtype, name="head")(x_BxLxD)

@@ -10,7 +10,7 @@ table of attention biases, T kinds of block, N depth.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,19 +24,22 @@ from lit_jax.models.attention import attend
 from lit_jax.models.layers import (
     Dense,
     Dropout,
-    LastBlock,
     LayerNorm,
     activation,
     dense,
     drop,
     rematerialized,
     scaled,
+    stacks,
 )
 
 Bias = Float[Array, "#B #H #L L"]
 BiasOfTable = Callable[[Float[Array, "R H"]], Bias]
 BiasOfKinds = Float[Array, "T #B #H #L L"]
 Tokens = Float[Array, "B L D"]
+# How a transformer has its last block: scanned with the others; apart, with parameters of its own in the
+# tree; or apart and computed for the pooled token alone.
+LastBlock = Literal["scanned", "apart", "one token"]
 Pick = Callable[[Array, int], Array]  # takes one token of each row along an axis, which stays
 
 
@@ -83,8 +86,8 @@ class BlockConfig:
 
 
 class Encoder(nn.Module):
-    """The blocks as one scanned `layer`, whose parameters have a leading depth axis; the last one may be
-    apart, `layer_11` of 12.
+    """The blocks as a scanned stack `layer`, whose parameters have a leading depth axis; the last one may be
+    outside of it, `layer_11` of 12. At each of `cuts` another stack begins, `layer_from_10`.
 
     Neither the time to compile nor the size of the program grows with depth. The collection
     'intermediates', where it is mutable, gets 'input' BxLxD, 'layer/hidden_state' NxBxLxD, the output of
@@ -96,6 +99,7 @@ class Encoder(nn.Module):
     remat: Remat = "none"
     last_block: LastBlock = "scanned"
     first: int = 0  # which block of a tower is the first of these; see weights/names.py
+    cuts: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(
@@ -133,15 +137,14 @@ class Encoder(nn.Module):
         first_rate = 0.0 if cfg.drop_path_rises else cfg.drop_path
         drop_path_N = jnp.linspace(first_rate, cfg.drop_path, cfg.depth)
         scanned = cfg.depth if self.last_block == "scanned" else cfg.depth - 1
-        if scanned:
+        for name, blocks in stacks(self.first, scanned, self.cuts):
             scan = nn.scan(
                 rematerialized(step, self.remat, prevent_cse=False),
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
-                length=scanned,
+                length=blocks.stop - blocks.start,
             )
-            name = f"layer_from_{self.first}" if self.first else "layer"
-            of_blocks = jax.tree.map(lambda x: x[:scanned], (drop_path_N, kind_N))
+            of_blocks = jax.tree.map(lambda x, blocks=blocks: x[blocks], (drop_path_N, kind_N))
             x_BxLxD, _ = scan(Block(cfg, self.dtype, name=name), x_BxLxD, of_blocks)
         if scanned < cfg.depth:
             name = f"layer_{self.first + scanned}"

@@ -10,9 +10,10 @@ import dataclasses
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from lit_jax.models.layers import DenseAct, LayerNorm, TowerOutput
-from lit_jax.models.patches import Embeddings, EmbeddingsConfig, ImageTower, Size
-from lit_jax.models.transformer import BlockConfig, Encoder
+from lit_jax.models.layers import DenseAct, LayerNorm
+from lit_jax.models.patches import Embeddings, EmbeddingsConfig, Size
+from lit_jax.models.tower import ImageTower, TowerOutput
+from lit_jax.models.transformer import BlockConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,9 +93,7 @@ class ViT(ImageTower):
         x_BxLxD = Embeddings(cfg.embeddings, self.dtype, name="embeddings")(
             pixel_values_BxHxWxC, deterministic
         )
-        x_BxLxD = Encoder(cfg.block, self.dtype, self.remat, self.last_block, name="encoder")(
-            x_BxLxD, None, deterministic
-        )
+        x_BxLxD = self.encoder(cfg.block)(x_BxLxD, None, deterministic)
         x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layernorm")(x_BxLxD)
         if self.pooling == "pooler":
             pooled_BxP = DenseAct(

@@ -14,7 +14,7 @@ from lit_jax.config import TEACHER, Config
 from lit_jax.data.text import check_vocabulary, load_tokenizer
 from lit_jax.errors import UserError
 from lit_jax.models.families import build_tower
-from lit_jax.models.layers import Tower
+from lit_jax.models.tower import Tower
 from lit_jax.weights.hub import local_folder, read_config, read_tower_config
 from lit_jax.weights.load import load_dual_encoder, load_tower
 

@@ -10,7 +10,7 @@ from lit_jax.data.example import Source
 from lit_jax.data.text import check_vocabulary, load_tokenizer
 from lit_jax.data.text_check import check_texts, sample_captions
 from lit_jax.errors import UserError
-from lit_jax.models.layers import Tower
+from lit_jax.models.tower import Tower
 
 DEFAULT_LENGTH = 32
 

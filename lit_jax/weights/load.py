@@ -25,7 +25,7 @@ from lit_jax.models.dual_encoder import (
     build_system,
 )
 from lit_jax.models.families import VISION
-from lit_jax.models.layers import Tower
+from lit_jax.models.tower import Tower
 from lit_jax.weights import files, hub, name_tables
 from lit_jax.weights import vision_text_dual_encoder as vtde
 from lit_jax.weights.matching import LoadReport, StateDictMatcher, shortened_names

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lit_jax.errors import UserError
-from lit_jax.trees import BLOCK, STACK
+from lit_jax.trees import BLOCK, STACK, block_paths
 from lit_jax.weights.name_tables import Family, FusedWeight, Renames
 
 Layout = Literal["torch", "flax"]
@@ -45,12 +45,8 @@ def target_slots(
 
     A stack of layers has one slot a layer, any other parameter has one.
     """
-    if stack := STACK.fullmatch(path):
-        depth, *rest = shape
-        first = int(stack["first"] or 0)
-        paths = [f"{stack['above']}/{first + i}/{stack['below']}" for i in range(depth)]
-        return [_slot(path, family, layout) for path in paths], tuple(rest)
-    return [_slot(path, family, layout)], shape
+    slots = [_slot(name, family, layout) for name in block_paths(path, shape)]
+    return slots, shape[1:] if STACK.fullmatch(path) else shape
 
 
 def _slot(path: str, family: Family, layout: Layout) -> Slot:

@@ -26,7 +26,7 @@ from lit_jax.errors import UserError
 from lit_jax.files import local_path, parse_json
 from lit_jax.models.bert import with_counted_positions
 from lit_jax.models.dual_encoder import DualEncoderModule
-from lit_jax.models.layers import Tower
+from lit_jax.models.tower import Tower
 from lit_jax.trees import flatten
 from lit_jax.weights import files, load, name_tables, names
 from lit_jax.weights import vision_text_dual_encoder as vtde

@@ -22,7 +22,7 @@ import numpy as np
 from lit_jax.config import Pooling
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import DualEncoderModule, Projection
-from lit_jax.models.layers import Tower
+from lit_jax.models.tower import Tower
 
 Params = dict[str, Any]  # nested; the leaves are arrays
 _SCALE = np.float32(2.0**-14)

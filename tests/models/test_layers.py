@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from lit_jax.errors import UserError
-from lit_jax.models.layers import ACTIVATIONS, Dropout, LayerNorm, activation, drop, scaled
+from lit_jax.models.layers import (
+    ACTIVATIONS,
+    Dropout,
+    LayerNorm,
+    activation,
+    drop,
+    scaled,
+)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

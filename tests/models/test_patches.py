@@ -3,7 +3,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_jax.models.patches import antialiased_bicubic_matrix, bicubic_matrix, bilinear_matrix
+from lit_jax.models.patches import (
+    antialiased_bicubic_matrix,
+    bicubic_matrix,
+    bilinear_matrix,
+)
 
 MATRICES = {
     "bicubic": bicubic_matrix,

@@ -11,9 +11,9 @@ from jax.extend.core import jaxprs_in_params
 
 from lit_jax.models.clip import CLIPText, CLIPVision
 from lit_jax.models.families import TEXT, VISION, build_tower
-from lit_jax.models.layers import Tower, TowerOutput
 from lit_jax.models.modernbert import ModernBert
 from lit_jax.models.siglip import SiglipText, SiglipVision
+from lit_jax.models.tower import Tower, TowerOutput
 from lit_jax.planning.flops import matmul_flops
 from tests.harness import largest
 
