@@ -84,17 +84,27 @@ class ModelConfig:
 class PolicyConfig:
     """Which parameters train, and how: ordered (regex, value) rules, the first match wins.
 
+    A rule matches the whole name of a parameter, such as 'vision_model/encoder/layer_11/mlp/fc1/kernel', in
+    which the number may be left out to mean all blocks: '.*/layer/mlp/.*'.
+
     `lock` names the trainable rules (LiT section 3.2): first letter image, second text;
     L locked pretrained, U unlocked pretrained, u from scratch. Rules of `trainable` are tried before them.
     """
 
     lock: Literal["Lu", "LU", "uu", "Uu", "UU", "uL", "UL"] = "LU"
+    # The last so many blocks of the locked tower train, and what comes after them: norm and pooler.
+    unlock_last: Annotated[int, Range(0)] = 0
     # (regex, whether it trains)
     trainable: TrainableRules = ()
     # (regex, multiplier)
     learning_rate: RateRules = ()
     # (regex, multiplier)
     weight_decay: RateRules = ()
+    # Learning rates that shrink towards the input, a factor a block, as BEiT is fine-tuned:
+    # {"vision_model": 0.8}. They multiply those of `learning_rate`.
+    layer_decay: dict[str, Annotated[float, Range(1e-6, 1)]] = dataclasses.field(
+        default_factory=dict
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

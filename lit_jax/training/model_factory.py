@@ -28,7 +28,7 @@ from lit_jax.models.dual_encoder import (
     build_dual_encoder,
     tower_name,
 )
-from lit_jax.training.policy import Policy, is_pretrained, resolve_policy
+from lit_jax.training.policy import Policy, find_cuts, is_pretrained, resolve_policy
 from lit_jax.training.step import named_key
 from lit_jax.training.teacher import (
     Teacher,
@@ -39,7 +39,7 @@ from lit_jax.training.teacher import (
     pretrained_parameters,
 )
 from lit_jax.training.tokenizing import open_tokenizer
-from lit_jax.trees import Tree, flatten, unflatten
+from lit_jax.trees import Tree, flatten, restack, unflatten
 from lit_jax.weights.hub import OWN_TYPE, local_folder, override, read_config, read_tower_config
 from lit_jax.weights.load import (
     dual_encoder_module,
@@ -228,7 +228,13 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
         config.data,
         pretrained=is_pretrained(config.policy.lock)[1],
     )
-    shapes = parameter_shapes(module, example_batch(image_transform, tokenizer))
+    example = example_batch(image_transform, tokenizer)
+    # What trains and what is locked cannot be in one array, so the rules say where stacks are cut.
+    cuts = find_cuts(
+        config.policy, parameter_shapes(module, example), has_teacher=towers.teacher is not None
+    )
+    module = module.with_cuts(cuts)
+    shapes = parameter_shapes(module, example)
     length = tokenizer.model_max_length
     teacher = load_teacher(towers.teacher, config, length) if towers.teacher else None
     if teacher:
@@ -285,7 +291,7 @@ def _abstract(shapes: Tree, policy: Policy, config: Config, mesh: Mesh) -> Tree:
 def first_parameters(config: Config, setup: Setup, towers: Towers) -> tuple[Tree, Tree]:
     """Step 0: (trainable, frozen) on the mesh in float32: pretrained towers read, the rest drawn."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
-    params = _pretrained_parameters(config, setup, towers)
+    params = restack(_pretrained_parameters(config, setup, towers), setup.abstract)
     flat_shardings, read = flatten(shardings), flatten(params)
     read = {path: _place(array, flat_shardings[path]) for path, array in read.items()}
     batch = example_batch(setup.image_transform, setup.tokenizer)
@@ -314,7 +320,8 @@ def _pretrained_parameters(config: Config, setup: Setup, towers: Towers) -> dict
             towers.image_folder, dtype=config.model.dtype, hf_config=towers.hf_config
         )
         log.info("%s", report)
-        if module.with_remat(config.remat).pooled_only().towers != setup.module.towers:
+        as_trained = module.with_remat(config.remat).pooled_only()
+        if as_trained.towers != setup.module.with_cuts({}).towers:
             raise UserError(
                 f"config.model.dual_encoder: {towers.image_folder} was exported by lit_jax and then trained "
                 "on with transformers; save it with transformers once more without the key 'lit_jax' in its "

@@ -1,18 +1,24 @@
-"""Which parameters train, and how fast: ordered regex rules over parameter paths.
+"""Which parameters train, and how fast: ordered regex rules over the names of parameters.
 
-A path is the tree's keys joined by '/', such as 'vision_model/encoder/layer/mlp/fc2/kernel'. In each
-list of rules the first whose regex matches the whole path wins. The result is one `Policy`: gradient,
+A name is the tree's keys joined by '/'. Each block has names of its own, whatever stack it is in:
+'vision_model/encoder/layer_3/mlp/fc2/kernel', which the rule 'vision_model/encoder/layer/.*' matches as well.
+In each list of rules the first whose regex matches the whole name wins. The result is one `Policy`: gradient,
 optimizer state, clipping and checkpoints see only what it calls trainable.
 """
 
+import collections
 import dataclasses
+import itertools
 import logging
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from lit_jax.config import PolicyConfig, Rules
 from lit_jax.errors import UserError
-from lit_jax.trees import Tree, flatten, unflatten
+from lit_jax.trees import BLOCK, STACK, Tree, block_paths, flatten, unflatten
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +48,23 @@ WEIGHT_DECAY_RULES: Rules = (
 )
 
 
+# In a tower: what comes before its blocks, and what all of them use. All else comes after them.
+_BEFORE = re.compile(r"(embeddings|pre_layrnorm)/.*")
+_SHARED = re.compile(r"position_bias_table|relative_attention_bias/.*")
+
+Rate = float | np.ndarray  # an array has one rate a block, and as many axes as the parameter
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """Per parameter, as flat dicts path -> value: does it train, and its two multipliers if so."""
 
     trainable: dict[str, bool]
-    learning_rate: dict[str, float]
-    weight_decay: dict[str, float]
+    learning_rate: dict[str, Rate]
+    weight_decay: dict[str, Rate]
 
     def split(self, params: Tree) -> tuple[dict, dict]:
-        """The trainable and the frozen part of a tree of parameters, each a nested dict."""
+        """Return the trainable and the frozen part of a tree of parameters, each a nested dict."""
         flat = flatten(params)
         parts = (
             {path: leaf for path, leaf in flat.items() if self.trainable[path] is wanted}
@@ -61,16 +74,33 @@ class Policy:
         return trainable, frozen
 
     def table(self, abstract: Tree) -> str:
-        """One line a parameter: path, shape, dtype, partition, and how it trains."""
+        """Return one line a parameter: name, shape, dtype, partition, and how it trains."""
         lines = []
         for path, leaf in flatten(abstract).items():
             how = "locked"
             if self.trainable[path]:
-                rates = self.learning_rate[path], self.weight_decay[path]
-                how = "lr x{:g}  decay x{:g}".format(*rates)
+                rate, decay = _shown(self.learning_rate[path]), _shown(self.weight_decay[path])
+                how = f"lr {rate}  decay {decay}"
             spec = tuple(leaf.sharding.spec)
-            lines.append(f"{path:78} {leaf.shape!s:20} {leaf.dtype!s:9} {spec!s:27} {how}\n")
+            name = _name_of_stack(path, leaf.shape)
+            lines.append(f"{name:78} {leaf.shape!s:20} {leaf.dtype!s:9} {spec!s:27} {how}\n")
         return "".join(lines)
+
+
+def _shown(rate: Rate) -> str:
+    """Return a multiplier for a line of the table, 'x1'; of blocks that differ the least and the largest."""
+    if isinstance(rate, float):
+        return f"x{rate:g}"
+    return f"x{rate.min():.3g} to x{rate.max():.3g}"
+
+
+def _name_of_stack(path: str, shape: tuple[int, ...]) -> str:
+    """Return a path with the numbers of its blocks, '.../layer_0-10/...', by which rules find them."""
+    first, last = block_paths(path, shape)[0], block_paths(path, shape)[-1]
+    if first == last:
+        return first
+    (number,) = BLOCK.findall(last)
+    return BLOCK.sub(rf"layer_\1-{number}/", first)
 
 
 def merge(trainable: Tree, frozen: Tree) -> dict:
@@ -85,37 +115,170 @@ def is_pretrained(lock: str) -> tuple[bool, bool]:
 
 
 def resolve_policy(config: PolicyConfig, params: Tree, *, has_teacher: bool = False) -> Policy:
-    """Applies the rules of `config` to the paths of `params` (arrays, or their shapes).
+    """Apply the rules of `config` to `params` (arrays, or their shapes), whose stacks `find_cuts` has cut.
 
     With a teacher nothing but the text tower trains.
     Raises UserError on a rule that is no regular expression or matches nothing, if nothing would train,
     and if a rule that does not name the projections locks one: a projection starts random.
     """
-    paths = list(flatten(params))
-    own = _ONLY_TEXT if has_teacher else LOCK_RULES[config.lock]
-    trainable = _apply_rules("trainable", config.trainable, own, paths)
-    trained = [path for path in paths if trainable[path]]
+    names = _names(params)
+    every = [name for of_path in names.values() for name in of_path]
+    trains = _trains(config, every, has_teacher)
+    trained = [name for name in every if trains[name]]
     if not trained:
         raise UserError("config.policy.trainable locks every parameter; leave something to train.")
-    for path in paths:
-        if "_projection/" in path and not trainable[path] and not has_teacher:
-            _check_projection_rule(path, config.trainable)
+    for name in every:
+        if "_projection/" in name and not trains[name] and not has_teacher:
+            _check_projection_rule(name, config.trainable)
+    rates = _apply_rules("learning_rate", config.learning_rate, LEARNING_RATE_RULES, trained)
+    decays = _apply_rules("weight_decay", config.weight_decay, WEIGHT_DECAY_RULES, trained)
+    factors = _layer_decay(config, every, trained)
+    rates = {name: rate * factors.get(name, 1.0) for name, rate in rates.items()}
+    flat = flatten(params)
     return Policy(
-        trainable,
-        _apply_rules("learning_rate", config.learning_rate, LEARNING_RATE_RULES, trained),
-        _apply_rules("weight_decay", config.weight_decay, WEIGHT_DECAY_RULES, trained),
+        {path: _only({trains[name] for name in of_path}) for path, of_path in names.items()},
+        *(
+            {
+                path: _along_depth([values[name] for name in of_path], flat[path])
+                for path, of_path in names.items()
+                if trains[of_path[0]]
+            }
+            for values in (rates, decays)
+        ),
     )
 
 
-def warn_of_full_rate(config: PolicyConfig, policy: Policy) -> None:
-    """Say so if a pretrained image tower trains as fast as what starts random.
+def find_cuts(
+    config: PolicyConfig, params: Tree, *, has_teacher: bool = False
+) -> dict[str, tuple[str, ...]]:
+    """Return, for each tower that needs some, the blocks at which a new stack begins: `Tower.cuts`.
+
+    A stack is one array a parameter, so it trains as a whole or is locked as a whole. `params` are those of
+    towers that are not cut.
+    """
+    names = _names(params)
+    trains = _trains(config, [name for of_path in names.values() for name in of_path], has_teacher)
+    cuts: dict[str, set[str]] = collections.defaultdict(set)
+    for of_path in names.values():
+        for before, name in itertools.pairwise(of_path):
+            if trains[before] != trains[name]:
+                tower, _, block = _block(name).partition("/")
+                cuts[tower].add(block)
+    return {tower: tuple(sorted(blocks)) for tower, blocks in cuts.items()}
+
+
+def _names(params: Tree) -> dict[str, list[str]]:
+    """Return the names of the blocks of each parameter by its path; one name if it is in no stack."""
+    return {
+        path: block_paths(path, leaf.shape) if STACK.fullmatch(path) else [path]
+        for path, leaf in flatten(params).items()
+    }
+
+
+def _only(values: set[bool]) -> bool:
+    (value,) = values
+    return value
+
+
+def _along_depth(rates: list[float], leaf: Any) -> Rate:
+    if len(set(rates)) == 1:
+        return rates[0]
+    return np.reshape(np.array(rates, np.float32), (-1,) + (1,) * (len(leaf.shape) - 1))
+
+
+def _block(name: str) -> str:
+    """Return the name of the block that a parameter is in, '' if it is in none."""
+    # What makes a map smaller at the start of a stage belongs to the first block of it.
+    name = re.sub(r"(/stages_\d+)/downsampling_.*", r"\1/layer_0/", name)
+    match = re.match(r".*\blayer_\d+(?=/)", name)
+    return match[0] if match else ""
+
+
+def _blocks_of(tower: str, names: Iterable[str]) -> list[str]:
+    """Return the names of a tower's blocks from the first to the last, those of all its stages."""
+    found = {_block(name) for name in names if name.startswith(f"{tower}/")} - {""}
+    return sorted(found, key=lambda block: [int(digits) for digits in re.findall(r"\d+", block)])
+
+
+def _trains(config: PolicyConfig, names: list[str], has_teacher: bool) -> dict[str, bool]:
+    """Return whether each parameter trains, by the name of its block."""
+    preset = _ONLY_TEXT if has_teacher else LOCK_RULES[config.lock]
+    return _apply_rules(
+        "trainable", config.trainable, (*_unlocked(config, names, has_teacher), *preset), names
+    )
+
+
+def _unlocked(config: PolicyConfig, names: list[str], has_teacher: bool) -> Rules:
+    """Return the rules for `config.unlock_last` (partial unlocking: open_clip's unlocked groups)."""
+    count = config.unlock_last
+    if not count:
+        return ()
+    tower = {"L": "vision_model"}.get(config.lock[0]) or {"L": "text_model"}.get(config.lock[1])
+    if tower is None or has_teacher:
+        why = (
+            "config.model.teacher is set" if has_teacher else f"config.policy.lock={config.lock!r}"
+        )
+        raise UserError(
+            f"config.policy.unlock_last={count} unlocks blocks of a locked tower, and there is none, because "
+            f"{why}; set it to 0, or lock a tower (such as config.policy.lock='LU')."
+        )
+    blocks = _blocks_of(tower, names)
+    if count > len(blocks):
+        raise UserError(
+            f"config.policy.unlock_last is {count} and {tower} has {len(blocks)} blocks; set it to at most "
+            f"that, or unlock all of the tower with config.policy.lock."
+        )
+    unlocked = [f"{block}/.*" for block in blocks[-count:]]
+    return (*((pattern, True) for pattern in unlocked), *_after_blocks(tower, names))
+
+
+def _after_blocks(tower: str, names: list[str]) -> Rules:
+    """Return rules that train what comes after the blocks: the last normalisation, a pooler."""
+    inside = {name: name.removeprefix(f"{tower}/") for name in names if name.startswith(tower)}
+    return tuple(
+        (re.escape(name), True)
+        for name, rest in inside.items()
+        if not (_block(name) or _BEFORE.fullmatch(rest) or _SHARED.fullmatch(rest))
+    )
+
+
+def _layer_decay(config: PolicyConfig, names: list[str], trained: list[str]) -> dict[str, float]:
+    """Return the factors of config.policy.layer_decay by name, as BEiT (2106.08254) is fine-tuned.
+
+    With N blocks and the decay d it is d^(N - i) for block i, counted from 0, d^(N + 1) for what comes before
+    the blocks, and 1 for what comes after them and what they share.
+    """
+    factors = {}
+    for tower, decay in config.layer_decay.items():
+        blocks = _blocks_of(tower, names)
+        if not any(name.startswith(f"{tower}/") for name in trained) or not blocks:
+            raise UserError(
+                f"config.policy.layer_decay.{tower} has no effect, because {tower!r} is not a tower that "
+                "trains; name vision_model or text_model, one that config.policy.lock does not lock."
+            )
+        number = {block: i for i, block in enumerate(blocks)}
+        for name in trained:
+            if block := _block(name):
+                factors |= {name: decay ** (len(blocks) - number[block])} if block in number else {}
+            elif _BEFORE.fullmatch(name.removeprefix(f"{tower}/")):
+                factors[name] = decay ** (len(blocks) + 1)
+    return factors
+
+
+def warn_of_full_rate(config: PolicyConfig, policy: Policy, params: Tree) -> None:
+    """Warn if a pretrained image tower trains as fast as what starts random.
 
     A high rate destroys what the tower has learned: SigLIP (2303.15343, section 4) trains it at a tenth of
     the rate and without weight decay.
     """
-    image = [path for path in policy.learning_rate if path.startswith("vision_model/")]
-    covered = any(
-        re.fullmatch(pattern, path) for pattern, _ in config.learning_rate for path in image
+    image = [
+        name
+        for path, names in _names(params).items()
+        if path.startswith("vision_model/") and policy.trainable[path]
+        for name in names
+    ]
+    covered = "vision_model" in config.layer_decay or any(
+        _matches(pattern, name) for pattern, _ in config.learning_rate for name in image
     )
     if image and not covered and is_pretrained(config.lock)[0]:
         log.warning(
@@ -128,10 +291,15 @@ def warn_of_full_rate(config: PolicyConfig, policy: Policy) -> None:
         )
 
 
-def _apply_rules(key: str, own: Rules, default: Rules, paths: list[str]) -> dict[str, Any]:
+def _matches(pattern: str, name: str) -> bool:
+    """Return whether a rule is about a parameter of a block, which it may name without the block's number."""
+    return any(re.fullmatch(pattern, form) for form in (name, BLOCK.sub("layer/", name)))
+
+
+def _apply_rules(key: str, own: Rules, default: Rules, names: list[str]) -> Mapping[str, Any]:
     for pattern, _ in own:
         try:
-            matches = any(re.fullmatch(pattern, path) for path in paths)
+            matches = any(_matches(pattern, name) for name in names)
         except re.error as error:
             raise UserError(
                 f"config.policy.{key}: {pattern!r} is not a regular expression ({error})."
@@ -139,19 +307,19 @@ def _apply_rules(key: str, own: Rules, default: Rules, paths: list[str]) -> dict
         if not matches:
             raise UserError(
                 f"config.policy.{key}: {pattern!r} matches no {'' if key == 'trainable' else 'trainable '}"
-                "parameter; a rule matches the whole path, such as 'text_model/embeddings/.*'."
+                "parameter; a rule matches the whole name, such as 'text_model/embeddings/.*' or "
+                "'text_model/encoder/layer_(10|11)/.*'."
             )
     rules = (*own, *default)
     return {
-        path: next(value for pattern, value in rules if re.fullmatch(pattern, path))
-        for path in paths
+        name: next(value for pattern, value in rules if _matches(pattern, name)) for name in names
     }
 
 
-def _check_projection_rule(path: str, rules: Rules) -> None:
-    pattern = next(pattern for pattern, _ in rules if re.fullmatch(pattern, path))
+def _check_projection_rule(name: str, rules: Rules) -> None:
+    pattern = next(pattern for pattern, _ in rules if _matches(pattern, name))
     if "projection" not in pattern:
         raise UserError(
-            f"config.policy.trainable: the rule {pattern!r} would lock {path}, which starts random; "
+            f"config.policy.trainable: the rule {pattern!r} would lock {name}, which starts random; "
             "put a rule with True for it in front, or one that names it with False."
         )

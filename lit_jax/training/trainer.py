@@ -223,7 +223,7 @@ def _prepare(config: Config, workdir: Path, allowed_changes: Collection[str] = (
     to_steps = functools.partial(steps_of, config, data.examples)
     schedule = make_schedule(config.schedule, total=durations.total, steps=to_steps)
     setup = prepare(config, towers, mesh)
-    warn_of_full_rate(config.policy, setup.policy)
+    warn_of_full_rate(config.policy, setup.policy, setup.abstract)
     warn_of_export(setup)
     return _Prepared(
         config=config,

@@ -90,7 +90,7 @@ def test_multipliers_cover_the_trainable_parameters_alone():
 )
 def test_a_pretrained_image_tower_at_the_full_rate_is_told(caplog, lock, rules, is_told):
     config = PolicyConfig(lock=lock, **rules)
-    warn_of_full_rate(config, resolve_policy(config, PARAMS))
+    warn_of_full_rate(config, resolve_policy(config, PARAMS), PARAMS)
     assert len(caplog.records) == is_told
     for rule in (
         "learning_rate=(('vision_model/.*', 0.1),)",
