@@ -34,7 +34,8 @@ from PIL import Image
 
 from benchmarks.timing import Sample, Times
 from lit_jax.config import DataConfig, SourceConfig
-from lit_jax.data.image import ImageTransform, random_box
+from lit_jax.data.image import random_box
+from lit_jax.data.image_processor import load_image_transform
 from lit_jax.data.pipeline import TrainStream
 from lit_jax.data.readers import Captions, ImageTextReader, Pixels
 from lit_jax.data.sources import CAPTIONS_FILE, open_source
@@ -137,7 +138,7 @@ def read(file: Path, random: np.random.Generator) -> np.ndarray:
 
 
 def open_stream(folder: Path, batch: int, workers: int) -> TrainStream:
-    transform = ImageTransform.from_folder(DEMO / "vit", image_size=SIZE, crop_min_area=MIN_AREA)
+    transform = load_image_transform(DEMO / "vit", image_size=SIZE, crop_min_area=MIN_AREA)
     return TrainStream(
         open_source(SourceConfig(path=str(folder), group_captions=False)),
         ImageTextReader(Pixels(transform), Captions(load_tokenizer(DEMO / "bert", max_length=32))),

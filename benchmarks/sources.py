@@ -35,9 +35,8 @@ from pyarrow import parquet
 from benchmarks.input_pipeline import make_data
 from benchmarks.timing import in_turn
 from lit_jax.config import SourceConfig
-from lit_jax.data import records
 from lit_jax.data.convert import convert_shard, make_plan
-from lit_jax.data.sources import CAPTIONS_FILE, open_source
+from lit_jax.data.sources import CAPTIONS_FILE, open_source, records
 
 IMAGES = 64
 ROW_GROUP = 100  # rows, as docs/data.md advises

@@ -25,7 +25,7 @@ from benchmarks.contenders import tower_configs
 from benchmarks.input_pipeline import DEMO, make_data
 from benchmarks.timing import in_turn
 from lit_jax.config import MeshConfig, ModelConfig, SourceConfig
-from lit_jax.data.image import ImageTransform
+from lit_jax.data.image_processor import load_image_transform
 from lit_jax.data.sources import open_source
 from lit_jax.data.text import load_tokenizer
 from lit_jax.distributed.flags import set_flags
@@ -79,7 +79,7 @@ def make_encoder(batch: int, tiny: bool) -> Encoder:
     return Encoder(
         module=build_dual_encoder(vit, bert, ModelConfig()).pooled_only(),
         mesh=make_mesh(MeshConfig()),
-        image_transform=ImageTransform.from_folder(DEMO / "vit", image_size=vit["image_size"]),
+        image_transform=load_image_transform(DEMO / "vit", image_size=vit["image_size"]),
         tokenizer=tokenizer,
         batch_size=batch,
     )

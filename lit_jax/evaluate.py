@@ -26,7 +26,7 @@ from lit_jax.command_line import Parser
 from lit_jax.config import EvalConfig, MeshConfig, parse
 from lit_jax.console import add_path, command
 from lit_jax.credentials import split_keys
-from lit_jax.data.image import ImageTransform
+from lit_jax.data.image_processor import load_image_transform
 from lit_jax.data.makers import make_missing
 from lit_jax.data.text import load_tokenizer
 from lit_jax.distributed import process
@@ -223,7 +223,7 @@ def load_folder(model: str, position_ids: PositionIds | None = None) -> tuple[En
     encoder = Encoder(
         module=module.pooled_only(),
         mesh=mesh,
-        image_transform=ImageTransform.from_folder(folder),
+        image_transform=load_image_transform(folder),
         tokenizer=load_tokenizer(
             folder,
             max_length=_text_length(folder, module),

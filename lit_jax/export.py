@@ -15,7 +15,8 @@ import transformers
 
 from lit_jax.command_line import Parser
 from lit_jax.console import add_path, command
-from lit_jax.data.image import ImageTransform, load_processor
+from lit_jax.data.image import ImageTransform
+from lit_jax.data.image_processor import load_processor
 from lit_jax.data.text import check_saved, finish_saving, without_state
 from lit_jax.distributed import process
 from lit_jax.models.dual_encoder import DualEncoderModule

@@ -20,7 +20,7 @@ from PIL import Image
 from lit_jax.config import default, parse
 from lit_jax.configs.vit_bert import DIGITS
 from lit_jax.console import BAD_INPUT
-from lit_jax.data.decode import decode
+from lit_jax.data.image import decode
 from lit_jax.evaluate import main
 from lit_jax.training.trainer import train
 from lit_jax.weights.save import save_dual_encoder

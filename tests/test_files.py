@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from lit_jax.config import EvalConfig, SourceConfig
-from lit_jax.data import records
-from lit_jax.data.sources import open_source
+from lit_jax.data.sources import open_source, records
 from lit_jax.errors import UserError
 from lit_jax.evals.class_files import load_classes
 from lit_jax.files import parse_json

@@ -27,11 +27,10 @@ from tqdm import tqdm
 from lit_jax.command_line import Parser, unknown_flag
 from lit_jax.config import SourceConfig, parse
 from lit_jax.console import add_path, command
-from lit_jax.data import records
-from lit_jax.data.decode import decode, file_content
 from lit_jax.data.example import BadSampleError, Example, Source
+from lit_jax.data.image import decode, file_content
 from lit_jax.data.makers import make_missing
-from lit_jax.data.sources import open_source
+from lit_jax.data.sources import open_source, records
 from lit_jax.data.workers import start_worker
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json, whole, write_whole, writing_output

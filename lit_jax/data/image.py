@@ -1,31 +1,54 @@
-"""Image files to the bytes that go to the devices, and how those are normalised there.
+"""Images of any kind to the bytes that go to the devices: decoded, upright, resized, cropped, augmented.
 
-For evaluation the pixels equal those that the model's own image processor (transformers, PIL backend)
-rescales and normalises, to the last bit. Rescaling and normalising are one multiplication and one addition,
-which the device does in front of the tower: on the way there bytes are a quarter of float32.
+A broken image is a bad sample. For evaluation the pixels equal those that the model's own image processor
+(transformers, PIL backend) rescales and normalises, to the last bit. Rescaling and normalising are one
+multiplication and one addition, which the device does in front of the tower: on the way there bytes are a
+quarter of float32. image_processor.py makes the transform from the processor's file.
 """
 
 import contextlib
 import dataclasses
+import errno
+import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import UInt8
+from PIL import ExifTags, Image, ImageOps
 
 from lit_jax.config import ColorJitterConfig, RandAugmentConfig
 from lit_jax.data.augment import NO_JITTER, NO_OPERATIONS, color_jitter, rand_augment
-from lit_jax.data.decode import ImageFile, decode, opened, orientation_of, reduce_jpeg, upright_rgb
 from lit_jax.data.example import BadSampleError
-from lit_jax.data.pretrained import read_pretrained, unusable
+from lit_jax.data.files import File, ObjectPath, find, read_whole
 from lit_jax.data.resample import FILTERS, enlarge_window
-from lit_jax.errors import UserError
 from lit_jax.models.normalization import Normalization
 
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+# What a source gives; None: there is no image.
+ImageFile = File | bytes | np.ndarray | None
+WHITE = (255, 255, 255, 255)
+# Formats that are read, by Pillow's names, and the endings of their files in every kind of source. Pillow
+# knows more, and starts Ghostscript for one of them (EPS). The table stays the same whatever Pillow is
+# installed, since the endings decide which samples a source has; an index of tar files is made again when
+# they change (VERSION there). TGA stands last: it has no mark at its start.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif", ".avifs"),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "QOI": (".qoi",),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "TGA": (".tga",),
+}
+IMAGE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+
+
 # By EXIF orientation: where width is height, and which ends of a file's rows or columns come first upright.
 TURNED = (5, 6, 7, 8)
 FROM_RIGHT, FROM_BOTTOM = (2, 3, 6, 7), (3, 4, 7, 8)
@@ -63,51 +86,6 @@ class ImageTransform:
     color_jitter: ColorJitterConfig = NO_JITTER
     rand_augment: RandAugmentConfig = NO_OPERATIONS
     reduced_jpeg: bool = True
-
-    @classmethod
-    def from_folder(
-        cls,
-        folder: Path,
-        *,
-        image_size: int | None = None,
-        crop_min_area: float | None = None,
-        random_crop: bool = False,
-        **augmentations: Any,
-    ) -> "ImageTransform":
-        """Return the transform that the image processor in `folder` describes.
-
-        Args:
-            folder: has preprocessor_config.json (or processor_config.json).
-            image_size: overrides the height and width of the result.
-            augmentations: attributes of the transform that need no check.
-
-        Raises:
-            UserError: no such processor, or one that does more than resize, crop, rescale, normalise.
-        """
-        if crop_min_area is not None and not 0 < crop_min_area <= 1:
-            raise UserError(
-                f"config.data.crop_min_area is {crop_min_area}; it must be above 0 and at most 1."
-            )
-        processor = load_processor(folder, image_size=image_size)
-        # null, where the processor does not resize; a random crop does, as transformers' own default.
-        resample = Image.Resampling.BILINEAR if processor.resample is None else processor.resample
-        with _usable(folder):
-            table_3x256 = _table(processor)
-            transform = cls(
-                **_geometry(processor, folder),
-                resample=int(resample),
-                normalization=Normalization.through(table_3x256[:, 0], table_3x256[:, 255]),
-                crop_min_area=crop_min_area,
-                random_crop=random_crop,
-                **augmentations,
-            )
-            _check(transform, table_3x256, processor, folder)
-        if random_crop and (not transform.center_crop or crop_min_area is not None):
-            raise UserError(
-                "config.data.random_crop moves the crop of the image processor: it needs a processor that "
-                f"crops ({folder} has {'one' if transform.center_crop else 'none'}), and no crop_min_area."
-            )
-        return transform
 
     @property
     def output_shape(self) -> tuple[int, int, int]:
@@ -240,111 +218,6 @@ def random_box(
     return left, top, left + w, top + h
 
 
-def load_processor(folder: Path, *, image_size: int | None = None) -> Any:
-    """Load the transformers image processor (PIL backend) of a folder, with its size overridden.
-
-    With a centre crop the ratio of resized to cropped size is kept. Raises UserError if there is none.
-    """
-    # Slow to import, and worker processes do not need it.
-    from transformers import AutoImageProcessor
-
-    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
-        raise UserError(
-            f"{folder} has no image processor; put the image model's {PROCESSOR_FILES[0]} there."
-        )
-    with _usable(folder):
-        processor = read_pretrained(AutoImageProcessor, folder, *_about(folder), backend="pil")
-        # Most settings are first checked when they are used; an image_std of 0 would only be a warning.
-        with np.errstate(divide="raise", invalid="raise"):
-            processor(Image.new("RGB", (9, 8)))
-    if image_size is None:
-        return processor
-    square = {"height": image_size, "width": image_size}
-    if processor.do_center_crop:
-        crop = processor.crop_size["height"]
-        size = {
-            name: round(edge * image_size / crop) for name, edge in dict(processor.size).items()
-        }
-        processor.size, processor.crop_size = size, square
-    elif getattr(processor, "crop_pct", None):
-        processor.size = {"shortest_edge": image_size}
-    else:
-        processor.size = square
-    return processor
-
-
-def _about(folder: Path) -> tuple[str, str]:
-    """Return what messages call the processor of a folder, and what they advise."""
-    return (
-        f"The image processor in {folder}",
-        f"put the image model's own {PROCESSOR_FILES[0]} there.",
-    )
-
-
-@contextlib.contextmanager
-def _usable(folder: Path) -> Iterator[None]:
-    """Raise UserError for whatever transformers lets through where a setting of a processor is broken."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise unusable(error, *_about(folder)) from error
-
-
-def _geometry(processor: Any, folder: Path) -> dict[str, Any]:
-    size = dict(processor.size or {})
-    resize = size.get("shortest_edge") or (size.get("height"), size.get("width"))
-    resize = resize if processor.do_resize else None
-    crop = dict(processor.crop_size) if processor.do_center_crop else None
-    if isinstance(resize, int) and (part := getattr(processor, "crop_pct", None)):
-        # ConvNeXt: small images are cut out of the middle of larger ones, large ones are squeezed.
-        square = (resize, resize)
-        crop = dict(zip(("height", "width"), square, strict=True)) if resize < 384 else None
-        resize = int(resize / part) if crop else square
-    result = (crop["height"], crop["width"]) if crop else resize
-    if not isinstance(result, tuple) or None in result:
-        raise UserError(
-            f"The image processor in {folder} gives images of different sizes; "
-            "set config.data.image_size to the height and width that the model is to get."
-        )
-    height, width = result
-    return {"height": height, "width": width, "resize": resize, "center_crop": crop is not None}
-
-
-def _table(processor: Any) -> Float[np.ndarray, "3 256"]:
-    """Return the processor's results for the values 0..255 in each channel, float32."""
-    ramp_16x16x3 = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
-    as_is = {"do_resize": False, "do_center_crop": False, "do_pad": False}
-    result = processor(ramp_16x16x3, **as_is, return_tensors="np")
-    return result["pixel_values"].reshape(3, 256).astype(np.float32)
-
-
-def _check(
-    transform: ImageTransform,
-    table_3x256: Float[np.ndarray, "3 256"],
-    processor: Any,
-    folder: Path,
-) -> None:
-    """Raise UserError unless `transform` does on three noise images what `processor` does, and normalises
-    every value as `table_3x256` says."""
-    ramp_256x3 = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
-    difference_3x256 = np.abs(transform.normalization(ramp_256x3).T - table_3x256)
-    is_affine = difference_3x256.max() <= 1e-6 * np.abs(table_3x256).max()
-    rng = np.random.default_rng(0)
-    height, width = transform.height, transform.width
-    for shape in ((2 * height + 1, width + 4), (height + 3, 2 * width), (height // 2 + 1, width)):
-        noise = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
-        expected = processor(Image.fromarray(noise), return_tensors="np")["pixel_values"][0]
-        pixels_HxWx3 = transform.eval(noise)
-        channels = [table_3x256[c].take(pixels_HxWx3[..., c]) for c in range(3)]
-        if not (is_affine and np.array_equal(np.stack(channels), expected)):
-            raise UserError(
-                f"The image processor in {folder} ({type(processor).__name__}) does more than to resize, "
-                "crop, rescale and normalise; use the preprocessor_config.json of a ViT or CLIP processor."
-            )
-
-
 def _is_too_long(size: tuple[int, int], resized: tuple[int, int]) -> bool:
     """Return whether an image of a few pixels becomes one that costs much memory, most of it cropped away."""
     is_larger = resized[0] > size[0] and resized[1] > size[1]
@@ -362,3 +235,112 @@ def _target(resize: tuple[int, int] | int, size: tuple[int, int]) -> tuple[int, 
     if width <= height:
         return int(resize * height / width), resize
     return resize, int(resize * width / height)
+
+
+def decode(image: ImageFile) -> Image.Image:
+    """Return the first frame of an image as upright RGB.
+
+    The EXIF orientation is applied, transparency is put on white and 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        BadSampleError: there is no such file, or it holds no complete image of a sane size.
+    """
+    with opened(image) as picture:
+        return upright_rgb(picture)
+
+
+def file_content(path: File) -> bytes:
+    """Return the bytes of an image file; raises BadSampleError if it cannot be read."""
+    try:
+        return read_whole(find(path))
+    except OSError as error:
+        kind = "too_large" if error.errno == errno.EFBIG else "missing"
+        raise BadSampleError(error.strerror or str(error), kind) from error
+    except ValueError as error:  # no path at all: it has a null byte, or is no valid Unicode
+        raise BadSampleError(str(error), "missing") from error
+
+
+@contextlib.contextmanager
+def opened(image: ImageFile) -> Iterator[Image.Image]:
+    """Open an image and read no more than its header; what goes wrong inside the block is a bad sample."""
+    if image is None:
+        raise BadSampleError("no image", "missing")
+    if isinstance(image, np.ndarray):
+        yield Image.fromarray(image)
+        return
+    content = file_content(image) if isinstance(image, Path | ObjectPath) else image
+    if not content:
+        raise BadSampleError("0 bytes", "empty")
+    try:
+        with Image.open(io.BytesIO(content), formats=[*FORMATS]) as picture:
+            _check_size(picture)
+            yield picture
+    except BadSampleError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise BadSampleError(_other_file(content), "not_image") from error
+    # The warning is an exception only where the caller's filters make it one.
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise BadSampleError(str(error), "too_large") from error
+    except Exception as error:
+        # Pillow's parsers let through whatever a broken file makes them raise.
+        raise BadSampleError(str(error) or type(error).__name__) from error
+
+
+def _other_file(content: bytes) -> str:
+    """Return what a file is that is in none of `FORMATS`, by its first bytes alone."""
+    Image.init()
+    for name, (_, accepts) in Image.OPEN.items():
+        with contextlib.suppress(Exception):  # the start may be too short
+            if name not in FORMATS and accepts and accepts(content[:16]):
+                return f"an image in {name} format, and only {', '.join(FORMATS)} are read"
+    return "not an image"
+
+
+def _check_size(picture: Image.Image) -> None:
+    """Raise BadSampleError for a picture of more pixels than Pillow takes without a warning."""
+    # Pillow itself raises only above twice this size. A warnings filter would hold for the whole process.
+    width, height = picture.size
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        reason = f"{width} x {height} pixels are more than {Image.MAX_IMAGE_PIXELS}"
+        raise BadSampleError(f"{reason}: could be a decompression bomb", "too_large")
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(image, in_place=True)  # an upright one is not copied
+    return _to_rgb(image)
+
+
+def orientation_of(image: Image.Image) -> int:
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def reduce_jpeg(image: Image.Image, part: float) -> float:
+    """Have a JPEG file decoded at 1/2, 1/4 or 1/8 of its size, the smallest that is at least `part` of it.
+
+    The decoder computes only the low frequencies of each block of 8x8 pixels, which saves time and averages
+    the pixels. Returns the factor that the size is divided by; 1 for files of other formats.
+    """
+    width, height = image.size
+    drafted = image.draft(None, (math.ceil(width * part), math.ceil(height * part)))
+    if drafted is None:
+        return 1.0
+    _, (_, _, reduced_width, _) = drafted
+    return width / reduced_width
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "I" and image.format == "PPM":
+        # Pillow scales grey of more than 8 bits in PGM and PNM files to 0 ... 65535, whatever their maximum.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadSampleError(f"pixels of mode {image.mode} have no known range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
+    if image.mode != "RGB":
+        return image.convert("RGB")
+    image.load()  # `convert` would do so too, and then copy it
+    return image

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lit_jax.data.decode import ImageFile, decode
+from lit_jax.data.image import ImageFile, decode
 from lit_jax.evals.classes import Classes
 from lit_jax.evals.retrieval import RetrievalResult
 from lit_jax.evals.runner import Evaluation
@@ -219,7 +219,7 @@ def _pictures(result: ZeroShotResult, names: tuple[str, ...], show: ShowImage) -
     yield "</div>"
 
 
-def _class_accuracies(names: Sequence[str], accuracy_P: np.ndarray) -> Iterator[str]:
+def _class_accuracies(names: list[str], accuracy_P: np.ndarray) -> Iterator[str]:
     shown = _lowest(accuracy_P, CLASSES)
     yield "<h3>Accuracy of every class</h3>"
     if len(shown) < len(names):

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from lit_jax.config import TEACHER, Config, DataConfig, ModelConfig, TowerConfig
 from lit_jax.data.image import ImageTransform
+from lit_jax.data.image_processor import load_image_transform
 from lit_jax.data.readers import Captions, ImageTextReader, Inputs, Pixels, Reader, TextPairReader
 from lit_jax.data.text import tokenize
 from lit_jax.distributed.sharding import parameter_shardings
@@ -205,7 +206,7 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
         module = build_dual_encoder(
             towers.hf_config["vision_config"], towers.hf_config["text_config"], config.model
         )
-    image_transform = ImageTransform.from_folder(
+    image_transform = load_image_transform(
         towers.image_folder,
         image_size=config.data.image_size,
         crop_min_area=config.data.crop_min_area,

@@ -19,7 +19,7 @@ from typing import Any
 
 from lit_jax import __version__
 from lit_jax.config import TEACHER, Config, MeshConfig, parse
-from lit_jax.data.image import load_processor
+from lit_jax.data.image_processor import load_processor
 from lit_jax.data.text import check_saved, save_tokenizer
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.process import is_primary

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from lit_jax.data.image import ImageTransform
+from lit_jax.data.image_processor import load_image_transform
 from lit_jax.data.text import load_tokenizer
 
 DEMO = Path(__file__).parents[2] / "configs/demo"
@@ -49,7 +50,7 @@ def image_transform(tmp_path_factory: pytest.TempPathFactory) -> ImageTransform:
     folder = tmp_path_factory.mktemp("processor")
     settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 6, "width": 5}}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return ImageTransform.from_folder(folder, crop_min_area=0.3, flip=True)
+    return load_image_transform(folder, crop_min_area=0.3, flip=True)
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,9 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from lit_jax.config import SourceConfig
 from lit_jax.configs.vit_bert import DIGITS
-from lit_jax.data import records
 from lit_jax.data.convert import convert_shard, main, make_plan
 from lit_jax.data.example import Example
+from lit_jax.data.sources import records
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,7 +5,7 @@ import pytest
 
 from lit_jax.configs.demo import make_digits as digits
 from lit_jax.configs.demo import make_text_files
-from lit_jax.data.decode import decode
+from lit_jax.data.image import decode
 from lit_jax.data.text import load_tokenizer, tokenize
 from tests.digits import open_digits
 

@@ -16,8 +16,8 @@ from pyarrow import parquet
 
 from lit_jax.config import DataConfig, SourceConfig
 from lit_jax.data.convert import main as convert
-from lit_jax.data.decode import decode
 from lit_jax.data.example import BadSampleError, Source
+from lit_jax.data.image import decode
 from lit_jax.data.mixture import open_training_data
 from lit_jax.data.sources import grouping, open_source
 from lit_jax.data.sources.grouping import Groups

@@ -19,9 +19,9 @@ from PIL import EpsImagePlugin, Image
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 from transformers.image_transforms import convert_to_rgb
 
-from lit_jax.data.decode import FORMATS, IMAGE_SUFFIXES, decode
 from lit_jax.data.example import BadSampleError
-from lit_jax.data.image import ImageTransform, load_processor, random_box
+from lit_jax.data.image import FORMATS, IMAGE_SUFFIXES, decode, random_box
+from lit_jax.data.image_processor import load_image_transform, load_processor
 from lit_jax.errors import UserError
 from tests.data.conftest import train
 
@@ -82,7 +82,7 @@ FAMILIES = {
 
 
 def assert_equal_to_processor(folder: Path, image: np.ndarray, image_size: int | None = None):
-    transform = ImageTransform.from_folder(folder, image_size=image_size)
+    transform = load_image_transform(folder, image_size=image_size)
     processor = load_processor(folder, image_size=image_size)
     expected_3xHxW = processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
     pixels_HxWx3 = transform.eval(image)
@@ -121,11 +121,11 @@ def test_families_of_image_models(processor_folder, noise, family, image_size):
 def test_a_processor_that_does_not_resize_needs_no_resample(processor_folder, noise):
     folder = processor_folder(**FAMILIES["clip"], do_resize=False, resample=None)
     assert_equal_to_processor(folder, noise(61, 301, 3))
-    assert ImageTransform.from_folder(folder).resample == Image.Resampling.BILINEAR
+    assert load_image_transform(folder).resample == Image.Resampling.BILINEAR
 
 
 def test_image_size_keeps_the_ratio_of_resize_to_crop(processor_folder):
-    transform = ImageTransform.from_folder(processor_folder(**FAMILIES["dinov2"]), image_size=112)
+    transform = load_image_transform(processor_folder(**FAMILIES["dinov2"]), image_size=112)
     assert transform.output_shape == (112, 112, 3)
     assert transform.resize == 128
 
@@ -133,8 +133,8 @@ def test_image_size_keeps_the_ratio_of_resize_to_crop(processor_folder):
 def test_varying_sizes_are_refused_until_image_size_is_set(processor_folder):
     folder = processor_folder(**FAMILIES["clip"], do_center_crop=False)
     with pytest.raises(UserError, match=r"different sizes; set config\.data\.image_size"):
-        ImageTransform.from_folder(folder)
-    assert ImageTransform.from_folder(folder, image_size=20).output_shape == (20, 20, 3)
+        load_image_transform(folder)
+    assert load_image_transform(folder, image_size=20).output_shape == (20, 20, 3)
 
 
 def test_a_processor_that_does_more_is_refused(processor_folder):
@@ -145,7 +145,7 @@ def test_a_processor_that_does_more_is_refused(processor_folder):
         pad_size={"height": 9, "width": 9},
     )
     with pytest.raises(UserError, match=r"ViTImageProcessorPil\) does more than to resize"):
-        ImageTransform.from_folder(folder)
+        load_image_transform(folder)
 
 
 def test_a_processor_that_is_not_affine_is_refused(processor_folder, monkeypatch):
@@ -159,15 +159,15 @@ def test_a_processor_that_is_not_affine_is_refused(processor_folder, monkeypatch
     with pytest.raises(
         UserError, match=r"Gamma\) does more than to resize, crop, rescale and norm"
     ):
-        ImageTransform.from_folder(processor_folder(**FAMILIES["vit"]))
+        load_image_transform(processor_folder(**FAMILIES["vit"]))
 
 
 def test_a_missing_or_broken_processor_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no image processor; put .*preprocessor_config\.json"):
-        ImageTransform.from_folder(tmp_path)
+        load_image_transform(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be used"):
-        ImageTransform.from_folder(tmp_path)
+        load_image_transform(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -188,13 +188,13 @@ def test_a_missing_or_broken_processor_is_refused(tmp_path):
 def test_a_processor_that_does_not_work_is_refused(processor_folder, settings):
     folder = processor_folder(**FAMILIES["vit"] | settings)
     with pytest.raises(UserError, match=r"cannot be used \(.*own preprocessor_config\.json"):
-        ImageTransform.from_folder(folder)
+        load_image_transform(folder)
 
 
 @pytest.mark.parametrize("area", [0.0, -0.5, 1.5])
 def test_crop_min_area_must_be_a_part(processor_folder, area):
     with pytest.raises(UserError, match=r"config\.data\.crop_min_area is"):
-        ImageTransform.from_folder(processor_folder(**FAMILIES["vit"]), crop_min_area=area)
+        load_image_transform(processor_folder(**FAMILIES["vit"]), crop_min_area=area)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "CMYK", "YCbCr"])
@@ -356,16 +356,14 @@ def test_a_broken_file_is_a_bad_sample_or_an_image(noise, encode, data):
 
 def test_train_without_augmentation_is_eval(processor_folder, noise):
     folder = processor_folder(**FAMILIES["dinov2"])
-    transform = ImageTransform.from_folder(folder, image_size=8)
+    transform = load_image_transform(folder, image_size=8)
     image = noise(30, 20, 3)
     trained = train(transform, image, np.random.default_rng(0))
     np.testing.assert_array_equal(trained, transform.eval(image))
 
 
 def test_flip_mirrors_half_of_the_images(processor_folder, noise):
-    transform = ImageTransform.from_folder(
-        processor_folder(**FAMILIES["vit"]), image_size=6, flip=True
-    )
+    transform = load_image_transform(processor_folder(**FAMILIES["vit"]), image_size=6, flip=True)
     image, rng = noise(9, 9, 3), np.random.default_rng(0)
     flips = 0
     for _ in range(100):
@@ -395,8 +393,8 @@ def test_random_box_is_inside_and_large_enough(size, min_area, seed):
 
 def test_random_crop_is_a_window_of_what_the_processor_resized(processor_folder, noise):
     folder = processor_folder(**FAMILIES["clip"])
-    transform = ImageTransform.from_folder(folder, image_size=8, random_crop=True)
-    whole = ImageTransform.from_folder(folder, image_size=8)
+    transform = load_image_transform(folder, image_size=8, random_crop=True)
+    whole = load_image_transform(folder, image_size=8)
     image = noise(12, 12, 3)
     # The shorter edge is 8 after resizing, so make room: the window moves in a 12x12 image.
     roomy, still = (dataclasses.replace(t, resize=None) for t in (transform, whole))
@@ -414,12 +412,12 @@ def test_random_crop_is_a_window_of_what_the_processor_resized(processor_folder,
 
 def test_random_crop_needs_a_processor_that_crops(processor_folder):
     with pytest.raises(UserError, match=r"config\.data\.random_crop .* has none"):
-        ImageTransform.from_folder(processor_folder(**FAMILIES["vit"]), random_crop=True)
+        load_image_transform(processor_folder(**FAMILIES["vit"]), random_crop=True)
 
 
 def test_crop_cuts_a_box_out_and_resizes_it(processor_folder, noise):
     folder = processor_folder(**FAMILIES["vit"], resample=0)  # others look beyond the box
-    transform = ImageTransform.from_folder(folder, image_size=10, crop_min_area=0.2)
+    transform = load_image_transform(folder, image_size=10, crop_min_area=0.2)
     image = noise(40, 30, 3)
     box = random_box((30, 40), 0.2, np.random.default_rng(5))
     cut = np.asarray(Image.fromarray(image).crop(box).resize((10, 10), 0))

@@ -11,8 +11,8 @@ from pyarrow import parquet
 
 from lit_jax.config import SourceConfig
 from lit_jax.data import sources
-from lit_jax.data.decode import decode
 from lit_jax.data.example import BadSampleError
+from lit_jax.data.image import decode
 from lit_jax.data.sources import FORMATS, open_source
 from lit_jax.data.sources.json_list import is_list_of_rows
 from lit_jax.errors import UserError

@@ -329,6 +329,7 @@ def test_workers_end_when_training_is_killed(source, demo_folder, tmp_path):
         import multiprocessing, os, signal, sys
         from pathlib import Path
         from lit_jax.config import DataConfig, SourceConfig
+        from lit_jax.data.image_processor import load_image_transform
         from lit_jax.data.image import ImageTransform
         from lit_jax.data.pipeline import TrainStream
         from lit_jax.data.readers import Captions, ImageTextReader, Pixels
@@ -336,7 +337,7 @@ def test_workers_end_when_training_is_killed(source, demo_folder, tmp_path):
         from tests.digits import open_digits
         if __name__ == "__main__":
             demo = Path(sys.argv[1])
-            transform = ImageTransform.from_folder(demo / "vit")
+            transform = load_image_transform(demo / "vit")
             tokenizer = load_tokenizer(demo / "bert", max_length=24)
             stream = TrainStream(
                 open_digits("unseen"),

@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_jax.data.example import BadSampleError, Example
-from lit_jax.data.records import MANIFEST, Shard, decode, encode, read_manifest, write_manifest
+from lit_jax.data.sources.records import (
+    MANIFEST,
+    Shard,
+    decode,
+    encode,
+    read_manifest,
+    write_manifest,
+)
 from lit_jax.errors import UserError
 
 ANY_TEXT = st.text(st.characters(codec=None))  # also halves of surrogate pairs

@@ -15,8 +15,8 @@ from pyarrow import parquet
 
 from lit_jax.config import SourceConfig
 from lit_jax.data import files
-from lit_jax.data.decode import decode
 from lit_jax.data.example import BadSampleError, Source
+from lit_jax.data.image import decode
 from lit_jax.data.sources import open_source, tars
 from lit_jax.errors import UserError
 from tests.data.object_store import BUCKET, serve

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from lit_jax.config import SourceConfig
-from lit_jax.data.decode import decode
 from lit_jax.data.example import BadSampleError, Source, usable_label
 from lit_jax.data.files import line_offsets
+from lit_jax.data.image import decode
 from lit_jax.data.sources import open_source
 from lit_jax.data.sources.tfds import TfdsSource
 from lit_jax.errors import UserError

@@ -23,9 +23,9 @@ from pyarrow.fs import GcsFileSystem
 
 from lit_jax.config import DataConfig, SourceConfig
 from lit_jax.data import files, records
-from lit_jax.data.decode import decode
 from lit_jax.data.example import BadSampleError, Example, usable_label
 from lit_jax.data.files import ObjectPath, line_offsets, locate
+from lit_jax.data.image import decode
 from lit_jax.data.listing import expand
 from lit_jax.data.pipeline import TrainStream
 from lit_jax.data.readers import Captions, ImageTextReader, Pixels

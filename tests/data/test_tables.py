@@ -14,8 +14,8 @@ import pytest
 from pyarrow import parquet
 
 from lit_jax.config import SourceConfig
-from lit_jax.data.decode import decode
 from lit_jax.data.example import BadSampleError, usable_label
+from lit_jax.data.image import decode
 from lit_jax.data.sources import grouping, open_source
 from lit_jax.data.sources.checks import is_list
 from lit_jax.errors import UserError

@@ -13,7 +13,7 @@ from PIL import Image
 from lit_jax.config import ColorJitterConfig, RandAugmentConfig
 from lit_jax.data import image as image_module
 from lit_jax.data.example import BadSampleError, Example
-from lit_jax.data.image import ImageTransform, load_processor
+from lit_jax.data.image_processor import load_image_transform, load_processor
 from lit_jax.data.readers import Pixels
 from lit_jax.data.resample import FILTERS, enlarge_window
 from tests.data.conftest import train
@@ -62,7 +62,7 @@ def test_thin_images_are_the_processors_to_the_last_bit(
 ):
     folder = processor_folder(**CLIP, resample=resample)
     image = noise(height, width, 3)
-    pixels_HxWx3 = ImageTransform.from_folder(folder).eval(image)
+    pixels_HxWx3 = load_image_transform(folder).eval(image)
     processed = load_processor(folder)(Image.fromarray(image), return_tensors="np")
     np.testing.assert_array_equal(pixels_HxWx3.transpose(2, 0, 1), processed["pixel_values"][0])
 
@@ -72,7 +72,7 @@ def test_thin_images_are_the_processors_to_the_last_bit(
 def test_the_limit_changes_no_pixel(processor_folder, noise, monkeypatch, augmentation, crop):
     """In evaluation, training and fixed views; also where the crop is larger than what was resized."""
     folder = processor_folder(**CLIP | {"crop_size": {"height": crop, "width": crop}}, resample=3)
-    transform = ImageTransform.from_folder(folder, **AUGMENTATIONS[augmentation])
+    transform = load_image_transform(folder, **AUGMENTATIONS[augmentation])
 
     def pixels() -> list[np.ndarray]:
         result = []
@@ -90,7 +90,7 @@ def test_the_limit_changes_no_pixel(processor_folder, noise, monkeypatch, augmen
 
 
 def test_a_thin_image_is_too_large_where_its_crop_cannot_be_computed_alone(processor_folder, noise):
-    transform = ImageTransform.from_folder(processor_folder(**CLIP, resample=0))
+    transform = load_image_transform(processor_folder(**CLIP, resample=0))
     assert transform.eval(noise(1, 8000, 3)).shape == (64, 64, 3)
     with pytest.raises(BadSampleError, match=r"9000x1 pixels.*NEAREST.*576000x64") as raised:
         transform.eval(noise(1, 9000, 3))

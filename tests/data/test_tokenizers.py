@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, Siglip2Tokenizer
 
-from lit_jax.data.image import load_processor
+from lit_jax.data.image_processor import load_processor
 from lit_jax.data.text import check_saved, load_tokenizer, save_tokenizer, token_ids, tokenize
 from lit_jax.errors import UserError
 from tests.tokenizer_files import FAMILIES, TEXTS, write_tokenizer

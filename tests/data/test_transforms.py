@@ -13,8 +13,8 @@ from sklearn.datasets import load_sample_images
 
 from lit_jax.config import ColorJitterConfig, RandAugmentConfig
 from lit_jax.data.augment import JITTER, RAND_AUGMENT, color_jitter, rand_augment
-from lit_jax.data.decode import decode, reduce_jpeg
-from lit_jax.data.image import ImageTransform
+from lit_jax.data.image import ImageTransform, decode, reduce_jpeg
+from lit_jax.data.image_processor import load_image_transform
 from tests.data.conftest import train
 
 LUMA = np.array([0.299, 0.587, 0.114])
@@ -262,13 +262,13 @@ def test_rand_augment_draws_every_operation_and_both_directions():
 
 def test_train_augments_and_eval_does_not(processor_folder, noise):
     settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
-    plain = ImageTransform.from_folder(processor_folder(**settings))
+    plain = load_image_transform(processor_folder(**settings))
     image = noise(12, 10, 3)
     for change in (
         {"color_jitter": ColorJitterConfig(saturation=0.9)},
         {"rand_augment": RandAugmentConfig(operations=2)},
     ):
-        transform = ImageTransform.from_folder(processor_folder(**settings), **change)
+        transform = load_image_transform(processor_folder(**settings), **change)
         np.testing.assert_array_equal(transform.eval(image), plain.eval(image))
         results = [transform.train(image, np.random.default_rng(seed)) for seed in (0, 1, 0)]
         assert results[0].dtype == np.uint8
@@ -446,7 +446,7 @@ def photos() -> list[Image.Image]:
 
 def transforms(folder, **settings) -> tuple[ImageTransform, ImageTransform]:
     """With an augmentation: without any, training sees what evaluation sees."""
-    reduced = ImageTransform.from_folder(folder, flip=True, **settings)
+    reduced = load_image_transform(folder, flip=True, **settings)
     assert reduced.reduced_jpeg
     return reduced, dataclasses.replace(reduced, reduced_jpeg=False)
 

@@ -9,7 +9,7 @@ import pytest
 
 from lit_jax.config import MeshConfig, ModelConfig
 from lit_jax.data.example import Example
-from lit_jax.data.image import ImageTransform
+from lit_jax.data.image_processor import load_image_transform
 from lit_jax.data.text import load_tokenizer
 from lit_jax.distributed.mesh import make_mesh, replicated
 from lit_jax.evals.encode import Encoder
@@ -38,7 +38,7 @@ def make_encoder() -> Encoder:
     return Encoder(
         module=module,
         mesh=make_mesh(MeshConfig()),
-        image_transform=ImageTransform.from_folder(DEMO / "vit"),
+        image_transform=load_image_transform(DEMO / "vit"),
         tokenizer=tokenizer,
         batch_size=16,
     )

@@ -10,8 +10,8 @@ import pytest
 
 from lit_jax import export
 from lit_jax.console import BAD_INPUT
-from lit_jax.data.decode import decode
-from lit_jax.data.image import ImageTransform
+from lit_jax.data.image import decode
+from lit_jax.data.image_processor import load_image_transform
 from lit_jax.data.text import load_tokenizer, tokenize
 from lit_jax.models.families import build_tower
 from lit_jax.training import trainer
@@ -47,7 +47,7 @@ def exported(train_and_export):
 def our_logits(folder):
     module, params, _, _ = load_dual_encoder(folder, dtype="float32")
     tokens = tokenize(load_tokenizer(folder, max_length=24), TEXTS)
-    return compute_logits(module, params, tokens, ImageTransform.from_folder(folder))
+    return compute_logits(module, params, tokens, load_image_transform(folder))
 
 
 def compute_logits(module, params, tokens, transform):

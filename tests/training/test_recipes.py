@@ -10,8 +10,8 @@ import pytest
 
 from lit_jax import evaluate, export
 from lit_jax.config import parse
-from lit_jax.data.decode import decode
-from lit_jax.data.image import ImageTransform
+from lit_jax.data.image import decode
+from lit_jax.data.image_processor import load_image_transform
 from lit_jax.data.text import load_tokenizer, tokenize
 from lit_jax.errors import Preempted, UserError
 from lit_jax.training import trainer
@@ -92,7 +92,7 @@ def test_a_recipe_from_training_to_pytorch(name, tmp_path, monkeypatch, one_devi
 
 
 def logits(module, params, folder):
-    source, transform = open_digits("unseen"), ImageTransform.from_folder(folder)
+    source, transform = open_digits("unseen"), load_image_transform(folder)
     tokens = tokenize(load_tokenizer(folder, max_length=24), TEXTS)
     pixels = transform.normalization(
         np.stack([transform.eval(source[i]["image"]) for i in range(3)])

@@ -18,7 +18,6 @@ from lit_jax.data.example import Source
 from lit_jax.data.files import AddressError, File, local, locate, require_regular
 from lit_jax.data.listing import expand, is_system, shown, top_folders, walk
 from lit_jax.data.makers import is_maker, made_by
-from lit_jax.data.records import MANIFEST
 from lit_jax.data.sources import columns, flickr, hints, lists, metadata, splits
 from lit_jax.data.sources.checks import HasRows, check_first_rows
 from lit_jax.data.sources.delimited import DelimitedSource
@@ -26,7 +25,7 @@ from lit_jax.data.sources.grouping import Table, group_rows
 from lit_jax.data.sources.json_list import is_list_of_rows
 from lit_jax.data.sources.jsonl import JsonlSource, open_json_list
 from lit_jax.data.sources.pairs import open_pairs
-from lit_jax.data.sources.records import RecordSource
+from lit_jax.data.sources.records import MANIFEST, RecordSource
 from lit_jax.data.sources.tars import TarSource
 from lit_jax.data.sources.tfds import TfdsSource
 from lit_jax.errors import UserError

@@ -11,8 +11,8 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 
-from lit_jax.data.decode import IMAGE_SUFFIXES
 from lit_jax.data.files import File, read, read_text, require_regular
+from lit_jax.data.image import IMAGE_SUFFIXES
 from lit_jax.data.sources.lists import ListedSource, captioned, parsing
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from lit_jax.data.decode import IMAGE_SUFFIXES
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.files import File, check_text, encoding_problem, find, read_text, readable
+from lit_jax.data.image import IMAGE_SUFFIXES
 from lit_jax.data.listing import is_system, shown, system_part
 from lit_jax.data.sources import splits
 from lit_jax.errors import UserError

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from lit_jax.config import SourceConfig
-from lit_jax.data.decode import IMAGE_SUFFIXES
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.files import File, read_whole, readable
+from lit_jax.data.image import IMAGE_SUFFIXES
 from lit_jax.data.listing import is_system
 from lit_jax.data.sources import samples, splits
 from lit_jax.data.sources.rows import bad_sample

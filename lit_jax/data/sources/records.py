@@ -1,14 +1,96 @@
-"""Data that was converted to the project's own records."""
+"""Converted data: shards of ArrayRecord, and records.json that lists them.
+
+A record is one msgpack map of an Example's fields, those that are None left out: "key" text, "captions" list
+of texts, "image" the bytes of an image file, "label", "teacher_caption" ... The manifest is written last: a
+folder without one was not finished. With `group_size:1` a record is read without its neighbours.
+"""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgpack
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from lit_jax.data.example import BadSampleError, Example
-from lit_jax.data.records import decode, read_manifest
 from lit_jax.errors import UserError
+from lit_jax.files import parse_json, write_json
+
+MANIFEST = "records.json"
+VERSION = 1
+# Of each field its types; those that may be absent are None then.
+_KINDS = {
+    "key": str,
+    "image": bytes | None,
+    "captions": tuple,
+    "languages": tuple | None,
+    "teacher_caption": str | None,
+    "label": str | None,
+    "label_problem": str | None,
+}
+WRITER_OPTIONS = "group_size:1"
+
+
+class Shard(NamedTuple):
+    name: str  # of the file in the folder
+    count: int  # of its records
+
+
+def encode(example: Example) -> bytes:
+    """Return one record. Its image is bytes or None: whoever converts reads files and encodes pixels."""
+    image = example["image"]
+    if not isinstance(image, bytes | None):
+        raise TypeError(f"the image of a record is bytes or None, not {type(image).__name__}")
+    given = {key: value for key, value in example.items() if value is not None}
+    # surrogatepass: half a surrogate pair, which a cut through an emoji leaves in JSON, is kept as it is.
+    return msgpack.packb(given, unicode_errors="surrogatepass")  # pyright: ignore[reportReturnType]
+
+
+def decode(record: bytes) -> Example:
+    """Return what `encode` was given, without what was None. Raise BadSampleError if the record is none."""
+    try:
+        row: Any = msgpack.unpackb(record, unicode_errors="surrogatepass", use_list=False)
+        required = {"key": row["key"], "captions": row["captions"], "image": None, "label": None}
+        example = Example(**required | row)
+    except Exception as error:  # msgpack's exceptions have no base of their own
+        raise BadSampleError(f"not a record ({error!r})") from error
+    for name, kind in _KINDS.items():
+        if not isinstance(value := example.get(name), kind):
+            raise BadSampleError(f'not a record ("{name}" is of type {type(value).__name__})')
+    for name in ("captions", "languages"):
+        if not all(isinstance(text, str) for text in example.get(name) or ()):
+            raise BadSampleError(f'not a record ("{name}" has an item that is no text)')
+    if len(example.get("languages") or example["captions"]) != len(example["captions"]):
+        raise BadSampleError('not a record ("languages" are not as many as its captions)')
+    return example
+
+
+def write_manifest(folder: Path, shards: Sequence[Shard]) -> None:
+    """Write the manifest, which makes the folder a data set: all shards have to be there and closed."""
+    manifest = {"version": VERSION, "shards": [shard._asdict() for shard in shards]}
+    write_json(folder / MANIFEST, manifest)
+
+
+def read_manifest(folder: Path) -> tuple[Shard, ...]:
+    """Return the shards in their order.
+
+    Raises UserError if the manifest is damaged, of another version or lists none.
+    """
+    file = folder / MANIFEST
+    try:
+        manifest: Any = parse_json(file.read_text(encoding="utf-8"))
+        version = manifest["version"]
+        shards = tuple(Shard(str(row["name"]), int(row["count"])) for row in manifest["shards"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error!r}); convert the data again.") from error
+    if version != VERSION:
+        raise UserError(
+            f"{file} is of version {version}, this lit_jax reads {VERSION}; convert the data again."
+        )
+    if not sum(shard.count for shard in shards):
+        raise UserError(f"{file} lists no records; convert a data set that has some.")
+    return shards
 
 
 @dataclasses.dataclass(frozen=True)

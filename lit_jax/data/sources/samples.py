@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from lit_jax.config import SourceConfig
-from lit_jax.data.decode import IMAGE_SUFFIXES
 from lit_jax.data.example import BadKind, Example
 from lit_jax.data.files import MAX_FILE_BYTES, File
+from lit_jax.data.image import IMAGE_SUFFIXES
 from lit_jax.data.listing import is_system
 from lit_jax.data.sources.rows import example_of
 from lit_jax.files import parse_json

@@ -1,0 +1,166 @@
+"""The image processor of a model's folder: the transform that its file describes, checked against itself."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from lit_jax.data.image import ImageTransform
+from lit_jax.data.pretrained import read_pretrained, unusable
+from lit_jax.errors import UserError
+from lit_jax.models.normalization import Normalization
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def load_image_transform(
+    folder: Path,
+    *,
+    image_size: int | None = None,
+    crop_min_area: float | None = None,
+    random_crop: bool = False,
+    **augmentations: Any,
+) -> ImageTransform:
+    """Return the transform that the image processor in `folder` describes.
+
+    Args:
+        folder: has preprocessor_config.json (or processor_config.json).
+        image_size: overrides the height and width of the result.
+        augmentations: attributes of the transform that need no check.
+
+    Raises:
+        UserError: no such processor, or one that does more than resize, crop, rescale, normalise.
+    """
+    if crop_min_area is not None and not 0 < crop_min_area <= 1:
+        raise UserError(
+            f"config.data.crop_min_area is {crop_min_area}; it must be above 0 and at most 1."
+        )
+    processor = load_processor(folder, image_size=image_size)
+    # null, where the processor does not resize; a random crop does, as transformers' own default.
+    resample = Image.Resampling.BILINEAR if processor.resample is None else processor.resample
+    with _usable(folder):
+        table_3x256 = _table(processor)
+        transform = ImageTransform(
+            **_geometry(processor, folder),
+            resample=int(resample),
+            normalization=Normalization.through(table_3x256[:, 0], table_3x256[:, 255]),
+            crop_min_area=crop_min_area,
+            random_crop=random_crop,
+            **augmentations,
+        )
+        _check(transform, table_3x256, processor, folder)
+    if random_crop and (not transform.center_crop or crop_min_area is not None):
+        raise UserError(
+            "config.data.random_crop moves the crop of the image processor: it needs a processor that "
+            f"crops ({folder} has {'one' if transform.center_crop else 'none'}), and no crop_min_area."
+        )
+    return transform
+
+
+def load_processor(folder: Path, *, image_size: int | None = None) -> Any:
+    """Load the transformers image processor (PIL backend) of a folder, with its size overridden.
+
+    With a centre crop the ratio of resized to cropped size is kept. Raises UserError if there is none.
+    """
+    # Slow to import, and worker processes do not need it.
+    from transformers import AutoImageProcessor
+
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        raise UserError(
+            f"{folder} has no image processor; put the image model's {PROCESSOR_FILES[0]} there."
+        )
+    with _usable(folder):
+        processor = read_pretrained(AutoImageProcessor, folder, *_about(folder), backend="pil")
+        # Most settings are first checked when they are used; an image_std of 0 would only be a warning.
+        with np.errstate(divide="raise", invalid="raise"):
+            processor(Image.new("RGB", (9, 8)))
+    if image_size is None:
+        return processor
+    square = {"height": image_size, "width": image_size}
+    if processor.do_center_crop:
+        crop = processor.crop_size["height"]
+        size = {
+            name: round(edge * image_size / crop) for name, edge in dict(processor.size).items()
+        }
+        processor.size, processor.crop_size = size, square
+    elif getattr(processor, "crop_pct", None):
+        processor.size = {"shortest_edge": image_size}
+    else:
+        processor.size = square
+    return processor
+
+
+def _about(folder: Path) -> tuple[str, str]:
+    """Return what messages call the processor of a folder, and what they advise."""
+    return (
+        f"The image processor in {folder}",
+        f"put the image model's own {PROCESSOR_FILES[0]} there.",
+    )
+
+
+@contextlib.contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    """Raise UserError for whatever transformers lets through where a setting of a processor is broken."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise unusable(error, *_about(folder)) from error
+
+
+def _geometry(processor: Any, folder: Path) -> dict[str, Any]:
+    size = dict(processor.size or {})
+    resize = size.get("shortest_edge") or (size.get("height"), size.get("width"))
+    resize = resize if processor.do_resize else None
+    crop = dict(processor.crop_size) if processor.do_center_crop else None
+    if isinstance(resize, int) and (part := getattr(processor, "crop_pct", None)):
+        # ConvNeXt: small images are cut out of the middle of larger ones, large ones are squeezed.
+        square = (resize, resize)
+        crop = dict(zip(("height", "width"), square, strict=True)) if resize < 384 else None
+        resize = int(resize / part) if crop else square
+    result = (crop["height"], crop["width"]) if crop else resize
+    if not isinstance(result, tuple) or None in result:
+        raise UserError(
+            f"The image processor in {folder} gives images of different sizes; "
+            "set config.data.image_size to the height and width that the model is to get."
+        )
+    height, width = result
+    return {"height": height, "width": width, "resize": resize, "center_crop": crop is not None}
+
+
+def _table(processor: Any) -> Float[np.ndarray, "3 256"]:
+    """Return the processor's results for the values 0..255 in each channel, float32."""
+    ramp_16x16x3 = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    as_is = {"do_resize": False, "do_center_crop": False, "do_pad": False}
+    result = processor(ramp_16x16x3, **as_is, return_tensors="np")
+    return result["pixel_values"].reshape(3, 256).astype(np.float32)
+
+
+def _check(
+    transform: ImageTransform,
+    table_3x256: Float[np.ndarray, "3 256"],
+    processor: Any,
+    folder: Path,
+) -> None:
+    """Raise UserError unless `transform` does on three noise images what `processor` does, and normalises
+    every value as `table_3x256` says."""
+    ramp_256x3 = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
+    difference_3x256 = np.abs(transform.normalization(ramp_256x3).T - table_3x256)
+    is_affine = difference_3x256.max() <= 1e-6 * np.abs(table_3x256).max()
+    rng = np.random.default_rng(0)
+    height, width = transform.height, transform.width
+    for shape in ((2 * height + 1, width + 4), (height + 3, 2 * width), (height // 2 + 1, width)):
+        noise = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        expected = processor(Image.fromarray(noise), return_tensors="np")["pixel_values"][0]
+        pixels_HxWx3 = transform.eval(noise)
+        channels = [table_3x256[c].take(pixels_HxWx3[..., c]) for c in range(3)]
+        if not (is_affine and np.array_equal(np.stack(channels), expected)):
+            raise UserError(
+                f"The image processor in {folder} ({type(processor).__name__}) does more than to resize, "
+                "crop, rescale and normalise; use the preprocessor_config.json of a ViT or CLIP processor."
+            )
