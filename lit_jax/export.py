@@ -22,6 +22,7 @@ from lit_jax.distributed import process
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.models.patches import pair
 from lit_jax.models.tower import ImageTower
+from lit_jax.training.disk import quiet_orbax
 from lit_jax.training.workdir import load_run, model_folder
 from lit_jax.weights.save import save_dual_encoder
 
@@ -35,6 +36,7 @@ PROCESSORS = {
 }
 
 
+@quiet_orbax()
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("lit_jax.export", __doc__)

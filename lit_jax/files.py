@@ -15,8 +15,9 @@ from lit_jax.errors import UserError
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 _LONGEST_NAME = 255  # of Linux and macOS
-# Orbax lists the parts of a checkpoint by a pattern that begins with the folder's own path.
-_PATTERN = re.compile(r"[\[\]*?]")
+# Orbax lists the parts of a checkpoint by a pattern that begins with the folder's own path. TensorStore takes
+# a backslash for a slash, so that a checkpoint lies elsewhere than where it is looked for.
+_PATTERN = re.compile(r"[\[\]*?\\]")
 
 
 def local_path(name: str, text: str) -> Path:
@@ -77,7 +78,8 @@ def output_path(name: str, text: str) -> Path:
     if found := _PATTERN.search(resolved):
         raise UserError(
             f"{name}={text}: the path {resolved} has the character {found[0]}, which the libraries that read "
-            "and write there take for part of a pattern; give a path without [, ], * and ?."
+            "and write there take for part of a pattern, or for a slash; give a path without [, ], *, ? and "
+            "backslashes."
         )
     return path
 

@@ -31,6 +31,7 @@ VALUES = (
     "~nobody-is-called-so/x",
     "run[1]",
     "a?b",
+    r"C:\run",
 )
 
 

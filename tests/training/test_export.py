@@ -2,17 +2,20 @@
 
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from lit_jax import export
+from lit_jax import evaluate, export
 from lit_jax.console import BAD_INPUT
 from lit_jax.data.image import decode
 from lit_jax.data.image_processor import load_image_transform
 from lit_jax.data.text import load_tokenizer, tokenize
+from lit_jax.errors import UserError
 from lit_jax.models.families import build_tower
 from lit_jax.training import trainer
 from lit_jax.training.workdir import load_run
@@ -57,6 +60,26 @@ def compute_logits(module, params, tokens, transform):
     )
     output = jax.jit(module.apply)({"params": params}, {"pixel_values": pixels, **tokens})
     return np.exp(output.logit_scale) * output.image_embeds @ output.text_embeds.T
+
+
+@pytest.mark.parametrize("command", [export, evaluate])
+def test_a_run_that_cannot_be_read_is_one_sentence(tmp_path, command, monkeypatch, capsys):
+    """Without what Orbax's threads print about the arrays that they give up after the first."""
+    printed = []
+
+    def load(*_, **__):
+        given_up = RuntimeError("Event loop is closed")
+        sys.unraisablehook(types.SimpleNamespace(exc_value=given_up))
+        raise UserError("The run is damaged.")
+
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    monkeypatch.setattr(command, "load_run", load)
+    data = tmp_path / "captions.jsonl"
+    data.write_text('{"image": "a.jpg", "caption": "a dog"}\n')
+    flags = [f"--data={data}"] if command is evaluate else [f"--output={tmp_path / 'exported'}"]
+    assert command.main([f"--workdir={tmp_path}", *flags]) == BAD_INPUT
+    assert capsys.readouterr().err == "error: The run is damaged.\n"
+    assert not printed
 
 
 def test_reading_it_back_is_exact(exported):
