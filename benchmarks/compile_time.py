@@ -20,7 +20,7 @@ from lit_jax.config import parse
 from lit_jax.configs.vit_bert import get_config
 from lit_jax.distributed.flags import set_flags
 from lit_jax.planning.chips import open_topology
-from lit_jax.planning.planner import abstract_program, traced
+from lit_jax.planning.planner import abstract_step, traced
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo"
 BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -50,10 +50,10 @@ def print_row(target: str, devices: Sequence[Any], depth: int) -> None:
     raw.model.image.overrides = {**layers, "image_size": 224, "patch_size": 16}
     raw.model.text.overrides = layers
     raw.data.image_size, raw.batch_size = 224, 32
-    program = abstract_program(parse(raw), devices)
+    step = abstract_step(parse(raw), devices)
     start = time.process_time()
-    with jax.set_mesh(program.setup.mesh):
-        lowered = traced(program, program.abstract_batch(32)).lower()
+    with jax.set_mesh(step.model.mesh):
+        lowered = traced(step, step.abstract_batch(32)).lower()
         traced_at = time.process_time()
         lowered.compile()
     times = (traced_at - start, time.process_time() - traced_at)

@@ -160,7 +160,7 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
     from lit_jax.training.losses import softmax_loss
     from lit_jax.training.optimizers import make_optimizer
     from lit_jax.training.policy import resolve_policy
-    from lit_jax.training.step import State, jit_train_step, train_step
+    from lit_jax.training.train_step import State, jit_train_step, train_step
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     jax.set_mesh(mesh)

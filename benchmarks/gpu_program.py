@@ -20,7 +20,7 @@ from benchmarks.contenders import PROJECTION, SIZES, tower_configs
 from lit_jax.config import parse
 from lit_jax.configs.vit_bert import get_config
 from lit_jax.distributed.flags import set_flags
-from lit_jax.planning.planner import abstract_program, traced
+from lit_jax.planning.planner import abstract_step, traced
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo"
 H100, HOPPER = "NVIDIA H100 80GB HBM3", (9, 0)
@@ -94,12 +94,12 @@ def memory(size: str, lock: str, batch_size: int, devices: Sequence[Any]) -> tup
     raw.data.image_size = SIZES[size].pixels
     raw.data.max_text_length = SIZES[size].tokens
     raw.policy.lock, raw.remat, raw.batch_size = lock, "none", batch_size
-    program = abstract_program(parse(raw), devices)
-    with jax.set_mesh(program.setup.mesh):
-        step = traced(program, program.abstract_batch(batch_size)).lower().compile()
-    of_step = step.memory_analysis()
-    held = of_step.argument_size_in_bytes
-    return held, of_step.peak_memory_in_bytes - held
+    step = abstract_step(parse(raw), devices)
+    with jax.set_mesh(step.model.mesh):
+        compiled = traced(step, step.abstract_batch(batch_size)).lower().compile()
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes
+    return held, memory.peak_memory_in_bytes - held
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from lit_jax.config_values import (
 from lit_jax.credentials import take_keys
 from lit_jax.errors import UserError
 
+Side = Literal["image", "text"]
 Pooling = Literal["pooler", "cls", "mean"]
 Remat = Literal["none", "matmuls", "block"]
 Rules = tuple[tuple[str, Any], ...]

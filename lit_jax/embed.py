@@ -11,20 +11,38 @@ the last two run it again to go on.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+import jax
 
 from lit_jax.command_line import Parser
+from lit_jax.config import Config, Side
 from lit_jax.config_file import load_config, parse_with_config
 from lit_jax.console import add_path, command
 from lit_jax.data.makers import make_missing, sources_of
+from lit_jax.data.mixture import open_training_data
 from lit_jax.distributed import process
+from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import UserError
-from lit_jax.training.embed_data import embed
+from lit_jax.models.dual_encoder import tower_name
+from lit_jax.precomputed.fingerprint import tower_fingerprint
+from lit_jax.precomputed.format import Counts
+from lit_jax.precomputed.match import describe
+from lit_jax.precomputed.write import FeatureWriter, check_free
+from lit_jax.training.checks import check_captions, check_locked
+from lit_jax.training.model_factory import Model, build_model, first_parameters
+from lit_jax.training.policy import merge
+from lit_jax.trees import Tree
+
+ROWS_PER_DEVICE = 64
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with these arguments, by default those of the process."""
     parser = Parser("lit_jax.embed", __doc__)
     parser.add_argument("--config", required=True, help="file.py or file.py:argument")
     add_path(parser, "--output", required=True, help="folder to write")
@@ -32,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--views", type=int, help="of each image; config.data.views if not given")
     parser.add_argument("--batch_size", type=int, help="rows a step of a process; 64 a device")
     args, overrides = parse_with_config(parser, argv)
-    process.initialize()  # first: a config file may ask JAX for its devices
+    # First: a config file may ask JAX for its devices.
+    process.initialize()
     config = load_config(args.config, overrides)
     if args.views is not None:
         if args.side == "text":
@@ -48,6 +67,62 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = " and ".join(config.data.mixture) or config.data.train.path
         print(f"{counts.rows} rows of {data} are in {args.output}", end="; ")
         print(f"{counts.bad} examples are bad")
+
+
+def embed(config: Config, folder: Path, side: Side, *, batch_size: int | None = None) -> Counts:
+    """Embed the training data with the locked tower of that side into `folder`, or go on there.
+
+    All processes work on shards of their own, with a copy of the tower each: no process waits for another
+    one's images, and any number of them may go on.
+
+    Args:
+        batch_size: rows a step of this process; 64 for each of its devices if not given.
+
+    Raises UserError on bad input, also where too many samples are bad, and Preempted after SIGTERM; shards
+    that are not whole are then lost.
+    """
+    # Before the weights are read: this error should not take minutes.
+    check_free(folder)
+    # Only the tower's own axis is asked for, as far as it fits into this process.
+    devices = jax.local_devices()
+    fsdp = math.gcd(config.mesh.fsdp, len(devices))
+    mesh = make_mesh(dataclasses.replace(config.mesh, data=-1, fsdp=fsdp), devices)
+    source = open_training_data(config.data)
+    model = build_model(config, mesh)
+    check_locked(model, side, "python -m lit_jax.embed")
+    if side == "text":
+        check_captions(model.processors.tokenizer, source)
+    if side == "image" and config.data.views is None and model.processors.image_transform.is_random:
+        raise UserError(
+            "The config augments the images; say with --views=K how many views of each are to be embedded."
+        )
+    header = describe(model.module, model.processors, source, side, config.data.views)
+    with jax.set_mesh(mesh):
+        params = _tower_parameters(model, side)
+        tower = tower_fingerprint(model.module, side, params)
+    writer = FeatureWriter(
+        source=source,
+        inputs=model.processors.inputs(side, config.data.views),
+        module=model.module,
+        params=params,
+        mesh=mesh,
+        side=side,
+        rows=-(-(batch_size or ROWS_PER_DEVICE * mesh.size) // mesh.size) * mesh.size,
+        threads=config.data.threads,
+    )
+    header = dataclasses.replace(header, tower=tower)
+    return writer.write(folder, header, config.data.max_bad_fraction)
+
+
+def _tower_parameters(model: Model, side: Side) -> Tree:
+    """Return the tower's parameters in the dtype in which the train step has them, and the scalars.
+
+    Flax asks for the scalars whatever is computed.
+    """
+    params = merge(*first_parameters(model))
+    needed = {k: v for k, v in params.items() if k == tower_name(side) or isinstance(v, jax.Array)}
+    abstract = {name: model.abstract[name] for name in needed}
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), needed, abstract)
 
 
 if __name__ == "__main__":

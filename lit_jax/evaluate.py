@@ -207,7 +207,9 @@ def _load(args: argparse.Namespace) -> tuple[Encoder, Params, EvaluatedModel]:
         return *load_folder(args.model, args.position_ids), EvaluatedModel(model=args.model)
     trained = load_run(args.workdir, step=args.step)
     subject = EvaluatedModel(model=args.workdir.absolute().name, pretrained=f"step {trained.step}")
-    return Encoder.of_setup(trained.setup), trained.params, subject
+    model = trained.model
+    encoder = Encoder.from_processors(model.module, model.mesh, model.processors)
+    return encoder, trained.params, subject
 
 
 def load_folder(model: str, position_ids: PositionIds | None = None) -> tuple[Encoder, Params]:

@@ -47,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     process.open_devices()
     # Locked parameters are on disk as they were read; float32 gives them away unrounded.
     run = load_run(args.workdir, step=args.step, dtype="float32")
-    model_type = run.setup.hf_config["model_type"]
-    processor = Processor(model_folder(args.workdir), run.setup.tokenizer, model_type)
+    model_type = run.model.hf_config["model_type"]
+    processor = Processor(model_folder(args.workdir), run.model.processors.tokenizer, model_type)
     params = jax.device_get(run.params)
-    model = at_image_size(run.module, run.setup.hf_config, params, run.setup.image_transform)
-    module, hf_config, params = model
+    transform = run.model.processors.image_transform
+    module, hf_config, params = at_image_size(run.module, run.model.hf_config, params, transform)
     save_dual_encoder(args.output, hf_config, module, params, processor)
     print(f"step {run.step} of {args.workdir} is in {args.output}")
 

@@ -22,11 +22,10 @@ from lit_jax.evals.encode import Encoder
 from lit_jax.files import write_json, write_whole
 from lit_jax.reports.html_page import html_report
 from lit_jax.reports.result_files import EvaluatedModel, write_results
-from lit_jax.training.disk import quiet_orbax, writing
-from lit_jax.training.evaluation import Evaluations
+from lit_jax.training.io_errors import io_errors, quiet_orbax
 from lit_jax.training.metrics import read_metrics
-from lit_jax.training.trainer import train
-from lit_jax.training.workdir import Run
+from lit_jax.training.model_factory import TrainedModel
+from lit_jax.training.trainer import Evaluations, train
 
 
 @quiet_orbax()
@@ -61,38 +60,44 @@ class ConfiguredEvaluations(Evaluations):
     def check(self, tokenizer: Any) -> None:
         runner.check_tokens(self._prepared, tokenizer)
 
-    def measure(self, run: Run, names: Collection[str]) -> runner.Metrics:
+    def measure(self, trained: TrainedModel, names: Collection[str]) -> runner.Metrics:
         chosen = [task for task in self._prepared if task.key in names]
-        return runner.flatten_metrics(self._evaluate(run, chosen))
+        return runner.flatten_metrics(self._evaluate(trained, chosen))
 
-    def finish(self, run: Run) -> None:
-        finish(self._config, self._workdir, run, self._finally(run))
+    def finish(self, trained: TrainedModel) -> None:
+        finish(self._config, self._workdir, trained, self._finally(trained))
 
-    def _finally(self, run: Run) -> list[runner.Evaluation]:
+    def _finally(self, trained: TrainedModel) -> list[runner.Evaluation]:
         """Return the evaluations at the end of a run, of which only those that are not done yet are run."""
         chosen = [task for task in self._prepared if task.config.at_end]
-        done = self._done if self._step == run.step else {}
-        self._evaluate(run, [task for task in chosen if task.name not in done])
+        done = self._done if self._step == trained.step else {}
+        self._evaluate(trained, [task for task in chosen if task.name not in done])
         return [self._done[task.name] for task in chosen]
 
     def _evaluate(
-        self, run: Run, tasks: Sequence[runner.PreparedEval]
+        self, trained: TrainedModel, tasks: Sequence[runner.PreparedEval]
     ) -> Sequence[runner.Evaluation]:
-        done = runner.run(tasks, Encoder.of_setup(run.setup), run.params)
-        earlier = self._done if self._step == run.step else {}
-        self._done, self._step = earlier | {e.prepared.name: e for e in done}, run.step
+        done = runner.run(tasks, encoder_of(trained), trained.params)
+        earlier = self._done if self._step == trained.step else {}
+        self._done, self._step = earlier | {e.prepared.name: e for e in done}, trained.step
         return done
 
 
+def encoder_of(trained: TrainedModel) -> Encoder:
+    """Return the encoder that evaluates a trained model."""
+    model = trained.model
+    return Encoder.from_processors(model.module, model.mesh, model.processors)
+
+
 def finish(
-    config: Config, workdir: Path, run: Run, evaluations: Sequence[runner.Evaluation]
+    config: Config, workdir: Path, trained: TrainedModel, evaluations: Sequence[runner.Evaluation]
 ) -> None:
     """Write results.json, evals/ and the report, and print what the user sees last."""
     if not process.is_primary():
         return
     results = runner.flatten_metrics(evaluations)
-    model = EvaluatedModel(model=workdir.absolute().name, pretrained=f"step {run.step}")
-    with writing(workdir):
+    model = EvaluatedModel(model=workdir.absolute().name, pretrained=f"step {trained.step}")
+    with io_errors(workdir):
         write_json(workdir / "results.json", results)
         if evaluations:
             write_results(workdir / "evals", evaluations, model)

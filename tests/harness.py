@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lit_jax.models.families import build_tower
-from lit_jax.training.similarity import similarity_logits
+from lit_jax.training.losses import similarity_logits
 from lit_jax.trees import flatten
 from lit_jax.weights.hub import read_config
 from lit_jax.weights.load import load_dual_encoder, load_tower

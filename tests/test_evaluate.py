@@ -75,7 +75,7 @@ def exported(run, tmp_path_factory) -> Path:
     trained, workdir = run
     folder = tmp_path_factory.mktemp("exported")
     params = jax.tree.map(np.asarray, trained.params)
-    save_dual_encoder(folder, trained.setup.hf_config, trained.module, params)
+    save_dual_encoder(folder, trained.model.hf_config, trained.module, params)
     for file in (workdir / "model").iterdir():
         if file.name != "config.json":
             shutil.copy(file, folder)

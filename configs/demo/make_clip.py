@@ -15,7 +15,7 @@ from lit_jax.config import default, parse
 from lit_jax.configs import vit_bert
 from lit_jax.data.makers import make_missing, sources_of
 from lit_jax.evals import runner
-from lit_jax.evals.encode import Encoder
+from lit_jax.train import encoder_of
 from lit_jax.training.trainer import train
 
 FOLDER = Path(__file__).resolve().parent / "clip"
@@ -51,7 +51,7 @@ def main() -> None:
         run = train(trained, workdir)
         export.main([f"--workdir={workdir}", f"--output={exported}"])
         shutil.copyfile(exported / "model.safetensors", FOLDER / "model.safetensors")
-        encoder = Encoder.of_setup(run.setup)
+        encoder = encoder_of(run)
         print(runner.table(runner.run(runner.open_evals(trained.evals), encoder, run.params)))
 
 

@@ -37,8 +37,7 @@ from lit_jax.models.dual_encoder import (
     normalize,
 )
 from lit_jax.models.tower import TowerOutput
-from lit_jax.training.losses import make_loss
-from lit_jax.training.similarity import similarity_logits
+from lit_jax.training.losses import make_loss, similarity_logits
 from lit_jax.weights import hub, load, save
 
 

@@ -1,13 +1,14 @@
 """What a training batch is made of: images with texts, or texts with a teacher's texts."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lit_jax.config import TEACHER
+from lit_jax.config import TEACHER, Side
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.text import tokenize
@@ -83,6 +84,33 @@ class Captions:
 
     def collate(self, rows: Sequence[str]) -> Batch:
         return tokenize(self.tokenizer, rows, length=self.tokenizer.model_max_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Processors:
+    """The image transform and the tokenizer of a model, and the tokenizer of its teacher if it has one."""
+
+    image_transform: ImageTransform
+    tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+
+    def inputs(self, side: Side, views: int | None) -> "Pixels | Captions":
+        """Return the maker of one tower's inputs; `views` are fixed views of each image, None: any number."""
+        return Pixels(self.image_transform, views) if side == "image" else Captions(self.tokenizer)
+
+
+def make_reader(
+    processors: Processors,
+    views: int | None,
+    precomputed: Mapping[Side, Inputs] = MappingProxyType({}),
+) -> Reader:
+    """Return the reader of training batches; `precomputed` takes the place of a tower's own inputs."""
+    if processors.teacher_tokenizer is not None:
+        return TextPairReader(processors.tokenizer, processors.teacher_tokenizer)
+    image, text = (
+        precomputed.get(side) or processors.inputs(side, views) for side in ("image", "text")
+    )
+    return ImageTextReader(image, text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,24 +1,17 @@
 """Embeddings that were computed before: in memory for one model's evaluations, on disk for later ones."""
 
-import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lit_jax.data.example import BadSampleError, Source
-from lit_jax.data.files import ObjectPath, signature
-from lit_jax.distributed.checksums import checksums
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import write_whole
-from lit_jax.trees import flatten
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +19,10 @@ Arrays = tuple[np.ndarray, ...]
 
 
 class EmbeddingCache:
-    """What one model makes of images and texts; take a new one when its parameters have changed.
+    """The embeddings that one model has computed; take a new cache when its parameters have changed.
 
-    With a `folder` that outlives the command: a file is named after all that decides its content, so that
-    what is no longer asked for is never wrong, only useless.
+    With a `folder`, embeddings outlive the command. A file is named after all that decides its content, so
+    that an old file is never wrong, only useless.
     """
 
     def __init__(self, folder: Path | None = None):
@@ -50,12 +43,12 @@ class EmbeddingCache:
         compute: Callable[[], Arrays],
         complete: Callable[[Arrays], Arrays],
     ) -> Arrays:
-        """What `compute` returns, computed only if it is not there.
+        """Return what `compute` returns; call it only if that is not in the cache.
 
         Args:
             key: names it in memory.
             fingerprint: names it on disk; called only if there is a folder.
-            complete: tries again what the arrays from disk lack; gives them back as they are if in vain.
+            complete: tries again what the arrays from disk lack; returns the same arrays if in vain.
         """
         if key not in self._memory:
             self._memory[key] = (
@@ -96,61 +89,14 @@ class EmbeddingCache:
                 return tuple(content[name] for name in content.files)
         except FileNotFoundError:
             return None
-        except Exception as error:  # of a damaged file NumPy lets through whatever it raises
+        except Exception as error:
+            # NumPy raises many types for a damaged file.
             log.warning("%s is damaged (%s); it is made anew.", file, error)
             return None
 
 
 def _broadcast(text_B: np.ndarray) -> bytes:
-    """The bytes that the primary process has, up to 1 KiB of them."""
+    """Return the bytes that the primary process has, up to 1 KiB of them."""
     padded = np.zeros(1024, np.uint8)
     padded[: len(text_B)] = text_B
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().rstrip(b"\0")
-
-
-def of_parts(*parts: Any) -> str:
-    """A name for what these values decide together: texts, numbers, arrays in tuples, lists and dicts."""
-    digest = hashlib.blake2b(digest_size=16)
-    leaves = jax.tree.flatten_with_path(parts, is_leaf=lambda leaf: leaf is None)[0]
-    for path, leaf in leaves:
-        array = isinstance(leaf, np.ndarray)
-        text = repr((jax.tree_util.keystr(path), (leaf.dtype.str, leaf.shape) if array else leaf))
-        digest.update(text.encode("utf-8", "surrogatepass"))
-        digest.update(leaf.tobytes() if array else b"\0")
-    return digest.hexdigest()
-
-
-def side_params(params: Mapping[str, Any], tower: str) -> Mapping[str, Any]:
-    """Return the parameters without those of the other tower."""
-    others = {"vision_model", "text_model"} - {tower}
-    return {name: tree for name, tree in params.items() if name not in others}
-
-
-def of_side(params: Mapping[str, Any], tower: str) -> str:
-    """Return a name that tells the parameters of a tower and its projection apart by each bit.
-
-    To call under `jax.set_mesh`.
-    """
-    sums = jax.device_get(checksums(flatten(side_params(params, tower))))
-    return of_parts(sums)
-
-
-def of_images(source: Source) -> str:
-    """Tells image sets apart: by path, size and time of the files, or by what is in them."""
-    digest = hashlib.blake2b(digest_size=16)
-    for i in range(len(source)):
-        try:
-            image = source[i]["image"]
-        except BadSampleError as reason:
-            image = str(reason)
-        digest.update(of_parts(_of_image(image)).encode())
-    return digest.hexdigest()
-
-
-def _of_image(image: Any) -> Any:
-    if not isinstance(image, Path | ObjectPath):
-        return image
-    try:
-        return repr(image), *signature(image)
-    except (OSError, ValueError):  # missing; a null byte in the path
-        return repr(image)

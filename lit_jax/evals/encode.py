@@ -1,14 +1,11 @@
 """Embeddings of a whole data set, on all devices and processes, for every evaluation."""
 
 import dataclasses
-import functools
-import itertools
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 from transformers import PreTrainedTokenizerBase
@@ -16,12 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from lit_jax.data.example import Source
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.pipeline import eval_batches
+from lit_jax.data.readers import Processors
 from lit_jax.data.text import tokenize
-from lit_jax.distributed.finite import check_rows
-from lit_jax.distributed.mesh import REPLICATED, global_batch
 from lit_jax.errors import UserError
-from lit_jax.evals.cache import Arrays, EmbeddingCache, of_images, of_parts, of_side, side_params
-from lit_jax.models.dual_encoder import DualEncoderModule, Side, normalize, tower_name
+from lit_jax.evals.cache import Arrays, EmbeddingCache
+from lit_jax.models.dual_encoder import DualEncoderModule, Side
+from lit_jax.precomputed.fingerprint import fingerprint, images_fingerprint, tree_checksums
+from lit_jax.precomputed.tower import Batch, Output, one_side, run_tower
 
 log = logging.getLogger(__name__)
 
@@ -29,21 +27,9 @@ log = logging.getLogger(__name__)
 SAME = 1e-6
 
 Params = Mapping[str, Any]
-Batch = Mapping[str, np.ndarray]
 
-_SIDES: Mapping[str, Side] = {
-    "encode_image": "image",
-    "pool_image": "image",
-    "encode_text": "text",
-}
-_INPUTS: Mapping[Side, tuple[str, ...]] = {
-    "image": ("pixel_values",),
-    "text": ("input_ids", "attention_mask", "token_type_ids"),
-}
-
-
-# Earlier versions kept embeddings that were not finite; what they have in a cache is not asked for.
-_CACHED = "finite"
+# In the fingerprint of what is cached: earlier versions also kept embeddings that were not finite.
+_CACHE_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,13 +54,15 @@ class Encoder:
     cache: EmbeddingCache | None = None
 
     @classmethod
-    def of_setup(cls, setup: Any) -> "Encoder":
-        """The encoder of a run's `training.setup.Setup`, which this room may not import."""
+    def from_processors(
+        cls, module: DualEncoderModule, mesh: jax.sharding.Mesh, processors: Processors
+    ) -> "Encoder":
+        """Return the encoder of a model; a normalization of `module` is not used."""
         return cls(
-            module=setup.module.clone(normalization=None),
-            mesh=setup.mesh,
-            image_transform=setup.image_transform,
-            tokenizer=setup.tokenizer,
+            module=module.clone(normalization=None),
+            mesh=mesh,
+            image_transform=processors.image_transform,
+            tokenizer=processors.tokenizer,
         )
 
     @property
@@ -96,13 +84,13 @@ class Encoder:
 
         Raises UserError if no image can be decoded, or if an embedding is not finite.
         """
-        return self._images("encode_image", params, source)
+        return self._images("embeddings", params, source)
 
     def features(
         self, params: Params, source: Source
     ) -> tuple[Float[np.ndarray, "N P"], Bool[np.ndarray, " N"]]:
-        """Return what `images` does, but as the image tower has pooled it: not projected, not normalised."""
-        return self._images("pool_image", params, source)
+        """Return what `images` does, but the features of the image tower: not projected, not normalised."""
+        return self._images("features", params, source)
 
     def texts(self, params: Params, texts: Sequence[str]) -> Float[np.ndarray, "M E"]:
         """Embed M texts to unit length, float32; the result is the same on every process.
@@ -112,14 +100,19 @@ class Encoder:
         tokens = tokenize(self.tokenizer, texts)
 
         def embed() -> Arrays:
-            return self._embed("encode_text", params, self._text_batches(tokens), len(texts))[:1]
+            batches = self._text_batches(tokens)
+            return self._embed("text", "embeddings", params, batches, len(texts))[:1]
 
-        (embeds_MxE,) = self._once(
-            ("encode_text", tuple(texts)), lambda: [of_side(params, "text_model"), tokens], embed
-        )
+        def parts() -> list[Any]:
+            arrays = {name: [array.shape, array] for name, array in tokens.items()}
+            return ["text", tree_checksums(one_side(params, "text")), arrays]
+
+        (embeds_MxE,) = self._once(("text", tuple(texts)), parts, embed)
         return embeds_MxE
 
-    def _images(self, method: str, params: Params, source: Source) -> tuple[np.ndarray, np.ndarray]:
+    def _images(
+        self, output: Output, params: Params, source: Source
+    ) -> tuple[np.ndarray, np.ndarray]:
         def embed(positions: Sequence[int]) -> Arrays:
             batches = eval_batches(
                 source,
@@ -129,10 +122,10 @@ class Encoder:
                 process_count=jax.process_count(),
                 positions=positions,
             )
-            return self._embed(method, params, batches, len(positions))
+            return self._embed("image", output, params, batches, len(positions))
 
         def again(found: Arrays) -> Arrays:
-            """What could not be read may be there today: a disk or a store that did not answer."""
+            """Try the images once more that could not be read: a disk or a store may answer today."""
             bad = np.flatnonzero(~found[1])
             if not len(bad):
                 return found
@@ -144,11 +137,12 @@ class Encoder:
             return embeds_NxE, valid_N
 
         def parts() -> list[Any]:
-            side, transform = of_side(params, "vision_model"), vars(self.image_transform)
-            return [method, side, transform, of_images(source)]
+            transform = dataclasses.asdict(self.image_transform)
+            tower = tree_checksums(one_side(params, "image"))
+            return ["image", output, tower, transform, images_fingerprint(source)]
 
         embeds_NxE, valid_N = self._once(
-            (method, id(source)), parts, lambda: embed(range(len(source))), again
+            (output, id(source)), parts, lambda: embed(range(len(source))), again
         )
         if not valid_N.any():
             raise UserError(
@@ -164,15 +158,15 @@ class Encoder:
         embed: Callable[[], Arrays],
         again: Callable[[Arrays], Arrays] = lambda found: found,
     ) -> Arrays:
-        """`parts` decide the result, together with the module."""
+        """Return what `embed` does, from the cache if possible; `parts` and the module decide the result."""
         if self.cache is None:
             return embed()
 
-        def fingerprint() -> str:
+        def name() -> str:
             with jax.set_mesh(self.mesh):
-                return of_parts(_CACHED, repr(self.module), *parts())
+                return fingerprint([_CACHE_FORMAT, repr(self.module), *parts()])
 
-        return self.cache.once(key, fingerprint, embed, again)
+        return self.cache.once(key, name, embed, again)
 
     def _text_batches(self, tokens: Batch) -> Iterator[Batch]:
         count = len(tokens["input_ids"])
@@ -184,20 +178,17 @@ class Encoder:
             yield {name: array[rows] for name, array in tokens.items()} | {"index": rows}
 
     def _embed(
-        self, method: str, params: Params, batches: Iterable[Batch], count: int
+        self, side: Side, output: Output, params: Params, batches: Iterable[Batch], count: int
     ) -> tuple[np.ndarray, np.ndarray]:
         embeds_NxE, valid_N = np.zeros((count, 0), np.float32), np.zeros(count, bool)
-        side = _SIDES[method]
         module = self.module.clone(normalization=self.image_transform.normalization)
-        with jax.set_mesh(self.mesh):
-            outputs = (_encode(params, global_batch(b, self.mesh), module, method) for b in batches)
-            for z_BxE, finite_B, index_B in _fetch_one_late(outputs):
-                if not embeds_NxE.size:
-                    embeds_NxE = np.zeros((count, z_BxE.shape[1]), np.float32)
-                real_B = index_B >= 0
-                check_rows(finite_B[real_B], side, side_params(params, tower_name(side)))
-                embeds_NxE[index_B[real_B]] = z_BxE[real_B]
-                valid_N[index_B[real_B]] = True
+        for z_RxE, index_R in run_tower(
+            module, params, self.mesh, batches, side=side, output=output
+        ):
+            if not embeds_NxE.size:
+                embeds_NxE = np.zeros((count, z_RxE.shape[1]), np.float32)
+            embeds_NxE[index_R] = z_RxE
+            valid_N[index_R] = True
         _warn_if_all_the_same(embeds_NxE[valid_N], side)
         return embeds_NxE, valid_N
 
@@ -212,31 +203,3 @@ def _warn_if_all_the_same(embeds_NxE: np.ndarray, side: Side) -> None:
             count,
             side,
         )
-
-
-# Compiled functions belong to the module, not to an Encoder: those of one module share them.
-@functools.partial(jax.jit, static_argnames=("module", "method"))
-def _encode(
-    params: Params, batch: Mapping[str, jax.Array], module: DualEncoderModule, method: str
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compute embeddings of unit length, or features; which of them are finite; and the index they came with.
-
-    All are whole on every process. The index takes the same way as the rows: the devices of a mesh may
-    interleave the processes.
-    """
-    inputs = [batch.get(name) for name in _INPUTS[_SIDES[method]]]
-    rows_BxE: Any = module.apply({"params": params}, *inputs, deterministic=True, method=method)
-    if method.startswith("encode"):
-        rows_BxE = normalize(rows_BxE)
-    rows_BxE = rows_BxE.astype(jnp.float32)
-    finite_B = jnp.isfinite(rows_BxE).all(axis=1)
-    return jax.lax.with_sharding_constraint((rows_BxE, finite_B, batch["index"]), REPLICATED)
-
-
-def _fetch_one_late(outputs: Iterable[Any]) -> Iterator[Any]:
-    """Each output as NumPy arrays, fetched when the next one has been started.
-
-    So the devices do not wait for the host, and no more than two batches are in memory.
-    """
-    for output, _ in itertools.pairwise(itertools.chain(outputs, [None])):
-        yield jax.device_get(output)

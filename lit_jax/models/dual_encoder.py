@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt8
 
-from lit_jax.config import ModelConfig, Pooling, Remat
+from lit_jax.config import ModelConfig, Pooling, Remat, Side
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models.families import TEXT, VISION, build_tower
@@ -24,7 +24,6 @@ from lit_jax.models.tower import Tower, TowerOutput
 
 Images = Float[Array, "B H W C"] | UInt8[Array, "B H W C"]
 Projection = Literal["none", "linear", "linear_bias"]
-Side = Literal["image", "text"]
 # How the two are called in names: vision_model and vision_config.
 TOWERS: Mapping[Side, str] = {"image": "vision", "text": "text"}
 

@@ -7,14 +7,14 @@ from jax.sharding import Mesh
 from lit_jax.config import Config
 from lit_jax.distributed.mesh import by_slice
 from lit_jax.models.dual_encoder import TOWERS, tower_name
-from lit_jax.training.from_embeddings import embedding_folders
-from lit_jax.training.gradcache import normalized_by_batch
-from lit_jax.training.program import Program
+from lit_jax.precomputed.match import embedding_folders
+from lit_jax.training.checks import normalized_by_batch
+from lit_jax.training.train_step import TrainStep
 
 
 def advise(
     config: Config,
-    program: Program,
+    step: TrainStep,
     resident: Mapping[str, int],
     hbm: int,
     largest_batch: int | None,
@@ -23,7 +23,7 @@ def advise(
 
     `resident` and `hbm` are bytes of one chip.
     """
-    policy, mesh = program.setup.policy, program.setup.mesh
+    policy, mesh = step.model.policy, step.model.mesh
     trained = {path.split("/")[0] for path, trains in policy.trainable.items() if trains}
     state = resident["parameters"] + resident["optimizer"] + resident["frozen"]
     known = (
@@ -39,7 +39,7 @@ def advise(
         *(
             (
                 not config.model.teacher
-                and side not in embedding_folders(config)
+                and side not in embedding_folders(config.data)
                 and tower_name(side) not in trained,
                 f"python -m lit_jax.embed --side={side}, and then --config.data.{side}_embeddings=FOLDER (of "
                 f"images with views, if the config augments) take the locked {side} tower out of the step.",

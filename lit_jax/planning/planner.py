@@ -16,9 +16,9 @@ from lit_jax.planning.chips import Topology
 from lit_jax.planning.collectives import Traffic, traffic
 from lit_jax.planning.flops import matmul_flops
 from lit_jax.planning.network import network_traffic
-from lit_jax.training.model_factory import find_towers, prepare
-from lit_jax.training.program import AbstractBatch, Program, check_batch_size
-from lit_jax.training.teacher import check_config
+from lit_jax.training.checks import check_batch_size, check_teacher
+from lit_jax.training.model_factory import build_model
+from lit_jax.training.train_step import AbstractBatch, TrainStep
 
 # The compiler's two messages, depending on where it finds out. The second leaves out the arguments.
 _OUT_OF_MEMORY = (
@@ -89,17 +89,17 @@ class Plan:
     advice: tuple[str, ...]
 
 
-def abstract_program(config: Config, devices: Sequence[Any]) -> Program:
-    """Return the program of a config on devices that need not be there.
+def abstract_step(config: Config, devices: Sequence[Any]) -> TrainStep:
+    """Return the train step of a config on devices that need not be there.
 
     Configs and tokenizers are read, weights are not. Raise UserError on bad input, as training does.
     """
-    check_config(config)
+    check_teacher(config)
     mesh = make_mesh(config.mesh, devices)
     check_batch_size(config.batch_size, mesh, config.accumulate)
-    setup = prepare(config, find_towers(config.model), mesh)
-    # The real one depends on the number of examples, and is a handful of scalar operations.
-    return Program.of(config, setup, optax.constant_schedule(config.schedule.learning_rate))
+    # The real schedule depends on the number of examples, and is a handful of scalar operations.
+    schedule = optax.constant_schedule(config.schedule.learning_rate)
+    return TrainStep.build(build_model(config, mesh), schedule)
 
 
 def make_plan(
@@ -109,30 +109,30 @@ def make_plan(
 
     `compilations` is the number of all of them.
     """
-    program = abstract_program(config, topology.devices)
-    batch = program.abstract_batch(config.batch_size)
-    first = compile_step(program, batch)
+    step = abstract_step(config, topology.devices)
+    batch = step.abstract_batch(config.batch_size)
+    first = compile_step(step, batch)
     tried = {config.batch_size: first}
-    resident = resident_bytes(program, batch)
+    resident = resident_bytes(step, batch)
     fixed = sum(resident[kind] for kind in ("parameters", "optimizer", "frozen"))
     hbm = first.limit or int(topology.chip.hbm_gib * 2**30)
-    chips = program.setup.mesh.size
+    chips = step.model.mesh.size
     unit = chips * config.accumulate
     while len(tried) < compilations:
         candidate = next_batch(tried, fixed, hbm, unit)
         if candidate is None:
             break
-        tried[candidate] = compile_step(program, program.abstract_batch(candidate))
+        tried[candidate] = compile_step(step, step.abstract_batch(candidate))
     fitting = [size for size, compiled in tried.items() if compiled.fits]
     too_large = [size for size, compiled in tried.items() if not compiled.fits]
     searched = compilations > 1
-    flops = step_flops(program, batch)
+    flops = step_flops(step, batch)
     largest = max(fitting, default=None) if searched else None
     return Plan(
         topology=topology.name,
         slices=slices,
         chips=chips,
-        mesh=dict(program.setup.mesh.shape),
+        mesh=dict(step.model.mesh.shape),
         batch_size=config.batch_size,
         inputs={name: array.shape[1:] for name, array in batch.items()},
         fits=first.fits,
@@ -149,19 +149,19 @@ def make_plan(
         largest_batch=largest,
         smallest_too_large=min(too_large, default=None),
         compilations=len(tried),
-        advice=() if first.fits else advise(config, program, resident, hbm, largest),
+        advice=() if first.fits else advise(config, step, resident, hbm, largest),
     )
 
 
-def compile_step(program: Program, batch: AbstractBatch) -> Compiled:
+def compile_step(step: TrainStep, batch: AbstractBatch) -> Compiled:
     """Compile the step for the program's mesh; a step too large for the chip is an answer, no error."""
-    mesh = program.setup.mesh
+    mesh = step.model.mesh
     with jax.set_mesh(mesh):
-        lowered: Any = traced(program, batch).lower()
+        lowered: Any = traced(step, batch).lower()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            return _too_large(error, program, batch)
+            return _too_large(error, step, batch)
     memory = compiled.memory_analysis()
     # The peak, not the size of all temporaries: several of them may share a place.
     total = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
@@ -173,13 +173,13 @@ def compile_step(program: Program, batch: AbstractBatch) -> Compiled:
         total=total,
         limit=None,
         temporaries=temporaries,
-        code=total - temporaries - sum(resident_bytes(program, batch).values()),
+        code=total - temporaries - sum(resident_bytes(step, batch).values()),
         traffic=traffic(hlo, len(slices[0])),
         network=network_traffic(hlo, devices) if len(slices) > 1 else None,
     )
 
 
-def _too_large(error: Exception, program: Program, batch: AbstractBatch) -> Compiled:
+def _too_large(error: Exception, step: TrainStep, batch: AbstractBatch) -> Compiled:
     """Return the memory that the compiler's error tells; raise any other error again."""
     whole, of_temporaries = (pattern.search(str(error)) for pattern in _OUT_OF_MEMORY)
     match = whole or of_temporaries
@@ -191,30 +191,30 @@ def _too_large(error: Exception, program: Program, batch: AbstractBatch) -> Comp
     )
     if whole:
         return Compiled(fits=False, total=needed, limit=limit)
-    total = needed + sum(resident_bytes(program, batch).values())
+    total = needed + sum(resident_bytes(step, batch).values())
     return Compiled(fits=False, total=total, limit=limit, temporaries=needed)
 
 
-def step_flops(program: Program, batch: AbstractBatch) -> int:
+def step_flops(step: TrainStep, batch: AbstractBatch) -> int:
     """Return the FLOPs of the matrix products of a step on one chip."""
-    with jax.set_mesh(program.setup.mesh):
+    with jax.set_mesh(step.model.mesh):
         # The batch is split evenly.
-        return matmul_flops(traced(program, batch).jaxpr) // program.setup.mesh.size
+        return matmul_flops(traced(step, batch).jaxpr) // step.model.mesh.size
 
 
-def traced(program: Program, batch: AbstractBatch) -> Any:
+def traced(step: TrainStep, batch: AbstractBatch) -> Any:
     """Return the step for a batch, before it is lowered and compiled; call it under the program's mesh."""
-    step: Any = program.compiled_step()
-    return step.trace(program.abstract_state(), program.abstract_frozen(batch), batch)
+    compiled: Any = step.compiled()
+    return compiled.trace(step.abstract_state(), step.abstract_frozen(batch), batch)
 
 
-def resident_bytes(program: Program, batch: AbstractBatch) -> dict[str, int]:
+def resident_bytes(step: TrainStep, batch: AbstractBatch) -> dict[str, int]:
     """Return the bytes that are resident on one chip before a step begins, by kind."""
-    state = program.abstract_state()
+    state = step.abstract_state()
     return {
         "parameters": shard_bytes(state.params),
         "optimizer": shard_bytes(state.opt_state),
-        "frozen": shard_bytes(program.abstract_frozen(batch)),
+        "frozen": shard_bytes(step.abstract_frozen(batch)),
         "batch": shard_bytes(batch),
     }
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
-from lit_jax.config import Config
+from lit_jax.config import Config, EvalConfig
 from lit_jax.config_values import MOST, steps
 from lit_jax.errors import UserError
 
@@ -46,8 +46,19 @@ class Durations:
         )
 
     def saves_at(self, step: int) -> bool:
+        """Return whether the state is saved after this step."""
         is_kept = self.keep_every is not None and step % self.keep_every == 0
         return step == self.total or step % self.save_every == 0 or is_kept
+
+    def evals_due(self, evals: Mapping[str, EvalConfig], step: int) -> list[str]:
+        """Return the names of the evaluations to be made when `step` steps have been taken."""
+        return [
+            name
+            for name, config in evals.items()
+            if (config.at_start and step == 0)
+            or (config.at_end and step == self.total)
+            or (step > 0 and name in self.eval_every and step % self.eval_every[name] == 0)
+        ]
 
 
 def steps_of(config: Config, examples: int, duration: str) -> int:

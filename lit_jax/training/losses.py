@@ -6,15 +6,37 @@ other modality; no form uses the negatives of one device alone. The forms here a
 `blockwise_losses.py` equal them and need less memory.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lit_jax.distributed.mesh import mesh_size
 from lit_jax.errors import UserError
-from lit_jax.training.blockwise_losses import TILE, lean_sigmoid_loss, lean_softmax_loss
-from lit_jax.training.similarity import Embeddings, Loss, Scalar, similarity_logits
+from lit_jax.training.blockwise_losses import (
+    TILE,
+    Embeddings,
+    Scalar,
+    exact_dot,
+    lean_sigmoid_loss,
+    lean_softmax_loss,
+)
+
+# A function of the fields of `Model.forward`'s output.
+Loss = Callable[..., Scalar]
+
+
+def similarity_logits(
+    zimg_BxD: Embeddings, ztxt_BxD: Embeddings, logit_scale: Scalar, logit_bias: Scalar | None
+) -> Float[Array, "B B"]:
+    """Return exp(logit_scale) * image . text + logit_bias, float32: rows are images, columns texts.
+
+    The embeddings are L2-normalised.
+    """
+    logits_BxB = exact_dot(zimg_BxD, ztxt_BxD.T) * jnp.exp(logit_scale)
+    return logits_BxB if logit_bias is None else logits_BxB + logit_bias
 
 
 def softmax_loss(

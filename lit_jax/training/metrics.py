@@ -20,8 +20,8 @@ from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json, write_whole
 from lit_jax.printable import printable
-from lit_jax.training.disk import writing
-from lit_jax.training.step import Metrics
+from lit_jax.training.io_errors import io_errors
+from lit_jax.training.train_step import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class MetricsWriter:
             self._open.callback(self._wandb.finish)
         path = workdir / "metrics.jsonl"
         kept = [line for line, row in _read_rows(workdir) if row["step"] <= start]
-        with writing(workdir):
+        with io_errors(workdir):
             write_whole(path, b"".join(kept))
             self._file = self._open.enter_context(path.open("a", buffering=1))
             if config.tensorboard:
@@ -151,7 +151,7 @@ class MetricsWriter:
                 self._open.callback(self._tensorboard.close)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        with writing(self._workdir):
+        with io_errors(self._workdir):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             values = {printable(name): value for name, value in values.items()}
             if self._tensorboard:
@@ -160,7 +160,7 @@ class MetricsWriter:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
-        with writing(self._workdir):
+        with io_errors(self._workdir):
             self._open.close()  # all of them, also after an error of one
 
 

@@ -1,251 +1,152 @@
-"""From a config to a model on the mesh: towers, policy, shardings, first parameters."""
+"""From a config to a model on the mesh: towers, processors, policy, shardings, first parameters."""
 
 import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
 
-from lit_jax.config import TEACHER, Config, DataConfig, ModelConfig, TowerConfig
+from lit_jax.config import TEACHER, Config, DataConfig
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.image_processor import load_image_transform
-from lit_jax.data.readers import Captions, ImageTextReader, Inputs, Pixels, Reader, TextPairReader
-from lit_jax.data.text import tokenize
+from lit_jax.data.readers import Processors
+from lit_jax.data.text import check_vocabulary, load_tokenizer, tokenize
 from lit_jax.distributed.sharding import parameter_shardings
 from lit_jax.errors import UserError
 from lit_jax.models.distillation import TextDistillation
-from lit_jax.models.dual_encoder import (
-    SYSTEMS,
-    TOWERS,
-    DualEncoderModule,
-    Side,
-    build_dual_encoder,
-    tower_name,
-)
-from lit_jax.training.policy import Policy, find_cuts, is_pretrained, resolve_policy
-from lit_jax.training.step import named_key
-from lit_jax.training.teacher import (
-    Teacher,
-    TeacherFolder,
-    altclip_config,
-    find_teacher,
-    load_teacher,
-    pretrained_parameters,
-)
-from lit_jax.training.tokenizing import open_tokenizer
+from lit_jax.models.dual_encoder import TOWERS, DualEncoderModule, build_dual_encoder, tower_name
+from lit_jax.models.tower import Tower
+from lit_jax.training.policy import Policy, find_cuts, is_pretrained, merge, resolve_policy
+from lit_jax.training.teacher import load_teacher, pretrained_parameters
+from lit_jax.training.tower_paths import TowerPaths, find_towers
 from lit_jax.trees import Tree, flatten, restack, unflatten
-from lit_jax.weights.hub import OWN_TYPE, local_folder, override, read_config, read_tower_config
 from lit_jax.weights.load import (
     dual_encoder_module,
     load_dual_encoder,
     load_tower,
     parameter_shapes,
 )
-from lit_jax.weights.vision_text_dual_encoder import why_not_exportable
 
 log = logging.getLogger(__name__)
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Towers:
-    """Where the two towers come from, and the config they make as one dual encoder."""
-
-    image_folder: Path
-    text_folder: Path
-    hf_config: dict[str, Any]
-    is_whole: bool = False  # both folders are that of one dual encoder, with projections of its own
-    teacher: TeacherFolder | None = None  # then the image folder is that of its CLIP
+DEFAULT_TEXT_LENGTH = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Setup:
-    """A model without its parameters. `abstract` has their shapes, dtypes and shardings."""
+class Model:
+    """A dual encoder as a run trains it, without the values of its parameters.
 
-    hf_config: dict[str, Any]
+    Attributes:
+        config: that of the run.
+        paths: the folders that its towers come from.
+        processors: for images and texts, those of the teacher among them.
+        policy: which parameters train, and how fast.
+        abstract: shapes, dtypes and shardings of all parameters, a nested dict.
+        teacher: the text tower that another one learns from; None in contrastive training.
+    """
+
+    config: Config
+    paths: TowerPaths
     module: DualEncoderModule
-    image_transform: ImageTransform
-    tokenizer: Any
+    processors: Processors
     policy: Policy
     abstract: Tree
     mesh: Mesh
-    teacher: Teacher | None
+    teacher: Tower | None = None
 
     @property
-    def embed(self) -> Callable[..., Any]:
-        """What the train step calls."""
-        if self.teacher is None:
-            return self.module.apply
-        return TextDistillation(self.module.text_model, self.teacher.module).apply
-
-    def inputs(self, config: DataConfig) -> dict[Side, Pixels | Captions]:
-        """What makes the inputs of each tower."""
-        return {
-            "image": Pixels(self.image_transform, config.views),
-            "text": Captions(self.tokenizer),
-        }
-
-    def reader(
-        self, config: DataConfig, pooled: Mapping[Side, Inputs] = MappingProxyType({})
-    ) -> Reader:
-        """What makes the batches that `embed` needs; `pooled` takes the place of a tower's inputs."""
-        if self.teacher is not None:
-            return TextPairReader(self.tokenizer, self.teacher.tokenizer)
-        inputs = {**self.inputs(config), **pooled}
-        return ImageTextReader(inputs["image"], inputs["text"])
-
-    def pooled_shape(self, side: Side) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of what the tower pools of one example."""
-        inputs = self.module.example_batch
-        names = {"image": ("pixel_values",), "text": ("input_ids", "attention_mask")}[side]
-        pool = functools.partial(self.module.apply, method=f"pool_{side}")
-        return jax.eval_shape(
-            lambda params, *args: pool({"params": params}, *args),
-            self.abstract,
-            *(inputs[name] for name in names),
-        )
+    def hf_config(self) -> dict[str, Any]:
+        """The content of config.json in the format of transformers."""
+        return self.paths.hf_config
 
     @property
     def abstract_trainable(self) -> Tree:
+        """Shapes, dtypes and shardings of the parameters that train."""
         return self.policy.split(self.abstract)[0]
 
     @property
     def abstract_frozen(self) -> Tree:
+        """Shapes, dtypes and shardings of the locked parameters."""
         return self.policy.split(self.abstract)[1]
 
+    def forward(
+        self, variables: Mapping[str, Any], batch: Mapping[str, Any], **options: Any
+    ) -> Any:
+        """Compute the arguments of the loss for a batch, by the rules of linen's `Module.apply`.
 
-def find_towers(config: ModelConfig) -> Towers:
-    """Resolves both towers' folders (from the Hub if need be) and reads their configs."""
-    if config.teacher:
-        return _find_student(config)
-    if config.dual_encoder:
-        return _find_dual_encoder(config)
-    image = local_folder(config.image.model, config_key="config.model.image.model")
-    text = local_folder(config.text.model, config_key="config.model.text.model")
-    hf_config = {
-        "model_type": "vision-text-dual-encoder",
-        "projection_dim": config.projection_dim,
-        "logit_scale_init_value": config.logit_scale_init,
-        "vision_config": _override(read_tower_config(image, "image"), config.image, "image"),
-        "text_config": _override(read_tower_config(text, "text"), config.text, "text"),
-    }
-    return Towers(image_folder=image, text_folder=text, hf_config=hf_config)
+        They are the embeddings of a `DualEncoderOutput`, or with a teacher a `DistillationOutput`.
+        """
+        module = self.module
+        if self.teacher is not None:
+            module = TextDistillation(self.module.text_model, self.teacher)
+        return module.apply(variables, batch, **options)
 
 
-def _check_joint(config: ModelConfig, key: str) -> None:
-    """Raises UserError for what would do nothing beside `key`, which names a model that is joined already."""
-    names = ("projection_dim", "logit_scale_init", "logit_bias_init")
-    set_too = [
-        f"config.model.{name}"
-        for name in names
-        if getattr(config, name) != getattr(ModelConfig(), name)
-    ]
-    if set_too:
-        raise UserError(
-            f"config.model.{key} brings what joins the two towers; leave {' and '.join(set_too)} as by "
-            "default."
-        )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """A model with the parameters of one step of its run: the whole tree of the dual encoder, on the mesh."""
+
+    model: Model
+    params: Mapping[str, Any]
+    step: int
+
+    @classmethod
+    def merged(cls, model: Model, trainable: Tree, frozen: Tree, step: int) -> "TrainedModel":
+        """Put trainable and locked parameters together."""
+        params = merge(trainable, frozen)
+        # The teacher has taught, and is no part of the result.
+        params.pop(TEACHER, None)
+        return cls(model=model, params=params, step=step)
+
+    @property
+    def module(self) -> DualEncoderModule:
+        """The module that computes with `params`."""
+        return self.model.module
 
 
-def _find_student(config: ModelConfig) -> Towers:
-    """As `find_towers`, of a CLIP with another text tower."""
-    if config.dual_encoder or config.image != TowerConfig():
-        raise UserError(
-            "config.model.teacher names the CLIP whose image tower is kept; leave config.model.dual_encoder "
-            "and config.model.image as they are by default."
-        )
-    _check_joint(config, "teacher")
-    teacher, clip = find_teacher(config.teacher)
-    text = local_folder(config.text.model, config_key="config.model.text.model")
-    student = _override(read_tower_config(text, "text"), config.text, "text")
-    return Towers(
-        image_folder=teacher.folder,
-        text_folder=text,
-        hf_config=altclip_config(clip, student),
-        teacher=teacher,
-    )
+def build_model(config: Config, mesh: Mesh, paths: TowerPaths | None = None) -> Model:
+    """Build module, processors, policy and shardings; compute and read no parameter.
 
+    Args:
+        paths: the folders of the towers; those that `config.model` names if not given.
 
-def _find_dual_encoder(config: ModelConfig) -> Towers:
-    """As `find_towers`, of a folder that has both."""
-    _check_joint(config, "dual_encoder")
-    folder = local_folder(config.dual_encoder, config_key="config.model.dual_encoder")
-    hf_config = read_config(folder)
-    if hf_config["model_type"] not in SYSTEMS:
-        raise UserError(
-            f"config.model.dual_encoder is {config.dual_encoder!r}, a model of type "
-            f"{hf_config['model_type']}; it must be one of {', '.join(SYSTEMS)}."
-        )
-    sides: tuple[tuple[Side, TowerConfig], ...] = (("image", config.image), ("text", config.text))
-    for side, tower in sides:
-        if dataclasses.replace(tower, overrides={}) != TowerConfig():
-            raise UserError(
-                f"config.model.dual_encoder names both towers and what joins them; of config.model.{side} "
-                "only overrides can be set beside it."
-            )
-        part = f"{TOWERS[side]}_config"
-        hf_config[part] = _override(hf_config[part], tower, side)
-    return Towers(image_folder=folder, text_folder=folder, hf_config=hf_config, is_whole=True)
-
-
-def _override(hf: dict[str, Any], tower: TowerConfig, side: Side) -> dict[str, Any]:
-    return override(hf, tower.overrides, f"config.model.{side}.overrides.")
-
-
-def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
-    """Builds module, processors, policy and shardings; computes and reads no parameter."""
-    if config.model.dual_encoder or config.model.teacher:
-        module = dual_encoder_module(towers.hf_config, dtype=config.model.dtype)
-    else:
-        module = build_dual_encoder(
-            towers.hf_config["vision_config"], towers.hf_config["text_config"], config.model
-        )
-    image_transform = load_image_transform(
-        towers.image_folder,
-        image_size=config.data.image_size,
-        crop_min_area=config.data.crop_min_area,
-        random_crop=config.data.random_crop,
-        flip=config.data.flip,
-        color_jitter=config.data.color_jitter,
-        rand_augment=config.data.rand_augment,
-        reduced_jpeg=config.data.reduced_jpeg,
-    )
-    module = module.with_remat(config.remat).pooled_only()
+    Raises UserError if the parts do not fit each other.
+    """
+    paths = paths or find_towers(config.model)
+    module = _module(config, paths)
+    image_transform = _image_transform(config.data, paths.image_folder)
     module = module.clone(normalization=image_transform.normalization)
-    if (config.data.views or 1) > 1 and not image_transform.is_random:
-        raise UserError(
-            f"config.data.views={config.data.views}, but without an augmentation all views of an image are "
-            "the same; leave it out, or set config.data.crop_min_area, flip or another augmentation."
-        )
-    tokenizer = open_tokenizer(
-        towers.text_folder,
+    tokenizer = _open_tokenizer(
+        paths.text_folder,
         module.text_model,
         config.data,
         pretrained=is_pretrained(config.policy.lock)[1],
     )
-    example = example_batch(image_transform, tokenizer)
-    # What trains and what is locked cannot be in one array, so the rules say where stacks are cut.
-    cuts = find_cuts(
-        config.policy, parameter_shapes(module, example), has_teacher=towers.teacher is not None
-    )
+    teacher = teacher_tokenizer = None
+    if paths.teacher:
+        length = tokenizer.model_max_length
+        teacher, teacher_tokenizer = load_teacher(paths.teacher, config.model.dtype, length)
+    processors = Processors(image_transform, tokenizer, teacher_tokenizer)
+    example, has_teacher = example_batch(processors), teacher is not None
+    # Trainable and locked parameters cannot share an array, so the rules say where stacks of blocks are cut.
+    cuts = find_cuts(config.policy, parameter_shapes(module, example), has_teacher=has_teacher)
     module = module.with_cuts(cuts)
     shapes = parameter_shapes(module, example)
-    length = tokenizer.model_max_length
-    teacher = load_teacher(towers.teacher, config, length) if towers.teacher else None
     if teacher:
-        shapes[TEACHER] = parameter_shapes(teacher.module, teacher.module.example_input)
-    policy = resolve_policy(config.policy, shapes, has_teacher=teacher is not None)
-    return Setup(
-        hf_config=towers.hf_config,
+        shapes[TEACHER] = parameter_shapes(teacher, teacher.example_input)
+    policy = resolve_policy(config.policy, shapes, has_teacher=has_teacher)
+    return Model(
+        config=config,
+        paths=paths,
         module=module,
-        image_transform=image_transform,
-        tokenizer=tokenizer,
+        processors=processors,
         policy=policy,
         abstract=_abstract(shapes, policy, config, mesh),
         mesh=mesh,
@@ -253,21 +154,78 @@ def prepare(config: Config, towers: Towers, mesh: Mesh) -> Setup:
     )
 
 
-def warn_of_export(setup: Setup) -> None:
-    """Warn before the training of what the export would say after it."""
-    is_joined = setup.hf_config["model_type"] in ("vision-text-dual-encoder", OWN_TYPE)
-    if is_joined and (reason := why_not_exportable(setup.module)):
-        log.warning(
-            "The export will be readable by lit_jax only, because VisionTextDualEncoder of transformers "
-            "cannot be this model: %s.",
-            reason,
+def _module(config: Config, paths: TowerPaths) -> DualEncoderModule:
+    if config.model.dual_encoder or config.model.teacher:
+        module = dual_encoder_module(paths.hf_config, dtype=config.model.dtype)
+    else:
+        vision, text = paths.hf_config["vision_config"], paths.hf_config["text_config"]
+        module = build_dual_encoder(vision, text, config.model)
+    return module.with_remat(config.remat).pooled_only()
+
+
+def _image_transform(config: DataConfig, folder: Path) -> ImageTransform:
+    transform = load_image_transform(
+        folder,
+        image_size=config.image_size,
+        crop_min_area=config.crop_min_area,
+        random_crop=config.random_crop,
+        flip=config.flip,
+        color_jitter=config.color_jitter,
+        rand_augment=config.rand_augment,
+        reduced_jpeg=config.reduced_jpeg,
+    )
+    if (config.views or 1) > 1 and not transform.is_random:
+        raise UserError(
+            f"config.data.views={config.views}, but without an augmentation all views of an image are the "
+            "same; leave it out, or set config.data.crop_min_area, flip or another augmentation."
         )
+    return transform
 
 
-def example_batch(image_transform: ImageTransform, tokenizer: Any) -> dict[str, jax.Array]:
-    """The smallest batch: enough to shape the parameters."""
-    pixels = np.zeros((1, *image_transform.output_shape), np.uint8)
-    batch = {"pixel_values": pixels, **tokenize(tokenizer, ["a"])}
+def _open_tokenizer(
+    folder: Path, tower: Tower, config: DataConfig, *, pretrained: bool
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in a folder; its `model_max_length` is `_text_length`.
+
+    Raises UserError if there is none, or if it does not fit the tower.
+    """
+    tokenizer = load_tokenizer(
+        folder,
+        max_length=_text_length(tower, config.max_text_length, pretrained=pretrained),
+        fixed_length=tower.fixed_length,
+        lowercase=config.lowercase,
+    )
+    check_vocabulary(tokenizer, tower.config.vocab_size, "config.model.text.model")
+    return tokenizer
+
+
+def _text_length(tower: Tower, asked: int | None, *, pretrained: bool) -> int:
+    """Return the number of tokens that texts are cut to and padded to: `asked`, or what suits the tower.
+
+    Raises UserError if the tower has fewer positions, or was trained with another length and depends on it.
+    """
+    positions = tower.config.max_length
+    if asked is None:
+        is_given = tower.fixed_length and pretrained
+        return positions if is_given else min(DEFAULT_TEXT_LENGTH, positions)
+    if asked > positions:
+        raise UserError(
+            f"config.data.max_text_length={asked} is more than the text tower's {positions} positions; lower "
+            "it, or set it to None."
+        )
+    if tower.fixed_length and pretrained and asked != positions:
+        raise UserError(
+            f"config.data.max_text_length={asked}, but a pretrained {tower.config.model_type} has no mask "
+            f"and pools the last of {positions} tokens, be it padding, so that texts of another length get "
+            "other embeddings; set it to None."
+        )
+    return asked
+
+
+def example_batch(processors: Processors) -> dict[str, jax.Array]:
+    """Return the smallest batch: enough to shape the parameters."""
+    pixels = np.zeros((1, *processors.image_transform.output_shape), np.uint8)
+    batch = {"pixel_values": pixels, **tokenize(processors.tokenizer, ["a"])}
     return {name: jnp.asarray(array) for name, array in batch.items()}
 
 
@@ -276,8 +234,8 @@ def _abstract(shapes: Tree, policy: Policy, config: Config, mesh: Mesh) -> Tree:
     towers = {*map(tower_name, TOWERS), TEACHER}
 
     def dtype(path: str) -> Any:
-        # Trainable parameters are float32 masters; locked ones are stored in the dtype they are used in, and
-        # outside the towers that is float32.
+        # Trainable parameters are float32 masters. Locked ones are stored in the dtype of the computation,
+        # which is float32 outside the towers.
         in_tower = path.partition("/")[0] in towers
         return config.model.dtype if in_tower and not policy.trainable[path] else jnp.float32
 
@@ -289,54 +247,72 @@ def _abstract(shapes: Tree, policy: Policy, config: Config, mesh: Mesh) -> Tree:
     )
 
 
-def first_parameters(config: Config, setup: Setup, towers: Towers) -> tuple[Tree, Tree]:
-    """Step 0: (trainable, frozen) on the mesh in float32: pretrained towers read, the rest drawn."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
-    params = restack(_pretrained_parameters(config, setup, towers), setup.abstract)
-    flat_shardings, read = flatten(shardings), flatten(params)
-    read = {path: _place(array, flat_shardings[path]) for path, array in read.items()}
-    batch = example_batch(setup.image_transform, setup.tokenizer)
+def named_key(seed: int, name: str, step: int | jax.Array) -> jax.Array:
+    """Return the random key of one use at one step.
+
+    No key is ever stored: a resumed run computes the same ones.
+    """
+    return jax.random.fold_in(
+        jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), step
+    )
+
+
+def first_parameters(model: Model) -> tuple[Tree, Tree]:
+    """Return the parameters of step 0, (trainable, frozen), float32 on the mesh.
+
+    Pretrained towers are read from their folders; the rest is drawn by the run's seed.
+    """
+    shardings = {path: leaf.sharding for path, leaf in flatten(model.abstract).items()}
+    pretrained = restack(_pretrained_parameters(model), model.abstract)
+    read = {path: _place(array, shardings[path]) for path, array in flatten(pretrained).items()}
+    batch = example_batch(model.processors)
 
     def init() -> dict[str, jax.Array]:
-        drawn = setup.module.init(named_key(config.seed, "init", 0), batch)["params"]
-        return {path: leaf for path, leaf in flatten(drawn).items() if path not in read}
+        params = model.module.init(named_key(model.config.seed, "init", 0), batch)["params"]
+        return {path: leaf for path, leaf in flatten(params).items() if path not in read}
 
-    rest = {path: sharding for path, sharding in flat_shardings.items() if path not in read}
-    drawn = jax.jit(init, out_shardings=rest)()
-    return setup.policy.split(unflatten(read | drawn))
+    rest = {path: sharding for path, sharding in shardings.items() if path not in read}
+    random = jax.jit(init, out_shardings=rest)()
+    return model.policy.split(unflatten(read | random))
 
 
-def _pretrained_parameters(config: Config, setup: Setup, towers: Towers) -> dict[str, Any]:
-    """What of the tree is read: the towers that the lock calls pretrained. A dual encoder brings what joins
-    them, too, but that fits only the two it was trained with.
+def _pretrained_parameters(model: Model) -> dict[str, Any]:
+    """Read the towers that the lock calls pretrained.
+
+    A dual encoder also brings its projections, but these fit only the two towers it was trained with.
     """
+    config, paths = model.config, model.paths
     image, text = is_pretrained(config.policy.lock)
-    if towers.teacher:
-        student = towers.text_folder if text else None
+    if paths.teacher:
+        student = paths.text_folder if text else None
         return pretrained_parameters(
-            towers.image_folder, student, towers.hf_config["text_config"], config.model.dtype
+            paths.image_folder, student, paths.hf_config["text_config"], config.model.dtype
         )
-    if towers.is_whole and image and text:
-        module, params, _, report = load_dual_encoder(
-            towers.image_folder, dtype=config.model.dtype, hf_config=towers.hf_config
-        )
-        log.info("%s", report)
-        as_trained = module.with_remat(config.remat).pooled_only()
-        if as_trained.towers != setup.module.with_cuts({}).towers:
-            raise UserError(
-                f"config.model.dual_encoder: {towers.image_folder} was exported by lit_jax and then trained "
-                "on with transformers; save it with transformers once more without the key 'lit_jax' in its "
-                "config.json."
-            )
-        return params
+    if paths.is_whole and image and text:
+        return _whole_dual_encoder(model)
     params = {}
     for name, folder, pretrained in (
-        ("vision_model", towers.image_folder, image),
-        ("text_model", towers.text_folder, text),
+        ("vision_model", paths.image_folder, image),
+        ("text_model", paths.text_folder, text),
     ):
         if pretrained:
-            params[name], report = load_tower(folder, getattr(setup.module, name))
+            params[name], report = load_tower(folder, getattr(model.module, name))
             log.info("%s", report)
+    return params
+
+
+def _whole_dual_encoder(model: Model) -> dict[str, Any]:
+    config, folder = model.config, model.paths.image_folder
+    module, params, _, report = load_dual_encoder(
+        folder, dtype=config.model.dtype, hf_config=model.hf_config
+    )
+    log.info("%s", report)
+    as_trained = module.with_remat(config.remat).pooled_only()
+    if as_trained.towers != model.module.with_cuts({}).towers:
+        raise UserError(
+            f"config.model.dual_encoder: {folder} was exported by lit_jax and then trained on with "
+            "transformers; save it with transformers once more without the key 'lit_jax' in its config.json."
+        )
     return params
 
 

@@ -10,7 +10,9 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_jax.config import TEACHER, Config
+from transformers import PreTrainedTokenizerBase
+
+from lit_jax.config import TEACHER
 from lit_jax.data.text import check_vocabulary, load_tokenizer
 from lit_jax.errors import UserError
 from lit_jax.models.families import build_tower
@@ -23,36 +25,19 @@ log = logging.getLogger(__name__)
 STUDENTS = ("xlm-roberta", "roberta", "altclip_text_model")
 CONFIG_KEY = "config.model.teacher"
 
+Dtype = Literal["float32", "bfloat16"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherFolder:
-    """Where the teacher's tokenizer is (and its weights, but in the run's own copy), and its config."""
+    """The folder of the teacher's tokenizer and weights, and its config; a run's own copy has no weights."""
 
     folder: Path
     hf_config: dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Teacher:
-    module: Tower
-    tokenizer: Any
-
-
-def check_config(config: Config) -> None:
-    """Raises UserError where keys that are right one by one do not fit a teacher, or the lack of one."""
-    if (config.loss == "mse") != bool(config.model.teacher):
-        raise UserError(
-            "config.loss='mse' and config.model.teacher belong together; set both or neither of them."
-        )
-    if config.model.teacher and config.policy.lock not in ("LU", "Lu"):
-        raise UserError(
-            f"With config.model.teacher the text tower learns and the rest stays as it is: "
-            f"config.policy.lock={config.policy.lock!r} must be 'LU' or 'Lu'."
-        )
-
-
 def find_teacher(model: str) -> tuple[TeacherFolder, dict[str, Any]]:
-    """The teacher that config.model.teacher names, and the config.json of the whole CLIP."""
+    """Return the teacher that config.model.teacher names, and the config.json of the whole CLIP."""
     folder = local_folder(model, config_key=CONFIG_KEY)
     hf_config = read_config(folder)
     if hf_config["model_type"] != "clip":
@@ -63,7 +48,7 @@ def find_teacher(model: str) -> tuple[TeacherFolder, dict[str, Any]]:
 
 
 def altclip_config(clip: dict[str, Any], student: dict[str, Any]) -> dict[str, Any]:
-    """config.json of the AltCLIP that a CLIP becomes with another text tower."""
+    """Return the config.json of the AltCLIP that a CLIP becomes with another text tower."""
     if student["model_type"] not in STUDENTS:
         raise UserError(
             f"config.model.text.model is of model_type {student['model_type']}; with a teacher it must be "
@@ -80,27 +65,29 @@ def altclip_config(clip: dict[str, Any], student: dict[str, Any]) -> dict[str, A
     }
 
 
-def load_teacher(teacher: TeacherFolder, config: Config, text_length: int) -> Teacher:
+def load_teacher(
+    teacher: TeacherFolder, dtype: Dtype, text_length: int
+) -> tuple[Tower, PreTrainedTokenizerBase]:
     """Build the module and load the tokenizer; read no weights.
 
     Args:
-        text_length: the student's number of tokens, which the teacher has, too, as far as its positions go.
+        text_length: the student's number of tokens, which the teacher shares as far as its positions go.
     """
-    module = build_tower(teacher.hf_config, pooling="pooler", dtype=config.model.dtype)
+    module = build_tower(teacher.hf_config, pooling="pooler", dtype=dtype)
     module = module.clone(all_tokens=False)
     length = min(text_length, module.config.max_length)
     tokenizer = load_tokenizer(teacher.folder, max_length=length)
     check_vocabulary(tokenizer, teacher.hf_config["vocab_size"], CONFIG_KEY)
-    return Teacher(module=module, tokenizer=tokenizer)
+    return module, tokenizer
 
 
 def pretrained_parameters(
     clip: Path,
     student: Path | None,
     text_config: dict[str, Any],
-    dtype: Literal["float32", "bfloat16"],
+    dtype: Dtype,
 ) -> dict[str, Any]:
-    """All that is read: the CLIP, its text tower as teacher, and the student unless it starts from scratch.
+    """Read the CLIP, with its text tower as the teacher, and the student unless it starts from scratch.
 
     Returns the (partial) tree of parameters, float32.
     """

@@ -3,39 +3,43 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Collection, Iterator
+import logging
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
+from jax.experimental import multihost_utils
 
 from lit_jax.config import Config, parse
 from lit_jax.data.pipeline import TrainStream
+from lit_jax.data.readers import make_reader
 from lit_jax.distributed.finite import not_finite
 from lit_jax.distributed.mesh import global_batch, make_mesh
+from lit_jax.distributed.preemption import StopSignal
 from lit_jax.errors import Preempted, UserError
 from lit_jax.files import output_path
-from lit_jax.training.checkpoints import Checkpoints
+from lit_jax.precomputed.match import Precomputed, open_precomputed
+from lit_jax.training.checkpoints import Checkpoints, restore_frozen, save_frozen
+from lit_jax.training.checks import (
+    check_batch_size,
+    check_captions,
+    check_negatives,
+    check_teacher,
+    warn_of_export,
+)
 from lit_jax.training.data_identity import TrainingData, may_differ, open_data, save_identity
-from lit_jax.training.disk import complete_steps, writing
 from lit_jax.training.durations import Durations, steps_of
-from lit_jax.training.evaluation import EvalSchedule, Evaluations
-from lit_jax.training.from_embeddings import Embedded, open_embedded
+from lit_jax.training.io_errors import complete_steps, io_errors
 from lit_jax.training.lease import holding
-from lit_jax.training.metrics import Reporter, usual_scale
-from lit_jax.training.model_factory import Setup, Towers, find_towers, prepare, warn_of_export
-from lit_jax.training.negatives import check_negatives
+from lit_jax.training.metrics import Reporter, read_metrics, usual_scale
+from lit_jax.training.model_factory import Model, TrainedModel, build_model, first_parameters
 from lit_jax.training.optimizers import make_schedule
 from lit_jax.training.policy import warn_of_full_rate
-from lit_jax.training.preemption import StopSignal
-from lit_jax.training.program import Program, check_batch_size
-from lit_jax.training.state import first_or_latest_state
-from lit_jax.training.step import State
-from lit_jax.training.teacher import check_config
-from lit_jax.training.tokenizing import check_captions
+from lit_jax.training.tower_paths import find_towers
+from lit_jax.training.train_step import State, TrainStep
 from lit_jax.training.workdir import (
-    Run,
     check_workdir,
     save_config,
     save_model_files,
@@ -44,32 +48,24 @@ from lit_jax.training.workdir import (
 )
 from lit_jax.trees import Tree
 
+log = logging.getLogger(__name__)
+
+
+class Evaluations:
+    """The evaluations of a run, at the three times when it has something for them. Here they are none."""
+
+    def check(self, tokenizer: Any) -> None:
+        """Raise UserError before the first step where an evaluation cannot be made with the tokenizer."""
+
+    def measure(self, trained: TrainedModel, names: Collection[str]) -> Mapping[str, float]:
+        """Return the metrics, under flat names, of those of `config.evals` with these names."""
+        return {}
+
+    def finish(self, trained: TrainedModel) -> None:
+        """Write the results of the trained run, while its folder still belongs to this run."""
+
+
 _NO_EVALUATIONS = Evaluations()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Prepared:
-    """All of a run that is known before it writes anything."""
-
-    config: Config
-    data: TrainingData
-    towers: Towers
-    program: Program
-    embedded: Embedded
-    durations: Durations
-
-    @property
-    def setup(self) -> Setup:
-        return self.program.setup
-
-    @property
-    def mesh(self) -> Mesh:
-        return self.setup.mesh
-
-    @property
-    def evals(self) -> EvalSchedule:
-        every, total = self.durations.eval_every, self.durations.total
-        return EvalSchedule(evals=self.config.evals, every=every, total=total)
 
 
 def train(
@@ -78,14 +74,14 @@ def train(
     evaluations: Evaluations = _NO_EVALUATIONS,
     *,
     allowed_changes: Collection[str] = (),
-) -> Run:
+) -> TrainedModel:
     """Train until `config.duration`, or go on from the latest checkpoint in `workdir`.
 
     Args:
         evaluations: are made at the steps that `config.evals` ask for; their metrics join those of the steps.
         allowed_changes: keys of the config that may differ from those the run was started with.
 
-    Returns the trained run. Raises UserError on bad input, with nothing written if it can be known
+    Returns the trained model. Raises UserError on bad input, with nothing written if it can be known
     before, and where another run has the folder; raises Preempted after SIGTERM, once a checkpoint of the
     last step is on disk.
     """
@@ -93,89 +89,197 @@ def train(
     # As config.json will have it, without keys of stores.
     config = parse(dataclasses.asdict(config))
     with contextlib.ExitStack() as stack:
-        with writing(workdir):
+        with io_errors(workdir):
             stack.enter_context(holding(workdir))
-        ready = _prepare(config, workdir, allowed_changes)
-        if ready.data.source:
-            teacher = ready.setup.teacher
-            check_captions(ready.setup.tokenizer, ready.data.source, teacher and teacher.tokenizer)
-        evaluations.check(ready.setup.tokenizer)
-        run = _train(ready, workdir, evaluations)
-        evaluations.finish(run)
-    return run
+        trainer = Trainer.prepare(config, workdir, evaluations, allowed_changes)
+        processors = trainer.model.processors
+        if trainer.data.source:
+            check_captions(processors.tokenizer, trainer.data.source, processors.teacher_tokenizer)
+        evaluations.check(processors.tokenizer)
+        trained = trainer.train()
+        evaluations.finish(trained)
+    return trained
 
 
-def _train(ready: _Prepared, workdir: Path, evaluations: Evaluations) -> Run:
-    config, total = ready.config, ready.durations.total
-    with writing(workdir):
-        save_model_files(workdir, config, ready.towers, ready.setup)
-        save_parameter_table(workdir, ready.setup)
-    with (
-        jax.set_mesh(ready.mesh),
-        StopSignal() as stop,
-        Checkpoints(
-            workdir, config.checkpoint.keep_last, ready.durations.keep_every
-        ) as checkpoints,
-    ):
-        state, locked, position = first_or_latest_state(
-            config, ready.setup, ready.towers, ready.program.optimizer, workdir, checkpoints
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """A run: all of it that is known before anything is written."""
+
+    workdir: Path
+    data: TrainingData
+    step: TrainStep
+    precomputed: Precomputed
+    durations: Durations
+    evaluations: Evaluations
+
+    @classmethod
+    def prepare(
+        cls,
+        config: Config,
+        workdir: Path,
+        evaluations: Evaluations = _NO_EVALUATIONS,
+        allowed_changes: Collection[str] = (),
+    ) -> "Trainer":
+        """Raise UserError on all bad input that can be known before anything is written."""
+        changes = check_workdir(workdir, config, allowed_changes)
+        check_teacher(config)
+        mesh = make_mesh(config.mesh)
+        check_batch_size(config.batch_size, mesh, config.accumulate)
+        steps_done = complete_steps(workdir)
+        # Before the data: whoever starts without network and without data learns first where the towers may
+        # lie. The run folder has configs and tokenizer, but the first step needs the weights, too.
+        paths = saved_towers(workdir) if steps_done else find_towers(config.model)
+        data = open_data(
+            config,
+            workdir,
+            steps_done[-1] if steps_done else None,
+            may_differ=may_differ(changes, allowed_changes),
         )
-        ready.embedded.check_towers(ready.setup, locked)
-        with writing(workdir):
-            save_config(workdir, config)
-            save_identity(workdir, ready.data.identity)
-        start = checkpoints.latest or 0
-        with (
-            _open_reporter(ready, workdir, start, checkpoints, locked) as reporter,
-            # Nothing may wait for the device by accident: implicit transfers are errors in here.
-            jax.transfer_guard("disallow"),
-        ):
-            loop = _Loop(
-                ready=ready,
-                locked=locked,
-                checkpoints=checkpoints,
-                reporter=reporter,
-                stop=stop,
-                evaluations=evaluations,
+        if data.source:
+            check_negatives(config, data.source)
+        durations = Durations.of(config, data.examples)
+        if steps_done and steps_done[-1] > durations.total:
+            raise UserError(
+                f"{workdir} has trained {steps_done[-1]} steps already, more than the {durations.total} of "
+                "config.duration; make it longer, or choose another --workdir."
             )
-            loop.evaluate(start, state, ready.evals.missing(start, workdir))
-            if start < total:
-                with _open_stream(ready, position) as stream:
-                    state = loop.take_steps(start, state, stream)
-    return loop.run(total, state)
+        to_steps = functools.partial(steps_of, config, data.examples)
+        schedule = make_schedule(config.schedule, total=durations.total, steps=to_steps)
+        model = build_model(config, mesh, paths)
+        warn_of_full_rate(config.policy, model.policy, model.abstract)
+        warn_of_export(model)
+        return cls(
+            workdir=workdir,
+            data=data,
+            step=TrainStep.build(model, schedule),
+            precomputed=open_precomputed(config.data, model.module, model.processors, data.source),
+            durations=durations,
+            evaluations=evaluations,
+        )
+
+    @property
+    def model(self) -> Model:
+        """The model that trains."""
+        return self.step.model
+
+    @property
+    def config(self) -> Config:
+        """The config of the run."""
+        return self.model.config
+
+    def train(self) -> TrainedModel:
+        """Take the steps that are left, in the run folder, which this process holds; as `train`."""
+        with io_errors(self.workdir):
+            save_model_files(self.workdir, self.model)
+            save_parameter_table(self.workdir, self.model)
+        config, total = self.config, self.durations.total
+        keep_last, keep_every = config.checkpoint.keep_last, self.durations.keep_every
+        with (
+            jax.set_mesh(self.model.mesh),
+            StopSignal() as stop,
+            Checkpoints(self.workdir, keep_last, keep_every) as checkpoints,
+        ):
+            state, locked, position = first_or_latest_state(self.step, self.workdir, checkpoints)
+            self.precomputed.check_towers(self.model.module, locked)
+            with io_errors(self.workdir):
+                save_config(self.workdir, config)
+                save_identity(self.workdir, self.data.identity)
+            start = checkpoints.latest or 0
+            with (
+                self._open_reporter(start, checkpoints, locked) as reporter,
+                # Nothing may wait for the device by accident: implicit transfers are errors in here.
+                jax.transfer_guard("disallow"),
+            ):
+                loop = _Loop(
+                    trainer=self,
+                    locked=locked,
+                    checkpoints=checkpoints,
+                    reporter=reporter,
+                    stop=stop,
+                )
+                loop.evaluate(start, state, self._missing_evals(start))
+                if start < total:
+                    with self._open_stream(position) as stream:
+                        state = loop.take_steps(start, state, stream)
+        return TrainedModel.merged(self.model, state.params, locked, total)
+
+    def _missing_evals(self, step: int) -> list[str]:
+        """Return the evaluations due at `step` that metrics.jsonl lacks: a run was stopped before them.
+
+        The file as the first process reads it decides for all: the others may see an older one, and would
+        wait for ever in an evaluation that the first process does not enter.
+        """
+        evals = self.config.evals
+        due = self.durations.evals_due(evals, step)
+        recorded = [key for row in read_metrics(self.workdir) if row["step"] == step for key in row]
+        starts = [f"{evals[name].kind}/{name}/" for name in due]
+        absent = [not any(key.startswith(start) for key in recorded) for start in starts]
+        if jax.process_count() > 1:
+            with jax.transfer_guard("allow"):
+                absent = multihost_utils.broadcast_one_to_all(np.array(absent, bool))
+        return [name for name, is_absent in zip(due, absent, strict=True) if is_absent]
+
+    @contextlib.contextmanager
+    def _open_stream(self, position: dict[str, Any] | None) -> Iterator[TrainStream]:
+        """Open the stream of batches at a position, or at its start."""
+        config = self.config
+        stream = TrainStream(
+            self.data.source,
+            make_reader(self.model.processors, config.data.views, self.precomputed.inputs),
+            config=config.data,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        with contextlib.closing(stream):
+            if position is not None:
+                stream.set_state(position)
+            yield stream
+
+    def _open_reporter(self, start: int, checkpoints: Checkpoints, locked: Tree) -> Reporter:
+        return Reporter(
+            self.workdir,
+            self.config.log,
+            every=self.durations.log_every,
+            batch_size=self.config.batch_size,
+            start=start,
+            total=self.durations.total,
+            scale_limit=usual_scale(self.config),
+            last_saved=lambda: checkpoints.latest,
+            locked_not_finite=functools.partial(not_finite, self.precomputed.needed(locked)),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Loop:
     """The steps of a run, with all that is open while they are taken."""
 
-    ready: _Prepared
+    trainer: Trainer
     locked: Tree
     checkpoints: Checkpoints
     reporter: Reporter
     stop: StopSignal
-    evaluations: Evaluations
 
     def take_steps(self, start: int, state: State, stream: TrainStream) -> State:
         """Return the state after the last step.
 
         Raises Preempted after SIGTERM, once the state is saved.
         """
-        ready, durations = self.ready, self.ready.durations
-        frozen = ready.embedded.needed(self.locked)
-        step_fn = ready.program.compiled_step()
+        trainer, durations = self.trainer, self.trainer.durations
+        frozen = trainer.precomputed.needed(self.locked)
+        step_fn = trainer.step.compiled()
         for step in range(start + 1, durations.total + 1):
             # The stream moves on only here, after any save: its position is then that of `step`.
-            batch = global_batch(next(stream), ready.mesh)
+            batch = global_batch(next(stream), trainer.model.mesh)
             state, metrics = step_fn(state, frozen, batch)
             self.reporter.add(step, metrics, bad_samples=stream.bad_samples)
             stopping = self.stop.requested(step)
             if stopping or durations.saves_at(step):
                 # Also refuses to save a state that is no longer finite.
                 self.reporter.flush()
-                self.checkpoints.save(
-                    step, state, stream.get_state(), dataclasses.asdict(ready.config)
-                )
+                config = dataclasses.asdict(trainer.config)
+                self.checkpoints.save(step, state, stream.get_state(), config)
             if stopping and step < durations.total:
                 self.checkpoints.wait()
                 raise Preempted(
@@ -183,87 +287,29 @@ class _Loop:
                     "same command again to go on."
                 )
             # After the checkpoint: killed in here, the run resumes with what is missing of this.
-            self.evaluate(step, state, ready.evals.due(step))
+            self.evaluate(step, state, durations.evals_due(trainer.config.evals, step))
         return state
 
     def evaluate(self, step: int, state: State, names: Collection[str]) -> None:
         """Report the metrics of the evaluations with these names."""
         if names:
             with self.reporter.evaluating(step) as results, jax.transfer_guard("allow"):
-                results |= self.evaluations.measure(self.run(step, state), names)
-
-    def run(self, step: int, state: State) -> Run:
-        return Run.of(self.ready.config, self.ready.setup, state.params, self.locked, step)
+                model = TrainedModel.merged(self.trainer.model, state.params, self.locked, step)
+                results |= self.trainer.evaluations.measure(model, names)
 
 
-def _prepare(config: Config, workdir: Path, allowed_changes: Collection[str] = ()) -> _Prepared:
-    """Raise UserError on all bad input that can be known before anything is written."""
-    changes = check_workdir(workdir, config, allowed_changes)
-    check_config(config)
-    mesh = make_mesh(config.mesh)
-    check_batch_size(config.batch_size, mesh, config.accumulate)
-    trained = complete_steps(workdir)
-    # Before the data: whoever starts without network and without data learns first where the towers may lie.
-    # The run folder has configs and tokenizer, but the first step needs the weights, too.
-    towers = saved_towers(workdir) if trained else find_towers(config.model)
-    data = open_data(
-        config,
-        workdir,
-        trained[-1] if trained else None,
-        may_differ=may_differ(changes, allowed_changes),
-    )
-    if data.source:
-        check_negatives(config, data.source)
-    durations = Durations.of(config, data.examples)
-    if trained and trained[-1] > durations.total:
-        raise UserError(
-            f"{workdir} has trained {trained[-1]} steps already, more than the {durations.total} of "
-            "config.duration; make it longer, or choose another --workdir."
-        )
-    to_steps = functools.partial(steps_of, config, data.examples)
-    schedule = make_schedule(config.schedule, total=durations.total, steps=to_steps)
-    setup = prepare(config, towers, mesh)
-    warn_of_full_rate(config.policy, setup.policy, setup.abstract)
-    warn_of_export(setup)
-    return _Prepared(
-        config=config,
-        data=data,
-        towers=towers,
-        program=Program.of(config, setup, schedule),
-        embedded=open_embedded(config, setup, data.source),
-        durations=durations,
-    )
+def first_or_latest_state(
+    step: TrainStep, workdir: Path, checkpoints: Checkpoints
+) -> tuple[State, Tree, dict[str, Any] | None]:
+    """Return the state to go on from, the locked parameters, and the stream's position (None: its start).
 
-
-@contextlib.contextmanager
-def _open_stream(ready: _Prepared, position: dict[str, Any] | None) -> Iterator[TrainStream]:
-    """Open the stream of batches at a position, or at its start."""
-    stream = TrainStream(
-        ready.data.source,
-        ready.setup.reader(ready.config.data, ready.embedded.inputs),
-        config=ready.config.data,
-        seed=ready.config.seed,
-        batch_size=ready.config.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    with contextlib.closing(stream):
-        if position is not None:
-            stream.set_state(position)
-        yield stream
-
-
-def _open_reporter(
-    ready: _Prepared, workdir: Path, start: int, checkpoints: Checkpoints, locked: Tree
-) -> Reporter:
-    return Reporter(
-        workdir,
-        ready.config.log,
-        every=ready.durations.log_every,
-        batch_size=ready.config.batch_size,
-        start=start,
-        total=ready.durations.total,
-        scale_limit=usual_scale(ready.config),
-        last_saved=lambda: checkpoints.latest,
-        locked_not_finite=functools.partial(not_finite, ready.embedded.needed(locked)),
-    )
+    The locked parameters are always read from the run folder, so that a resumed run has the same ones.
+    """
+    if checkpoints.latest is None:
+        trainable, frozen = first_parameters(step.model)
+        save_frozen(workdir, frozen)
+        state, position = step.first_state(trainable), None
+    else:
+        state, position = checkpoints.restore(step.abstract_state())
+        log.info("Going on from step %d of %s.", checkpoints.latest, workdir)
+    return state, restore_frozen(workdir, step.model.abstract_frozen), position

@@ -1,4 +1,4 @@
-"""The run folder: what makes a run the same run when its command is given again.
+"""The run folder: all that makes a run the same run when its command is given again.
 
 data.json              length and fingerprint of the training data
 config.json            the resolved config, with the format of the folder and the version that wrote it
@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import math
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,12 @@ from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json, write_json, write_whole
-from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.training.checkpoints import restore_frozen, restore_params
-from lit_jax.training.disk import complete_steps
-from lit_jax.training.model_factory import Setup, Towers, prepare
-from lit_jax.training.policy import merge
+from lit_jax.training.io_errors import complete_steps
+from lit_jax.training.model_factory import Model, TrainedModel, build_model
 from lit_jax.training.teacher import TeacherFolder
-from lit_jax.trees import Tree, flatten
+from lit_jax.training.tower_paths import TowerPaths
+from lit_jax.trees import flatten
 from lit_jax.weights.hub import read_config as read_hf_config
 
 log = logging.getLogger(__name__)
@@ -47,28 +46,8 @@ TOWER_KEYS = {"model.dual_encoder", "model.teacher"} | {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """A trained run, read back: the whole tree of the dual encoder's parameters on the mesh."""
-
-    config: Config
-    setup: Setup
-    params: Mapping[str, Any]
-    step: int
-
-    @classmethod
-    def of(cls, config: Config, setup: Setup, trained: Tree, frozen: Tree, step: int) -> "Run":
-        params = merge(trained, frozen)
-        params.pop(TEACHER, None)  # it has taught, and is no part of the result
-        return cls(config=config, setup=setup, params=params, step=step)
-
-    @property
-    def module(self) -> DualEncoderModule:
-        return self.setup.module
-
-
-def load_run(workdir: Path, *, step: int | None = None, dtype: str | None = None) -> Run:
-    """Reads a checkpoint (the latest) of a run onto all devices of this machine; the run stays as it is.
+def load_run(workdir: Path, *, step: int | None = None, dtype: str | None = None) -> TrainedModel:
+    """Read a checkpoint (the latest) of a run onto all devices of this machine; the run stays as it is.
 
     `dtype` replaces the run's own: that of the computation and of the locked parameters.
 
@@ -78,63 +57,62 @@ def load_run(workdir: Path, *, step: int | None = None, dtype: str | None = None
     if config is None:
         raise UserError(f"{workdir} is not a run folder: it has no config.json.")
     if dtype is not None:
-        model = dataclasses.replace(config.model, dtype=dtype)
-        config = dataclasses.replace(config, model=model)
-    setup = prepare(config, saved_towers(workdir), make_mesh(MeshConfig()))
-    step, trainable = restore_params(workdir, setup.abstract_trainable, step)
-    return Run.of(config, setup, trainable, restore_frozen(workdir, setup.abstract_frozen), step)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    model = build_model(config, make_mesh(MeshConfig()), saved_towers(workdir))
+    step, trainable = restore_params(workdir, model.abstract_trainable, step)
+    frozen = restore_frozen(workdir, model.abstract_frozen)
+    return TrainedModel.merged(model, trainable, frozen, step)
 
 
 def model_folder(workdir: Path) -> Path:
-    """Config, tokenizer and image processor of a run's model."""
+    """Return the folder with config, tokenizer and image processor of a run's model."""
     return workdir / "model"
 
 
-def saved_towers(workdir: Path) -> Towers:
-    """The towers of a run from its own folder: no Hub needed."""
+def saved_towers(workdir: Path) -> TowerPaths:
+    """Return the towers of a run from its own folder: no Hub needed."""
     folder = model_folder(workdir)
     hf_config = read_hf_config(folder)
     teacher = None
     if (folder / TEACHER).is_dir():
-        of_teacher = read_hf_config(folder / TEACHER)
-        teacher = TeacherFolder(folder=folder / TEACHER, hf_config=of_teacher)
-    return Towers(image_folder=folder, text_folder=folder, hf_config=hf_config, teacher=teacher)
+        teacher = TeacherFolder(folder=folder / TEACHER, hf_config=read_hf_config(folder / TEACHER))
+    return TowerPaths(image_folder=folder, text_folder=folder, hf_config=hf_config, teacher=teacher)
 
 
-def save_model_files(workdir: Path, config: Config, towers: Towers, setup: Setup) -> None:
-    """Writes config, tokenizer and image processor into the run: all but the weights.
+def save_model_files(workdir: Path, model: Model) -> None:
+    """Write config, tokenizer and image processor into the run: all but the weights.
 
     Until there is a checkpoint, each start writes them anew: it may be with other towers.
     """
-    folder = model_folder(workdir)
+    folder, processors = model_folder(workdir), model.processors
     if not is_primary() or complete_steps(workdir):
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    save_tokenizer(setup.tokenizer, folder)
-    processor = load_processor(towers.image_folder, image_size=config.data.image_size)
-    processor.save_pretrained(folder)
-    if setup.teacher and towers.teacher:
-        save_tokenizer(setup.teacher.tokenizer, folder / TEACHER)
-        write_json(folder / TEACHER / "config.json", towers.teacher.hf_config)
-        check_saved(setup.teacher.tokenizer, folder / TEACHER)
-    write_json(folder / "config.json", setup.hf_config)
-    # With config.json: it has a say in the class that the tokenizer is read with.
-    check_saved(setup.tokenizer, folder)
+    save_tokenizer(processors.tokenizer, folder)
+    image_size = model.config.data.image_size
+    load_processor(model.paths.image_folder, image_size=image_size).save_pretrained(folder)
+    if model.paths.teacher and processors.teacher_tokenizer:
+        save_tokenizer(processors.teacher_tokenizer, folder / TEACHER)
+        write_json(folder / TEACHER / "config.json", model.paths.teacher.hf_config)
+        check_saved(processors.teacher_tokenizer, folder / TEACHER)
+    write_json(folder / "config.json", model.hf_config)
+    # After config.json, which has a say in the class that the tokenizer is read with.
+    check_saved(processors.tokenizer, folder)
 
 
-def save_parameter_table(workdir: Path, setup: Setup) -> None:
-    """Writes parameters.txt: what trains, how fast, and how it lies on the mesh."""
-    sizes = {path: math.prod(leaf.shape) for path, leaf in flatten(setup.abstract).items()}
-    trained = sum(size for path, size in sizes.items() if setup.policy.trainable[path])
+def save_parameter_table(workdir: Path, model: Model) -> None:
+    """Write parameters.txt: which parameters train, how fast, and how they lie on the mesh."""
+    sizes = {path: math.prod(leaf.shape) for path, leaf in flatten(model.abstract).items()}
+    trained = sum(size for path, size in sizes.items() if model.policy.trainable[path])
     log.info(
         "%.2fM of %.2fM parameters train, on %d devices.",
         trained / 1e6,
         sum(sizes.values()) / 1e6,
-        setup.mesh.size,
+        model.mesh.size,
     )
     if is_primary():
-        write_whole(workdir / "parameters.txt", setup.policy.table(setup.abstract))
+        write_whole(workdir / "parameters.txt", model.policy.table(model.abstract))
 
 
 def read_config(workdir: Path) -> Config | None:
@@ -221,7 +199,7 @@ def save_config(workdir: Path, config: Config) -> None:
 
 
 def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, str]:
-    """The keys that change the result and differ: dotted key -> "key: old -> new"."""
+    """Return the keys that change the result and differ, as dotted key -> "key: old -> new"."""
     changes = {}
     for field in dataclasses.fields(old):
         key, before, after = prefix + field.name, getattr(old, field.name), getattr(new, field.name)

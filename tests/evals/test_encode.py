@@ -19,10 +19,10 @@ from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.sharding import parameter_shardings
 from lit_jax.errors import UserError
 from lit_jax.evals.classes import Classes
-from lit_jax.evals.encode import _encode
 from lit_jax.evals.labels import Labels, label_ids
 from lit_jax.evals.retrieval import captions_of, evaluate_retrieval
 from lit_jax.evals.zero_shot import zero_shot
+from lit_jax.precomputed.tower import _outputs
 from lit_jax.trees import flatten, unflatten
 
 TEXTS = ["forty two", "a photo of the number twenty", "the number ninety nine written by hand", ""]
@@ -135,13 +135,13 @@ def test_mesh_changes_nothing(encoder, params, pictures, data, fsdp):
 def test_compiles_once_and_transfers_explicitly(encoder, params, pictures):
     encoder.images(params, pictures)
     encoder.texts(params, TEXTS)
-    compiled = _encode._cache_size()
+    compiled = _outputs._cache_size()
     doubled = jax.tree.map(lambda x: x * 2, params)
     with jax.transfer_guard("disallow"):
         again = dataclasses.replace(encoder)  # the compiled functions outlive an Encoder
         changed, _ = again.images(doubled, type(pictures)(pictures[:3]))
         again.texts(doubled, TEXTS[2:])
-    assert _encode._cache_size() == compiled
+    assert _outputs._cache_size() == compiled
     assert not np.allclose(changed, encoder.images(params, pictures)[0][:3], atol=1e-3)
 
 

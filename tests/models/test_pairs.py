@@ -24,7 +24,7 @@ from lit_jax.models.families import TEXT, VISION
 from lit_jax.training.losses import make_loss
 from lit_jax.training.optimizers import make_optimizer
 from lit_jax.training.policy import resolve_policy
-from lit_jax.training.step import State, train_step
+from lit_jax.training.train_step import State, train_step
 from lit_jax.trees import flatten
 from tests.models.test_towers import build
 

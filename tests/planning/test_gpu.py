@@ -11,7 +11,7 @@ from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import batch_sharding, make_mesh
 from lit_jax.models.attention import attend
 from lit_jax.models.layers import LayerNorm
-from lit_jax.planning.planner import abstract_program, traced
+from lit_jax.planning.planner import abstract_step, traced
 from tests.planning.conftest import BASE
 
 pytestmark = pytest.mark.gpu
@@ -83,10 +83,10 @@ def test_a_train_step_for_several_gpus(config_of, fsdp):
     """Attention of the image tower is cuDNN's in both directions; no GPU has the rows of others."""
     rows = 48
     config = config_of(BASE, BASE, rows * 8, **{"policy.lock": "UU", "mesh.fsdp": fsdp})
-    program = abstract_program(config, gpus(8))
-    batch = program.abstract_batch(config.batch_size)
-    with jax.set_mesh(program.setup.mesh):
-        hlo = traced(program, batch).lower().compile().as_text()
+    step = abstract_step(config, gpus(8))
+    batch = step.abstract_batch(config.batch_size)
+    with jax.set_mesh(step.model.mesh):
+        hlo = traced(step, batch).lower().compile().as_text()
     assert set(calls(hlo)) == set(CUDNN)
     assert "197,197]" not in hlo
     tokens = re.findall(r"\[(?:11,)?(\d+),197,768\]", hlo)

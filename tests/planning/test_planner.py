@@ -7,7 +7,7 @@ from lit_jax.errors import UserError
 from lit_jax.planning import planner
 from lit_jax.planning.chips import CHIPS, open_topology
 from lit_jax.planning.collectives import KINDS, Traffic
-from lit_jax.planning.planner import Compiled, abstract_program, compile_step, make_plan, next_batch
+from lit_jax.planning.planner import Compiled, abstract_step, compile_step, make_plan, next_batch
 from lit_jax.planning.table import table
 from lit_jax.trees import flatten
 from tests.planning.conftest import BASE, GIANT, LARGE
@@ -46,8 +46,8 @@ def test_without_the_tpu_compiler_it_says_how_to_get_it(monkeypatch):
 def test_what_a_chip_holds_is_counted_by_kind(config_of):
     """The matrices of a tower are split over fsdp, the batch over both axes."""
     config = config_of(TINY, TINY, 64, **{"mesh.fsdp": 2})
-    program = abstract_program(config, open_topology("v5e:2x2").devices)
-    held = planner.resident_bytes(program, program.abstract_batch(64))
+    step = abstract_step(config, open_topology("v5e:2x2").devices)
+    held = planner.resident_bytes(step, step.abstract_batch(64))
     assert held["batch"] == 64 // 4 * (224 * 224 * 3 + 3 * 16 * 4)  # pixels are bytes
     embedding = 30522 * 32 // 2 * 4
     blocks = 2 * (4 * 32 * 32 + 2 * 32 * 64) // 2 * 4
@@ -62,7 +62,7 @@ def test_flops_of_a_step_are_those_of_its_products(config_of):
     """By hand: the locked tower forward; the other forward, again for the gradient, and twice backward."""
     length, width, wide, batch = 16, 32, 64, 64
     config = config_of(TINY, TINY, batch)
-    program = abstract_program(config, open_topology("v5e:2x2").devices)
+    step = abstract_step(config, open_topology("v5e:2x2").devices)
 
     def block(tokens, queries):
         """Keys and values of all tokens; the rest for as many as are wanted."""
@@ -81,7 +81,7 @@ def test_flops_of_a_step_are_those_of_its_products(config_of):
     # projection, are a constant to the loss.
     again = tower(length)
     backward = 2 * (tower(length) + 2 * heads) + loss
-    counted = planner.step_flops(program, program.abstract_batch(batch)) * 4
+    counted = planner.step_flops(step, step.abstract_batch(batch)) * 4
     assert counted == batch * (forward + again + backward)
 
 
@@ -150,7 +150,7 @@ def test_the_network_between_slices_bounds_a_step_where_its_speed_is_published(
         traffic=inside,
         network=network if slices > 1 else None,
     )
-    monkeypatch.setattr(planner, "compile_step", lambda program, batch: compiled)
+    monkeypatch.setattr(planner, "compile_step", lambda step, batch: compiled)
     opened = open_topology(topology, slices=slices)
     plan = make_plan(config_of(TINY, TINY, 64), opened, slices=slices, compilations=1)
     ici, dcn = opened.chip.ici_bandwidth, opened.chip.dcn_bandwidth
@@ -181,14 +181,14 @@ def little_effort():
 @pytest.mark.long
 def test_a_gradient_crosses_between_slices_once(config_of):
     """Each of the four chips of a slice sends a part; parameters stay inside, split over fsdp."""
-    program = abstract_program(
+    step = abstract_step(
         config_of(TINY, TINY, 64, **{"mesh.fsdp": 2}), open_topology("v5e:2x2", slices=2).devices
     )
-    network = compile_step(program, program.abstract_batch(64)).network.communicated
+    network = compile_step(step, step.abstract_batch(64)).network.communicated
     # In bfloat16 where it comes out of a product, else in float32; between two slices each is sent once.
     gradients = sum(
         leaf.size * (2 if path.endswith("kernel") else 4)
-        for path, leaf in flatten(program.setup.abstract_trainable).items()
+        for path, leaf in flatten(step.model.abstract_trainable).items()
     )
     assert gradients < 4 * network["all-reduce"] < 1.3 * gradients
     assert sum(network.values()) - network["all-reduce"] < 0.1 * gradients
@@ -221,15 +221,15 @@ def test_split_matrices_are_gathered_and_their_gradients_scattered(config_of):
     fsdp, batch_size = 8, 4096
     changes = {"data.image_embeddings": "anywhere", "mesh.fsdp": fsdp, "optimizer.name": "adamw"}
     config = config_of(LARGE, LARGE, batch_size, **changes)
-    program = abstract_program(config, open_topology("v5e:4x4").devices)
-    batch = program.abstract_batch(batch_size)
-    leaves = flatten(program.setup.abstract_trainable).values()
+    step = abstract_step(config, open_topology("v5e:4x4").devices)
+    batch = step.abstract_batch(batch_size)
+    leaves = flatten(step.model.abstract_trainable).values()
     matrices = sum(leaf.size for leaf in leaves if not leaf.sharding.is_fully_replicated)
     vectors = sum(leaf.size for leaf in leaves) - matrices
     assert vectors < 0.01 * matrices
-    held = planner.resident_bytes(program, batch)
+    held = planner.resident_bytes(step, batch)
     assert held["parameters"] == 4 * (matrices // fsdp + vectors)
-    compiled = compile_step(program, batch)
+    compiled = compile_step(step, batch)
     sent = compiled.traffic.communicated
     once = 2 * matrices * (fsdp - 1) / fsdp  # bytes that a chip sends of all matrices in bfloat16
     # The table of words, a tenth of them, need not be gathered, as what is looked up is smaller; its gradient
@@ -237,7 +237,7 @@ def test_split_matrices_are_gathered_and_their_gradients_scattered(config_of):
     assert 1.7 * once < sent["all-gather"] < 2.1 * once
     assert 0.85 * once < sent["reduce-scatter"] < 1.1 * once
     assert sent["all-reduce"] < 0.25 * once + 2 * 4 * 30522 * 1024
-    looked_up = 4 * batch_size // 16 * program.setup.tokenizer.model_max_length * 1024
+    looked_up = 4 * batch_size // 16 * step.model.processors.tokenizer.model_max_length * 1024
     assert sent["all-to-all"] < looked_up
     assert sent["collective-permute"] < 4 * batch_size * 1024 * 4
     assert compiled.total < 2 * GIB
@@ -251,8 +251,8 @@ def test_siglit_from_cached_embeddings_fits_on_four_chips(config_of, image, text
     sigmoid = {"loss": "sigmoid", "model.logit_bias_init": -10.0, "optimizer.name": "lion"}
     # The folder need not be there: what it would hold follows from the tower.
     config = config_of(image, text, 32_768, **{"data.image_embeddings": "anywhere", **sigmoid})
-    program = abstract_program(config, open_topology("v4:2x2x1").devices)
-    batch = program.abstract_batch(config.batch_size)
+    step = abstract_step(config, open_topology("v4:2x2x1").devices)
+    batch = step.abstract_batch(config.batch_size)
     assert batch["image_pooled"].shape == (32_768, image["hidden_size"])
-    assert "vision_model" not in program.abstract_frozen(batch)
-    assert compile_step(program, batch).fits
+    assert "vision_model" not in step.abstract_frozen(batch)
+    assert compile_step(step, batch).fits

@@ -17,9 +17,9 @@ import safetensors.numpy
 from lit_jax.config import parse
 from lit_jax.configs.vit_bert import get_config
 from lit_jax.distributed.mesh import make_mesh
+from lit_jax.distributed.preemption import StopSignal
 from lit_jax.models.families import build_tower
-from lit_jax.training import program, trainer
-from lit_jax.training.preemption import StopSignal
+from lit_jax.training import train_step, trainer
 from lit_jax.weights.save import save_tower
 from tests.digits import make_digits
 
@@ -116,7 +116,7 @@ def tiny(towers):
     return make
 
 
-UNPATCHED_STEP = program.train_step
+UNPATCHED_STEP = train_step.train_step
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def train(monkeypatch):
         some = functools.partial(make_mesh, devices=jax.devices()[:devices])
         monkeypatch.setattr(trainer, "make_mesh", some)
         step = chex.assert_max_traces(UNPATCHED_STEP, n=1)
-        monkeypatch.setattr(program, "train_step", step)
+        monkeypatch.setattr(train_step, "train_step", step)
         chex.clear_trace_counter()
         return trainer.train(config, workdir, *args, **kwargs)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lit_jax.console import command
 from lit_jax.training import lease
-from lit_jax.training.disk import writing
+from lit_jax.training.io_errors import writing
 
 
 @command

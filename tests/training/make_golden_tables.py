@@ -14,7 +14,8 @@ from transformers import BertConfig, ViTConfig
 from lit_jax.config import MeshConfig, parse
 from lit_jax.configs.vit_bert import DEMO, get_config
 from lit_jax.distributed.mesh import make_mesh
-from lit_jax.training.model_factory import Towers, find_towers, prepare
+from lit_jax.training.model_factory import build_model
+from lit_jax.training.tower_paths import TowerPaths
 
 GOLDEN = Path(__file__).with_name("golden")
 LARGE = {
@@ -34,7 +35,7 @@ def make_table(variant: str) -> str:
     config = parse(get_config(variant))
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     if variant == "demo":
-        towers = find_towers(config.model)
+        paths = None
     else:
         # The demo's processors do: neither shapes a parameter, but for the size of the images.
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=224))
@@ -42,9 +43,11 @@ def make_table(variant: str) -> str:
             "vision_config": ViTConfig(**SIZES[variant]).to_dict(),
             "text_config": BertConfig(**SIZES[variant]).to_dict(),
         }
-        towers = Towers(image_folder=DEMO / "vit", text_folder=DEMO / "bert", hf_config=hf_config)
-    setup = prepare(config, towers, mesh)
-    return setup.policy.table(setup.abstract)
+        paths = TowerPaths(
+            image_folder=DEMO / "vit", text_folder=DEMO / "bert", hf_config=hf_config
+        )
+    model = build_model(config, mesh, paths)
+    return model.policy.table(model.abstract)
 
 
 if __name__ == "__main__":

@@ -108,13 +108,13 @@ def test_what_joins_the_towers_is_float32_though_it_is_locked(folder, train):
         folder("clip"),
         **{"model.dtype": "bfloat16", "policy.trainable": rules, "duration": "2 steps"},
     )
-    assert run.setup.policy.trainable["logit_scale"] is False
+    assert run.model.policy.trainable["logit_scale"] is False
     dtypes = {path: str(leaf.dtype) for path, leaf in flatten(run.params).items()}
     assert dtypes.pop("logit_scale") == "float32"
     assert (
         dtypes.pop("text_projection/kernel") == dtypes.pop("visual_projection/kernel") == "float32"
     )
-    locked = {dtypes[path] for path in dtypes if not run.setup.policy.trainable[path]}
+    locked = {dtypes[path] for path in dtypes if not run.model.policy.trainable[path]}
     assert locked == {"bfloat16"}
 
 

@@ -145,8 +145,8 @@ def test_an_export_has_the_image_size_of_the_run(train_and_export, towers, reque
     config = json.loads((folder / "config.json").read_text())
     assert config["vision_config"]["image_size"] == 48
     run = load_run(workdir, dtype="float32")
-    tokens = tokenize(run.setup.tokenizer, TEXTS)
-    expected = compute_logits(run.module, run.params, tokens, run.setup.image_transform)
+    tokens = tokenize(run.model.processors.tokenizer, TEXTS)
+    expected = compute_logits(run.module, run.params, tokens, run.model.processors.image_transform)
     np.testing.assert_allclose(our_logits(folder), expected, atol=1e-4)
     np.testing.assert_allclose(torch_logits(folder), expected, atol=1e-4)
 
@@ -155,7 +155,7 @@ def test_an_export_has_the_image_size_of_the_run(train_and_export, towers, reque
 def test_an_export_for_lit_jax_alone_is_said_before_the_training(
     tiny, tmp_path, one_device, caplog, pooling, said
 ):
-    trainer._prepare(tiny(**{"model.text.pooling": pooling}), tmp_path / "run")
+    trainer.Trainer.prepare(tiny(**{"model.text.pooling": pooling}), tmp_path / "run")
     sentences = [record.getMessage() for record in caplog.records]
     found = [text for text in sentences if "readable by lit_jax only, because" in text]
     assert len(found) == said

@@ -8,10 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import global_batch, make_mesh
-from lit_jax.training.model_factory import find_towers, first_parameters, prepare
-from lit_jax.training.program import Program
-from lit_jax.training.state import abstract_state, shardings_of
-from lit_jax.training.step import State
+from lit_jax.training.model_factory import build_model, first_parameters
+from lit_jax.training.train_step import TrainStep
 from lit_jax.trees import flatten
 
 # Of the matrices (36, 72) and (72, 36) one axis divides by 8, of (36, 36) none; of the table (142, 36) the
@@ -55,23 +53,18 @@ def _two_steps(tiny, fsdp, changes):
     )
     mesh = make_mesh(MeshConfig(fsdp=fsdp))
     with jax.set_mesh(mesh):
-        towers = find_towers(config.model)
-        setup = prepare(config, towers, mesh)
-        program = Program.of(config, setup, optax.constant_schedule(1e-2))
-        params, frozen = first_parameters(config, setup, towers)
+        step = TrainStep.build(build_model(config, mesh), optax.constant_schedule(1e-2))
+        params, frozen = first_parameters(step.model)
         rng = np.random.default_rng(0)
         rows = {
             name: rng.integers(1, 100, like.shape).astype(like.dtype)
             if name == "input_ids"
             else np.ones(like.shape, like.dtype)
-            for name, like in program.abstract_batch(config.batch_size).items()
+            for name, like in step.abstract_batch(config.batch_size).items()
         }
         rows["pixel_values"] = rng.integers(0, 256, rows["pixel_values"].shape, np.uint8)
         batch = global_batch(rows, mesh)
-        abstract = abstract_state(setup, program.optimizer)
-        init = jax.jit(program.optimizer.init, out_shardings=shardings_of(abstract.opt_state))
-        step = jax.device_put(np.zeros((), np.int32), abstract.step.sharding)
-        state, train_step, reports = State(step, params, init(params)), program.compiled_step(), []
+        state, train_step, reports = step.first_state(params), step.compiled(), []
         for _ in range(2):
             state, metrics = train_step(state, frozen, batch)
             reports.append(jax.device_get(metrics))

@@ -13,10 +13,11 @@ from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import batch_sharding, make_mesh
 from lit_jax.errors import UserError
 from lit_jax.training import trainer
-from lit_jax.training.gradcache import accumulated, check_accumulation, cut, join
+from lit_jax.training.checks import check_accumulation
+from lit_jax.training.gradcache import cut, in_micro_batches, join
 from lit_jax.training.losses import make_loss
 from lit_jax.training.metrics import read_metrics
-from lit_jax.training.model_factory import example_batch, find_towers, prepare
+from lit_jax.training.model_factory import build_model, example_batch
 from lit_jax.training.policy import Policy, merge
 from lit_jax.trees import flatten
 from tests.training.test_teacher import demo as teacher_demo
@@ -27,8 +28,8 @@ SOFTMAX = make_loss("softmax", form="global")
 COLLECTIVES = re.compile(r"all-(gather|reduce|to-all)|collective-permute|reduce-scatter")
 
 
-def random_batch(setup):
-    rng, example = np.random.default_rng(0), example_batch(setup.image_transform, setup.tokenizer)
+def random_batch(model):
+    rng, example = np.random.default_rng(0), example_batch(model.processors)
     batch = {name: jnp.concatenate([leaf] * BATCH_SIZE) for name, leaf in example.items()}
     pixels, ids = batch["pixel_values"], batch["input_ids"]
     pixels = jnp.asarray(rng.integers(0, 256, pixels.shape, np.uint8))
@@ -37,17 +38,17 @@ def random_batch(setup):
 
 
 def prepared(config):
-    setup = prepare(config, find_towers(config.model), make_mesh(config.mesh))
-    batch = random_batch(setup)
-    params = jax.jit(setup.module.init)(jax.random.key(0), batch)["params"]
-    return setup, *setup.policy.split(params), batch
+    model = build_model(config, make_mesh(config.mesh))
+    batch = random_batch(model)
+    params = jax.jit(model.module.init)(jax.random.key(0), batch)["params"]
+    return model, *model.policy.split(params), batch
 
 
-def loss_with(embed, frozen, key=0):
+def loss_with(forward, frozen, key=0):
     """As in the train step: a function of the trainable parameters and a batch."""
 
     def loss(params, batch):
-        output, _ = embed(
+        output, _ = forward(
             {"params": merge(params, frozen)},
             batch,
             deterministic_image="vision_model" not in params,
@@ -75,9 +76,9 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize("lock", ["LU", "UU", "uL"])
 def test_the_gradient_is_that_of_the_whole_batch(tiny, lock):
     config = tiny(**{"policy.lock": lock, "model.text.overrides": NO_DROPOUT})
-    setup, trainable, frozen, batch = prepared(config)
-    plain = jax.value_and_grad(loss_with(setup.embed, frozen))
-    parts = jax.value_and_grad(loss_with(accumulated(setup.embed, 2), frozen))
+    model, trainable, frozen, batch = prepared(config)
+    plain = jax.value_and_grad(loss_with(model.forward, frozen))
+    parts = jax.value_and_grad(loss_with(in_micro_batches(model.forward, 2), frozen))
     expected = jax.jit(plain)(trainable, batch)
     assert_close(jax.jit(parts)(trainable, batch), expected)
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
@@ -88,12 +89,12 @@ def test_the_gradient_is_that_of_the_whole_batch(tiny, lock):
 
 def test_both_runs_drop_the_same(tiny):
     """Against the definition: every part by itself, with its key, in one differentiated program."""
-    setup, trainable, frozen, batch = prepared(tiny())
+    model, trainable, frozen, batch = prepared(tiny())
 
-    def embed_in_parts(variables, batch, *, rngs, **modes):
+    def forward_in_parts(variables, batch, *, rngs, **modes):
         halves = [{n: x[i * 8 : (i + 1) * 8] for n, x in batch.items()} for i in range(2)]
         outputs = [
-            setup.embed(
+            model.forward(
                 variables, half, rngs={"dropout": jax.random.fold_in(rngs["dropout"], i)}, **modes
             )[0]
             for i, half in enumerate(halves)
@@ -101,11 +102,11 @@ def test_both_runs_drop_the_same(tiny):
         rows = (jnp.concatenate(rows) for rows in zip(*(o[:2] for o in outputs), strict=True))
         return (*rows, *outputs[0][2:]), {}
 
-    def gradients(embed, key):
-        return jax.jit(jax.value_and_grad(loss_with(embed, frozen, key)))(trainable, batch)
+    def gradients(forward, key):
+        return jax.jit(jax.value_and_grad(loss_with(forward, frozen, key)))(trainable, batch)
 
-    parts = accumulated(setup.embed, 2)
-    assert_close(gradients(parts, 0), gradients(embed_in_parts, 0))
+    parts = in_micro_batches(model.forward, 2)
+    assert_close(gradients(parts, 0), gradients(forward_in_parts, 0))
     assert float(gradients(parts, 1)[0]) != float(gradients(parts, 0)[0])  # there is dropout
 
 
@@ -129,10 +130,10 @@ def matmul_flops(jaxpr):
 
 @pytest.mark.parametrize("lock", ["LU", "UU", "uL"])
 def test_it_costs_one_more_forward_pass_of_what_trains(tiny, lock):
-    setup, trainable, frozen, batch = prepared(tiny(**{"policy.lock": lock}))
+    model, trainable, frozen, batch = prepared(tiny(**{"policy.lock": lock}))
 
-    def cost(embed):
-        gradient = jax.grad(loss_with(embed, frozen))
+    def cost(forward):
+        gradient = jax.grad(loss_with(forward, frozen))
         return matmul_flops(jax.make_jaxpr(gradient)(trainable, batch).jaxpr)
 
     variables = {"params": merge(trainable, frozen)}
@@ -141,23 +142,23 @@ def test_it_costs_one_more_forward_pass_of_what_trains(tiny, lock):
         if side not in trainable:
             name = {"vision_model": "image_pooled", "text_model": "text_pooled"}[side]
             method = {"vision_model": "pool_image", "text_model": "pool_text"}[side]
-            pooled[name] = setup.embed(variables, batch[inputs], method=method)
-    forward = matmul_flops(jax.make_jaxpr(setup.embed)(variables, pooled).jaxpr)
-    extra = cost(accumulated(setup.embed, 4)) - cost(setup.embed)
+            pooled[name] = model.forward(variables, batch[inputs], method=method)
+    forward_flops = matmul_flops(jax.make_jaxpr(model.forward)(variables, pooled).jaxpr)
+    extra = cost(in_micro_batches(model.forward, 4)) - cost(model.forward)
     # A little less: what a tower pools is kept, so the last product before it is not computed again.
-    assert 0.9 * forward < extra <= forward
+    assert 0.9 * forward_flops < extra <= forward_flops
 
 
 def test_it_holds_the_activations_of_one_part_alone(tiny):
-    setup, trainable, frozen, batch = prepared(tiny(**{"policy.lock": "UU"}))
+    model, trainable, frozen, batch = prepared(tiny(**{"policy.lock": "UU"}))
 
-    def held(embed):
-        gradient = jax.jit(jax.grad(loss_with(embed, frozen)))
+    def held(forward):
+        gradient = jax.jit(jax.grad(loss_with(forward, frozen)))
         many = {name: jnp.concatenate([x] * 16) for name, x in batch.items()}
         compiled = gradient.lower(trainable, many).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert held(accumulated(setup.embed, 16)) < held(setup.embed) / 4
+    assert held(in_micro_batches(model.forward, 16)) < held(model.forward) / 4
 
 
 @pytest.mark.parametrize("sizes", [(8, 1), (4, 2), (2, 4)])

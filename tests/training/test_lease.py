@@ -16,7 +16,7 @@ import pytest
 
 from lit_jax.errors import BAD_INPUT, UserError
 from lit_jax.training import lease
-from lit_jax.training.disk import writing
+from lit_jax.training.io_errors import writing
 
 SCRIPT = Path(__file__).with_name("holder_of_a_folder.py")
 ROOT = Path(__file__).parents[2]

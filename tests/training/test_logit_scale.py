@@ -11,7 +11,7 @@ import pytest
 
 from lit_jax.models.dual_encoder import limit_logit_scale, logit_scale
 from lit_jax.training.losses import softmax_loss
-from lit_jax.training.step import State, train_step
+from lit_jax.training.train_step import State, train_step
 
 RATE, MAXIMUM, STEPS = 0.05, 100.0, 12
 

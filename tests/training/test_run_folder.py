@@ -16,9 +16,9 @@ from lit_jax.distributed.mesh import BATCH, make_mesh, replicated
 from lit_jax.errors import UserError
 from lit_jax.training import trainer
 from lit_jax.training.checkpoints import Checkpoints, restore_frozen, restore_params, save_frozen
-from lit_jax.training.disk import complete_steps, quiet_orbax
 from lit_jax.training.integrity import DamagedError, check_sums, start_sums
-from lit_jax.training.step import State
+from lit_jax.training.io_errors import complete_steps, quiet_orbax
+from lit_jax.training.train_step import State
 from lit_jax.training.workdir import FORMAT, load_run
 
 

@@ -20,7 +20,7 @@ from lit_jax.models.families import build_tower
 from lit_jax.training import trainer
 from lit_jax.training.losses import mse_loss
 from lit_jax.training.metrics import read_metrics
-from lit_jax.training.model_factory import find_towers, first_parameters, prepare
+from lit_jax.training.model_factory import build_model, first_parameters
 from lit_jax.training.workdir import load_run
 from lit_jax.trees import flatten, unflatten
 from lit_jax.weights.load import load_dual_encoder, parameter_shapes
@@ -90,9 +90,8 @@ def test_the_first_loss_is_the_distance_of_what_both_towers_return(tmp_path, one
 
 
 def first_parameters_of(config):
-    towers = find_towers(config.model)
-    setup = prepare(config, towers, make_mesh(config.mesh, jax.devices()[:1]))
-    trainable, _ = first_parameters(config, setup, towers)
+    model = build_model(config, make_mesh(config.mesh, jax.devices()[:1]))
+    trainable, _ = first_parameters(model)
     return trainable
 
 

@@ -11,7 +11,7 @@ import lit_jax
 from lit_jax import evaluate, export
 from lit_jax.configs.vit_bert import DIGITS
 from lit_jax.data.text import tokenize
-from lit_jax.evals.encode import Encoder
+from lit_jax.train import encoder_of
 from lit_jax.training import trainer
 from tests.tokenizer_files import FAMILIES, TEXTS, write_tokenizer
 from tests.training.conftest import DEMO, WIDTHS
@@ -49,7 +49,7 @@ def test_a_family_is_trained_exported_and_evaluated(train, tmp_path, family):
     run, workdir = train(family)
     out = tmp_path / "out"
     assert export.main([f"--workdir={workdir}", f"--output={out}"]) == 0
-    ours = tokenize(run.setup.tokenizer, TEXTS, length=32)
+    ours = tokenize(run.model.processors.tokenizer, TEXTS, length=32)
     for folder in (workdir / "model", out):
         theirs = AutoTokenizer.from_pretrained(folder)(TEXTS, padding="max_length", truncation=True)
         assert ours.keys() == theirs.keys()
@@ -99,7 +99,7 @@ def test_pytorch_embeds_the_same_texts_of_a_siglip_in_the_same_way(
         features = SiglipModel.from_pretrained(out).get_text_features(**tokens)
     theirs = getattr(features, "pooler_output", features).numpy()
     theirs /= np.linalg.norm(theirs, axis=1, keepdims=True)
-    ours = Encoder.of_setup(run.setup).texts(run.params, texts)
+    ours = encoder_of(run).texts(run.params, texts)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     encoder, params = evaluate.load_folder(str(out))
     np.testing.assert_allclose(encoder.texts(params, texts), theirs, atol=1e-5)

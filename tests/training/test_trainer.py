@@ -15,14 +15,12 @@ import pytest
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import Preempted, UserError
-from lit_jax.training import trainer
 from lit_jax.training.checkpoints import Checkpoints
-from lit_jax.training.evaluation import Evaluations
 from lit_jax.training.losses import softmax_loss
 from lit_jax.training.metrics import read_metrics
-from lit_jax.training.model_factory import example_batch, find_towers, prepare
-from lit_jax.training.optimizers import make_optimizer
-from lit_jax.training.state import abstract_state, first_or_latest_state
+from lit_jax.training.model_factory import build_model, example_batch
+from lit_jax.training.train_step import TrainStep
+from lit_jax.training.trainer import Evaluations, first_or_latest_state
 from lit_jax.training.workdir import load_run
 from lit_jax.trees import flatten
 from lit_jax.weights.load import load_tower
@@ -225,7 +223,7 @@ def test_a_start_without_checkpoint_takes_nothing_from_the_one_before(
     hf = json.loads((other / "config.json").read_text()) | {"hidden_act": "relu"}
     (other / "config.json").write_text(json.dumps(hf))
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_open_stream", lambda *_: 1 / 0)
+        patch.setattr(TrainStep, "compiled", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(tiny(**{"model.image.model": str(other)}), tmp_path / "run")
         assert (tmp_path / "run" / "frozen").exists()
@@ -304,7 +302,7 @@ def test_where_no_checkpoint_folder_can_be_made_the_process_says_so_and_ends(tmp
         import optax
         from lit_jax.errors import UserError
         from lit_jax.training.checkpoints import Checkpoints
-        from lit_jax.training.step import State
+        from lit_jax.training.train_step import State
         workdir = Path(sys.argv[1])
         state = State(jnp.zeros((), jnp.int32), {"a": jnp.ones(3)}, optax.EmptyState())
         with Checkpoints(workdir, keep_last=1) as checkpoints:
@@ -376,27 +374,27 @@ def test_locking_costs_no_gradient_and_no_optimizer_state(tiny):
 
 
 def step_costs(config):
-    setup = prepare(config, find_towers(config.model), make_mesh(config.mesh))
-    optimizer = make_optimizer(config.optimizer, optax.constant_schedule(0.1), setup.policy)
-    state = abstract_state(setup, optimizer)
+    model = build_model(config, make_mesh(config.mesh))
+    train_step = TrainStep.build(model, optax.constant_schedule(0.1))
+    state = train_step.abstract_state()
     step = functools.partial(
         UNPATCHED_STEP,
-        embed=setup.module.apply,
+        forward=model.forward,
         loss=softmax_loss,
-        optimizer=optimizer,
+        optimizer=train_step.optimizer,
         schedule=optax.constant_schedule(0.1),
         seed=0,
     )
     batch = {
         name: jax.ShapeDtypeStruct((16, *leaf.shape[1:]), leaf.dtype)
-        for name, leaf in example_batch(setup.image_transform, setup.tokenizer).items()
+        for name, leaf in example_batch(model.processors).items()
     }
-    image = functools.partial(setup.module.apply, method="encode_image")
+    image = functools.partial(model.module.apply, method="encode_image")
     return {
         "params": size(state.params),
         "opt_state": size(state.opt_state),
-        "flops": flops(step, state, setup.abstract_frozen, batch),
-        "image_forward_flops": flops(image, {"params": setup.abstract}, batch["pixel_values"]),
+        "flops": flops(step, state, model.abstract_frozen, batch),
+        "image_forward_flops": flops(image, {"params": model.abstract}, batch["pixel_values"]),
     }
 
 
@@ -414,12 +412,9 @@ def test_a_checkpoint_moves_to_other_devices(tiny, tmp_path, first, second):
     states = []
     for devices, fsdp in ((first, min(first, 2)), (second, min(second, 4))):
         mesh = make_mesh(MeshConfig(fsdp=fsdp), jax.devices()[:devices])
-        setup = prepare(config, find_towers(config.model), mesh)
-        optimizer = make_optimizer(config.optimizer, optax.constant_schedule(0.1), setup.policy)
+        step = TrainStep.build(build_model(config, mesh), optax.constant_schedule(0.1))
         with Checkpoints(tmp_path, keep_last=1) as checkpoints:
-            state, _, position = first_or_latest_state(
-                config, setup, find_towers(config.model), optimizer, tmp_path, checkpoints
-            )
+            state, _, position = first_or_latest_state(step, tmp_path, checkpoints)
             if position is None:
                 checkpoints.save(1, state, {"next_batch": 1}, {})
         states.append(state)

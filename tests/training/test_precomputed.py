@@ -21,11 +21,12 @@ from lit_jax import embed as command
 from lit_jax.configs.vit_bert import DIGITS
 from lit_jax.console import BAD_INPUT, PREEMPTED
 from lit_jax.distributed.mesh import make_mesh
+from lit_jax.embed import embed
 from lit_jax.errors import Preempted, UserError
 from lit_jax.precomputed import format as data_embeddings
+from lit_jax.precomputed import tower, write
 from lit_jax.precomputed.format import MANIFEST, Embeddings
-from lit_jax.training import embed_data, program, trainer
-from lit_jax.training.embed_data import embed
+from lit_jax.training import train_step, trainer
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.model_factory import first_parameters
 from lit_jax.training.workdir import load_run
@@ -70,7 +71,7 @@ def make(tiny, folder, monkeypatch):
 
 def on_devices(monkeypatch, count):
     monkeypatch.setattr(
-        embed_data, "make_mesh", lambda config, devices: make_mesh(config, devices[:count])
+        command, "make_mesh", lambda config, devices: make_mesh(config, devices[:count])
     )
     some = functools.partial(make_mesh, devices=jax.devices()[:count])
     monkeypatch.setattr(trainer, "make_mesh", some)
@@ -93,13 +94,13 @@ def test_training_from_views_of_images_and_from_their_embeddings_is_the_same(
     counts = embed(config, tmp_path / "cache", "image", batch_size=16)
     assert (counts.rows, counts.bad) == (3 * (EXAMPLES - 1), 1)
     expected = losses(config, tmp_path / "images")
-    seen, step = [], program.train_step
+    seen, step = [], train_step.train_step
 
     def spy(state, frozen, batch, **rest):
         seen.append((frozen, batch))
         return step(state, frozen, batch, **rest)
 
-    monkeypatch.setattr(program, "train_step", spy)
+    monkeypatch.setattr(train_step, "train_step", spy)
     of_cache = make(
         **AUGMENTED, **{"data.views": 3, "data.image_embeddings": str(tmp_path / "cache")}
     )
@@ -143,17 +144,16 @@ def test_eight_devices_embed_as_one_does_and_as_the_tower_does(make, tmp_path, m
     embed(make(), tmp_path / "eight", "image", batch_size=8)
     one, eight = Embeddings(tmp_path / "one"), Embeddings(tmp_path / "eight")
     assert one.header == eight.header
-    plan = trainer._prepare(make(), tmp_path / "run")
-    with jax.set_mesh(plan.mesh):
-        _, frozen = first_parameters(plan.config, plan.setup, plan.towers)
+    plan = trainer.Trainer.prepare(make(), tmp_path / "run")
+    model, image_transform = plan.model, plan.model.processors.image_transform
+    with jax.set_mesh(model.mesh):
+        _, frozen = first_parameters(model)
     pixels = [
-        plan.setup.image_transform.eval(plan.data.source[i]["image"])
-        for i in range(EXAMPLES)
-        if i != BAD
+        image_transform.eval(plan.data.source[i]["image"]) for i in range(EXAMPLES) if i != BAD
     ]
-    expected = jax.jit(plan.setup.module.vision_model.apply)(
+    expected = jax.jit(model.module.vision_model.apply)(
         {"params": frozen["vision_model"]},
-        plan.setup.image_transform.normalization(np.stack(pixels)),
+        image_transform.normalization(np.stack(pixels)),
     ).pooled
     for read in (one, eight):
         rows = np.concatenate([read[i] for i in range(EXAMPLES) if i != BAD])
@@ -163,7 +163,7 @@ def test_eight_devices_embed_as_one_does_and_as_the_tower_does(make, tmp_path, m
 def test_stopped_and_resumed_gives_the_same_bytes(make, tmp_path, monkeypatch):
     config = make(**AUGMENTED, **{"data.views": 2})
     embed(config, tmp_path / "whole", "image", batch_size=8)
-    together, asked = embed_data._together, []
+    together, asked = write._together, []
 
     def stop_at_the_fifth(**kwargs):
         asked.append(1)
@@ -172,7 +172,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(make, tmp_path, monkeypatch):
         return together(**kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(embed_data, "_together", stop_at_the_fifth)
+        patch.setattr(write, "_together", stop_at_the_fifth)
         with pytest.raises(Preempted, match="run the same command again"):
             embed(config, tmp_path / "parts", "image", batch_size=8)
     there = content(tmp_path / "parts")
@@ -181,7 +181,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(make, tmp_path, monkeypatch):
     (tmp_path / "parts" / ".shard-00002-of-00006.array_record.tmp").write_bytes(b"as kill -9")
     times = {name: (tmp_path / "parts" / name).stat().st_mtime_ns for name in there}
     with pytest.raises(UserError, match="holds no complete embeddings"):
-        trainer._prepare(
+        trainer.Trainer.prepare(
             make(
                 **AUGMENTED, **{"data.views": 2, "data.image_embeddings": str(tmp_path / "parts")}
             ),
@@ -404,11 +404,11 @@ def test_too_little_memory_on_the_device_is_not_the_folders_fault(make, tmp_path
 
     output = tmp_path / "cache"
     with monkeypatch.context() as patch:
-        patch.setattr(embed_data, "_pool", pool)
+        patch.setattr(tower, "_outputs", pool)
         with pytest.raises(UserError, match="8 rows at once; give a smaller --batch_size"):
             embed(make(), output, "image", batch_size=8)
     assert content(output).keys() == {"started.json"}
-    monkeypatch.setattr(embed_data, "_pool", lambda *_: jax.numpy.zeros(3) + np.zeros(4))
+    monkeypatch.setattr(tower, "_outputs", lambda *_: jax.numpy.zeros(3) + np.zeros(4))
     with pytest.raises(TypeError, match="shapes"):  # other mistakes stay what they are
         embed(make(), output, "image", batch_size=8)
 

@@ -3,7 +3,7 @@ import pytest
 from lit_jax.config import parse
 from lit_jax.data.mixture import Mixture
 from lit_jax.errors import UserError
-from lit_jax.training.negatives import check_negatives
+from lit_jax.training.checks import check_negatives
 
 
 def check(source, caplog, **changes) -> str:

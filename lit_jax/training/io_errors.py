@@ -14,11 +14,12 @@ from typing import Any
 from lit_jax.errors import UserError
 from lit_jax.training.lease import check_lease
 
-STEP = re.compile(r"0|[1-9][0-9]{0,9}")  # str.isdigit is true of ², which int() does not read
+# Not str.isdigit, which is true of ², which int() does not read.
+STEP = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 @contextlib.contextmanager
-def writing(workdir: Path, failure: type[Exception] = OSError) -> Iterator[None]:
+def io_errors(workdir: Path, failure: type[Exception] = OSError) -> Iterator[None]:
     """Raise UserError where something that writes into a run folder raises `failure`.
 
     Nothing is written by a process that has lost the folder to another run.
@@ -29,11 +30,9 @@ def writing(workdir: Path, failure: type[Exception] = OSError) -> Iterator[None]
     except UserError:
         raise
     except failure as error:
-        what_then = "mend that or choose another --workdir"
+        what_then = "fix that or choose another --workdir"
         if steps := complete_steps(workdir):
-            what_then = (
-                f"mend that and run the same command again: it goes on from step {steps[-1]}"
-            )
+            what_then = f"fix that and run the same command again: it goes on from step {steps[-1]}"
         raise UserError(
             f"The run folder {workdir} cannot be written ({reason(error)}); {what_then}."
         ) from error
@@ -46,8 +45,9 @@ def complete_steps(workdir: Path) -> list[int]:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, short enough to stand in a sentence."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's own text fills a page
+    """Return what went wrong, short enough to stand in a sentence."""
+    # TensorStore's own text fills a page.
+    code = re.search(r"os_error_code='(\d+)'", str(error))
     if code:
         return os.strerror(int(code[1]))
     if isinstance(error, OSError) and error.strerror:
@@ -88,7 +88,8 @@ def quiet_orbax() -> Iterator[None]:
             pattern = r"coroutine '.*(write|read).*' was never awaited"
             warnings.filterwarnings("ignore", pattern, RuntimeWarning)
             yield
-            gc.collect()  # such a one speaks when it is freed
+            # A coroutine warns when it is freed.
+            gc.collect()
     finally:
         sys.unraisablehook = hook
         for logger in loggers:

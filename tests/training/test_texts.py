@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lit_jax.config import DataConfig, MeshConfig
+from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import make_mesh
+from lit_jax.embed import embed
 from lit_jax.errors import UserError
 from lit_jax.training import trainer
-from lit_jax.training.embed_data import embed
-from lit_jax.training.evaluation import Evaluations
-from lit_jax.training.model_factory import find_towers, prepare
+from lit_jax.training.model_factory import build_model
+from lit_jax.training.trainer import Evaluations
 from tests.tokenizer_files import write_tokenizer
 from tests.training.conftest import WIDTHS
 
@@ -30,7 +30,7 @@ def prepared(tiny, tmp_path):
         changes = {"data.max_text_length": None, "model.text.model": str(folder), **changes}
         config = tiny(**changes)
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        return prepare(config, find_towers(config.model), mesh)
+        return build_model(config, mesh).processors
 
     return make
 
@@ -51,9 +51,9 @@ def prepared(tiny, tmp_path):
 )
 def test_the_length_of_texts(prepared, family, lock, positions, asked, length):
     changes = {"policy.lock": lock, "data.max_text_length": asked}
-    setup = prepared(family, positions, **changes)
-    assert setup.tokenizer.model_max_length == length
-    batch = setup.inputs(DataConfig())["text"].collate(["a photo", "number " * 80])
+    processors = prepared(family, positions, **changes)
+    assert processors.tokenizer.model_max_length == length
+    batch = processors.inputs("text", None).collate(["a photo", "number " * 80])
     assert batch["input_ids"].shape == (2, length)
 
 

@@ -1,0 +1,200 @@
+"""Training from the features of a locked tower: were they made by this run's tower, of this run's data?"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lit_jax.config import DataConfig, Side
+from lit_jax.data.example import Example, Source
+from lit_jax.data.readers import Inputs, Processors
+from lit_jax.data.text import tokenize
+from lit_jax.errors import UserError
+from lit_jax.files import local_path
+from lit_jax.models.dual_encoder import POOLED, DualEncoderModule, tower_name
+from lit_jax.precomputed.fingerprint import (
+    data_fingerprint,
+    fingerprint,
+    sampled_examples,
+    tower_fingerprint,
+)
+from lit_jax.precomputed.format import (
+    Embeddings,
+    Header,
+    Pooled,
+    PooledImages,
+    PooledTexts,
+    shard_size,
+)
+from lit_jax.trees import Tree
+
+# The captions that stand for the tokenizer in its fingerprint.
+TOKENIZED = 256
+
+
+def describe(
+    module: DualEncoderModule,
+    processors: Processors,
+    source: Source,
+    side: Side,
+    views: int | None,
+) -> Header:
+    """Return the header of embeddings, all but the fingerprint of the parameters: `tower` is ''.
+
+    Args:
+        views: of each image; None is 1.
+    """
+    sample = sampled_examples(source)
+    features = features_shape(module, side)
+    return Header(
+        side=side,
+        tower="",
+        preprocessing=_preprocessing(processors, side, sample),
+        data=data_fingerprint(source, sample, side),
+        views=(views or 1) if side == "image" else 0,
+        examples=len(source),
+        width=features.shape[1],
+        dtype=features.dtype.name,
+        shard_size=shard_size(len(source)),
+    )
+
+
+def _preprocessing(processors: Processors, side: Side, sample: list[Example]) -> str:
+    """Return a fingerprint of what makes the inputs of a tower."""
+    if side == "image":
+        return fingerprint(dataclasses.asdict(processors.image_transform))
+    # The tokens of some captions: the tokenizer's files may say the same in other words.
+    texts = [text for example in sample for text in example["captions"]][:TOKENIZED]
+    length = processors.tokenizer.model_max_length
+    return fingerprint([length, tokenize(processors.tokenizer, texts, length=length)])
+
+
+def features_shape(module: DualEncoderModule, side: Side) -> jax.ShapeDtypeStruct:
+    """Return shape and dtype of the features of one example, as the projection takes them."""
+    batch = module.example_batch
+    names = {"image": ("pixel_values",), "text": ("input_ids", "attention_mask")}[side]
+
+    def features(batch: Any) -> Any:
+        params = module.init(jax.random.key(0), batch)
+        return module.apply(params, *(batch[name] for name in names), method=f"pool_{side}")
+
+    return jax.eval_shape(features, batch)
+
+
+def blank_features(module: DualEncoderModule, side: Side) -> Inputs:
+    """Return what stands for the features of a tower where there is no folder of them yet."""
+    return _BlankFeatures(POOLED[side], features_shape(module, side))
+
+
+@dataclasses.dataclass(frozen=True)
+class _BlankFeatures(Pooled):
+    shape: jax.ShapeDtypeStruct
+
+    def draw(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
+        return np.zeros(self.shape.shape[1:], self.shape.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Precomputed:
+    """The towers whose features a run reads instead of computing them: none, one or both."""
+
+    folders: Mapping[Side, Embeddings]
+    inputs: Mapping[Side, Inputs]
+
+    def check_towers(self, module: DualEncoderModule, frozen: Tree) -> None:
+        """Raise UserError if a folder was made with another tower than that in `frozen`.
+
+        All processes must call it, under `jax.set_mesh`.
+        """
+        for side, embeddings in self.folders.items():
+            if embeddings.header.tower != tower_fingerprint(module, side, frozen):
+                raise _differs(side, embeddings.folder, f"another {side} tower")
+
+    def needed(self, frozen: Tree) -> Tree:
+        """Return the locked parameters that the train step still needs."""
+        return without_towers(frozen, self.folders)
+
+
+def without_towers(params: Tree, sides: Iterable[Side]) -> Tree:
+    """Return the parameters without those of some towers."""
+    absent = {tower_name(side) for side in sides}
+    return {name: part for name, part in params.items() if name not in absent}
+
+
+def embedding_folders(config: DataConfig) -> dict[Side, str]:
+    """Return the folders that take the place of a tower, by its side."""
+    folders: dict[Side, str] = {
+        "image": config.image_embeddings,
+        "text": config.text_embeddings,
+    }
+    return {side: folder for side, folder in folders.items() if folder}
+
+
+def open_precomputed(
+    config: DataConfig, module: DualEncoderModule, processors: Processors, source: Source
+) -> Precomputed:
+    """Open the folders that config.data names, and check all but the tower's parameters; none without data.
+
+    Raises UserError if one is not complete, or was made of other data or in another way than the config says.
+    """
+    opened: dict[Side, Embeddings] = {}
+    for side, name in embedding_folders(config).items():
+        if source:
+            folder = local_path(f"config.data.{side}_embeddings", name)
+            wanted = functools.partial(describe, module, processors, source, side, config.views)
+            opened[side] = _open(config, processors, wanted, side, folder)
+    inputs: dict[Side, Inputs] = {}
+    if "image" in opened:
+        inputs["image"] = PooledImages(POOLED["image"], opened["image"], config.views or 1)
+    if "text" in opened:
+        inputs["text"] = PooledTexts(POOLED["text"], opened["text"])
+    return Precomputed(folders=opened, inputs=inputs)
+
+
+def _open(
+    config: DataConfig,
+    processors: Processors,
+    describe_wanted: Callable[[], Header],
+    side: Side,
+    folder: Path,
+) -> Embeddings:
+    embeddings = Embeddings(folder)
+    found = embeddings.header
+    if found.side != side:
+        raise _differs(side, folder, f"the {found.side} tower")
+    if side == "image" and config.views is None and processors.image_transform.is_random:
+        raise UserError(
+            f"config.data.views is None, so each image is augmented anew each time; set it to {found.views} "
+            f"or fewer, the views in {folder}, or train without config.data.image_embeddings."
+        )
+    wanted = describe_wanted()
+    if found.examples != wanted.examples:
+        counts = f"{found.examples} examples, where this config's data are {wanted.examples}"
+        raise _differs(side, folder, counts)
+    for name, difference in _DIFFERENCES.items():
+        if getattr(found, name) != getattr(wanted, name):
+            raise _differs(side, folder, difference)
+    if found.views < wanted.views:
+        counts = f"{found.views} views of each image, fewer than {wanted.views}"
+        raise _differs(side, folder, counts)
+    return embeddings
+
+
+# By the field of `Header`.
+_DIFFERENCES = {
+    "data": "other data than this config's",
+    "preprocessing": "another preprocessing or augmentation",
+    "width": "another tower",
+    "dtype": "another config.model.dtype",
+}
+
+
+def _differs(side: Side, folder: Path, what: str) -> UserError:
+    return UserError(
+        f"config.data.{side}_embeddings: {folder} was made with {what}; run python -m lit_jax.embed with "
+        "this config and another --output, or take back what has changed."
+    )

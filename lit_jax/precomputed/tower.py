@@ -1,0 +1,103 @@
+"""A tower over a whole data set: the one loop behind embeddings on disk and behind evaluations."""
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from lit_jax.distributed.finite import check_rows
+from lit_jax.distributed.mesh import REPLICATED, global_batch
+from lit_jax.models.dual_encoder import (
+    TEXT_INPUTS,
+    TOWERS,
+    DualEncoderModule,
+    Side,
+    normalize,
+    tower_name,
+)
+from lit_jax.trees import Tree
+
+# The features that a projection takes, or embeddings of unit length.
+Output = Literal["features", "embeddings"]
+Batch = Mapping[str, np.ndarray]
+
+_METHODS = {"features": "pool", "embeddings": "encode"}
+_INPUTS: Mapping[Side, tuple[str, ...]] = {"image": ("pixel_values",), "text": TEXT_INPUTS}
+
+
+def run_tower(
+    module: DualEncoderModule,
+    params: Tree,
+    mesh: jax.sharding.Mesh,
+    batches: Iterable[Batch],
+    *,
+    side: Side,
+    output: Output,
+) -> Iterator[tuple[Float[np.ndarray, "R E"], Int[np.ndarray, " R"]]]:
+    """Yield the outputs of a tower for each batch, whole on every process of the mesh.
+
+    A batch is fetched when the next one has been started: the devices do not wait for the host, and at most
+    two batches are in memory.
+
+    Args:
+        params: those of the dual encoder, on the mesh; the other tower's may be absent.
+        batches: this process's rows of each, all equally large: the inputs of the tower, and 'index' int32,
+            the number of each row, or -1 for a row that only fills up the batch.
+
+    Yields the R rows that have a number, in the tower's dtype ("embeddings": float32), and these numbers.
+    Raises UserError if a row is not finite.
+    """
+    outputs = _start(module, params, mesh, batches, side, output)
+    for started, _ in itertools.pairwise(itertools.chain(outputs, [None])):
+        rows_BxE, finite_B, index_B = jax.device_get(started)
+        is_real_B = index_B >= 0
+        with jax.set_mesh(mesh):
+            check_rows(finite_B[is_real_B], side, one_side(params, side))
+        yield rows_BxE[is_real_B], index_B[is_real_B]
+
+
+def _start(
+    module: DualEncoderModule,
+    params: Tree,
+    mesh: jax.sharding.Mesh,
+    batches: Iterable[Batch],
+    side: Side,
+    output: Output,
+) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
+    for batch in batches:
+        # Not around the loop: a generator would leave the mesh set while its caller computes.
+        with jax.set_mesh(mesh):
+            yield _outputs(params, global_batch(batch, mesh), module, side, output)
+
+
+# Compiled functions belong to the module: all callers with the same one share them.
+@functools.partial(jax.jit, static_argnames=("module", "side", "output"))
+def _outputs(
+    params: Tree,
+    batch: Mapping[str, jax.Array],
+    module: DualEncoderModule,
+    side: Side,
+    output: Output,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute the outputs, which rows of them are finite, and the numbers of the rows.
+
+    The numbers take the same way as the rows: the devices of a mesh may interleave the processes.
+    """
+    inputs = [batch.get(name) for name in _INPUTS[side]]
+    method = f"{_METHODS[output]}_{side}"
+    rows_BxE: Any = module.apply({"params": params}, *inputs, deterministic=True, method=method)
+    if output == "embeddings":
+        rows_BxE = normalize(rows_BxE)
+    finite_B = jnp.isfinite(rows_BxE).all(axis=1)
+    return jax.lax.with_sharding_constraint((rows_BxE, finite_B, batch["index"]), REPLICATED)
+
+
+def one_side(params: Mapping[str, Any], side: Side) -> dict[str, Any]:
+    """Return the parameters without those of the other tower."""
+    others = {tower_name(other) for other in TOWERS if other != side}
+    return {name: tree for name, tree in params.items() if name not in others}

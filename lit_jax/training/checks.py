@@ -1,0 +1,160 @@
+"""What a run refuses, or warns of, before its first step: keys and data that do not fit each other."""
+
+import logging
+import re
+from typing import Any
+
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from lit_jax.config import Config, Side
+from lit_jax.data.example import Source
+from lit_jax.data.mixture import Mixture
+from lit_jax.data.text_check import check_texts, sample_captions
+from lit_jax.errors import UserError
+from lit_jax.models.dual_encoder import tower_name
+from lit_jax.training.model_factory import Model
+from lit_jax.training.policy import Policy
+from lit_jax.weights.hub import OWN_TYPE
+from lit_jax.weights.vision_text_dual_encoder import why_not_exportable
+
+log = logging.getLogger(__name__)
+
+
+def check_teacher(config: Config) -> None:
+    """Raise UserError where keys do not fit a text teacher, or the lack of one."""
+    if (config.loss == "mse") != bool(config.model.teacher):
+        raise UserError(
+            "config.loss='mse' and config.model.teacher belong together; set both or neither of them."
+        )
+    if config.model.teacher and config.policy.lock not in ("LU", "Lu"):
+        raise UserError(
+            f"With config.model.teacher the text tower learns and the rest stays as it is: "
+            f"config.policy.lock={config.policy.lock!r} must be 'LU' or 'Lu'."
+        )
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int) -> None:
+    """Raise UserError, with the next size that fits, if devices and micro-batches do not divide a batch."""
+    unit = mesh.size * accumulate
+    if batch_size % unit:
+        times = "" if accumulate == 1 else f" times config.accumulate={accumulate}"
+        raise UserError(
+            f"config.batch_size={batch_size} does not divide by the {mesh.size} devices of the mesh{times}; "
+            f"the next that does is {-(-batch_size // unit) * unit}."
+        )
+
+
+def check_accumulation(micro_batches: int, policy: Policy) -> None:
+    """Raise UserError if a tower that trains normalises by the batch, which no micro-batch knows."""
+    if micro_batches > 1 and (towers := normalized_by_batch(policy)):
+        raise UserError(
+            f"config.accumulate={micro_batches}: {towers[0]} trains with batch normalisation, over the whole "
+            "batch, which no micro-batch knows; set it to 1, or lock the tower."
+        )
+
+
+def normalized_by_batch(policy: Policy) -> list[str]:
+    """Return the names of the towers that train with batch normalisation."""
+    towers = {path.split("/")[0] for path, trains in policy.trainable.items() if trains}
+    statistics = [path for path in policy.trainable if re.fullmatch(r".*/(mean|var)", path)]
+    return sorted(towers & {path.split("/")[0] for path in statistics})
+
+
+def check_logit_scale_max(maximum: float | None, policy: Policy) -> None:
+    """Raise UserError if the scale of the logits is to be limited, but does not train."""
+    if maximum is not None and not any(
+        policy.trainable.get(name) for name in ("logit_scale", "temperature")
+    ):
+        raise UserError(
+            f"config.model.logit_scale_max={maximum:g} has no effect, because the logits' scale does not "
+            "train; set it to None."
+        )
+
+
+def check_locked(model: Model, side: Side, what_for: str) -> None:
+    """Raise UserError, in the name of `what_for`, if a tower is not locked or there is a teacher."""
+    if model.teacher is not None:
+        raise UserError(
+            f"{what_for} is for contrastive training; leave it out with config.model.teacher."
+        )
+    name = tower_name(side)
+    trained = [path for path, trains in model.policy.trainable.items() if trains]
+    if found := [path for path in trained if path.startswith(f"{name}/")]:
+        raise UserError(
+            f"{what_for} needs a locked {side} tower, but {found[0]} trains; choose a config.policy.lock "
+            f"with {'L first' if side == 'image' else 'L second'}, and no rule that unlocks it."
+        )
+
+
+def check_captions(tokenizer: PreTrainedTokenizerBase, source: Source, teacher: Any = None) -> None:
+    """Log the share of unknown tokens in the captions, for the run's tokenizer and its teacher's.
+
+    Raises UserError if all tokens are unknown.
+    """
+    captions, teacher_captions = sample_captions(source)
+    check_texts(tokenizer, captions, "config.data")
+    if teacher is not None:
+        check_texts(teacher, teacher_captions, "config.data for the teacher")
+
+
+def check_negatives(config: Config, source: Source) -> None:
+    """Warn if a contrastive loss has few negatives, or has copies of an image among its negatives.
+
+    Raises UserError if nothing can be learned.
+    """
+    if config.loss == "mse":
+        return
+    if len(source) == 1:
+        raise UserError(
+            f"The training data ({_key(config)}) has one image, so that no pair has a negative and nothing "
+            "can be learned; use data with more images."
+        )
+    if config.batch_size == 1 and config.loss == "softmax":
+        raise UserError(
+            "With config.batch_size=1 and config.loss='softmax' no pair has a negative: the loss is 0, and "
+            "nothing can be learned; make config.batch_size larger, or set config.loss='sigmoid'."
+        )
+    if config.batch_size == 1:
+        log.warning(
+            "With config.batch_size=1 no pair has a negative, so that all embeddings become the same; "
+            "make config.batch_size larger."
+        )
+    for key, size, taken in _parts(config, source):
+        if taken > size:
+            log.warning(
+                "%s has %d images, and a batch takes %d from it (config.batch_size=%d): at least %d of them "
+                "are there more than once and are their own negatives; make config.batch_size smaller, or "
+                "use more data.",
+                key,
+                size,
+                taken,
+                config.batch_size,
+                taken - size,
+            )
+
+
+def _key(config: Config) -> str:
+    return "config.data.mixture" if config.data.mixture else "config.data.train"
+
+
+def _parts(config: Config, source: Source) -> list[tuple[str, int, int]]:
+    """Return the config key of each source, its number of images, and how many a batch takes from it."""
+    if not isinstance(source, Mixture):
+        return [(_key(config), len(source), config.batch_size)]
+    total = sum(source.weights.values())
+    return [
+        (f"{_key(config)}.{name}", len(part), int(config.batch_size * source.weights[name] / total))
+        for name, part in source.parts.items()
+    ]
+
+
+def warn_of_export(model: Model) -> None:
+    """Warn before the training if only lit_jax will be able to read the export."""
+    is_joined = model.hf_config["model_type"] in ("vision-text-dual-encoder", OWN_TYPE)
+    if is_joined and (reason := why_not_exportable(model.module)):
+        log.warning(
+            "The export will be readable by lit_jax only, because VisionTextDualEncoder of transformers "
+            "cannot be this model: %s.",
+            reason,
+        )

@@ -1,0 +1,214 @@
+"""The train step: one pure function of the state, the locked parameters and a batch.
+
+`train_step` is the function; `TrainStep` is all that a config puts into it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lit_jax.config import Side
+from lit_jax.data.example import Example
+from lit_jax.data.readers import Inputs, make_reader
+from lit_jax.distributed.mesh import batch_sharding, by_slice, replicated
+from lit_jax.distributed.sharding import optimizer_shardings
+from lit_jax.models.dual_encoder import POOLED, limit_logit_scale
+from lit_jax.precomputed.match import blank_features, embedding_folders, without_towers
+from lit_jax.training.checks import check_accumulation, check_locked, check_logit_scale_max
+from lit_jax.training.gradcache import in_micro_batches
+from lit_jax.training.losses import Loss, make_loss
+from lit_jax.training.model_factory import Model, named_key
+from lit_jax.training.optimizers import make_optimizer
+from lit_jax.training.policy import merge
+from lit_jax.trees import Tree, flatten, unflatten
+
+Batch = Mapping[str, jax.Array]
+AbstractBatch = Mapping[str, jax.ShapeDtypeStruct]
+Metrics = dict[str, jax.Array]
+
+
+class State(NamedTuple):
+    """All that training changes.
+
+    Attributes:
+        step: the number of steps taken, int32.
+        params: the trainable parameters, a nested dict.
+        opt_state: that of the optimizer.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+
+
+def train_step(
+    state: State,
+    frozen: Tree,
+    batch: Batch,
+    *,
+    forward: Callable[..., Any],
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    seed: int,
+    logit_scale_max: float | None = None,
+) -> tuple[State, Metrics]:
+    """Take one step on the global batch: gradient of the trainable parameters, update, metrics.
+
+    `forward` is `Model.forward`, or that in micro-batches. A tower without trainable parameters is a constant
+    to the gradient and computes as in evaluation: no dropout, BatchNorm by its running statistics.
+    """
+    dropout_key = named_key(seed, "dropout", state.step)
+
+    def loss_fn(params: Tree) -> tuple[jax.Array, tuple[Metrics, Tree]]:
+        output, updated = forward(
+            {"params": merge(params, frozen)},
+            batch,
+            deterministic_image="vision_model" not in params,
+            deterministic_text="text_model" not in params,
+            rngs={"dropout": dropout_key},
+            mutable=["batch_stats"],
+        )
+        value = loss(*output)
+        return value, ({"loss": value} | output.metrics, updated.get("batch_stats", {}))
+
+    grads, (metrics, statistics) = jax.grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = _replace(optax.apply_updates(state.params, updates), statistics)
+    params = limit_logit_scale(params, logit_scale_max)
+    metrics |= {
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": schedule(state.step),
+    }
+    return State(state.step + 1, params, opt_state), metrics
+
+
+def _replace(params: Any, statistics: Tree) -> Tree:
+    """Return the parameters with the new running statistics of BatchNorm, which have no gradient."""
+    flat = flatten(params)
+    new = {path: value for path, value in flatten(statistics).items() if path in flat}
+    return unflatten(flat | new)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainStep:
+    """All that the step of a run computes with, before there is any array.
+
+    Training runs it; planning compiles it.
+    """
+
+    model: Model
+    loss: Loss
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+
+    @classmethod
+    def build(cls, model: Model, schedule: optax.Schedule) -> "TrainStep":
+        """Make loss and optimizer as the config says.
+
+        Raises UserError for a loss that is not known or not possible in micro-batches, and for precomputed
+        embeddings of a tower that trains.
+        """
+        config = model.config
+        check_accumulation(config.accumulate, model.policy)
+        check_logit_scale_max(config.model.logit_scale_max, model.policy)
+        for side in embedding_folders(config.data):
+            check_locked(model, side, f"config.data.{side}_embeddings")
+        loss = make_loss(
+            config.loss,
+            form=config.loss_form,
+            label_smoothing=config.label_smoothing,
+            slices=len(by_slice(list(model.mesh.devices.flat))),
+        )
+        optimizer = make_optimizer(config.optimizer, schedule, model.policy)
+        return cls(model=model, loss=loss, schedule=schedule, optimizer=optimizer)
+
+    def abstract_state(self) -> State:
+        """Return shapes, dtypes and shardings of the state."""
+        params = self.model.abstract_trainable
+        opt_state = jax.eval_shape(self.optimizer.init, params)
+        shardings = optimizer_shardings(opt_state, params, self.model.mesh)
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(self.model.mesh))
+        return State(
+            step=step,
+            params=params,
+            opt_state=jax.tree.map(
+                lambda leaf, sharding: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=sharding
+                ),
+                opt_state,
+                shardings,
+            ),
+        )
+
+    def abstract_batch(self, batch_size: int) -> AbstractBatch:
+        """Return shapes, dtypes and shardings of a global batch, as the reader makes its rows."""
+        blank: Example = {
+            "key": "",
+            "image": np.zeros((8, 8, 3), np.uint8),
+            "captions": ("a",),
+            "label": None,
+        }
+        data, module = self.model.config.data, self.model.module
+        precomputed: dict[Side, Inputs] = {
+            side: blank_features(module, side) for side in embedding_folders(data)
+        }
+        reader = make_reader(self.model.processors, data.views, precomputed)
+        rows = reader.collate([reader.read(0, blank, np.random.default_rng(0))])
+        return {
+            name: jax.ShapeDtypeStruct(
+                (batch_size, *array.shape[1:]),
+                array.dtype,
+                sharding=batch_sharding(self.model.mesh),
+            )
+            for name, array in rows.items()
+        }
+
+    def abstract_frozen(self, batch: AbstractBatch) -> Tree:
+        """Return those of the locked parameters, without the towers whose features `batch` brings."""
+        sides: list[Side] = [side for side, name in POOLED.items() if name in batch]
+        return without_towers(self.model.abstract_frozen, sides)
+
+    def first_state(self, params: Tree) -> State:
+        """Return the state of step 0 for trainable parameters that are on the mesh."""
+        abstract = self.abstract_state()
+        init = jax.jit(self.optimizer.init, out_shardings=shardings_of(abstract.opt_state))
+        step = jax.make_array_from_callback(
+            (), abstract.step.sharding, lambda index: np.zeros((), np.int32)[index]
+        )
+        return State(step, params, init(params))
+
+    def compiled(self) -> Callable[[State, Tree, Batch], tuple[State, Metrics]]:
+        """Return the step, compiled when it is first called."""
+        config = self.model.config
+        step: Any = functools.partial(
+            train_step,
+            forward=in_micro_batches(self.model.forward, config.accumulate),
+            loss=self.loss,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            seed=config.seed,
+            logit_scale_max=config.model.logit_scale_max,
+        )
+        return jit_train_step(step, shardings_of(self.abstract_state()))
+
+
+def jit_train_step(
+    step: Callable[[State, Tree, Batch], tuple[State, Metrics]], state_shardings: State
+) -> Callable[[State, Tree, Batch], tuple[State, Metrics]]:
+    """Compile the step: this is the one place that does.
+
+    The old state's buffers are given to the new one, which keeps its shardings. Inputs carry theirs.
+    """
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+def shardings_of(tree: Any) -> Any:
+    """Return the sharding of each array of a tree."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
