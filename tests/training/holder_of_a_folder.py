@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lit_jax.console import command
 from lit_jax.training import lease
-from lit_jax.training.io_errors import writing
+from lit_jax.training.io_errors import io_errors
 
 
 @command
@@ -16,7 +16,7 @@ def main(folder: str) -> None:
     with lease.holding(workdir):
         print("held", flush=True)
         for line in sys.stdin:
-            with writing(workdir):
+            with io_errors(workdir):
                 (workdir / line.strip()).write_text("")
             print("written", flush=True)
 
