@@ -22,7 +22,7 @@ from lit_jax.distributed import process
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.models.patches import pair
 from lit_jax.models.tower import ImageTower
-from lit_jax.training.disk import quiet_orbax
+from lit_jax.training.io_errors import quiet_orbax
 from lit_jax.training.workdir import load_run, model_folder
 from lit_jax.weights.save import save_dual_encoder
 
