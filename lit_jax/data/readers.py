@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lit_jax.config import TEACHER, Side
-from lit_jax.data.example import BadSampleError, Example
+from lit_jax.data.example import Example, sample_caption, usable_captions
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.text import tokenize
 
@@ -76,7 +76,7 @@ class Captions:
     tokenizer: PreTrainedTokenizerBase
 
     def draw(self, index: int, example: Example, rng: np.random.Generator) -> str:
-        return draw_caption(example, rng)
+        return sample_caption(example, rng)
 
     def all(self, index: int, example: Example) -> list[str]:
         """Each caption once."""
@@ -141,7 +141,7 @@ class TextPairReader:
     teacher_tokenizer: PreTrainedTokenizerBase
 
     def read(self, index: int, example: Example, rng: np.random.Generator) -> dict[str, Any]:
-        caption = draw_caption(example, rng)
+        caption = sample_caption(example, rng)
         return {"caption": caption, "teacher_caption": example.get("teacher_caption") or caption}
 
     def collate(self, elements: Sequence[dict[str, Any]]) -> Batch:
@@ -156,31 +156,3 @@ class TextPairReader:
             **tokenize(self.tokenizer, captions, length=self.tokenizer.model_max_length),
             **{f"{TEACHER}_{name}": array for name, array in of_teacher.items()},
         }
-
-
-def draw_caption(example: Example, rng: np.random.Generator) -> str:
-    return usable_captions(example)[caption_index(example, rng)]
-
-
-def caption_index(example: Example, rng: np.random.Generator) -> int:
-    """A random one of `usable_captions`. Raises BadSampleError if there is none."""
-    weights = [weight for _, weight in _usable(example)]
-    if len(set(weights)) == 1:
-        return int(rng.integers(len(weights)))
-    return int(rng.choice(len(weights), p=np.divide(weights, sum(weights))))
-
-
-def usable_captions(example: Example) -> list[str]:
-    """All that say something. Raises BadSampleError if none does."""
-    return [text for text, _ in _usable(example)]
-
-
-def _usable(example: Example) -> list[tuple[str, float]]:
-    texts = example["captions"]
-    weights = example.get("caption_weights") or (1.0,) * len(texts)
-    usable = [pair for pair in zip(texts, weights, strict=True) if pair[0].strip()]
-    if not usable:
-        others = ", ".join(example.get("left_out", ()))
-        wanted = f" in a language that the config names; there are captions in {others}"
-        raise BadSampleError(f"no caption{wanted if others else ''}", "no_caption")
-    return usable

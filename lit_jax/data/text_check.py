@@ -11,9 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lit_jax.data.example import BadSampleError, Source
+from lit_jax.data.example import BadSampleError, Source, usable_captions
 from lit_jax.data.mixture import Mixture
-from lit_jax.data.readers import usable_captions
 from lit_jax.data.text import BEYOND, token_ids
 from lit_jax.distributed import process
 from lit_jax.errors import UserError

@@ -24,8 +24,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Float
 
-from lit_jax.data.example import BadSampleError, Example
-from lit_jax.data.readers import Batch, caption_index
+from lit_jax.data.example import BadSampleError, Example, sample_caption_index
+from lit_jax.data.readers import Batch
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
 
@@ -231,5 +231,5 @@ class PooledTexts(Pooled):
     embeddings: Embeddings
 
     def draw(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
-        caption = caption_index(example, rng)
+        caption = sample_caption_index(example, rng)
         return self.embeddings[index][caption]

@@ -14,10 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_jax.config import DataConfig, SourceConfig, default, parse
-from lit_jax.data.example import BadSampleError, Example, Source
+from lit_jax.data.example import BadSampleError, Example, Source, sample_caption
 from lit_jax.data.mixture import Interleave, Mixture, open_training_data, part_of, training_order
 from lit_jax.data.pipeline import TrainStream
-from lit_jax.data.readers import draw_caption
 from lit_jax.data.sources import open_source
 from lit_jax.errors import UserError
 from lit_jax.evals.retrieval import captions_of
@@ -42,7 +41,7 @@ class CaptionReader:
     """A batch is its captions."""
 
     def read(self, index: int, example: Example, rng: np.random.Generator) -> dict[str, Any]:
-        return {"caption": f"{draw_caption(example, rng)} {rng.integers(1000)}"}
+        return {"caption": f"{sample_caption(example, rng)} {rng.integers(1000)}"}
 
     def collate(self, elements) -> dict[str, np.ndarray]:
         return {"caption": np.array([element["caption"] for element in elements])}
@@ -277,7 +276,7 @@ def test_languages_are_drawn_by_their_weights(multilingual):
     assert example["languages"] == ("en", "en", "de")
     assert np.allclose(example["caption_weights"], (1.5, 1.5, 1.0))
     rng = np.random.default_rng(0)
-    drawn = Counter(draw_caption(example, rng) for _ in range(4000))
+    drawn = Counter(sample_caption(example, rng) for _ in range(4000))
     assert abs(drawn["a taxi"] / 4000 - 3 / 8) < 0.03
 
 
@@ -291,11 +290,11 @@ def test_without_a_caption_in_the_language_there_is_none(multilingual):
     assert multilingual(en=1.0)[1]["captions"] == ()
     assert multilingual(de=0.0, th=1.0)[0]["captions"] == ()
     with pytest.raises(BadSampleError, match=r"there are captions in en, de, ar$"):
-        draw_caption(multilingual(de=0.0, th=1.0)[0], np.random.default_rng(0))
+        sample_caption(multilingual(de=0.0, th=1.0)[0], np.random.default_rng(0))
     with pytest.raises(
         BadSampleError, match=r"there are captions in th$"
     ):  # the English one is blank
-        draw_caption(multilingual(en=1.0)[1], np.random.default_rng(0))
+        sample_caption(multilingual(en=1.0)[1], np.random.default_rng(0))
     with pytest.raises(
         UserError, match=r"No caption is in a language .*, the data has ar, de, en, th;"
     ):

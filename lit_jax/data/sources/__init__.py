@@ -13,8 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from lit_jax.config import SourceConfig
-from lit_jax.data import captions
-from lit_jax.data.example import Source
+from lit_jax.data.example import Source, select_examples
 from lit_jax.data.files import AddressError, File, local, locate, require_regular
 from lit_jax.data.listing import expand, is_system, shown, top_folders, walk
 from lit_jax.data.makers import is_maker, made_by
@@ -165,7 +164,7 @@ def open_source(config: SourceConfig, *, text_only: bool = False, labelled: bool
     """
     if is_maker(config.path):
         config = dataclasses.replace(config, path=str(made_by(config.path)))
-    return captions.choose(_find(config, text_only, labelled), config)
+    return select_examples(_find(config, text_only, labelled), config)
 
 
 def _find(config: SourceConfig, text_only: bool, labelled: bool) -> Source:
