@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from lit_jax.config import default, parse_arg
+from lit_jax.config import default
+from lit_jax.config_file import parse_arg
 
 DEMO = Path(__file__).resolve().parent / "demo"
 # The data of all demos: a script, which makes a folder of digits when they are first needed.

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_jax.console import add_path, command
+from lit_jax.cli import add_path, command
 from lit_jax.data.example import Example
+from lit_jax.display import printable
 from lit_jax.errors import UserError
 from lit_jax.evals.cache import EmbeddingCache
 from lit_jax.evaluate import load_folder
 from lit_jax.files import write_whole
-from lit_jax.printable import printable
 from lit_jax.reports.html_page import page, picture, text
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}

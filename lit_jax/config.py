@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 
 from ml_collections import config_dict
 
-from lit_jax.config_keys import nearest_key
-from lit_jax.config_values import (
+from lit_jax.config_schema import (
     Count,
     Decay,
     Duration,
@@ -23,7 +22,6 @@ from lit_jax.config_values import (
     convert,
 )
 from lit_jax.credentials import take_keys
-from lit_jax.errors import UserError
 
 Side = Literal["image", "text"]
 Pooling = Literal["pooler", "cls", "mean"]
@@ -32,7 +30,7 @@ Rules = tuple[tuple[str, Any], ...]
 TrainableRules = tuple[tuple[str, bool], ...]
 RateRules = tuple[tuple[str, NotNegative], ...]
 
-# The name of a text teacher's parameters; with '_' behind it, how the names of its inputs start.
+# The name of a text teacher's parameters, and the prefix of the names of its inputs (with a '_').
 TEACHER = "teacher"
 
 
@@ -43,63 +41,69 @@ def _free(default: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """One tower: where it comes from, and what is done with its outputs."""
+    """One tower: its source, its pooling and its projection."""
 
     # Hub id or local folder with config.json, weights, and a tokenizer or an image processor.
     model: str = ""
+    # The features of an input: the model's own pooler, the CLS token, or the mean of all tokens.
     pooling: Pooling = "pooler"
+    # The layer from the features to the embedding, with or without a bias. none: the features are the
+    # embedding.
     projection: Literal["none", "linear", "linear_bias"] = "linear"
-    # Fields of config.json that are replaced.
+    # Fields of the model's config.json that are replaced, by name.
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Two towers, or a whole dual encoder: Hub id or folder of a CLIP, SigLIP, ALIGN ...
+    """Two towers, or a whole dual encoder.
 
-    With a teacher, training needs no images: the text tower learns the outputs of the teacher's (AltCLIP,
-    2211.06679, section 3.2). The result is an AltCLIP, whose other parts are the teacher's.
+    Beside `dual_encoder` or `teacher`, `image` and the keys that join the towers keep their defaults. So does
+    `text` beside a dual encoder, where `overrides` of both towers can be set.
     """
 
-    # Beside dual_encoder or teacher, `image` and what joins the towers keep their defaults. So does `text`
-    # beside a dual encoder, but there overrides of both towers can be set.
+    # Hub id or local folder of a whole dual encoder: a CLIP, SigLIP, ALIGN ...
     dual_encoder: str = ""
-    # Hub id or folder of a CLIP.
+    # Hub id or local folder of a CLIP whose text tower is a teacher: the text tower learns its outputs,
+    # without images (AltCLIP, 2211.06679, section 3.2). The result is an AltCLIP with the teacher's other
+    # parts.
     teacher: str = ""
+    # The image tower.
     image: TowerConfig = TowerConfig()
+    # The text tower.
     text: TowerConfig = TowerConfig()
+    # The width of the embeddings, which both projections have.
     projection_dim: Count = 512
     # The dtype of the computation, and of locked parameters.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # The logits are scaled by its exp, which float32 holds up to here. 2.6592 is log(1 / 0.07) (CLIP, section
-    # 2.5).
+    # The first value of the logits' scale, as its natural logarithm. 2.6592 is log(1 / 0.07) (CLIP, section
+    # 2.5). The limits are those of float32.
     logit_scale_init: Annotated[float, Range(-87, 88)] = 2.6592
-    # A number adds a trainable bias to the logits (SigLIP: -10).
+    # The first value of a trainable bias that is added to the logits (SigLIP: -10). None: no bias.
     logit_bias_init: float | None = None
-    # After each step the logits' scale (1 / temperature in ALIGN) is cut to this (CLIP, section 2.5: 100).
-    # None: it has no limit, as in LiT, ALIGN and SigLIP, whose own scale is about 118.
+    # The largest scale of the logits (1 / temperature in ALIGN), to which it is cut after each step (CLIP,
+    # section 2.5: 100). None: no limit, as in LiT, ALIGN and SigLIP, whose own scale is about 118.
     logit_scale_max: Positive | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-    """Which parameters train, and how: ordered (regex, value) rules, the first match wins.
+    """The parameters that train, and their rates: ordered (regex, value) rules; the first match wins.
 
     A rule matches the whole name of a parameter, such as 'vision_model/encoder/layer_11/mlp/fc1/kernel', in
     which the number may be left out to mean all blocks: '.*/layer/mlp/.*'.
-
-    `lock` names the trainable rules (LiT section 3.2): first letter image, second text;
-    L locked pretrained, U unlocked pretrained, u from scratch. Rules of `trainable` are tried before them.
     """
 
+    # The preset of trainable rules (LiT, section 3.2): the first letter is for the image tower, the second
+    # for the text tower; L locked pretrained, U unlocked pretrained, u from scratch.
     lock: Literal["Lu", "LU", "uu", "Uu", "UU", "uL", "UL"] = "LU"
-    # The last so many blocks of the locked tower train, and what comes after them: norm and pooler.
+    # The number of last blocks of the locked tower that train, with the norm and pooler behind them.
     unlock_last: Annotated[int, Range(0)] = 0
-    # (regex, whether it trains)
+    # (regex of parameter names, True to train or False to lock); tried before those of `lock`.
     trainable: TrainableRules = ()
-    # (regex, multiplier)
+    # (regex of parameter names, factor of schedule.learning_rate).
     learning_rate: RateRules = ()
-    # (regex, multiplier)
+    # (regex of parameter names, factor of optimizer.weight_decay).
     weight_decay: RateRules = ()
     # Learning rates that shrink towards the input, a factor a block, as BEiT is fine-tuned:
     # {"vision_model": 0.8}. They multiply those of `learning_rate`.
@@ -112,14 +116,19 @@ class PolicyConfig:
 class OptimizerConfig:
     """The optimizer of the trainable parameters."""
 
+    # The update rule.
     name: Literal["adamw", "adafactor", "lion", "lamb"] = "adamw"
+    # The decay of the first moment (momentum), a step.
     b1: Decay = 0.9
+    # The decay of the second moment, a step; Adafactor's cap of it.
     b2: Decay = 0.999
+    # The number that is added to the root of the second moment.
     eps: NotNegative = 1e-8
+    # The dtype in which the first moment is kept.
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Decoupled: each step subtracts learning_rate * weight_decay * parameter.
+    # Decoupled weight decay: each step subtracts learning_rate * weight_decay * parameter.
     weight_decay: NotNegative = 0.0
-    # The largest norm of the gradient of all trainable parameters.
+    # The largest norm of the gradient of all trainable parameters, to which it is clipped. None: no limit.
     clip_norm: Positive | None = 1.0
 
 
@@ -127,13 +136,15 @@ class OptimizerConfig:
 class ScheduleConfig:
     """The learning rate over the steps."""
 
+    # The form of the decay behind the warm-up.
     name: Literal["cosine", "rsqrt", "linear", "constant"] = "cosine"
-    # At the end of the warm-up.
+    # The learning rate at the end of the warm-up, the highest of the run.
     learning_rate: NotNegative = 1e-3
+    # The linear rise from zero: '300 steps', '0.5 epochs' or '1e6 examples'.
     warmup: Duration = "0 steps"
-    # Linear to zero at the end.
+    # The linear fall to zero at the end of the run, in steps, epochs or examples.
     cooldown: Duration = "0 steps"
-    # For rsqrt alone.
+    # The time constant of rsqrt, in steps, epochs or examples; other schedules ignore it.
     timescale: Duration = "10000 steps"
 
 
@@ -143,20 +154,23 @@ class SourceConfig:
 
     # A folder or file in one of the formats of docs/data.md, or a Python script that makes such a folder.
     path: str = ""
+    # The split to read, for data that have splits.
     split: str | None = None
-    # The three keys are names of columns, fields or features.
+    # The column, field or feature that holds the image.
     image_key: str = "image"
+    # The column, field or feature that holds the captions.
     caption_key: str = "caption"
+    # The column, field or feature that holds the label.
     label_key: str = "label"
-    # How often captions of each language are drawn: {"en": 1, "de": 3}. Empty: all captions alike.
+    # The weight of each language when a caption is drawn: {"en": 1, "de": 3}. Empty: all captions alike.
     languages: dict[str, NotNegative] = dataclasses.field(default_factory=dict)
     # Captions for examples with a label but no caption: "a photo of a {}".
     templates: tuple[str, ...] = ()
     # Rows of a table that name the same image are one example; False: each row is an example.
     group_captions: bool = True
-    # Only the first so many examples.
+    # The number of examples to read, from the first on. None: all.
     max_examples: Count | None = None
-    # The share in a mixture; None: the number of examples.
+    # The share in a mixture, relative to those of the other sources. None: the number of examples.
     weight: NotNegative | None = None
 
 
@@ -164,11 +178,13 @@ class SourceConfig:
 class ColorJitterConfig:
     """Changes by random factors, in a random order, as torchvision's ColorJitter of the same strengths."""
 
-    # Factors between 1 - strength (at least 0) and 1 + strength.
+    # The strength: the factor of brightness lies between 1 - strength (at least 0) and 1 + strength.
     brightness: NotNegative = 0.0
+    # The strength of the factor of contrast, as that of brightness.
     contrast: NotNegative = 0.0
+    # The strength of the factor of saturation, as that of brightness.
     saturation: NotNegative = 0.0
-    # At most this part of the colour circle, in either direction.
+    # The largest turn of the hue in either direction, as a part of the colour circle.
     hue: Annotated[float, Range(0, 0.5)] = 0.0
 
 
@@ -176,45 +192,50 @@ class ColorJitterConfig:
 class RandAugmentConfig:
     """Random operations of one strength (1909.13719), as torchvision's RandAugment."""
 
-    # Operations an image, one after the other; 0: none.
+    # The number of operations an image, one after the other. 0: none.
     operations: Annotated[int, Range(0)] = 0
-    # 30 is the strongest.
+    # The strength of each operation; 30 is the strongest.
     magnitude: Annotated[int, Range(0, 30)] = 9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Training data, and what is done with images and texts."""
+    """Training data, and the processing of images and texts."""
 
+    # The training data, one source.
     train: SourceConfig = SourceConfig()
-    # Several sources by name, instead of `train`.
+    # Several sources by name, in the place of `train`.
     mixture: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
-    # Tokens, special ones included. None: what a pretrained SigLIP tower was trained with; elsewhere 32.
+    # The tokens of a text, special ones included. None: as many as a pretrained SigLIP tower was trained
+    # with; elsewhere 32.
     max_text_length: Count | None = None
-    # Whether texts become lower-case letters before they are tokenized. None: for SigLIP 2's tokenizer alone.
+    # Texts become lower-case letters before they are tokenized. None: for SigLIP 2's tokenizer alone.
     lowercase: bool | None = None
-    # Pixels; None: what the image processor says.
+    # The height and width of images, in pixels. None: those of the image processor.
     image_size: Count | None = None
-    # A random resized crop of at least this part of the area; None: no such crop.
+    # The least part of an image's area that a random resized crop keeps. None: no such crop.
     crop_min_area: float | None = None
-    # What the image processor crops out of the middle is taken at a random place.
+    # The image processor's crop is taken at a random place, not from the middle.
     random_crop: bool = False
-    # Left-right, half of the time.
+    # Half of the images are flipped left to right.
     flip: bool = False
-    # An image has so many fixed augmented views; None: a new view each time it is seen.
+    # The number of fixed augmented views of an image. None: a new view each time the image is seen.
     views: Count | None = None
-    # Folders of `python -m lit_jax.embed`, in the place of a locked tower: same losses, less work.
+    # A folder of `python -m lit_jax.embed`, in the place of a locked image tower: same losses, less work.
     image_embeddings: str = _free("")
+    # A folder of `python -m lit_jax.embed --side=text`, in the place of a locked text tower.
     text_embeddings: str = _free("")
+    # Random changes of the colours.
     color_jitter: ColorJitterConfig = ColorJitterConfig()
+    # Random operations on images.
     rand_augment: RandAugmentConfig = RandAugmentConfig()
-    # Large JPEG files are decoded at 1/2, 1/4 or 1/8 of their size.
+    # Large JPEG files are decoded at 1/2, 1/4 or 1/8 of their size, which is faster.
     reduced_jpeg: bool = True
-    # The run stops when more samples than this part are bad.
+    # The largest part of all samples that may be bad; with more, the run stops.
     max_bad_fraction: Fraction = _free(0.01)
-    # Worker processes; 0: threads of this process.
+    # The number of worker processes that read data. 0: threads of this process read.
     workers: Annotated[int, Range(0)] = _free(0)
-    # Threads of each worker.
+    # The number of threads of each worker.
     threads: Annotated[int, Range(0)] = _free(8)
 
 
@@ -222,27 +243,33 @@ class DataConfig:
 class MeshConfig:
     """The axes of the device mesh."""
 
-    # -1: all devices that fsdp leaves.
+    # The number of groups of devices that each hold all parameters. -1: all devices divided by fsdp.
     data: int = -1
+    # The number of devices over which parameters and optimizer state are split.
     fsdp: Count = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When a run is saved, and which checkpoints are kept."""
+    """The checkpoints of a run: when they are saved, and which are kept."""
 
+    # The time between two checkpoints, in steps, epochs or examples.
     every: Duration = "1000 steps"
+    # The number of latest checkpoints that are kept.
     keep_last: Count = 2
-    # Checkpoints at multiples of this are also saved, and never removed.
+    # The time between checkpoints that are saved, too, and never removed. None: there are none.
     keep_every: Duration | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """When metrics are reported, and where to."""
+    """The log of metrics: how often, and where to."""
 
+    # The time between two reports, in steps, epochs or examples.
     every: Duration = "50 steps"
+    # Metrics go to TensorBoard files in the run folder, too.
     tensorboard: bool = True
+    # The project of Weights & Biases that gets the metrics. None: no project.
     wandb_project: str | None = None
 
 
@@ -250,31 +277,37 @@ class LogConfig:
 class EvalConfig:
     """One evaluation, or with several languages one for each; '{language}' in a path stands for it."""
 
+    # The task.
     kind: Literal["zero_shot", "retrieval", "linear_probe", "few_shot"] = "zero_shot"
+    # The data that are measured.
     data: SourceConfig = SourceConfig()
     # linear_probe, few_shot: the data that the probe learns from.
     train: SourceConfig = SourceConfig()
-    # zero_shot: files of any form in docs/evaluation.md. Without a class file those that lie in the data;
-    # without templates those in the class file, or a short list of our own.
+    # zero_shot: a file of class names, of any form in docs/evaluation.md. None: the one that lies in the
+    # data.
     classes: str | None = None
+    # zero_shot: a file of templates, of any form in docs/evaluation.md. None: those in the class file, or a
+    # short list of our own.
     templates: str | None = None
-    # sorted: the data's labels, in their order, are the classes. Labels that are all whole numbers have the
-    # order of numbers; folders whose two orders differ need one of the last two.
+    # zero_shot: the meaning of the data's labels. given: they are numbers or names of classes. sorted: in
+    # sorted order they are the classes; labels that are all whole numbers have the order of numbers. Folders
+    # whose two orders differ need sorted_as_text or sorted_as_numbers.
     labels: Literal["given", "sorted", "sorted_as_text", "sorted_as_numbers"] = "given"
     # The data set's key in files of many, and its name in results; "": the evaluation's name.
     dataset: str = ""
-    # Retrieval takes captions in these languages; all captions if none is named.
+    # The languages of the captions that retrieval takes, one evaluation for each. Empty: all captions.
     languages: tuple[str, ...] = ()
-    # few_shot: training images of each class.
+    # few_shot: the numbers of training images a class, a probe for each.
     shots: tuple[Count, ...] = (1, 2, 4, 8, 16)
-    # few_shot: random choices of these images, whose results are averaged.
+    # few_shot: the number of random choices of these images, whose results are averaged.
     draws: Count = 5
+    # The rows a batch, over all devices and processes.
     batch_size: Count = 256
-    # During training, such as '1000 steps'.
+    # The time between two measurements during training, such as '1000 steps'. None: not during training.
     every: Duration | None = None
-    # Before the first step.
+    # Measure before the first step.
     at_start: bool = False
-    # After the last step.
+    # Measure after the last step.
     at_end: bool = True
 
 
@@ -282,9 +315,11 @@ class EvalConfig:
 class Config:
     """A run."""
 
+    # The number that all random numbers of the run follow from.
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    # Pairs a step, over all devices and processes.
+    # The pairs a step, over all devices and processes.
     batch_size: Count = 128
+    # The length of the run: '1000 steps', '10 epochs' or '9e8 examples'.
     duration: Duration = "1000 steps"
     # mse: with a teacher, and only then.
     loss: Literal["softmax", "sigmoid", "mse"] = "softmax"
@@ -293,19 +328,28 @@ class Config:
     loss_form: Literal["auto", "global", "lean"] = "auto"
     # For the softmax loss.
     label_smoothing: Fraction = 0.0
-    # Micro-batches a step, where the activations of a whole batch do not fit.
+    # The number of micro-batches a step, for batches whose activations do not fit as a whole.
     accumulate: Count = 1
+    # The towers.
     model: ModelConfig = ModelConfig()
+    # The parameters that train.
     policy: PolicyConfig = PolicyConfig()
+    # The optimizer.
     optimizer: OptimizerConfig = OptimizerConfig()
+    # The learning rate over the steps.
     schedule: ScheduleConfig = ScheduleConfig()
+    # The training data.
     data: DataConfig = DataConfig()
+    # The device mesh.
     mesh: MeshConfig = _free(MeshConfig())
     # Rematerialisation in towers that train. The forward pass keeps everything (none), the results of matrix
     # products (matmuls) or the inputs of the blocks (block); the backward pass computes the rest again.
     remat: Remat = _free("none")
+    # The checkpoints.
     checkpoint: CheckpointConfig = _free(CheckpointConfig())
+    # The log of metrics.
     log: LogConfig = _free(LogConfig())
+    # Evaluations by name.
     evals: dict[str, EvalConfig] = dataclasses.field(
         default_factory=dict, metadata={"changes_result": False}
     )
@@ -321,46 +365,12 @@ def default() -> config_dict.ConfigDict:
 def parse(raw: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
     """Return the `Config` that `raw` (a ConfigDict, or config.json of a run) describes.
 
-    The keys of addresses are no part of it; see credentials.py.
-
-    Raises UserError on an unknown key, with the nearest known one, and on a value of the wrong type or
-    out of its range.
+    Secret keys in addresses are no part of it; see credentials.py. Raise UserError on an unknown key, with
+    the nearest known one, and on a value of the wrong type or out of its range.
     """
     if isinstance(raw, config_dict.ConfigDict):
         raw = raw.to_dict()
     try:
         return convert(Config, take_keys(raw), "config")
     except UnknownKeyError as unknown:
-        name = nearest_key(Config, unknown.group, unknown.key)
-        raise UserError(f"{unknown} is not a config key; {name}.") from None
-
-
-def parse_arg(
-    arg: str, *, variants: tuple[str, ...], options: Mapping[str, type]
-) -> tuple[str, dict[str, Any]]:
-    """Return the argument of --config=file.py:base,batch=1024, read.
-
-    The result is the variant (the first of `variants` if none is named) and the options that are given.
-
-    Raises UserError on anything else.
-    """
-    variant, given = None, {}
-    for part in filter(None, arg.split(",")):
-        key, equals, text = part.partition("=")
-        if not equals and key in variants:
-            if variant is not None:
-                raise UserError(
-                    f"{variant!r} and {key!r} are two variants of this config; name one."
-                )
-            variant = key
-        elif equals and key in options:
-            try:
-                given[key] = options[key](text)
-            except ValueError:
-                raise UserError(
-                    f"{part!r}: {key} must be of type {options[key].__name__}."
-                ) from None
-        else:
-            known = (*variants, *(f"{name}=..." for name in options))
-            raise UserError(f"{part!r} is no variant of this config; known are {', '.join(known)}.")
-    return variant or variants[0], given
+        raise unknown.as_user_error(Config) from None

@@ -2,22 +2,21 @@
 
 import argparse
 import ast
-import dataclasses
 import os
 import re
 import runpy
 import sys
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import config_dict
 
-from lit_jax.command_line import Parser, unknown_flag, words_of
+from lit_jax.cli import Parser, get_words, unknown_flag
 from lit_jax.config import Config, parse
-from lit_jax.config_keys import namesakes, nearest_key
+from lit_jax.config_schema import UnknownKeyError, key_type, namesakes
 from lit_jax.errors import UserError
 
 PREFIX = "--config."
@@ -30,7 +29,7 @@ def parse_with_config(
     parser: Parser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     """Return the values of the parser's flags, and (key, text) for each --config.KEY=TEXT."""
-    words = words_of(argv)
+    words = get_words(argv)
     # Before argparse, which would only miss the flag that a mistyped one stands for.
     for word in words:
         if word.startswith("--") and not word.startswith(PREFIX):
@@ -53,10 +52,10 @@ def split_overrides(words: Sequence[str], flags: Sequence[str] = ()) -> list[tup
 
 
 def load_config(spec: str, overrides: Iterable[tuple[str, str]]) -> Config:
-    """Return what `get_config(arg)` of the file in `spec` ("file.py" or "file.py:arg") says, with changes.
+    """Return the config that `get_config(arg)` of the file in `spec` makes, with changes.
 
-    Raise UserError if there is no such file or function, if it fails, and on a key or value that does
-    not fit.
+    `spec` is "file.py" or "file.py:arg". Raise UserError if there is no such file or function, if it fails,
+    and on a key or value that does not fit.
     """
     path, arg = _split(spec)
     config = _run(path, arg)
@@ -88,7 +87,7 @@ def _split(spec: str) -> tuple[Path, str]:
 
 
 def _run(path: Path, arg: str) -> Any:
-    """Return what get_config(arg) of the file returns. Raise UserError whatever it raises."""
+    """Return the result of get_config(arg) of the file. Raise UserError for any error in it."""
     # One config file may start from another in its folder: `from my_configs import base`.
     folder = str(path.resolve().parent.parent)
     sys.path.insert(0, folder)
@@ -99,7 +98,8 @@ def _run(path: Path, arg: str) -> Any:
         return get_config(arg)
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # whatever somebody's file may raise
+    # A user's file may raise anything.
+    except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, SystemExit):
             reason = f"it exits with {error.code!r}"
@@ -120,28 +120,21 @@ def _hint(error: BaseException) -> str:
 
 
 def _override(raw: dict[str, Any], keys: list[str], text: str) -> None:
-    """Set the value at `keys`. `raw` is complete but for what is `dict` in Config: all else must exist."""
-    kind: Any = Config
+    """Set the value at `keys`; members of dicts are added, all other keys must exist."""
+    try:
+        kind = key_type(Config, keys)
+    except UnknownKeyError as unknown:
+        raise unknown.as_user_error(Config) from None
     group = raw
-    for depth, key in enumerate(keys):
-        if dataclasses.is_dataclass(kind):
-            hints = typing.get_type_hints(kind)
-            if key not in hints:
-                where = ".".join(("config", *keys[:depth]))
-                known = nearest_key(Config, where, ".".join(keys[depth:]))
-                raise UserError(f"config.{'.'.join(keys)} is not a config key; {known}.")
-            kind = hints[key]
-        else:
-            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else Any
-        if depth + 1 < len(keys):
-            group = group.setdefault(key, {})
-            if not isinstance(group, dict):
-                raise UserError(f"config.{'.'.join(keys[: depth + 1])} has no keys of its own.")
+    for depth, key in enumerate(keys[:-1], start=1):
+        group = group.setdefault(key, {})
+        if not isinstance(group, dict):
+            raise UserError(f"config.{'.'.join(keys[:depth])} has no keys of its own.")
     group[keys[-1]] = _read(kind, text)
 
 
 def _read(kind: Any, text: str) -> Any:
-    """Return the Python value that `text` stands for; `parse` checks its type afterwards."""
+    """Return the Python value of `text`; `parse` checks its type afterwards."""
     options = (
         typing.get_args(kind)
         if typing.get_origin(kind) in (types.UnionType, typing.Union)
@@ -155,3 +148,34 @@ def _read(kind: Any, text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
+
+
+def parse_arg(
+    arg: str, *, variants: tuple[str, ...], options: Mapping[str, type]
+) -> tuple[str, dict[str, Any]]:
+    """Return the variant and the options in the argument of --config=file.py:base,batch=1024.
+
+    The first of `variants` is the default. Raise UserError on anything else.
+    """
+    variant, given = None, {}
+    for part in filter(None, arg.split(",")):
+        key, equals, text = part.partition("=")
+        if not equals and key in variants:
+            if variant is not None:
+                raise UserError(
+                    f"{variant!r} and {key!r} are two variants of this config; name one."
+                )
+            variant = key
+        elif equals and key in options:
+            try:
+                given[key] = options[key](text)
+            except ValueError:
+                raise UserError(
+                    f"{part!r}: {key} must be of type {options[key].__name__}."
+                ) from None
+        else:
+            known = (*variants, *(f"{name}=..." for name in options))
+            raise UserError(
+                f"{part!r} is not a variant of this config; known are {', '.join(known)}."
+            )
+    return variant or variants[0], given

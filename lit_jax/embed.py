@@ -18,10 +18,9 @@ from pathlib import Path
 
 import jax
 
-from lit_jax.command_line import Parser
+from lit_jax.cli import Parser, add_path, command
 from lit_jax.config import Config, Side
 from lit_jax.config_file import load_config, parse_with_config
-from lit_jax.console import add_path, command
 from lit_jax.data.makers import make_missing, sources_of
 from lit_jax.data.mixture import open_training_data
 from lit_jax.distributed import process

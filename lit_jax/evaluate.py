@@ -22,13 +22,13 @@ from typing import get_args
 
 import jax
 
-from lit_jax.command_line import Parser
+from lit_jax.cli import Parser, add_path, command
 from lit_jax.config import EvalConfig, MeshConfig, parse
-from lit_jax.console import add_path, command
 from lit_jax.credentials import split_keys
 from lit_jax.data.image_processor import load_image_transform
 from lit_jax.data.makers import make_missing
 from lit_jax.data.text import load_tokenizer
+from lit_jax.display import printable
 from lit_jax.distributed import process
 from lit_jax.distributed.mesh import make_mesh, replicated
 from lit_jax.errors import UserError
@@ -38,7 +38,6 @@ from lit_jax.evals.runner import Evaluation, check_tokens, flatten_metrics, open
 from lit_jax.files import parse_json, write_json, write_whole, writing_files
 from lit_jax.models.bert import PositionIds
 from lit_jax.models.dual_encoder import DualEncoderModule
-from lit_jax.printable import printable
 from lit_jax.reports.html_page import html_report
 from lit_jax.reports.result_files import EvaluatedModel, write_results
 from lit_jax.training.io_errors import quiet_orbax

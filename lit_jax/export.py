@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import transformers
 
-from lit_jax.command_line import Parser
-from lit_jax.console import add_path, command
+from lit_jax.cli import Parser, add_path, command
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.image_processor import load_processor
 from lit_jax.data.text import check_saved, finish_saving, without_state

@@ -12,9 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_jax.command_line import Parser
+from lit_jax.cli import Parser, add_path, command
 from lit_jax.config_file import load_config, parse_with_config
-from lit_jax.console import add_path, command
 from lit_jax.distributed.flags import set_flags
 from lit_jax.errors import UserError
 from lit_jax.files import write_json, writing_files

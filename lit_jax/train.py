@@ -11,10 +11,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_jax.command_line import Parser
+from lit_jax.cli import Parser, add_path, command
 from lit_jax.config import Config
 from lit_jax.config_file import load_config, parse_with_config
-from lit_jax.console import add_path, command
 from lit_jax.data.makers import make_missing, sources_of
 from lit_jax.distributed import process
 from lit_jax.evals import runner

@@ -17,9 +17,9 @@ import portpicker
 import pytest
 from PIL import Image
 
+from lit_jax.cli import BAD_INPUT
 from lit_jax.config import default, parse
 from lit_jax.configs.vit_bert import DIGITS
-from lit_jax.console import BAD_INPUT
 from lit_jax.data.image import decode
 from lit_jax.evaluate import main
 from lit_jax.training.trainer import train

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from lit_jax.api.inputs import is_deterministic
 from lit_jax.api.outputs import ModelOutput, Output, model_output
-from lit_jax.config_keys import nearest
+from lit_jax.config_schema import nearest
 from lit_jax.errors import UserError
 from lit_jax.models.tower import TowerOutput
 from lit_jax.weights import hub, load, save

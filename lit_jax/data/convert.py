@@ -24,9 +24,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 from tqdm import tqdm
 
-from lit_jax.command_line import Parser, unknown_flag
+from lit_jax.cli import Parser, add_path, command, unknown_flag
 from lit_jax.config import SourceConfig, parse
-from lit_jax.console import add_path, command
 from lit_jax.data.example import BadSampleError, Example, Source
 from lit_jax.data.image import decode, file_content
 from lit_jax.data.makers import make_missing

@@ -12,8 +12,8 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lit_jax.data.pretrained import read_pretrained, unusable
+from lit_jax.display import valid_unicode
 from lit_jax.errors import UserError
-from lit_jax.printable import valid_unicode
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from lit_jax.data.example import BadSampleError, Source, usable_captions
 from lit_jax.data.mixture import Mixture
 from lit_jax.data.text import BEYOND, token_ids
+from lit_jax.display import printable
 from lit_jax.distributed import process
 from lit_jax.errors import UserError
-from lit_jax.printable import printable
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_jax.config import EvalConfig, SourceConfig
-from lit_jax.config_keys import nearest
+from lit_jax.config_schema import nearest
 from lit_jax.data.files import AddressError, File, locate, read_whole
 from lit_jax.data.listing import expand
 from lit_jax.errors import UserError

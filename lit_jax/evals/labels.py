@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from lit_jax.config_keys import nearest
+from lit_jax.config_schema import nearest
 from lit_jax.data.example import BadSampleError, Source, usable_label
+from lit_jax.display import printable
 from lit_jax.errors import UserError
 from lit_jax.evals.classes import Classes
-from lit_jax.printable import printable
 
 log = logging.getLogger(__name__)
 

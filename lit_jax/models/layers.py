@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from lit_jax.config import Remat
-from lit_jax.config_keys import nearest
+from lit_jax.config_schema import nearest
 from lit_jax.distributed.sharding import fsdp_parts, gathered
 from lit_jax.errors import UserError
 from lit_jax.models import ops

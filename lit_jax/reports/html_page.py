@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lit_jax.data.image import ImageFile, decode
+from lit_jax.display import printable
 from lit_jax.evals.classes import Classes
 from lit_jax.evals.retrieval import RetrievalResult
 from lit_jax.evals.runner import Evaluation
 from lit_jax.evals.zero_shot import ZeroShotResult
-from lit_jax.printable import printable
 from lit_jax.reports.matplotlib_figures import (
     FAINT,
     INK,

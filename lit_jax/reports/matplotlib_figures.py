@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from lit_jax.printable import printable
+from lit_jax.display import printable
 
 # From Okabe and Ito's palette, told apart with every kind of colour blindness.
 RIGHT, WRONG = "#0072B2", "#D55E00"

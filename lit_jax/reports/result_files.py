@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from lit_jax.display import printable
 from lit_jax.evals.runner import Evaluation, Metrics
 from lit_jax.evals.zero_shot import ZeroShotResult
 from lit_jax.files import write_json, write_whole
-from lit_jax.printable import printable
 
 TASKS = {
     "zero_shot": "zeroshot_classification",

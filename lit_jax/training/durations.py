@@ -5,7 +5,7 @@ import functools
 from collections.abc import Mapping
 
 from lit_jax.config import Config, EvalConfig
-from lit_jax.config_values import MOST, steps
+from lit_jax.config_schema import MOST, steps
 from lit_jax.errors import UserError
 
 

@@ -15,11 +15,11 @@ import jax
 from tqdm import tqdm
 
 from lit_jax.config import Config, LogConfig
-from lit_jax.config_values import LARGEST_FLOAT, MOST
+from lit_jax.config_schema import LARGEST_FLOAT, MOST
+from lit_jax.display import printable
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json, write_whole
-from lit_jax.printable import printable
 from lit_jax.training.io_errors import io_errors
 from lit_jax.training.train_step import Metrics
 

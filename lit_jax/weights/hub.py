@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub
 from transformers import AutoConfig
 
-from lit_jax.config_keys import nearest
+from lit_jax.config_schema import nearest
 from lit_jax.errors import UserError
 from lit_jax.files import expand_home, parse_json
 from lit_jax.models.dual_encoder import SYSTEMS, TOWERS, Side

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lit_jax.console import command
+from lit_jax.cli import command
 from lit_jax.distributed import process
 from lit_jax.errors import UserError
 

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from lit_jax.console import command
+from lit_jax.cli import command
 from lit_jax.distributed import process, roll_call
 from lit_jax.errors import UserError
 

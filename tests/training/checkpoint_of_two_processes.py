@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lit_jax.cli import command
 from lit_jax.config import MeshConfig
-from lit_jax.console import command
 from lit_jax.distributed import process
 from lit_jax.distributed.mesh import global_batch, make_mesh
 from lit_jax.errors import UserError

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from lit_jax.console import command
+from lit_jax.cli import command
 from lit_jax.training import lease
 from lit_jax.training.io_errors import io_errors
 

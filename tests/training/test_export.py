@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lit_jax import evaluate, export
-from lit_jax.console import BAD_INPUT
+from lit_jax.cli import BAD_INPUT
 from lit_jax.data.image import decode
 from lit_jax.data.image_processor import load_image_transform
 from lit_jax.data.text import load_tokenizer, tokenize

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from lit_jax.config import OptimizerConfig, PolicyConfig, ScheduleConfig
-from lit_jax.config_values import steps
+from lit_jax.config_schema import steps
 from lit_jax.errors import UserError
 from lit_jax.training.optimizers import make_optimizer, make_schedule
 from lit_jax.training.policy import resolve_policy

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_jax.printable import printable, valid_unicode
+from lit_jax.display import printable, valid_unicode
 
 ANY_TEXT = st.text(st.characters(codec=None))  # also halves of surrogate pairs
 

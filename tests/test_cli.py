@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_jax.console import command
+from lit_jax.cli import command
 from lit_jax.errors import BAD_INPUT, INTERRUPTED, PREEMPTED, Preempted, UserError
 
 
@@ -48,7 +48,7 @@ def test_no_control_character_of_a_text_reaches_the_terminal(capsys):
 
 
 def test_a_terminal_of_ascii_shows_what_it_lacks_by_its_number():
-    code = "from lit_jax.console import command; command(lambda: print('pétales 猫'))()"
+    code = "from lit_jax.cli import command; command(lambda: print('pétales 猫'))()"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
@@ -62,7 +62,7 @@ def test_a_terminal_of_ascii_shows_what_it_lacks_by_its_number():
 SPEAKING = """
 import logging, pathlib, sys, time
 from tqdm import tqdm
-from lit_jax.console import command
+from lit_jax.cli import command
 
 @command
 def main():
@@ -136,9 +136,7 @@ def test_exit_codes_are_returned_and_nothing_is_left_behind(capsys):
     ],
 )
 def test_a_path_that_is_no_text_is_refused(word, environment, remedy):
-    code = (
-        "import sys; from lit_jax.command_line import Parser; from lit_jax.console import command\n"
-    )
+    code = "import sys; from lit_jax.cli import Parser; from lit_jax.cli import command\n"
     code += "sys.exit(command(lambda: Parser('m', '').parse(None))())"
     done = subprocess.run(
         [sys.executable, "-c", code, word],

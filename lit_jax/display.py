@@ -1,17 +1,41 @@
-"""What a command shows, on streams that may be closed, full or of ASCII; all is as before when it ends."""
+"""Text that is shown: made printable, on streams that may be closed, full or of ASCII, and as log records."""
 
 import contextlib
+import functools
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
 import absl.logging
 
 from lit_jax.credentials import hide_keys
-from lit_jax.distributed import process
-from lit_jax.printable import printable
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# White space among the control characters, and the two separators that end a line as they do.
+_SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"
+# Control characters, and the two code points beside surrogates that XML, and so SVG, does not allow.
+_NOT_PRINTABLE = [*range(0x20), *range(0x7F, 0xA0), 0xFFFE, 0xFFFF]
+_TABLE = dict.fromkeys(_NOT_PRINTABLE, _REPLACEMENT) | dict.fromkeys(map(ord, _SPACES), " ")
+
+
+def valid_unicode(text: str) -> str:
+    """Return the text with U+FFFD for each half of a surrogate pair, which UTF-8 cannot hold.
+
+    A cut through an emoji leaves such a half in JSON, and so does a file name that is not UTF-8. Two halves
+    that stand together become their character.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def printable(text: str) -> str:
+    """Return the text as one line that UTF-8, XML and a terminal can show.
+
+    White space that ends a line becomes a space, every other control character and each half of a surrogate
+    pair U+FFFD. All else stays, also characters without width or that turn the direction of writing.
+    """
+    return valid_unicode(text).translate(_TABLE)
 
 
 class Stream:
@@ -43,12 +67,12 @@ class Stream:
             self._give_up(error)
 
     def __getattr__(self, name: str) -> Any:
-        # All else is that of the stream: encoding, isatty, fileno, buffer ...
+        # encoding, isatty, fileno, buffer ... are those of the stream below.
         return getattr(self._stream, name)
 
     def _give_up(self, error: OSError) -> None:
         self.error = self.error or error
-        # What is left in the buffer would fail again, at the latest when Python ends, with exit code 120. C++
+        # The rest of the buffer would fail again, at the latest when Python ends, with exit code 120. C++
         # libraries write to the same descriptor.
         with contextlib.suppress(OSError, ValueError):
             descriptor = self._stream.fileno()
@@ -58,10 +82,14 @@ class Stream:
 
 
 @contextlib.contextmanager
-def prepared() -> Iterator[Stream]:
-    """Set up streams and logging for a command, and give its stdout; restore them at the end."""
+def shown_streams(number: Callable[[], int | None]) -> Iterator[Stream]:
+    """Set up streams and logging for a command, and yield its stdout; restore them at the end.
+
+    `number` returns this process's number among several, None if it is the only one.
+    """
     _open_closed_descriptors()
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:  # for a stream that was closed
+    # A stream that was closed is replaced by one to nowhere.
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
         output = Stream(sys.stdout or nowhere)
         errors = Stream(sys.stderr or nowhere)
         with (
@@ -69,7 +97,7 @@ def prepared() -> Iterator[Stream]:
             contextlib.redirect_stderr(cast(TextIO, errors)),
             _encodable(output),
             _encodable(errors),
-            _logging(),
+            _logging(number),
         ):
             yield output
             output.flush()
@@ -82,13 +110,15 @@ def _open_closed_descriptors() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            # It gets the lowest number that is free.
+            os.open(os.devnull, os.O_RDWR)
 
 
 @contextlib.contextmanager
 def _encodable(stream: Any) -> Iterator[None]:
-    """Let a stream show what its encoding lacks by its number: \\xe9 for é in a terminal of ASCII."""
-    reconfigure = getattr(stream, "reconfigure", None)  # not what a notebook puts in its place
+    """Let a stream show characters that its encoding lacks by their number: \\xe9 for é in ASCII."""
+    # A notebook's stream cannot be changed.
+    reconfigure = getattr(stream, "reconfigure", None)
     if reconfigure is None:
         yield
         return
@@ -97,23 +127,24 @@ def _encodable(stream: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):  # closed meanwhile
+        # ValueError: the stream was closed meanwhile.
+        with contextlib.suppress(ValueError):
             reconfigure(errors=before)
 
 
 @contextlib.contextmanager
-def _logging() -> Iterator[None]:
-    """Show what lit_jax says on stderr as it is; of the libraries, warnings and worse."""
+def _logging(number: Callable[[], int | None]) -> Iterator[None]:
+    """Show all messages of lit_jax on stderr, and the warnings and errors of libraries."""
     own, configs = map(logging.getLogger, ("lit_jax", "transformers.configuration_utils"))
     before = own.level, own.propagate, own.handlers, configs.level
     verbosity = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.WARNING)
     handler = logging.StreamHandler()
-    handler.addFilter(_one_voice)
+    handler.addFilter(functools.partial(_primary_only, number))
     handler.setFormatter(_PrintableFormatter())
     own.setLevel(logging.INFO)
     own.propagate, own.handlers = False, [handler]
-    # Configs are checked here. What transformers says of them is about generating text, or a type of ours.
+    # lit_jax checks configs itself; transformers' warnings are about generating text, or about types of ours.
     configs.setLevel(logging.ERROR)
     try:
         yield
@@ -131,12 +162,12 @@ class _PrintableFormatter(logging.Formatter):
         return "\n".join(map(printable, hide_keys(super().format(record)).split("\n")))
 
 
-def _one_voice(record: logging.LogRecord) -> bool:
-    """Return whether to show a record: of several processes the first alone says how it goes.
+def _primary_only(number: Callable[[], int | None], record: logging.LogRecord) -> bool:
+    """Return whether to show a record: the first process shows all, any other only its warnings.
 
-    Warnings come from each, with its number.
+    A warning of one among several processes gets its number.
     """
-    number = process.number()
-    if number is not None and record.levelno >= logging.WARNING:
-        record.msg = f"process {number}: {record.msg}"
-    return not number or record.levelno >= logging.WARNING
+    index = number()
+    if index is not None and record.levelno >= logging.WARNING:
+        record.msg = f"process {index}: {record.msg}"
+    return not index or record.levelno >= logging.WARNING

@@ -1,14 +1,15 @@
-"""The values that keys of the config may have: their types, limits and form.
+"""The schema of the config: the types and limits of values, the names of keys, and the conversion by both.
 
-`convert` turns what a ConfigDict or config.json holds into the frozen dataclasses of config.py.
+`convert` turns the content of a ConfigDict or config.json into the frozen dataclasses of config.py.
 """
 
 import dataclasses
+import difflib
 import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from lit_jax.errors import UserError
@@ -44,18 +45,89 @@ class UnknownKeyError(Exception):
         super().__init__(f"{group}.{key}")
         self.group, self.key = group, key
 
+    def as_user_error(self, root: Any) -> UserError:
+        """Return the error that names the nearest key of the whole config, the dataclass `root`."""
+        return UserError(f"{self} is not a config key; {_nearest_key(root, self.group, self.key)}.")
+
+
+def key_type(root: Any, keys: Sequence[str]) -> Any:
+    """Return the type of the key at a path below the dataclass `root`, Any below a value without a type.
+
+    Raise UnknownKeyError for a name that a group lacks.
+    """
+    kind = root
+    for depth, key in enumerate(keys):
+        if dataclasses.is_dataclass(kind):
+            hints = get_type_hints(kind)
+            if key not in hints:
+                raise UnknownKeyError(".".join(("config", *keys[:depth])), ".".join(keys[depth:]))
+            kind = hints[key]
+        else:
+            kind = get_args(kind)[1] if get_origin(kind) is dict else Any
+    return kind
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return "did you mean 'x'" for a mistyped name, or the list of all known ones."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}" if close else f"known are {', '.join(known)}"
+
+
+def namesakes(root: Any, key: str) -> list[str]:
+    """Return the paths of at most three keys that have this name, or that end with these names."""
+    paths = dict(_key_types(root, "config"))
+    found = [path for path in paths if path.endswith(f".{key}")]
+    # Numbers and texts before lists of rules, which name the same thing for single parameters; then the
+    # highest ones.
+    return sorted(found, key=lambda path: (get_origin(paths[path]) is tuple, path.count(".")))[:3]
+
+
+def _nearest_key(root: Any, group: str, key: str) -> str:
+    """Return "did you mean 'x'" for a key that a group lacks, or the list of the keys that it has.
+
+    Keys of other groups count, too: the learning rate is a key of `schedule`, not of `optimizer`.
+
+    Args:
+        root: the dataclass of the whole config.
+        group: the path of the group, such as 'config.optimizer'.
+        key: the unknown name in it, with those below it if there are any.
+    """
+    if elsewhere := namesakes(root, key):
+        return "did you mean " + " or ".join(map(repr, elsewhere))
+    key = key.partition(".")[0]
+    own = get_type_hints(key_type(root, group.split(".")[1:]))
+    if not difflib.get_close_matches(key, own, n=1):
+        # Of so many names one is always a little like it: only a mistyped one counts, not 'eps' for 'steps'.
+        names = {path.rpartition(".")[2] for path, _ in _key_types(root, "config")}
+        if close := difflib.get_close_matches(key, names, n=1, cutoff=0.8):
+            return "did you mean " + " or ".join(map(repr, namesakes(root, close[0])))
+    return nearest(key, own)
+
+
+def _key_types(kind: Any, group: str) -> Iterator[tuple[str, Any]]:
+    """Yield the path and the type of each key and group below a dataclass."""
+    for key, hint in get_type_hints(kind).items():
+        path = f"{group}.{key}"
+        yield path, hint
+        # The user names the members of a dict.
+        if get_origin(hint) is dict:
+            path, hint = f"{path}.NAME", get_args(hint)[1]
+        if dataclasses.is_dataclass(hint):
+            yield from _key_types(hint, path)
+
 
 def convert(kind: Any, value: Any, where: str) -> Any:
     """Return `value` as the annotated type `kind`; `where` names it in messages.
 
-    Raises UserError for another type or a number out of its range, UnknownKeyError for a key that a dataclass
+    Raise UserError for another type or a number out of its range, UnknownKeyError for a key that a dataclass
     lacks.
     """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _convert_dataclass(kind, value, where)
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
-        # What config.json would give back: JSON knows no tuples.
+        # JSON knows no tuples, and the value has to be the same when it comes back from config.json.
         return list(value) if isinstance(value, tuple) else value
     if origin is Annotated:
         converted, limit = convert(args[0], value, where), args[1]
@@ -120,7 +192,7 @@ def _duration(text: str, where: str) -> str:
     if _DURATION.fullmatch(text):
         return text
     raise UserError(
-        f"{where}={text!r} is no duration; write for example '300 steps', '2.5 epochs' or '9e8 examples'."
+        f"{where}={text!r} is not a duration; write for example '300 steps', '2.5 epochs' or '9e8 examples'."
     )
 
 
