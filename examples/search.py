@@ -20,7 +20,7 @@ from lit_jax.display import printable
 from lit_jax.errors import UserError
 from lit_jax.evals.cache import EmbeddingCache
 from lit_jax.evaluate import load_folder
-from lit_jax.files import write_whole
+from lit_jax.files import atomic_write
 from lit_jax.reports.html_page import page, picture, text
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{printable(query)}\t{scores_N[i]:.4f}\t{printable(key)}")
         parts.append("</div>")
     subtitle = f"{int(valid_N.sum()):,} pictures in {args.images}, seen by {args.model}"
-    write_whole(args.output, page("Search", subtitle, parts))
+    atomic_write(args.output, page("Search", subtitle, parts))
     print(f"Open {args.output.absolute()}")
 
 

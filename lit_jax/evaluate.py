@@ -35,7 +35,7 @@ from lit_jax.errors import UserError
 from lit_jax.evals.class_files import classes_in
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.evals.runner import Evaluation, check_tokens, flatten_metrics, open_evals, run, table
-from lit_jax.files import parse_json, write_json, write_whole, writing_files
+from lit_jax.files import atomic_write, parse_json, write_json, writing_files
 from lit_jax.models.bert import PositionIds
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.reports.html_page import html_report
@@ -257,7 +257,7 @@ def _write(
             write_results(args.results, evaluations, subject)
         if args.report:
             metrics = read_metrics(args.workdir) if args.workdir else ()
-            write_whole(args.report, html_report(evaluations, subject, metrics))
+            atomic_write(args.report, html_report(evaluations, subject, metrics))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from lit_jax.data.makers import make_missing, sources_of
 from lit_jax.distributed import process
 from lit_jax.evals import runner
 from lit_jax.evals.encode import Encoder
-from lit_jax.files import write_json, write_whole
+from lit_jax.files import atomic_write, write_json
 from lit_jax.reports.html_page import html_report
 from lit_jax.reports.result_files import EvaluatedModel, write_results
 from lit_jax.training.io_errors import io_errors, quiet_orbax
@@ -103,7 +103,7 @@ def finish(
         if config.report != "none":
             (workdir / "report").mkdir(exist_ok=True)
             page = html_report(evaluations, model, read_metrics(workdir))
-            write_whole(workdir / "report" / "index.html", page)
+            atomic_write(workdir / "report" / "index.html", page)
     print(runner.table(results))
     for path in ("results.json", "evals", "metrics.jsonl", "checkpoints", "report"):
         if (workdir / path).exists():

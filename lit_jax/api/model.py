@@ -48,7 +48,7 @@ class Call(NamedTuple):
 
     @property
     def records(self) -> bool:
-        """Whether the blocks of the towers record their outputs."""
+        """True if the blocks of the towers record their outputs."""
         return bool(self.output_hidden_states or self.output_attentions)
 
     def model_output(self, output: TowerOutput, recorded: Mapping[str, Any]) -> ModelOutput:

@@ -32,7 +32,7 @@ from lit_jax.data.makers import make_missing
 from lit_jax.data.sources import open_source, records
 from lit_jax.data.workers import start_worker
 from lit_jax.errors import UserError
-from lit_jax.files import parse_json, whole, write_whole, writing_output
+from lit_jax.files import atomic_write, output_errors, parse_json, whole
 
 PLAN_FILE = "convert.json"
 BAD_FILE = "bad.jsonl"
@@ -130,9 +130,9 @@ def _enter(folder: Path, plan: Plan) -> None:
     if not file.exists():
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} holds something else already; give an empty --output.")
-        with writing_output(folder):
+        with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(file, wanted)
+            atomic_write(file, wanted)
     elif file.read_text(encoding="utf-8") != wanted:
         raise UserError(
             f"{folder} was begun with another source or shard size, see {file}; give the same again, or "
@@ -147,7 +147,7 @@ def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
     """
     source, bad, good = _source(plan.source, plan.text_only), [], 0
     file = folder / plan.shard_name(shard)
-    with writing_output(folder), whole(file) as new:
+    with output_errors(folder), whole(file) as new:
         writer = ArrayRecordWriter(str(new), records.WRITER_OPTIONS)
         for position in plan.positions(shard):
             key = f"{position}"
@@ -166,7 +166,7 @@ def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
             raise RuntimeError("records are missing")
         _bad_file(file).unlink(missing_ok=True)  # of an attempt with other data
         if bad:
-            write_whole(_bad_file(file), "".join(f"{line}\n" for line in bad))
+            atomic_write(_bad_file(file), "".join(f"{line}\n" for line in bad))
     return len(plan.positions(shard))
 
 
@@ -238,7 +238,7 @@ def _finish(plan: Plan, folder: Path) -> str:
     reports = [file for file in map(_bad_file, files) if file.exists()]
     bad = [line for file in reports for line in file.read_text(encoding="utf-8").splitlines()]
     good = sum(shard.count for shard in shards)
-    write_whole(folder / BAD_FILE, "".join(f"{line}\n" for line in bad))
+    atomic_write(folder / BAD_FILE, "".join(f"{line}\n" for line in bad))
     if not good:
         raise UserError(
             f"None of the {plan.examples} examples can be used; {folder / BAD_FILE} says why."

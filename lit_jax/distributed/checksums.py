@@ -1,4 +1,4 @@
-"""Telling parameters apart where they lie: nothing but checksums leaves the devices."""
+"""Checksums of parameters, computed on their devices: nothing else leaves the devices."""
 
 import zlib
 from collections.abc import Mapping
@@ -6,27 +6,28 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from lit_jax.distributed.mesh import REPLICATED, mesh_parts
+from lit_jax.distributed.mesh import REPLICATED, mesh_shape
 
 
 @jax.jit
 def checksums(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return two 32-bit numbers for each array under its path; every bit, its place and the path count.
+    """Return two 32-bit numbers for each array, which depend on every bit, its place and the path.
 
-    They are the same on any mesh, and under `jax.set_mesh` whole on every process.
+    The numbers are the same on any mesh, and under `jax.set_mesh` whole on every process.
     """
     # Integer sums come out the same in any order: on any mesh.
     sums = {path: _checksum(leaf, zlib.crc32(path.encode())) for path, leaf in leaves.items()}
-    return jax.lax.with_sharding_constraint(sums, REPLICATED) if mesh_parts() else sums
+    return jax.lax.with_sharding_constraint(sums, REPLICATED) if mesh_shape() else sums
 
 
 @jax.jit
 def rounded(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Return the arrays, float32 or bfloat16, in bfloat16 with one kind of NaN.
 
-    Libraries that read float32 as bfloat16 round alike, to the nearest and then to even, but make different
-    NaNs. Bits are rounded here because a conversion may take the smallest numbers for zero.
+    Libraries that convert float32 to bfloat16 round alike, to the nearest and then to even, but make
+    different NaNs.
     """
+    # The bits are rounded, because a conversion may flush the smallest numbers to zero.
     return {path: _rounded(leaf) for path, leaf in leaves.items()}
 
 
@@ -42,15 +43,13 @@ def _rounded(leaf: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.where(is_nan, jnp.uint16(0x7FC0), bits), jnp.bfloat16)
 
 
-# By the bytes of a number; those of eight are compared by halves.
+# By the bytes of a number; a number of eight bytes is compared by halves.
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
 def _checksum(leaf: jax.Array, seed: int) -> jax.Array:
-    """Return two 32-bit sums over an array, of each number's bits and position mixed well.
-
-    A sum of products alone would not see, for one, that an even number of signs has changed.
-    """
+    """Return two 32-bit sums over an array, of each number's bits and position mixed well."""
+    # A sum of products alone would not notice, for one, that an even number of signs has changed.
     leaf = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
     bits = jax.lax.bitcast_convert_type(leaf, _BITS[leaf.dtype.itemsize])
     position = jnp.uint32(seed)
@@ -62,7 +61,7 @@ def _checksum(leaf: jax.Array, seed: int) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """Each bit of the result depends on all bits of a 32-bit number (the finalizer of MurmurHash3)."""
+    """Return 32 bits that each depend on all bits of `x` (the finalizer of MurmurHash3)."""
     x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> jnp.uint32(16))

@@ -1,4 +1,4 @@
-"""NaN and infinite values, found where they lie: nothing but counts leaves the devices."""
+"""The search for NaN and infinite values on the devices: nothing but counts leaves them."""
 
 from collections.abc import Mapping
 
@@ -23,7 +23,7 @@ def _count(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 def not_finite(params: Tree) -> str:
     """Return the paths of the parameters that have NaN or infinite values, with their number; '' if none has.
 
-    To call under `jax.set_mesh`, by all processes.
+    Call it under `jax.set_mesh`, in all processes.
     """
     counts = jax.device_get(_count(flatten(params)))
     found = [f"{path} ({int(count)})" for path, count in counts.items() if count]
@@ -34,10 +34,10 @@ def not_finite(params: Tree) -> str:
 def check_rows(finite_B: Bool[np.ndarray, " B"], side: str, params: Tree) -> None:
     """Raise UserError unless all rows that a tower has computed are finite.
 
-    To call under `jax.set_mesh`, by all processes that have the parameters.
+    Call it under `jax.set_mesh`, in all processes that have the parameters.
 
     Args:
-        params: those that the rows depend on; they are searched only for the message.
+        params: the parameters that the rows depend on, which are searched for the message alone.
     """
     if finite_B.all():
         return

@@ -1,7 +1,7 @@
 """The compiler flags that every command sets before JAX starts; the user's own settings win, flag by flag.
 
-To try another value, set it in the environment: LIBTPU_INIT_ARGS='--xla_tpu_scoped_vmem_limit_kib=65536'.
-What is worth keeping belongs here, with the reason.
+To try another value, set it in the environment: LIBTPU_INIT_ARGS='--xla_tpu_scoped_vmem_limit_kib=65536'. A
+flag that is worth keeping belongs here, with the reason.
 """
 
 import os
@@ -36,18 +36,18 @@ FLAGS = {
 
 
 def set_flags(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Adds `FLAGS` to the variables, but for flags that are there already."""
+    """Add `FLAGS` to the variables, but for flags that are there already."""
     for variable, flags in FLAGS.items():
         own = environment.get(variable, "")
+        # XLA_FLAGS may also name a file, which then holds all of them.
         if own and not own.lstrip().startswith("-"):
-            continue  # XLA_FLAGS may also name a file, which then holds all of them
+            continue
         names = {flag.lstrip("-").partition("=")[0] for flag in own.split()}
         added = [f"--{name}={value}" for name, value in flags.items() if name not in names]
         environment[variable] = " ".join([*own.split(), *added])
 
 
-# Settings of JAX under which a run computes something else than its config says, or nothing at all: what they
-# must be, and why.
+# (needed value, reason) for the settings of JAX under which a run would not compute what its config says.
 _FIXED: dict[str, tuple[Any, str]] = {
     "jax_enable_x64": (False, "a run computes in float32 or bfloat16"),
     "jax_disable_jit": (False, "a step is compiled as a whole"),

@@ -1,7 +1,7 @@
-"""Who started this process, and its place among the processes of the run.
+"""The launcher of this process, and the place of the process among those of the run.
 
-A launcher says in the environment how many processes there are and which of them this one is. Where nothing
-says so, or says one, this process is the only one and needs nothing from JAX's distributed runtime.
+A launcher writes into the environment the number of processes and the index of this one. Without it, or with
+one process, this process is the only one and needs nothing from JAX's distributed runtime.
 """
 
 import os
@@ -10,13 +10,15 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jax._src import clusters  # what JAX knows of TPUs and of Kubernetes has no public name
+# JAX's knowledge of TPU slices and Kubernetes has no public name.
+from jax._src import clusters
 
 from lit_jax.errors import UserError
 
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _PORT = "JAX_COORDINATOR_PORT"
-_MOST = 1_000_000  # more processes than any machine has; JAX's own integers have 32 bits
+# More processes than any machine has; JAX's own integers have 32 bits.
+_MOST = 1_000_000
 Environment = Mapping[str, str]
 
 
@@ -25,9 +27,9 @@ class Place(NamedTuple):
 
     Attributes:
         address: HOST:PORT at which process 0 waits for the others.
-        count_from: the variable that says how many there are; messages name it.
-        address_from: the variable that says where process 0 is.
-        devices: the numbers of the GPUs that are this process's own; None for all it sees.
+        count_from: the variable that has the count; messages name it.
+        address_from: the variable that has the address of process 0.
+        devices: the numbers of the GPUs that are this process's own; None for all that it sees.
     """
 
     index: int
@@ -39,14 +41,18 @@ class Place(NamedTuple):
 
 
 class _Unsupported(NamedTuple):
-    """A launcher whose processes cannot find each other by what it tells them."""
+    """A launcher whose processes cannot find each other by its variables.
+
+    Attributes:
+        size: the variable that has the number of processes.
+        rank: the variable that has the index of this process.
+        needs: a variable without which a common name such as NUM_PROCESSES means something else.
+    """
 
     name: str
     size: str
     rank: str
-    needs: str = (
-        ""  # a variable without which a common name such as NUM_PROCESSES means something else
-    )
+    needs: str = ""
 
 
 _UNSUPPORTED = (
@@ -59,7 +65,7 @@ _UNSUPPORTED = (
     _Unsupported("AWS Batch", "AWS_BATCH_JOB_NUM_NODES", "AWS_BATCH_JOB_NODE_INDEX"),
     _Unsupported("Kubeflow", "NUM_PROCESSES", "PROCESS_ID", needs="COORDINATOR_ADDRESS"),
 )
-# These give a process its number, but not how many there are.
+# These give a process its index, but not the number of processes.
 _RANK_ALONE = (
     ("a launcher of PMIx", "PMIX_RANK"),
     ("Cray PALS", "PALS_RANKID"),
@@ -145,18 +151,19 @@ def _from_open_mpi(environment: Environment) -> Place | None:
     local_count = _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE", 1, count)
     local = _number(environment, "OMPI_COMM_WORLD_LOCAL_RANK", 0, local_count - 1)
     host, address_from = _open_mpi_host(environment, alone=local_count == count)
-    # The same for all processes of one mpirun, another for each mpirun.
-    of_job = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_orte_hnp_uri", "")
-    address = f"{host}:{_port(environment, zlib.crc32(of_job.encode()))}"
+    # The same for all processes of one mpirun, different for each mpirun.
+    job = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_orte_hnp_uri", "")
+    address = f"{host}:{_port(environment, zlib.crc32(job.encode()))}"
     devices = _own_devices(environment, local, local_count)
     return Place(index, count, address, size, address_from, devices)
 
 
 def _open_mpi_host(environment: Environment, *, alone: bool) -> tuple[str, str]:
-    """Return the machine where process 0 is, which is mpirun's own, and the variable that names it."""
+    """Return the machine of process 0, which is mpirun's own, and the variable that names it."""
     if alone:
         return "localhost", "OMPI_COMM_WORLD_LOCAL_SIZE"
-    if uri := environment.get("OMPI_MCA_orte_hnp_uri"):  # Open MPI 4
+    # Open MPI 4.
+    if uri := environment.get("OMPI_MCA_orte_hnp_uri"):
         address = clusters.OmpiCluster.get_coordinator_address(None, "1")
         return address.rpartition(":")[0], f"OMPI_MCA_orte_hnp_uri={uri}"
     job = re.fullmatch(r"prte(?:run)?-(.+)-\d+@\d+", environment.get("PMIX_NAMESPACE", ""))
@@ -192,7 +199,7 @@ def _from_slurm(environment: Environment) -> Place | None:
 
 def _slurm_devices(environment: Environment) -> tuple[int, ...] | None:
     """Return the GPUs of a task that sees those of all tasks on its node, as launch/slurm.sh starts them."""
-    # Slurm shows each task its own: by --gpus-per-task or --gpu-bind, also as --tres-per-task=gres/gpu:2.
+    # Each task sees its own alone with --gpus-per-task or --gpu-bind, also as --tres-per-task=gres/gpu:2.
     asked = ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND")
     tres = ("SLURM_TRES_PER_TASK", "SLURM_TRES_BIND")
     if any(map(environment.get, asked)) or any("gpu" in environment.get(name, "") for name in tres):
@@ -200,10 +207,10 @@ def _slurm_devices(environment: Environment) -> tuple[int, ...] | None:
     # "2(x3),1": two tasks on each of three nodes, then one.
     layout = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
     parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", layout)
-    of_nodes = [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]
+    tasks_of_nodes = [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]
     node = environment.get("SLURM_NODEID", "0")
-    if node.isdecimal() and int(node) < len(of_nodes):
-        local_count = of_nodes[int(node)]
+    if node.isdecimal() and int(node) < len(tasks_of_nodes):
+        local_count = tasks_of_nodes[int(node)]
     else:
         count = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS")
         local_count = 1 if count in ("1", environment.get("SLURM_STEP_NUM_NODES")) else None
@@ -213,10 +220,10 @@ def _slurm_devices(environment: Environment) -> tuple[int, ...] | None:
 def _own_devices(
     environment: Environment, local: int, local_count: int | None
 ) -> tuple[int, ...] | None:
-    """Return the GPUs of the process `local` of a machine, which sees all of them; None: leave it as it is.
+    """Return the GPUs of the process `local` of a machine; None for all that it sees.
 
-    A process that is alone on its machine gets all. Where there are several, each gets as many; where their
-    number is not known it is one.
+    A process that is alone on its machine gets all GPUs. Several share them evenly; if their number is not
+    known, each gets one.
     """
     if local_count == 1 or environment.get("JAX_LOCAL_DEVICE_IDS"):
         return None
@@ -225,12 +232,13 @@ def _own_devices(
     if visible is None or local_count is None:
         return (local,)
     each = len(visible.split(",")) // local_count
-    if each == 0:  # fewer than processes: what it sees is its own already
+    # A process that sees fewer GPUs than there are processes sees its own ones alone.
+    if each == 0:
         return None
     return tuple(range(local * each, (local + 1) * each))
 
 
-# How messages name what JAX reads where the machines themselves say how many they are.
+# (cluster that JAX detects by itself, its source of the number of processes as messages name it).
 _JAX_CLUSTERS = (
     (clusters.GkeTpuCluster, "TPU_WORKER_HOSTNAMES"),
     (clusters.GceTpuCluster, "the TPU's metadata"),
@@ -249,7 +257,8 @@ def _from_jax(environment: Environment) -> Place | None:
                 return _ask(cluster, source, environment)
         except UserError:
             raise
-        except Exception as error:  # of the metadata server, of Kubernetes, or of an odd value
+        # The metadata server, Kubernetes or an odd value may raise anything.
+        except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
                 f"JAX cannot read this process's place from {source} ({reason[:300]}); {_INSTEAD}."
@@ -267,7 +276,7 @@ def _ask(cluster: Any, source: str, environment: Environment) -> Place:
 
 
 def _refuse_others(environment: Environment, place: Place | None) -> None:
-    """Raise UserError if another launcher tells of several processes: each would train by itself."""
+    """Raise UserError if another launcher started several processes: each would train by itself."""
     here = (place.count, place.index) if place else (1, 0)
     for launcher in _UNSUPPORTED:
         size, rank = environment.get(launcher.size, ""), environment.get(launcher.rank, "0")
@@ -295,7 +304,7 @@ def _port(environment: Environment, job: int) -> int:
 
 
 def _number(environment: Environment, name: str, least: int, most: int, note: str = "") -> int:
-    """Return the number that a variable holds. Raise UserError if it is none of `least` to `most`."""
+    """Return the number that a variable holds. Raise UserError if it is not from `least` to `most`."""
     text = environment.get(name, "")
     if re.fullmatch(r"[0-9]{1,19}", text) and least <= int(text) <= most:
         return int(text)

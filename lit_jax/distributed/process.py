@@ -35,9 +35,9 @@ _number: int | None = None
 def initialize() -> None:
     """Join the run's processes; call before anything touches a device.
 
-    `find_place` says which of them this one is. Where it is the only one, JAX may be in use already, as in a
-    notebook. If some do not come at all, this one says so within seconds; after five minutes it raises
-    GoneError. If one dies or stops later, JAX's heartbeats end the others after `HEARTBEAT_SECONDS`.
+    A process that is the only one may use JAX already, as in a notebook. If others do not come, this one says
+    so within seconds, and raises GoneError after five minutes. If one dies or stops later, JAX's heartbeats
+    end the others after `HEARTBEAT_SECONDS`.
     """
     global _number
     check_settings()
@@ -133,8 +133,8 @@ def _give_memory_back_after_compiling() -> None:
 def await_verdict() -> None:
     """Return, after a failure in one of several processes, only if all others are still there.
 
-    Where a process is gone, collectives fail long before JAX knows why. JAX's client then ends this process
-    by an abort that Python cannot see, which tells launchers that the failure was not of its own making.
+    If one is gone, collectives fail long before JAX knows why. JAX's client then ends this process by an
+    abort that Python cannot see, and that tells launchers that the failure was not of its own making.
     """
     if _number is not None:
         time.sleep(HEARTBEAT_SECONDS + _VERDICT_SECONDS)

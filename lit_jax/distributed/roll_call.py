@@ -1,8 +1,8 @@
-"""The processes of a run come together before JAX is asked to: who is missing is said within seconds.
+"""The meeting of a run's processes before JAX starts: missing processes are named within seconds.
 
-JAX waits without a word and then aborts with a page of C++. Process 0 listens at the coordinator's address,
-which JAX takes over afterwards; the others connect and give their number. When all are there, process 0 lets
-them go on.
+JAX waits in silence and then aborts with a page of C++. Process 0 listens at the coordinator's address, which
+JAX takes over afterwards; the others connect and give their number. When all are there, process 0 lets them
+go on.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 # Pods and machines of a run may come up minutes apart.
 START_SECONDS = 300
-# So soon it is said who is missing, and then again each minute.
+# The seconds until missing processes are named for the first time, and between the next times.
 SAY_SECONDS = 5
 _AGAIN_SECONDS = 60
-# A process that was told to stop may hold the port a little longer.
+# A process of an earlier run that was told to stop may hold the port a little longer.
 _PORT_SECONDS = 5
-# A name that appears late, as that of a new pod.
+# The name of a new pod may appear late.
 _NAME_SECONDS = 60
 _HELLO, _GO, _NO = b"lit_jax\n", b"go\n", b"no "
 
@@ -35,7 +35,7 @@ _HELLO, _GO, _NO = b"lit_jax\n", b"go\n", b"no "
 def meet(place: Place) -> None:
     """Return when all processes of the run are there.
 
-    Raise UserError where they never can be, and GoneError if some have not come in `START_SECONDS`.
+    Raise UserError if they cannot meet, and GoneError if some have not come in `START_SECONDS`.
     """
     host, port = split_address(place.address_from, place.address)
     clock = _Clock(place)
@@ -47,7 +47,7 @@ def meet(place: Place) -> None:
 
 
 class _Clock:
-    """The time since the start: says when to speak, and when to give up."""
+    """The time since the start, which decides when to warn and when to give up."""
 
     def __init__(self, place: Place):
         self._place = place
@@ -59,7 +59,7 @@ class _Clock:
         return time.monotonic() - self._start
 
     def tick(self, missing: Callable[[], str]) -> None:
-        """Say who is missing if it is time to. Raise GoneError after `START_SECONDS`."""
+        """Name the missing processes if it is time to. Raise GoneError after `START_SECONDS`."""
         place = self._place
         says = f"{place.count_from} says {place.count} processes"
         if self.seconds >= START_SECONDS:
@@ -94,7 +94,8 @@ def _check_name(host: str, place: Place, clock: _Clock) -> None:
 def _unknown(host: str) -> str | None:
     try:
         socket.getaddrinfo(host, None)
-    except (OSError, UnicodeError) as error:  # the latter of a name with an empty or long part
+    # UnicodeError: a name with an empty or long part.
+    except (OSError, UnicodeError) as error:
         return getattr(error, "strerror", None) or str(error)
     return None
 
@@ -110,15 +111,17 @@ def _gather(port: int, place: Place, clock: _Clock) -> None:
                 for key, _ in selector.select(timeout=0.2):
                     if key.fileobj is server:
                         _welcome(server, there, selector, place)
-                    else:  # nobody speaks now: that process has ended
+                    else:
+                        # No process speaks now, so this one has ended.
                         left = next(index for index, peer in there.items() if peer is key.fileobj)
                         selector.unregister(there[left])
                         there.pop(left).close()
         for peer in there.values():
-            with contextlib.suppress(OSError):  # JAX meets it, or waits for it
+            # JAX will wait for a process that has ended meanwhile.
+            with contextlib.suppress(OSError):
                 peer.sendall(_GO)
         for peer in there.values():
-            # They close first: the side that does so keeps the port for a minute.
+            # The others close first: the side that does so keeps the port for a minute.
             with contextlib.suppress(OSError):
                 peer.recv(1)
     finally:
@@ -132,7 +135,7 @@ def _welcome(
     selector: selectors.BaseSelector,
     place: Place,
 ) -> None:
-    """Take in a process of this run; anything else that finds the port is turned away."""
+    """Take in a process of this run, and turn away anything else that finds the port."""
     peer, (address, *_) = server.accept()
     peer.settimeout(5)
     try:
@@ -170,7 +173,7 @@ def _missing(there: Iterable[int], place: Place) -> str:
 
 
 def _is_here(host: str) -> bool:
-    """Return whether the name is one of this machine's; False also for one that a router translates."""
+    """Return whether the name is one of this machine's; False for one that a router translates, too."""
     with contextlib.suppress(OSError, UnicodeError):
         for family, kind, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM):
             with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
@@ -180,7 +183,7 @@ def _is_here(host: str) -> bool:
 
 
 def _listen(port: int, place: Place) -> socket.socket:
-    """Return a socket that listens at the coordinator's port. Raise UserError if it cannot be had."""
+    """Return a socket that listens at the coordinator's port. Raise UserError if that is not possible."""
     latest = time.monotonic() + _PORT_SECONDS
     while True:
         try:
@@ -202,7 +205,7 @@ def _listen(port: int, place: Place) -> socket.socket:
 
 
 def _follow(host: str, port: int, place: Place, clock: _Clock) -> None:
-    """Connect, as any other process, to process 0, as often as needed, and wait for its word to go on."""
+    """Connect to process 0, as often as needed, and wait for its word to go on."""
     problem = ""
 
     def missing() -> str:
@@ -226,11 +229,12 @@ def _follow(host: str, port: int, place: Place, clock: _Clock) -> None:
         except (OSError, UnicodeError) as error:
             problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
         time.sleep(0.5)
-    time.sleep(0.1)  # JAX's service starts now; who comes too early waits longer
+    # JAX's service starts now; a process that comes too early waits longer.
+    time.sleep(0.1)
 
 
 def _wait_for_word(peer: socket.socket, clock: _Clock, missing: Callable[[], str]) -> bool:
-    """Return whether process 0 lets this one go on; False if it has ended. Raise UserError if it refuses."""
+    """Return True if process 0 lets this one go on, False if it has ended. Raise UserError if it refuses."""
     said = b""
     peer.settimeout(0.5)
     while True:

@@ -1,4 +1,4 @@
-"""How parameters and optimizer state lie on the mesh: ordered regex rules, first match wins."""
+"""The sharding of parameters and optimizer state: ordered regex rules, of which the first match wins."""
 
 import functools
 import re
@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lit_jax.distributed.mesh import REPLICATED, mesh_parts, replicated
+from lit_jax.distributed.mesh import REPLICATED, mesh_shape, replicated
 from lit_jax.trees import Tree, flatten, unflatten
 
-# Matrices are split over 'fsdp', and gathered where they are used. Vectors are too small to be worth it.
+# Matrices are split over 'fsdp' and gathered for each product. Vectors are too small to be worth it.
 PARAMETER_RULES: tuple[tuple[str, str | None], ...] = (
     (r".*/(kernel|embedding)", "fsdp"),
     (r".*", None),
@@ -18,7 +18,7 @@ PARAMETER_RULES: tuple[tuple[str, str | None], ...] = (
 
 
 def parameter_shardings(params: Tree, mesh: Mesh) -> dict[str, Any]:
-    """The NamedSharding of each parameter (arrays or shapes), as a tree like `params`."""
+    """Return the NamedSharding of each parameter (arrays or shapes), as a tree like `params`."""
     flat = flatten(params)
     return unflatten({path: _sharding(path, leaf.shape, mesh) for path, leaf in flat.items()})
 
@@ -31,12 +31,12 @@ def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 
 def matrix_spec(shape: tuple[int, ...], axis: str, parts: int) -> PartitionSpec:
-    """The last two axes are input and output features: the longer one that divides is split over `axis`.
-    A matrix of which neither does stays whole.
+    """Return the spec that splits the longer of the last two axes that `parts` divides over `axis`.
 
-    The longer one, because the TPU compiler sums a gradient where its part lies only if that is wide: of
-    128 columns in bfloat16 it was seen to sum all of the gradient everywhere. Of equals it is the rows.
+    A matrix whose last two axes do not divide stays whole; of equal axes the rows are split.
     """
+    # The longer axis, because the TPU compiler reduce-scatters a gradient only if the part is wide: with 128
+    # columns in bfloat16 it was seen to sum all of the gradient on every device.
     candidates = range(max(len(shape) - 2, 0), len(shape))
     for split in sorted(candidates, key=lambda i: -shape[i]):
         if shape[split] % parts == 0:
@@ -44,44 +44,45 @@ def matrix_spec(shape: tuple[int, ...], axis: str, parts: int) -> PartitionSpec:
     return REPLICATED
 
 
-def fsdp_parts() -> int:
-    """Into how many parts the mesh of `jax.set_mesh` cuts matrices; 1 without a mesh."""
-    return mesh_parts().get("fsdp", 1)
+def fsdp_size() -> int:
+    """Return the number of parts into which the mesh of `jax.set_mesh` cuts matrices; 1 without a mesh."""
+    return mesh_shape().get("fsdp", 1)
 
 
-def gathered(kernel: jax.Array) -> jax.Array:
-    """A kernel whole on all devices of the mesh of `jax.set_mesh`, for the product that it is in.
+def all_gather_kernel(kernel: jax.Array) -> jax.Array:
+    """Return a kernel gathered on all devices of the mesh of `jax.set_mesh`, for one product.
 
-    Left alone, the compiler gathers some kernels of a block twice for its gradient. What comes back is split
-    at once as the kernel itself is, so that no device sums all of it.
+    Left alone, the compiler gathers some kernels of a block twice for its gradient. The gradient is split at
+    once as the kernel itself is, so that no device sums all of it.
     """
-    parts = fsdp_parts()
-    return kernel if parts == 1 else _gathered(matrix_spec(kernel.shape, "fsdp", parts), kernel)
+    parts = fsdp_size()
+    return kernel if parts == 1 else _all_gather(matrix_spec(kernel.shape, "fsdp", parts), kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gathered(spec: PartitionSpec, kernel: jax.Array) -> jax.Array:
+def _all_gather(spec: PartitionSpec, kernel: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(kernel, REPLICATED)
 
 
-_gathered.defvjp(
-    lambda spec, kernel: (_gathered(spec, kernel), None),
+_all_gather.defvjp(
+    lambda spec, kernel: (_all_gather(spec, kernel), None),
     lambda spec, _, gradient: (jax.lax.with_sharding_constraint(gradient, spec),),
 )
 
 
 def optimizer_shardings(opt_state: Any, params: Tree, mesh: Mesh) -> Any:
-    """Optimizer moments lie as their parameter does; counters and factored moments are replicated.
+    """Return the sharding of each leaf of `opt_state`, a tree of shapes.
 
-    `params` holds shapes with shardings, `opt_state` shapes; the result is a tree like `opt_state`.
+    A moment has the sharding of its parameter in `params`, a tree of shapes with shardings. Counters and
+    factored moments are replicated.
     """
     flat = flatten(params)
 
-    def sharding_of(path: tuple[Any, ...], leaf: Any) -> Any:
+    def get_sharding(path: tuple[Any, ...], leaf: Any) -> Any:
         keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         param = flat.get("/".join(keys))
         if param is not None and param.shape == leaf.shape:
             return param.sharding
         return replicated(mesh)
 
-    return jax.tree_util.tree_map_with_path(sharding_of, opt_state)
+    return jax.tree_util.tree_map_with_path(get_sharding, opt_state)

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
-from lit_jax.files import write_whole
+from lit_jax.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class EmbeddingCache:
             content = io.BytesIO()
             np.savez(content, *arrays)
             try:
-                write_whole(file, content.getvalue())
+                atomic_write(file, content.getvalue())
             except OSError as error:
                 log.warning("The cache %s cannot be written (%s).", file, error.strerror)
         return arrays

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from lit_jax.config import Remat
 from lit_jax.config_schema import nearest
-from lit_jax.distributed.sharding import fsdp_parts, gathered
+from lit_jax.distributed.sharding import all_gather_kernel, fsdp_size
 from lit_jax.errors import UserError
 from lit_jax.models import ops
 
@@ -184,9 +184,9 @@ def _dot_gathered(x: Array, kernel: Array, axes: int) -> Array:
     contracted = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
 
     def dot(x: Array, kernel: Array) -> Array:
-        return jax.lax.dot_general(x, gathered(kernel), (contracted, ((), ())))
+        return jax.lax.dot_general(x, all_gather_kernel(kernel), (contracted, ((), ())))
 
-    whole = fsdp_parts() == 1
+    whole = fsdp_size() == 1
     return dot(x, kernel) if whole else jax.checkpoint(dot, prevent_cse=False)(x, kernel)
 
 

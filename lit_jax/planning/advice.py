@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from jax.sharding import Mesh
 
 from lit_jax.config import Config
-from lit_jax.distributed.mesh import by_slice
+from lit_jax.distributed.mesh import group_by_slice
 from lit_jax.models.dual_encoder import TOWERS, tower_name
 from lit_jax.precomputed.match import embedding_folders
 from lit_jax.training.checks import normalized_by_batch
@@ -73,7 +73,7 @@ def advise(
 
 def _next_fsdp(mesh: Mesh) -> int:
     """Return the next size that `make_mesh` takes, at least four times as large, or all devices."""
-    now, of_slice = mesh.shape["fsdp"], mesh.size // len(by_slice(list(mesh.devices.flat)))
+    now, of_slice = mesh.shape["fsdp"], mesh.size // len(group_by_slice(list(mesh.devices.flat)))
     sizes = (
         size
         for size in range(4 * now, mesh.size)

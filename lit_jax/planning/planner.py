@@ -10,7 +10,7 @@ import jax
 import optax
 
 from lit_jax.config import Config
-from lit_jax.distributed.mesh import by_slice, make_mesh
+from lit_jax.distributed.mesh import group_by_slice, make_mesh
 from lit_jax.planning.advice import advise
 from lit_jax.planning.chips import Topology
 from lit_jax.planning.collectives import Traffic, traffic
@@ -167,7 +167,7 @@ def compile_step(step: TrainStep, batch: AbstractBatch) -> Compiled:
     total = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     temporaries = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
     hlo, devices = compiled.as_text(), list(mesh.devices.flat)
-    slices = by_slice(devices)
+    slices = group_by_slice(devices)
     return Compiled(
         fits=True,
         total=total,

@@ -19,7 +19,7 @@ from lit_jax.data.readers import Captions, Pixels
 from lit_jax.distributed.preemption import StopSignal
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import Preempted, UserError
-from lit_jax.files import parse_json, write_whole, writing_output
+from lit_jax.files import atomic_write, output_errors, parse_json
 from lit_jax.models.dual_encoder import DualEncoderModule, Side
 from lit_jax.precomputed.format import (
     MANIFEST,
@@ -142,7 +142,7 @@ class _ReadAll:
 
 def check_free(folder: Path) -> None:
     """Raise UserError if a folder holds something else than embeddings."""
-    with writing_output(folder):
+    with output_errors(folder):
         if folder.exists() and any(folder.iterdir()) and not (folder / STARTED).exists():
             raise UserError(f"{folder} holds something else; choose another --output.")
 
@@ -150,7 +150,7 @@ def check_free(folder: Path) -> None:
 def _open_folder(folder: Path, header: Header) -> None:
     """Make the folder, or find it with the same header. Raise UserError if it has another one."""
     started = folder / STARTED
-    with writing_output(folder):
+    with output_errors(folder):
         if started.exists():
             try:
                 found = dict(parse_json(started.read_bytes()))
@@ -166,10 +166,10 @@ def _open_folder(folder: Path, header: Header) -> None:
                 )
     # All processes have looked before one writes.
     _together()
-    with writing_output(folder):
+    with output_errors(folder):
         if is_primary() and not started.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(started, json.dumps(dataclasses.asdict(header), indent=2) + "\n")
+            atomic_write(started, json.dumps(dataclasses.asdict(header), indent=2) + "\n")
 
 
 def _close_folder(folder: Path, header: Header, max_bad_fraction: float) -> Counts:
@@ -182,8 +182,8 @@ def _close_folder(folder: Path, header: Header, max_bad_fraction: float) -> Coun
         )
     if is_primary():
         manifest = dataclasses.asdict(header) | dataclasses.asdict(counts)
-        with writing_output(folder):
-            write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        with output_errors(folder):
+            atomic_write(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
             remove_unfinished(folder)
     return counts
 
@@ -228,7 +228,7 @@ def _write_missing(writer: FeatureWriter, folder: Path, header: Header) -> None:
 def _write_shard(
     writer: FeatureWriter, path: Path, examples: range, stop: StopSignal, bar: "tqdm[Any]"
 ) -> None:
-    with writing_output(path.parent):
+    with output_errors(path.parent):
         shard = ShardWriter(path)
     complete = False
     try:
@@ -236,7 +236,7 @@ def _write_shard(
             if record is None:
                 _raise_if(_together(stopped=stop.received, busy=True)[0])
                 continue
-            with writing_output(path.parent):
+            with output_errors(path.parent):
                 shard.add(record)
             # The others are about as far, but their shards may be shorter.
             bar.update(min(jax.process_count(), bar.total - bar.n))
@@ -248,7 +248,7 @@ def _write_shard(
             f"The devices have too little memory for {writer.rows} rows at once; give a smaller --batch_size."
         ) from error
     finally:
-        with writing_output(path.parent):
+        with output_errors(path.parent):
             shard.close(complete=complete)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from lit_jax.display import printable
 from lit_jax.evals.runner import Evaluation, Metrics
 from lit_jax.evals.zero_shot import ZeroShotResult
-from lit_jax.files import write_json, write_whole
+from lit_jax.files import atomic_write, write_json
 
 TASKS = {
     "zero_shot": "zeroshot_classification",
@@ -70,9 +70,9 @@ def write_results(folder: Path, evaluations: Sequence[Evaluation], model: Evalua
         for suffix, content in clip_benchmark(evaluation, model):
             write_json(folder / f"{stem}{suffix}.json", content)
         if isinstance(evaluation.result, ZeroShotResult):
-            write_whole(folder / f"{stem}_confusion.csv", confusion_csv(evaluation))
+            atomic_write(folder / f"{stem}_confusion.csv", confusion_csv(evaluation))
     text = "\n".join(table.markdown() for table in tables(evaluations))
-    write_whole(folder / "table.md", f"## {printable(str(model))}\n\n{text}")
+    atomic_write(folder / "table.md", f"## {printable(str(model))}\n\n{text}")
 
 
 def clip_benchmark(

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lit_jax.distributed.mesh import BATCH, mesh_parts, mesh_size
+from lit_jax.distributed.mesh import BATCH, mesh_shape, mesh_size
 
 Embeddings = Float[Array, "B D"]
 Scalar = Float[Array, ""]
@@ -226,7 +226,7 @@ def _meet(
     if rest:
         raise ValueError(f"{mesh_size()} devices are not {slices} equal slices.")
     on_device = functools.partial(_meet_on_devices, visit, slices=slices, ring=ring)
-    if not mesh_parts():
+    if not mesh_shape():
         return on_device(images, texts)
     # Not checked: what is gathered starts as constants, which to the checker are the same on all devices.
     return jax.shard_map(on_device, in_specs=BATCH, out_specs=BATCH, check_vma=False)(images, texts)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lit_jax.distributed.mesh import BATCH, mesh_parts, mesh_size, shard_batch
+from lit_jax.distributed.mesh import BATCH, mesh_shape, mesh_size, shard_batch
 from lit_jax.models.dual_encoder import POOLED
 
 Forward = Callable[..., tuple[Any, Mapping[str, Any]]]
@@ -70,6 +70,6 @@ def join(parts_KxN: jax.Array) -> jax.Array:
 
 
 def _split_second(x: jax.Array) -> jax.Array:
-    if not mesh_parts():
+    if not mesh_shape():
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(None, *BATCH))

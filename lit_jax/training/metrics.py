@@ -19,7 +19,7 @@ from lit_jax.config_schema import LARGEST_FLOAT, MOST
 from lit_jax.display import printable
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
-from lit_jax.files import parse_json, write_whole
+from lit_jax.files import atomic_write, parse_json
 from lit_jax.training.io_errors import io_errors
 from lit_jax.training.train_step import Metrics
 
@@ -144,7 +144,7 @@ class MetricsWriter:
         path = workdir / "metrics.jsonl"
         kept = [line for line, row in _read_rows(workdir) if row["step"] <= start]
         with io_errors(workdir):
-            write_whole(path, b"".join(kept))
+            atomic_write(path, b"".join(kept))
             self._file = self._open.enter_context(path.open("a", buffering=1))
             if config.tensorboard:
                 self._tensorboard = _TensorBoard(workdir / "tensorboard", start)

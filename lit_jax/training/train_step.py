@@ -16,7 +16,7 @@ import optax
 from lit_jax.config import Side
 from lit_jax.data.example import Example
 from lit_jax.data.readers import Inputs, make_reader
-from lit_jax.distributed.mesh import batch_sharding, by_slice, replicated
+from lit_jax.distributed.mesh import batch_sharding, group_by_slice, replicated
 from lit_jax.distributed.sharding import optimizer_shardings
 from lit_jax.models.dual_encoder import POOLED, limit_logit_scale
 from lit_jax.precomputed.match import blank_features, embedding_folders, without_towers
@@ -124,7 +124,7 @@ class TrainStep:
             config.loss,
             form=config.loss_form,
             label_smoothing=config.label_smoothing,
-            slices=len(by_slice(list(model.mesh.devices.flat))),
+            slices=len(group_by_slice(list(model.mesh.devices.flat))),
         )
         optimizer = make_optimizer(config.optimizer, schedule, model.policy)
         return cls(model=model, loss=loss, schedule=schedule, optimizer=optimizer)

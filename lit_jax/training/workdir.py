@@ -24,7 +24,7 @@ from lit_jax.data.text import check_saved, save_tokenizer
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
-from lit_jax.files import parse_json, write_json, write_whole
+from lit_jax.files import atomic_write, parse_json, write_json
 from lit_jax.training.checkpoints import restore_frozen, restore_params
 from lit_jax.training.io_errors import complete_steps
 from lit_jax.training.model_factory import Model, TrainedModel, build_model
@@ -112,7 +112,7 @@ def save_parameter_table(workdir: Path, model: Model) -> None:
         model.mesh.size,
     )
     if is_primary():
-        write_whole(workdir / "parameters.txt", model.policy.table(model.abstract))
+        atomic_write(workdir / "parameters.txt", model.policy.table(model.abstract))
 
 
 def read_config(workdir: Path) -> Config | None:

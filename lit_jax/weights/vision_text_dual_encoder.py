@@ -1,9 +1,9 @@
 """Other models as a VisionTextDualEncoder that computes the same, and back.
 
-transformers' VisionTextDualEncoder always computes projection(tanh(pooler(first token))), with no
-bias in the projection. lit_jax also trains towers without a pooler, and other projections. Where the
-same function can be had with other weights, `to_vision_text_dual_encoder` finds them and
-`from_vision_text_dual_encoder` undoes it; where it cannot, `why_not_exportable` says why.
+transformers' VisionTextDualEncoder always computes projection(tanh(pooler(first token))), with no bias in the
+projection. lit_jax also trains towers without a pooler, and other projections. If other weights compute the
+same function, `to_vision_text_dual_encoder` finds them and `from_vision_text_dual_encoder` undoes it;
+otherwise `why_not_exportable` says why.
 
 A tower without a pooler (pooling 'cls') gets the pooler z * 2^-14 and a projection that is 2^14 times
 as large. tanh(x) = x (1 - x^2 / 3 + ...), so for |z| < 8 the tanh between them is nothing that float32
@@ -24,7 +24,8 @@ from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import DualEncoderModule, Projection
 from lit_jax.models.tower import Tower
 
-Params = dict[str, Any]  # nested; the leaves are arrays
+# Nested dicts, whose leaves are arrays.
+Params = dict[str, Any]
 _SCALE = np.float32(2.0**-14)
 
 

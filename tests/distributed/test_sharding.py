@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.sharding import (
-    gathered,
+    all_gather_kernel,
     matrix_spec,
     optimizer_shardings,
     parameter_shardings,
@@ -53,12 +53,14 @@ def test_what_is_gathered_has_a_gradient_that_is_split():
     x = jnp.ones((8, 12))
     with jax.set_mesh(mesh):
         kernel = jax.device_put(jnp.ones((12, 8)), NamedSharding(mesh, P("fsdp", None)))
-        loss = jax.jit(jax.value_and_grad(lambda kernel: ((x @ gathered(kernel)) ** 2).mean()))
+        loss = jax.jit(
+            jax.value_and_grad(lambda kernel: ((x @ all_gather_kernel(kernel)) ** 2).mean())
+        )
         value, gradient = loss(kernel)
     assert gradient.sharding.spec == P("fsdp", None)
     assert value == 12**2
     np.testing.assert_allclose(gradient, np.full((12, 8), 2 * 12 / 8))
-    assert gathered(kernel) is kernel  # without a mesh
+    assert all_gather_kernel(kernel) is kernel  # without a mesh
 
 
 def test_moments_lie_as_their_parameters_before_and_after_an_update():
