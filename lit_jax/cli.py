@@ -187,7 +187,7 @@ def _fail_among_others(error: Exception) -> None:
     process.leave(FAILED)
 
 
-# What a path of the user can be, beside not being there.
+# The errors of a path that the user can fix by giving another one.
 _ABOUT_PATHS = {
     errno.ENAMETOOLONG,
     errno.ELOOP,

@@ -323,8 +323,8 @@ class Config:
     duration: Duration = "1000 steps"
     # mse: with a teacher, and only then.
     loss: Literal["softmax", "sigmoid", "mse"] = "softmax"
-    # How a contrastive loss is computed: "lean" without a similarity matrix, the same up to rounding; "auto"
-    # decides by the batch size and the devices (docs/scale.md).
+    # The implementation of a contrastive loss: "lean" works without a similarity matrix, the same up to
+    # rounding; "auto" decides by the batch size and the devices (docs/scale.md).
     loss_form: Literal["auto", "global", "lean"] = "auto"
     # For the softmax loss.
     label_smoothing: Fraction = 0.0

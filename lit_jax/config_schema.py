@@ -98,7 +98,7 @@ def _nearest_key(root: Any, group: str, key: str) -> str:
     key = key.partition(".")[0]
     own = get_type_hints(key_type(root, group.split(".")[1:]))
     if not difflib.get_close_matches(key, own, n=1):
-        # Of so many names one is always a little like it: only a mistyped one counts, not 'eps' for 'steps'.
+        # Among so many names one is always a little similar: 'eps' is no mistyped 'steps'.
         names = {path.rpartition(".")[2] for path, _ in _key_types(root, "config")}
         if close := difflib.get_close_matches(key, names, n=1, cutoff=0.8):
             return "did you mean " + " or ".join(map(repr, namesakes(root, close[0])))

@@ -1,4 +1,4 @@
-"""Keys in addresses: used by this process, and neither stored nor shown.
+"""Secret keys in addresses, which serve this process and are neither stored nor shown.
 
 `s3://KEY:SECRET@bucket/data` and `s3://bucket/data?secret_key=...` are read as `s3://bucket/data`. The keys
 go into this process's environment, where its worker processes find them.
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 _VARIABLE = "LIT_JAX_ADDRESS_KEYS"
 _HIDDEN = "***"
-# Who asks for nothing but what everybody may read.
+# The user that reads public files without a key.
 _NOBODY = "anonymous"
 _SCHEME = r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://"
 # A key with its secret, which may have slashes that should have been %2F; or a token alone.
@@ -30,7 +30,7 @@ _OPTION = re.compile(
 
 
 class Keys(NamedTuple):
-    """What an address has beside the place: the user part, and options that are secret."""
+    """The secret parts of an address: the user part, and options."""
 
     user: str = ""
     options: str = ""
@@ -47,7 +47,7 @@ def _hidden_user(match: re.Match[str]) -> str:
 
 
 def split_keys(address: str) -> tuple[str, Keys]:
-    """Return an address without its keys, and these."""
+    """Return an address without its keys, and the keys."""
     user = ""
     if (match := _ADDRESS.match(address)) and match["user"] != _NOBODY:
         user = ":".join(quote(part, safe="%") for part in match["user"].split(":", 1))
@@ -60,7 +60,7 @@ def split_keys(address: str) -> tuple[str, Keys]:
 
 
 def take_keys(value: Any) -> Any:
-    """Return texts, alone or in dicts, lists and tuples, without keys, which `keys_of` then knows."""
+    """Return texts, alone or in dicts, lists and tuples, without their keys, which `get_keys` then knows."""
     if isinstance(value, Mapping):
         return {key: take_keys(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -83,7 +83,7 @@ def take_keys(value: Any) -> Any:
     return address
 
 
-def keys_of(address: str) -> Keys:
+def get_keys(address: str) -> Keys:
     """Return the keys that were given with this address, or last with one of the same bucket."""
     known = _known()
     return Keys(*known.get(address, known.get(_bucket(address), ())))

@@ -1,7 +1,7 @@
-"""Writes a run for others: python -m lit_jax.export --workdir=DIR --output=FOLDER
+"""Write a run as a folder for transformers: python -m lit_jax.export --workdir=DIR --output=FOLDER.
 
-The folder loads in PyTorch with from_pretrained of transformers' VisionTextDualEncoderModel (of CLIPModel and
-so on, if that is what was trained) and of its processor, and in lit_jax.evaluate --model.
+PyTorch loads the folder with from_pretrained of transformers' VisionTextDualEncoderModel (or of CLIPModel and
+so on, if one was trained) and of its processor; lit_jax.evaluate takes it as --model.
 Exit codes: 0 done, 2 bad input.
 """
 
@@ -25,7 +25,7 @@ from lit_jax.training.io_errors import quiet_orbax
 from lit_jax.training.workdir import load_run, model_folder
 from lit_jax.weights.save import save_dual_encoder
 
-# By model_type, where there is a class for the kind of dual encoder.
+# The class for a kind of dual encoder, by model_type; all others have VisionTextDualEncoderProcessor.
 PROCESSORS = {
     "clip": transformers.CLIPProcessor,
     "siglip": transformers.SiglipProcessor,
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=int, help="of the checkpoint; the latest if not given")
     args = parser.parse(argv)
     process.open_devices()
-    # Locked parameters are on disk as they were read; float32 gives them away unrounded.
+    # Locked parameters are on disk as they were read; float32 exports them unrounded.
     run = load_run(args.workdir, step=args.step, dtype="float32")
     model_type = run.model.hf_config["model_type"]
     processor = Processor(model_folder(args.workdir), run.model.processors.tokenizer, model_type)
@@ -61,11 +61,11 @@ def at_image_size(
     params: dict[str, Any],
     transform: ImageTransform,
 ) -> tuple[DualEncoderModule, dict[str, Any], dict[str, Any]]:
-    """The model with an image tower for the images that `transform` makes.
+    """Return module, config and parameters with an image tower for the images that `transform` makes.
 
-    PyTorch's interpolates its positions for images of another size only when a call asks for it. Images
-    that are not square are left to such a call: not every tower of transformers can say their size.
+    Images that are not square change nothing: not every config of transformers can hold their size.
     """
+    # PyTorch's tower interpolates its positions for images of another size only if a call asks for it.
     height, width, _ = transform.output_shape
     if height != width or pair(module.vision_model.config.image_size) == (height, width):
         return module, hf_config, params

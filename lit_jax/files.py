@@ -1,4 +1,4 @@
-"""Paths to write, files that are written whole or not at all, and JSON that somebody else wrote."""
+"""Paths to write, files that are written as a whole or not at all, and JSON from elsewhere."""
 
 import contextlib
 import json
@@ -14,16 +14,17 @@ from lit_jax.credentials import hide_keys
 from lit_jax.errors import UserError
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
-_LONGEST_NAME = 255  # of Linux and macOS
-# Orbax lists the parts of a checkpoint by a pattern that begins with the folder's own path. TensorStore takes
-# a backslash for a slash, so that a checkpoint lies elsewhere than where it is looked for.
+# Bytes of a name on Linux and macOS.
+_LONGEST_NAME = 255
+# Orbax lists the parts of a checkpoint by a pattern that begins with the folder's own path. TensorStore
+# takes a backslash for a slash, so that it would look for a checkpoint in another folder.
 _PATTERN = re.compile(r"[\[\]*?\\]")
 
 
 def local_path(name: str, text: str) -> Path:
     """Return the path on this machine that the flag or key `name` gives; a leading `~` is the home folder.
 
-    Raises UserError for an empty text, as of an unset variable, and for an address such as gs://bucket/run.
+    Raise UserError for an empty text, as of an unset variable, and for an address such as gs://bucket/run.
     """
     if not text:
         raise UserError(f"{name} is empty; give a path.")
@@ -45,7 +46,7 @@ def local_path(name: str, text: str) -> Path:
 def expand_home(path: str, subject: str) -> Path:
     """Return the path with a leading `~` replaced by the home folder; `subject` begins the error message.
 
-    Raises UserError if there is no such user, or no such folder is known.
+    Raise UserError if there is no such user, or no such folder is known.
     """
     try:
         return Path(path).expanduser()
@@ -68,12 +69,13 @@ def cache_folder() -> Path:
 def output_path(name: str, text: str) -> Path:
     """Return the path to write that the flag or key `name` gives.
 
-    Raises UserError as `local_path`, and where a library would take the path for a pattern of paths.
+    Raise UserError as `local_path`, and if a library would take the path for a pattern of paths.
     """
     path = local_path(name, text)
     try:
         resolved = str(path.resolve())
-    except (OSError, RuntimeError):  # a loop of links: the first write says so
+    # A loop of links, about which the first write raises an error.
+    except (OSError, RuntimeError):
         resolved = str(path.absolute())
     if found := _PATTERN.search(resolved):
         raise UserError(
@@ -85,38 +87,38 @@ def output_path(name: str, text: str) -> Path:
 
 
 @contextlib.contextmanager
-def writing_output(folder: Path) -> Iterator[None]:
-    """Raises UserError where the --output of a command that goes on where it stopped cannot be written.
+def write_errors(
+    remedy: str, path: Path | None = None, also: type[Exception] = OSError
+) -> Iterator[None]:
+    """Turn an error of writing `path`, or the file that the error names, into a UserError with a remedy.
 
-    Nothing may run on a device in here: JAX's errors are RuntimeErrors, too.
+    `also` is a class of errors that count beside OSError.
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:  # the latter is what ArrayRecord raises
-        reason = (isinstance(error, OSError) and error.strerror) or error
+    except (OSError, also) as error:
+        is_io = isinstance(error, OSError)
+        reason = (is_io and error.strerror) or error
         raise UserError(
-            f"{folder} cannot be written ({reason}); mend that and give the same command again, it goes on, "
-            "or choose another --output."
+            f"{path or (is_io and error.filename)} cannot be written ({reason}); {remedy}."
         ) from error
 
 
-@contextlib.contextmanager
-def writing_files(flags: str) -> Iterator[None]:
-    """Raises UserError where a file that one of `flags` names cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{error.filename} cannot be written ({error.strerror}); give another {flags}."
-        ) from error
+def output_errors(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Turn an error of writing the --output of a command that resumes into a UserError.
+
+    Nothing may run on a device in this context: JAX raises RuntimeError, as ArrayRecord does.
+    """
+    remedy = "fix that and run the same command again, which resumes, or choose another --output"
+    return write_errors(remedy, folder, RuntimeError)
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """The name under which to write what takes the place of `path` when the block ends without an error.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a new path to write, whose file takes the place of `path` when the block ends without an error.
 
-    It is of this attempt alone: several processes may write the same file at the same time. What a killed
-    one leaves behind is hidden and ends in .new.
+    The new path belongs to this attempt alone: several processes may write the same file at the same time.
+    The file that a killed process leaves behind is hidden and ends in .new.
     """
     # Cut, so that a name as long as a file system takes still has room for the rest.
     new = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}.new")
@@ -124,16 +126,17 @@ def whole(path: Path) -> Iterator[Path]:
         yield new
         new.replace(path)
     except OSError as error:
+        # The user knows the file, not the new path beside it.
         if error.filename in (None, str(new)):
-            error.filename = str(path)  # not that of the file beside it, which nobody knows
+            error.filename = str(path)
         raise
     finally:
         new.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file (a text in UTF-8) whole or not at all."""
-    with whole(path) as new:
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Write a file (a text in UTF-8) as a whole or not at all."""
+    with atomic_path(path) as new:
         new.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
@@ -141,10 +144,11 @@ def parse_json(content: str | bytes) -> Any:
     """Return the value of a JSON text. Raise ValueError if it has none, also where it is nested too deep."""
     try:
         return json.loads(content)
-    except RecursionError:  # a few bytes a level are enough for it
+    # A few bytes a level are enough for it.
+    except RecursionError:
         raise ValueError("its brackets are nested too deep") from None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON file as a whole or not at all."""
+    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,10 +1,11 @@
-"""Compiles the train step of a config for TPUs that need not be there, and says whether it fits:
+"""Plan a run: compile the train step of a config for TPUs that need not be there.
 
     python -m lit_jax.plan --config=configs/vit_bert.py:base --topology=v5e:4x4
 
-Takes the same --config and --config.KEY=VALUE as training. It reads no weights and no data: of a model's
-folder config.json, tokenizer and image processor suffice. It needs libtpu (requirements-tpu.txt), no TPU.
-Exit codes: 0 with an answer, be it that the step does not fit; 2 bad input.
+The table says whether the step fits and what bounds its speed. The flags --config and --config.KEY=VALUE are
+those of training. The command reads no weights and no data: config.json, tokenizer and image processor of a
+model suffice. It needs libtpu (requirements-tpu.txt), but no TPU.
+Exit codes: 0 with an answer, also if the step does not fit; 2 bad input.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from lit_jax.cli import Parser, add_path, command
 from lit_jax.config_file import load_config, parse_with_config
 from lit_jax.distributed.flags import set_flags
 from lit_jax.errors import UserError
-from lit_jax.files import write_json, writing_files
+from lit_jax.files import write_errors, write_json
 from lit_jax.planning.chips import open_topology
 from lit_jax.planning.planner import make_plan
 from lit_jax.planning.table import table
@@ -27,12 +28,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("lit_jax.plan", __doc__)
     parser.add_argument("--config", required=True, help="file.py or file.py:argument")
     parser.add_argument("--topology", required=True, help="such as v5e:16x16")
-    parser.add_argument("--slices", type=int, default=1, help="of that topology (default: 1)")
+    parser.add_argument(
+        "--slices", type=int, default=1, help="number of slices of that topology (default: 1)"
+    )
     parser.add_argument(
         "--compilations",
         type=int,
         default=6,
-        help="at most, of which all but one search the largest batch that fits (default: 6)",
+        help="at most so many; all but one search the largest batch that fits (default: 6)",
     )
     add_path(
         parser,
@@ -50,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     topology = open_topology(args.topology, slices=args.slices)
     config = load_config(args.config, overrides)
     plan = make_plan(config, topology, slices=args.slices, compilations=args.compilations)
-    print(table(plan), flush=True)  # first: what took minutes to find is not lost with the file
-    with writing_files("--output"):
+    # Printed first, so that the answer is not lost if the file cannot be written.
+    print(table(plan), flush=True)
+    with write_errors("give another --output"):
         write_json(args.output, dataclasses.asdict(plan))
     print(f"\n{args.output}")
 

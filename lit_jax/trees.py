@@ -19,12 +19,12 @@ BLOCK = re.compile(r"\blayer_(\d+)/")
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Path -> leaf, in the tree's order."""
+    """Return the leaves by their paths, in the tree's order."""
     return traverse_util.flatten_dict(tree, sep="/")  # pyright: ignore[reportReturnType]
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict of which `flatten` made `flat`."""
+    """Return the nested dict that `flatten` flattened."""
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

@@ -32,7 +32,7 @@ from lit_jax.data.makers import make_missing
 from lit_jax.data.sources import open_source, records
 from lit_jax.data.workers import start_worker
 from lit_jax.errors import UserError
-from lit_jax.files import atomic_write, output_errors, parse_json, whole
+from lit_jax.files import atomic_path, atomic_write, output_errors, parse_json
 
 PLAN_FILE = "convert.json"
 BAD_FILE = "bad.jsonl"
@@ -147,7 +147,7 @@ def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
     """
     source, bad, good = _source(plan.source, plan.text_only), [], 0
     file = folder / plan.shard_name(shard)
-    with output_errors(folder), whole(file) as new:
+    with output_errors(folder), atomic_path(file) as new:
         writer = ArrayRecordWriter(str(new), records.WRITER_OPTIONS)
         for position in plan.positions(shard):
             key = f"{position}"

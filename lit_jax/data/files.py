@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlencode
 import numpy as np
 from pyarrow import fs
 
-from lit_jax.credentials import Keys, hide_keys, keys_of, split_keys
+from lit_jax.credentials import Keys, get_keys, hide_keys, split_keys
 from lit_jax.errors import UserError
 from lit_jax.files import expand_home
 
@@ -135,7 +135,7 @@ def locate(path: str, beside: File | None = None) -> File:
     if isinstance(beside, ObjectPath) and beside.scheme == scheme and not user and not options:
         user, options = beside.user, beside.options
     elif keys == Keys() and not user:
-        keys = keys_of(path)
+        keys = get_keys(path)
         user, options = keys.user, "&".join(filter(None, (options, keys.options)))
     return ObjectPath(scheme, PurePosixPath(bucket + slash + inside), options, user)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from lit_jax.data.files import File, signature
-from lit_jax.files import cache_folder, whole
+from lit_jax.files import atomic_path, cache_folder
 
 _KEY = b"lit_jax"  # in the metadata of the table's schema
 
@@ -81,7 +81,7 @@ class TableCache:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 batches = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
                 with (
-                    whole(place) as new,
+                    atomic_path(place) as new,
                     new.open("wb") as file,
                     pa.ipc.new_file(file, table.schema) as writer,
                 ):
