@@ -1,4 +1,4 @@
-"""Computes with a folder of weights what make_goldens.py has computed with the same weights."""
+"""Computes with a folder of weights what make_towers.py has computed with the same weights."""
 
 import functools
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class Computed(NamedTuple):
 
 def run_tower(folder: Path, arrays: Arrays) -> Computed:
     """`folder` is that of a tower, with gradients/ in it and, if it is to be in train mode, after/; see
-    `make_goldens.Reference`.
+    `make_towers.Reference`.
     """
     train = (folder / "after").exists()
     module = build_tower(read_config(folder), pooling=str(arrays["pooling"]), dtype="float32")

@@ -23,9 +23,9 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "parity.md"
 BOUND = 1e-4
 SPELLINGS = ("transformers 4", "transformers 5", "msgpack")
-# Of every family: what transformers 4 calls its parameters, and what Flax does. See golden/make.py.
+# Of every family: what transformers 4 calls its parameters, and what Flax does. See goldens/make_files.py.
 NAMES: dict[str, dict[str, str | None]] = json.loads(
-    (HERE / "weights/golden/names.json").read_text()
+    (HERE / "goldens/files/names.json").read_text()
 )
 # Families in whose files transformers 5 renamed what is not the inside of a block.
 RENAMED_SINCE_4 = (
@@ -51,7 +51,7 @@ the largest gradient of the model. The gradient is that of all outputs, weighted
 transformers 4.57.6, that of transformers 5 (`save_original_format=False`), and flax_model.msgpack of \
 transformers 4.57.6. There is none (-) where transformers 4 had no Flax class. The installed transformers \
 is one of the two: files of 4.57.6 are made of PyTorch's tensors and of the names that it was seen to write, \
-tests/weights/golden/names.json.
+tests/goldens/files/names.json.
 
 {table}
 """
@@ -66,24 +66,25 @@ class Case(NamedTuple):
     """A row of the page."""
 
     name: str
-    reference: Any  # make_goldens.Reference
+    reference: Any  # make_towers.Reference
     is_whole: bool  # a dual encoder
 
 
 def cases() -> Iterator[Case]:
     # Here, as it needs PyTorch: the tests read this module without it, too.
-    from tests.models import golden_models, make_goldens
+    from tests.goldens import make_towers
+    from tests.goldens import models as golden_models
 
     for i, family in enumerate((*VISION, *TEXT)):
         config, inputs, pooling = golden_models.FAMILIES[family]
         yield Case(
-            family, make_goldens.compute_tower(config, inputs, pooling=pooling, seed=i), False
+            family, make_towers.compute_tower(config, inputs, pooling=pooling, seed=i), False
         )
     for i, (name, config) in enumerate(golden_models.DUAL_ENCODERS.items()):
         vision = config.vision_config
         images = golden_models.random_images(i, 2, 12, 12, vision.num_channels)
         texts = golden_models.random_texts(i, config.text_config, length=7)
-        yield Case(name, make_goldens.compute_dual_encoder(config, images | texts, seed=i), True)
+        yield Case(name, make_towers.compute_dual_encoder(config, images | texts, seed=i), True)
 
 
 def spellings_of(case: Case) -> list[str]:

@@ -1,4 +1,4 @@
-"""Random parameters, and the comparison of a tower with what make_goldens.py wrote."""
+"""Random parameters, and the comparison of a tower with what make_towers.py wrote."""
 
 import importlib
 import types
@@ -38,18 +38,18 @@ def random_variables() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def goldens() -> Path:
-    return HERE / "goldens"
+    return HERE.parent / "goldens" / "towers"
 
 
 @pytest.fixture(scope="session")
 def reference() -> types.ModuleType:
-    """make_goldens.py, which needs PyTorch."""
-    return importlib.import_module("tests.models.make_goldens")
+    """make_towers.py, which needs PyTorch."""
+    return importlib.import_module("tests.goldens.make_towers")
 
 
 @pytest.fixture(scope="session")
 def check_tower() -> Callable[[Path], None]:
-    """Compares with what make_goldens.write_tower has put into a folder."""
+    """Compares with what make_towers.write_tower has put into a folder."""
     return _check_tower
 
 

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face folders: those of golden/ (see golden/make.py), and copies that tests change."""
+"""Tiny Hugging Face folders: those of tests/goldens/files, and copies that tests change."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ import safetensors.numpy
 from lit_jax.models.families import build_tower
 from lit_jax.weights import files, hub
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "goldens" / "files"
 
 
 def in_one_stack(params: dict) -> dict:

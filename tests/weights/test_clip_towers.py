@@ -11,7 +11,7 @@ from lit_jax.weights import files, hub, load, save
 from tests.weights.conftest import in_one_stack
 
 TOWERS = ["clip_vision", "clip_text", "siglip_vision", "siglip_text"]
-PREFIX = r"^(vision|text)_model\."  # in golden/, which transformers 4 wrote
+PREFIX = r"^(vision|text)_model\."  # as transformers 4 wrote them
 PROJECTIONS = {
     "visual_projection.weight": np.zeros((6, 8), np.float32),
     "text_projection.weight": np.zeros((6, 8), np.float32),

@@ -11,7 +11,7 @@ from lit_jax.errors import UserError
 from lit_jax.trees import flatten
 from lit_jax.weights import files, hub, load, save
 
-GOLDENS = pathlib.Path(__file__).parents[1] / "models/goldens"
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens/towers"
 EFFICIENTNET = {
     "width_coefficient": 0.1,
     "depth_coefficient": 1.0,

@@ -12,7 +12,7 @@ import safetensors.numpy
 from lit_jax.errors import UserError
 from lit_jax.weights import files, hub, load, save
 
-GOLDENS = pathlib.Path(__file__).parents[1] / "models/goldens"
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens/towers"
 SMALL = {
     "hidden_size": 8,
     "num_hidden_layers": 2,

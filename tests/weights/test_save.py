@@ -99,12 +99,12 @@ def test_a_tower_without_pooler_is_read_back(golden, tower, tmp_path, pooling):
 @pytest.mark.parametrize(
     ("name", "pooling"),
     [
-        ("weights/golden/vit_torch", "cls"),
-        ("weights/golden/bert_torch", "mean"),
-        ("weights/golden/clip_vision_torch", "mean"),
-        ("weights/golden/siglip_vision_torch", "mean"),
-        ("weights/golden/siglip_text_torch", "mean"),
-        ("models/goldens/convnext", "mean"),
+        ("goldens/files/vit_torch", "cls"),
+        ("goldens/files/bert_torch", "mean"),
+        ("goldens/files/clip_vision_torch", "mean"),
+        ("goldens/files/siglip_vision_torch", "mean"),
+        ("goldens/files/siglip_text_torch", "mean"),
+        ("goldens/towers/convnext", "mean"),
     ],
 )
 def test_a_pooler_that_is_not_used_is_written_again(tower, tmp_path, name, pooling, caplog):
@@ -126,9 +126,9 @@ def test_a_pooler_that_is_not_used_is_written_again(tower, tmp_path, name, pooli
 @pytest.mark.parametrize(
     ("name", "lacking"),
     [
-        ("weights/golden/bert_torch", "pooler.dense.weight"),
-        ("models/goldens/convnext", "layernorm.weight"),
-        ("models/goldens/dinov2", None),
+        ("goldens/files/bert_torch", "pooler.dense.weight"),
+        ("goldens/towers/convnext", "layernorm.weight"),
+        ("goldens/towers/dinov2", None),
     ],
 )
 def test_what_transformers_will_draw_at_random_is_said(tower, tmp_path, name, lacking, caplog):
@@ -338,7 +338,7 @@ SMALL = {
     "vocab_size": 20,
     "max_position_embeddings": 9,
 }
-# By their name in golden/names.json: model_type of the whole and of its towers, and more of their configs.
+# By their name in goldens/files/names.json: model_type of the whole and of its towers, and more fields.
 DUAL_ENCODERS = {
     "vision-text-dual-encoder (vit, bert)": ("vision-text-dual-encoder", "vit", "bert", {}),
     "vision-text-dual-encoder (clip, roberta)": (
@@ -357,7 +357,7 @@ DUAL_ENCODERS = {
 
 @pytest.mark.parametrize("name", DUAL_ENCODERS)
 def test_a_dual_encoder_has_the_names_of_transformers_4(golden, tmp_path, name):
-    """Those of the last version with Flax; see golden/make.py. Version 5 reads them, too."""
+    """Those of the last version with Flax; see goldens/make_files.py. Version 5 reads them, too."""
     whole, vision, text, more = DUAL_ENCODERS[name]
     hf_config = hub.complete(
         {

@@ -16,7 +16,7 @@ from lit_jax.models.families import TEXT, build_tower
 from lit_jax.trees import flatten
 from lit_jax.weights import hub, load, name_tables, names, save
 
-GOLDENS = pathlib.Path(__file__).parents[1] / "models" / "goldens"
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "towers"
 SIZES = {
     "hidden_size": 8,
     "num_hidden_layers": 2,

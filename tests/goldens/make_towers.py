@@ -1,10 +1,7 @@
-"""Writes goldens/: tiny random models as Hugging Face saves them, and what PyTorch computes with them.
+"""The maker of towers/: tiny random models as Hugging Face saves them, and the outputs of PyTorch.
 
-    python -m tests.models.make_goldens [name ...]     (with the packages of requirements-oracle.txt)
-
-Without names all are written.
-goldens/versions.json records what they were made with. The `oracle` tests use the functions here too,
-for models that they draw at random.
+towers/versions.json records the versions that made them. The `oracle` tests use the functions here, too, for
+models that they draw at random.
 """
 
 from __future__ import annotations  # transformers 4 has no PreTrainedConfig
@@ -14,7 +11,6 @@ import inspect
 import json
 import pathlib
 import shutil
-import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -24,9 +20,9 @@ import torch
 import transformers
 from transformers.activations import ACT2FN
 
-from tests.models.golden_models import BERT, TOWERS, VIT, random_images, random_texts, vision_text
+from tests.goldens.models import BERT, TOWERS, VIT, random_images, random_texts, vision_text
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens"
+GOLDENS = pathlib.Path(__file__).with_name("towers")
 SPECIAL_TOKENS = {"deit": 2, "siglip_vision_model": 0}  # in front of the patches, where not one
 
 
@@ -238,7 +234,3 @@ def write_functions() -> None:
             for size in ((5, 7), (8, 7), (3, 16), (1, 2))
         }
         np.savez(GOLDENS / f"{name}.npz", grid=grid[0, 0], **resized)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

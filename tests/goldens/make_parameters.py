@@ -1,6 +1,4 @@
-"""Writes golden/: what parameters.txt says of each variant of configs/vit_bert.py on a mesh of 4 x 2.
-
-    python -m tests.training.make_golden_tables
+"""The maker of parameters/: parameters.txt of each variant of configs/vit_bert.py on a mesh of 4 x 2.
 
 Path, shape, dtype, partition and learning of every parameter, without reading any weights.
 """
@@ -17,7 +15,7 @@ from lit_jax.distributed.mesh import make_mesh
 from lit_jax.training.model_factory import build_model
 from lit_jax.training.tower_paths import TowerPaths
 
-GOLDEN = Path(__file__).with_name("golden")
+GOLDEN = Path(__file__).with_name("parameters")
 LARGE = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
@@ -50,7 +48,8 @@ def make_table(variant: str) -> str:
     return model.policy.table(model.abstract)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the tables of all variants."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     GOLDEN.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The tiny models that make_goldens.py computes with PyTorch, and what is put into them."""
+"""The tiny models that make_towers.py computes with PyTorch, and what is put into them."""
 
 from __future__ import annotations  # transformers 4 has no PreTrainedConfig
 

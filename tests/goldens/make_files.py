@@ -1,9 +1,8 @@
-"""Writes the folders beside this file: tiny models as transformers 4 saves them, and their outputs.
+"""The maker of files/: tiny models as transformers 4 saves them, and their outputs.
 
-The last transformers with Flax classes, in an environment of its own:
+It needs the last transformers with Flax classes, in an environment of its own:
 
     pip install transformers==4.57.6 jax==0.10.2 jaxlib==0.10.2 flax==0.12.8 torch==2.13.0
-    python tests/weights/golden/make.py
 
 All folders named after one model (vit, bert, dual) have the same weights in another file format.
 outputs.npz holds what PyTorch computes with them. tensors.bin and legacy.bin are plain torch.save files.
@@ -14,7 +13,6 @@ import collections
 import json
 import pathlib
 import re
-import sys
 import tempfile
 
 import numpy as np
@@ -23,7 +21,9 @@ import torch
 import transformers as tr
 from flax import traverse_util
 
-HERE = pathlib.Path(__file__).parent
+from tests.goldens.models import DUAL_ENCODERS, FAMILIES
+
+HERE = pathlib.Path(__file__).with_name("files")
 SIZES = {
     "hidden_size": 8,
     "num_hidden_layers": 2,
@@ -156,12 +156,9 @@ def save_clip() -> None:
 
 
 def save_names() -> None:
-    """For each family in golden_models.py the names that its class for PyTorch writes, layer numbers as *,
+    """Write for each family in models.py the names that its class for PyTorch writes, layer numbers as *,
     each with what the last part of it is in the Flax class: null if there is no such class.
     """
-    sys.path.append(str(HERE.parents[1] / "models"))
-    from golden_models import DUAL_ENCODERS, FAMILIES
-
     configs = {family: config for family, (config, *_) in FAMILIES.items()} | DUAL_ENCODERS
     names = {family: names_of(config) for family, config in configs.items()}
     (HERE / "names.json").write_text(json.dumps(names, indent=1) + "\n")
@@ -185,7 +182,3 @@ def names_of(config: tr.PretrainedConfig) -> dict[str, str | None]:
     assert not flax_names, flax_names
     assert not flax_class or None not in result.values(), result
     return result
-
-
-if __name__ == "__main__":
-    main()
