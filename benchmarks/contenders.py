@@ -29,7 +29,7 @@ Step = Callable[[], object]
 
 
 class Size(NamedTuple):
-    """Of both towers, with heads of 64 numbers (tiny: 16) and patches of 16 x 16 pixels."""
+    """The size of both towers, with heads of 64 numbers (tiny: 16) and patches of 16 x 16 pixels."""
 
     width: int
     depth: int
@@ -51,12 +51,21 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
+    """The settings of a step.
+
+    Attributes:
+        lock: "LU", or "UU" to train the image tower, too.
+        dtype: of the computation; parameters that train are float32.
+        dropout: of the text tower.
+        device: of PyTorch, which compiles on "cuda".
+    """
+
     batch: int
     size: str = "B/16"
-    lock: str = "LU"  # or UU: the image tower trains, too
-    dtype: str = "float32"  # of the computation; parameters that train are float32
-    dropout: float = 0.1  # of the text tower
-    device: str = "cpu"  # of PyTorch; on "cuda" it compiles
+    lock: str = "LU"
+    dtype: str = "float32"
+    dropout: float = 0.1
+    device: str = "cpu"
 
 
 class Result(NamedTuple):
@@ -67,7 +76,8 @@ class Result(NamedTuple):
 def main() -> None:
     name, settings = sys.argv[1], Settings(**json.loads(sys.argv[2]))
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    # Libraries print to stdout, too; only answers go to the caller.
+    os.dup2(2, 1)
     step = CONTENDERS[name](settings)
     for _ in sys.stdin:
         sample = once(step)
@@ -75,7 +85,7 @@ def main() -> None:
 
 
 def compare(pythons: Mapping[str, str], settings: Settings, steps: int) -> dict[str, Result]:
-    """`steps` samples of each contender, run by the Python given, in turn and after a warm-up."""
+    """Return `steps` samples of each contender, run by the Python given, in turn and after a warm-up."""
     processes = {
         name: subprocess.Popen(
             [python, "-m", "benchmarks.contenders", name, json.dumps(dataclasses.asdict(settings))],
@@ -93,10 +103,10 @@ def compare(pythons: Mapping[str, str], settings: Settings, steps: int) -> dict[
         process.communicate()
     return {
         name: Result(
-            Times(tuple(Sample(a["wall"], a["cpu"]) for a in of_name[WARM_UP:])),
-            of_name[-1]["peak"],
+            Times(tuple(Sample(a["wall"], a["cpu"]) for a in samples[WARM_UP:])),
+            samples[-1]["peak"],
         )
-        for name, of_name in answers.items()
+        for name, samples in answers.items()
     }
 
 
@@ -107,11 +117,13 @@ def _ask(name: str, process: subprocess.Popen[str]) -> dict[str, float]:
         process.stdin.write("\n")
         process.stdin.flush()
         return json.loads(process.stdout.readline())
-    except (BrokenPipeError, ValueError):  # it is gone, and so is its answer
-        sys.exit(f"{name} ended; what it wrote stands above.")
+    # The contender has ended without an answer.
+    except (BrokenPipeError, ValueError):
+        sys.exit(f"{name} ended; its output stands above.")
 
 
 def images_and_texts(settings: Settings) -> dict[str, np.ndarray]:
+    """Return a random batch."""
     random = np.random.default_rng(0)
     size = SIZES[settings.size]
     texts = (settings.batch, size.tokens)
@@ -124,7 +136,7 @@ def images_and_texts(settings: Settings) -> dict[str, np.ndarray]:
 
 
 def tower_configs(name: str, dropout: float = 0.1) -> tuple[Any, Any]:
-    """transformers' configs of ViT and BERT."""
+    """Return transformers' configs of ViT and BERT."""
     import transformers
 
     size = SIZES[name]
@@ -142,10 +154,9 @@ def tower_configs(name: str, dropout: float = 0.1) -> tuple[Any, Any]:
 
 
 def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
-    """`cached`: the batch brings what the locked image tower has pooled, and the step has no such tower."""
-    sys.modules["torch"] = (
-        None  # transformers imports it where it finds it; lit_jax does not ask for it
-    )
+    """Return our step; with `cached` the batch has the features of the image tower, which does not run."""
+    # transformers imports PyTorch if it is installed; lit_jax does not need it.
+    sys.modules["torch"] = None
     from lit_jax.distributed import process
 
     process.initialize()
@@ -179,12 +190,13 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
     trainable, frozen = policy.split(params)
     frozen = jax.tree.map(lambda leaf: leaf.astype(dtype), frozen)
     schedule = optax.constant_schedule(LEARNING_RATE)
-    of_optimizer = OptimizerConfig(clip_norm=CLIP_NORM, weight_decay=WEIGHT_DECAY)
-    optimizer = make_optimizer(of_optimizer, schedule, policy)
+    optimizer_config = OptimizerConfig(clip_norm=CLIP_NORM, weight_decay=WEIGHT_DECAY)
+    optimizer = make_optimizer(optimizer_config, schedule, policy)
     state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
-    # As steps return it, or the second one compiles again.
+    # Sharded as steps return it, or the second step compiles again.
     state = jax.device_put(state, replicated(mesh))
-    del params, trainable  # the step takes over the state's buffers
+    # The step takes over the state's buffers.
+    del params, trainable
     step = jit_train_step(
         functools.partial(
             train_step,
@@ -206,7 +218,7 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
 
 
 def torch_step(settings: Settings) -> Step:
-    """VisionTextDualEncoderModel with scaled_dot_product_attention, its default."""
+    """Return the step of VisionTextDualEncoderModel with scaled_dot_product_attention, its default."""
     import torch
     import transformers
 
@@ -239,9 +251,9 @@ def torch_step(settings: Settings) -> Step:
 
 
 def flax_step(settings: Settings) -> Step:
-    """FlaxVisionTextDualEncoderModel of transformers 4.57.6; gradient and AdamW of all but the image tower.
+    """Return the step of FlaxVisionTextDualEncoderModel of transformers 4.57.6.
 
-    Its one switch for dropout is on for both towers; the rate of ViT is 0. float32 on CPU alone.
+    The image tower has no gradient. Its one switch for dropout is on for both towers; the rate of ViT is 0. float32 on CPU alone.
     """
     import jax
     import optax
@@ -258,7 +270,8 @@ def flax_step(settings: Settings) -> Step:
         config, input_shape=((1, 1), (1, *pixels.shape[1:])), seed=0
     )
     module, trainable = model.module, dict(model.params)
-    del model  # it holds the first parameters
+    # It would keep the first parameters in memory.
+    del model
     frozen = {"vision_model": trainable.pop("vision_model")}
     optimizer = optax.chain(
         optax.clip_by_global_norm(CLIP_NORM),
@@ -272,7 +285,9 @@ def flax_step(settings: Settings) -> Step:
         ).logits_per_text
         labels_B = jax.numpy.arange(settings.batch)
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-        return sum(cross_entropy(of, labels_B).mean() for of in (logits_BxB, logits_BxB.T)) / 2
+        return (
+            sum(cross_entropy(logits, labels_B).mean() for logits in (logits_BxB, logits_BxB.T)) / 2
+        )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, frozen, key):

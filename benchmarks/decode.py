@@ -1,4 +1,4 @@
-"""Images a second from JPEG files to what the tower sees: python -m benchmarks.decode
+"""Images a second from JPEG files to the pixels of a tower: python -m benchmarks.decode.
 
 Two photographs (scikit-learn's) at three sizes, to 224 pixels, on one core; decoded in full, and reduced. The
 ratio is of the times; the difference is the mean of the pixels', 0 to 255.
@@ -21,7 +21,8 @@ REPEATS = 15
 
 
 def seconds(transform: ImageTransform, files: list[bytes]) -> float:
-    """Of processor time for one image: the least of some rounds, what disturbs it only adds."""
+    """Return the seconds of processor time for one image: the least of some rounds."""
+    # A disturbance can only add time.
     rounds = []
     for _ in range(REPEATS):
         start = time.process_time()

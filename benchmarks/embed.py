@@ -28,7 +28,8 @@ from lit_jax.distributed.flags import set_flags
 from lit_jax.models.families import build_tower
 from lit_jax.precomputed.format import MANIFEST, Embeddings, Header, ShardWriter, shard_counts
 
-EXAMPLES = 20_000  # that are read
+# Rows that are read.
+EXAMPLES = 20_000
 WIDTH = 768
 
 
@@ -63,15 +64,15 @@ def towers(batch: int) -> None:
     }
     times = in_turn(runs, repeats=5)
     base = times["PyTorch tower"]
-    for name, of_name in times.items():
+    for name, of_contender in times.items():
         print(
-            f"{name:16} {batch / of_name.wall:9.1f} images/s ±{of_name.spread:4.0%}   ratio "
-            f"{base.wall / of_name.wall:.2f}, of processor time {base.cpu / of_name.cpu:.2f}"
+            f"{name:16} {batch / of_contender.wall:9.1f} images/s ±{of_contender.spread:4.0%}   ratio "
+            f"{base.wall / of_contender.wall:.2f}, of processor time {base.cpu / of_contender.cpu:.2f}"
         )
 
 
 def reading() -> None:
-    """Random rows out of a cache."""
+    """Print the speed of reading random rows of embeddings."""
     with tempfile.TemporaryDirectory() as name:
         folder, rng = Path(name), np.random.default_rng(0)
         read = cache(folder, rng.normal(size=(EXAMPLES, 1, WIDTH)).astype(np.float32))
@@ -109,7 +110,7 @@ def cache(folder: Path, rows_NxKxP: np.ndarray) -> Embeddings:
 
 
 def first_step() -> None:
-    """Without evaluations: start, towers, compilation, one step and its checkpoint."""
+    """Print the time of a whole command of one step and its checkpoint, without evaluations."""
     with tempfile.TemporaryDirectory() as workdir:
         command = [
             *(sys.executable, "-m", "lit_jax.train", "--config=configs/vit_bert.py"),

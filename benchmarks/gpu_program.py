@@ -1,11 +1,11 @@
-"""Memory of the training step on a GPU, as the compiler for GPUs says it, without one.
+"""Memory of the training step on a GPU by the compiler's account, which needs no GPU.
 
     python -m benchmarks.gpu_program [--batch=256] [--tiny]                        (requirements-gpu.txt)
 
 Method: the steps of benchmarks/gpu_step.py, with the optimizer of configs/vit_bert.py:base, compiled for an
 H100 (bfloat16, no rematerialisation, no dropout): once with attention by cuDNN, and once, the peer here, by
-XLA, as for a GPU that is not NVIDIA's. `held` are state, frozen parameters and batch; the others are the
-peak of what the step needs beside them.
+XLA, as for a GPU that is not NVIDIA's. "Resident" are state, frozen parameters and batch; the other columns
+are the peak of the step's temporaries.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from lit_jax.planning.planner import abstract_step, traced
 DEMO = Path(__file__).parents[1] / "configs" / "demo"
 H100, HOPPER = "NVIDIA H100 80GB HBM3", (9, 0)
 
-# What XLA is told of a GPU; these figures are an H100's.
+# The description of a GPU that XLA reads, with the figures of an H100.
 _GPU = """
 platform_name: "CUDA"
 device_description_str: "{name}"
@@ -62,20 +62,21 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small model: does it run?")
     args = parser.parse_args()
     set_flags()
-    jax.config.update("jax_platforms", "cpu")  # else the plugin says that it found no GPU
+    # Else the plugin warns that it found no GPU.
+    jax.config.update("jax_platforms", "cpu")
     names = (H100, "not NVIDIA's")
-    print(f"{'':5} {'lock':4} {'held GiB':>10} {'cuDNN GiB':>10} {'XLA GiB':>10} {'ratio':>6}")
+    print(f"{'':5} {'lock':4} {'resident':>10} {'cuDNN GiB':>10} {'XLA GiB':>10} {'ratio':>6}")
     for size in ("tiny",) if args.tiny else ("B/16", "L/16"):
         for lock in ("LU", "UU"):
-            (held, fused), (_, unfused) = (
+            (resident, fused), (_, unfused) = (
                 memory(size, lock, args.batch, gpus(1, name)) for name in names
             )
-            columns = (f"{of / 2**30:10.2f}" for of in (held, fused, unfused))
+            columns = (f"{size_ / 2**30:10.2f}" for size_ in (resident, fused, unfused))
             print(f"{size:5} {lock:4}", *columns, f"{unfused / fused:6.2f}", flush=True)
 
 
 def gpus(count: int, name: str = H100, capability: tuple[int, int] = HOPPER) -> list[Any]:
-    """Devices to compile for. They cannot compute."""
+    """Return devices to compile for; they cannot compute."""
     major, minor = capability
     return topologies.get_topology_desc(
         platform="cuda",
@@ -85,7 +86,7 @@ def gpus(count: int, name: str = H100, capability: tuple[int, int] = HOPPER) -> 
 
 
 def memory(size: str, lock: str, batch_size: int, devices: Sequence[Any]) -> tuple[int, int]:
-    """Bytes of one device: what it holds before a step, and the temporaries."""
+    """Return the resident bytes of one device before a step, and those of the temporaries."""
     raw = get_config("base")
     vit, bert = (config.to_diff_dict() for config in tower_configs(size, dropout=0.0))
     raw.model.image.model, raw.model.text.model = str(DEMO / "vit"), str(DEMO / "bert")
@@ -98,8 +99,8 @@ def memory(size: str, lock: str, batch_size: int, devices: Sequence[Any]) -> tup
     with jax.set_mesh(step.model.mesh):
         compiled = traced(step, step.abstract_batch(batch_size)).lower().compile()
     memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes
-    return held, memory.peak_memory_in_bytes - held
+    resident = memory.argument_size_in_bytes
+    return resident, memory.peak_memory_in_bytes - resident
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ and ours do different work. Each contender in a process of its own, one after th
 memory of the GPU; two steps to warm up, then the median of `steps`.
 The model FLOPs of a step are two for each multiplication in dense layers and attention, and for the backward
 pass of a tower that trains twice that again; normalisation, activations, projections and the loss are not
-counted. MFU is these FLOPs a second over --peak-tflops, what the vendor says of dense bfloat16 (H100 and H200
+counted. MFU is these FLOPs a second over --peak-tflops, the vendor's figure for dense bfloat16 (H100 and H200
 SXM 989, A100 312). Prints pairs/s, spread (half the distance between quartiles), MFU, and the ratio of
 pairs/s to PyTorch's.
 """
@@ -47,29 +47,30 @@ def main() -> None:
                 name: compare({name: sys.executable}, settings, args.steps)[name].times
                 for name in ("lit_jax", "PyTorch")
             }
-            for name, of_name in times.items():
-                rate = args.batch / of_name.wall
+            for name, of_contender in times.items():
+                rate = args.batch / of_contender.wall
                 mfu = rate * flops_a_pair(size, lock) / (args.peak_tflops * 1e12)
-                ratio = times["PyTorch"].wall / of_name.wall
+                ratio = times["PyTorch"].wall / of_contender.wall
                 print(
-                    f"{size:5} {lock:4} {name:8} {rate:8.1f} ±{of_name.spread:4.0%} "
+                    f"{size:5} {lock:4} {name:8} {rate:8.1f} ±{of_contender.spread:4.0%} "
                     f"{mfu:6.1%} {ratio:18.2f}",
                     flush=True,
                 )
 
 
 def flops_a_pair(size: str, lock: str) -> float:
-    """Of one image with its text, as the docstring of this file counts them."""
-    of = SIZES[size]
+    """Return the FLOPs of one image with its text, as the docstring of this file counts them."""
+    tower_size = SIZES[size]
 
     def tower(length: int) -> int:
-        dense = length * 12 * of.width**2  # four kernels of attention, two of the MLP
-        attention = 2 * length**2 * of.width
-        return 2 * of.depth * (dense + attention)
+        # Four kernels of attention, and two of the MLP that are four times as large.
+        dense = length * 12 * tower_size.width**2
+        attention = 2 * length**2 * tower_size.width
+        return 2 * tower_size.depth * (dense + attention)
 
-    patches = (of.pixels // 16) ** 2
-    image = tower(patches + 1) + 2 * patches * (16 * 16 * 3) * of.width
-    return (3 if lock == "UU" else 1) * image + 3 * tower(of.tokens)
+    patches = (tower_size.pixels // 16) ** 2
+    image = tower(patches + 1) + 2 * patches * (16 * 16 * 3) * tower_size.width
+    return (3 if lock == "UU" else 1) * image + 3 * tower(tower_size.tokens)
 
 
 if __name__ == "__main__":

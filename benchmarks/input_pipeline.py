@@ -11,10 +11,10 @@ box of at least half of the area and resizes it: no caption, no batch. "whole lo
 training step takes: the pixels stacked, and token ids by one call of the tokenizer for each batch; its
 captions lie ready. lit_jax's TrainStream also shuffles, reads each caption from its file and replaces bad
 samples: on one thread of this process, and in one and two worker processes of one thread, from which batches
-come through shared memory. What was read ahead is not measured at either end: before, as many batches are
-taken as can lie ready. In turn, `repeats` times `images` rows. Prints median images/s on the clock, spread
-(half the distance between quartiles), and two ratios to the loop: of images/s, and of images per second of
-processor time, over all processes: what a core is worth, on a busy machine too.
+come through shared memory. Batches that were read ahead are not measured at either end: before the clock
+starts, as many are taken as can lie ready. In turn, `repeats` times `images` rows. Prints median images/s on
+the clock, spread (half the distance between quartiles), and two ratios to the loop: of images/s, and of
+images per second of processor time, over all processes: what a core is worth, on a busy machine too.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--images", type=int, default=256, help="of one sample of a time; whole batches"
+        "--images", type=int, default=256, help="images of one sample; whole batches"
     )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
@@ -85,7 +85,8 @@ def main() -> None:
     base = Times(tuple(samples["loop"][1:]))
     print(f"{'':10}  images/s         ratio  ratio of processor time")
     for run, of_run in samples.items():
-        times = Times(tuple(of_run[1:]))  # the first one warms up
+        # The first sample warms up.
+        times = Times(tuple(of_run[1:]))
         print(
             f"{run:10} {images / times.wall:9.1f} ±{times.spread:4.0%} {base.wall / times.wall:8.2f} "
             f"{base.cpu / times.cpu:12.2f}"
@@ -130,7 +131,7 @@ def whole_loop(folder: Path, count: int, batch: int) -> Callable[[], None]:
 
 
 def read(file: Path, random: np.random.Generator) -> np.ndarray:
-    """uint8 HxWx3."""
+    """Return the pixels of a file, uint8 HxWx3, cut and resized."""
     with Image.open(file) as image:
         box = random_box(image.size, MIN_AREA, random)
         picture = image.convert("RGB")
@@ -151,10 +152,11 @@ def open_stream(folder: Path, batch: int, workers: int) -> TrainStream:
 
 
 def sample_stream(stream: TrainStream, count: int, ahead: int) -> Sample:
-    """Of `count` batches, after those that lay ready: what was read ahead is not measured at either end."""
+    """Return the times of `count` batches, after those that lay ready."""
     drain(stream, ahead)
     taken = sample(lambda: drain(stream, count))
-    wait_until_idle()  # before another one is measured
+    # The workers read ahead, which would disturb the next measurement.
+    wait_until_idle()
     return taken
 
 
@@ -172,18 +174,19 @@ def wait_until_idle() -> None:
 
 
 def sample(call: Callable[[], object]) -> Sample:
-    """As `timing.once`, with the processor time of worker processes."""
+    """Return the times of one call, with the processor time of worker processes."""
     cpu, wall = processor_time(), time.perf_counter()
     call()
     return Sample(time.perf_counter() - wall, processor_time() - cpu)
 
 
 def processor_time() -> float:
-    """Seconds that this process and its workers have computed (of workers Linux tells)."""
+    """Return the seconds that this process and, on Linux, its workers have computed."""
     ticks = 0
     for worker in multiprocessing.active_children():
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])  # utime and stime, proc(5)
+        # utime and stime, proc(5).
+        ticks += int(fields[11]) + int(fields[12])
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 

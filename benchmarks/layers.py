@@ -61,9 +61,8 @@ def main() -> None:
 
 def cases(batch: int, lengths: tuple[int, int], head: int, heads: int) -> list[Case]:
     width = head * heads
-    size = math.isqrt(
-        4 * lengths[0]
-    )  # ConvNeXt's first map is finer and narrower than a ViT's patches
+    # ConvNeXt's first map is finer and narrower than a ViT's patches.
+    size = math.isqrt(4 * lengths[0])
     image, text = ((batch, length, width) for length in lengths)
     wide = (*image[:2], 4 * width)
     # The last token of a text is padding.
@@ -154,7 +153,8 @@ def compare(case: Case, repeats: int) -> None:
         return result, pull(out)
 
     def compiled(function: Callable[..., Any], *inputs: jax.Array) -> list[Callable[..., Any]]:
-        """The function by hand-made and by plain operations; the variable counts while JAX traces."""
+        """Return the function compiled with hand-made and with plain operations."""
+        # The variable counts while JAX traces.
         programs = []
         for plain in ("0", "1"):
             os.environ["LIT_JAX_PLAIN_OPS"] = plain

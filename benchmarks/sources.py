@@ -3,7 +3,7 @@
     python -m benchmarks.sources [--samples=2000] [--repeats=5] [--tiny]   (needs requirements-dev.txt)
 
 Data: as in benchmarks/input_pipeline.py, each of 64 JPEGs many times, with a caption, in a temporary folder;
-it stays in the page cache. Of an image its bytes are read, and nothing is decoded.
+it stays in the page cache. The bytes of an image are read, and nothing is decoded.
 
 Method: one thread reads all samples in one random order. The peer of a source is the least code that gets the
 same image and caption at the same position: `read` of a path, `pread` at a known offset of a tar, a record
@@ -39,7 +39,8 @@ from lit_jax.data.convert import convert_shard, make_plan
 from lit_jax.data.sources import CAPTIONS_FILE, open_source, records
 
 IMAGES = 64
-ROW_GROUP = 100  # rows, as docs/data.md advises
+# Rows, as docs/data.md advises.
+ROW_GROUP = 100
 
 Read = Callable[[int], tuple[bytes, str]]
 
@@ -66,19 +67,19 @@ def main() -> None:
         print(f"{'':22}  samples/s         ratio of cpu  of clock")
         for name, write in WRITERS.items():
             peer = write(root / name, folder, pairs)
-            report(name, count, args.repeats, peer, of_source(root / name))
-        plan = make_plan(config_of(folder), count)
+            report(name, count, args.repeats, peer, open_reader(root / name))
+        plan = make_plan(source_config(folder), count)
         loop = partial(convert_in_a_loop, folder, lines, root / "loop.array_record")
         compare("conversion", count, args.repeats, loop, partial(convert_shard, plan, root, 0))
 
 
-def config_of(path: Path) -> SourceConfig:
+def source_config(path: Path) -> SourceConfig:
     """Return the source at `path` with an example for each row, since rows repeat the same few images."""
     return SourceConfig(path=str(path), group_captions=False)
 
 
-def of_source(path: Path) -> Read:
-    source = open_source(config_of(path))
+def open_reader(path: Path) -> Read:
+    source = open_source(source_config(path))
 
     def read(index: int) -> tuple[bytes, str]:
         example = source[index]
@@ -95,17 +96,20 @@ def report(name: str, count: int, repeats: int, peer: Read, ours: Read) -> None:
 
 
 def read_all(read: Read, order: Iterable[int]) -> int:
-    """The bytes of the images."""
+    """Return the bytes of the images."""
     return sum(len(read(index)[0]) for index in order)
 
 
 def compare(name: str, count: int, repeats: int, peer: Callable, ours: Callable) -> None:
     times = in_turn({"peer": peer, "lit_jax": ours}, repeats)
-    for who, of_who in times.items():
-        ratio, of_clock = times["peer"].cpu / of_who.cpu, times["peer"].wall / of_who.wall
-        label, rate = f"{name}, {who}", count / of_who.wall
+    for who, of_contender in times.items():
+        ratio, clock_ratio = (
+            times["peer"].cpu / of_contender.cpu,
+            times["peer"].wall / of_contender.wall,
+        )
+        label, rate = f"{name}, {who}", count / of_contender.wall
         print(
-            f"{label:22} {rate:10.0f} ±{of_who.spread:4.0%} {ratio:12.2f} {of_clock:9.2f}",
+            f"{label:22} {rate:10.0f} ±{of_contender.spread:4.0%} {ratio:12.2f} {clock_ratio:9.2f}",
             flush=True,
         )
 
@@ -172,7 +176,7 @@ def write_datasets(path: Path, folder: Path, pairs: list[tuple[bytes, str]]) -> 
 
 def write_records(path: Path, folder: Path, pairs: list[tuple[bytes, str]]) -> Read:
     path.mkdir()
-    plan = make_plan(config_of(folder), len(pairs))
+    plan = make_plan(source_config(folder), len(pairs))
     convert_shard(plan, path, 0)
     records.write_manifest(path, [records.Shard(plan.shard_name(0), len(pairs))])
     reader = ArrayRecordReader(str(path / plan.shard_name(0)), "readahead_buffer_size:0")

@@ -19,7 +19,7 @@ class Sample(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Of all calls of one contender."""
+    """The samples of all calls of one contender."""
 
     samples: tuple[Sample, ...]
 
@@ -45,10 +45,10 @@ class Times(NamedTuple):
 def in_turn(
     contenders: Mapping[str, Callable[[], object]], repeats: int, uncounted: int = 0
 ) -> dict[str, Times]:
-    """Calls each contender once to warm up, then `repeats` times, in turn. A call returns when it is done.
+    """Call each contender once to warm up, then `repeats` times, in turn; return their times.
 
-    `uncounted`: calls before each that counts. Of calls that take milliseconds, so many that the threads of
-    the contender before no longer wait for work: those of OpenMP do so by keeping a core busy.
+    Before each call that counts there are `uncounted` ones. Calls of milliseconds need as many as it takes
+    until the threads of the contender before no longer wait for work: OpenMP's keep a core busy meanwhile.
     """
     for call in contenders.values():
         call()
@@ -58,21 +58,22 @@ def in_turn(
             for _ in range(uncounted):
                 call()
             samples[name].append(once(call))
-    return {name: Times(tuple(of_name)) for name, of_name in samples.items()}
+    return {name: Times(tuple(of_contender)) for name, of_contender in samples.items()}
 
 
 def once(call: Callable[[], object]) -> Sample:
+    """Return the times of one call."""
     cpu, wall = time.process_time(), time.perf_counter()
     call()
     return Sample(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def in_own_process(*command: str) -> list[float]:
-    """The figures that `python -m COMMAND` prints as JSON, on CPU."""
+    """Return the figures that `python -m COMMAND` prints as JSON, on CPU."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return json.loads(subprocess.check_output([sys.executable, "-m", *command], env=environment))
 
 
 def peak_memory() -> float:
-    """The most memory that this process ever had in RAM, GiB."""
+    """Return the most memory that this process ever had in RAM, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

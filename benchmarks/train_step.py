@@ -5,7 +5,7 @@
 
 Contenders, each in a process of its own (benchmarks/contenders.py):
     lit_jax   from images: the locked tower computes in every step
-    cached    lit_jax, when the batch brings what the locked tower has pooled (once, before training)
+    cached    lit_jax, when the batch has the locked tower's features (computed once, before training)
     PyTorch   VisionTextDualEncoderModel, image tower without gradient and in evaluation mode
     Flax      FlaxVisionTextDualEncoderModel of transformers 4.57.6, the same parameters trained. It needs an
               environment of its own, whose Python --flax-python names; without it this one is left out:

@@ -65,10 +65,10 @@ def main() -> None:
         )
     base = times["tower"]
     print(f"{'':10}  images/s         ratio  ratio of processor time")
-    for name, of_name in times.items():
+    for name, of_contender in times.items():
         print(
-            f"{name:10} {images / of_name.wall:9.2f} ±{of_name.spread:4.0%} "
-            f"{base.wall / of_name.wall:8.2f} {base.cpu / of_name.cpu:12.2f}"
+            f"{name:10} {images / of_contender.wall:9.2f} ±{of_contender.spread:4.0%} "
+            f"{base.wall / of_contender.wall:8.2f} {base.cpu / of_contender.cpu:12.2f}"
         )
 
 
