@@ -253,7 +253,8 @@ def torch_step(settings: Settings) -> Step:
 def flax_step(settings: Settings) -> Step:
     """Return the step of FlaxVisionTextDualEncoderModel of transformers 4.57.6.
 
-    The image tower has no gradient. Its one switch for dropout is on for both towers; the rate of ViT is 0. float32 on CPU alone.
+    The image tower has no gradient. Its one switch for dropout is on for both towers; the rate of ViT is 0.
+    float32 on CPU alone.
     """
     import jax
     import optax
