@@ -1,11 +1,14 @@
 """The site of lit_jax: `make docs` builds it into docs/_build/html."""
 
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # The extension beside this file, and the package as it stands here, whatever is installed.
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
+# The kernel of the tutorial is a process of its own.
+os.environ["PYTHONPATH"] = str(ROOT)
 
 import lit_jax  # noqa: E402  (needs the path)
 
