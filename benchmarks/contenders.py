@@ -168,7 +168,7 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
     from lit_jax.config import MeshConfig, ModelConfig, OptimizerConfig, PolicyConfig, TowerConfig
     from lit_jax.distributed.mesh import make_mesh, replicated
     from lit_jax.models.dual_encoder import POOLED, build_dual_encoder
-    from lit_jax.training.losses import softmax_loss
+    from lit_jax.training.losses import objective, softmax_loss
     from lit_jax.training.optimizers import make_optimizer
     from lit_jax.training.policy import resolve_policy
     from lit_jax.training.train_step import State, jit_train_step, train_step
@@ -201,7 +201,7 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
         functools.partial(
             train_step,
             embed=module.apply,
-            loss=softmax_loss,
+            loss=objective(softmax_loss),
             optimizer=optimizer,
             schedule=schedule,
             seed=0,

@@ -11,11 +11,16 @@ logging.getLogger("transformers").addFilter(
     lambda record: not record.getMessage().startswith("PyTorch was not found")
 )
 
-_PUBLIC = ("DualEncoder", "TextModel", "VisionModel")
+_PUBLIC = {
+    "DualEncoder": "lit_jax.api",
+    "TextModel": "lit_jax.api",
+    "VisionModel": "lit_jax.api",
+    "fit": "lit_jax.train",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Looked up when asked for: the processes that decode images should not have to import JAX.
     if name in _PUBLIC:
-        return getattr(importlib.import_module("lit_jax.api"), name)
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'lit_jax' has no attribute {name!r}")

@@ -2,5 +2,6 @@
 from lit_jax.api import DualEncoder as DualEncoder
 from lit_jax.api import TextModel as TextModel
 from lit_jax.api import VisionModel as VisionModel
+from lit_jax.train import fit as fit
 
 __version__: str

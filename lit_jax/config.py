@@ -26,6 +26,7 @@ from lit_jax.credentials import take_keys
 Side = Literal["image", "text"]
 Pooling = Literal["pooler", "cls", "mean"]
 Remat = Literal["none", "matmuls", "block"]
+LossImplementation = Literal["auto", "dense", "blockwise"]
 Rules = tuple[tuple[str, Any], ...]
 TrainableRules = tuple[tuple[str, bool], ...]
 RateRules = tuple[tuple[str, NotNegative], ...]
@@ -312,6 +313,16 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """One of several losses."""
+
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    weight: Positive = 1.0
+    # For the softmax loss.
+    label_smoothing: Fraction = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """A run."""
 
@@ -323,9 +334,11 @@ class Config:
     duration: Duration = "1000 steps"
     # mse: with a teacher, and only then.
     loss: Literal["softmax", "sigmoid", "mse"] = "softmax"
-    # The implementation of a contrastive loss: "lean" works without a similarity matrix, the same up to
-    # rounding; "auto" decides by the batch size and the devices (docs/scale.md).
-    loss_form: Literal["auto", "global", "lean"] = "auto"
+    # Several losses by name, instead of `loss`: their weighted sum is minimised.
+    losses: dict[str, LossConfig] = dataclasses.field(default_factory=dict)
+    # "dense" computes the matrix of all similarities; "blockwise" does without, the same up to rounding;
+    # "auto" decides by the batch size and the devices (docs/scale.md).
+    loss_implementation: LossImplementation = "auto"
     # For the softmax loss.
     label_smoothing: Fraction = 0.0
     # The number of micro-batches a step, for batches whose activations do not fit as a whole.
@@ -355,6 +368,11 @@ class Config:
     )
     # html: a page with the results, samples, confusions and curves, in the run's folder.
     report: Literal["none", "html"] = _free("none")
+
+
+def loss_kinds(config: Config) -> set[str]:
+    """Return the kinds of loss that a run minimises."""
+    return {term.kind for term in config.losses.values()} or {config.loss}
 
 
 def default() -> config_dict.ConfigDict:

@@ -67,6 +67,10 @@ def key_type(root: Any, keys: Sequence[str]) -> Any:
     return kind
 
 
+# Keys of earlier versions, by their former name.
+RENAMED = {"loss_form": "loss_implementation"}
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "did you mean 'x'" for a mistyped name, or the list of all known ones."""
     known = sorted(known)
@@ -93,6 +97,8 @@ def _nearest_key(root: Any, group: str, key: str) -> str:
         group: the path of the group, such as 'config.optimizer'.
         key: the unknown name in it, with those below it if there are any.
     """
+    if key in RENAMED:
+        return f"it is {RENAMED[key]!r} now"
     if elsewhere := namesakes(root, key):
         return "did you mean " + " or ".join(map(repr, elsewhere))
     key = key.partition(".")[0]

@@ -11,9 +11,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import optax
+from ml_collections import ConfigDict
+
 from lit_jax.cli import Parser, add_path, command
-from lit_jax.config import Config
+from lit_jax.config import Config, parse
 from lit_jax.config_file import load_config, parse_with_config
+from lit_jax.data.example import Source
 from lit_jax.data.makers import make_missing, sources_of
 from lit_jax.distributed import process
 from lit_jax.evals import runner
@@ -22,8 +26,10 @@ from lit_jax.files import atomic_write, write_json
 from lit_jax.reports.html_page import html_report
 from lit_jax.reports.result_files import EvaluatedModel, write_results
 from lit_jax.training.io_errors import io_errors, quiet_orbax
+from lit_jax.training.losses import Objective
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.model_factory import TrainedModel
+from lit_jax.training.passed import Callback, Passed
 from lit_jax.training.trainer import Evaluations, train
 
 
@@ -41,10 +47,49 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = parse_with_config(parser, argv)
     process.initialize()  # first: a config file may ask JAX for its devices
     config = load_config(args.config, overrides)
+    fit(config, args.workdir, allowed_changes=args.allow_changes.split(","))
+
+
+def fit(
+    config: Config | ConfigDict,
+    workdir: str | Path,
+    *,
+    source: Source | None = None,
+    loss: Objective | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    callbacks: Sequence[tuple[str, Callback]] = (),
+    allowed_changes: Collection[str] = (),
+) -> TrainedModel:
+    """Train a model as the command does, or go on from the latest checkpoint in `workdir`.
+
+    What is passed is described in config.json, by its module, its qualified name and its fields: a run goes
+    on only with the same objects.
+
+    Args:
+        config: of the run; the ConfigDict of a recipe is parsed.
+        source: training data in the place of config.data.train and config.data.mixture: anything with
+            `len(source)` and `source[i]`, which returns an `Example` (lit_jax.data.example).
+        loss: takes the output of the model (`DualEncoderOutput`) and the batch, and returns the value to
+            minimise, a float32 scalar, and a dict of metrics. It sees the whole batch of all devices.
+        optimizer: of optax, in the place of config.optimizer and config.schedule: clipping, weight decay and
+            learning rate are its own. config.policy.learning_rate still multiplies its updates.
+        callbacks: pairs of a duration such as "1000 steps" and a function, which is called with the
+            `TrainedModel` each time that many steps have been taken, on all processes. What it returns, a
+            dict of numbers or None, is reported with the metrics. If the run is stopped between a checkpoint
+            and a call, the resumed run does not make the call.
+        allowed_changes: keys of the config that may differ from those the run was started with; also
+            "source", "loss" and "optimizer", and "data" for other examples.
+
+    Returns the trained model. Raises UserError on bad input, and Preempted after SIGTERM, once a checkpoint
+    of the last step is on disk.
+    """
+    if not isinstance(config, Config):
+        config = parse(config)
     make_missing(sources_of(config))
     # Opened before training: a mistake in an evaluation should not cost a run.
-    evaluations = ConfiguredEvaluations(config, args.workdir, runner.open_evals(config.evals))
-    train(config, args.workdir, evaluations, allowed_changes=args.allow_changes.split(","))
+    evaluations = ConfiguredEvaluations(config, Path(workdir), runner.open_evals(config.evals))
+    passed = Passed(source=source, loss=loss, optimizer=optimizer, callbacks=tuple(callbacks))
+    return train(config, Path(workdir), evaluations, passed=passed, allowed_changes=allowed_changes)
 
 
 class ConfiguredEvaluations(Evaluations):

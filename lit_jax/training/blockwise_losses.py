@@ -1,8 +1,9 @@
 """The contrastive losses of `losses.py` without a similarity matrix: same values and gradients, less memory.
 
-Each device keeps its own images and meets the texts of all devices, which travel round a ring with what they
-have gathered so far. One tile of logits exists at a time, of at most TILE x TILE. The gradient of the softmax
-computes the tiles once more instead of keeping them.
+Each device keeps its images and computes the block of logits with the texts of every device: the texts travel
+round a ring of the devices with a carry, which sums what the blocks add to them. One tile of logits exists at
+a time, of at most TILE x TILE. The gradient of the softmax computes the tiles once more instead of keeping
+them.
 
 Each of several slices has a ring of its own; once a round, every device hands its texts to the device of the
 same place in the next slice. So all devices share the slower network between slices, and have a whole round
@@ -32,7 +33,7 @@ TILE = 2048
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
-def lean_softmax_loss(
+def blockwise_softmax_loss(
     zimg_BxD: Embeddings,
     ztxt_BxD: Embeddings,
     logit_scale: Scalar,
@@ -41,14 +42,14 @@ def lean_softmax_loss(
     label_smoothing: float = 0.0,
     slices: int = 1,
 ) -> Scalar:
-    """`losses.softmax_loss`; like there, a bias has no effect. `slices`: see `_meet`."""
+    """Compute `losses.softmax_loss`; a bias has no effect, as there. `slices`: see `_ring`."""
     del logit_bias
     function = functools.partial(_softmax, label_smoothing=label_smoothing, slices=slices)
     zimg_BxD, ztxt_BxD = zimg_BxD.astype(jnp.float32), ztxt_BxD.astype(jnp.float32)
     return _differentiable(function, zimg_BxD, ztxt_BxD, logit_scale)
 
 
-def lean_sigmoid_loss(
+def blockwise_sigmoid_loss(
     zimg_BxD: Embeddings,
     ztxt_BxD: Embeddings,
     logit_scale: Scalar,
@@ -56,7 +57,7 @@ def lean_sigmoid_loss(
     *,
     slices: int = 1,
 ) -> Scalar:
-    """`losses.sigmoid_loss`. `slices`: see `_meet`."""
+    """Compute `losses.sigmoid_loss`. `slices`: see `_ring`."""
     bias = jnp.float32(0) if logit_bias is None else logit_bias
     zimg_BxD, ztxt_BxD = zimg_BxD.astype(jnp.float32), ztxt_BxD.astype(jnp.float32)
     function = functools.partial(_sigmoid, slices=slices)
@@ -67,7 +68,7 @@ def lean_sigmoid_loss(
 def _differentiable(
     value_and_gradients: Callable[..., tuple[Scalar, tuple]], *args: Array
 ) -> Scalar:
-    """The value. Its gradients are found along with it, so that no tile outlives the forward pass."""
+    """Return the value; its gradients are computed with it, so that no tile outlives the forward pass."""
     return value_and_gradients(*args)[0]
 
 
@@ -90,15 +91,21 @@ def exact_dot(a_MxK: Float[Array, "M K"], b_KxN: Float[Array, "K N"]) -> Float[A
 
 
 class _Rows(NamedTuple):
-    """Images or texts: B of them, or the R of a tile."""
+    """Images or texts: B of them, or the R of a tile.
+
+    Attributes:
+        z: the embeddings.
+        number: an image and its text share it. Numbers count from 1; rows that fill up a tile have 0.
+        log_sum: the _LogSum of all logits of each row, once it is known.
+    """
 
     z: Float[Array, "R D"]
-    number: Int[Array, " R"]  # that an image and its text share, from 1; 0 fills up a tile
-    log_sum: Any = None  # the _LogSum of all logits of each, once it is known
+    number: Int[Array, " R"]
+    log_sum: Any = None
 
 
 class _LogSum(NamedTuple):
-    """The logarithms of sums of exponentials, each as its largest exponent and the sum relative to that.
+    """Logarithms of sums of exponentials, each as its largest exponent and the sum relative to that.
 
     As one number, a logarithm near 100 would lose digits with every tile that is added.
     """
@@ -107,26 +114,29 @@ class _LogSum(NamedTuple):
     relative: Float[Array, " R"]
 
     @classmethod
-    def of(cls, logits_RxR: Float[Array, "R R"], axis: int) -> "_LogSum":
+    def over_axis(cls, logits_RxR: Float[Array, "R R"], axis: int) -> "_LogSum":
+        """Return the log-sum of the logits along an axis."""
         largest = logits_RxR.max(axis, keepdims=True)
         return cls(largest.squeeze(axis), jnp.exp(logits_RxR - largest).sum(axis))
 
     def plus(self, other: "_LogSum") -> "_LogSum":
+        """Return the log-sum of both sets of logits."""
         largest_R = jnp.maximum(self.largest, other.largest)
         ours_R, theirs_R = (x.relative * jnp.exp(x.largest - largest_R) for x in (self, other))
         return _LogSum(largest_R, ours_R + theirs_R)
 
     def minus(self, logit_R: Float[Array, " R"]) -> Float[Array, " R"]:
+        """Return the logarithm, as one number, minus a logit near it."""
         return jnp.log(self.relative) + (self.largest - logit_R)
 
     def probabilities(self, logits_RxR: Float[Array, "R R"], axis: int) -> Float[Array, "R R"]:
-        """Of which this is the sum along `axis`."""
+        """Return the softmax probabilities whose log-normaliser along `axis` is `self`."""
         largest, relative = (jnp.expand_dims(x, axis) for x in self)
         return jnp.exp(logits_RxR - largest) * (1 / relative)
 
 
-# What images (or texts) gather on their way: a tree of _LogSum and of arrays to be added up.
-_Gathered = Any
+# The sums over the blocks that a row of images or texts has been in: a tree of _LogSum and arrays.
+_Carry = Any
 
 
 def _softmax(
@@ -137,19 +147,21 @@ def _softmax(
     label_smoothing: float,
     slices: int,
 ) -> tuple[Scalar, tuple[Array, ...]]:
-    """The value, and the gradients of the three arrays."""
+    """Return the value, and the gradients of the three arrays."""
     count, scale = len(zimg_BxD), jnp.exp(logit_scale)
 
     def logits_of(image: _Rows, text: _Rows) -> Float[Array, "R R"]:
         logits_RxR = scale * exact_dot(image.z, text.z.T)
         return jnp.where(_is_real(image, text), logits_RxR, LOWEST)
 
-    def sums_of(image: _Rows, text: _Rows) -> tuple[_Gathered, _Gathered]:
+    def sums_of(image: _Rows, text: _Rows) -> tuple[_Carry, _Carry]:
         logits_RxR = logits_of(image, text)
         target_R = jnp.where(_is_pair(image, text), logits_RxR, 0.0).sum(1)
-        return (_LogSum.of(logits_RxR, axis=1), target_R), _LogSum.of(logits_RxR, axis=0)
+        return (_LogSum.over_axis(logits_RxR, axis=1), target_R), _LogSum.over_axis(
+            logits_RxR, axis=0
+        )
 
-    def gradients_of(image: _Rows, text: _Rows) -> tuple[_Gathered, _Gathered]:
+    def gradients_of(image: _Rows, text: _Rows) -> tuple[_Carry, _Carry]:
         logits_RxR = logits_of(image, text)
         by_image, by_text = image.log_sum, text.log_sum
         excess_RxR = by_image.probabilities(logits_RxR, 1) + by_text.probabilities(logits_RxR, 0)
@@ -159,11 +171,12 @@ def _softmax(
         return exact_dot(gradient_RxR, text.z), exact_dot(gradient_RxR.T, image.z)
 
     images, texts = _rows(zimg_BxD), _rows(ztxt_BxD)
-    (image_sum, target_B), text_sum = _meet(sums_of, images, texts, slices)
+    (image_sum, target_B), text_sum = _ring(sums_of, images, texts, slices)
     images, texts = images._replace(log_sum=image_sum), texts._replace(log_sum=text_sum)
-    gimg_BxD, gtxt_BxD = _meet(gradients_of, images, texts, slices)
+    gimg_BxD, gtxt_BxD = _ring(gradients_of, images, texts, slices)
     losses_B = (image_sum.minus(target_B) + text_sum.minus(target_B)) / 2
-    if label_smoothing:  # the mean of all logits is the logit of the mean image and the mean text
+    if label_smoothing:
+        # The mean of all logits is the logit of the mean image and the mean text.
         mean = scale * (zimg_BxD.mean(0) * ztxt_BxD.mean(0)).sum()
         losses_B += label_smoothing * (target_B - mean)
     gimg_BxD, gtxt_BxD = gimg_BxD * (scale / count), gtxt_BxD * (scale / count)
@@ -178,10 +191,10 @@ def _sigmoid(
     *,
     slices: int,
 ) -> tuple[Scalar, tuple[Array, ...]]:
-    """The value, and the gradients of the four arrays."""
+    """Return the value, and the gradients of the four arrays."""
     count, scale = len(zimg_BxD), jnp.exp(logit_scale)
 
-    def gradients_of(image: _Rows, text: _Rows) -> tuple[_Gathered, _Gathered]:
+    def gradients_of(image: _Rows, text: _Rows) -> tuple[_Carry, _Carry]:
         logits_RxR = scale * exact_dot(image.z, text.z.T) + logit_bias
         sign_RxR = jnp.where(_is_pair(image, text), 1.0, -1.0)
         is_real_RxR = _is_real(image, text)
@@ -193,7 +206,7 @@ def _sigmoid(
         return (gimg_RxD, losses_RxR.sum(1), gradient_RxR.sum(1)), gtxt_RxD
 
     images, texts = _rows(zimg_BxD), _rows(ztxt_BxD)
-    (gimg_BxD, losses_B, gbias_B), gtxt_BxD = _meet(gradients_of, images, texts, slices)
+    (gimg_BxD, losses_B, gbias_B), gtxt_BxD = _ring(gradients_of, images, texts, slices)
     gimg_BxD, gtxt_BxD = gimg_BxD * (scale / count), gtxt_BxD * (scale / count)
     gradients = gimg_BxD, gtxt_BxD, (zimg_BxD * gimg_BxD).sum(), gbias_B.mean()
     return losses_B.mean(), gradients
@@ -211,94 +224,102 @@ def _is_real(image: _Rows, text: _Rows) -> Bool[Array, "R R"]:
     return (image.number > 0)[:, None] & (text.number > 0)[None, :]
 
 
-def _meet(
-    visit: Callable[[_Rows, _Rows], tuple[_Gathered, _Gathered]],
+def _ring(
+    block_fn: Callable[[_Rows, _Rows], tuple[_Carry, _Carry]],
     images: _Rows,
     texts: _Rows,
     slices: int,
-) -> tuple[_Gathered, _Gathered]:
-    """What every image gathers from all texts, and every text from all images; leaves are B... arrays.
+) -> tuple[_Carry, _Carry]:
+    """Return the carry of every image over all texts and of every text over all images; leaves are B....
 
-    `visit` says what the images and the texts of one tile gather from each other. `slices`: of equally many
-    devices, into which the devices of the mesh fall in their order.
+    Args:
+        block_fn: returns what a tile of images and a tile of texts add to each other's carries.
+        slices: the number of slices, of equally many devices each, that the devices of the mesh are in, in
+            their order.
     """
     ring, rest = divmod(mesh_size(), slices)
     if rest:
         raise ValueError(f"{mesh_size()} devices are not {slices} equal slices.")
-    on_device = functools.partial(_meet_on_devices, visit, slices=slices, ring=ring)
+    on_device = functools.partial(_ring_on_device, block_fn, slices=slices, ring=ring)
     if not mesh_shape():
         return on_device(images, texts)
-    # Not checked: what is gathered starts as constants, which to the checker are the same on all devices.
+    # Not checked: the carry starts as constants, which to the checker are the same on all devices.
     return jax.shard_map(on_device, in_specs=BATCH, out_specs=BATCH, check_vma=False)(images, texts)
 
 
-def _meet_on_devices(
-    visit, images: _Rows, texts: _Rows, *, slices: int, ring: int
-) -> tuple[_Gathered, _Gathered]:
-    """`_meet`, of this device's rows: its texts, and what they have gathered, pass all devices once."""
+def _ring_on_device(
+    block_fn: Callable[[_Rows, _Rows], tuple[_Carry, _Carry]],
+    images: _Rows,
+    texts: _Rows,
+    *,
+    slices: int,
+    ring: int,
+) -> tuple[_Carry, _Carry]:
+    """Compute `_ring` for this device's rows: its texts and their carry pass all devices once."""
     rows = len(images.number)
     images, texts = _tiles(images), _tiles(texts)
     count, tile = len(texts.number), jax.tree.map(lambda x: x[0], (images, texts))
-    nothing_for_image, nothing_for_text = map(_nothing, jax.eval_shape(visit, *tile))
+    initial_image, initial_text = map(_initial_carry, jax.eval_shape(block_fn, *tile))
 
-    def meet_text(of_images: _Gathered, text: _Rows) -> tuple[_Gathered, _Gathered]:
-        def meet_image(of_text: _Gathered, image: tuple[_Rows, _Gathered]) -> tuple:
-            to_image, to_text = visit(image[0], text)
-            return _add(of_text, to_text), _add(image[1], to_image)
+    def text_step(image_carry: _Carry, text: _Rows) -> tuple[_Carry, _Carry]:
+        def image_step(tile_carry: _Carry, image: tuple[_Rows, _Carry]) -> tuple:
+            to_image, to_text = block_fn(image[0], text)
+            return _add(tile_carry, to_text), _add(image[1], to_image)
 
-        of_text, of_images = jax.lax.scan(meet_image, nothing_for_text, (images, of_images))
-        return of_images, of_text
+        tile_carry, image_carry = jax.lax.scan(image_step, initial_text, (images, image_carry))
+        return image_carry, tile_carry
 
-    def here(of_images: _Gathered, texts: _Rows) -> tuple[_Gathered, _Gathered]:
-        return jax.lax.scan(meet_text, of_images, texts)
+    def local_step(image_carry: _Carry, texts: _Rows) -> tuple[_Carry, _Carry]:
+        return jax.lax.scan(text_step, image_carry, texts)
 
-    nothing_for_texts = _stack(nothing_for_text, count)
+    initial_texts = _stack(initial_text, count)
     places = [divmod(device, ring) for device in range(slices * ring)]
     in_ring = [part * ring + (place - 1) % ring for part, place in places]
     between_slices = [(part - 1) % slices * ring + place for part, place in places]
-    in_slice = _round(here, nothing_for_texts, in_ring, ring)
-    everywhere = _round(in_slice, nothing_for_texts, between_slices, slices)
-    gathered = everywhere(_stack(nothing_for_image, count), texts)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], gathered)
+    over_slice = _ring_of(local_step, initial_texts, in_ring, ring)
+    over_slices = _ring_of(over_slice, initial_texts, between_slices, slices)
+    carries = over_slices(_stack(initial_image, count), texts)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], carries)
 
 
-_Meeting = Callable[[_Gathered, _Rows], tuple[_Gathered, _Gathered]]
+_RingStep = Callable[[_Carry, _Rows], tuple[_Carry, _Carry]]
 
 
-def _round(
-    meet: _Meeting, nothing_for_texts: _Gathered, receivers: list[int], stops: int
-) -> _Meeting:
-    """From what happens on one device (or in one slice), to a round of the texts through all `stops` of them.
+def _ring_of(
+    step_fn: _RingStep, initial_texts: _Carry, receivers: list[int], stops: int
+) -> _RingStep:
+    """Return the step of a whole ring of `stops` devices (or slices), from the step of one of them.
 
-    A meeting takes what this device's images have gathered, and texts; it returns the former with what these
-    texts add, and what the texts gather. `receivers` says to which device each one passes them on.
+    A step takes the carry of this device's images, and texts. It returns the carry with what these texts add,
+    and the carry of the texts. `receivers` has the device to which each one passes the texts on.
     """
     if stops == 1:
-        return meet
+        return step_fn
     steps = list(enumerate(receivers))
 
     def pass_on(tree: Any) -> Any:
         return jax.lax.ppermute(tree, BATCH[0], steps)
 
-    def step(carry: tuple[_Rows, _Gathered, _Gathered], _: None) -> tuple[tuple, None]:
-        texts, of_images, of_texts = carry
-        # No transfer waits for the tiles, nor they for it: texts travel ahead of what they have gathered. The
-        # last transfer of texts and the first of the other are not needed; without them there would be three
+    def step(carry: tuple[_Rows, _Carry, _Carry], _: None) -> tuple[tuple, None]:
+        texts, image_carry, text_carry = carry
+        # No transfer waits for the tiles, and no tile for a transfer: texts travel ahead of their carry. The
+        # last transfer of texts and the first of the carry are not needed; without them there would be three
         # kinds of step to compile.
-        of_texts, next_texts = pass_on(of_texts), pass_on(texts)
-        of_images, to_texts = meet(of_images, texts)
-        return (next_texts, of_images, _add(of_texts, to_texts)), None
+        text_carry, next_texts = pass_on(text_carry), pass_on(texts)
+        image_carry, to_texts = step_fn(image_carry, texts)
+        return (next_texts, image_carry, _add(text_carry, to_texts)), None
 
-    def whole(of_images: _Gathered, texts: _Rows) -> tuple[_Gathered, _Gathered]:
-        start = texts, of_images, nothing_for_texts
-        (_, of_images, of_texts), _ = jax.lax.scan(step, start, length=stops)
-        return of_images, pass_on(of_texts)  # which are one stop short of home
+    def ring(image_carry: _Carry, texts: _Rows) -> tuple[_Carry, _Carry]:
+        start = texts, image_carry, initial_texts
+        (_, image_carry, text_carry), _ = jax.lax.scan(step, start, length=stops)
+        # The carry of the texts is one stop short of home.
+        return image_carry, pass_on(text_carry)
 
-    return whole
+    return ring
 
 
 def _tiles(tree: _Rows) -> _Rows:
-    """b... arrays as TxR... ones, the last tile filled up with zeros."""
+    """Return arrays b... as TxR..., the last tile filled up with zeros."""
 
     def cut(x: Array) -> Array:
         count = math.ceil(len(x) / TILE)
@@ -309,7 +330,7 @@ def _tiles(tree: _Rows) -> _Rows:
     return jax.tree.map(cut, tree)
 
 
-def _stack(tree: _Gathered, count: int) -> _Gathered:
+def _stack(tree: _Carry, count: int) -> _Carry:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), tree)
 
 
@@ -317,8 +338,8 @@ def _is_sum(node: Any) -> bool:
     return isinstance(node, _LogSum)
 
 
-def _nothing(like: _Gathered) -> _Gathered:
-    """What a row has gathered that has met no other."""
+def _initial_carry(like: _Carry) -> _Carry:
+    """Return the carry of a row that has been in no block yet."""
 
     def empty(node: Any) -> Any:
         if _is_sum(node):
@@ -328,5 +349,5 @@ def _nothing(like: _Gathered) -> _Gathered:
     return jax.tree.map(empty, like, is_leaf=_is_sum)
 
 
-def _add(a: _Gathered, b: _Gathered) -> _Gathered:
+def _add(a: _Carry, b: _Carry) -> _Carry:
     return jax.tree.map(lambda x, y: x.plus(y) if _is_sum(x) else x + y, a, b, is_leaf=_is_sum)

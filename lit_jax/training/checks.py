@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from lit_jax.config import Config, Side
+from lit_jax.config import Config, Side, loss_kinds
 from lit_jax.data.example import Source
 from lit_jax.data.mixture import Mixture
 from lit_jax.data.text_check import check_texts, sample_captions
@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 
 def check_teacher(config: Config) -> None:
     """Raise UserError where keys do not fit a text teacher, or the lack of one."""
+    if config.losses and config.model.teacher:
+        raise UserError(
+            "config.losses is for contrastive training; leave it empty with config.model.teacher."
+        )
     if (config.loss == "mse") != bool(config.model.teacher):
         raise UserError(
             "config.loss='mse' and config.model.teacher belong together; set both or neither of them."
@@ -110,7 +114,7 @@ def check_negatives(config: Config, source: Source) -> None:
             f"The training data ({_key(config)}) has one image, so that no pair has a negative and nothing "
             "can be learned; use data with more images."
         )
-    if config.batch_size == 1 and config.loss == "softmax":
+    if config.batch_size == 1 and loss_kinds(config) == {"softmax"}:
         raise UserError(
             "With config.batch_size=1 and config.loss='softmax' no pair has a negative: the loss is 0, and "
             "nothing can be learned; make config.batch_size larger, or set config.loss='sigmoid'."

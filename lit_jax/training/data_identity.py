@@ -46,17 +46,23 @@ def may_differ(changes: Collection[str], allowed_changes: Collection[str]) -> bo
 
 
 def open_data(
-    config: Config, workdir: Path, trained: int | None, *, may_differ: bool
+    config: Config,
+    workdir: Path,
+    trained: int | None,
+    *,
+    may_differ: bool,
+    passed: Source | None = None,
 ) -> TrainingData:
     """Open the data that `config` names; a finished run goes without those that are gone.
 
     Args:
+        passed: a source that takes their place.
         trained: the step of the latest checkpoint in `workdir`.
 
     Raises UserError if a run that has a checkpoint was trained on other data, unless they `may_differ`.
     """
     try:
-        source = open_training_data(config.data, text_only=bool(config.model.teacher))
+        source = _open(config, passed)
     except UserError as error:
         known = _read(workdir) if trained is not None else None
         if known is None or trained != steps_of(config, known["examples"], config.duration):
@@ -67,6 +73,19 @@ def open_data(
     if identity is not None and trained is not None and not may_differ:
         _check_same_data(workdir, identity)
     return TrainingData(source=source, examples=len(source), identity=identity)
+
+
+def _open(config: Config, passed: Source | None) -> Source:
+    if passed is None:
+        return open_training_data(config.data, text_only=bool(config.model.teacher))
+    for key, is_set in (("train.path", config.data.train.path), ("mixture", config.data.mixture)):
+        if is_set:
+            raise UserError(
+                f"config.data.{key} is set, and a source is passed in its place; leave one of them out."
+            )
+    if not len(passed):
+        raise UserError(f"The source that is passed, a {type(passed).__name__}, has no example.")
+    return passed
 
 
 def _identify(source: Source) -> dict[str, Any] | None:

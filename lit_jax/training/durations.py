@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lit_jax.config import Config, EvalConfig
 from lit_jax.config_schema import MOST, steps
@@ -19,10 +19,15 @@ class Durations:
     log_every: int
     # By name, of the evaluations that are repeated.
     eval_every: Mapping[str, int]
+    # In the order of the callbacks.
+    callback_every: Sequence[int] = ()
 
     @classmethod
-    def of(cls, config: Config, examples: int) -> "Durations":
+    def of(cls, config: Config, examples: int, callbacks: Sequence[str] = ()) -> "Durations":
         """Count with `examples` in an epoch.
+
+        Args:
+            callbacks: the durations between the calls of each.
 
         Raises UserError at a duration of less than one step, and where the run has too many.
         """
@@ -43,6 +48,10 @@ class Durations:
                 for name, one in config.evals.items()
                 if one.every is not None
             },
+            callback_every=[
+                _at_least_one(config, examples, f"callbacks[{i}]", every)
+                for i, every in enumerate(callbacks)
+            ],
         )
 
     def saves_at(self, step: int) -> bool:

@@ -1,31 +1,35 @@
-"""Contrastive losses over the global batch: every text is a negative for every other image.
-And the loss of a text tower that learns from another one.
+"""The losses: contrastive ones over the global batch, and that of a text tower that learns from another one.
 
-B is the global batch. Under `jit` with the embeddings split over the mesh, the compiler gathers the
-other modality; no form uses the negatives of one device alone. The forms here are the definitions; those of
-`blockwise_losses.py` equal them and need less memory.
+Every text is a negative for every other image. B is the global batch. Under `jit` with the embeddings split
+over the mesh, the compiler gathers the other modality; no implementation uses the negatives of one device
+alone. The losses here are the definitions; those of `blockwise_losses.py` equal them and need less memory.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lit_jax.config import Config, LossImplementation
 from lit_jax.distributed.mesh import mesh_size
 from lit_jax.errors import UserError
 from lit_jax.training.blockwise_losses import (
     TILE,
     Embeddings,
     Scalar,
+    blockwise_sigmoid_loss,
+    blockwise_softmax_loss,
     exact_dot,
-    lean_sigmoid_loss,
-    lean_softmax_loss,
 )
 
 # A function of the fields of `Model.forward`'s output.
 Loss = Callable[..., Scalar]
+# A function of that output and of the batch it was computed from. Returns the value to minimise, and metrics
+# that are reported with it.
+Objective = Callable[[Any, Mapping[str, Array]], tuple[Scalar, dict[str, Array]]]
 
 
 def similarity_logits(
@@ -47,10 +51,10 @@ def softmax_loss(
     *,
     label_smoothing: float = 0.0,
 ) -> Scalar:
-    """Symmetric InfoNCE: the mean cross entropy of images over texts and of texts over images.
+    """Compute symmetric InfoNCE: the mean cross entropy of images over texts and of texts over images.
 
-    CLIP (2103.00020) figure 3, LiT (2111.07991) section 3. A bias has no effect on it. Of each target,
-    `label_smoothing` is spread over all B classes (ALIGN, 2102.05918, section 4.1).
+    CLIP (2103.00020) figure 3, LiT (2111.07991) section 3. A bias has no effect. A part `label_smoothing` of
+    each target is spread over all B classes (ALIGN, 2102.05918, section 4.1).
     """
     logits_BxB = similarity_logits(zimg_BxD, ztxt_BxD, logit_scale, logit_bias)
     # Not jnp.diagonal: off the TPU that is a gather, which devices answer by sending positions and values.
@@ -71,7 +75,7 @@ def sigmoid_loss(
     logit_scale: Scalar,
     logit_bias: Scalar | None = None,
 ) -> Scalar:
-    """Every image-text pair is a binary decision; summed over pairs, divided by B.
+    """Compute the logistic loss of all B x B pairs as binary decisions; summed over pairs, divided by B.
 
     SigLIP (2303.15343) section 3.2, algorithm 1.
     """
@@ -81,7 +85,7 @@ def sigmoid_loss(
 
 
 def mse_loss(student_BxP: Embeddings, teacher_BxP: Embeddings) -> Scalar:
-    """Mean squared difference, over texts and over the P numbers of each, computed in float32.
+    """Compute the mean squared difference over texts and their P features, in float32.
 
     AltCLIP (2211.06679) section 3.2.
     """
@@ -90,53 +94,91 @@ def mse_loss(student_BxP: Embeddings, teacher_BxP: Embeddings) -> Scalar:
 
 
 CONTRASTIVE: dict[str, Loss] = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
-LEAN: dict[str, Loss] = {"softmax": lean_softmax_loss, "sigmoid": lean_sigmoid_loss}
-
-
-Form = Literal["auto", "global", "lean"]
+BLOCKWISE: dict[str, Loss] = {
+    "softmax": blockwise_softmax_loss,
+    "sigmoid": blockwise_sigmoid_loss,
+}
 
 
 def make_loss(
     name: str,
     *,
-    form: str = "auto",
+    implementation: str = "auto",
     label_smoothing: float = 0.0,
     slices: int = 1,
 ) -> Loss:
-    """Return the loss that a config names, in the form that it names; 'auto' decides by the shapes.
+    """Return the loss of a name; the implementation 'auto' is chosen by the shapes.
 
-    `slices`: how many the mesh has, equally large and one after the other. The value is the same for any
-    number; between slices the lean form sends less.
+    Args:
+        slices: how many the mesh has, equally large and one after the other. The value is the same for any
+            number; between slices the blockwise implementation sends less.
 
-    Raises UserError for a loss or a form that is not known, and for label smoothing, or a form, where it has
-    no meaning.
+    Raises UserError for a loss or an implementation that is not known, and for label smoothing or an
+    implementation where it has no meaning.
     """
-    for what, value, known in (("loss", name, (*LEAN, "mse")), ("loss_form", form, get_args(Form))):
+    implementations = get_args(LossImplementation)
+    for key, value, known in (
+        ("loss", name, (*CONTRASTIVE, "mse")),
+        ("loss_implementation", implementation, implementations),
+    ):
         if value not in known:
-            raise UserError(f"The {what} is {value!r}; it must be one of {', '.join(known)}.")
+            raise UserError(f"config.{key} is {value!r}; it must be one of {', '.join(known)}.")
     if label_smoothing and name != "softmax":
         raise UserError("config.label_smoothing is for the softmax loss; set it to 0.0.")
     if name == "mse":
-        if form != "auto":
+        if implementation != "auto":
             raise UserError(
-                f"config.loss_form is for contrastive losses; with {name!r} leave it 'auto'."
+                f"config.loss_implementation is for contrastive losses; with {name!r} leave it 'auto'."
             )
         return mse_loss
     options = {"label_smoothing": label_smoothing} if label_smoothing else {}
 
     def loss(zimg_BxD: Embeddings, *others: Any) -> Scalar:
-        if form == "lean" or (form == "auto" and pays_lean(len(zimg_BxD))):
-            return LEAN[name](zimg_BxD, *others, **options, slices=slices)
+        is_blockwise = implementation == "blockwise" or (
+            implementation == "auto" and prefers_blockwise(len(zimg_BxD))
+        )
+        if is_blockwise:
+            return BLOCKWISE[name](zimg_BxD, *others, **options, slices=slices)
         return CONTRASTIVE[name](zimg_BxD, *others, **options)
 
     return loss
 
 
-def pays_lean(batch: int) -> bool:
-    """Whether the lean form is the better one on the mesh that is set, if any.
+def prefers_blockwise(batch: int) -> bool:
+    """Return whether the blockwise implementation is the better one on the mesh that is set, if any.
 
     Where a device's part of the similarity matrix is smaller than a tile, there is no memory to save; above
-    that the lean form takes about as long and ever less memory (docs/scale.md has the measurement).
+    that the blockwise implementation takes about as long and ever less memory (docs/scale.md has the
+    measurement).
     """
     devices = mesh_size()
     return batch % devices == 0 and batch * (batch // devices) >= TILE**2
+
+
+def make_objective(config: Config, slices: int = 1) -> Objective:
+    """Return what a run minimises: the loss of `config.loss`, or the weighted sum of `config.losses`.
+
+    The metrics have the value of each of several losses as "loss/NAME".
+
+    Raises UserError as `make_loss` does.
+    """
+    make = functools.partial(make_loss, implementation=config.loss_implementation, slices=slices)
+    if not config.losses:
+        return objective(make(config.loss, label_smoothing=config.label_smoothing))
+    terms = {
+        name: (term.weight, make(term.kind, label_smoothing=term.label_smoothing))
+        for name, term in config.losses.items()
+    }
+
+    def weighted_sum(output: Any, batch: Any) -> tuple[Scalar, dict[str, Scalar]]:
+        del batch
+        values = {name: loss(*output) for name, (_, loss) in terms.items()}
+        total = sum(weight * values[name] for name, (weight, _) in terms.items())
+        return jnp.asarray(total), {f"loss/{name}": value for name, value in values.items()}
+
+    return weighted_sum
+
+
+def objective(loss: Loss) -> Objective:
+    """Return a loss of the model's output as one that the train step minimises, without metrics."""
+    return lambda output, batch: (loss(*output), {})

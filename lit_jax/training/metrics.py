@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from lit_jax.config import Config, LogConfig
+from lit_jax.config import Config, LogConfig, loss_kinds
 from lit_jax.config_schema import LARGEST_FLOAT, MOST
 from lit_jax.display import printable
 from lit_jax.distributed.process import is_primary
@@ -30,7 +30,7 @@ def usual_scale(config: Config) -> float:
     """Return the largest scale of the logits that needs no word: CLIP's limit, and more than SigLIP's 118."""
     if config.model.logit_scale_max is not None:
         return math.inf
-    return 200.0 if config.loss == "sigmoid" else 100.0
+    return 200.0 if "sigmoid" in loss_kinds(config) else 100.0
 
 
 class Reporter:

@@ -62,7 +62,7 @@ def make_optimizer(
         _DIRECTIONS[config.name](config),
         _add_weight_decay(config.weight_decay, policy),
         optax.stateless(_scale_to_parameter) if config.name == "lamb" else optax.identity(),
-        _scale_by_multipliers(policy),
+        scale_by_multipliers(policy),
         optax.scale_by_learning_rate(schedule),
     )
 
@@ -142,6 +142,7 @@ def _scale_to_parameter(updates: Any, params: Any) -> Any:
     )
 
 
-def _scale_by_multipliers(policy: Policy) -> optax.GradientTransformation:
+def scale_by_multipliers(policy: Policy) -> optax.GradientTransformation:
+    """Return what multiplies updates by config.policy.learning_rate."""
     rates = unflatten(policy.learning_rate)
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, rates))

@@ -22,15 +22,18 @@ from lit_jax.models.dual_encoder import POOLED, limit_logit_scale
 from lit_jax.precomputed.match import blank_features, embedding_folders, without_towers
 from lit_jax.training.checks import check_accumulation, check_locked, check_logit_scale_max
 from lit_jax.training.gradcache import in_micro_batches
-from lit_jax.training.losses import Loss, make_loss
+from lit_jax.training.losses import Objective, make_objective
 from lit_jax.training.model_factory import Model, named_key
-from lit_jax.training.optimizers import make_optimizer
+from lit_jax.training.optimizers import make_optimizer, scale_by_multipliers
+from lit_jax.training.passed import Passed
 from lit_jax.training.policy import merge
 from lit_jax.trees import Tree, flatten, unflatten
 
 Batch = Mapping[str, jax.Array]
 AbstractBatch = Mapping[str, jax.ShapeDtypeStruct]
 Metrics = dict[str, jax.Array]
+
+_NOTHING_PASSED = Passed()
 
 
 class State(NamedTuple):
@@ -53,9 +56,9 @@ def train_step(
     batch: Batch,
     *,
     forward: Callable[..., Any],
-    loss: Loss,
+    loss: Objective,
     optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    schedule: optax.Schedule | None,
     seed: int,
     logit_scale_max: float | None = None,
 ) -> tuple[State, Metrics]:
@@ -75,17 +78,17 @@ def train_step(
             rngs={"dropout": dropout_key},
             mutable=["batch_stats"],
         )
-        value = loss(*output)
-        return value, ({"loss": value} | output.metrics, updated.get("batch_stats", {}))
+        value, more = loss(output, batch)
+        metrics = {"loss": value} | output.metrics | more
+        return value, (metrics, updated.get("batch_stats", {}))
 
     grads, (metrics, statistics) = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = _replace(optax.apply_updates(state.params, updates), statistics)
     params = limit_logit_scale(params, logit_scale_max)
-    metrics |= {
-        "grad_norm": optax.tree.norm(grads),
-        "learning_rate": schedule(state.step),
-    }
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    if schedule is not None:
+        metrics["learning_rate"] = schedule(state.step)
     return State(state.step + 1, params, opt_state), metrics
 
 
@@ -101,16 +104,21 @@ class TrainStep:
     """All that the step of a run computes with, before there is any array.
 
     Training runs it; planning compiles it.
+
+    Attributes:
+        schedule: for the metrics; None if the optimizer has one of its own.
     """
 
     model: Model
-    loss: Loss
-    schedule: optax.Schedule
+    loss: Objective
+    schedule: optax.Schedule | None
     optimizer: optax.GradientTransformation
 
     @classmethod
-    def build(cls, model: Model, schedule: optax.Schedule) -> "TrainStep":
-        """Make loss and optimizer as the config says.
+    def build(
+        cls, model: Model, schedule: optax.Schedule, passed: Passed = _NOTHING_PASSED
+    ) -> "TrainStep":
+        """Make loss and optimizer as the config says, but for those that are passed.
 
         Raises UserError for a loss that is not known or not possible in micro-batches, and for precomputed
         embeddings of a tower that trains.
@@ -120,14 +128,14 @@ class TrainStep:
         check_logit_scale_max(config.model.logit_scale_max, model.policy)
         for side in embedding_folders(config.data):
             check_locked(model, side, f"config.data.{side}_embeddings")
-        loss = make_loss(
-            config.loss,
-            form=config.loss_form,
-            label_smoothing=config.label_smoothing,
-            slices=len(group_by_slice(list(model.mesh.devices.flat))),
-        )
-        optimizer = make_optimizer(config.optimizer, schedule, model.policy)
-        return cls(model=model, loss=loss, schedule=schedule, optimizer=optimizer)
+        slices = len(group_by_slice(list(model.mesh.devices.flat)))
+        loss = passed.loss or make_objective(config, slices)
+        if passed.optimizer is None:
+            optimizer = make_optimizer(config.optimizer, schedule, model.policy)
+            return cls(model=model, loss=loss, schedule=schedule, optimizer=optimizer)
+        # The rates of single parameters are still those of the policy; the rest is the optimizer's own.
+        optimizer = optax.chain(passed.optimizer, scale_by_multipliers(model.policy))
+        return cls(model=model, loss=loss, schedule=None, optimizer=optimizer)
 
     def abstract_state(self) -> State:
         """Return shapes, dtypes and shardings of the state."""

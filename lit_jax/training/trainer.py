@@ -36,10 +36,12 @@ from lit_jax.training.lease import holding
 from lit_jax.training.metrics import Reporter, read_metrics, usual_scale
 from lit_jax.training.model_factory import Model, TrainedModel, build_model, first_parameters
 from lit_jax.training.optimizers import make_schedule
+from lit_jax.training.passed import Passed
 from lit_jax.training.policy import warn_of_full_rate
 from lit_jax.training.tower_paths import find_towers
 from lit_jax.training.train_step import State, TrainStep
 from lit_jax.training.workdir import (
+    check_passed,
     check_workdir,
     save_config,
     save_model_files,
@@ -66,6 +68,7 @@ class Evaluations:
 
 
 _NO_EVALUATIONS = Evaluations()
+_NOTHING_PASSED = Passed()
 
 
 def train(
@@ -73,12 +76,14 @@ def train(
     workdir: Path,
     evaluations: Evaluations = _NO_EVALUATIONS,
     *,
+    passed: Passed = _NOTHING_PASSED,
     allowed_changes: Collection[str] = (),
 ) -> TrainedModel:
     """Train until `config.duration`, or go on from the latest checkpoint in `workdir`.
 
     Args:
         evaluations: are made at the steps that `config.evals` ask for; their metrics join those of the steps.
+        passed: objects in the place of what the config would make.
         allowed_changes: keys of the config that may differ from those the run was started with.
 
     Returns the trained model. Raises UserError on bad input, with nothing written if it can be known
@@ -91,7 +96,9 @@ def train(
     with contextlib.ExitStack() as stack:
         with io_errors(workdir):
             stack.enter_context(holding(workdir))
-        trainer = Trainer.prepare(config, workdir, evaluations, allowed_changes)
+        trainer = Trainer.prepare(
+            config, workdir, evaluations, passed=passed, allowed_changes=allowed_changes
+        )
         processors = trainer.model.processors
         if trainer.data.source:
             check_captions(processors.tokenizer, trainer.data.source, processors.teacher_tokenizer)
@@ -111,6 +118,7 @@ class Trainer:
     precomputed: Precomputed
     durations: Durations
     evaluations: Evaluations
+    passed: Passed
 
     @classmethod
     def prepare(
@@ -118,10 +126,13 @@ class Trainer:
         config: Config,
         workdir: Path,
         evaluations: Evaluations = _NO_EVALUATIONS,
+        *,
+        passed: Passed = _NOTHING_PASSED,
         allowed_changes: Collection[str] = (),
     ) -> "Trainer":
         """Raise UserError on all bad input that can be known before anything is written."""
         changes = check_workdir(workdir, config, allowed_changes)
+        check_passed(workdir, passed.described(), allowed_changes)
         check_teacher(config)
         mesh = make_mesh(config.mesh)
         check_batch_size(config.batch_size, mesh, config.accumulate)
@@ -134,10 +145,12 @@ class Trainer:
             workdir,
             steps_done[-1] if steps_done else None,
             may_differ=may_differ(changes, allowed_changes),
+            passed=passed.source,
         )
         if data.source:
             check_negatives(config, data.source)
-        durations = Durations.of(config, data.examples)
+        callbacks = [every for every, _ in passed.callbacks]
+        durations = Durations.of(config, data.examples, callbacks)
         if steps_done and steps_done[-1] > durations.total:
             raise UserError(
                 f"{workdir} has trained {steps_done[-1]} steps already, more than the {durations.total} of "
@@ -151,10 +164,11 @@ class Trainer:
         return cls(
             workdir=workdir,
             data=data,
-            step=TrainStep.build(model, schedule),
+            step=TrainStep.build(model, schedule, passed),
             precomputed=open_precomputed(config.data, model.module, model.processors, data.source),
             durations=durations,
             evaluations=evaluations,
+            passed=passed,
         )
 
     @property
@@ -182,7 +196,7 @@ class Trainer:
             state, locked, position = first_or_latest_state(self.step, self.workdir, checkpoints)
             self.precomputed.check_towers(self.model.module, locked)
             with io_errors(self.workdir):
-                save_config(self.workdir, config)
+                save_config(self.workdir, config, self.passed.described())
                 save_identity(self.workdir, self.data.identity)
             start = checkpoints.latest or 0
             with (
@@ -288,6 +302,7 @@ class _Loop:
                 )
             # After the checkpoint: killed in here, the run resumes with what is missing of this.
             self.evaluate(step, state, durations.evals_due(trainer.config.evals, step))
+            self.call_back(step, state)
         return state
 
     def evaluate(self, step: int, state: State, names: Collection[str]) -> None:
@@ -296,6 +311,16 @@ class _Loop:
             with self.reporter.evaluating(step) as results, jax.transfer_guard("allow"):
                 model = TrainedModel.merged(self.trainer.model, state.params, self.locked, step)
                 results |= self.trainer.evaluations.measure(model, names)
+
+    def call_back(self, step: int, state: State) -> None:
+        """Call the user's functions that are due, and report the metrics that they return."""
+        trainer = self.trainer
+        every = trainer.durations.callback_every
+        for steps, (_, function) in zip(every, trainer.passed.callbacks, strict=True):
+            if step % steps == 0:
+                with self.reporter.evaluating(step) as results, jax.transfer_guard("allow"):
+                    model = TrainedModel.merged(trainer.model, state.params, self.locked, step)
+                    results |= function(model) or {}
 
 
 def first_or_latest_state(

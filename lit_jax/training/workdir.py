@@ -13,12 +13,13 @@ import dataclasses
 import logging
 import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from lit_jax import __version__
 from lit_jax.config import TEACHER, Config, MeshConfig, parse
+from lit_jax.config_schema import RENAMED
 from lit_jax.data.image_processor import load_processor
 from lit_jax.data.text import check_saved, save_tokenizer
 from lit_jax.distributed.mesh import make_mesh
@@ -39,6 +40,12 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 # The last version that wrote config.json without a format, and the only one that continues such a run.
 _WITHOUT_FORMAT = "0.1.0"
+
+# What config.json holds beside the config: "passed" describes the objects that were passed to `fit`.
+_NOT_CONFIG = ("format", "version", "passed")
+
+# Values of renamed keys, by their former name.
+_RENAMED_VALUES = {"global": "dense", "lean": "blockwise"}
 
 # What names the towers that a run starts from; from its first checkpoint on it has them itself.
 TOWER_KEYS = {"model.dual_encoder", "model.teacher"} | {
@@ -125,7 +132,11 @@ def read_config(workdir: Path) -> Config | None:
     content = _read_config_file(workdir)
     if content is None:
         return None
-    config = {key: value for key, value in content.items() if key not in ("format", "version")}
+    config = {
+        RENAMED.get(key, key): _RENAMED_VALUES.get(value, value) if key in RENAMED else value
+        for key, value in content.items()
+        if key not in _NOT_CONFIG
+    }
     try:
         return parse(config)
     except UserError as error:
@@ -191,10 +202,46 @@ def _check_format(workdir: Path) -> None:
     )
 
 
-def save_config(workdir: Path, config: Config) -> None:
+def check_passed(
+    workdir: Path, passed: Mapping[str, Any], allowed_changes: Collection[str]
+) -> None:
+    """Raise UserError if other objects are passed than those that the run was started with.
+
+    Args:
+        passed: the description of each, by its name in `fit`.
+        allowed_changes: names that may differ.
+    """
+    content = _read_config_file(workdir)
+    if content is None:
+        return
+    known = content.get("passed", {})
+    changed = {
+        name
+        for name in {*known, *passed} - {*allowed_changes}
+        if known.get(name) != passed.get(name)
+    }
+    for name in sorted(changed):
+        before, now = (_name(one.get(name)) for one in (known, passed))
+        raise UserError(
+            f"{workdir} was started with another {name} ({before}) than that of now ({now}); pass the former "
+            f"one, choose another --workdir, or go on with this one by --allow_changes={name}."
+        )
+
+
+def _name(description: Any) -> str:
+    if description is None:
+        return "none was passed"
+    if isinstance(description, list):
+        # An optax transformation: its first function names it.
+        description = description[0]
+    return f"{description['module']}.{description['name']}"
+
+
+def save_config(workdir: Path, config: Config, passed: Mapping[str, Any]) -> None:
     """Write the resolved config, once it is sure that the run can start or go on with it."""
     if is_primary():
         header = {"format": FORMAT, "version": __version__}
+        header |= {"passed": passed} if passed else {}
         write_json(workdir / "config.json", header | dataclasses.asdict(config))
 
 

@@ -21,7 +21,7 @@ from lit_jax.configs.demo.make_digits import draw_number
 from lit_jax.data.text import load_tokenizer, tokenize
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.models.families import TEXT, VISION
-from lit_jax.training.losses import make_loss
+from lit_jax.training.losses import make_loss, objective
 from lit_jax.training.optimizers import make_optimizer
 from lit_jax.training.policy import resolve_policy
 from lit_jax.training.train_step import State, train_step
@@ -106,7 +106,7 @@ def check_step(module, params, batch, lock):
             frozen,
             batch,
             embed=module.apply,
-            loss=make_loss("softmax"),
+            loss=objective(make_loss("softmax")),
             optimizer=optimizer,
             schedule=schedule,
             seed=0,

@@ -1,4 +1,4 @@
-"""What test_lean_losses.py runs in each of two processes: arguments, values and gradients into argv[1]."""
+"""Writes arguments, values and gradients into argv[1]: test_blockwise_losses.py runs two processes of it."""
 
 import sys
 
@@ -24,7 +24,7 @@ with jax.set_mesh(mesh):
     batch = global_batch({"image": pairs[0, own], "text": pairs[1, own]}, mesh)
     args = batch["image"], batch["text"], *map(jnp.asarray, scalars)
     for name, smoothing in (("softmax", 0.1), ("sigmoid", 0.0)):
-        loss = make_loss(name, form="lean", label_smoothing=smoothing)
+        loss = make_loss(name, implementation="blockwise", label_smoothing=smoothing)
         value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*args)
         arrays[name] = value
         for i, gradient in enumerate(gradients):

@@ -1,4 +1,4 @@
-"""The lean losses equal float64 NumPy in value and every gradient on every mesh, without a big buffer."""
+"""Blockwise losses equal float64 NumPy in value and every gradient on every mesh, without a big buffer."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import batch_sharding, make_mesh
 from lit_jax.errors import UserError
 from lit_jax.training import blockwise_losses, losses
-from lit_jax.training.losses import make_loss, pays_lean
+from lit_jax.training.losses import make_loss, prefers_blockwise
 from tests.training.test_losses import embeddings, numeric_gradients, reference
 
 MESHES = [None, (1, 1), (8, 1), (4, 2), (2, 4)]
@@ -33,11 +33,13 @@ def mesh_of(sizes):
     return make_mesh(MeshConfig(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
 
 
-def both(*args, form="lean", slices=1):
+def both(*args, implementation="blockwise", slices=1):
     """{loss: (value, gradients of the four arguments)} of both losses, in one program."""
     found = {}
     for name, smoothing in (("softmax", SMOOTHING), ("sigmoid", 0.0)):
-        loss = make_loss(name, form=form, label_smoothing=smoothing, slices=slices)
+        loss = make_loss(
+            name, implementation=implementation, label_smoothing=smoothing, slices=slices
+        )
         found[name] = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(*args)
     return found
 
@@ -146,21 +148,21 @@ def test_a_perfect_match_costs_nothing_and_one_pair_has_no_negatives():
     """Where all digits cancel, none may be left over."""
     z_BxD = np.eye(4, dtype=np.float32)
     for batch in (1, 4):
-        loss = make_loss("softmax", form="lean")
+        loss = make_loss("softmax", implementation="blockwise")
         gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))
         value, (gimg, gtxt, gscale) = jax.jit(gradients)(*[z_BxD[:batch]] * 2, jnp.log(100.0))
         assert float(value) == float(gscale) == 0.0
         assert float(jnp.abs(gimg).max()) == float(jnp.abs(gtxt).max()) < 1e-30
 
 
-@pytest.mark.parametrize("form", ["global", "lean"])
-def test_bfloat16_embeddings_are_off_by_no_more_than_their_rounding(form):
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+def test_bfloat16_embeddings_are_off_by_no_more_than_their_rounding(implementation):
     """Rounding changes an embedding by 2**-9 of its length at most, so a logit by 2**-8 of the scale, and a
     loss by twice that (for the sigmoid: times the B logits of a row). From there on all is float32.
     """
     args = (*embeddings(16, 8), np.float32(np.log(20)), np.float32(-3))
     rounded = [z.astype(jnp.bfloat16) for z in args[:2]]
-    found = jax.jit(lambda *x: both(*x, form=form))(*rounded, *args[2:])
+    found = jax.jit(lambda *x: both(*x, implementation=implementation))(*rounded, *args[2:])
     back = [z.astype(np.float32) for z in rounded]
     for name, (value, gradients) in found.items():
         logits = 1 if name == "softmax" else 16
@@ -174,13 +176,13 @@ def test_bfloat16_embeddings_are_off_by_no_more_than_their_rounding(form):
         assert gradients[0].dtype == jnp.bfloat16
 
 
-def largest_array(form, sizes, args):
+def largest_array(implementation, sizes, args):
     """How many numbers the largest array has, on a device, of both losses and their gradients compiled."""
     mesh = mesh_of(sizes)
     with jax.set_mesh(mesh):
         z_BxD = jax.ShapeDtypeStruct(*args, sharding=batch_sharding(mesh))
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
-        function = jax.jit(lambda *x: both(*x, form=form))
+        function = jax.jit(lambda *x: both(*x, implementation=implementation))
         compiled = function.lower(z_BxD, z_BxD, scalar, scalar).compile()
     shapes = re.findall(r"\b(?:f32|s32|pred)\[([\d,]+)\]", compiled.as_text())
     return max(np.prod([int(size) for size in shape.split(",")]) for shape in shapes)
@@ -192,11 +194,11 @@ def test_no_array_is_larger_than_the_embeddings_of_a_device_or_a_tile(sizes, mon
     batch, width, devices = 512, 32, np.prod(sizes)
     args = (batch, width), jnp.float32
     assert largest_array("global", sizes, args) >= batch * batch / devices
-    assert largest_array("lean", sizes, args) <= max(batch * width / devices, 32 * 32)
+    assert largest_array("blockwise", sizes, args) <= max(batch * width / devices, 32 * 32)
 
 
 @pytest.mark.parametrize(
-    ("batch", "sizes", "lean"),
+    ("batch", "sizes", "is_blockwise"),
     [
         (2047, None, False),
         (2048, None, True),
@@ -206,27 +208,29 @@ def test_no_array_is_larger_than_the_embeddings_of_a_device_or_a_tile(sizes, mon
         (8192, (1, 1), True),
     ],
 )
-def test_the_lean_form_runs_where_a_device_has_more_than_a_tile(batch, sizes, lean):
+def test_the_blockwise_implementation_runs_where_a_device_has_more_than_a_tile(
+    batch, sizes, is_blockwise
+):
     if sizes is None:
-        assert pays_lean(batch) is lean
+        assert prefers_blockwise(batch) is is_blockwise
         return
     with jax.set_mesh(mesh_of(sizes)):
-        assert pays_lean(batch) is lean
+        assert prefers_blockwise(batch) is is_blockwise
 
 
-@pytest.mark.parametrize(("form", "runs"), [("global", 0), ("lean", 1), ("auto", 0)])
-def test_the_config_chooses_the_form(form, runs, monkeypatch):
+@pytest.mark.parametrize(("implementation", "runs"), [("dense", 0), ("blockwise", 1), ("auto", 0)])
+def test_the_config_chooses_the_implementation(implementation, runs, monkeypatch):
     called = []
     spy = {"softmax": lambda *args, slices: called.append(args) or jnp.float32(0)}
-    monkeypatch.setattr(losses, "LEAN", spy)
+    monkeypatch.setattr(losses, "BLOCKWISE", spy)
     pairs = map(jnp.asarray, embeddings(4))
-    make_loss("softmax", form=form)(*pairs, jnp.float32(0.0), None)
+    make_loss("softmax", implementation=implementation)(*pairs, jnp.float32(0.0), None)
     assert len(called) == runs
 
 
-def test_a_form_of_a_loss_without_pairs_is_refused():
-    with pytest.raises(UserError, match=r"config.loss_form is for contrastive losses"):
-        make_loss("mse", form="lean")
+def test_an_implementation_of_a_loss_without_pairs_is_refused():
+    with pytest.raises(UserError, match=r"config.loss_implementation is for contrastive losses"):
+        make_loss("mse", implementation="blockwise")
 
 
 def environment(**variables):
@@ -264,7 +268,7 @@ def test_two_processes_of_four_devices_equal_float64(tmp_path):
 def test_a_million_pairs_fit_on_256_chips():
     """By the real compiler. The similarity matrix would take 16 GiB a chip, which has no more in all."""
     process = subprocess.run(
-        [sys.executable, HERE / "compile_lean_losses.py", "v5e:16x16", str(2**20)],
+        [sys.executable, HERE / "compile_blockwise_losses.py", "v5e:16x16", str(2**20)],
         env=environment(
             JAX_PLATFORMS="cpu",
             JAX_DISABLE_MOST_OPTIMIZATIONS="0",

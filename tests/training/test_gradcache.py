@@ -24,7 +24,7 @@ from tests.training.test_teacher import demo as teacher_demo
 
 BATCH_SIZE = 16
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-SOFTMAX = make_loss("softmax", form="global")
+SOFTMAX = make_loss("softmax", implementation="dense")
 COLLECTIVES = re.compile(r"all-(gather|reduce|to-all)|collective-permute|reduce-scatter")
 
 
@@ -142,7 +142,7 @@ def test_it_costs_one_more_forward_pass_of_what_trains(tiny, lock):
         if side not in trainable:
             name = {"vision_model": "image_pooled", "text_model": "text_pooled"}[side]
             method = {"vision_model": "pool_image", "text_model": "pool_text"}[side]
-            pooled[name] = model.forward(variables, batch[inputs], method=method)
+            pooled[name] = model.module.apply(variables, batch[inputs], method=method)
     forward_flops = matmul_flops(jax.make_jaxpr(model.forward)(variables, pooled).jaxpr)
     extra = cost(in_micro_batches(model.forward, 4)) - cost(model.forward)
     # A little less: what a tower pools is kept, so the last product before it is not computed again.
@@ -178,7 +178,9 @@ def test_every_device_keeps_its_rows(sizes):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"loss_form": "lean", "accumulate": 4}])
+@pytest.mark.parametrize(
+    "changes", [{"accumulate": 2}, {"loss_implementation": "blockwise", "accumulate": 4}]
+)
 def test_a_run_has_the_losses_of_one_in_whole_batches(tiny, tmp_path, one_device, changes):
     exact = {"model.text.overrides": NO_DROPOUT, "duration": "4 steps"}
     trainer.train(tiny(**exact), tmp_path / "whole")

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from lit_jax.models.dual_encoder import limit_logit_scale, logit_scale
-from lit_jax.training.losses import softmax_loss
+from lit_jax.training.losses import objective, softmax_loss
 from lit_jax.training.train_step import State, train_step
 
 RATE, MAXIMUM, STEPS = 0.05, 100.0, 12
@@ -68,7 +68,7 @@ def ours(name: str, first: float) -> list[float]:
                 {},
                 {"images": jnp.asarray(images), "texts": jnp.asarray(texts_at(step, texts))},
                 embed=embed,
-                loss=softmax_loss,
+                loss=objective(softmax_loss),
                 optimizer=optimizer,
                 schedule=optax.constant_schedule(RATE),
                 seed=0,

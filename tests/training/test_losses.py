@@ -143,9 +143,12 @@ def test_label_smoothing_of_a_sigmoid_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "form", "message"),
-    [("softmx", "auto", "loss is 'softmx'.*softmax"), ("sigmoid", "leen", "form is 'leen'.*lean")],
+    ("name", "implementation", "message"),
+    [
+        ("softmx", "auto", "config.loss is 'softmx'.*softmax"),
+        ("sigmoid", "dens", "config.loss_implementation is 'dens'.*dense"),
+    ],
 )
-def test_a_loss_that_is_not_known_is_refused(name, form, message):
+def test_a_loss_that_is_not_known_is_refused(name, implementation, message):
     with pytest.raises(UserError, match=message):
-        make_loss(name, form=form)
+        make_loss(name, implementation=implementation)

@@ -240,8 +240,10 @@ def test_two_processes_train_as_one_does(command, tmp_path, whole_of_two):
     np.testing.assert_allclose(gradient, expected[2], rtol=1e-3)
 
 
-def test_two_processes_train_in_micro_batches_with_the_lean_loss(command, tmp_path, whole_of_two):
-    flags = "--config.accumulate=2", "--config.loss_form=lean"
+def test_two_processes_train_in_micro_batches_with_the_blockwise_loss(
+    command, tmp_path, whole_of_two
+):
+    flags = "--config.accumulate=2", "--config.loss_implementation=blockwise"
     finish(start_two(command, tmp_path / "run", *flags))
     (_, loss, gradient), expected = (
         np.transpose(losses(workdir)) for workdir in (tmp_path / "run", whole_of_two[0])

@@ -16,7 +16,7 @@ from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import Preempted, UserError
 from lit_jax.training.checkpoints import Checkpoints
-from lit_jax.training.losses import softmax_loss
+from lit_jax.training.losses import objective, softmax_loss
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.model_factory import build_model, example_batch
 from lit_jax.training.train_step import TrainStep
@@ -380,7 +380,7 @@ def step_costs(config):
     step = functools.partial(
         UNPATCHED_STEP,
         forward=model.forward,
-        loss=softmax_loss,
+        loss=objective(softmax_loss),
         optimizer=train_step.optimizer,
         schedule=optax.constant_schedule(0.1),
         seed=0,

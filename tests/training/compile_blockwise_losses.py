@@ -1,4 +1,4 @@
-"""Compiles both lean losses and their gradients for TPU: argv is a topology and a global batch.
+"""Compiles both blockwise losses and their gradients for TPU: argv is a topology and a global batch.
 
 Prints {loss: bytes that a chip holds at most}.
 """

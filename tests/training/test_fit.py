@@ -1,0 +1,176 @@
+"""What a user passes into training: a source, a loss, an optimizer, callbacks; and losses by name."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lit_jax
+from lit_jax.config import parse
+from lit_jax.errors import Preempted, UserError
+from lit_jax.training.losses import make_objective, sigmoid_loss, softmax_loss
+from lit_jax.training.metrics import read_metrics
+from lit_jax.training.passed import describe
+from lit_jax.training.workdir import load_run, read_config
+from lit_jax.trees import flatten
+from tests.training.conftest import stop_after
+
+WORDS = ("two", "three", "forty")
+
+
+class Noise:
+    """A source of a user's own: pictures that are computed."""
+
+    def __init__(self, seed=0, count=40):
+        self._seed, self._count = seed, count
+
+    def __len__(self):
+        return self._count
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng((self._seed, index))
+        image = rng.integers(0, 256, (32, 32, 3), np.uint8)
+        captions = (f"the number {WORDS[index % 3]}",)
+        return {"key": f"{index}", "image": image, "captions": captions, "label": None}
+
+
+class MoreNoise(Noise):
+    """Another class with the same examples."""
+
+
+def weighted(output, batch, *, temperature):
+    """A loss of a user's own, which also reads the batch."""
+    value = softmax_loss(output.image_embeds, output.text_embeds, jnp.log(temperature))
+    return value, {"words": batch["attention_mask"].sum().astype(jnp.float32)}
+
+
+@pytest.fixture
+def own(tiny):
+    """A config without data of its own, and the objects that are passed."""
+    passed = {
+        "source": Noise(),
+        "loss": functools.partial(weighted, temperature=14.0),
+        "optimizer": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9)),
+    }
+    return tiny(**{"data.train.path": "", "data.train.split": None}), passed
+
+
+def test_a_run_of_own_objects_resumes_exactly_and_refuses_others(
+    own, tmp_path, one_device, monkeypatch
+):
+    config, passed = own
+    whole = lit_jax.fit(config, tmp_path / "whole", **passed)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Preempted):
+            lit_jax.fit(config, tmp_path / "parts", **passed)
+    others = {
+        "source": (MoreNoise(), "MoreNoise"),
+        "loss": (functools.partial(weighted, temperature=15.0), "weighted"),
+        "optimizer": (optax.sgd(0.1), "sgd|chain|trace"),
+    }
+    for name, (other, named) in others.items():
+        with pytest.raises(UserError, match=rf"another {name} .*{named}.*--allow_changes={name}"):
+            lit_jax.fit(config, tmp_path / "parts", **passed | {name: other})
+        without = {key: value for key, value in passed.items() if key != name}
+        with pytest.raises(UserError, match=rf"another {name} .*none was passed"):
+            lit_jax.fit(config, tmp_path / "parts", **without)
+    with pytest.raises(UserError, match="--allow_changes=data"):
+        lit_jax.fit(config, tmp_path / "parts", **passed | {"source": Noise(seed=1)})
+    parts = lit_jax.fit(config, tmp_path / "parts", **passed)
+    expected = flatten(whole.params)
+    for found in (parts.params, load_run(tmp_path / "parts").params):
+        assert flatten(found).keys() == expected.keys()
+        for path, value in flatten(found).items():
+            np.testing.assert_array_equal(value, expected[path], err_msg=path)
+    rows = read_metrics(tmp_path / "parts")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(row["words"] > 0 and "learning_rate" not in row for row in rows)
+    recorded = json.loads((tmp_path / "parts" / "config.json").read_text())["passed"]
+    assert recorded["source"] == {"module": __name__, "name": "Noise"}
+    assert recorded["loss"]["keywords"] == {"temperature": 14.0}
+    fingerprint = json.loads((tmp_path / "parts" / "data.json").read_text())
+    assert fingerprint["examples"] == 40
+    assert fingerprint["fingerprint"]
+
+
+def test_callbacks_are_called_each_so_many_steps_and_report(tiny, tmp_path, one_device):
+    seen = []
+
+    def measure(trained):
+        seen.append(trained.step)
+        return {"norm": float(jnp.linalg.norm(trained.params["logit_scale"]))}
+
+    def silent(trained):
+        seen.append(-trained.step)
+
+    calls = [("2 steps", measure), ("48 examples", silent)]
+    lit_jax.fit(tiny(duration="4 steps"), tmp_path, callbacks=calls)
+    assert seen == [2, -3, 4]
+    assert [row["step"] for row in read_metrics(tmp_path) if "norm" in row] == [2, 4]
+    with pytest.raises(UserError, match=r"config.callbacks\[0\]='8 examples' is less than one"):
+        lit_jax.fit(tiny(), tmp_path / "other", callbacks=[("8 examples", silent)])
+
+
+def test_a_source_beside_data_of_the_config_is_refused(tiny, tmp_path, one_device):
+    with pytest.raises(UserError, match=r"config.data.train.path is set.*leave one of them out"):
+        lit_jax.fit(tiny(), tmp_path / "run", source=Noise())
+    config = tiny(**{"data.train.path": "", "data.train.split": None})
+    with pytest.raises(UserError, match="Noise, has no example"):
+        lit_jax.fit(config, tmp_path / "run", source=Noise(count=0))
+    assert not (tmp_path / "run").exists()
+
+
+def outputs(batch=6):
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(2, batch, 4)).astype(np.float32)
+    z /= np.linalg.norm(z, axis=-1, keepdims=True)
+    return jnp.asarray(z[0]), jnp.asarray(z[1]), jnp.float32(2.0), jnp.float32(-1.0)
+
+
+def test_losses_by_name_are_summed_by_their_weights():
+    losses = {
+        "contrast": {"weight": 0.5, "label_smoothing": 0.1},
+        "pairs": {"kind": "sigmoid", "weight": 2.0},
+    }
+    value, metrics = make_objective(parse({"losses": losses}))(outputs(), {})
+    contrast = softmax_loss(*outputs(), label_smoothing=0.1)
+    pairs = sigmoid_loss(*outputs())
+    np.testing.assert_allclose(value, 0.5 * contrast + 2.0 * pairs, rtol=1e-6)
+    assert metrics.keys() == {"loss/contrast", "loss/pairs"}
+    np.testing.assert_allclose(metrics["loss/pairs"], pairs, rtol=1e-6)
+    value, metrics = make_objective(parse({"loss": "sigmoid"}))(outputs(), {})
+    np.testing.assert_array_equal(value, pairs)
+    assert metrics == {}
+
+
+def test_several_losses_train_and_report_each(tiny, tmp_path, one_device):
+    losses = {"softmax": {"weight": 0.5}, "sigmoid": {"kind": "sigmoid"}}
+    lit_jax.fit(tiny(losses=losses, duration="2 steps"), tmp_path)
+    for row in read_metrics(tmp_path):
+        total = 0.5 * row["loss/softmax"] + row["loss/sigmoid"]
+        assert row["loss"] == pytest.approx(total, rel=1e-6)
+
+
+def test_a_description_tells_objects_apart_and_is_the_same_in_another_process():
+    one, other = optax.adam(0.1), optax.adam(0.2)
+    assert describe(one) == describe(optax.adam(0.1))
+    assert describe(one) != describe(other)
+    assert describe(Noise(1)) != describe(Noise(2))
+    assert describe(np.arange(3)) != describe(np.arange(4))
+    assert describe(jax.jit(outputs)) == describe(outputs)
+    for value in (one, Noise(1), functools.partial(weighted, temperature=1.0), np.arange(3)):
+        text = json.dumps(describe(value))
+        assert " at 0x" not in text
+
+
+def test_a_run_folder_of_before_the_renaming_is_read(tmp_path):
+    (tmp_path / "config.json").write_text('{"loss_form": "lean", "batch_size": 4}')
+    config = read_config(tmp_path)
+    assert (config.loss_implementation, config.batch_size) == ("blockwise", 4)
+    with pytest.raises(UserError, match=r"loss_form.*'loss_implementation' now"):
+        parse({"loss_form": "lean"})
