@@ -40,9 +40,9 @@ from lit_jax.models.bert import PositionIds
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.reports.html_page import html_report
 from lit_jax.reports.result_files import EvaluatedModel, write_results
-from lit_jax.training.io_errors import quiet_orbax
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.workdir import load_run, read_config
+from lit_jax.training.workdir_errors import quiet_orbax
 from lit_jax.weights.hub import local_folder, override
 from lit_jax.weights.hub import read_config as read_hf_config
 from lit_jax.weights.load import load_dual_encoder

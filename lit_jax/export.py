@@ -21,8 +21,8 @@ from lit_jax.distributed import process
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.models.patches import pair
 from lit_jax.models.tower import ImageTower
-from lit_jax.training.io_errors import quiet_orbax
 from lit_jax.training.workdir import load_run, model_folder
+from lit_jax.training.workdir_errors import quiet_orbax
 from lit_jax.weights.save import save_dual_encoder
 
 # The class for a kind of dual encoder, by model_type; all others have VisionTextDualEncoderProcessor.

@@ -25,12 +25,12 @@ from lit_jax.evals.encode import Encoder
 from lit_jax.files import atomic_write, write_json
 from lit_jax.reports.html_page import html_report
 from lit_jax.reports.result_files import EvaluatedModel, write_results
-from lit_jax.training.io_errors import io_errors, quiet_orbax
 from lit_jax.training.losses import Objective
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.model_factory import TrainedModel
 from lit_jax.training.passed import Callback, Passed
 from lit_jax.training.trainer import Evaluations, train
+from lit_jax.training.workdir_errors import quiet_orbax, workdir_errors
 
 
 @quiet_orbax()
@@ -141,7 +141,7 @@ def finish(
         return
     results = runner.flatten_metrics(evaluations)
     model = EvaluatedModel(model=workdir.absolute().name, pretrained=f"step {trained.step}")
-    with io_errors(workdir):
+    with workdir_errors(workdir):
         write_json(workdir / "results.json", results)
         if evaluations:
             write_results(workdir / "evals", evaluations, model)

@@ -33,9 +33,9 @@ from lit_jax.training.integrity import (
     start_sums,
     text_sum,
 )
-from lit_jax.training.io_errors import STEP, complete_steps, io_errors, reason
 from lit_jax.training.lease import check_lease
 from lit_jax.training.train_step import State
+from lit_jax.training.workdir_errors import STEP, complete_steps, reason, workdir_errors
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class Checkpoints:
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
         # Orbax and TensorStore raise many types for a full disk or lost rights, some from a thread.
-        return io_errors(self._workdir, Exception)
+        return workdir_errors(self._workdir, Exception)
 
 
 def _check_names(folder: Path) -> None:
@@ -223,7 +223,7 @@ def save_frozen(workdir: Path, frozen: Mapping[str, Any]) -> None:
     if not frozen:
         return
     sums = start_sums(frozen, with_rounded=True)
-    with io_errors(workdir, Exception), ocp.StandardCheckpointer() as writer:
+    with workdir_errors(workdir, Exception), ocp.StandardCheckpointer() as writer:
         writer.save((workdir / "frozen").resolve(), frozen, force=True)
         writer.wait_until_finished()
         if is_primary():

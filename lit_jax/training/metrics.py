@@ -20,8 +20,8 @@ from lit_jax.display import printable
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import atomic_write, parse_json
-from lit_jax.training.io_errors import io_errors
 from lit_jax.training.train_step import Metrics
+from lit_jax.training.workdir_errors import workdir_errors
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class MetricsWriter:
             self._open.callback(self._wandb.finish)
         path = workdir / "metrics.jsonl"
         kept = [line for line, row in _read_rows(workdir) if row["step"] <= start]
-        with io_errors(workdir):
+        with workdir_errors(workdir):
             atomic_write(path, b"".join(kept))
             self._file = self._open.enter_context(path.open("a", buffering=1))
             if config.tensorboard:
@@ -151,7 +151,7 @@ class MetricsWriter:
                 self._open.callback(self._tensorboard.close)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        with io_errors(self._workdir):
+        with workdir_errors(self._workdir):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             values = {printable(name): value for name, value in values.items()}
             if self._tensorboard:
@@ -160,7 +160,7 @@ class MetricsWriter:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
-        with io_errors(self._workdir):
+        with workdir_errors(self._workdir):
             self._open.close()  # all of them, also after an error of one
 
 

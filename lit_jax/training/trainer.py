@@ -31,7 +31,6 @@ from lit_jax.training.checks import (
 )
 from lit_jax.training.data_identity import TrainingData, may_differ, open_data, save_identity
 from lit_jax.training.durations import Durations, steps_of
-from lit_jax.training.io_errors import complete_steps, io_errors
 from lit_jax.training.lease import holding
 from lit_jax.training.metrics import Reporter, read_metrics, usual_scale
 from lit_jax.training.model_factory import Model, TrainedModel, build_model, first_parameters
@@ -48,6 +47,7 @@ from lit_jax.training.workdir import (
     save_parameter_table,
     saved_towers,
 )
+from lit_jax.training.workdir_errors import complete_steps, workdir_errors
 from lit_jax.trees import Tree
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def train(
     # As config.json will have it, without keys of stores.
     config = parse(dataclasses.asdict(config))
     with contextlib.ExitStack() as stack:
-        with io_errors(workdir):
+        with workdir_errors(workdir):
             stack.enter_context(holding(workdir))
         trainer = Trainer.prepare(
             config, workdir, evaluations, passed=passed, allowed_changes=allowed_changes
@@ -183,7 +183,7 @@ class Trainer:
 
     def train(self) -> TrainedModel:
         """Take the steps that are left, in the run folder, which this process holds; as `train`."""
-        with io_errors(self.workdir):
+        with workdir_errors(self.workdir):
             save_model_files(self.workdir, self.model)
             save_parameter_table(self.workdir, self.model)
         config, total = self.config, self.durations.total
@@ -195,7 +195,7 @@ class Trainer:
         ):
             state, locked, position = first_or_latest_state(self.step, self.workdir, checkpoints)
             self.precomputed.check_towers(self.model.module, locked)
-            with io_errors(self.workdir):
+            with workdir_errors(self.workdir):
                 save_config(self.workdir, config, self.passed.described())
                 save_identity(self.workdir, self.data.identity)
             start = checkpoints.latest or 0

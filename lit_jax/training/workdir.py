@@ -27,10 +27,10 @@ from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import atomic_write, parse_json, write_json
 from lit_jax.training.checkpoints import restore_frozen, restore_params
-from lit_jax.training.io_errors import complete_steps
 from lit_jax.training.model_factory import Model, TrainedModel, build_model
 from lit_jax.training.teacher import TeacherFolder
 from lit_jax.training.tower_paths import TowerPaths
+from lit_jax.training.workdir_errors import complete_steps
 from lit_jax.trees import flatten
 from lit_jax.weights.hub import read_config as read_hf_config
 

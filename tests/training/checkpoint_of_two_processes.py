@@ -13,8 +13,8 @@ from lit_jax.distributed import process
 from lit_jax.distributed.mesh import global_batch, make_mesh
 from lit_jax.errors import UserError
 from lit_jax.training import checkpoints
-from lit_jax.training.io_errors import quiet_orbax
 from lit_jax.training.train_step import State
+from lit_jax.training.workdir_errors import quiet_orbax
 
 
 @quiet_orbax()  # as the command that trains

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lit_jax.cli import command
 from lit_jax.training import lease
-from lit_jax.training.io_errors import io_errors
+from lit_jax.training.workdir_errors import workdir_errors
 
 
 @command
@@ -16,7 +16,7 @@ def main(folder: str) -> None:
     with lease.holding(workdir):
         print("held", flush=True)
         for line in sys.stdin:
-            with io_errors(workdir):
+            with workdir_errors(workdir):
                 (workdir / line.strip()).write_text("")
             print("written", flush=True)
 

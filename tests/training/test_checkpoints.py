@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lit_jax.errors import BAD_INPUT
-from lit_jax.training.io_errors import complete_steps
+from lit_jax.training.workdir_errors import complete_steps
 
 ROOT = Path(__file__).parents[2]
 FULL = (

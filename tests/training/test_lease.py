@@ -16,7 +16,7 @@ import pytest
 
 from lit_jax.errors import BAD_INPUT, UserError
 from lit_jax.training import lease
-from lit_jax.training.io_errors import io_errors
+from lit_jax.training.workdir_errors import workdir_errors
 
 SCRIPT = Path(__file__).with_name("holder_of_a_folder.py")
 ROOT = Path(__file__).parents[2]
@@ -159,7 +159,7 @@ def test_a_lease_that_a_person_has_removed_ends_the_run_before_its_next_write(tm
         (tmp_path / "run" / ".lease.1").unlink()
         with (
             pytest.raises(UserError, match=r"has no lease any more.*a person"),
-            io_errors(tmp_path / "run"),
+            workdir_errors(tmp_path / "run"),
         ):
             pass
 
@@ -179,7 +179,7 @@ def test_a_lease_that_cannot_be_renewed_stops_the_writer_before_another_may_take
     monkeypatch.setattr(lease, "STALE_SECONDS", 0.3)
     with lease.holding(tmp_path / "run"):
         monkeypatch.setattr(lease, "_newest", broken)
-        with io_errors(tmp_path / "run"):
+        with workdir_errors(tmp_path / "run"):
             pass  # not yet
         time.sleep(0.5)
         with pytest.raises(UserError, match=r"could not be renewed for .*Input/output error"):

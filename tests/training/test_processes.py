@@ -15,9 +15,9 @@ from PIL import Image
 
 from lit_jax.configs.vit_bert import DIGITS
 from lit_jax.errors import BAD_INPUT, GONE, PREEMPTED
-from lit_jax.training.io_errors import complete_steps
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.workdir import load_run
+from lit_jax.training.workdir_errors import complete_steps
 from lit_jax.trees import flatten
 from tests.gloo import after_gloo
 

@@ -17,9 +17,9 @@ from lit_jax.errors import UserError
 from lit_jax.training import trainer
 from lit_jax.training.checkpoints import Checkpoints, restore_frozen, restore_params, save_frozen
 from lit_jax.training.integrity import DamagedError, check_sums, start_sums
-from lit_jax.training.io_errors import complete_steps, quiet_orbax
 from lit_jax.training.train_step import State
 from lit_jax.training.workdir import FORMAT, load_run
+from lit_jax.training.workdir_errors import complete_steps, quiet_orbax
 
 
 @pytest.mark.parametrize(

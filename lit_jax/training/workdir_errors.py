@@ -19,7 +19,7 @@ STEP = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 @contextlib.contextmanager
-def io_errors(workdir: Path, failure: type[Exception] = OSError) -> Iterator[None]:
+def workdir_errors(workdir: Path, failure: type[Exception] = OSError) -> Iterator[None]:
     """Raise UserError where something that writes into a run folder raises `failure`.
 
     Nothing is written by a process that has lost the folder to another run.
