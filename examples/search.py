@@ -1,4 +1,4 @@
-"""Finds the pictures in a folder that fit a text: an example of lit_jax's evaluation tools (docs/search.md).
+"""Find the pictures in a folder that fit a text, with the tools of evaluation (docs/picture_search.md).
 
     python -m examples.search --model=exported --images=~/Pictures --query="a dog in the snow"
 
