@@ -36,8 +36,7 @@ from benchmarks.timing import Sample, Times
 from lit_jax.config import DataConfig, SourceConfig
 from lit_jax.data.image import random_box
 from lit_jax.data.image_processor import load_image_transform
-from lit_jax.data.pipeline import TrainStream
-from lit_jax.data.readers import Captions, ImageTextReader, Pixels
+from lit_jax.data.loader import ImagePreprocessor, PairPreprocessor, TextPreprocessor, TrainStream
 from lit_jax.data.sources import CAPTIONS_FILE, open_source
 from lit_jax.data.text import load_tokenizer
 
@@ -142,7 +141,10 @@ def open_stream(folder: Path, batch: int, workers: int) -> TrainStream:
     transform = load_image_transform(DEMO / "vit", image_size=SIZE, crop_min_area=MIN_AREA)
     return TrainStream(
         open_source(SourceConfig(path=str(folder), group_captions=False)),
-        ImageTextReader(Pixels(transform), Captions(load_tokenizer(DEMO / "bert", max_length=32))),
+        PairPreprocessor(
+            ImagePreprocessor(transform),
+            TextPreprocessor(load_tokenizer(DEMO / "bert", max_length=32)),
+        ),
         config=DataConfig(workers=workers, threads=1),
         seed=0,
         batch_size=batch,

@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Bool, Float
 from transformers import PreTrainedTokenizerBase
 
+from lit_jax.data.eval_loader import eval_batches
 from lit_jax.data.example import Source
 from lit_jax.data.image import ImageTransform
-from lit_jax.data.pipeline import eval_batches
-from lit_jax.data.readers import Processors
+from lit_jax.data.loader import Processors
 from lit_jax.data.text import tokenize
 from lit_jax.errors import UserError
 from lit_jax.evals.cache import Arrays, EmbeddingCache

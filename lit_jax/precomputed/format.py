@@ -25,7 +25,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from jaxtyping import Float
 
 from lit_jax.data.example import BadSampleError, Example, sample_caption_index
-from lit_jax.data.readers import Batch
+from lit_jax.data.loader import Batch
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
 
@@ -208,28 +208,29 @@ class Pooled:
 
     name: str
 
-    def collate(self, rows: Sequence[np.ndarray]) -> Batch:
-        return {self.name: np.stack(rows)}
+    def collate(self, elements: Sequence[np.ndarray]) -> Batch:
+        return {self.name: np.stack(elements)}
 
 
 @dataclasses.dataclass(frozen=True)
 class PooledImages(Pooled):
-    """One row for each image: one of the first `views` views, drawn as `Pixels` draws it."""
+    """One row for each image: one of the first `views` views, sampled as by `ImagePreprocessor`."""
 
     embeddings: Embeddings
     views: int
 
-    def draw(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
-        view = int(rng.integers(self.views))  # before it is known whether the image is bad
+    def sample(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
+        # Before it is known whether the image is bad, as without a folder.
+        view = int(rng.integers(self.views))
         return self.embeddings[index][view]
 
 
 @dataclasses.dataclass(frozen=True)
 class PooledTexts(Pooled):
-    """One row for each example: a caption, drawn as `Captions` draws it."""
+    """One row for each example: a caption, sampled as by `TextPreprocessor`."""
 
     embeddings: Embeddings
 
-    def draw(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
+    def sample(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
         caption = sample_caption_index(example, rng)
         return self.embeddings[index][caption]

@@ -11,7 +11,7 @@ import numpy as np
 
 from lit_jax.config import DataConfig, Side
 from lit_jax.data.example import Example, Source
-from lit_jax.data.readers import Inputs, Processors
+from lit_jax.data.loader import Preprocessor, Processors
 from lit_jax.data.text import tokenize
 from lit_jax.errors import UserError
 from lit_jax.files import local_path
@@ -85,7 +85,7 @@ def features_shape(module: DualEncoderModule, side: Side) -> jax.ShapeDtypeStruc
     return jax.eval_shape(features, batch)
 
 
-def blank_features(module: DualEncoderModule, side: Side) -> Inputs:
+def blank_features(module: DualEncoderModule, side: Side) -> Preprocessor:
     """Return what stands for the features of a tower where there is no folder of them yet."""
     return _BlankFeatures(POOLED[side], features_shape(module, side))
 
@@ -94,7 +94,7 @@ def blank_features(module: DualEncoderModule, side: Side) -> Inputs:
 class _BlankFeatures(Pooled):
     shape: jax.ShapeDtypeStruct
 
-    def draw(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
+    def sample(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
         return np.zeros(self.shape.shape[1:], self.shape.dtype)
 
 
@@ -103,7 +103,7 @@ class Precomputed:
     """The towers whose features a run reads instead of computing them: none, one or both."""
 
     folders: Mapping[Side, Embeddings]
-    inputs: Mapping[Side, Inputs]
+    inputs: Mapping[Side, Preprocessor]
 
     def check_towers(self, module: DualEncoderModule, frozen: Tree) -> None:
         """Raise UserError if a folder was made with another tower than that in `frozen`.
@@ -147,7 +147,7 @@ def open_precomputed(
             folder = local_path(f"config.data.{side}_embeddings", name)
             wanted = functools.partial(describe, module, processors, source, side, config.views)
             opened[side] = _open(config, processors, wanted, side, folder)
-    inputs: dict[Side, Inputs] = {}
+    inputs: dict[Side, Preprocessor] = {}
     if "image" in opened:
         inputs["image"] = PooledImages(POOLED["image"], opened["image"], config.views or 1)
     if "text" in opened:

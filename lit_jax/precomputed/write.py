@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from lit_jax.data.example import BadSampleError, Source
-from lit_jax.data.readers import Captions, Pixels
+from lit_jax.data.loader import ImagePreprocessor, TextPreprocessor
 from lit_jax.distributed.preemption import StopSignal
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import Preempted, UserError
@@ -51,7 +51,7 @@ class FeatureWriter:
     """
 
     source: Source
-    inputs: Pixels | Captions
+    inputs: ImagePreprocessor | TextPreprocessor
     module: DualEncoderModule
     params: Tree
     mesh: jax.sharding.Mesh
@@ -126,7 +126,7 @@ class _ReadAll:
     """From a position in the source to all rows of the example, or the reason why it has none."""
 
     source: Source
-    inputs: Pixels | Captions
+    inputs: ImagePreprocessor | TextPreprocessor
 
     def __call__(self, index: int) -> list[Any] | BadSampleError:
         # The key, until the example tells its own.
@@ -134,7 +134,7 @@ class _ReadAll:
         try:
             example = self.source[index]
             key = example["key"]
-            return self.inputs.all(index, example)
+            return self.inputs.variants(index, example)
         except BadSampleError as reason:
             log.warning("Bad sample %s has no embedding: %s.", key, reason)
             return reason

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_jax.config import TEACHER, Config, DataConfig
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.image_processor import load_image_transform
-from lit_jax.data.readers import Processors
+from lit_jax.data.loader import Processors
 from lit_jax.data.text import check_vocabulary, load_tokenizer, tokenize
 from lit_jax.distributed.sharding import parameter_shardings
 from lit_jax.errors import UserError

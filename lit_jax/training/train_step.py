@@ -15,7 +15,7 @@ import optax
 
 from lit_jax.config import Side
 from lit_jax.data.example import Example
-from lit_jax.data.readers import Inputs, make_reader
+from lit_jax.data.loader import Preprocessor, make_preprocessor
 from lit_jax.distributed.mesh import batch_sharding, group_by_slice, replicated
 from lit_jax.distributed.sharding import optimizer_shardings
 from lit_jax.models.dual_encoder import POOLED, limit_logit_scale
@@ -156,7 +156,7 @@ class TrainStep:
         )
 
     def abstract_batch(self, batch_size: int) -> AbstractBatch:
-        """Return shapes, dtypes and shardings of a global batch, as the reader makes its rows."""
+        """Return shapes, dtypes and shardings of a global batch, as the preprocessor makes its rows."""
         blank: Example = {
             "key": "",
             "image": np.zeros((8, 8, 3), np.uint8),
@@ -164,11 +164,12 @@ class TrainStep:
             "label": None,
         }
         data, module = self.model.config.data, self.model.module
-        precomputed: dict[Side, Inputs] = {
+        precomputed: dict[Side, Preprocessor] = {
             side: blank_features(module, side) for side in embedding_folders(data)
         }
-        reader = make_reader(self.model.processors, data.views, precomputed)
-        rows = reader.collate([reader.read(0, blank, np.random.default_rng(0))])
+        preprocessor = make_preprocessor(self.model.processors, data.views, precomputed)
+        element = preprocessor.sample(0, blank, np.random.default_rng(0))
+        rows = preprocessor.collate([element])
         return {
             name: jax.ShapeDtypeStruct(
                 (batch_size, *array.shape[1:]),

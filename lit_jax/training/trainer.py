@@ -13,8 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lit_jax.config import Config, parse
-from lit_jax.data.pipeline import TrainStream
-from lit_jax.data.readers import make_reader
+from lit_jax.data.loader import TrainStream, make_preprocessor
 from lit_jax.distributed.finite import not_finite
 from lit_jax.distributed.mesh import global_batch, make_mesh
 from lit_jax.distributed.preemption import StopSignal
@@ -239,7 +238,7 @@ class Trainer:
         config = self.config
         stream = TrainStream(
             self.data.source,
-            make_reader(self.model.processors, config.data.views, self.precomputed.inputs),
+            make_preprocessor(self.model.processors, config.data.views, self.precomputed.inputs),
             config=config.data,
             seed=config.seed,
             batch_size=config.batch_size,

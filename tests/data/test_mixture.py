@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from lit_jax.config import DataConfig, SourceConfig, default, parse
 from lit_jax.data.example import BadSampleError, Example, Source, sample_caption
+from lit_jax.data.loader import TrainStream
 from lit_jax.data.mixture import Interleave, Mixture, open_training_data, part_of, training_order
-from lit_jax.data.pipeline import TrainStream
 from lit_jax.data.sources import open_source
 from lit_jax.errors import UserError
 from lit_jax.evals.retrieval import captions_of
@@ -37,10 +37,10 @@ class Numbers:
 
 
 @dataclasses.dataclass(frozen=True)
-class CaptionReader:
+class CaptionPreprocessor:
     """A batch is its captions."""
 
-    def read(self, index: int, example: Example, rng: np.random.Generator) -> dict[str, Any]:
+    def sample(self, index: int, example: Example, rng: np.random.Generator) -> dict[str, Any]:
         return {"caption": f"{sample_caption(example, rng)} {rng.integers(1000)}"}
 
     def collate(self, elements) -> dict[str, np.ndarray]:
@@ -61,7 +61,7 @@ def open_stream():
         config = DataConfig(**{"threads": 1, "max_bad_fraction": 1.0} | settings)
         stream = TrainStream(
             source,
-            CaptionReader(),
+            CaptionPreprocessor(),
             config=config,
             seed=seed,
             batch_size=6,

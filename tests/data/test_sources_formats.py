@@ -27,8 +27,7 @@ from lit_jax.data.example import BadSampleError, Example, usable_label
 from lit_jax.data.files import ObjectPath, line_offsets, locate
 from lit_jax.data.image import decode
 from lit_jax.data.listing import expand
-from lit_jax.data.pipeline import TrainStream
-from lit_jax.data.readers import Captions, ImageTextReader, Pixels
+from lit_jax.data.loader import ImagePreprocessor, PairPreprocessor, TextPreprocessor, TrainStream
 from lit_jax.data.sources import open_source, tar_index
 from lit_jax.data.sources.index_cache import TableCache
 from lit_jax.data.sources.tar_index import open_index
@@ -353,7 +352,7 @@ def open_stream(data, image_transform, tokenizer):
         config = DataConfig(threads=2, **config)
         return TrainStream(
             open_source(SourceConfig(path=str(data / name), split=FORMATS[name][1])),
-            ImageTextReader(Pixels(image_transform), Captions(tokenizer)),
+            PairPreprocessor(ImagePreprocessor(image_transform), TextPreprocessor(tokenizer)),
             config=config,
             seed=0,
             batch_size=4,

@@ -14,7 +14,7 @@ from lit_jax.config import ColorJitterConfig, RandAugmentConfig
 from lit_jax.data import image as image_module
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.image_processor import load_image_transform, load_processor
-from lit_jax.data.readers import Pixels
+from lit_jax.data.loader import ImagePreprocessor
 from lit_jax.data.resample import FILTERS, enlarge_window
 from tests.data.conftest import train
 
@@ -78,7 +78,7 @@ def test_the_limit_changes_no_pixel(processor_folder, noise, monkeypatch, augmen
         result = []
         for shape in ((1, 40), (40, 1), (3, 70), (70, 80), (20, 21)):
             example = Example(key="a", image=noise(*shape, 3), captions=(), label=None)
-            result += Pixels(transform, views=3).all(0, example)
+            result += ImagePreprocessor(transform, views=3).variants(0, example)
             result += [train(transform, example["image"], seed) for seed in range(3)]
             result.append(transform.eval(example["image"]))
         return result

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_jax.data.example import BadSampleError, Example
-from lit_jax.data.readers import Captions, Pixels
+from lit_jax.data.loader import ImagePreprocessor, TextPreprocessor
 from lit_jax.errors import UserError
 from lit_jax.precomputed.fingerprint import (
     SAMPLED,
@@ -215,8 +215,8 @@ def test_the_same_draws_choose_the_same_rows(tmp_path, image_transform, tokenize
     """As from pixels and captions: same row, same state of the generator afterwards."""
     picture = np.random.default_rng(0).integers(0, 256, (9, 8, 3), dtype=np.uint8)
     one = example(0, picture, ("a", " ", "b", "c"))
-    pixels, captions = Pixels(image_transform, views=4), Captions(tokenizer)
-    views, texts = pixels.all(0, one), captions.all(0, one)
+    pixels, captions = ImagePreprocessor(image_transform, views=4), TextPreprocessor(tokenizer)
+    views, texts = pixels.variants(0, one), captions.variants(0, one)
     assert len(views) == 4
     assert texts == ["a", "b", "c"]
     assert not np.array_equal(views[0], views[1])
@@ -228,19 +228,19 @@ def test_the_same_draws_choose_the_same_rows(tmp_path, image_transform, tokenize
     pooled = PooledTexts("text_pooled", Embeddings(tmp_path / "text"))
     for seed in range(20):
         ours, theirs = np.random.default_rng(seed), np.random.default_rng(seed)
-        view, text = images.draw(0, one, ours)[0], pooled.draw(0, one, ours)[0]
-        np.testing.assert_array_equal(pixels.draw(0, one, theirs), views[int(view)])
-        assert captions.draw(0, one, theirs) == texts[int(text)]
+        view, text = images.sample(0, one, ours)[0], pooled.sample(0, one, ours)[0]
+        np.testing.assert_array_equal(pixels.sample(0, one, theirs), views[int(view)])
+        assert captions.sample(0, one, theirs) == texts[int(text)]
         assert ours.random() == theirs.random()
 
 
 def test_views_differ_between_images_and_are_those_of_the_position(image_transform):
     picture = np.random.default_rng(0).integers(0, 256, (9, 8, 3), dtype=np.uint8)
-    pixels = Pixels(image_transform, views=2)
-    first, second = pixels.all(0, example(0, picture)), pixels.all(1, example(1, picture))
+    pixels = ImagePreprocessor(image_transform, views=2)
+    first, second = pixels.variants(0, example(0, picture)), pixels.variants(1, example(1, picture))
     assert not np.array_equal(first[0], second[0])
-    np.testing.assert_array_equal(pixels.all(1, example(7, picture)), second)
-    more = Pixels(image_transform, views=3).all(1, example(1, picture))
+    np.testing.assert_array_equal(pixels.variants(1, example(7, picture)), second)
+    more = ImagePreprocessor(image_transform, views=3).variants(1, example(1, picture))
     np.testing.assert_array_equal(more[:2], second)  # so a folder of more views serves fewer
 
 

@@ -53,7 +53,7 @@ def test_the_length_of_texts(prepared, family, lock, positions, asked, length):
     changes = {"policy.lock": lock, "data.max_text_length": asked}
     processors = prepared(family, positions, **changes)
     assert processors.tokenizer.model_max_length == length
-    batch = processors.inputs("text", None).collate(["a photo", "number " * 80])
+    batch = processors.of_tower("text", None).collate(["a photo", "number " * 80])
     assert batch["input_ids"].shape == (2, length)
 
 

@@ -12,10 +12,16 @@ import numpy as np
 import pytest
 
 from lit_jax.config import DataConfig, SourceConfig
-from lit_jax.data import pipeline
+from lit_jax.data import loader
+from lit_jax.data.eval_loader import eval_batches
 from lit_jax.data.example import BAD_KINDS, Example, Source
-from lit_jax.data.pipeline import TrainStream, eval_batches
-from lit_jax.data.readers import Captions, ImageTextReader, Pixels, TextPairReader
+from lit_jax.data.loader import (
+    ImagePreprocessor,
+    PairPreprocessor,
+    TeacherPreprocessor,
+    TextPreprocessor,
+    TrainStream,
+)
 from lit_jax.data.sources import open_source
 from lit_jax.data.text import load_tokenizer
 from lit_jax.errors import UserError
@@ -48,12 +54,20 @@ def open_stream(image_transform, tokenizer):
     streams = []
 
     def open_stream(
-        source, config=CONFIG, seed=0, batch_size=4, process=0, processes=1, reader=None, **changes
+        source,
+        config=CONFIG,
+        seed=0,
+        batch_size=4,
+        process=0,
+        processes=1,
+        preprocessor=None,
+        **changes,
     ):
         config = dataclasses.replace(config, **changes)
         stream = TrainStream(
             source,
-            reader or ImageTextReader(Pixels(image_transform), Captions(tokenizer)),
+            preprocessor
+            or PairPreprocessor(ImagePreprocessor(image_transform), TextPreprocessor(tokenizer)),
             config=config,
             seed=seed,
             batch_size=batch_size,
@@ -106,9 +120,9 @@ def test_batch_has_what_the_model_takes(source, open_stream):
 def test_text_pairs_have_what_a_student_and_its_teacher_take(demo_folder, open_stream):
     student = load_tokenizer(demo_folder / "xlm_roberta", max_length=24)
     teacher = load_tokenizer(demo_folder / "clip", max_length=20)
-    reader = TextPairReader(student, teacher)
+    preprocessor = TeacherPreprocessor(student, teacher)
     source = open_digits("parallel", text_only=True)
-    batch = next(open_stream(source, reader=reader, batch_size=64))
+    batch = next(open_stream(source, preprocessor=preprocessor, batch_size=64))
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
         "input_ids": ((64, 24), np.int32),
         "attention_mask": ((64, 24), np.int32),
@@ -125,12 +139,10 @@ def test_text_pairs_have_what_a_student_and_its_teacher_take(demo_folder, open_s
 
 def test_a_caption_without_a_translation_is_its_own(demo_folder):
     tokenizer = load_tokenizer(demo_folder / "clip", max_length=8)
-    reader = TextPairReader(tokenizer, tokenizer)
+    preprocessor = TeacherPreprocessor(tokenizer, tokenizer)
     example = Example(key="a", image=None, captions=(" ", "forty two"), label=None)
-    assert reader.read(0, example, np.random.default_rng(0)) == {
-        "caption": "forty two",
-        "teacher_caption": "forty two",
-    }
+    element = preprocessor.sample(0, example, np.random.default_rng(0))
+    assert element == ("forty two", "forty two")
 
 
 def test_an_epoch_has_every_example_once_in_a_new_order(source, open_stream, captions):
@@ -267,7 +279,7 @@ def test_too_many_bad_samples_before_a_run_is_resumed_stop_it_then(source, open_
 
 
 def test_bad_samples_are_judged_early_in_a_large_data_set(spoilt, open_stream, monkeypatch):
-    monkeypatch.setattr(pipeline, "JUDGE_AFTER", 10)
+    monkeypatch.setattr(loader, "JUDGE_AFTER", 10)
     stream = open_stream(spoilt, batch_size=1, max_bad_fraction=0.0)
     with pytest.raises(UserError, match="samples are bad"):
         take(stream, 16)
@@ -331,8 +343,8 @@ def test_workers_end_when_training_is_killed(source, demo_folder, tmp_path):
         from lit_jax.config import DataConfig, SourceConfig
         from lit_jax.data.image_processor import load_image_transform
         from lit_jax.data.image import ImageTransform
-        from lit_jax.data.pipeline import TrainStream
-        from lit_jax.data.readers import Captions, ImageTextReader, Pixels
+        from lit_jax.data.loader import TrainStream
+        from lit_jax.data.loader import TextPreprocessor, PairPreprocessor, ImagePreprocessor
         from lit_jax.data.text import load_tokenizer
         from tests.digits import open_digits
         if __name__ == "__main__":
@@ -341,7 +353,7 @@ def test_workers_end_when_training_is_killed(source, demo_folder, tmp_path):
             tokenizer = load_tokenizer(demo / "bert", max_length=24)
             stream = TrainStream(
                 open_digits("unseen"),
-                ImageTextReader(Pixels(transform), Captions(tokenizer)),
+                PairPreprocessor(ImagePreprocessor(transform), TextPreprocessor(tokenizer)),
                 config=DataConfig(workers=1, threads=1),
                 seed=0, batch_size=4, process_index=0, process_count=1,
             )
