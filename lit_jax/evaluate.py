@@ -239,7 +239,7 @@ def load_folder(model: str, position_ids: PositionIds | None = None) -> tuple[En
 
 def _text_length(folder: Path, module: DualEncoderModule) -> int:
     """As many tokens as the tokenizer was saved with, and no more than the text model has positions."""
-    positions = module.text_model.config.max_length
+    positions = module.text_model.config.embedding.max_length
     try:
         saved = parse_json((folder / "tokenizer_config.json").read_bytes())["model_max_length"]
     except (OSError, ValueError, LookupError, TypeError):  # what is broken, load_tokenizer says

@@ -205,7 +205,7 @@ class DualEncoder(Model):
         return call.returned(output)
 
     def _text_inputs(self, *given: Any, further: tuple[Any, ...]) -> tuple[Any, ...]:
-        return text_inputs(self.module.text_model.config.rows, *given, further=further)
+        return text_inputs(self.module.text_model.config.embedding.rows, *given, further=further)
 
     def _loss(self, *embedded: Array | None) -> Array:
         system = SYSTEMS[self.config.model_type]

@@ -156,4 +156,6 @@ class TextModel(_TowerModel):
             params, dropout_rng, train, output_hidden_states, output_attentions, return_dict
         )
         texts = (input_ids, attention_mask, token_type_ids, position_ids)
-        return self._call(call, *text_inputs(self.module.config.rows, *texts, further=further))
+        return self._call(
+            call, *text_inputs(self.module.config.embedding.rows, *texts, further=further)
+        )

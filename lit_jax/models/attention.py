@@ -21,14 +21,18 @@ def attend(
     bias: Float[Array, "#B #H #Q S"] | None = None,
     dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B H Q K"]:
-    """Scaled dot-product attention; `bias` is added to the logits, `dropout` is of the probabilities.
+    """Return scaled dot-product attention.
 
-    Under a mesh of NVIDIA's GPUs, Ampere or newer, cuDNN computes it in one kernel, as FlashAttention
-    (2205.14135) does, where there is neither of the two and the dtype has 16 bits: of image towers, and of
-    the texts of SigLIP.
+    Without bias and dropout (image towers, SigLIP's texts) and with 16 bits cuDNN computes it in one kernel
+    under a mesh of NVIDIA GPUs from Ampere on; see ops.py.
 
-    On CPU about three times as fast as jax.nn.dot_product_attention: both products are plain batched matrix
-    products because the axes are in this order, and the division by the sum is of Q x K numbers, not Q x S.
+    On CPU this form is about three times as fast as jax.nn.dot_product_attention: both products are plain
+    batched matrix products because the axes are in this order, and the division by the sum is of Q x K
+    numbers, not Q x S.
+
+    Args:
+        bias: added to the logits.
+        dropout: applied to the probabilities before they are divided by their sum.
     """
     if bias is None and dropout is None and ops.has_cudnn_attention(q_BxHxQxK, k_BxHxSxK):
         return ops.cudnn_attention(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK)
@@ -55,9 +59,9 @@ def attend(
 def attention_bias(
     attended_BxL: Bool[Array, "B L"], *, causal: bool = False
 ) -> Float[Array, "B 1 #L L"]:
-    """0 where a token may attend, else float32's lowest number.
+    """Return 0 where a token may attend, else float32's lowest number.
 
-    Not -inf: a text without any attended token then attends everywhere, where -inf gives NaN.
+    The number is not -inf: a text without any attended token then attends everywhere, where -inf gives NaN.
     """
     mask_Bx1xLxL = attended_BxL[:, None, None, :]
     if causal:

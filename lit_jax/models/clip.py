@@ -3,40 +3,36 @@ CLIPTextModel. The image towers of AltCLIP (https://arxiv.org/abs/2211.06679) an
 (https://arxiv.org/abs/2211.01335) are CLIP's; SigLIP's towers (siglip.py) share most of it.
 
 Dims: B batch, HxW pixels, C channels, YxX patches, L tokens (of an image Y * X, and one in front of them
-if there is a class token), D width, P pooled width.
+if there is a class token; Q of which are computed), D width.
 """
 
 import dataclasses
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lit_jax.config import Pooling
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
-from lit_jax.models.attention import attention_bias
-from lit_jax.models.layers import (
-    LayerNorm,
-    check_length,
-    mean_of_attended,
-    to_rows,
-)
+from lit_jax.models.layers import LayerNorm, broadcast_float32
 from lit_jax.models.patches import (
+    Matrix,
     PatchEmbeddings,
     Size,
+    bicubic_matrix,
     patch_grid,
     resize_positions,
 )
-from lit_jax.models.tower import ImageTower, Tower, TowerOutput
-from lit_jax.models.transformer import BlockConfig, Pick, first_token
+from lit_jax.models.token_embeddings import TokenEmbeddingConfig, check_length
+from lit_jax.models.tower import ImageTransformer, TextTransformer
+from lit_jax.models.transformer import BlockConfig, TokenSelector
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockFields:
-    """The fields of config.json that say what the blocks are, in CLIP and in SigLIP.
+    """The fields of config.json that describe the blocks, in CLIP and in SigLIP.
 
     Names and defaults are Hugging Face's, here and in the configs made from it.
     """
@@ -65,7 +61,7 @@ class BlockFields:
 
     @property
     def block_init_std(self) -> tuple[tuple[str, float], ...]:
-        """Standard deviations of the kernels of a block, by their names."""
+        """The standard deviations of the kernels of a block, by their names."""
         raise NotImplementedError
 
 
@@ -87,7 +83,8 @@ class CLIPFields(BlockFields):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPVisionConfig(CLIPFields):
     model_type: str = "clip_vision_model"
-    image_size: Size = 224  # pixels; a pair is (height, width)
+    # Pixels; a pair is (height, width).
+    image_size: Size = 224
     patch_size: Size = 32
     num_channels: int = 3
     initializer_range: float = 0.02
@@ -127,50 +124,51 @@ class CLIPTextConfig(CLIPFields):
     eos_token_id: int | tuple[int, ...] | None = 49407
 
     @property
-    def rows(self) -> dict[str, int]:
-        """Of the tables that token inputs are looked up in."""
-        return {"input_ids": self.vocab_size, "position_ids": self.max_position_embeddings}
-
-    @property
-    def max_length(self) -> int:
-        """The most tokens that a text can have."""
-        return self.max_position_embeddings
-
-    @property
-    def embedding_init_std(self) -> float:
-        return self.initializer_factor * 0.02
+    def embedding(self) -> TokenEmbeddingConfig:
+        return clip_embedding(self, self.initializer_factor * 0.02)
 
 
-class CLIPVision(ImageTower):
+def clip_embedding(config: Any, init_std: float) -> TokenEmbeddingConfig:
+    """Return the embeddings of a text tower of CLIP or SigLIP."""
+    return TokenEmbeddingConfig(
+        width=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        init_std=init_std,
+        word_name="token_embedding",
+        position_name="position_embedding",
+        norm_name=None,
+    )
+
+
+class CLIPVision(ImageTransformer):
     """The image tower. Its pooler normalises the class token; last_hidden_state is not normalised."""
 
     config: CLIPVisionConfig
 
-    @nn.compact
-    def __call__(
-        self, pixel_values_BxHxWxC: Float[Array, "B H W C"], *, deterministic: bool = True
-    ) -> TowerOutput:
-        """Pixels, normalised by the image processor, to tokens and a pooled vector.
+    @property
+    def leading(self) -> int:
+        return 0 if self.config.class_init_std is None else 1
 
-        Images of another size than the config's are encoded with interpolated position embeddings.
-        Not `deterministic`: dropout, with the rng 'dropout'.
-        """
+    @property
+    def position_matrix(self) -> Matrix:
+        return bicubic_matrix
+
+    def embed(self, pixel_values_BxHxWxC: Array, deterministic: bool) -> Float[Array, "B L D"]:
         cfg = self.config
-        x_BxLxD = ImageEmbeddings(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
+        x_BxLxD = CLIPImageEmbeddings(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
         # Hugging Face misspelled the name once, and its files have kept it.
-        x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="pre_layrnorm")(x_BxLxD)
-        x_BxLxD = self.encoder(cfg.block)(x_BxLxD, None, deterministic)
-        if self.pooling == "pooler":
-            norm = LayerNorm(cfg.layer_norm_eps, self.dtype, name="post_layernorm")
-            pooled_BxD = norm(x_BxLxD[:, :1])[:, 0]
-        elif self.pooling == "cls":
-            pooled_BxD = x_BxLxD[:, 0]
-        else:
-            pooled_BxD = x_BxLxD[:, 1:].mean(1)
-        return TowerOutput(x_BxLxD, pooled_BxD)
+        return LayerNorm(cfg.layer_norm_eps, self.dtype, name="pre_layrnorm")(x_BxLxD)
+
+    def final_norm(self, x_BxLxD: Float[Array, "B L D"]) -> Array:
+        return x_BxLxD
+
+    def pooler(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B D"]:
+        norm = LayerNorm(self.config.layer_norm_eps, self.dtype, name="post_layernorm")
+        return norm(x_BxLxD[:, :1])[:, 0]
 
 
-class ImageEmbeddings(nn.Module):
+class CLIPImageEmbeddings(nn.Module):
     """Patches with their positions, behind a class token if the family has one."""
 
     config: Any  # CLIPVisionConfig or SiglipVisionConfig
@@ -194,69 +192,26 @@ class ImageEmbeddings(nn.Module):
         length = own_grid[0] * own_grid[1]
         if class_std is not None:
             class_D = self.param("class_embedding", nn.initializers.normal(class_std), (width,))
-            class_Bx1xD = to_rows(class_D, (batch, 1, width), self.dtype)
+            class_Bx1xD = broadcast_float32(class_D, (batch, 1, width), self.dtype)
             x_BxLxD = jnp.concatenate([class_Bx1xD, x_BxLxD], axis=1)
             length += 1
         init = nn.initializers.normal(cfg.position_init_std)
         table = nn.Embed(length, width, embedding_init=init, name="position_embedding")
         positions_LxD = resize_positions(table.embedding, own_grid, (rows, columns))
-        return shard_batch(x_BxLxD + to_rows(positions_LxD, x_BxLxD.shape, self.dtype))
+        return shard_batch(x_BxLxD + broadcast_float32(positions_LxD, x_BxLxD.shape, self.dtype))
 
 
-class CLIPText(Tower):
-    """The text tower: a token attends to itself and to earlier ones, and the last says it all."""
+class CLIPText(TextTransformer):
+    """The text tower: a token attends to itself and to earlier ones, and the last one is pooled."""
 
     config: CLIPTextConfig
 
     # As the first token attends to itself alone, 'cls' would be the same for every text.
     poolings: ClassVar[tuple[Pooling, ...]] = ("pooler", "mean")
-    causal: ClassVar[bool] = True
+    is_causal: ClassVar[bool] = True
 
-    @nn.compact
-    def __call__(
-        self,
-        input_ids_BxL: Int[Array, "B L"],
-        attention_mask_BxL: Int[Array, "B L"] | None = None,
-        token_type_ids_BxL: Int[Array, "B L"] | None = None,
-        position_ids_BxL: Int[Array, "B L"] | None = None,
-        *,
-        deterministic: bool = True,
-    ) -> TowerOutput:
-        """Token ids to tokens and a pooled vector.
-
-        Defaults: every token attended, positions 0 to L - 1. There are no token types: those of a
-        tokenizer that makes them change nothing. Not `deterministic`: dropout, with the rng 'dropout'.
-        Raises UserError, when traced, for too long a text.
-        """
-        del token_type_ids_BxL
-        cfg = self.config
-        if attention_mask_BxL is None:
-            attention_mask_BxL = jnp.ones_like(input_ids_BxL)
-        attended_BxL = attention_mask_BxL > 0
-        x_BxLxD = TextEmbeddings(cfg, self.dtype, name="embeddings")(
-            input_ids_BxL, position_ids_BxL
-        )
-        bias = attention_bias(attended_BxL, causal=self.causal)
-        pick = self.pooled_token(input_ids_BxL) if self.pools_one_token else first_token
-        x_BxLxD = self.encoder(cfg.block)(x_BxLxD, bias, deterministic, pick=pick)
-        x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="final_layer_norm")(x_BxLxD)
-        if self.pools_one_token:
-            x_Bx1xD = pick(x_BxLxD, 1) if self.all_tokens else x_BxLxD
-            pooled_BxP = self.pool(x_Bx1xD[:, 0])
-        else:
-            pooled_BxP = mean_of_attended(x_BxLxD, attended_BxL)
-        return TowerOutput(x_BxLxD, pooled_BxP)
-
-    @property
-    def pools_one_token(self) -> bool:
-        return self.pooling == "pooler"
-
-    def pool(self, x_BxD: Float[Array, "B D"]) -> Float[Array, "B P"]:
-        """What the pooler makes of the pooled token."""
-        return x_BxD
-
-    def pooled_token(self, input_ids_BxL: Int[Array, "B L"]) -> Pick:
-        """The token that ends the text; the first token of a text without it."""
+    def token_selector(self, input_ids_BxL: Int[Array, "B L"]) -> TokenSelector:
+        """Return the function that takes the token that ends a text; the first token of a text without it."""
         eos = self.config.eos_token_id
         if not isinstance(eos, int):
             raise UserError(
@@ -268,36 +223,15 @@ class CLIPText(Tower):
         is_end_BxL = input_ids_BxL if eos == 2 else input_ids_BxL == eos
         end_B = jnp.argmax(is_end_BxL, axis=1)  # of equal ones the first
 
-        def pick(x: Array, axis: int) -> Array:
+        def select(x: Array, axis: int) -> Array:
             return jnp.take_along_axis(x, end_B.reshape(-1, *(1,) * (x.ndim - 1)), axis)
 
-        return pick
+        return select
 
-    @property
-    def example_input(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    def encode(self, x_BxLxD: Float[Array, "B L D"], *args: Any) -> Float[Array, "B Q D"]:
+        # As in transformers also where positions are given.
+        check_length(x_BxLxD.shape[1], self.config.embedding.max_length)
+        return super().encode(x_BxLxD, *args)
 
-
-class TextEmbeddings(nn.Module):
-    """Token and position embeddings, summed."""
-
-    config: Any  # CLIPTextConfig or SiglipTextConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self, input_ids_BxL: Int[Array, "B L"], position_ids_BxL: Int[Array, "B L"] | None
-    ) -> Float[Array, "B L D"]:
-        cfg, length = self.config, input_ids_BxL.shape[1]
-        check_length(length, cfg.max_position_embeddings)
-        if position_ids_BxL is None:
-            position_ids_BxL = jnp.arange(length)[None]
-
-        def embed(name: str, size: int, ids_BxL: Array) -> Array:
-            init = nn.initializers.normal(cfg.embedding_init_std)
-            rows = nn.Embed(size, cfg.hidden_size, embedding_init=init, name=name)(ids_BxL)
-            return to_rows(rows, (*input_ids_BxL.shape, cfg.hidden_size), self.dtype)
-
-        x_BxLxD = embed("token_embedding", cfg.vocab_size, input_ids_BxL)
-        x_BxLxD += embed("position_embedding", cfg.max_position_embeddings, position_ids_BxL)
-        return shard_batch(x_BxLxD)
+    def final_norm(self, x_BxLxD: Float[Array, "B Q D"]) -> Array:
+        return LayerNorm(self.config.layer_norm_eps, self.dtype, name="final_layer_norm")(x_BxLxD)

@@ -27,8 +27,9 @@ _KERNEL_SIZE = 7
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvNextFields:
-    """The fields of config.json that change a number and that every version has; names and defaults are
-    Hugging Face's.
+    """The fields of config.json that change a number and that every version has.
+
+    Names and defaults are Hugging Face's, here and in the configs made from it.
     """
 
     num_channels: int = 3
@@ -41,12 +42,13 @@ class ConvNextFields:
 
     @property
     def norm_epsilon(self) -> float:
-        """Of every normalisation but the last."""
-        return 1e-6  # whatever config.json says
+        """The epsilon of every normalisation but the last."""
+        # Hugging Face's code has this number, whatever config.json says.
+        return 1e-6
 
     @property
     def layer_scale(self) -> float | None:
-        """First value of a factor for each feature of what a block adds."""
+        """The first value of a factor for each feature of a block's output; None: no factor."""
         return None
 
     @property
@@ -117,10 +119,10 @@ class ConvNext(ImageTower):
     def __call__(
         self, pixel_values_BxHxWxC: Float[Array, "B H W C"], *, deterministic: bool = True
     ) -> TowerOutput:
-        """Pixels, normalised by the image processor, to the positions of the last map, not normalised,
-        and a pooled vector. Images may have any size.
+        """Encode pixels that the image processor has normalised; images may have any size.
 
-        Not `deterministic`: blocks are left out of some examples, with the rng 'dropout'.
+        The last hidden state is the positions of the last map, not normalised. Not `deterministic`: blocks
+        are left out of some examples, with the rng 'dropout'.
         """
         x_BxLxD = self.encode(pixel_values_BxHxWxC, deterministic)
         pooled_Bx1xD = x_BxLxD.mean(1, keepdims=True)
@@ -132,10 +134,10 @@ class ConvNext(ImageTower):
     def encode(
         self, pixel_values_BxHxWxC: Float[Array, "B H W C"], deterministic: bool
     ) -> Float[Array, "B L D"]:
-        """The positions of the last map, not normalised."""
+        """Return the positions of the last map, not normalised."""
         cfg = self.config
-        x_BxYxXxC = Embeddings(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
-        encoder = Encoder(cfg, self.dtype, self.remat, self.cuts, name="encoder")
+        x_BxYxXxC = ConvNextStem(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
+        encoder = ConvNextStages(cfg, self.dtype, self.remat, self.cuts, name="encoder")
         return positions(encoder(x_BxYxXxC, deterministic))
 
 
@@ -148,11 +150,11 @@ class Dinov3ConvNext(ConvNext):
     def __call__(
         self, pixel_values_BxHxWxC: Float[Array, "B H W C"], *, deterministic: bool = True
     ) -> TowerOutput:
-        """Pixels, normalised by the image processor, to the mean over the positions of the last map and these
-        positions, each normalised, and a pooled vector: 'pooler' and 'cls' are that mean. Images may have any
-        size.
+        """Encode pixels that the image processor has normalised; images may have any size.
 
-        Not `deterministic`: blocks are left out of some examples, with the rng 'dropout'.
+        The last hidden state is the mean over the positions of the last map, and then these positions, each
+        normalised. The poolings 'pooler' and 'cls' are that mean. Not `deterministic`: blocks are left out
+        of some examples, with the rng 'dropout'.
         """
         x_BxLxD = self.encode(pixel_values_BxHxWxC, deterministic)
         x_BxLxD = jnp.concatenate([x_BxLxD.mean(1, keepdims=True), x_BxLxD], axis=1)
@@ -161,7 +163,7 @@ class Dinov3ConvNext(ConvNext):
         return TowerOutput(x_BxLxD, pooled_BxD)
 
 
-class Embeddings(nn.Module):
+class ConvNextStem(nn.Module):
     """Patches of the image, normalised."""
 
     config: Config
@@ -181,8 +183,8 @@ class Embeddings(nn.Module):
         return _normed(x_BxYxXxC, "layernorm", cfg.norm_epsilon, self.dtype)
 
 
-class Encoder(nn.Module):
-    """Stages of equal blocks, which are scanned; each but the first begins with half the resolution.
+class ConvNextStages(nn.Module):
+    """Stages of equal blocks; each but the first begins with half the resolution.
 
     The collection 'intermediates', where it is mutable, gets 'input', and of each stage and each
     block 'hidden_state', its output.
@@ -202,12 +204,14 @@ class Encoder(nn.Module):
         for i, rates_N in enumerate(rates_of_stage[: cfg.num_stages]):
             cuts = cuts_under(f"encoder/stages_{i}", self.cuts)
             width, name = cfg.hidden_sizes[i], f"stages_{i}"
-            stage = Stage(cfg, width, self.dtype, self.remat, cuts, name=name)
+            stage = ConvNextStage(cfg, width, self.dtype, self.remat, cuts, name=name)
             x_BxYxXxC = stage(x_BxYxXxC, rates_N, deterministic, downsample=i > 0)
         return x_BxYxXxC
 
 
-class Stage(nn.Module):
+class ConvNextStage(nn.Module):
+    """Equal blocks, which are scanned, behind a convolution that halves the resolution."""
+
     config: Config
     width: int
     dtype: Any
@@ -228,7 +232,7 @@ class Stage(nn.Module):
                 self.dtype,
                 name="downsampling_layer_1",
             )(_normed(x_BxYxXxC, "downsampling_layer_0", cfg.norm_epsilon, self.dtype))
-        make_block = functools.partial(Block, cfg, self.width, self.dtype)
+        make_block = functools.partial(ConvNextBlock, cfg, self.width, self.dtype)
         x_BxYxXxC = scan_blocks(
             make_block, x_BxYxXxC, rates_N, deterministic, self.remat, cuts=self.cuts
         )
@@ -236,7 +240,7 @@ class Stage(nn.Module):
         return x_BxYxXxC
 
 
-class Block(nn.Module):
+class ConvNextBlock(nn.Module):
     """A depthwise convolution, then an MLP at each position."""
 
     config: Config
@@ -261,7 +265,8 @@ class Block(nn.Module):
         if cfg.layer_scale is not None:
             h_BxLxC = LayerScale(cfg.layer_scale, name="layer_scale")(h_BxLxC)
         if cfg.drop_path_rate and not deterministic:
-            row_shape = (len(h_BxLxC), 1, 1)  # a whole row is dropped or kept (1603.09382)
+            # A whole row is dropped or kept (1603.09382).
+            row_shape = (len(h_BxLxC), 1, 1)
             h_BxLxC = drop(h_BxLxC, rate, self.make_rng("dropout"), row_shape)
         x_BxYxXxC = x_BxYxXxC + h_BxLxC.reshape(x_BxYxXxC.shape)
         self.sow("intermediates", "hidden_state", x_BxYxXxC)
@@ -269,8 +274,10 @@ class Block(nn.Module):
 
 
 class GlobalResponseNorm(nn.Module):
-    """Scales each feature by its length over all positions, relative to that of the others
-    (2301.00808, section 3.2). Computed in float32."""
+    """Global response normalisation, computed in float32 (2301.00808, section 3.2).
+
+    Each feature is scaled by its length over all positions, relative to the mean length of all features.
+    """
 
     @nn.compact
     def __call__(self, x_BxLxF: Float[Array, "B L F"]) -> Float[Array, "B L F"]:
@@ -281,7 +288,7 @@ class GlobalResponseNorm(nn.Module):
         )
         h_BxLxF = x_BxLxF.astype(jnp.float32)
         squared_Bx1xF = jnp.square(h_BxLxF).sum(1, keepdims=True)
-        # Of a feature that is 0 everywhere the gradient is 0, as in torch, not that of sqrt.
+        # sqrt has no finite gradient at 0; a feature that is 0 everywhere has gradient 0, as in torch.
         nonzero = squared_Bx1xF > 0
         length_Bx1xF = jnp.where(nonzero, jnp.sqrt(jnp.where(nonzero, squared_Bx1xF, 1.0)), 0.0)
         relative_Bx1xF = length_Bx1xF / (length_Bx1xF.mean(-1, keepdims=True) + 1e-6)

@@ -1,4 +1,4 @@
-"""What the convolutional towers share: convolutions, batch normalisation, scanned blocks.
+"""The layers that the convolutional towers share: convolutions, batch normalisation, scanned blocks.
 
 Dims: B batch, YxX positions of a feature map, L = Y * X positions, C channels in, D channels
 out, K kernel size, N depth. Maps have their channels last.
@@ -17,7 +17,7 @@ from lit_jax.config import Remat
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models import ops
-from lit_jax.models.layers import rematerialized, stacks, to_rows
+from lit_jax.models.layers import broadcast_float32, rematerialized, stacks
 from lit_jax.models.ops import Map, NewMap
 
 
@@ -41,7 +41,8 @@ class PointwiseConv(nn.Module):
 class DepthwiseConv(nn.Module):
     """A convolution of each channel with a kernel of its own.
 
-    `padding` is what is added before and after the rows, and the columns.
+    Attributes:
+        padding: rows added before and after the map, and as many columns.
     """
 
     kernel_size: int
@@ -64,7 +65,7 @@ class DepthwiseConv(nn.Module):
 
 def _add_bias(module: nn.Module, x_BxYxXxC: Map) -> Map:
     bias_C = module.param("bias", nn.initializers.zeros, x_BxYxXxC.shape[-1:])
-    return x_BxYxXxC + to_rows(bias_C, x_BxYxXxC.shape, x_BxYxXxC.dtype)
+    return x_BxYxXxC + broadcast_float32(bias_C, x_BxYxXxC.shape, x_BxYxXxC.dtype)
 
 
 class BatchNorm(nn.Module):
@@ -113,7 +114,7 @@ def _channels(x_C: Array) -> Float[Array, "1 1 1 C"]:
 
 
 def _unbiased(count: int) -> float:
-    """From a variance over so many values to the estimate of that of all values."""
+    """Return the factor from the variance of `count` values to the unbiased estimate."""
     if count < 2:
         raise UserError(
             "Batch normalisation cannot train on a feature map of one position of one image; set "
@@ -123,7 +124,7 @@ def _unbiased(count: int) -> float:
 
 
 def positions(x_BxYxXxC: Map) -> Float[Array, "B L C"]:
-    """A map as a sequence of L = Y * X positions, row by row."""
+    """Return a map as a sequence of L = Y * X positions, row by row."""
     return x_BxYxXxC.reshape(len(x_BxYxXxC), -1, x_BxYxXxC.shape[-1])
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lit_jax.errors import UserError
-from lit_jax.models.dinov2 import Dinov2
-from lit_jax.models.patches import EmbeddingsConfig, Size
+from lit_jax.models.patches import ImageEmbeddingConfig, Size
+from lit_jax.models.tower import ImageTransformer
 from lit_jax.models.transformer import BlockConfig, Rotary
 
 
@@ -30,7 +30,8 @@ class Dinov3Config:
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
-    image_size: Size = 224  # pixels; a pair is (height, width)
+    # Pixels; a pair is (height, width).
+    image_size: Size = 224
     patch_size: Size = 16
     num_channels: int = 3
     query_bias: bool = True
@@ -43,14 +44,15 @@ class Dinov3Config:
     drop_path_rate: float = 0.0
     num_register_tokens: int = 0
     rope_theta: float = 100.0
-    # How the coordinates of a batch are changed at random when it is trained on.
-    pos_embed_shift: float | None = None  # by up to so much up or down, left or right
-    pos_embed_jitter: float | None = None  # up to so many times, or so many parts, each of the two
-    pos_embed_rescale: float | None = 2.0  # the same for both together
+    # In training the coordinates of a batch change at random: by up to so much up or down, left or right;
+    # each of the two by up to this factor; both together by up to this factor.
+    pos_embed_shift: float | None = None
+    pos_embed_jitter: float | None = None
+    pos_embed_rescale: float | None = 2.0
 
     @property
-    def embeddings(self) -> EmbeddingsConfig:
-        return EmbeddingsConfig(
+    def embeddings(self) -> ImageEmbeddingConfig:
+        return ImageEmbeddingConfig(
             width=self.hidden_size,
             image_size=self.image_size,
             patch_size=self.patch_size,
@@ -88,12 +90,12 @@ class Dinov3Config:
         )
 
 
-class Dinov3(Dinov2):
-    """The image tower: a DINOv2 that has its positions in the attention, as angles."""
+class Dinov3(ImageTransformer):
+    """The image tower. It has its positions in the attention, as angles; its pooler is the CLS token."""
 
     config: Dinov3Config
 
-    def _rotary(self, grid: tuple[int, int], deterministic: bool) -> Rotary:
+    def rotary(self, grid: tuple[int, int], deterministic: bool) -> Rotary:
         cfg = self.config
         head_width = cfg.hidden_size // cfg.num_attention_heads
         if head_width % 4:
@@ -107,12 +109,12 @@ class Dinov3(Dinov2):
         frequency_I = cfg.rope_theta ** -np.arange(0, 1, 4 / head_width)
         angle_Nx2xI = 2 * np.pi * coordinates_Nx2[:, :, None] * jnp.float32(frequency_I)[None, None]
         angle_NxK = jnp.tile(angle_Nx2xI.reshape(len(coordinates_Nx2), -1), (1, 2))
-        # The tokens in front of the patches are nowhere: not turned.
+        # The tokens in front of the patches have no position, so they are not turned.
         angle_LxK = jnp.pad(angle_NxK, ((cfg.embeddings.leading, 0), (0, 0)))
         return Rotary(jnp.cos(angle_LxK), jnp.sin(angle_LxK))
 
     def _moved(self, coordinates_Nx2: Float[Array, "N 2"]) -> Float[Array, "N 2"]:
-        """Coordinates that training makes the model insensitive to, alike for all images of a batch."""
+        """Return coordinates moved at random, alike for all images of a batch, as in training."""
 
         def uniform(bound: float, shape: tuple[int, int]) -> Array:
             return jax.random.uniform(self.make_rng("dropout"), shape, minval=-bound, maxval=bound)
@@ -128,6 +130,6 @@ class Dinov3(Dinov2):
 
 
 def centres(grid: tuple[int, int]) -> Float[Array, "N 2"]:
-    """Where the middles of the patches are, down and to the right, from -1 to 1 in the whole image."""
+    """Return the middles of the patches, down and to the right, from -1 to 1 in the whole image."""
     axes = [(2 * np.arange(size) + 1) / size - 1 for size in grid]
     return jnp.stack(jnp.meshgrid(*map(jnp.float32, axes), indexing="ij"), -1).reshape(-1, 2)

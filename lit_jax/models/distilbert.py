@@ -7,7 +7,8 @@ import dataclasses
 from typing import ClassVar
 
 from lit_jax.config import Pooling
-from lit_jax.models.bert import Bert, EmbeddingConfig
+from lit_jax.models.bert import Bert
+from lit_jax.models.token_embeddings import TokenEmbeddingConfig
 from lit_jax.models.transformer import BlockConfig
 
 
@@ -45,23 +46,15 @@ class DistilBertConfig:
         )
 
     @property
-    def embedding(self) -> EmbeddingConfig:
-        return EmbeddingConfig(
+    def embedding(self) -> TokenEmbeddingConfig:
+        return TokenEmbeddingConfig(
+            width=self.dim,
             vocab_size=self.vocab_size,
-            positions=self.max_position_embeddings,
+            max_positions=self.max_position_embeddings,
+            init_std=self.initializer_range,
             dropout=self.dropout,
             sinusoidal=self.sinusoidal_pos_embds,
         )
-
-    @property
-    def rows(self) -> dict[str, int]:
-        """Of the tables that token inputs are looked up in."""
-        return self.embedding.rows
-
-    @property
-    def max_length(self) -> int:
-        """The most tokens that a text can have."""
-        return self.embedding.max_length
 
 
 class DistilBert(Bert):

@@ -26,7 +26,7 @@ class DistillationOutput(NamedTuple):
 
 
 class TextDistillation(nn.Module):
-    """The towers as `train_step` calls them; the parameters lie where those of a dual encoder do."""
+    """The two towers as `train_step` calls them; the parameters lie where those of a dual encoder do."""
 
     text_model: Tower
     teacher: Tower
@@ -38,7 +38,7 @@ class TextDistillation(nn.Module):
         deterministic_image: bool = True,
         deterministic_text: bool = True,
     ) -> DistillationOutput:
-        """Of a batch with the student's 'input_ids' and so on, and 'teacher_input_ids' and so on."""
+        """Encode a batch with inputs of the student ('input_ids') and the teacher ('teacher_input_ids')."""
         del deterministic_image
 
         def inputs(prefix: str) -> list[Array | None]:

@@ -24,20 +24,19 @@ from lit_jax.models.tower import Tower, TowerOutput
 
 Images = Float[Array, "B H W C"] | UInt8[Array, "B H W C"]
 Projection = Literal["none", "linear", "linear_bias"]
-# How the two are called in names: vision_model and vision_config.
+# Their names in keys such as vision_model and vision_config.
 TOWERS: Mapping[Side, str] = {"image": "vision", "text": "text"}
 
 
 def tower_name(side: Side) -> str:
-    """The tower's key in the tree of parameters."""
+    """Return the tower's key in the tree of parameters."""
     return f"{TOWERS[side]}_model"
 
 
-# Of a batch, in the order in which every text tower takes them.
+# The inputs of a text tower in a batch, in the order of its arguments.
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
-# Of a batch, in the place of a tower's inputs: what the tower has pooled of them, float BxP. A locked tower
-# needs to compute it only once.
+# Features in a batch, float BxP, in the place of a tower's inputs: a locked tower computes them only once.
 POOLED: Mapping[Side, str] = {"image": "image_pooled", "text": "text_pooled"}
 
 
@@ -51,7 +50,7 @@ class DualEncoderOutput(NamedTuple):
 
     @property
     def metrics(self) -> dict[str, Array]:
-        """What a training step reports of it."""
+        """The metrics of a training step."""
         return {"logit_scale": jnp.exp(self.logit_scale)}
 
 
@@ -62,8 +61,8 @@ class DualEncoderModule(nn.Module):
     nothing, and rounding an embedding to bfloat16 would show in the logits.
 
     Attributes:
-        text_first_token: a text is its first token, not what the tower has pooled; ALIGN's text tower
-            has a pooler, but ALIGN does not use it.
+        text_first_token: whether a text is its first token, not the tower's pooled output; ALIGN's text
+            tower has a pooler, but ALIGN does not use it.
         temperature_init: a number replaces the parameter logit_scale by a temperature, as in ALIGN.
         logit_bias_init: a number adds the parameter logit_bias, as in SigLIP.
         normalization: of images that are given as bytes, uint8; others come normalised.
@@ -98,12 +97,12 @@ class DualEncoderModule(nn.Module):
         return {"vision_model": self.vision_model, "text_model": self.text_model}
 
     def with_remat(self, remat: Remat) -> "DualEncoderModule":
-        """The same with towers whose gradients keep only what `remat` says; see `layers.rematerialized`."""
+        """Return the same with towers that compute again what `remat` says; see `layers.rematerialized`."""
         image, text = (tower.clone(remat=remat) for tower in self.towers.values())
         return self.clone(vision_model=image, text_model=text)
 
     def pooled_only(self) -> "DualEncoderModule":
-        """The same with towers that compute what is pooled and not all tokens; see `tower.Tower`."""
+        """Return the same with towers that compute the pooled output, not all tokens; see `tower.Tower`."""
         image, text = (tower.clone(all_tokens=False) for tower in self.towers.values())
         return self.clone(vision_model=image, text_model=text)
 
@@ -113,13 +112,13 @@ class DualEncoderModule(nn.Module):
         return self.clone(vision_model=image, text_model=text)
 
     def with_dtype(self, dtype: Any) -> "DualEncoderModule":
-        """The same with towers that compute in `dtype`."""
+        """Return the same with towers that compute in `dtype`."""
         image, text = (tower.clone(dtype=jnp.dtype(dtype)) for tower in self.towers.values())
         return self.clone(vision_model=image, text_model=text)
 
     @property
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the smallest batch, to initialise with."""
+        """The shapes and dtypes of the smallest batch, to initialise with."""
         tokens = self.text_model.example_input
         return {
             "pixel_values": self.vision_model.example_input,
@@ -134,11 +133,14 @@ class DualEncoderModule(nn.Module):
         deterministic_image: bool = True,
         deterministic_text: bool = True,
     ) -> DualEncoderOutput:
-        """Embeds the pairs of a batch: 'pixel_values' uint8 or float32 BxHxWxC, 'input_ids' and
-        'attention_mask' int32 BxL, optionally 'token_type_ids' int32 BxL; or, of either side, what its tower
-        has pooled already (`POOLED`), and then that tower is not called.
+        """Embed the pairs of a batch.
 
-        A tower that is not deterministic has dropout, with the rng 'dropout'.
+        Args:
+            batch: 'pixel_values' uint8 or float32 BxHxWxC, 'input_ids' and 'attention_mask' int32 BxL,
+                optionally 'token_type_ids' int32 BxL; or the features of either side (`POOLED`), and then
+                that tower is not called.
+            deterministic_image: else the image tower has dropout, with the rng 'dropout'.
+            deterministic_text: the same for the text tower.
         """
         image_BxP, text_BxP = (batch.get(name) for name in POOLED.values())
         if image_BxP is None:
@@ -146,7 +148,7 @@ class DualEncoderModule(nn.Module):
         if text_BxP is None:
             texts = {name: batch[name] for name in TEXT_INPUTS if name in batch}
             text_BxP = self.pool_text(**texts, deterministic=deterministic_text)
-        # By these names a gradient that computes towers again finds what a locked one need not compute again.
+        # A gradient that computes towers again finds the features of a locked one by these names.
         image_BxP = checkpoint_name(image_BxP, POOLED["image"])
         text_BxP = checkpoint_name(text_BxP, POOLED["text"])
         return DualEncoderOutput(
@@ -158,7 +160,7 @@ class DualEncoderModule(nn.Module):
     def pool_image(
         self, pixel_values: Images, *, deterministic: bool = True
     ) -> Float[Array, "B P"]:
-        """What of images the projection gets, in the tower's dtype."""
+        """Return the pooled image features, before the projection, in the tower's dtype."""
         if pixel_values.dtype == jnp.uint8:
             if self.normalization is None:
                 raise ValueError("Images given as bytes need a normalization.")
@@ -174,38 +176,38 @@ class DualEncoderModule(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B P"]:
-        """What of texts the projection gets, in the tower's dtype."""
+        """Return the pooled text features, before the projection, in the tower's dtype."""
         output = self.text_model(
             input_ids, attention_mask, token_type_ids, position_ids, deterministic=deterministic
         )
         return self.pooled_text(output)
 
     def pooled_text(self, output: TowerOutput) -> Float[Array, "B P"]:
-        """What the projection gets of all that the text tower returns."""
+        """Return the text features from the output of the text tower."""
         return output.last_hidden_state[:, 0] if self.text_first_token else output.pooled
 
     def encode_image(
         self, pixel_values: Images, *, deterministic: bool = True
     ) -> Float[Array, "B E"]:
-        """The embeddings of what `pool_image` takes: projected, not normalised, float32."""
+        """Return the embeddings of images: projected, not normalised, float32."""
         return self.project_image(self.pool_image(pixel_values, deterministic=deterministic))
 
     def encode_text(
         self, input_ids: Int[Array, "B L"], *texts: Array | None, deterministic: bool = True
     ) -> Float[Array, "B E"]:
-        """The embeddings of what `pool_text` takes: projected, not normalised, float32."""
+        """Return the embeddings of texts: projected, not normalised, float32."""
         return self.project_text(self.pool_text(input_ids, *texts, deterministic=deterministic))
 
     def project_image(self, pooled_BxP: Float[Array, "B P"]) -> Float[Array, "B E"]:
-        """From what `pool_image` returns to the embeddings, not normalised."""
+        """Return the embeddings of image features, not normalised."""
         return self._project(pooled_BxP, self.image_head, "image")
 
     def project_text(self, pooled_BxP: Float[Array, "B P"]) -> Float[Array, "B E"]:
-        """From what `pool_text` returns to the embeddings, not normalised."""
+        """Return the embeddings of text features, not normalised."""
         return self._project(pooled_BxP, self.text_head, "text")
 
     def logit_parameters(self) -> tuple[Float[Array, ""], Float[Array, ""] | None]:
-        """logit_scale, a logarithm, and logit_bias, float32."""
+        """Return logit_scale, a logarithm, and logit_bias, float32."""
         bias = None if self.logit_bias_init is None else jnp.asarray(self.bias, jnp.float32)
         return logit_scale(self.scale), bias
 
@@ -231,14 +233,14 @@ class DualEncoderModule(nn.Module):
 
 
 def logit_scale(params: Mapping[str, Any]) -> Float[Array, ""]:
-    """The logarithm, float32, of what the logits are scaled by, from the parameters of a dual encoder."""
+    """Return the logarithm of the logits' scale, float32, from the parameters of a dual encoder."""
     if "logit_scale" in params:
         return jnp.asarray(params["logit_scale"], jnp.float32)
     return -jnp.log(jnp.asarray(params["temperature"], jnp.float32))
 
 
 def limit_logit_scale(params: Mapping[str, Any], maximum: float | None) -> dict[str, Any]:
-    """Return the parameters of a dual encoder with a scale of the logits of at most `maximum`; None: any."""
+    """Return the parameters of a dual encoder with a logits' scale of at most `maximum`; None: no limit."""
     limits = (
         {}
         if maximum is None
@@ -251,14 +253,14 @@ def limit_logit_scale(params: Mapping[str, Any], maximum: float | None) -> dict[
 
 
 def normalize(embeds_BxE: Float[Array, "B E"]) -> Float[Array, "B E"]:
-    """Scales every row to length 1; a row of zeros stays zero and has a finite gradient."""
+    """Scale every row to length 1; a row of zeros stays zero and has a finite gradient."""
     squared_Bx1 = jnp.square(embeds_BxE).sum(-1, keepdims=True)
     # A smaller floor than the square of 1e-12 would overflow in the gradient, floor ** -1.5.
     return embeds_BxE * jax.lax.rsqrt(jnp.maximum(squared_Bx1, 1e-24))
 
 
 def check_side(side: Side, hf: Mapping[str, Any], what: str) -> None:
-    """Raises UserError, which names `what`, if the config.json content is not of a tower for this side."""
+    """Raise UserError, which names `what`, if the config.json content is not of a tower for this side."""
     families = VISION if side == "image" else TEXT
     if hf.get("model_type") not in families:
         raise UserError(
@@ -270,7 +272,7 @@ def check_side(side: Side, hf: Mapping[str, Any], what: str) -> None:
 def build_dual_encoder(
     vision_hf: Mapping[str, Any], text_hf: Mapping[str, Any], config: ModelConfig
 ) -> DualEncoderModule:
-    """The dual encoder of two config.json contents, `config.*.overrides` applied to them before.
+    """Return the dual encoder of two config.json contents, with `config.*.overrides` applied before.
 
     Raises UserError if one is not of a tower family for its side.
     """
@@ -289,7 +291,7 @@ def build_dual_encoder(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class System:
-    """What is known of the dual encoders of one `model_type` without their config.json."""
+    """The properties of the dual encoders of one `model_type` that their config.json does not have."""
 
     image_projection: Projection = "linear"
     text_projection: Projection = "linear"
@@ -304,7 +306,8 @@ class System:
 # By the `model_type` of config.json.
 SYSTEMS: Mapping[str, System] = {
     "vision-text-dual-encoder": System(),
-    "lit_jax": System(),  # a VisionTextDualEncoder with poolings or towers that transformers' has not
+    # A VisionTextDualEncoder with poolings or towers that transformers does not have.
+    "lit_jax": System(),
     "clip": System(),
     "altclip": System(),
     "chinese_clip": System(text_pooling="cls"),
@@ -322,7 +325,7 @@ SYSTEMS: Mapping[str, System] = {
 
 
 def build_system(hf_config: Mapping[str, Any], *, dtype: Any) -> DualEncoderModule:
-    """The dual encoder that `hf_config`, the content of a config.json, describes.
+    """Return the dual encoder that `hf_config`, the content of a config.json, describes.
 
     Raises UserError if one of its towers is not of a family for its side.
     """

@@ -28,7 +28,7 @@ from lit_jax.models.convolutions import (
     positions,
     scan_blocks,
 )
-from lit_jax.models.layers import activation, drop, rematerialized, scaled
+from lit_jax.models.layers import activation, drop, rematerialized, scale_float32
 from lit_jax.models.patches import Size, check_channels
 from lit_jax.models.tower import ImageTower, TowerOutput, cuts_under
 
@@ -38,8 +38,10 @@ _STEM_WIDTH = 32  # of EfficientNet-B0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockConfig:
-    width: int  # of what comes in
+class BottleneckConfig:
+    """The first block of a stage."""
+
+    width: int  # of the map that comes in
     new_width: int
     expand_ratio: int
     kernel_size: int
@@ -47,15 +49,15 @@ class BlockConfig:
     padding: tuple[int, int]
 
     @property
-    def following(self) -> "BlockConfig":
-        """Any further block of a stage of which this is the first."""
+    def following(self) -> "BottleneckConfig":
+        """The config of the further blocks of the stage."""
         return dataclasses.replace(
             self, width=self.new_width, stride=1, padding=_same(self.kernel_size)
         )
 
 
 def _same(kernel_size: int) -> tuple[int, int]:
-    """The padding, before and after, that keeps the size of a map."""
+    """Return the padding, before and after, that keeps the size of a map."""
     return (kernel_size - 1) // 2, kernel_size // 2
 
 
@@ -92,18 +94,20 @@ class EfficientNetConfig:
         return True
 
     def channels(self, base: int) -> int:
-        """The width of what is `base` wide in EfficientNet-B0: a multiple of depth_divisor near to
-        `base` times the coefficient, and no less than 0.9 of that."""
+        """Return the number of channels of a map that has `base` of them in EfficientNet-B0.
+
+        It is a multiple of depth_divisor near to `base` times the coefficient, and at least 0.9 of that.
+        """
         wanted, divisor = base * self.width_coefficient, self.depth_divisor
         rounded = max(divisor, int(wanted + divisor / 2) // divisor * divisor)
         return rounded + divisor if rounded < 0.9 * wanted else rounded
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """How many blocks each stage has."""
+        """The number of blocks of each stage."""
         return tuple(math.ceil(self.depth_coefficient * n) for n in self.num_block_repeats)
 
-    def first_block(self, stage: int) -> BlockConfig:
+    def first_block(self, stage: int) -> BottleneckConfig:
         size, stride = self.kernel_sizes[stage], self.strides[stage]
         if stride == 1:
             padding = _same(size)
@@ -111,7 +115,7 @@ class EfficientNetConfig:
             padding = (size // 2, size // 2)
         else:
             padding = (size // 2 - 1, size // 2)
-        return BlockConfig(
+        return BottleneckConfig(
             width=self.channels(self.in_channels[stage]),
             new_width=self.channels(self.out_channels[stage]),
             expand_ratio=self.expand_ratios[stage],
@@ -141,11 +145,11 @@ class EfficientNet(ImageTower):
     def __call__(
         self, pixel_values_BxHxWxC: Float[Array, "B H W C"], *, deterministic: bool = True
     ) -> TowerOutput:
-        """Pixels, normalised by the image processor, to the positions of the last map and a pooled
-        vector. Images may have any size.
+        """Encode pixels that the image processor has normalised; images may have any size.
 
-        Not `deterministic`: dropout, with the rng 'dropout', and normalisation by the statistics of the
-        batch; see `BatchNorm` for the collection 'batch_stats'.
+        The last hidden state is the positions of the last map. Not `deterministic`: dropout, with the rng
+        'dropout', and normalisation by the statistics of the batch; see `BatchNorm` for the collection
+        'batch_stats'.
         """
         cfg = self.config
         check_channels(pixel_values_BxHxWxC, cfg.num_channels)
@@ -171,7 +175,7 @@ class EfficientNet(ImageTower):
             "embeddings",
         )(pixel_values_BxHxWxC, deterministic)
         cuts = cuts_under("encoder", self.cuts)
-        encoder = Encoder(cfg, self.dtype, self.remat, cuts, name="encoder")
+        encoder = EfficientNetStages(cfg, self.dtype, self.remat, cuts, name="encoder")
         x_BxYxXxD = encoder(x_BxYxXxC, deterministic)
         x_BxLxD = positions(x_BxYxXxD)
         if cfg.pooling_type not in ("mean", "max"):
@@ -180,7 +184,7 @@ class EfficientNet(ImageTower):
                 "have; correct it to 'mean' or 'max'."
             )
         if self.pooling == "pooler" and cfg.pooling_type == "max":
-            # The gradient of max() is NaN where the compiler computes x twice and rounds it differently.
+            # Not max(): its gradient is NaN where the compiler computes x twice and rounds it differently.
             top_Bx1xD = x_BxLxD.argmax(1, keepdims=True)
             pooled_BxD = jnp.squeeze(jnp.take_along_axis(x_BxLxD, top_Bx1xD, 1), 1)
         else:
@@ -188,9 +192,10 @@ class EfficientNet(ImageTower):
         return TowerOutput(x_BxLxD, pooled_BxD)
 
 
-class Encoder(nn.Module):
-    """Stages of blocks: of each the first, `layer_N`, and the others, equal and scanned, `layer_from_N`,
-    where N counts the blocks of all stages.
+class EfficientNetStages(nn.Module):
+    """Stages of blocks: the first of each is `layer_N`; the others, equal and scanned, are `layer_from_N`.
+
+    N counts the blocks of all stages.
 
     The collection 'intermediates', where it is mutable, gets 'input', and of each block 'hidden_state',
     its output.
@@ -211,10 +216,10 @@ class Encoder(nn.Module):
         self.sow("intermediates", "input", x_BxYxXxC)
         for stage, depth in enumerate(cfg.depths):
             config = cfg.first_block(stage)
-            first = Block(cfg, config, self.dtype, name=f"layer_{n}")
+            first = Bottleneck(cfg, config, self.dtype, name=f"layer_{n}")
             x_BxYxXxC = rematerialized(call, self.remat, prevent_cse=True)(first, x_BxYxXxC)
             if depth > 1:
-                others = functools.partial(Block, cfg, config.following, self.dtype)
+                others = functools.partial(Bottleneck, cfg, config.following, self.dtype)
                 rates_N = cfg.drop_connect_rate * np.arange(n + 1, n + depth) / sum(cfg.depths)
                 x_BxYxXxC = scan_blocks(
                     others, x_BxYxXxC, rates_N, deterministic, self.remat, n + 1, self.cuts
@@ -226,18 +231,18 @@ class Encoder(nn.Module):
         return x_BxYxXxC
 
 
-class Block(nn.Module):
+class Bottleneck(nn.Module):
     """An inverted bottleneck (1801.04381) with squeeze and excitation."""
 
     config: EfficientNetConfig
-    block: BlockConfig
+    block: BottleneckConfig
     dtype: Any
 
     @nn.compact
     def __call__(
         self, x_BxYxXxC: Map, rate: Float[Array, ""] | None, deterministic: bool
     ) -> NewMap:
-        """What the block computes is added to the map after dropout with this rate; None: it replaces it."""
+        """Return the map plus the block's output after dropout with `rate`; with None the output alone."""
         cfg, block, dtype = self.config, self.block, self.dtype
         h = x_BxYxXxC
         if block.expand_ratio != 1:
@@ -259,7 +264,7 @@ class Block(nn.Module):
         h = _conv_norm(cfg, narrow, dtype, "projection", act="linear")(h, deterministic)
         if rate is not None:
             if cfg.drop_connect_rate and not deterministic:
-                # Of single values: what the config calls drop connect is plain dropout in Hugging Face's.
+                # Hugging Face's drop connect is plain dropout of single values.
                 h = drop(h, rate, self.make_rng("dropout"), h.shape)
             h = x_BxYxXxC + h
         self.sow("intermediates", "hidden_state", h)
@@ -267,7 +272,7 @@ class Block(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by what a small network makes of the means of all (1709.01507)."""
+    """Squeeze and excitation (1709.01507): a small network makes a factor for each channel from all means."""
 
     config: EfficientNetConfig
     squeezed: int
@@ -282,7 +287,7 @@ class SqueezeExcite(nn.Module):
 
         mean_Bx1x1xC = x_BxYxXxC.mean((1, 2), keepdims=True)
         h = activation(self.config.hidden_act)(conv(self.squeezed, "reduce")(mean_Bx1x1xC))
-        return scaled(x_BxYxXxC, nn.sigmoid(conv(x_BxYxXxC.shape[-1], "expand")(h)))
+        return scale_float32(x_BxYxXxC, nn.sigmoid(conv(x_BxYxXxC.shape[-1], "expand")(h)))
 
 
 class ConvNorm(nn.Module):
@@ -310,7 +315,7 @@ def _conv_norm(
     momentum: float | None = None,
     act: str | None = None,
 ) -> ConvNorm:
-    """A ConvNorm with the config's momentum and activation where none is given."""
+    """Return a ConvNorm with the config's momentum and activation where none is given."""
     return ConvNorm(
         make_convolution,
         cfg.batch_norm_eps,

@@ -80,8 +80,8 @@ TEXT: Families = {
     "siglip_text_model": (SiglipTextConfig, SiglipText),
 }
 
-# Options of config.json that change the numbers and that no tower here has, with the one value that
-# means "not used".
+# Options of config.json that change the numbers and that no tower here implements, each with the one value
+# that means "not used".
 _UNUSED_VALUE = {"add_cross_attention": False, "position_embedding_type": "absolute"}
 
 
@@ -131,7 +131,7 @@ def _family(hf: Mapping[str, Any]) -> tuple[type[Any], type[Tower]]:
 
 
 def unknown(model_type: Any) -> str:
-    """What to say of a `model_type` that is none of ours; without a full stop."""
+    """Return the message about a `model_type` that is none of ours, without a full stop."""
     return (
         f"The model's config.json has model_type {model_type!r}, which lit_jax does not have; "
         f"its image towers are {', '.join(VISION)} and its text towers {', '.join(TEXT)}"

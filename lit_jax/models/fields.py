@@ -71,7 +71,8 @@ def check_sizes(config: Any, named: Named) -> None:
                 f"{', '.join(map(named, lengths))} have {', '.join(map(str, lengths.values()))} entries; "
                 "give each of them one entry for each stage."
             )
-    if getattr(config, "max_length", 1) < 1:
+    embedding = getattr(config, "embedding", None)
+    if embedding is not None and embedding.max_length < 1:
         raise UserError(
             f"{named('max_position_embeddings')} is {config.max_position_embeddings}, which leaves no "
             f"position behind {named('pad_token_id')}, {config.pad_token_id}; make it larger."

@@ -1,8 +1,8 @@
-"""What the towers share: activations, normalisation, dense layers, dropout, pooling.
+"""The layers that the towers share: activations, normalisation, dense layers, dropout, pooling.
 
 Dims: B batch, L tokens (Q as queries), D width, P width of the output. Parameters are float32 when
-initialised, and may be given in another dtype. `dtype` is that of the computation; normalisation is
-float32 whatever it is.
+initialised, and may be given in another dtype. `dtype` is that of the computation, but normalisation is
+always float32.
 """
 
 import functools
@@ -36,15 +36,17 @@ def stacks(first: int, depth: int, cuts: tuple[int, ...]) -> list[tuple[str, sli
 def rematerialized(
     call: Callable[..., Any], remat: Remat, *, prevent_cse: bool
 ) -> Callable[..., Any]:
-    """`call`, a function of a block and arrays, so that its gradient keeps only what `remat` says.
+    """Return `call`, a function of a block and arrays, with a gradient that keeps only what `remat` says.
 
-    The gradient is the same: what is computed again draws the same dropout. Without one it does nothing.
+    The gradient is the same: values that are computed again have the same dropout.
+
+    Args:
+        prevent_cse: whether the compiler could take the values computed again for those computed before, and
+            so keep them. It cannot across the two loops that a scan and its gradient are.
     """
     if remat == "none":
         return call
     keep_matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    # `prevent_cse`: the compiler might take what is computed again for what was computed before, and keep it;
-    # not across the two loops that a scan and its gradient are.
     policy = keep_matmuls if remat == "matmuls" else None
     return nn.remat(call, policy=policy, prevent_cse=prevent_cse)
 
@@ -78,7 +80,7 @@ ACTIVATIONS: Mapping[str, ops.Elementwise] = {
 
 
 def activation(name: str) -> ops.Elementwise:
-    """The activation that config.json calls `name`. Raises UserError if there is none."""
+    """Return the activation that config.json calls `name`. Raises UserError if there is none."""
     if name not in ACTIVATIONS:
         raise UserError(
             f"The model's config.json asks for the activation {name!r}, which lit_jax does not "
@@ -108,7 +110,7 @@ class LayerNorm(nn.Module):
 def mean_of_attended(
     x_BxLxD: Float[Array, "B L D"], attended_BxL: Bool[Array, "B L"]
 ) -> Float[Array, "B D"]:
-    """The mean over the attended tokens, computed in float32; 0 for a text without any."""
+    """Return the mean over the attended tokens, computed in float32; 0 for a text without any."""
     weight_BxLx1 = attended_BxL[..., None].astype(jnp.float32)
     count_Bx1 = jnp.maximum(weight_BxLx1.sum(1), 1)
     return ((x_BxLxD.astype(jnp.float32) * weight_BxLx1).sum(1) / count_Bx1).astype(x_BxLxD.dtype)
@@ -129,10 +131,12 @@ class Dropout(nn.Module):
 def drop(
     x: Float[Array, "*X"], rate: Float[Array, ""], key: jax.Array, shape: tuple[int, ...]
 ) -> Float[Array, "*X"]:
-    """Sets parts of `x` to 0 with probability `rate`, and scales the others so that the mean stays.
+    """Set parts of `x` to 0 with probability `rate`, and scale the others so that the mean stays.
 
-    `shape` broadcasts to that of `x`: an axis of length 1 is dropped or kept as a whole. The rate is rounded
-    to a multiple of 2^-16.
+    Args:
+        rate: rounded to a multiple of 2^-16.
+        shape: that of the parts, which broadcasts to that of `x`: along an axis of length 1 all of `x` is
+            dropped or kept together.
     """
     steps = jnp.round((1 - rate.astype(jnp.float32)) * 2**16)
     kept = ops.random_16_bits(key, shape) < steps.astype(jnp.uint32)
@@ -141,17 +145,8 @@ def drop(
     )
 
 
-def check_length(length: int, max_length: int) -> None:
-    """Raises UserError for texts that are longer than a tower's config allows."""
-    if length > max_length:
-        raise UserError(
-            f"The texts are {length} tokens long and the text tower has only positions for "
-            f"{max_length}; make them shorter (config.data.max_text_length)."
-        )
-
-
 def normal(std: float, cutoff: float | None = None) -> Callable[..., Array]:
-    """An initializer; `cutoff` is in standard deviations, and does not change `std`, as in torch."""
+    """Return an initializer; `cutoff` is in standard deviations, and does not change `std`, as in torch."""
     if cutoff is None:
         return nn.initializers.normal(std)
     return nn.initializers.truncated_normal(std, lower=-cutoff, upper=cutoff)
@@ -173,14 +168,14 @@ class Dense(nn.Module):
         y = _dot_gathered(jnp.asarray(x, self.dtype), kernel, self.axes)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y += to_rows(bias, y.shape, self.dtype)
+            y += broadcast_float32(bias, y.shape, self.dtype)
         return y
 
 
 def _dot_gathered(x: Array, kernel: Array, axes: int) -> Array:
-    """The product with a kernel that may be split over the mesh: it is gathered for the product, and once
-    more for the gradient, so that no gathered one waits in memory for its gradient.
-    """
+    """Return the product with a kernel that may be split over the mesh."""
+    # The kernel is gathered for the product, and once more for the gradient: a gathered kernel of each layer
+    # would wait in memory for its gradient.
     contracted = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
 
     def dot(x: Array, kernel: Array) -> Array:
@@ -199,7 +194,7 @@ def dense(
     dtype: Any,
     use_bias: bool = True,
 ) -> Dense:
-    """A dense layer as Hugging Face initialises it: normal kernel, bias zero."""
+    """Return a dense layer as Hugging Face initialises it: normal kernel, bias zero."""
     return Dense(features, normal(init_std, init_cutoff), dtype, use_bias, name=name)
 
 
@@ -217,22 +212,23 @@ class DenseAct(nn.Module):
         return activation(self.activation)(y)
 
 
-def to_rows(parameter: Array | np.ndarray, shape: tuple[int, ...], dtype: Any) -> Array:
-    """A parameter for each of many rows, in `dtype`.
+def broadcast_float32(parameter: Array | np.ndarray, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return a parameter, broadcast to many rows of `shape`, in `dtype`.
 
-    It is broadcast before it is cast: so its gradient, a sum over all rows, adds up in float32. A sum in
-    bfloat16 stops growing where it is 256 times as large as what is added.
+    The parameter is broadcast before it is cast, so its gradient, a sum over all rows, adds up in float32. A
+    sum in bfloat16 stops growing where it is 256 times as large as each addend.
     """
     return jnp.broadcast_to(parameter, shape).astype(dtype)
 
 
-def scaled(x: Array, factor: Array) -> Array:
-    """x * factor in x's dtype; one factor is for many rows, and its gradient adds up as in `to_rows`.
+def scale_float32(x: Array, factor: Array) -> Array:
+    """Return x * factor in x's dtype, for one factor of many rows.
 
-    The product is computed again for the gradient, which so keeps no factor for each row.
+    The gradient of the factor adds up as in `broadcast_float32`. The product is computed again for the
+    gradient, which so keeps no factor for each row.
     """
 
     def product(x: Array, factor: Array) -> Array:
-        return x * to_rows(factor.astype(jnp.float32), x.shape, x.dtype)
+        return x * broadcast_float32(factor.astype(jnp.float32), x.shape, x.dtype)
 
     return jax.checkpoint(product, prevent_cse=False)(x, factor)

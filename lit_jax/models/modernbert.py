@@ -2,7 +2,7 @@
 
 Rotary positions, a gated MLP, blocks whose attention is local and some whose attention is global.
 
-Dims: B batch, L tokens, D width, K width of a head, I = K / 2 pairs of it, T kinds of block (local and
+Dims: B batch, L tokens, D width, K width of a head, I = K / 2 pairs of it, T types of block (local and
 global).
 """
 
@@ -19,20 +19,14 @@ from lit_jax.config import Pooling
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
 from lit_jax.models.attention import attention_bias
-from lit_jax.models.layers import (
-    Dropout,
-    LayerNorm,
-    check_length,
-    mean_of_attended,
-    normal,
-    rematerialized,
-)
-from lit_jax.models.tower import Tower, TowerOutput
-from lit_jax.models.transformer import Block, BlockConfig, Rotary
+from lit_jax.models.layers import LayerNorm, rematerialized
+from lit_jax.models.token_embeddings import TokenEmbeddingConfig
+from lit_jax.models.tower import TextTransformer
+from lit_jax.models.transformer import Block, BlockConfig, Rotary, TokenSelector
 
-# What config.json calls the kinds of block, and the base of the frequencies of each (2104.09864).
+# The types of block in config.json, and the base of the frequencies of each (2104.09864).
 _THETAS = {"sliding_attention": 10_000.0, "full_attention": 160_000.0}
-_KINDS = tuple(_THETAS)
+_LAYER_TYPES = tuple(_THETAS)
 
 Pairs = tuple[tuple[str, Any], ...]  # a dict, but hashable
 
@@ -56,7 +50,7 @@ class ModernBertConfig:
     attention_bias: bool = False
     attention_dropout: float = 0.0
     layer_types: tuple[str, ...] | None = None  # None: the first of every three blocks is global
-    rope_parameters: Pairs | None = None  # by kind of block
+    rope_parameters: Pairs | None = None  # by type of block
     local_attention: int = 128  # as many tokens around one, half of them on each side
     embedding_dropout: float = 0.0
     mlp_bias: bool = False
@@ -89,36 +83,42 @@ class ModernBertConfig:
         )
 
     @property
-    def rows(self) -> dict[str, int]:
-        """Of the tables that token inputs are looked up in: positions are turned into angles."""
-        return {"input_ids": self.vocab_size}
+    def embedding(self) -> TokenEmbeddingConfig:
+        return TokenEmbeddingConfig(
+            width=self.hidden_size,
+            vocab_size=self.vocab_size,
+            max_positions=self.max_position_embeddings,
+            init_std=self.initializer_range,
+            init_cutoff=self.initializer_cutoff_factor,
+            word_name="tok_embeddings",
+            position_name=None,  # positions come into attention alone, as angles
+            norm_name="norm",
+            norm_epsilon=self.norm_eps,
+            norm_bias=self.norm_bias,
+            dropout=self.embedding_dropout,
+        )
 
     @property
-    def max_length(self) -> int:
-        """The most tokens that a text can have."""
-        return self.max_position_embeddings
-
-    @property
-    def kinds(self) -> tuple[int, ...]:
-        """Of each block, its place in `_KINDS`."""
+    def type_indices(self) -> tuple[int, ...]:
+        """The index in `_LAYER_TYPES` of each block's type."""
         depth = self.num_hidden_layers
         types = self.layer_types or [
             "sliding_attention" if i % 3 else "full_attention" for i in range(depth)
         ]
-        if len(types) != depth or not set(types) <= set(_KINDS):
+        if len(types) != depth or not set(types) <= set(_LAYER_TYPES):
             raise UserError(
                 f"The text tower's config has layer_types={list(types)}, where each of its {depth} blocks "
-                f"needs one of {' and '.join(_KINDS)}; correct it."
+                f"needs one of {' and '.join(_LAYER_TYPES)}; correct it."
             )
-        return tuple(_KINDS.index(kind) for kind in types)
+        return tuple(_LAYER_TYPES.index(layer_type) for layer_type in types)
 
     @property
     def thetas(self) -> tuple[float, ...]:
-        """Of each kind in `_KINDS`, the base of the frequencies."""
+        """The base of the frequencies of each type in `_LAYER_TYPES`."""
         given = dict(self.rope_parameters or ())
         thetas = []
-        for kind, default in _THETAS.items():
-            parameters = dict(given.get(kind) or ())
+        for layer_type, default in _THETAS.items():
+            parameters = dict(given.get(layer_type) or ())
             rope_type = parameters.get("rope_type", "default")
             if rope_type != "default":
                 raise UserError(
@@ -129,106 +129,54 @@ class ModernBertConfig:
         return tuple(thetas)
 
 
-class ModernBert(Tower):
+class ModernBert(TextTransformer):
     """The text tower."""
 
     config: ModernBertConfig
 
     poolings: ClassVar[tuple[Pooling, ...]] = ("cls", "mean")
 
-    @nn.compact
-    def __call__(
-        self,
-        input_ids_BxL: Int[Array, "B L"],
-        attention_mask_BxL: Int[Array, "B L"] | None = None,
-        token_type_ids_BxL: Int[Array, "B L"] | None = None,
-        position_ids_BxL: Int[Array, "B L"] | None = None,
-        *,
-        deterministic: bool = True,
-    ) -> TowerOutput:
-        """Token ids to tokens and a pooled vector.
-
-        Defaults: every token attended, positions 0 to L - 1. Token types are ignored, as the family has
-        none. Not `deterministic`: dropout, with the rng 'dropout'. Raises UserError, when traced, for
-        too long a text.
-        """
-        del token_type_ids_BxL
-        cfg = self.config
-        if attention_mask_BxL is None:
-            attention_mask_BxL = jnp.ones_like(input_ids_BxL)
-        attended_BxL = attention_mask_BxL > 0
-        if position_ids_BxL is None:
-            check_length(input_ids_BxL.shape[1], cfg.max_length)
-            position_ids_BxL = jnp.arange(input_ids_BxL.shape[1])[None]
-        x_BxLxD = Embeddings(cfg, self.dtype, name="embeddings")(input_ids_BxL, deterministic)
-        x_BxLxD = self.encode(
-            x_BxLxD, _bias(cfg, attended_BxL), _rotary(cfg, position_ids_BxL), deterministic
-        )
-        norm = LayerNorm(cfg.norm_eps, self.dtype, cfg.norm_bias, name="final_norm")
-        x_BxLxD = norm(x_BxLxD)
-        if self.pooling == "cls":
-            return TowerOutput(x_BxLxD, x_BxLxD[:, 0])
-        return TowerOutput(x_BxLxD, mean_of_attended(x_BxLxD, attended_BxL))
-
     def encode(
         self,
         x_BxLxD: Float[Array, "B L D"],
-        bias: Float[Array, "T B 1 L L"],
-        rotary: Rotary,
+        attended_BxL: Bool[Array, "B L"],
+        position_ids_BxL: Int[Array, "#B L"],
+        select: TokenSelector,
         deterministic: bool,
     ) -> Array:
-        """The first block, which has parameters of its own, and then the others as one scan.
+        """Return the tokens of the last block.
 
-        The collection 'intermediates', where it is mutable, gets 'input', and of the blocks what those of
-        any `Encoder` record.
+        The first block has parameters of its own, and the others are a scan. The collection
+        'intermediates', where it is mutable, gets 'input', and of the blocks what those of any `Encoder`
+        record.
         """
         self.sow("intermediates", "input", x_BxLxD)
-        block = self.config.block
-        kind, *other_kinds = self.config.kinds
-        # Its tokens are normalised already.
-        first = Block(dataclasses.replace(block, norm_attention=False), self.dtype, name="layer_0")
-        own_bias, own_rotary = jax.tree.map(lambda x: x[kind], (bias, rotary))
+        cfg = self.config
+        bias, rotary = _bias(cfg, attended_BxL), _rotary(cfg, position_ids_BxL)
+        layer_type, *other_types = cfg.type_indices
+        # The embeddings normalise its tokens already.
+        first_config = dataclasses.replace(cfg.block, norm_attention=False)
+        first = Block(first_config, self.dtype, name="layer_0")
+        own = jax.tree.map(lambda x: x[layer_type], (bias, rotary))
 
         def call(block: nn.Module, x_BxLxD: Array) -> Array:
-            return block(x_BxLxD, own_bias, jnp.zeros(()), deterministic, own_rotary)
+            return block(x_BxLxD, *own, jnp.zeros(()), deterministic)
 
         x_BxLxD = rematerialized(call, self.remat, prevent_cse=True)(first, x_BxLxD)
         x_BxLxD = shard_batch(x_BxLxD)
-        if not other_kinds:
+        if not other_types:
             return x_BxLxD
-        others = dataclasses.replace(block, depth=len(other_kinds))
-        encoder = self.encoder(others, first=1)
-        return encoder(x_BxLxD, bias, deterministic, rotary, jnp.array(other_kinds))
+        encoder = self.encoder(dataclasses.replace(cfg.block, depth=len(other_types)), first=1)
+        types_N = jnp.array(other_types)
+        return encoder(x_BxLxD, bias, deterministic, rotary, types_N, select=select)
 
-    @property
-    def example_input(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, 1), jnp.int32)
-
-
-class Embeddings(nn.Module):
-    """Token embeddings, normalised; positions come into attention alone."""
-
-    config: ModernBertConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self, input_ids_BxL: Int[Array, "B L"], deterministic: bool
-    ) -> Float[Array, "B L D"]:
+    def final_norm(self, x_BxLxD: Float[Array, "B Q D"]) -> Array:
         cfg = self.config
-        x_BxLxD = nn.Embed(
-            cfg.vocab_size,
-            cfg.hidden_size,
-            embedding_init=normal(cfg.initializer_range, cfg.initializer_cutoff_factor),
-            name="tok_embeddings",
-        )(input_ids_BxL).astype(self.dtype)  # after the look-up: see `to_rows`
-        x_BxLxD = LayerNorm(cfg.norm_eps, self.dtype, cfg.norm_bias, name="norm")(x_BxLxD)
-        x_BxLxD = Dropout(cfg.embedding_dropout)(x_BxLxD, deterministic=deterministic)
-        return shard_batch(x_BxLxD)
+        return LayerNorm(cfg.norm_eps, self.dtype, cfg.norm_bias, name="final_norm")(x_BxLxD)
 
 
 def _bias(cfg: ModernBertConfig, attended_BxL: Bool[Array, "B L"]) -> Float[Array, "T B 1 L L"]:
-    """Local: half of `local_attention` to each side, and the token itself. Global: everywhere."""
+    """Return the bias of each type of block; local attention reaches `local_attention` / 2 to each side."""
     place_L = np.arange(attended_BxL.shape[1])
     near_LxL = np.abs(place_L[:, None] - place_L[None]) <= cfg.local_attention // 2
     everywhere_Bx1x1xL = attention_bias(attended_BxL)
@@ -238,7 +186,7 @@ def _bias(cfg: ModernBertConfig, attended_BxL: Bool[Array, "B L"]) -> Float[Arra
 
 
 def _rotary(cfg: ModernBertConfig, position_ids_BxL: Int[Array, "#B L"]) -> Rotary:
-    """Angles with the kinds of block in front, TxBxLxK; they are float32 in the reference, too."""
+    """Return the angles of each type of block, TxBxLxK; they are float32 in the reference, too."""
     head_width = cfg.hidden_size // cfg.num_attention_heads
     exponent_I = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
     theta_Tx1 = np.array(cfg.thetas, np.float32)[:, None]

@@ -12,16 +12,16 @@ import functools
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from lit_jax.errors import UserError
 from lit_jax.models.bert import (
     Bert,
-    EmbeddingConfig,
     PlainConfig,
     PositionIds,
     counted_from,
 )
+from lit_jax.models.token_embeddings import TokenEmbeddingConfig
 
 # Hugging Face's code has these three numbers, whatever config.json says.
 _PADDING_ID = 1
@@ -44,7 +44,7 @@ class MPNetConfig(PlainConfig):
         return _PADDING_ID
 
     @property
-    def embedding(self) -> EmbeddingConfig:
+    def embedding(self) -> TokenEmbeddingConfig:
         padding_id = counted_from(self.position_ids, self.padding_id)
         return dataclasses.replace(super().embedding, padding_id=padding_id)
 
@@ -54,10 +54,8 @@ class MPNet(Bert):
 
     config: MPNetConfig
 
-    def with_learned_bias(
-        self, bias: Float[Array, "B 1 #L L"], length: int
-    ) -> Float[Array, "B H L L"]:
-        cfg = self.config
+    def attention_bias(self, attended_BxL: Bool[Array, "B L"]) -> Float[Array, "B H L L"]:
+        cfg, length = self.config, attended_BxL.shape[1]
         if cfg.relative_attention_num_buckets < _BUCKETS:
             raise UserError(
                 "The model's config.json has relative_attention_num_buckets="
@@ -70,13 +68,14 @@ class MPNet(Bert):
             name="relative_attention_bias",
         )
         learned_LxLxH = table(distance_buckets(length)).astype(jnp.float32)
-        return bias + learned_LxLxH.transpose(2, 0, 1)[None]
+        return super().attention_bias(attended_BxL) + learned_LxLxH.transpose(2, 0, 1)[None]
 
 
 @functools.cache
 def distance_buckets(length: int) -> np.ndarray:
-    """The row of the table for token q (first axis) and token s: T5's buckets (1910.10683, section 2.1).
+    """Return the row of the table for token q (first axis) and token s.
 
+    These are T5's buckets (1910.10683, section 2.1).
     Half of the rows are for tokens before q, half for those after it. Of each half, the first half is
     for one distance each; the others are for ranges that grow as a logarithm, up to `_FARTHEST`.
     """

@@ -1,4 +1,4 @@
-"""What an image processor makes of a pixel's value."""
+"""The values that an image processor makes of a pixel's bytes."""
 
 import dataclasses
 from typing import Any
@@ -21,12 +21,12 @@ class Normalization:
     def through(
         cls, black_C: Float[np.ndarray, " C"], white_C: Float[np.ndarray, " C"]
     ) -> "Normalization":
-        """The one that makes `black_C` of 0 and `white_C` of 255."""
+        """Return the normalisation that maps 0 to `black_C` and 255 to `white_C`."""
         scale_C = (white_C.astype(np.float64) - black_C) / 255
         return cls(tuple(scale_C.tolist()), tuple(black_C.tolist()))
 
     def __call__(self, pixels: UInt8[Any, "*rest C"]) -> Float[Any, "*rest C"]:
-        """float32; of an array of JAX or of NumPy, as worker processes have no JAX."""
+        """Return float32 values of an array of JAX, or of NumPy, as worker processes have no JAX."""
         ones = (1,) * (pixels.ndim - 1)
         scale, offset = (
             np.asarray(x, np.float32).reshape(*ones, -1) for x in (self.scale, self.offset)

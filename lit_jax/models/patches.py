@@ -15,25 +15,25 @@ from jaxtyping import Array, Float
 
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
-from lit_jax.models.layers import Dense, Dropout, to_rows
+from lit_jax.models.layers import Dense, Dropout, broadcast_float32
 
 Size = int | tuple[int, int]
 
 
 def pair(size: Size) -> tuple[int, int]:
-    """(height, width) of a size as config.json has it."""
+    """Return (height, width) of a size as config.json has it."""
     return (size, size) if isinstance(size, int) else size
 
 
 def patch_grid(image_size: Size, patch_size: Size) -> tuple[int, int]:
-    """The patches, in rows and columns, that an image has; pixels beyond the last whole one are left out."""
+    """Return the rows and columns of patches of an image; pixels beyond the last whole patch are left out."""
     (height, width), (patch_height, patch_width) = pair(image_size), pair(patch_size)
     return height // patch_height, width // patch_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EmbeddingsConfig:
-    """What is in front of the blocks of a vision transformer."""
+class ImageEmbeddingConfig:
+    """The embeddings in front of the blocks of a vision transformer."""
 
     width: int
     image_size: Size
@@ -41,28 +41,33 @@ class EmbeddingsConfig:
     num_channels: int
     init_std: float
     dropout: float = 0.0
-    tokens: tuple[str, ...] = ("cls_token",)  # trained, in front of the patches
-    registers: int = 0  # further ones behind those, without positions (2309.16588)
+    # Trained tokens in front of the patches.
+    tokens: tuple[str, ...] = ("cls_token",)
+    # Further ones behind those, without positions (2309.16588).
+    registers: int = 0
     positions: bool = True
-    antialias: bool = False  # when positions are interpolated
-    zero_init: bool = False  # of tokens and positions
-    mask_token: tuple[int, ...] | None = None  # shape of a parameter of pretraining, not used here
+    # When positions are interpolated.
+    antialias: bool = False
+    # Tokens and positions start as zeros.
+    zero_init: bool = False
+    # The shape of a parameter of pretraining, which is not used here.
+    mask_token: tuple[int, ...] | None = None
 
     @property
     def matrix(self) -> "Matrix":
-        """What positions are interpolated by."""
+        """The function that makes the matrices by which positions are interpolated."""
         return antialiased_bicubic_matrix if self.antialias else bicubic_matrix
 
     @property
     def leading(self) -> int:
-        """The tokens in front of the patches."""
+        """The number of tokens in front of the patches."""
         return len(self.tokens) + self.registers
 
 
-class Embeddings(nn.Module):
+class ImageEmbeddings(nn.Module):
     """The tokens of an image: trained ones, then its patches, row by row, with positions."""
 
-    config: EmbeddingsConfig
+    config: ImageEmbeddingConfig
     dtype: Any
 
     @nn.compact
@@ -83,7 +88,7 @@ class Embeddings(nn.Module):
 
         def trained(name: str, count: int) -> Array:
             tokens_1xNxD = self.param(name, init, (1, count, width))
-            return to_rows(tokens_1xNxD, (batch, count, width), self.dtype)
+            return broadcast_float32(tokens_1xNxD, (batch, count, width), self.dtype)
 
         tokens = [trained(name, 1) for name in cfg.tokens]
         x_BxLxD = jnp.concatenate([*tokens, patches_BxYxXxD.reshape(batch, -1, width)], axis=1)
@@ -97,19 +102,20 @@ class Embeddings(nn.Module):
                 (rows, columns),
                 cfg.matrix,
             )
-            x_BxLxD = x_BxLxD + to_rows(positions_LxD, x_BxLxD.shape, self.dtype)
+            x_BxLxD = x_BxLxD + broadcast_float32(positions_LxD, x_BxLxD.shape, self.dtype)
         if cfg.registers:
             registers_BxNxD = trained("register_tokens", cfg.registers)
             parts = (x_BxLxD[:, : len(tokens)], registers_BxNxD, x_BxLxD[:, len(tokens) :])
             x_BxLxD = jnp.concatenate(parts, axis=1)
         if cfg.mask_token is not None:
-            # Only so that the files we write have it, as Hugging Face's classes want.
+            # Unused here: the files that we write need it, because Hugging Face's classes have it.
             self.param("mask_token", nn.initializers.zeros, cfg.mask_token)
         x_BxLxD = Dropout(cfg.dropout)(x_BxLxD, deterministic=deterministic)
         return shard_batch(x_BxLxD)
 
 
 def check_channels(pixel_values_BxHxWxC: Float[Array, "B H W C"], num_channels: int) -> None:
+    """Raise UserError for images with another number of channels than the tower's."""
     channels = pixel_values_BxHxWxC.shape[-1]
     if channels != num_channels:
         raise UserError(
@@ -150,7 +156,7 @@ class PatchEmbeddings(nn.Module):
 
 @functools.cache
 def bicubic_matrix(size: int, new_size: int) -> np.ndarray:
-    """The (new_size, size) matrix of torch's bicubic interpolation along one axis.
+    """Return the (new_size, size) matrix of torch's bicubic interpolation along one axis.
 
     torch.nn.functional.interpolate(mode='bicubic'), which Hugging Face's ViT uses: corners not aligned,
     no antialiasing, the border repeated.
@@ -160,15 +166,15 @@ def bicubic_matrix(size: int, new_size: int) -> np.ndarray:
 
 @functools.cache
 def bilinear_matrix(size: int, new_size: int) -> np.ndarray:
-    """The same with mode='bilinear'."""
+    """Return the same with mode='bilinear'."""
     return _interpolation_matrix(size, new_size, lambda d: np.maximum(1 - d, 0), reach=1)
 
 
 @functools.cache
 def antialiased_bicubic_matrix(size: int, new_size: int) -> np.ndarray:
-    """The same with mode='bicubic' and antialias=True.
+    """Return the same with mode='bicubic' and antialias=True.
 
-    The kernel, another than without, gets as wide as a new pixel; what falls beyond the border is left out.
+    torch uses another kernel there, as wide as a new pixel, and leaves out its part beyond the border.
     """
     width = max(size / new_size, 1)
     source_Nx1 = (np.arange(new_size)[:, None] + 0.5) * (size / new_size) - 0.5
@@ -179,7 +185,7 @@ def antialiased_bicubic_matrix(size: int, new_size: int) -> np.ndarray:
 def _interpolation_matrix(
     size: int, new_size: int, kernel: Callable[[np.ndarray], np.ndarray], reach: int
 ) -> np.ndarray:
-    """The weight of each old pixel is the `kernel` of its distance, 0 from `reach` on."""
+    """Return a matrix whose weight of each old pixel is the `kernel` of its distance, 0 from `reach` on."""
     source = (np.arange(new_size) + 0.5) * (size / new_size) - 0.5
     matrix = np.zeros((new_size, size))
     for tap in range(1 - reach, 1 + reach):
@@ -190,13 +196,14 @@ def _interpolation_matrix(
 
 
 def _cubic(d: np.ndarray, a: float) -> np.ndarray:
-    """Keys' cubic convolution kernel of a distance."""
+    """Return Keys' cubic convolution kernel of a distance."""
     near = (a + 2) * d**3 - (a + 3) * d**2 + 1
     far = a * (d**3 - 5 * d**2 + 8 * d - 4)
     return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
 
 
-Matrix = Callable[[int, int], np.ndarray]  # (size, new_size) -> a (new_size, size) matrix
+# (size, new_size) -> a (new_size, size) matrix
+Matrix = Callable[[int, int], np.ndarray]
 
 
 def resize_positions(
@@ -205,9 +212,9 @@ def resize_positions(
     grid: tuple[int, int],
     matrix: Matrix = bicubic_matrix,
 ) -> Float[Array, "M D"]:
-    """Position embeddings of a `grid` of patches, from those of `own_grid`; leading tokens stay.
+    """Return the position embeddings of a `grid` of patches from those of `own_grid`; leading tokens stay.
 
-    Interpolated along either axis by `matrix`, as Hugging Face's towers do it with
+    They are interpolated along either axis by `matrix`, as Hugging Face's towers do it with
     interpolate_pos_encoding=True.
     """
     if grid == own_grid:
@@ -222,12 +229,13 @@ def resize_positions(
 def resize_grid(
     values_HxWxD: Float[Array, "H W D"], grid: tuple[int, int], matrix: Matrix
 ) -> Float[Array, "Y X D"]:
-    """Interpolates to a `grid` of YxX, in float32."""
+    """Interpolate to a `grid` of YxX, in float32."""
     rows, columns = (matrix(*sizes) for sizes in zip(values_HxWxD.shape[:2], grid, strict=True))
     return jnp.einsum(
         "yh,xw,hwd->yxd",
         rows,
         columns,
         values_HxWxD.astype(jnp.float32),
-        precision="highest",  # TPU's default, one pass in bfloat16, is too coarse to resample with
+        # TPU's default, one pass in bfloat16, is too coarse to resample with.
+        precision="highest",
     )

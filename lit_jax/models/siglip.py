@@ -1,7 +1,7 @@
 """The towers of SigLIP (https://arxiv.org/abs/2303.15343), numerically Hugging Face's SiglipVisionModel
 and SiglipTextModel. Their blocks and embeddings are CLIP's, without a class token and a causal mask.
 
-Dims: B batch, HxW pixels, C channels, L tokens, D width, P pooled width.
+Dims: B batch, L tokens, D width, P pooled width.
 """
 
 import dataclasses
@@ -13,11 +13,17 @@ from jaxtyping import Array, Float, Int
 
 from lit_jax.config import Pooling
 from lit_jax.errors import UserError
-from lit_jax.models.clip import BlockFields, CLIPText, ImageEmbeddings
-from lit_jax.models.layers import LayerNorm, dense, to_rows
+from lit_jax.models.clip import (
+    BlockFields,
+    CLIPImageEmbeddings,
+    CLIPText,
+    CLIPVision,
+    clip_embedding,
+)
+from lit_jax.models.layers import LayerNorm, broadcast_float32, dense
 from lit_jax.models.patches import Size, pair
-from lit_jax.models.tower import ImageTower, TowerOutput
-from lit_jax.models.transformer import Attention, Mlp, Pick
+from lit_jax.models.token_embeddings import TokenEmbeddingConfig
+from lit_jax.models.transformer import Attention, Mlp, TokenSelector
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +46,8 @@ class SiglipVisionConfig(SiglipFields):
     """The fields of config.json that change a number; names and defaults are Hugging Face's."""
 
     model_type: str = "siglip_vision_model"
-    image_size: Size = 224  # pixels; a pair is (height, width)
+    # Pixels; a pair is (height, width).
+    image_size: Size = 224
     patch_size: Size = 16
     num_channels: int = 3
     vision_use_head: bool = True
@@ -69,51 +76,31 @@ class SiglipTextConfig(SiglipFields):
     projection_size: int | None = None  # None: hidden_size
 
     @property
-    def rows(self) -> dict[str, int]:
-        """Of the tables that token inputs are looked up in."""
-        return {"input_ids": self.vocab_size, "position_ids": self.max_position_embeddings}
-
-    @property
-    def max_length(self) -> int:
-        """The most tokens that a text can have."""
-        return self.max_position_embeddings
-
-    @property
-    def embedding_init_std(self) -> float:
-        return self.hidden_size**-0.5
+    def embedding(self) -> TokenEmbeddingConfig:
+        return clip_embedding(self, self.hidden_size**-0.5)
 
 
-class SiglipVision(ImageTower):
+class SiglipVision(CLIPVision):
     """The image tower. Its pooler is an attention of one trained query to the patches."""
 
     config: SiglipVisionConfig
 
     poolings: ClassVar[tuple[Pooling, ...]] = ("pooler", "mean")  # there is no first token to take
 
-    @nn.compact
-    def __call__(
-        self, pixel_values_BxHxWxC: Float[Array, "B H W C"], *, deterministic: bool = True
-    ) -> TowerOutput:
-        """Pixels, normalised by the image processor, to tokens and a pooled vector.
-
-        Images of another size than the config's are encoded with interpolated position embeddings.
-        Not `deterministic`: dropout, with the rng 'dropout'.
-        Raises UserError, when traced, for the pooling 'pooler' of a model without one.
-        """
-        cfg = self.config
-        if self.pooling == "pooler" and not cfg.vision_use_head:
+    def embed(self, pixel_values_BxHxWxC: Array, deterministic: bool) -> Float[Array, "B L D"]:
+        if self.pooling == "pooler" and not self.config.vision_use_head:
             raise UserError(
                 "The model's config.json has vision_use_head=False, so it has no pooler; set the image "
                 "tower's pooling (config.model.image.pooling) to 'mean'."
             )
-        x_BxLxD = ImageEmbeddings(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
-        x_BxLxD = self.encoder(cfg.block)(x_BxLxD, None, deterministic)
-        x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="post_layernorm")(x_BxLxD)
-        if self.pooling == "pooler":
-            pooled_BxD = AttentionPooling(cfg, self.dtype, name="head")(x_BxLxD)
-        else:
-            pooled_BxD = x_BxLxD.mean(1)
-        return TowerOutput(x_BxLxD, pooled_BxD)
+        embeddings = CLIPImageEmbeddings(self.config, self.dtype, name="embeddings")
+        return embeddings(pixel_values_BxHxWxC)
+
+    def final_norm(self, x_BxLxD: Float[Array, "B L D"]) -> Array:
+        return LayerNorm(self.config.layer_norm_eps, self.dtype, name="post_layernorm")(x_BxLxD)
+
+    def pooler(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B D"]:
+        return AttentionPooling(self.config, self.dtype, name="head")(x_BxLxD)
 
 
 class AttentionPooling(nn.Module):
@@ -132,7 +119,7 @@ class AttentionPooling(nn.Module):
             own_init_std=(*cfg.block.own_init_std, *own_init_std),  # the later ones win
         )
         probe_1x1xD = self.param("probe", nn.initializers.normal(width**-0.5), (1, 1, width))
-        probe_Bx1xD = to_rows(probe_1x1xD, (batch, 1, width), self.dtype)
+        probe_Bx1xD = broadcast_float32(probe_1x1xD, (batch, 1, width), self.dtype)
         x_Bx1xD = Attention(attention, self.dtype, name="attention")(
             x_BxLxD, probe_Bx1xD, deterministic=True
         )
@@ -150,15 +137,14 @@ class SiglipText(CLIPText):
 
     config: SiglipTextConfig
 
-    causal: ClassVar[bool] = False
+    is_causal: ClassVar[bool] = False
     fixed_length: ClassVar[bool] = True
 
-    def pooled_token(self, input_ids_BxL: Int[Array, "B L"]) -> Pick:
-        del input_ids_BxL
+    def token_selector(self, input_ids_BxL: Int[Array, "B L"]) -> TokenSelector:
         return lambda x, axis: jax.lax.slice_in_dim(x, -1, None, axis=axis)
 
-    def pool(self, x_BxD: Float[Array, "B D"]) -> Float[Array, "B P"]:
+    def pooler(self, token_BxD: Float[Array, "B D"]) -> Float[Array, "B P"]:
         cfg = self.config
         width = cfg.projection_size or cfg.hidden_size
         head = dense(width, name="head", init_std=cfg.hidden_size**-0.5, dtype=self.dtype)
-        return head(x_BxD)
+        return head(token_BxD)

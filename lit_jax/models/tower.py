@@ -1,6 +1,9 @@
-"""What the towers of all families share.
+"""What the towers of all families share: inputs to tokens, through the blocks, to one vector.
 
-Dims: B batch, HxW pixels, C channels, Q tokens, L position embeddings, M of them at another size, D width,
+A family file says what is particular to it: a config, and the methods of `ImageTransformer` or
+`TextTransformer` that it has differently.
+
+Dims: B batch, HxW pixels, C channels, L tokens (Q as queries; of positions, M at another size), D width,
 P width of the output.
 """
 
@@ -12,16 +15,37 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from lit_jax.config import Pooling, Remat
-from lit_jax.models.patches import Matrix, bicubic_matrix, pair, patch_grid, resize_positions
-from lit_jax.models.transformer import BlockConfig, Encoder, LastBlock
+from lit_jax.models.attention import attention_bias
+from lit_jax.models.layers import LayerNorm, mean_of_attended
+from lit_jax.models.patches import (
+    ImageEmbeddingConfig,
+    ImageEmbeddings,
+    Matrix,
+    Size,
+    bicubic_matrix,
+    pair,
+    patch_grid,
+    resize_positions,
+)
+from lit_jax.models.token_embeddings import TokenEmbeddings, check_length, token_positions
+from lit_jax.models.transformer import (
+    Bias,
+    BiasOfTable,
+    BlockConfig,
+    Encoder,
+    LastBlock,
+    Rotary,
+    TokenSelector,
+    first_token,
+)
 from lit_jax.trees import Tree, flatten, unflatten
 
 
 class TowerOutput(NamedTuple):
-    """What every tower returns: its tokens, and the one vector that stands for the input.
+    """The output of every tower: its tokens, and the one vector that stands for the input.
 
     The tokens are all there are, or the pooled one alone; see `Tower.all_tokens`.
     """
@@ -31,19 +55,19 @@ class TowerOutput(NamedTuple):
 
 
 class Tower(nn.Module):
-    """What the towers of all families have in common.
+    """A tower of any family.
 
     Attributes:
         config: a frozen dataclass with the fields of config.json that change a number, and `model_type`.
-        pooling: what stands for the input: 'pooler' is what the family itself calls the pooled output,
-            'cls' the first token of the last hidden state, 'mean' the mean of its patches or attended
-            tokens.
+        pooling: the vector that stands for the input. 'pooler' is what the family itself calls the pooled
+            output, 'cls' the first token of the last hidden state, 'mean' the mean of its patches or
+            attended tokens.
         dtype: of the computation.
-        remat: what of a block the backward pass computes again; see lit_jax/config.py.
+        remat: which parts of a block the backward pass computes again; see lit_jax/config.py.
         all_tokens: whether the last hidden state is wanted. If not, a transformer that is pooled by one token
             computes its last block for that token alone: of a ViT-B/16 or a BERT-base, 7% less.
-        cuts: names of blocks at which a new stack begins, such as 'encoder/layer_10'. What trains and what
-            is locked cannot be in one array; see training/policy.py.
+        cuts: names of blocks at which a new stack begins, such as 'encoder/layer_10'. Parameters that train
+            and parameters that are locked cannot be in one array; see training/policy.py.
         poolings: those that the family has.
         fixed_length: whether a text tower sees the padding, since it has no mask, so that all texts must have
             as many tokens as those it was trained with.
@@ -61,22 +85,24 @@ class Tower(nn.Module):
 
     @property
     def example_input(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of an input, to initialise with."""
+        """The shape and dtype of an input, to initialise with."""
         raise NotImplementedError
 
     @property
     def pools_one_token(self) -> bool:
-        """Whether what is pooled is made of one token of the last hidden state alone."""
+        """Whether the pooled output is made of one token of the last hidden state alone."""
         return "cls" in self.poolings and self.pooling != "mean"
 
     @property
     def last_block(self) -> LastBlock:
-        """How `Encoder` has it. It is apart whether all tokens are wanted or one: so both have the same tree
-        of parameters, and no step copies the other blocks out of a stack of all.
+        """The way in which `Encoder` has the last block.
+
+        A block that may be computed for one token lies outside the scan even where all tokens are wanted:
+        so both have the same tree of parameters, and no step copies the other blocks out of a stack of all.
         """
         if not self.pools_one_token:
-            return "scanned"
-        return "apart" if self.all_tokens else "one token"
+            return "in scan"
+        return "outside" if self.all_tokens else "one token"
 
     def encoder(self, block: BlockConfig, first: int = 0) -> Encoder:
         """Return the module `encoder` with this kind of block, counted from `first`."""
@@ -100,12 +126,13 @@ class ImageTower(Tower):
 
     @property
     def position_matrix(self) -> Matrix:
-        """What position embeddings are interpolated by."""
+        """The function that makes the matrices by which position embeddings are interpolated."""
         return bicubic_matrix
 
     def interpolated(self, params: Tree, image_size: int) -> tuple["ImageTower", Tree]:
-        """A tower whose config has `image_size`, pixels of a square, and computes with its parameters what
-        this one computes for such images with `params`.
+        """Return a tower whose config has `image_size`, pixels of a square, and its parameters.
+
+        It computes what this one computes for such images with `params`.
         """
         config = dataclasses.replace(self.config, image_size=image_size)
         flat = flatten(params)
@@ -113,7 +140,7 @@ class ImageTower(Tower):
         return self.clone(config=config), unflatten(flat)
 
     def at_size(self, path: str, value: Array | np.ndarray, image_size: int) -> Array | np.ndarray:
-        """The parameter at `path` for images of `image_size`."""
+        """Return the parameter at `path` for images of `image_size`."""
         if not path.startswith("embeddings/position_embedding"):
             return value
         *leading, length, width = value.shape  # Hugging Face's ViT has a batch of one in front
@@ -122,9 +149,205 @@ class ImageTower(Tower):
         return resized_MxD.reshape(*leading, -1, width)
 
     def grids(self, image_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """That of the config and that of `image_size`."""
+        """Return the grid of patches of the config, and that of `image_size`."""
         own_grid, grid = (
             patch_grid(size, self.config.patch_size)
             for size in (self.config.image_size, image_size)
         )
         return own_grid, grid
+
+
+class ImageTransformer(ImageTower):
+    """A vision transformer: embeddings, blocks, normalisation, pooling.
+
+    By default as ViT does it, with `config.embeddings` and `config.block`; its pooler is the CLS token.
+    """
+
+    @nn.compact
+    def __call__(
+        self, pixel_values_BxHxWxC: Float[Array, "B H W C"], *, deterministic: bool = True
+    ) -> TowerOutput:
+        """Encode pixels that the image processor has normalised.
+
+        Images of another size than the config's are encoded with interpolated positions. Not
+        `deterministic`: dropout and drop path, with the rng 'dropout'. Raises UserError, when traced, for
+        images that are smaller than a patch.
+        """
+        _, height, width, _ = pixel_values_BxHxWxC.shape
+        grid = patch_grid((height, width), self.config.patch_size)
+        x_BxLxD = self.embed(pixel_values_BxHxWxC, deterministic)
+        bias, rotary = self.attention_bias(grid), self.rotary(grid, deterministic)
+        x_BxLxD = self.encoder(self.config.block)(x_BxLxD, bias, deterministic, rotary)
+        x_BxLxD = self.final_norm(x_BxLxD)
+        if self.pooling == "pooler":
+            pooled_BxP = self.pooler(x_BxLxD)
+        elif self.pooling == "cls":
+            pooled_BxP = x_BxLxD[:, 0]
+        else:
+            pooled_BxP = x_BxLxD[:, self.leading :].mean(1)
+        return TowerOutput(x_BxLxD, pooled_BxP)
+
+    @property
+    def leading(self) -> int:
+        """The number of tokens in front of the patches."""
+        return self.config.embeddings.leading
+
+    @property
+    def position_matrix(self) -> Matrix:
+        return self.config.embeddings.matrix
+
+    def embed(self, pixel_values_BxHxWxC: Array, deterministic: bool) -> Float[Array, "B L D"]:
+        """Return the tokens that the first block gets."""
+        embeddings = ImageEmbeddings(self.config.embeddings, self.dtype, name="embeddings")
+        return embeddings(pixel_values_BxHxWxC, deterministic)
+
+    def attention_bias(self, grid: tuple[int, int]) -> Bias | BiasOfTable | None:
+        """Return the bias of the attention logits for a grid of patches; see `Encoder`."""
+        return None
+
+    def rotary(self, grid: tuple[int, int], deterministic: bool) -> Rotary | None:
+        """Return the positions that are not in the embeddings."""
+        return None
+
+    def final_norm(self, x_BxLxD: Float[Array, "B L D"]) -> Array:
+        """Return the last hidden state from the tokens of the last block."""
+        return LayerNorm(self.config.layer_norm_eps, self.dtype, name="layernorm")(x_BxLxD)
+
+    def pooler(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B P"]:
+        """Return the output of the pooling 'pooler' from the last hidden state."""
+        return x_BxLxD[:, 0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTFields:
+    """The fields of config.json that change a number and that ViT, BEiT and DINOv2 share.
+
+    Names and defaults are Hugging Face's, here and in the configs made from it.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    # Pixels; a pair is (height, width).
+    image_size: Size = 224
+    patch_size: Size = 16
+    num_channels: int = 3
+
+    @property
+    def embeddings(self) -> ImageEmbeddingConfig:
+        return ImageEmbeddingConfig(
+            width=self.hidden_size,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            num_channels=self.num_channels,
+            init_std=self.initializer_range,
+            dropout=self.hidden_dropout_prob,
+        )
+
+    @property
+    def mlp_width(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def block(self) -> BlockConfig:
+        return BlockConfig(
+            depth=self.num_hidden_layers,
+            width=self.hidden_size,
+            num_heads=self.num_attention_heads,
+            mlp_width=self.mlp_width,
+            activation=self.hidden_act,
+            norm_epsilon=self.layer_norm_eps,
+            norm_first=True,
+            init_std=self.initializer_range,
+            attention_dropout=self.attention_probs_dropout_prob,
+            output_dropout=self.hidden_dropout_prob,
+            mlp_dropout=self.hidden_dropout_prob,
+        )
+
+
+class TextTransformer(Tower):
+    """A text transformer: embeddings, blocks, pooling.
+
+    By default the tokens of the last block are the last hidden state, and the first of them is the pooled
+    output. `config.embedding` and `config.block` say what the embeddings and the blocks are.
+    """
+
+    is_causal: ClassVar[bool] = False  # a token then attends to itself and to earlier tokens only
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids_BxL: Int[Array, "B L"],
+        attention_mask_BxL: Int[Array, "B L"] | None = None,
+        token_type_ids_BxL: Int[Array, "B L"] | None = None,
+        position_ids_BxL: Int[Array, "B L"] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> TowerOutput:
+        """Encode token ids.
+
+        By default every token is attended, token types are 0 and positions as the config says. A family
+        without token types ignores them. Not `deterministic`: dropout, with the rng 'dropout'. Raises
+        UserError, when traced, for too long a text.
+        """
+        if attention_mask_BxL is None:
+            attention_mask_BxL = jnp.ones_like(input_ids_BxL)
+        attended_BxL = attention_mask_BxL > 0
+        embedding = self.config.embedding
+        if position_ids_BxL is None:
+            check_length(input_ids_BxL.shape[1], embedding.max_length)
+            position_ids_BxL = token_positions(input_ids_BxL, embedding.padding_id)
+        select = self.token_selector(input_ids_BxL) if self.pools_one_token else first_token
+        x_BxLxD = TokenEmbeddings(embedding, self.dtype, name="embeddings")(
+            input_ids_BxL, token_type_ids_BxL, position_ids_BxL, deterministic
+        )
+        x_BxLxD = self.encode(x_BxLxD, attended_BxL, position_ids_BxL, select, deterministic)
+        x_BxLxD = self.final_norm(x_BxLxD)
+        if not self.pools_one_token:
+            return TowerOutput(x_BxLxD, mean_of_attended(x_BxLxD, attended_BxL))
+        token_BxD = (select(x_BxLxD, 1) if self.all_tokens else x_BxLxD)[:, 0]
+        return TowerOutput(
+            x_BxLxD, self.pooler(token_BxD) if self.pooling == "pooler" else token_BxD
+        )
+
+    @property
+    def example_input(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+    @property
+    def pools_one_token(self) -> bool:
+        return self.pooling != "mean"
+
+    def token_selector(self, input_ids_BxL: Int[Array, "B L"]) -> TokenSelector:
+        """Return the function that takes the pooled token of each text."""
+        return first_token
+
+    def encode(
+        self,
+        x_BxLxD: Float[Array, "B L D"],
+        attended_BxL: Bool[Array, "B L"],
+        position_ids_BxL: Int[Array, "#B L"],
+        select: TokenSelector,
+        deterministic: bool,
+    ) -> Float[Array, "B Q D"]:
+        """Return the tokens of the last block."""
+        bias = self.attention_bias(attended_BxL)
+        encoder = self.encoder(self.config.block)
+        return encoder(x_BxLxD, bias, deterministic, select=select)
+
+    def attention_bias(self, attended_BxL: Bool[Array, "B L"]) -> Bias:
+        """Return the bias of the attention logits, which masks tokens."""
+        return attention_bias(attended_BxL, causal=self.is_causal)
+
+    def final_norm(self, x_BxLxD: Float[Array, "B Q D"]) -> Array:
+        """Return the last hidden state from the tokens of the last block."""
+        return x_BxLxD
+
+    def pooler(self, token_BxD: Float[Array, "B D"]) -> Float[Array, "B P"]:
+        """Return the output of the pooling 'pooler' from the selected token."""
+        return token_BxD

@@ -1,10 +1,10 @@
 """The transformer that all families share: blocks of attention and MLP, stacked and scanned.
 
-A family file says with a `BlockConfig` what is particular to its blocks. The parameters of a block are
-called alike in every family; lit_jax/weights/names.py knows what each family's files call them.
+A family describes its blocks by a `BlockConfig`. The parameters of a block have the same names in every
+family; lit_jax/weights/names.py knows their names in each family's files.
 
 Dims: B batch, L tokens (Q as queries), D width, H heads, K width of a head, F width of the MLP, R rows of a
-table of attention biases, T kinds of block, N depth.
+table of attention biases, T layer types, N depth.
 """
 
 import dataclasses
@@ -29,28 +29,33 @@ from lit_jax.models.layers import (
     dense,
     drop,
     rematerialized,
-    scaled,
+    scale_float32,
     stacks,
 )
 
 Bias = Float[Array, "#B #H #L L"]
 BiasOfTable = Callable[[Float[Array, "R H"]], Bias]
-BiasOfKinds = Float[Array, "T #B #H #L L"]
+BiasByLayerType = Float[Array, "T #B #H #L L"]
 Tokens = Float[Array, "B L D"]
-# How a transformer has its last block: scanned with the others; apart, with parameters of its own in the
-# tree; or apart and computed for the pooled token alone.
-LastBlock = Literal["scanned", "apart", "one token"]
-Pick = Callable[[Array, int], Array]  # takes one token of each row along an axis, which stays
+# Where a transformer has its last block: in the scan with the others; outside of it, with parameters of its
+# own in the tree; or outside and computed for the pooled token alone.
+LastBlock = Literal["in scan", "outside", "one token"]
+# Takes one token of each row along an axis, which stays with length 1.
+TokenSelector = Callable[[Array, int], Array]
 
 
 def first_token(x: Array, axis: int) -> Array:
+    """Select the CLS token."""
     return jax.lax.slice_in_dim(x, 0, 1, axis=axis)
 
 
 class Rotary(NamedTuple):
-    """Where the tokens are, as angles (2104.09864); a token of angle 0 is without position."""
+    """The positions of the tokens as angles (2104.09864), float32; a token of angle 0 has no position.
 
-    cos: Float[Array, "*B L K"]  # float32; both halves of K alike
+    Both halves of K are alike.
+    """
+
+    cos: Float[Array, "*B L K"]
     sin: Float[Array, "*B L K"]
 
 
@@ -64,79 +69,83 @@ class BlockConfig:
     mlp_width: int
     activation: str
     norm_epsilon: float
-    norm_first: bool  # as in ViT; else after the residual sum, as in BERT
+    # Normalisation before attention and MLP, as in ViT; else after the residual sum, as in BERT.
+    norm_first: bool
     init_std: float = 0.02
-    own_init_std: tuple[tuple[str, float], ...] = ()  # of kernels for which it is another
-    init_cutoff: float | None = None  # in standard deviations
-    without_bias: tuple[str, ...] = ()  # of query, key, value, output, what an MLP has, and norm
-    norm_attention: bool = True  # else attention reads the tokens as they are
-    gated_mlp: bool = False  # down(activation(gate(x)) * up(x)), not fc2(activation(fc1(x)))
-    bias_rows: int = (
-        0  # of a table in each block, of which `bias` makes what is added to the logits
-    )
-    attention_dropout: float = 0.0  # of the attention probabilities
-    hidden_dropout: float = 0.0  # of the wide features inside the MLP
-    output_dropout: float = 0.0  # of what attention adds to the tokens
-    mlp_dropout: float = 0.0  # of what the MLP adds to them
-    layer_scale: float | None = None  # first value of a factor for each feature of what is added
-    drop_path: float = 0.0  # probability that the last block adds nothing
-    drop_path_rises: bool = (
-        True  # from 0 at the first block; else it is that of the last one in all
-    )
+    # Kernels, by name, that have another standard deviation at the start.
+    own_init_std: tuple[tuple[str, float], ...] = ()
+    # In standard deviations.
+    init_cutoff: float | None = None
+    # Names among query, key, value, output, the layers of the MLP, and norm.
+    without_bias: tuple[str, ...] = ()
+    # False: attention reads the tokens as they are.
+    norm_attention: bool = True
+    # down(activation(gate(x)) * up(x)) in the place of fc2(activation(fc1(x))).
+    gated_mlp: bool = False
+    # Rows of a table in each block, from which a function makes the bias of the attention logits.
+    bias_rows: int = 0
+    # Dropout of the attention probabilities, of the wide features inside the MLP, of the attention's output
+    # and of the MLP's output.
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    output_dropout: float = 0.0
+    mlp_dropout: float = 0.0
+    # First value of a trained factor for each feature of the outputs of attention and MLP.
+    layer_scale: float | None = None
+    # Probability that the last block adds nothing to an example (stochastic depth, 1603.09382).
+    drop_path: float = 0.0
+    # From 0 at the first block; else all blocks have the same probability.
+    drop_path_rises: bool = True
 
 
 class Encoder(nn.Module):
-    """The blocks as a scanned stack `layer`, whose parameters have a leading depth axis; the last one may be
-    outside of it, `layer_11` of 12. At each of `cuts` another stack begins, `layer_from_10`.
+    """The blocks as a scanned stack `layer`, whose parameters have a leading depth axis.
 
+    The last one may lie outside, `layer_11` of 12; at each of `cuts` another stack begins, `layer_from_10`.
     Neither the time to compile nor the size of the program grows with depth. The collection
     'intermediates', where it is mutable, gets 'input' BxLxD, 'layer/hidden_state' NxBxLxD, the output of
-    each block, and 'layer/attention/probability' NxBxHxLxL; of a block apart without N.
+    each block, and 'layer/attention/probability' NxBxHxLxL; of a block outside the scan without N.
+
+    Attributes:
+        first: the number of the first of these blocks in the tower.
     """
 
     config: BlockConfig
     dtype: Any
     remat: Remat = "none"
-    last_block: LastBlock = "scanned"
-    first: int = 0  # which block of a tower is the first of these; see weights/names.py
+    last_block: LastBlock = "in scan"
+    first: int = 0
     cuts: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(
         self,
         x_BxLxD: Tokens,
-        bias: Bias | BiasOfTable | BiasOfKinds | None,
+        bias: Bias | BiasOfTable | BiasByLayerType | None,
         deterministic: bool,
         rotary: Rotary | None = None,
-        kind_N: Int[Array, " N"] | None = None,
-        pick: Pick = first_token,
+        layer_types_N: Int[Array, " N"] | None = None,
+        select: TokenSelector = first_token,
     ) -> Float[Array, "B Q D"]:
-        """All tokens, or the one of each row that `pick` takes, as `last_block` says.
+        """Return all tokens, or the one of each row that `select` takes, as `last_block` says.
 
-        `bias` is added to the attention logits: 0 and float32's lowest number, or learned ones.
-
-        With `bias_rows` it is a function that makes it of the table that each block has. With `kind_N`
-        `bias` and `rotary` have one more axis in front, and a block of kind i has what is there at i.
+        Args:
+            bias: added to the attention logits: 0 and float32's lowest number, or learned numbers. With
+                `bias_rows` a function that makes it from the table of each block.
+            layer_types_N: with it `bias` and `rotary` have one more axis in front, and a block of type i uses
+                their entry i.
         """
-
-        def step(
-            block: nn.Module,
-            x_BxLxD: Array,
-            of_block: tuple[Array, Array | None],
-            pick: Pick | None = None,
-        ) -> tuple[Array, None]:
-            drop_path, kind = of_block
-            own_bias, own_rotary = bias, rotary
-            if kind is not None:
-                own_bias, own_rotary = jax.tree.map(lambda x: x[kind], (bias, rotary))
-            y_BxLxD = block(x_BxLxD, own_bias, drop_path, deterministic, own_rotary, pick)
-            return shard_batch(y_BxLxD), None
-
         cfg = self.config
         self.sow("intermediates", "input", x_BxLxD)
+
+        step = functools.partial(_call_block, bias=bias, rotary=rotary, deterministic=deterministic)
+
+        def part(index: int | slice) -> tuple[Array, Array | None]:
+            return jax.tree.map(lambda x: x[index], of_blocks)
+
         first_rate = 0.0 if cfg.drop_path_rises else cfg.drop_path
-        drop_path_N = jnp.linspace(first_rate, cfg.drop_path, cfg.depth)
-        scanned = cfg.depth if self.last_block == "scanned" else cfg.depth - 1
+        of_blocks = (jnp.linspace(first_rate, cfg.drop_path, cfg.depth), layer_types_N)
+        scanned = cfg.depth if self.last_block == "in scan" else cfg.depth - 1
         for name, blocks in stacks(self.first, scanned, self.cuts):
             scan = nn.scan(
                 rematerialized(step, self.remat, prevent_cse=False),
@@ -144,25 +153,41 @@ class Encoder(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 length=blocks.stop - blocks.start,
             )
-            of_blocks = jax.tree.map(lambda x, blocks=blocks: x[blocks], (drop_path_N, kind_N))
-            x_BxLxD, _ = scan(Block(cfg, self.dtype, name=name), x_BxLxD, of_blocks)
+            x_BxLxD, _ = scan(Block(cfg, self.dtype, name=name), x_BxLxD, part(blocks))
         if scanned < cfg.depth:
-            name = f"layer_{self.first + scanned}"
-            block = Block(cfg, self.dtype, name=name)
-            of_block = jax.tree.map(lambda x: x[scanned], (drop_path_N, kind_N))
-            # To keep this one block costs little, and to prevent it gathered split matrices twice more.
-            of_one = functools.partial(step, pick=pick)
-            last_step = of_one if self.last_block == "one token" else step
-            of_last = rematerialized(last_step, self.remat, prevent_cse=False)
-            x_BxLxD, _ = of_last(block, x_BxLxD, of_block)
+            block = Block(cfg, self.dtype, name=f"layer_{self.first + scanned}")
+            if self.last_block == "one token":
+                step = functools.partial(step, select=select)
+            # prevent_cse would cost two more gathers of split matrices; to keep this one block costs little.
+            last_step = rematerialized(step, self.remat, prevent_cse=False)
+            x_BxLxD, _ = last_step(block, x_BxLxD, part(scanned))
         return x_BxLxD
 
 
-class Block(nn.Module):
-    """Attention, then an MLP; what each computes is added to the tokens.
+def _call_block(
+    block: "Block",
+    x_BxLxD: Tokens,
+    of_block: tuple[Array, Array | None],
+    *,
+    bias: Bias | BiasOfTable | BiasByLayerType | None,
+    rotary: Rotary | None,
+    deterministic: bool,
+    select: TokenSelector | None = None,
+) -> tuple[Float[Array, "B Q D"], None]:
+    """Return the tokens of a block, as a step of a scan.
 
-    With `pick` the others are read and not computed: the attention of the one that it takes needs them as
-    keys and values.
+    `of_block` has the probability of drop path, and the layer type or None.
+    """
+    drop_path, layer_type = of_block
+    if layer_type is not None:
+        bias, rotary = jax.tree.map(lambda x: x[layer_type], (bias, rotary))
+    return shard_batch(block(x_BxLxD, bias, rotary, drop_path, deterministic, select)), None
+
+
+class Block(nn.Module):
+    """Attention, then an MLP; the output of each is added to the tokens.
+
+    With `select` only the selected token is computed; its attention reads the others as keys and values.
     """
 
     config: BlockConfig
@@ -173,10 +198,10 @@ class Block(nn.Module):
         self,
         x_BxLxD: Tokens,
         bias: Bias | BiasOfTable | None,
+        rotary: Rotary | None,
         drop_path: Float[Array, ""],
         deterministic: bool,
-        rotary: Rotary | None,
-        pick: Pick | None = None,
+        select: TokenSelector | None = None,
     ) -> Float[Array, "B Q D"]:
         cfg = self.config
         attention = functools.partial(
@@ -184,7 +209,7 @@ class Block(nn.Module):
             bias=bias,
             deterministic=deterministic,
             rotary=rotary,
-            pick=pick,
+            select=select,
         )
         mlp = functools.partial(Mlp(cfg, self.dtype, name="mlp"), deterministic=deterministic)
         for part, name, dropout in (
@@ -196,15 +221,17 @@ class Block(nn.Module):
             )
             norm_first = cfg.norm_first and (name != "attention" or cfg.norm_attention)
             h_BxLxD = norm(x_BxLxD) if norm_first else x_BxLxD
-            if pick is not None and name == "attention":  # from here on L is 1
-                h_BxLxD, x_BxLxD = part(h_BxLxD, pick(h_BxLxD, 1)), pick(x_BxLxD, 1)
+            if select is not None and name == "attention":
+                # From here on L is 1.
+                h_BxLxD, x_BxLxD = part(h_BxLxD, select(h_BxLxD, 1)), select(x_BxLxD, 1)
             else:
                 h_BxLxD = part(h_BxLxD)
             h_BxLxD = Dropout(dropout)(h_BxLxD, deterministic=deterministic)
             if cfg.layer_scale is not None:
                 h_BxLxD = LayerScale(cfg.layer_scale, name=f"{name}_scale")(h_BxLxD)
             if cfg.drop_path and not deterministic:
-                row_shape = (len(h_BxLxD), 1, 1)  # a whole row is dropped or kept (1603.09382)
+                # A whole row is dropped or kept (1603.09382).
+                row_shape = (len(h_BxLxD), 1, 1)
                 h_BxLxD = drop(h_BxLxD, drop_path, self.make_rng("dropout"), row_shape)
             x_BxLxD = x_BxLxD + h_BxLxD
             if not cfg.norm_first:
@@ -214,9 +241,9 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, of the tokens to each other or of `queries_BxQxD` to them.
+    """Multi-head attention of the tokens to each other, or of `queries_BxQxD` to them.
 
-    `bias` and `rotary` are of all tokens; `pick` takes what is the query's.
+    `bias` and `rotary` describe all tokens; `select` takes the part of the query.
     """
 
     config: BlockConfig
@@ -231,7 +258,7 @@ class Attention(nn.Module):
         bias: Bias | BiasOfTable | None = None,
         deterministic: bool,
         rotary: Rotary | None = None,
-        pick: Pick | None = None,
+        select: TokenSelector | None = None,
     ) -> Float[Array, "B Q D"]:
         cfg = self.config
         if cfg.width % cfg.num_heads:
@@ -247,19 +274,20 @@ class Attention(nn.Module):
         query_BxHxQxK = heads("query", x_BxLxD if queries_BxQxD is None else queries_BxQxD)
         key_BxHxLxK, value_BxHxLxK = heads("key", x_BxLxD), heads("value", x_BxLxD)
         if rotary is not None:
-            of_queries = Rotary(*(pick(x, x.ndim - 2) for x in rotary)) if pick else rotary
+            of_queries = Rotary(*(select(x, x.ndim - 2) for x in rotary)) if select else rotary
             query_BxHxQxK = _rotate(query_BxHxQxK, of_queries)
             key_BxHxLxK = _rotate(key_BxHxLxK, rotary)
         if callable(bias):
             shape = (cfg.bias_rows, cfg.num_heads)
             bias = bias(self.param("position_bias_table", nn.initializers.zeros, shape))
-        if pick and bias is not None and bias.shape[2] > 1:  # else it is the same for all queries
-            bias = pick(bias, 2)
+        # A bias with one row is the same for all queries.
+        if select and bias is not None and bias.shape[2] > 1:
+            bias = select(bias, 2)
 
         shown = self.is_mutable_collection("intermediates")
 
         def dropout(weights_BxHxQxL: Array) -> Array:
-            # The weights are not divided by their sum yet; see `attend`.
+            # `attend` divides the weights by their sum later.
             if shown:
                 probability = weights_BxHxQxL / weights_BxHxQxL.sum(-1, keepdims=True)
                 self.sow("intermediates", "probability", probability)
@@ -275,7 +303,7 @@ class Attention(nn.Module):
 
 
 def _rotate(x_BxHxLxK: Array, rotary: Rotary) -> Array:
-    """Turns the pairs (i, i + K/2) of a head by the angles of each token, in float32."""
+    """Turn the pairs (i, i + K/2) of a head by the angles of each token, in float32."""
     x = x_BxHxLxK.astype(jnp.float32)
     first, second = jnp.split(x, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
@@ -296,7 +324,7 @@ class Mlp(nn.Module):
         def wide(name: str) -> Tokens:
             return _dense(cfg, cfg.mlp_width, name, self.dtype)(x_BxLxD)
 
-        # Other names for other layers: a family may have both, and calls them differently in files.
+        # The two forms have different names, because a family may have both and its files name both.
         h_BxLxF = act(wide("gate")) * wide("up") if cfg.gated_mlp else act(wide("fc1"))
         h_BxLxF = Dropout(cfg.hidden_dropout)(h_BxLxF, deterministic=deterministic)
         return _dense(cfg, cfg.width, "down" if cfg.gated_mlp else "fc2", self.dtype)(h_BxLxF)
@@ -310,7 +338,7 @@ class LayerScale(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD: Tokens) -> Tokens:
         factor_D = self.param("factor", nn.initializers.constant(self.first), x_BxLxD.shape[-1:])
-        return scaled(x_BxLxD, factor_D)
+        return scale_float32(x_BxLxD, factor_D)
 
 
 def _dense(cfg: BlockConfig, features: int, name: str, dtype: Any) -> Dense:

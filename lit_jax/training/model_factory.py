@@ -204,7 +204,7 @@ def _text_length(tower: Tower, asked: int | None, *, pretrained: bool) -> int:
 
     Raises UserError if the tower has fewer positions, or was trained with another length and depends on it.
     """
-    positions = tower.config.max_length
+    positions = tower.config.embedding.max_length
     if asked is None:
         is_given = tower.fixed_length and pretrained
         return positions if is_given else min(DEFAULT_TEXT_LENGTH, positions)

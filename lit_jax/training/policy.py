@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,7 @@ class Policy:
 
 def _shown(rate: Rate) -> str:
     """Return a multiplier for a line of the table, 'x1'; of blocks that differ the least and the largest."""
-    if isinstance(rate, float):
+    if not isinstance(rate, np.ndarray):
         return f"x{rate:g}"
     return f"x{rate.min():.3g} to x{rate.max():.3g}"
 
@@ -296,7 +296,7 @@ def _matches(pattern: str, name: str) -> bool:
     return any(re.fullmatch(pattern, form) for form in (name, BLOCK.sub("layer/", name)))
 
 
-def _apply_rules(key: str, own: Rules, default: Rules, names: list[str]) -> Mapping[str, Any]:
+def _apply_rules(key: str, own: Rules, default: Rules, names: list[str]) -> dict[str, Any]:
     for pattern, _ in own:
         try:
             matches = any(_matches(pattern, name) for name in names)

@@ -75,7 +75,7 @@ def load_teacher(
     """
     module = build_tower(teacher.hf_config, pooling="pooler", dtype=dtype)
     module = module.clone(all_tokens=False)
-    length = min(text_length, module.config.max_length)
+    length = min(text_length, module.config.embedding.max_length)
     tokenizer = load_tokenizer(teacher.folder, max_length=length)
     check_vocabulary(tokenizer, teacher.hf_config["vocab_size"], CONFIG_KEY)
     return module, tokenizer

@@ -96,7 +96,7 @@ def test_rows_are_those_of_the_tables(family):
         )
         if path[-1].key == "embedding" and path[-2].key != "relative_attention_bias"
     }
-    assert sorted(tables.values()) == sorted(tower.config.rows.values())
+    assert sorted(tables.values()) == sorted(tower.config.embedding.rows.values())
 
 
 @pytest.mark.parametrize(

@@ -186,8 +186,8 @@ def test_roberta_of_a_flax_dual_encoder_has_positions_from_0(roberta):
 
 
 def test_roberta_has_fewer_positions_than_rows(roberta):
-    assert ROBERTA.max_length == 6
-    assert dataclasses.replace(ROBERTA, position_ids="arange").max_length == 9
+    assert ROBERTA.embedding.max_length == 6
+    assert dataclasses.replace(ROBERTA, position_ids="arange").embedding.max_length == 9
     assert np.isfinite(roberta(jnp.full((1, 6), 7, jnp.int32))).all()
     with pytest.raises(UserError, match=r"7 tokens long.*positions for 6; .*max_text_length"):
         roberta(jnp.full((1, 7), 7, jnp.int32))
@@ -203,7 +203,7 @@ def test_roberta_has_fewer_positions_than_rows(roberta):
 def test_unsuitable_positions_are_refused(fields, message):
     config = dict(vars(ROBERTA), **fields)
     with pytest.raises(UserError, match=message):
-        build_tower(config, pooling="cls", dtype="float32").config.max_length  # noqa: B018
+        build_tower(config, pooling="cls", dtype="float32").config.embedding.max_length  # noqa: B018
 
 
 def test_altclip_pools_the_first_token_and_has_no_other_pooler(random_variables):

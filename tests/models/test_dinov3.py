@@ -75,7 +75,7 @@ def test_centres_of_patches():
 def test_only_patches_have_positions(random_variables):
     tower = Dinov3(Dinov3Config(**TINY, num_register_tokens=2))
     variables = random_variables(tower, IMAGES)
-    rotary = tower.bind(variables)._rotary((2, 2), True)
+    rotary = tower.bind(variables).rotary((2, 2), True)
     np.testing.assert_array_equal(rotary.cos[:3], 1)
     np.testing.assert_array_equal(rotary.sin[:3], 0)
     assert rotary.cos.shape == (7, 4)

@@ -27,7 +27,7 @@ def test_fields_and_defaults_are_those_of_transformers(model_type):
 @pytest.mark.parametrize("model_type", TEXT)
 def test_every_text_tower_says_how_long_a_text_may_be(model_type):
     tower = build_tower({"model_type": model_type}, pooling="mean", dtype="float32")
-    longest = jnp.zeros((1, tower.config.max_length), jnp.int32)
+    longest = jnp.zeros((1, tower.config.embedding.max_length), jnp.int32)
     jax.eval_shape(tower.init, jax.random.key(0), longest)
     with pytest.raises(UserError, match="max_text_length"):
         jax.eval_shape(tower.init, jax.random.key(0), jnp.pad(longest, ((0, 0), (0, 1))))

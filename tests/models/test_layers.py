@@ -12,7 +12,7 @@ from lit_jax.models.layers import (
     LayerNorm,
     activation,
     drop,
-    scaled,
+    scale_float32,
 )
 
 
@@ -36,7 +36,7 @@ def test_gradients_of_activations_are_their_slopes(name):
 
 def test_the_gradient_of_a_factor_keeps_no_factor_for_each_row():
     x, factor = jnp.ones((4, 3, 8), jnp.bfloat16), jnp.full(8, 2.0)
-    product, pull = jax.vjp(scaled, x, factor)
+    product, pull = jax.vjp(scale_float32, x, factor)
     assert sum(leaf.size for leaf in jax.tree.leaves(pull)) == x.size + factor.size
     of_x, of_factor = pull(product)
     assert (of_x.dtype, of_factor.dtype) == (jnp.bfloat16, jnp.float32)

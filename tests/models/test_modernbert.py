@@ -117,7 +117,7 @@ def test_blocks_and_angles_are_by_default_those_of_transformers():
     hf = transformers.AutoConfig.for_model("modernbert").to_dict()
     config = tower_config(hf)
     assert isinstance(hash(config), int)
-    assert config.kinds == ModernBertConfig().kinds == (1, 0, 0) * 7 + (1,)
+    assert config.type_indices == ModernBertConfig().type_indices == (1, 0, 0) * 7 + (1,)
     assert config.thetas == ModernBertConfig().thetas == (10_000, 160_000)
 
 
@@ -142,7 +142,7 @@ def test_dropout_of_the_mlp_is_inside_it():
 
 
 def test_too_long_a_text_is_refused_when_traced():
-    assert TINY.max_length == 12
+    assert TINY.embedding.max_length == 12
     with pytest.raises(UserError, match=r"13 tokens long.*max_text_length"):
         jax.eval_shape(
             ModernBert(TINY, pooling="cls").init, jax.random.key(0), jnp.zeros((1, 13), int)

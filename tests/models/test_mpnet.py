@@ -94,7 +94,7 @@ def test_all_blocks_share_one_table(random_variables):
 def test_positions_begin_after_1_whatever_the_padding_token_of_the_config():
     config = tower_config(vars(TINY) | {"pad_token_id": 5})
     assert config == TINY
-    assert config.max_length == 7
+    assert config.embedding.max_length == 7
 
 
 def test_too_small_a_table_is_refused():

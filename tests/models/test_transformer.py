@@ -264,7 +264,7 @@ def test_the_last_block_can_be_computed_for_one_token_alone(
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 8)), jnp.float32)
     bias = jnp.asarray(np.random.default_rng(2).normal(size=(2, 1, 4, 4)), jnp.float32)
     whole, one_only = (
-        Encoder(config, jnp.float32, remat, last_block) for last_block in ("apart", "one token")
+        Encoder(config, jnp.float32, remat, last_block) for last_block in ("outside", "one token")
     )
     variables = random_variables(_Call(whole), x)
     assert set(variables["params"]) == {"layer", f"layer_{config.depth - 1}"} - (
@@ -281,7 +281,7 @@ def test_the_last_block_can_be_computed_for_one_token_alone(
         gradient = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
         return gradient(variables, x)
 
-    chosen = {"pick": token} if any(index_B) else {}  # without it: the first
+    chosen = {"select": token} if any(index_B) else {}  # without it: the first
     (_, (one, actual)), gradients = gradient_of(one_only, first_token, **chosen)
     (_, (four, expected)), expected_gradients = gradient_of(whole, token)
     assert (one, four) == (1, 4)
@@ -296,7 +296,7 @@ def test_a_block_apart_computes_what_it_does_in_the_stack(random_variables):
     scanned = Encoder(CONFIG, jnp.float32)
     params = random_variables(_Call(scanned), X)["params"]["layer"]
     stack, last = (jax.tree.map(part, params) for part in (lambda x: x[:-1], lambda x: x[-1]))
-    apart = Encoder(CONFIG, jnp.float32, last_block="apart")
+    apart = Encoder(CONFIG, jnp.float32, last_block="outside")
     name = f"layer_{CONFIG.depth - 1}"
     actual = apart.apply({"params": {"layer": stack, name: last}}, X, None, True)
     expected = scanned.apply({"params": {"layer": params}}, X, None, True)

@@ -113,7 +113,7 @@ def test_a_config_json_of_transformers_4_modernbert(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(hf))
     config = build_tower(hub.read_config(tmp_path), pooling="cls", dtype="float32").config
-    assert config.kinds == (1, 0, 1, 0, 1)
+    assert config.type_indices == (1, 0, 1, 0, 1)
     assert config.thetas == (20, 70)
 
 

@@ -1,0 +1,122 @@
+"""Token ids to tokens.
+
+Dims: B batch, L tokens, D width.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lit_jax.distributed.mesh import shard_batch
+from lit_jax.errors import UserError
+from lit_jax.models.layers import Dropout, LayerNorm, broadcast_float32, normal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenEmbeddingConfig:
+    """The tables that the tokens of a text are looked up in; the sum may be normalised.
+
+    The fields that end in `_name` are names of parameters; None: the family has no such table, or no norm.
+    """
+
+    width: int
+    vocab_size: int
+    max_positions: int
+    init_std: float
+    init_cutoff: float | None = None  # in standard deviations
+    dropout: float = 0.0
+    token_types: int = 0
+    # Positions count the tokens other than this one, from its id + 1 on; None: all tokens, from 0 on.
+    padding_id: int | None = None
+    sinusoidal: bool = False  # at the start; they are trained like others
+    word_name: str = "word_embeddings"
+    position_name: str | None = "position_embeddings"
+    norm_name: str | None = "LayerNorm"
+    norm_epsilon: float = 1e-12
+    norm_bias: bool = True
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """The number of rows of each table, by the name of the input that is looked up in it."""
+        sizes = {"input_ids": self.vocab_size}
+        if self.position_name is not None:
+            sizes["position_ids"] = self.max_positions
+        if self.token_types:
+            sizes["token_type_ids"] = self.token_types
+        return sizes
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that a text can have."""
+        return self.max_positions - (0 if self.padding_id is None else self.padding_id + 1)
+
+
+class TokenEmbeddings(nn.Module):
+    """Embeddings of words, token types and positions, summed, and normalised if the family does so."""
+
+    config: TokenEmbeddingConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids_BxL: Int[Array, "B L"],
+        token_type_ids_BxL: Int[Array, "B L"] | None,
+        position_ids_BxL: Int[Array, "#B L"],
+        deterministic: bool,
+    ) -> Float[Array, "B L D"]:
+        cfg = self.config
+        init = normal(cfg.init_std, cfg.init_cutoff)
+
+        def embed(name: str, size: int, ids_BxL: Array, init: Any = init) -> Array:
+            rows = nn.Embed(size, cfg.width, embedding_init=init, name=name)(ids_BxL)
+            return broadcast_float32(rows, (*input_ids_BxL.shape, cfg.width), self.dtype)
+
+        x_BxLxD = embed(cfg.word_name, cfg.vocab_size, input_ids_BxL)
+        if cfg.token_types:
+            if token_type_ids_BxL is None:
+                token_type_ids_BxL = jnp.zeros_like(input_ids_BxL)
+            x_BxLxD += embed("token_type_embeddings", cfg.token_types, token_type_ids_BxL)
+        if cfg.position_name is not None:
+            init = _sinusoids if cfg.sinusoidal else init
+            x_BxLxD += embed(cfg.position_name, cfg.max_positions, position_ids_BxL, init)
+        if cfg.norm_name is not None:
+            norm = LayerNorm(cfg.norm_epsilon, self.dtype, cfg.norm_bias, name=cfg.norm_name)
+            x_BxLxD = norm(x_BxLxD)
+        x_BxLxD = Dropout(cfg.dropout)(x_BxLxD, deterministic=deterministic)
+        return shard_batch(x_BxLxD)
+
+
+def check_length(length: int, max_length: int) -> None:
+    """Raise UserError for texts that are longer than a tower's config allows."""
+    if length > max_length:
+        raise UserError(
+            f"The texts are {length} tokens long and the text tower has only positions for "
+            f"{max_length}; make them shorter (config.data.max_text_length)."
+        )
+
+
+def token_positions(input_ids_BxL: Int[Array, "B L"], padding_id: int | None) -> Int[Array, "#B L"]:
+    """Return the positions by `TokenEmbeddingConfig.padding_id`, which is also that of padding itself.
+
+    The id decides, not the attention mask: fairseq, where RoBERTa comes from, has no mask.
+    """
+    if padding_id is None:
+        return jnp.arange(input_ids_BxL.shape[1])[None]
+    counts_BxL = (input_ids_BxL != padding_id).astype(jnp.int32)
+    return jnp.cumsum(counts_BxL, axis=1) * counts_BxL + padding_id
+
+
+def _sinusoids(key: jax.Array, shape: tuple[int, int], dtype: Any) -> Array:
+    """Return the position embeddings of https://arxiv.org/abs/1706.03762, section 3.5."""
+    del key
+    length, width = shape
+    pairs_D = np.arange(width) // 2
+    angle_LxD = np.arange(length)[:, None] / 10000 ** (2 * pairs_D / width)
+    even_D = np.arange(width) % 2 == 0
+    return jnp.asarray(np.where(even_D, np.sin(angle_LxD), np.cos(angle_LxD)), dtype)
