@@ -1,0 +1,44 @@
+"""The page on extending lit_jax: its code runs, and does what the page says."""
+
+import io
+import re
+import sqlite3
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from lit_jax.training.metrics import read_metrics
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "extend.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.long
+def test_a_run_with_source_loss_optimizer_and_callback_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    with sqlite3.connect("pairs.sqlite") as database:
+        database.execute("CREATE TABLE pairs (image BLOB, caption TEXT)")
+        for index in range(150):
+            file = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(file, "png")
+            caption = None if index == 7 else f"the number {('two', 'three', 'forty')[index % 3]}"
+            database.execute("INSERT INTO pairs VALUES (?, ?)", (file.getvalue(), caption))
+    names: dict = {"__name__": "extend"}
+    # Optax's Muon mixes dtypes, which is an error in these tests and nowhere else.
+    with jax.numpy_dtype_promotion("standard"):
+        for block in blocks("python"):
+            exec(block, names)
+    rows = read_metrics(tmp_path / "run")
+    assert names["trained"].step == 60
+    assert [row["step"] for row in rows if "scale" in row] == [20, 40, 60]
+    steps = [row for row in rows if "loss" in row]
+    assert steps[-1]["bad_samples/no_caption"] > 0
+    assert np.isfinite([row["loss"] for row in steps]).all()
+    assert all("hardest_negative" in row for row in steps)
