@@ -16,6 +16,7 @@ _PUBLIC = {
     "TextModel": "lit_jax.api",
     "VisionModel": "lit_jax.api",
     "fit": "lit_jax.train",
+    "load_run": "lit_jax.training.workdir",
 }
 
 

@@ -3,5 +3,6 @@ from lit_jax.api import DualEncoder as DualEncoder
 from lit_jax.api import TextModel as TextModel
 from lit_jax.api import VisionModel as VisionModel
 from lit_jax.train import fit as fit
+from lit_jax.training.workdir import load_run as load_run
 
 __version__: str

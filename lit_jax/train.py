@@ -7,15 +7,16 @@ the run is gone (run it again to go on).
 """
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import optax
 from ml_collections import ConfigDict
 
 from lit_jax.cli import Parser, add_path, command
-from lit_jax.config import Config, parse
+from lit_jax.config import Config, Side, parse
 from lit_jax.config_file import load_config, parse_with_config
 from lit_jax.data.example import Source
 from lit_jax.data.makers import make_missing, sources_of
@@ -23,14 +24,16 @@ from lit_jax.distributed import process
 from lit_jax.evals import runner
 from lit_jax.evals.encode import Encoder
 from lit_jax.files import atomic_write, write_json
+from lit_jax.models.tower import Tower
 from lit_jax.reports.html_page import html_report
 from lit_jax.reports.result_files import EvaluatedModel, write_results
 from lit_jax.training.losses import Objective
 from lit_jax.training.metrics import read_metrics
-from lit_jax.training.model_factory import TrainedModel
+from lit_jax.training.model_factory import OwnTowers, TrainedModel
 from lit_jax.training.passed import Callback, Passed
 from lit_jax.training.trainer import Evaluations, train
 from lit_jax.training.workdir_errors import quiet_orbax, workdir_errors
+from lit_jax.trees import Tree
 
 
 @quiet_orbax()
@@ -57,6 +60,7 @@ def fit(
     source: Source | None = None,
     loss: Objective | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    towers: Mapping[Side, Tower | tuple[Tower, Tree]] = MappingProxyType({}),
     callbacks: Sequence[tuple[str, Callback]] = (),
     allowed_changes: Collection[str] = (),
 ) -> TrainedModel:
@@ -73,12 +77,16 @@ def fit(
             minimise, a float32 scalar, and a dict of metrics. It sees the whole batch of all devices.
         optimizer: of optax, in the place of config.optimizer and config.schedule: clipping, weight decay and
             learning rate are its own. config.policy.learning_rate still multiplies its updates.
+        towers: by their side, "image" or "text": modules of a subclass of lit_jax.models.tower.Tower, in the
+            place of those in the folders of config.model, which still have the processors. A pretrained one
+            comes as (module, parameters). Such a model cannot be exported, and only `lit_jax.load_run` with
+            the same towers reads it.
         callbacks: pairs of a duration such as "1000 steps" and a function, which is called with the
             `TrainedModel` each time that many steps have been taken, on all processes. What it returns, a
             dict of numbers or None, is reported with the metrics. If the run is stopped between a checkpoint
             and a call, the resumed run does not make the call.
         allowed_changes: keys of the config that may differ from those the run was started with; also
-            "source", "loss" and "optimizer", and "data" for other examples.
+            "source", "loss", "optimizer" and "towers", and "data" for other examples.
 
     Returns the trained model. Raises UserError on bad input, and Preempted after SIGTERM, once a checkpoint
     of the last step is on disk.
@@ -88,7 +96,12 @@ def fit(
     make_missing(sources_of(config))
     # Opened before training: a mistake in an evaluation should not cost a run.
     evaluations = ConfiguredEvaluations(config, Path(workdir), runner.open_evals(config.evals))
-    passed = Passed(source=source, loss=loss, optimizer=optimizer, callbacks=tuple(callbacks))
+    own: OwnTowers = {
+        side: tower if isinstance(tower, tuple) else (tower, None) for side, tower in towers.items()
+    }
+    passed = Passed(
+        source=source, loss=loss, optimizer=optimizer, towers=own, callbacks=tuple(callbacks)
+    )
     return train(config, Path(workdir), evaluations, passed=passed, allowed_changes=allowed_changes)
 
 

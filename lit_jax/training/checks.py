@@ -12,9 +12,9 @@ from lit_jax.data.example import Source
 from lit_jax.data.mixture import Mixture
 from lit_jax.data.text_check import check_texts, sample_captions
 from lit_jax.errors import UserError
-from lit_jax.models.dual_encoder import tower_name
-from lit_jax.training.model_factory import Model
-from lit_jax.training.policy import Policy
+from lit_jax.models.dual_encoder import TOWERS, tower_name
+from lit_jax.training.model_factory import Model, OwnTowers
+from lit_jax.training.policy import Policy, is_pretrained
 from lit_jax.weights.hub import OWN_TYPE
 from lit_jax.weights.vision_text_dual_encoder import why_not_exportable
 
@@ -36,6 +36,26 @@ def check_teacher(config: Config) -> None:
             f"With config.model.teacher the text tower learns and the rest stays as it is: "
             f"config.policy.lock={config.policy.lock!r} must be 'LU' or 'Lu'."
         )
+
+
+def check_own_towers(config: Config, towers: OwnTowers) -> None:
+    """Raise UserError where towers that are passed do not fit the keys that name towers, or the lock."""
+    if towers and (config.model.dual_encoder or config.model.teacher):
+        raise UserError(
+            "Towers are passed, so config.model.dual_encoder and config.model.teacher must be empty."
+        )
+    pretrained = dict(zip(TOWERS, is_pretrained(config.policy.lock), strict=True))
+    for side, (_, params) in towers.items():
+        if pretrained[side] and params is None:
+            raise UserError(
+                f"config.policy.lock={config.policy.lock!r} wants a pretrained {side} tower; pass the tower "
+                "as (module, params), or choose a lock with 'u' for it."
+            )
+        if not pretrained[side] and params is not None:
+            raise UserError(
+                f"config.policy.lock={config.policy.lock!r} draws the {side} tower at random; pass the tower "
+                "without parameters, or choose a lock with 'U' or 'L' for it."
+            )
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int) -> None:

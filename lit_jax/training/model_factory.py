@@ -5,6 +5,7 @@ import logging
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from lit_jax.config import TEACHER, Config, DataConfig
+from lit_jax.config import TEACHER, Config, DataConfig, Side
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.image_processor import load_image_transform
 from lit_jax.data.loader import Processors
@@ -38,6 +39,10 @@ log = logging.getLogger(__name__)
 
 DEFAULT_TEXT_LENGTH = 32
 
+# Towers of a user's own by their side, each with its pretrained parameters, or None.
+OwnTowers = Mapping[Side, tuple[Tower, Tree | None]]
+_NO_TOWERS: OwnTowers = MappingProxyType({})
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
@@ -50,6 +55,7 @@ class Model:
         policy: which parameters train, and how fast.
         abstract: shapes, dtypes and shardings of all parameters, a nested dict.
         teacher: the text tower that another one learns from; None in contrastive training.
+        own_towers: those that a user has passed in the place of towers of the config.
     """
 
     config: Config
@@ -60,6 +66,7 @@ class Model:
     abstract: Tree
     mesh: Mesh
     teacher: Tower | None = None
+    own_towers: OwnTowers = dataclasses.field(default_factory=dict)
 
     @property
     def hf_config(self) -> dict[str, Any]:
@@ -111,16 +118,22 @@ class TrainedModel:
         return self.model.module
 
 
-def build_model(config: Config, mesh: Mesh, paths: TowerPaths | None = None) -> Model:
+def build_model(
+    config: Config,
+    mesh: Mesh,
+    paths: TowerPaths | None = None,
+    own_towers: OwnTowers = _NO_TOWERS,
+) -> Model:
     """Build module, processors, policy and shardings; compute and read no parameter.
 
     Args:
         paths: the folders of the towers; those that `config.model` names if not given.
+        own_towers: towers in the place of those in the folders, which still have the processors.
 
     Raises UserError if the parts do not fit each other.
     """
     paths = paths or find_towers(config.model)
-    module = _module(config, paths)
+    module = _module(config, paths, own_towers)
     image_transform = _image_transform(config.data, paths.image_folder)
     module = module.clone(normalization=image_transform.normalization)
     tokenizer = _open_tokenizer(
@@ -151,16 +164,21 @@ def build_model(config: Config, mesh: Mesh, paths: TowerPaths | None = None) -> 
         abstract=_abstract(shapes, policy, config, mesh),
         mesh=mesh,
         teacher=teacher,
+        own_towers=own_towers,
     )
 
 
-def _module(config: Config, paths: TowerPaths) -> DualEncoderModule:
+def _module(config: Config, paths: TowerPaths, own_towers: OwnTowers) -> DualEncoderModule:
     if config.model.dual_encoder or config.model.teacher:
         module = dual_encoder_module(paths.hf_config, dtype=config.model.dtype)
     else:
         vision, text = paths.hf_config["vision_config"], paths.hf_config["text_config"]
         module = build_dual_encoder(vision, text, config.model)
-    return module.with_remat(config.remat).pooled_only()
+    own: dict[str, Any] = {
+        tower_name(side): tower.clone(dtype=jnp.dtype(config.model.dtype))
+        for side, (tower, _) in own_towers.items()
+    }
+    return module.clone(**own).with_remat(config.remat).pooled_only()
 
 
 def _image_transform(config: DataConfig, folder: Path) -> ImageTransform:
@@ -291,11 +309,15 @@ def _pretrained_parameters(model: Model) -> dict[str, Any]:
     if paths.is_whole and image and text:
         return _whole_dual_encoder(model)
     params = {}
-    for name, folder, pretrained in (
-        ("vision_model", paths.image_folder, image),
-        ("text_model", paths.text_folder, text),
-    ):
-        if pretrained:
+    sides: tuple[tuple[Side, Path, bool], ...] = (
+        ("image", paths.image_folder, image),
+        ("text", paths.text_folder, text),
+    )
+    for side, folder, pretrained in sides:
+        name = tower_name(side)
+        if pretrained and side in model.own_towers:
+            params[name] = model.own_towers[side][1]
+        elif pretrained:
             params[name], report = load_tower(folder, getattr(model.module, name))
             log.info("%s", report)
     return params

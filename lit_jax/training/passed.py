@@ -13,7 +13,7 @@ import optax
 
 from lit_jax.data.example import Source
 from lit_jax.training.losses import Objective
-from lit_jax.training.model_factory import TrainedModel
+from lit_jax.training.model_factory import OwnTowers, TrainedModel
 
 # Called with the model after some steps. Returns metrics to be reported, by flat names, or None.
 Callback = Callable[[TrainedModel], Mapping[str, float] | None]
@@ -27,21 +27,26 @@ class Passed:
         source: training data, instead of those that config.data names.
         loss: what the step minimises, instead of config.loss.
         optimizer: instead of those of config.optimizer and config.schedule.
+        towers: linen towers instead of those in the folders of config.model, by their side.
         callbacks: functions, each with the duration after which it is called again and again.
     """
 
     source: Source | None = None
     loss: Objective | None = None
     optimizer: optax.GradientTransformation | None = None
+    towers: OwnTowers = dataclasses.field(default_factory=dict)
     callbacks: Sequence[tuple[str, Callback]] = ()
 
     def described(self) -> dict[str, Any]:
         """Return a description of each object that changes the result, as config.json records it.
 
-        The content of a source is in its fingerprint, which data.json has.
+        The content of a source is in its fingerprint, which data.json has; the parameters of a tower are in
+        frozen/ and checkpoints/.
         """
         found = {name: describe(getattr(self, name)) for name in ("loss", "optimizer")}
         found["source"] = None if self.source is None else _named(type(self.source))
+        towers = {side: describe(tower) for side, (tower, _) in self.towers.items()}
+        found["towers"] = towers or None
         return {name: description for name, description in found.items() if description is not None}
 
 
@@ -84,7 +89,15 @@ def _describe(value: Any, inside: frozenset[int]) -> Any:
             "captured": _describe(variables, inside),
             "defaults": _describe(defaults, inside),
         }
-    return _named(type(value)) | {"fields": _describe(getattr(value, "__dict__", {}), inside)}
+    if isinstance(value, np.dtype):
+        return value.name
+    if dataclasses.is_dataclass(value):
+        # The parent of a linen module is where it is used, and no part of it.
+        names = [field.name for field in dataclasses.fields(value) if field.name != "parent"]
+        fields = {name: getattr(value, name) for name in names}
+    else:
+        fields = getattr(value, "__dict__", {})
+    return _named(type(value)) | {"fields": _describe(fields, inside)}
 
 
 def _named(value: Any) -> dict[str, str]:

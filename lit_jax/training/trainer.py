@@ -25,6 +25,7 @@ from lit_jax.training.checks import (
     check_batch_size,
     check_captions,
     check_negatives,
+    check_own_towers,
     check_teacher,
     warn_of_export,
 )
@@ -133,6 +134,7 @@ class Trainer:
         changes = check_workdir(workdir, config, allowed_changes)
         check_passed(workdir, passed.described(), allowed_changes)
         check_teacher(config)
+        check_own_towers(config, passed.towers)
         mesh = make_mesh(config.mesh)
         check_batch_size(config.batch_size, mesh, config.accumulate)
         steps_done = complete_steps(workdir)
@@ -157,7 +159,7 @@ class Trainer:
             )
         to_steps = functools.partial(steps_of, config, data.examples)
         schedule = make_schedule(config.schedule, total=durations.total, steps=to_steps)
-        model = build_model(config, mesh, paths)
+        model = build_model(config, mesh, paths, passed.towers)
         warn_of_full_rate(config.policy, model.policy, model.abstract)
         warn_of_export(model)
         return cls(

@@ -15,10 +15,11 @@ import math
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lit_jax import __version__
-from lit_jax.config import TEACHER, Config, MeshConfig, parse
+from lit_jax.config import TEACHER, Config, MeshConfig, Side, parse
 from lit_jax.config_schema import RENAMED
 from lit_jax.data.image_processor import load_processor
 from lit_jax.data.text import check_saved, save_tokenizer
@@ -26,8 +27,9 @@ from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import atomic_write, parse_json, write_json
+from lit_jax.models.tower import Tower
 from lit_jax.training.checkpoints import restore_frozen, restore_params
-from lit_jax.training.model_factory import Model, TrainedModel, build_model
+from lit_jax.training.model_factory import Model, OwnTowers, TrainedModel, build_model
 from lit_jax.training.teacher import TeacherFolder
 from lit_jax.training.tower_paths import TowerPaths
 from lit_jax.training.workdir_errors import complete_steps
@@ -53,19 +55,35 @@ TOWER_KEYS = {"model.dual_encoder", "model.teacher"} | {
 }
 
 
-def load_run(workdir: Path, *, step: int | None = None, dtype: str | None = None) -> TrainedModel:
+def load_run(
+    workdir: Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    towers: Mapping[Side, Tower] = MappingProxyType({}),
+) -> TrainedModel:
     """Read a checkpoint (the latest) of a run onto all devices of this machine; the run stays as it is.
 
-    `dtype` replaces the run's own: that of the computation and of the locked parameters.
+    Args:
+        dtype: replaces the run's own, that of the computation and of the locked parameters.
+        towers: those that were passed to the training.
 
     Raises UserError if `workdir` is no run or has no complete checkpoint.
     """
     config = read_config(workdir)
     if config is None:
         raise UserError(f"{workdir} is not a run folder: it has no config.json.")
+    passed = (_read_config_file(workdir) or {}).get("passed", {})
+    missing = {*passed.get("towers", ())} - {*towers}
+    for side in sorted(missing):
+        raise UserError(
+            f"{workdir} was trained with a {side} tower that was passed to lit_jax.fit, and only Python code "
+            "can pass it again: lit_jax.load_run(workdir, towers=...)."
+        )
     if dtype is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    model = build_model(config, make_mesh(MeshConfig()), saved_towers(workdir))
+    own_towers: OwnTowers = {side: (tower, None) for side, tower in towers.items()}
+    model = build_model(config, make_mesh(MeshConfig()), saved_towers(workdir), own_towers)
     step, trainable = restore_params(workdir, model.abstract_trainable, step)
     frozen = restore_frozen(workdir, model.abstract_frozen)
     return TrainedModel.merged(model, trainable, frozen, step)
@@ -231,10 +249,11 @@ def check_passed(
 def _name(description: Any) -> str:
     if description is None:
         return "none was passed"
-    if isinstance(description, list):
-        # An optax transformation: its first function names it.
-        description = description[0]
-    return f"{description['module']}.{description['name']}"
+    if isinstance(description, Mapping) and "module" in description:
+        return f"{description['module']}.{description['name']}"
+    # The functions of an optax transformation, or towers by their sides.
+    parts = description.values() if isinstance(description, Mapping) else description
+    return " and ".join(map(_name, parts))
 
 
 def save_config(workdir: Path, config: Config, passed: Mapping[str, Any]) -> None:

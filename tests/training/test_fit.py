@@ -1,8 +1,10 @@
 """What a user passes into training: a source, a loss, an optimizer, callbacks; and losses by name."""
 
+import dataclasses
 import functools
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import lit_jax
 from lit_jax.config import parse
 from lit_jax.errors import Preempted, UserError
+from lit_jax.models.tower import ImageTower, TowerOutput
 from lit_jax.training.losses import make_objective, sigmoid_loss, softmax_loss
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.passed import describe
@@ -123,6 +126,48 @@ def test_a_source_beside_data_of_the_config_is_refused(tiny, tmp_path, one_devic
     with pytest.raises(UserError, match="Noise, has no example"):
         lit_jax.fit(config, tmp_path / "run", source=Noise(count=0))
     assert not (tmp_path / "run").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanConfig:
+    model_type: str = "mean_of_pixels"
+    image_size: int = 32
+    num_channels: int = 3
+    width: int = 16
+
+
+class MeanTower(ImageTower):
+    """A tower of a user's own: a dense layer of the mean colour."""
+
+    @nn.compact
+    def __call__(self, pixel_values, *, deterministic=True):
+        means = pixel_values.mean((1, 2)).astype(self.dtype)
+        pooled = nn.Dense(self.config.width, dtype=self.dtype, name="colour")(means)
+        return TowerOutput(pooled[:, None], pooled)
+
+
+def test_an_own_tower_trains_locked_or_not_and_is_read_back_with_itself_alone(
+    tiny, tmp_path, one_device
+):
+    tower = MeanTower(MeanConfig())
+    kernel = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
+    params = {"colour": {"kernel": kernel, "bias": np.ones(16, np.float32)}}
+    short = {"duration": "2 steps"}
+    locked = lit_jax.fit(tiny(**short), tmp_path / "LU", towers={"image": (tower, params)})
+    np.testing.assert_array_equal(locked.params["vision_model"]["colour"]["kernel"], kernel)
+    trained = lit_jax.fit(
+        tiny(**short, **{"policy.lock": "uu"}), tmp_path / "uu", towers={"image": tower}
+    )
+    assert trained.params["vision_model"]["colour"]["kernel"].shape == (3, 16)
+    again = lit_jax.load_run(tmp_path / "LU", towers={"image": tower})
+    np.testing.assert_array_equal(again.params["vision_model"]["colour"]["kernel"], kernel)
+    with pytest.raises(UserError, match=r"image tower that was passed.*load_run"):
+        lit_jax.load_run(tmp_path / "LU")
+    wider = MeanTower(MeanConfig(width=8))
+    with pytest.raises(UserError, match=r"another towers .*MeanTower.*--allow_changes=towers"):
+        lit_jax.fit(tiny(**short), tmp_path / "LU", towers={"image": (wider, params)})
+    with pytest.raises(UserError, match=r"config.policy.lock='LU' wants a pretrained image tower"):
+        lit_jax.fit(tiny(), tmp_path / "none", towers={"image": tower})
 
 
 def outputs(batch=6):
