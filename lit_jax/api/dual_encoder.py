@@ -148,8 +148,8 @@ class DualEncoder(Model):
         module = DualEncoderModule(
             image.module, text.module, projection_dim, logit_scale_init=logit_scale_init_value
         )
-        params = init_params(module, module.example_batch, seed)
-        params |= {"vision_model": image.params, "text_model": text.params}
+        towers = {"vision_model": image.params, "text_model": text.params}
+        params = init_params(module, module.example_batch, seed, given=towers)
         return cls(config=as_config(hf), module=module, params=params)
 
     def _write(self, folder: str, params: Params, processor: Any) -> None:

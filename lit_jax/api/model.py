@@ -4,6 +4,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -196,9 +197,18 @@ def as_config(hf: Mapping[str, Any]) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **content)
 
 
-def init_params(module: Any, example: Any, seed: int) -> dict[str, Any]:
-    """Return random parameters of a module."""
-    # It raises UserError for numbers that describe no model.
-    load.parameter_shapes(module, example)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
-    return dict(jax.jit(module.init)(jax.random.key(seed), zeros)["params"])
+def init_params(
+    module: Any, example: Any, seed: int, given: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Return the parameters of a module: the `given` ones, by their topmost name, and random ones."""
+
+    def draw(key: jax.Array) -> dict[str, Any]:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
+        params = module.init(key, zeros)["params"]
+        # The compiler leaves out the parameters that are not returned.
+        return {name: part for name, part in params.items() if name not in given}
+
+    key = jax.random.key(seed)
+    with load.config_errors():
+        lowered = jax.jit(draw).lower(key)
+    return {**lowered.compile()(key), **given}

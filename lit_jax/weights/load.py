@@ -3,11 +3,12 @@
 matching.py compares the parameters of the module with the tensors of the file.
 """
 
+import contextlib
 import dataclasses
 import logging
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -284,8 +285,15 @@ def parameter_shapes(module: nn.Module, example: Any) -> dict[str, Any]:
 
     Raise UserError if the numbers in config.json describe no model that can be computed.
     """
-    try:
+    with config_errors():
         return dict(jax.eval_shape(module.init, jax.random.key(0), example)["params"])
+
+
+@contextlib.contextmanager
+def config_errors() -> Iterator[None]:
+    """Raise UserError for any error in tracing a module, whose numbers then describe no model."""
+    try:
+        yield
     except UserError:
         raise
     # An attention without heads, a patch of 0 pixels ...
