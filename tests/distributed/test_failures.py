@@ -119,21 +119,23 @@ def test_the_processes_of_several_slices_find_and_lose_each_other():
     assert codes == [ABORTED, ABORTED, -signal.SIGKILL, ABORTED]
 
 
-@pytest.mark.parametrize("index", ["0", "1"])
-def test_where_another_process_never_comes_the_wait_has_an_end_and_a_sentence(index):
-    result = subprocess.run(
-        [*script("one_of_two_at_the_start.py"), "alone"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environments(2)[int(index)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert result.returncode == GONE, result.stderr
-    missing = {"0": "process 1 has not come", "1": "process 0 is not reached"}[index]
-    assert missing in result.stderr
-    assert "JAX_NUM_PROCESSES says 2" in result.stderr
-    assert result.stderr.count("\n") == 1
+def test_where_another_process_never_comes_the_wait_has_an_end_and_a_sentence():
+    """Process 0 and process 1 of two runs, at the same time."""
+    alone = [
+        subprocess.Popen(
+            [*script("one_of_two_at_the_start.py"), "alone"],
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environments(2)[index],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    said = [process.communicate(timeout=60)[1] for process in alone]
+    assert [process.returncode for process in alone] == [GONE, GONE], said
+    for errors, missing in zip(said, ("process 1 has not", "process 0 is not"), strict=True):
+        assert missing in errors
+        assert "JAX_NUM_PROCESSES says 2" in errors
+        assert errors.count("\n") == 1
 
 
 def test_who_fails_before_it_joins_leaves_nobody_waiting():

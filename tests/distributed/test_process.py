@@ -47,7 +47,8 @@ def test_a_setting_that_changes_what_a_run_computes_is_refused(name, value):
 
 def test_a_platform_that_is_not_there_is_one_sentence():
     program = (
-        "import sys; from lit_jax.train import main; sys.exit(main(['--config=x', '--workdir=y']))"
+        "import sys; from lit_jax.cli import command; from lit_jax.distributed import process\n"
+        "sys.exit(command(process.initialize)())"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],
