@@ -35,7 +35,7 @@ from lit_jax.errors import UserError
 from lit_jax.evals.class_files import classes_in
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.evals.runner import Evaluation, check_tokens, flatten_metrics, open_evals, run, table
-from lit_jax.files import atomic_write, parse_json, write_errors, write_json
+from lit_jax.files import atomic_write, io_errors, parse_json, write_json
 from lit_jax.models.bert import PositionIds
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.reports.html_page import html_report
@@ -250,7 +250,7 @@ def _text_length(folder: Path, module: DualEncoderModule) -> int:
 def _write(
     args: argparse.Namespace, evaluations: Sequence[Evaluation], subject: EvaluatedModel
 ) -> None:
-    with write_errors("give another --output, --results or --report"):
+    with io_errors("give another --output, --results or --report"):
         if args.output:
             write_json(args.output, flatten_metrics(evaluations))
         if args.results:

@@ -87,7 +87,7 @@ def output_path(name: str, text: str) -> Path:
 
 
 @contextlib.contextmanager
-def write_errors(
+def io_errors(
     remedy: str, path: Path | None = None, also: type[Exception] = OSError
 ) -> Iterator[None]:
     """Turn an error of writing `path`, or the file that the error names, into a UserError with a remedy.
@@ -110,7 +110,7 @@ def output_errors(folder: Path) -> contextlib.AbstractContextManager[None]:
     Nothing may run on a device in this context: JAX raises RuntimeError, as ArrayRecord does.
     """
     remedy = "fix that and run the same command again, which resumes, or choose another --output"
-    return write_errors(remedy, folder, RuntimeError)
+    return io_errors(remedy, folder, RuntimeError)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from lit_jax.cli import Parser, add_path, command
 from lit_jax.config_file import load_config, parse_with_config
 from lit_jax.distributed.flags import set_flags
 from lit_jax.errors import UserError
-from lit_jax.files import write_errors, write_json
+from lit_jax.files import io_errors, write_json
 from lit_jax.planning.chips import open_topology
 from lit_jax.planning.planner import make_plan
 from lit_jax.planning.table import table
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = make_plan(config, topology, slices=args.slices, compilations=args.compilations)
     # Printed first, so that the answer is not lost if the file cannot be written.
     print(table(plan), flush=True)
-    with write_errors("give another --output"):
+    with io_errors("give another --output"):
         write_json(args.output, dataclasses.asdict(plan))
     print(f"\n{args.output}")
 
