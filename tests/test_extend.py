@@ -3,6 +3,8 @@
 import io
 import re
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -42,3 +44,15 @@ def test_a_run_with_source_loss_optimizer_and_callback_of_the_page(tmp_path, mon
     assert steps[-1]["bad_samples/no_caption"] > 0
     assert np.isfinite([row["loss"] for row in steps]).all()
     assert all("hardest_negative" in row for row in steps)
+
+
+@pytest.mark.oracle
+def test_the_family_of_the_page_equals_pytorch(tmp_path):
+    package = tmp_path / "package"
+    subprocess.run(["git", "clone", "--quiet", PAGE.parent.parent, package], check=True)
+    (diff,) = blocks("diff")
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=package)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "oracle", "tests/models/test_ijepa.py"]
+    result = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    assert "1 passed" in result.stdout
