@@ -34,7 +34,7 @@ _CACHE_FORMAT = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Embeds images and texts with parameters that are given call by call.
+    """An encoder of images and texts, with parameters that are given call by call.
 
     One for all evaluations of a run: images compile once, texts once for each length (the longest
     text, rounded up to a multiple of 8). All processes must make the same calls.
@@ -43,7 +43,7 @@ class Encoder:
         module: without a normalization: images get that of `image_transform`. What is cached of texts must
             not depend on it.
         batch_size: over all devices and processes; rounded up to a multiple of the devices.
-        cache: gives back what was embedded before. It belongs to one set of parameters.
+        cache: the embeddings of earlier calls. It belongs to one set of parameters.
     """
 
     module: DualEncoderModule

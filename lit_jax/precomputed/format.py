@@ -1,12 +1,12 @@
-"""What a locked tower has made of a data set, on disk: computed once, read at random by every training.
+"""The features of a locked tower on disk: computed once for a data set, read at random by every training.
 
-    started.json                         what is embedded, and with what; written first
+    started.json                         the header: data, tower and sizes; written first
     shard-00003-of-00012.array_record    the examples of one range of the source, in its order
     manifest.json                        started.json and counts; written last: without it, shards are missing
 
-The record of an example holds its rows, the numbers of each view of its image or of each of its captions, and
-a byte 0; that of an example that cannot be used the reason, and a byte 1. The last record of a shard is a
-JSON object of its counts.
+The record of an example holds its rows, the features of each view of its image or of each of its captions,
+and a byte 0. The record of an example that cannot be used holds the reason, and a byte 1. The last record of
+a shard is a JSON object of its counts.
 """
 
 import contextlib
@@ -31,29 +31,42 @@ from lit_jax.files import parse_json
 
 STARTED, MANIFEST = "started.json", "manifest.json"
 DTYPES: Mapping[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-# Of one record a chunk, so that any of them can be read alone; numbers of a tower do not compress.
+# One record a chunk, so that each can be read alone; features do not compress.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 GOOD, BAD = b"\0", b"\1"
-MOST_SHARDS = 500  # a reader keeps all of them open
-LEAST_SHARD = 1024  # examples
+# A reader keeps all of them open.
+MOST_SHARDS = 500
+# Examples.
+LEAST_SHARD = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-    """What is embedded, and with what. The fingerprints are hashes, written in hexadecimal."""
+    """The data, the tower and the sizes of embeddings. Fingerprints are hashes, written in hexadecimal.
 
-    side: str  # of the tower: "image" or "text"
-    tower: str  # fingerprint of its config and parameters, in the dtype of the computation
-    preprocessing: str  # fingerprint of what makes its inputs
-    data: str  # fingerprint of the source
-    views: int  # rows of an example; of texts 0: as many as it has captions
+    Attributes:
+        side: "image" or "text".
+        tower: fingerprint of the tower's config and parameters, in the dtype of the computation.
+        preprocessing: fingerprint of the image transform or the tokenizer.
+        data: fingerprint of the source.
+        views: rows of an example; 0 for texts, which have a row for each caption.
+        width: numbers of a row.
+        dtype: that of the numbers, the tower's own.
+        shard_size: in examples.
+    """
+
+    side: str
+    tower: str
+    preprocessing: str
+    data: str
+    views: int
     examples: int
-    width: int  # numbers of a row
-    dtype: str  # of the numbers, the tower's own
-    shard_size: int  # examples
+    width: int
+    dtype: str
+    shard_size: int
 
     def __post_init__(self):
-        """Raises ValueError for what no command has written."""
+        """Raise ValueError for values that no command has written."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name == "views" else 1
@@ -65,7 +78,7 @@ class Header:
         return -(-self.examples // self.shard_size)
 
     def shard(self, number: int) -> range:
-        """The examples of a shard."""
+        """Return the positions of the examples of a shard."""
         start = number * self.shard_size
         return range(start, min(start + self.shard_size, self.examples))
 
@@ -75,9 +88,11 @@ class Header:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
+    """Counts of embeddings: rows, examples without rows (bad), and bytes of the shards' files."""
+
     rows: int = 0
-    bad: int = 0  # examples without rows
-    bytes: int = 0  # of the shards' files
+    bad: int = 0
+    bytes: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
@@ -90,17 +105,17 @@ def shard_size(examples: int) -> int:
 
 
 class ShardWriter:
-    """Writes the records of a shard, in order, under another name until it is whole."""
+    """A writer of the records of a shard, in order, under another name until the shard is whole."""
 
     def __init__(self, path: Path):
         self._path = path
-        # Of this writer alone: another command may embed into the same folder, from another machine.
+        # A name of this writer alone: another command may embed into the same folder, from another machine.
         self._new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         self._writer = ArrayRecordWriter(str(self._new), WRITER_OPTIONS)
         self._counts = Counts()
 
     def add(self, record: np.ndarray | BadSampleError) -> None:
-        """The rows of the next example, KxP, or why it has none."""
+        """Write the rows of the next example, KxP, or the reason why it has none."""
         if isinstance(record, BadSampleError):
             self._writer.write(json.dumps([record.kind, str(record)]).encode() + BAD)
             self._counts += Counts(bad=1)
@@ -109,7 +124,7 @@ class ShardWriter:
             self._counts += Counts(rows=len(record))
 
     def close(self, *, complete: bool) -> None:
-        """Gives a complete shard its name, and removes another one."""
+        """Give a complete shard its name, and remove another one."""
         if complete:
             counts = {"rows": self._counts.rows, "bad": self._counts.bad}
             self._writer.write(json.dumps(counts).encode())
@@ -143,7 +158,7 @@ def complete_shards(folder: Path, header: Header) -> list[bool]:
 
 
 class Embeddings:
-    """The rows of each example of a source, by its position there. Can be sent to worker processes.
+    """The rows of each example of a source, by its position there. They can be sent to worker processes.
 
     Raises UserError if the folder is not complete, or damaged.
     """
@@ -175,7 +190,7 @@ class Embeddings:
         return self.header.examples
 
     def __getitem__(self, index: int) -> Float[np.ndarray, "K P"]:
-        """The views of an image, or the captions of an example. Raises BadSampleError if it has none."""
+        """Return the rows of an example, of its views or captions. Raise BadSampleError if it has none."""
         header = self.header
         with reading(self.folder / header.shard_name(index // header.shard_size)):
             record = self._records[index]
@@ -191,7 +206,7 @@ class Embeddings:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raises UserError for what a damaged file makes the libraries raise."""
+    """Raise UserError for the errors that libraries raise about a damaged file."""
     try:
         yield
     except Exception as error:

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureWriter:
-    """All that a process needs to compute the features of a data set.
+    """A writer of the features of a data set, in one process.
 
     Attributes:
         inputs: the maker of the tower's inputs.
@@ -123,7 +123,7 @@ class FeatureWriter:
 
 @dataclasses.dataclass(frozen=True)
 class _ReadAll:
-    """From a position in the source to all rows of the example, or the reason why it has none."""
+    """A map from a position in the source to all rows of the example, or to the reason why it has none."""
 
     source: Source
     inputs: ImagePreprocessor | TextPreprocessor

@@ -49,7 +49,7 @@ LIBRARIES = (
     "transformers",
     "numpy",
 )
-# So long an error in one of several processes waits for a save under way, which may have failed in another.
+# Seconds that an error in one of several processes waits for a save under way in the others.
 SAVE_SECONDS = 60
 SUMS_FILE = "sums.json"
 # In the name of a folder that Orbax has not completed.
@@ -61,13 +61,14 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep_last: int, keep_every: int | None = None):
         self._workdir = workdir
-        self._sums: PendingSums | None = None  # of the save under way
+        # Those of the save under way.
+        self._sums: PendingSums | None = None
         self._data_sum = 0
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last,
             keep_period=keep_every,
             cleanup_tmp_directories=True,
-            # Else, where a folder cannot be made, threads that wait for it keep the process for 20 minutes.
+            # Created asynchronously, a folder that cannot be made keeps the process alive for 20 minutes.
             async_options=ocp.AsyncOptions(
                 create_directories_asynchronously=False,
                 barrier_sync_fn=_barrier,
@@ -90,7 +91,8 @@ class Checkpoints:
             latest = time.monotonic() + SAVE_SECONDS
             while self._manager.is_saving_in_progress():
                 if time.monotonic() > latest:
-                    return  # the process ends, and the others with it; the save is lost, as after a kill
+                    # The process ends, and the others with it; the save is lost, as after a kill.
+                    return
                 time.sleep(0.05)
         self.close()
 
@@ -100,13 +102,13 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
+        """The step of the newest complete checkpoint, None without one."""
         return self._manager.latest_step()
 
     def save(
         self, step: int, state: State, data: Mapping[str, Any], config: Mapping[str, Any]
     ) -> None:
-        """Starts writing; returns once the arrays are copied, so that the next step may reuse theirs."""
+        """Start to write; return once the arrays are copied, so that the next step may reuse them."""
         if step in self._manager.all_steps():
             return
         meta = {"config": config, "versions": versions()}
@@ -135,12 +137,12 @@ class Checkpoints:
             write_json(folder / SUMS_FILE, {"arrays": arrays, "data": self._data_sum})
 
     def wait(self) -> None:
-        """Returns when all that was saved is on disk."""
+        """Return when all that was saved is on disk."""
         with self._writing():
             self._manager.wait_until_finished()
 
     def restore(self, abstract_state: State) -> tuple[State, dict[str, Any]]:
-        """State and data position of the latest step, each array onto the sharding asked for.
+        """Read state and data position of the latest step, each array onto the sharding asked for.
 
         Raises UserError if it is damaged or of another model or optimizer.
         """
@@ -190,7 +192,7 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
 def restore_params(
     workdir: Path, abstract_params: Mapping[str, Any], step: int | None = None
 ) -> tuple[int, Any]:
-    """The step (the latest) of a checkpoint and its trainable parameters alone.
+    """Read the trainable parameters of a checkpoint; return its step, the latest if none is given, and them.
 
     Writes nothing, unlike `Checkpoints`, which clears away what is not complete: the run may be training.
 
@@ -219,7 +221,7 @@ def restore_params(
 
 
 def save_frozen(workdir: Path, frozen: Mapping[str, Any]) -> None:
-    """Writes the locked parameters of a run; those of an earlier start from step 0 are replaced."""
+    """Write the locked parameters of a run; those of an earlier start from step 0 are replaced."""
     if not frozen:
         return
     sums = start_sums(frozen, with_rounded=True)
@@ -231,7 +233,7 @@ def save_frozen(workdir: Path, frozen: Mapping[str, Any]) -> None:
 
 
 def restore_frozen(workdir: Path, abstract_frozen: Mapping[str, Any]) -> Any:
-    """The locked parameters in the dtype and sharding of `abstract_frozen`.
+    """Read the locked parameters in the dtype and sharding of `abstract_frozen`.
 
     Raises UserError if they are missing, damaged or of another model.
     """
@@ -259,12 +261,13 @@ def _check_arrays(folder: Path, leaves: int) -> None:
 
 
 def _check_shapes(folder: Path, wanted: Any, part: str | None = None) -> None:
-    """Raises ValueError at the first array of `folder` (of one `part`) that differs in name or shape.
+    """Raise ValueError at the first array of `folder` (of one `part`) that differs in name or shape.
 
-    Orbax would find it, too, but reads all arrays at once: those that it gives up then complain one by one,
-    each when its coroutine is collected.
+    Orbax would find the difference, too, but reads all arrays at once: those that it then gives up complain
+    one by one, each when its coroutine is collected.
     """
-    resolved: Any = folder.resolve()  # Orbax asks for its own kind of path, and takes this one
+    # Orbax asks for its own kind of path, and takes this one.
+    resolved: Any = folder.resolve()
     saved = ocp.PyTreeCheckpointHandler().metadata(resolved).tree
     there, here = (
         {
@@ -309,9 +312,8 @@ def _reading(folder: Path, what_then: str, repair: str) -> Iterator[None]:
         yield
     except DamagedError as error:
         raise UserError(f"{folder} is damaged: {error}; {repair}.") from error
-    except (
-        Exception
-    ) as error:  # Orbax and TensorStore raise many types for what is not as it was saved
+    # Orbax and TensorStore raise many types for content that is not as it was saved.
+    except Exception as error:
         raise UserError(
             f"{folder} is damaged, or of another model or optimizer than this config ({reason(error)}); "
             f"{what_then}."
@@ -327,7 +329,7 @@ def _reading_step(workdir: Path, step: int | None) -> contextlib.AbstractContext
 
 
 def versions() -> dict[str, str]:
-    """The versions of the libraries that decide the numbers of a run."""
+    """Return the versions of the libraries that decide the numbers of a run."""
     from lit_jax import __version__
 
     installed = {name: importlib.metadata.version(name) for name in LIBRARIES if name != "lit_jax"}

@@ -1,4 +1,4 @@
-"""What a run refuses, or warns of, before its first step: keys and data that do not fit each other."""
+"""Checks before the first step of a run: keys and data that do not fit each other."""
 
 import logging
 import re

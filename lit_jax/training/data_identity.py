@@ -1,4 +1,4 @@
-"""Which data a run trains on: what a resumed run compares, so that it goes on with the same ones."""
+"""The identity of a run's data, which a resumed run compares, so that it goes on with the same ones."""
 
 import dataclasses
 import logging
@@ -31,7 +31,7 @@ class TrainingData:
 
     Attributes:
         source: empty if they cannot be read and the run, which is finished, does not need them.
-        examples: how many there are, or were when the run was started.
+        examples: their number, now or when the run was started.
         identity: their length and fingerprint, in the first process alone; None also without a source.
     """
 

@@ -1,4 +1,4 @@
-"""A step whose activations do not fit: the towers run in micro-batches, the loss sees the whole batch.
+"""GradCache: the towers run in micro-batches, whose activations fit, and the loss sees the whole batch.
 
 Contrastive losses of micro-batches do not add up to that of the batch, whose negatives are all other
 pairs. So the embeddings of all are computed first, and the towers run once more, micro-batch by

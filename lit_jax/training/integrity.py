@@ -1,4 +1,4 @@
-"""Checksums of what a run folder holds: stored when it is written, compared when it is read.
+"""Checksums of the arrays in a run folder: stored when it is written, compared when it is read.
 
 They are computed on the devices that have the arrays, and are the same on any mesh.
 """
@@ -19,7 +19,7 @@ Sums = dict[str, dict[str, Any]]
 
 
 class DamagedError(ValueError):
-    """Something read from a run folder that is not as it was saved."""
+    """An error about content of a run folder that is not as it was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def check_sums(tree: Any, stored: Mapping[str, Mapping[str, Any]] | None) -> Non
 
 
 def text_sum(value: Any) -> int:
-    """Return a checksum of what JSON can say."""
+    """Return a checksum of a value that JSON can write."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 

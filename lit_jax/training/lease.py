@@ -1,4 +1,4 @@
-"""Whose a run folder is: one process at a time writes there.
+"""The lease of a run folder: one process at a time writes there.
 
 The holder keeps a file `.lease.N` in the folder, locked by flock and written anew every few seconds. Where
 both processes see the same locks, the kernel tells whether the holder lives, and frees the lock however it
@@ -31,13 +31,15 @@ from lit_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 RENEW_SECONDS = 10.0
-STALE_SECONDS = 60.0  # without a change, seen by the one that waits: clocks of machines differ
-# So long a killed process may take to end, and a lease that was taken over is left alone: its former holder
-# may be in the middle of a write.
+# Without a change, as the waiting process sees it: clocks of machines differ.
+STALE_SECONDS = 60.0
+# The time that a killed process may take to end, and that a lease which was taken over is left alone: its
+# former holder may be in the middle of a write.
 GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 _PREFIX = ".lease."
-_LONGEST = 4096  # bytes of a lease
+# Bytes of a lease.
+_LONGEST = 4096
 
 _held: dict[Path, "_Lease"] = {}
 
@@ -72,20 +74,22 @@ def _made(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # something is in it
+        # A folder with content stays.
+        with contextlib.suppress(OSError):
             for path in missing:
                 path.rmdir()
 
 
 def _lock_domain(file: int) -> str:
-    """Return what processes that see the same locks of a file have in common.
+    """Return a name of the processes that see the same locks of a file.
 
-    It is a running kernel and a mounted file system. Containers on one machine may mount one folder twice,
+    It names a running kernel and a mounted file system. Containers on one machine may mount one folder twice,
     each with locks of its own.
     """
     try:
         kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:  # not Linux
+    except OSError:
+        # Not Linux.
         kernel = platform.node()
     return f"{kernel}/{os.fstat(file).st_dev}"
 
@@ -156,7 +160,8 @@ class _Lease:
 
     def _keep(self) -> None:
         while not self._ended.wait(RENEW_SECONDS) and not self._lost:
-            with contextlib.suppress(OSError), self._lock:  # `check` says so when it lasts
+            # An error that lasts is reported by `check`.
+            with contextlib.suppress(OSError), self._lock:
                 if not self._ended.is_set() and self._look():
                     self._write()
 
@@ -319,7 +324,8 @@ def _name(content: bytes | None) -> str:
 def _parsed(content: bytes | None) -> dict[str, Any]:
     try:
         return dict(json.loads(content or b""))
-    except (ValueError, TypeError):  # just being made, or damaged
+    except (ValueError, TypeError):
+        # The file is just being made, or damaged.
         return {}
 
 
@@ -334,7 +340,7 @@ def _lock(file: int) -> bool:
 
 
 def _observe(path: Path) -> _Observed | None:
-    """Return what can be seen of a lease, None if there is none."""
+    """Return the state of a lease as another process sees it, None if there is none."""
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

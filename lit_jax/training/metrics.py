@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: progress bar, metrics.jsonl, TensorBoard, Weights & Biases."""
+"""The metrics of a run and their readers: progress bar, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import contextlib
 import json
@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 
 
 def usual_scale(config: Config) -> float:
-    """Return the largest scale of the logits that needs no word: CLIP's limit, and more than SigLIP's 118."""
+    """Return the largest scale of the logits without a warning: CLIP's limit, and more than SigLIP's 118."""
     if config.model.logit_scale_max is not None:
         return math.inf
     return 200.0 if "sigmoid" in loss_kinds(config) else 100.0
 
 
 class Reporter:
-    """Reads the metrics of each step one step late, when reading them no longer holds up the device."""
+    """The reporter of a run: it reads the metrics of a step one step late, when the device need not wait."""
 
     def __init__(
         self,
@@ -74,17 +74,17 @@ class Reporter:
             self._writer.close()
 
     def add(self, step: int, metrics: Metrics, *, bad_samples: Mapping[str, int]) -> None:
-        """Reports the step before this one, and keeps this one's metrics, still being computed.
+        """Report the step before this one, and keep the metrics of this one, which are still being computed.
 
         Args:
-            bad_samples: of each kind, since the start of the run.
+            bad_samples: their number by kind, since the start of the run.
         """
         self.flush()
         kinds = {f"bad_samples/{kind}": count for kind, count in bad_samples.items() if count}
         self._pending = step, metrics, {"bad_samples": sum(bad_samples.values()), **kinds}
 
     def _check_scale(self, scale: float, step: int) -> None:
-        """Say it once when the logits' scale gets unusually large."""
+        """Warn once when the logits' scale gets unusually large."""
         if scale > self._scale_limit:
             log.warning(
                 "The logits' scale is %.4g at step %d, above %g: few pairs decide the loss then, and "
@@ -98,7 +98,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def evaluating(self, step: int) -> Iterator[dict[str, float]]:
-        """Gives a dict for the metrics of evaluations after `step`; the time they take is not training's."""
+        """Yield a dict for the metrics of evaluations after `step`; their time does not count as training."""
         self.flush()
         metrics, start = {}, time.perf_counter()
         yield metrics
@@ -108,7 +108,7 @@ class Reporter:
             self._writer.write(step, metrics)
 
     def flush(self) -> None:
-        """Reports what `add` kept. Raises UserError if a value is not finite."""
+        """Report the step that `add` kept. Raise UserError if a value is not finite."""
         if self._pending is None:
             return
         step, metrics, bad_samples = self._pending
@@ -127,7 +127,7 @@ class Reporter:
 
 
 class MetricsWriter:
-    """Appends rows {"step": n, name: number, ...} to metrics.jsonl of a run folder, and to the others.
+    """A writer of rows {"step": n, name: number, ...} to metrics.jsonl, TensorBoard and Weights & Biases.
 
     Rows after `start`, which a killed run left behind, are dropped first: the resumed run writes them again.
 
@@ -151,6 +151,7 @@ class MetricsWriter:
                 self._open.callback(self._tensorboard.close)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the metrics of a step everywhere."""
         with workdir_errors(self._workdir):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             values = {printable(name): value for name, value in values.items()}
@@ -160,19 +161,22 @@ class MetricsWriter:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
+        """Close all files."""
         with workdir_errors(self._workdir):
-            self._open.close()  # all of them, also after an error of one
+            # All of them are closed, also after an error of one.
+            self._open.close()
 
 
 class _TensorBoard:
-    """One events file, written at once.
+    """One events file, to which each step is written at once.
 
-    tensorboardX's own SummaryWriter leaves that to a thread; when a full disk ends the thread, training
-    waits for it for ever.
+    tensorboardX's own SummaryWriter leaves the writing to a thread; when a full disk ends the thread,
+    training waits for ever.
     """
 
     def __init__(self, folder: Path, start: int):
-        from tensorboardX.event_file_writer import EventsWriter  # takes more than a second
+        # Imported here, because it takes more than a second.
+        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 
         folder.mkdir(exist_ok=True)
@@ -194,15 +198,15 @@ class _TensorBoard:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl, of each what is a finite number; 'step' is one.
+    """Return the rows of metrics.jsonl: the finite numbers of each, 'step' among them.
 
-    A last line cut by a kill is left out. So is another line that is no row, with a warning.
+    A last line cut by a kill is left out. Another line that is no row is left out with a warning.
     """
     return [row for _, row in _read_rows(workdir)]
 
 
 def _read_rows(workdir: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Return each row of metrics.jsonl as it stands there and as `read_metrics` gives it."""
+    """Return each row of metrics.jsonl as bytes of the file and as `read_metrics` returns it."""
     path = workdir / "metrics.jsonl"
     try:
         content = path.read_bytes()
@@ -230,13 +234,14 @@ def _read_rows(workdir: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _row(value: Any) -> dict[str, Any]:
-    """Return what of a line is a finite number. Raise ValueError if it is no row of a step."""
+    """Return the finite numbers of a line. Raise ValueError if the line is no row of a step."""
     if not isinstance(value, dict):
         raise ValueError(f"it is of type {type(value).__name__}")
     if type(value.get("step")) is not int or not 0 <= value["step"] <= MOST:
         raise ValueError('"step" is no number of a step')
     numbers = {name: n for name, n in value.items() if type(n) in (int, float)}
-    return {name: n for name, n in numbers.items() if abs(n) <= LARGEST_FLOAT}  # NaN is not
+    # False for NaN.
+    return {name: n for name, n in numbers.items() if abs(n) <= LARGEST_FLOAT}
 
 
 def check_finite(
@@ -274,7 +279,7 @@ def _wandb(workdir: Path, project: str) -> Any:
         raise UserError(
             "config.log.wandb_project is set but wandb is not installed; pip install wandb, or unset it."
         ) from None
-    # The run that a resumed one goes on with: of this folder, not of any folder that is called like it.
+    # A resumed run goes on with the W&B run of this folder, not of any folder with the same name.
     folder = zlib.crc32(os.fsencode(workdir.resolve()))
     name = f"{printable(workdir.resolve().name)}-{folder:08x}"
     try:
@@ -285,9 +290,11 @@ def _wandb(workdir: Path, project: str) -> Any:
             name=name,
             resume="allow",
             config=parse_json((workdir / "config.json").read_bytes()),
-            allow_val_change=True,  # what a resumed run may change
+            # A resumed run may change some keys.
+            allow_val_change=True,
         )
-    except wandb.Error as error:  # not logged in, no network
+    # Not logged in, or no network.
+    except wandb.Error as error:
         raise UserError(
             f"W&B cannot start ({error}); log in, set WANDB_MODE=offline, or unset config.log.wandb_project."
         ) from error

@@ -14,11 +14,12 @@ from lit_jax.models.ops import clip_by_global_norm
 from lit_jax.training.policy import Policy
 from lit_jax.trees import STACK, flatten, unflatten
 
-Steps = Callable[[str], int]  # converts a duration such as "2 epochs"
+# A function from a duration such as "2 epochs" to its steps.
+Steps = Callable[[str], int]
 
 
 def make_schedule(config: ScheduleConfig, *, total: int, steps: Steps) -> optax.Schedule:
-    """The learning rate by step: linear warm-up from 0, the named curve, linear cool-down to 0.
+    """Return the learning rate by step: linear warm-up from 0, the named curve, linear cool-down to 0.
 
     'cosine' and 'linear' end at 0 after `total` steps; 'rsqrt' is sqrt(timescale / (timescale + step)),
     an inverse square root (Zhai et al., Scaling Vision Transformers, 2106.04560, section 3.4).
@@ -51,7 +52,7 @@ def make_schedule(config: ScheduleConfig, *, total: int, steps: Steps) -> optax.
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule, policy: Policy
 ) -> optax.GradientTransformation:
-    """Clip by global norm, the optimizer's direction, decoupled weight decay, learning rate.
+    """Chain clipping by the global norm, the optimizer's direction, decoupled weight decay, learning rate.
 
     A step subtracts rate * lr_multiplier * (direction + weight_decay * wd_multiplier * parameter), where
     rate is that of the schedule. LAMB (You et al., 1904.00962, algorithm 2) is Adam with what is in the
@@ -80,7 +81,7 @@ def _lion(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adafactor for vision (2106.04560, section 3.4; big_vision's settings).
+    """Return Adafactor for vision (2106.04560, section 3.4; big_vision's settings).
 
     The second moment of matrices is factored and its decay 1 - t^-0.8 is capped at b2; no update clipping and
     no scaling by the parameter; momentum b1 is added, without bias correction, in `momentum_dtype`.
@@ -122,9 +123,9 @@ def _add_weight_decay(weight_decay: float, policy: Policy) -> optax.GradientTran
 
 
 def _scale_to_parameter(updates: Any, params: Any) -> Any:
-    """LAMB's trust ratio: an update becomes as long as its parameter, each layer of a stack for itself.
+    """Scale each update to the length of its parameter, LAMB's trust ratio, each layer of a stack alone.
 
-    Where either is zero, the update stays as it is.
+    An update stays as it is if its own length or that of the parameter is zero.
     """
 
     def scaled(path: str, update: jax.Array, param: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a user passes into a run in the place of what the config would make, and how it is told apart."""
+"""Objects that a user passes into a run, in the place of those of the config, and their descriptions."""
 
 import dataclasses
 import functools
@@ -51,9 +51,9 @@ class Passed:
 
 
 def describe(value: Any) -> Any:
-    """Return what tells an object apart from others, as JSON can say it.
+    """Return a description that differs between objects that compute different things, for JSON.
 
-    That is the module and the qualified name of its type or function, and what it holds: fields, arguments of
+    It has the module and the qualified name of its type or function, and the content: fields, arguments of
     a partial, values that a closure has captured. Content that only code can reach is not seen.
     """
     return _describe(value, frozenset())

@@ -1,6 +1,6 @@
 """The train step: one pure function of the state, the locked parameters and a batch.
 
-`train_step` is the function; `TrainStep` is all that a config puts into it.
+`train_step` is the function; `TrainStep` holds the parts that a config puts into it.
 """
 
 import dataclasses
@@ -101,7 +101,7 @@ def _replace(params: Any, statistics: Tree) -> Tree:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainStep:
-    """All that the step of a run computes with, before there is any array.
+    """The parts of a run's train step, before there is any array.
 
     Training runs it; planning compiles it.
 

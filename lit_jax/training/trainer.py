@@ -1,4 +1,4 @@
-"""Training, the host's side: start or go on, feed the step, save, report, stop."""
+"""The host's side of training: start or go on, feed the step, save, report, stop."""
 
 import contextlib
 import dataclasses

@@ -55,8 +55,8 @@ def reason(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:300]
 
 
-# What Orbax logs in each thread that the error of a write passes through, asyncio for each write that was
-# under way with it, and Orbax in each process when one of them gets a SIGTERM.
+# Messages without news: of Orbax in each thread that the error of a write passes through, of asyncio for each
+# write that was under way, and of Orbax in each process when one of them gets a SIGTERM.
 _NO_NEWS = re.compile(
     r"_SignalingThread\.run\(\) raised|in background save thread|Save Finalize thread"
     r"|(never retrieved|destroyed but it is pending).*orbax"
