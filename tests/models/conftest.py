@@ -36,6 +36,14 @@ def random_variables() -> Callable[..., dict[str, Any]]:
     return draw
 
 
+@pytest.fixture(scope="module")
+def plain_ops():
+    """Convolutional towers compile three times as fast with plain operations, which test_ops.py compares."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIT_JAX_PLAIN_OPS", "1")
+        yield
+
+
 @pytest.fixture(scope="session")
 def goldens() -> Path:
     return HERE.parent / "goldens" / "towers"

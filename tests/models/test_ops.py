@@ -108,7 +108,7 @@ def test_the_plain_forms_are_only_used_where_the_variable_says_so(monkeypatch):
         assert (kernels() > 0) == has_kernels, value
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     st.tuples(st.integers(4, 9), st.integers(4, 9)),
     st.integers(1, 4),

@@ -1,6 +1,7 @@
 """test_clip.py has what CLIP and SigLIP share: the comparison with a live PyTorch."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,8 @@ def test_the_pooler_of_a_model_without_head_is_refused():
 def test_the_attention_of_the_pooler_can_be_looked_at(random_variables):
     tower = SiglipVision(VISION)
     images = jnp.zeros((2, 8, 8, 3))
-    _, state = tower.apply(random_variables(tower, images), images, mutable=["intermediates"])
+    apply = jax.jit(functools.partial(tower.apply, mutable=["intermediates"]))
+    _, state = apply(random_variables(tower, images), images)
     (probability,) = state["intermediates"]["head"]["attention"]["probability"]
     assert probability.shape == (2, 2, 1, 4)
     np.testing.assert_allclose(probability.sum(-1), 1, rtol=1e-5)

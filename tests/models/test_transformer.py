@@ -243,14 +243,14 @@ def test_kernels_are_initialised_as_told():
 
 
 @pytest.mark.parametrize(
-    ("fields", "remat"),
+    ("fields", "remat", "index_B"),
     [
-        ({"norm_first": True}, "block"),
-        ({"norm_first": False}, "none"),
-        ({"depth": 1, "layer_scale": 0.5}, "none"),
+        ({"norm_first": True}, "block", (0, 0)),
+        ({"norm_first": True}, "none", (3, 1)),
+        ({"norm_first": False}, "none", (3, 1)),
+        ({"depth": 1, "layer_scale": 0.5}, "none", (3, 1)),
     ],
 )
-@pytest.mark.parametrize("index_B", [(0, 0), (3, 1)])
 def test_the_last_block_can_be_computed_for_one_token_alone(
     random_variables, fields, remat, index_B
 ):
