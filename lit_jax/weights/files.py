@@ -110,6 +110,9 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".: ")
 
 
+_LFS_POINTER = b"version https://git-lfs"
+
+
 def _parsed(file: pathlib.Path, parse: Callable[[pathlib.Path], dict[str, Any]]) -> dict[str, Any]:
     try:
         return parse(file)
@@ -117,6 +120,13 @@ def _parsed(file: pathlib.Path, parse: Callable[[pathlib.Path], dict[str, Any]])
         raise
     # A parser that meets arbitrary bytes may raise anything.
     except Exception as error:
+        # A clone without Git LFS leaves a few lines of text in the place of each large file.
+        with file.open("rb") as content:
+            if content.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise UserError(
+                    f"{file} is a pointer of Git LFS and holds no weights; run `git lfs pull` in "
+                    f"{file.parent}."
+                ) from error
         raise UserError(
             f"{file} is damaged or not what its name says ({one_line(error)}); download it again."
         ) from error

@@ -163,6 +163,13 @@ def file(request, copied):
     return copied(name) / file
 
 
+def test_a_pointer_of_git_lfs_is_named(file):
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    message = error_of(file.parent)
+    assert file.name in message
+    assert "git lfs pull" in message
+
+
 @fuzzed
 @given(part=st.floats(0, 1, exclude_max=True))
 def test_cut_files_are_a_user_error(file, part):
