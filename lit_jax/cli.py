@@ -1,17 +1,20 @@
 """The commands: their flags, their exit codes, and one line for each mistake."""
 
 import argparse
+import ast
 import difflib
 import errno
 import functools
 import os
 import sys
 import traceback
+import types
+import typing
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from lit_jax.config import Config
-from lit_jax.config_schema import namesakes
+from lit_jax.config_schema import UnknownKeyError, key_type, namesakes
 from lit_jax.credentials import hide_keys
 from lit_jax.display import printable, shown_streams
 from lit_jax.distributed import process
@@ -27,6 +30,29 @@ from lit_jax.errors import (
     UserError,
 )
 from lit_jax.files import output_path
+
+
+class KeyFlags(NamedTuple):
+    """The keys of a config dataclass as flags: --NAME.KEY=VALUE."""
+
+    name: str
+    root: type
+
+    def split(self, words: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+        """Return (key, text) of each --NAME.KEY=TEXT, and the other words."""
+        prefix, pairs, others = f"--{self.name}.", [], []
+        for word in words:
+            key, equals, text = word.removeprefix(prefix).partition("=")
+            if not word.startswith(prefix):
+                others.append(word)
+            elif equals:
+                pairs.append((key, text))
+            else:
+                raise UserError(f"{word} has no value; write {word}=VALUE, without a blank.")
+        return pairs, others
+
+
+CONFIG = KeyFlags("config", Config)
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,21 +75,27 @@ class Parser(argparse.ArgumentParser):
         """Raise UserError with argparse's own message."""
         raise UserError(f"{message[:1].upper()}{message[1:]}; see --help.")
 
-    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Return the values of the flags. Raise UserError for a flag that the command does not have."""
+    def parse(self, argv: Sequence[str] | None, keys: KeyFlags | None = None) -> argparse.Namespace:
+        """Return the values of the flags. Raise UserError for a flag that the command does not have.
+
+        With `keys` the message also names the key that a mistyped flag stands for.
+        """
         words = get_words(argv)
+        # Before argparse, which would only miss the flag that a mistyped one stands for.
         for word in words:
-            if word.startswith("--"):
-                self.check(word)
+            if word.startswith("--") and word.partition("=")[0] not in self.flags:
+                raise UserError(unknown_flag(word, self.flags, keys))
         args, rest = self.parse_known(words)
         if rest:
-            raise UserError(unknown_flag(rest[0], self.flags))
+            raise UserError(unknown_flag(rest[0], self.flags, keys))
         return args
 
-    def check(self, word: str, *, with_config: bool = False) -> None:
-        """Raise UserError if a word that begins with two dashes is not one of the flags."""
-        if word.partition("=")[0] not in self.flags:
-            raise UserError(unknown_flag(word, self.flags, with_config=with_config))
+    def parse_with_keys(
+        self, argv: Sequence[str] | None, keys: KeyFlags = CONFIG
+    ) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+        """Return the values of the flags, and (key, text) of each --NAME.KEY=TEXT."""
+        pairs, words = keys.split(get_words(argv))
+        return self.parse(words, keys), pairs
 
     def parse_known(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         """Return the values of the flags, and all words that are not flags of this parser."""
@@ -101,23 +133,66 @@ def _remedy(word: str) -> str:
     return f"this shell's encoding is {encoding}: set PYTHONUTF8=1 in the environment"
 
 
-def unknown_flag(word: str, flags: Sequence[str], *, with_config: bool = False) -> str:
+def unknown_flag(word: str, flags: Sequence[str], keys: KeyFlags | None = None) -> str:
     """Return the sentence about a word that is not a flag."""
     name = word.lstrip("-").partition("=")[0].replace("-", "_")
     sentence = f"{word} is not a flag of this command"
     if not word.startswith("-"):
         return f"{sentence}; write a flag and its value as --FLAG=VALUE, without a blank."
     flag = f"--{name}"
-    keys = namesakes(Config, name) if with_config else []
-    if flag in flags or not keys:
+    # As in train_split, which is the key train.split.
+    spellings = (name, name.replace("_", "."))
+    found = (
+        [path for key in spellings for path in namesakes(keys.root, key, keys.name)] if keys else []
+    )
+    if flag in flags or not found:
         close = difflib.get_close_matches(flag, flags, n=1)
         if close:
             return f"{sentence}; did you mean {close[0]!r}?"
+    if found:
+        named = dict.fromkeys(f"--{path}" for path in found)
+        return f"{sentence}; did you mean {' or '.join(map(repr, named))}?"
     if keys:
-        return f"{sentence}; did you mean {' or '.join(repr(f'--{key}') for key in keys)}?"
-    if with_config:
-        return f"{sentence}; a config key is set by --config.KEY=VALUE."
+        return f"{sentence}; a key is set by --{keys.name}.KEY=VALUE."
     return f"{sentence}; see --help."
+
+
+def set_key(raw: dict[str, Any], keys: KeyFlags, key: str, text: str) -> None:
+    """Set the value at a key; members of dicts are added, all other keys must exist."""
+    path = key.split(".")
+    try:
+        kind = key_type(keys.root, path, keys.name)
+    except UnknownKeyError as unknown:
+        raise unknown.as_user_error(keys.root) from None
+    group = raw
+    for depth, name in enumerate(path[:-1], start=1):
+        group = group.setdefault(name, {})
+        if not isinstance(group, dict):
+            raise UserError(f"{keys.name}.{'.'.join(path[:depth])} has no keys of its own.")
+    group[path[-1]] = _read_value(kind, text)
+
+
+def _read_value(kind: Any, text: str) -> Any:
+    """Return the Python value of `text`; whoever parses the config checks its type afterwards."""
+    options = (
+        typing.get_args(kind)
+        if typing.get_origin(kind) in (types.UnionType, typing.Union)
+        else (kind,)
+    )
+    if text == "None" and types.NoneType in options:
+        return None
+    if str in options or any(typing.get_origin(option) is typing.Literal for option in options):
+        return text
+    # Texts or numbers, but not pairs, may also be joined by commas: en,de and 1,4,16.
+    is_list = (
+        typing.get_origin(kind) is tuple
+        and typing.get_origin(typing.get_args(kind)[0]) is not tuple
+    )
+    try:
+        value = ast.literal_eval(text)
+        return (value,) if is_list and not isinstance(value, list | tuple) else value
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return [part.strip() for part in text.split(",")] if is_list else text
 
 
 def command(main: Callable[..., None]) -> Callable[..., int]:

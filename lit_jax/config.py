@@ -6,7 +6,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from ml_collections import config_dict
 
@@ -33,6 +33,8 @@ RateRules = tuple[tuple[str, NotNegative], ...]
 
 # The name of a text teacher's parameters, and the prefix of the names of its inputs (with a '_').
 TEACHER = "teacher"
+
+_Group = TypeVar("_Group")
 
 
 def _free(default: Any) -> Any:
@@ -381,14 +383,17 @@ def default() -> config_dict.ConfigDict:
 
 
 def parse(raw: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
-    """Return the `Config` that `raw` (a ConfigDict, or config.json of a run) describes.
+    """Return the `Config` that `raw` (a ConfigDict, or config.json of a run) describes; see `parse_as`."""
+    return parse_as(Config, raw.to_dict() if isinstance(raw, config_dict.ConfigDict) else raw)
+
+
+def parse_as(kind: type[_Group], raw: Mapping[str, Any], name: str = "config") -> _Group:
+    """Return one of the dataclasses above with the values in `raw`; `name` is how messages call it.
 
     Secret keys in addresses are no part of it; see credentials.py. Raise UserError on an unknown key, with
     the nearest known one, and on a value of the wrong type or out of its range.
     """
-    if isinstance(raw, config_dict.ConfigDict):
-        raw = raw.to_dict()
     try:
-        return convert(Config, take_keys(raw), "config")
+        return convert(kind, take_keys(raw), name)
     except UnknownKeyError as unknown:
-        raise unknown.as_user_error(Config) from None
+        raise unknown.as_user_error(kind) from None

@@ -1,54 +1,22 @@
 """From the command line to a `Config`: --config=configs/vit_bert.py:base --config.batch_size=1024"""
 
-import argparse
-import ast
 import os
 import re
 import runpy
 import sys
-import types
-import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import config_dict
 
-from lit_jax.cli import Parser, get_words, unknown_flag
+from lit_jax.cli import CONFIG, set_key
 from lit_jax.config import Config, parse
-from lit_jax.config_schema import UnknownKeyError, key_type, namesakes
+from lit_jax.config_schema import namesakes
 from lit_jax.errors import UserError
-
-PREFIX = "--config."
 
 # The recipes that come with the package, which are found by name.
 RECIPES = Path(__file__).parent / "configs"
-
-
-def parse_with_config(
-    parser: Parser, argv: Sequence[str] | None
-) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
-    """Return the values of the parser's flags, and (key, text) for each --config.KEY=TEXT."""
-    words = get_words(argv)
-    # Before argparse, which would only miss the flag that a mistyped one stands for.
-    for word in words:
-        if word.startswith("--") and not word.startswith(PREFIX):
-            parser.check(word, with_config=True)
-    args, rest = parser.parse_known(words)
-    return args, split_overrides(rest, parser.flags)
-
-
-def split_overrides(words: Sequence[str], flags: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """Return (key, text) of each --config.KEY=TEXT. Raise UserError for any other word."""
-    pairs = []
-    for word in words:
-        key, equals, text = word.removeprefix(PREFIX).partition("=")
-        if not word.startswith(PREFIX):
-            raise UserError(unknown_flag(word, flags, with_config=True))
-        if not equals:
-            raise UserError(f"{word} has no value; write {word}=VALUE, without a blank.")
-        pairs.append((key, text))
-    return pairs
 
 
 def load_config(spec: str, overrides: Iterable[tuple[str, str]]) -> Config:
@@ -65,7 +33,7 @@ def load_config(spec: str, overrides: Iterable[tuple[str, str]]) -> Config:
         )
     raw = config.to_dict()
     for key, text in overrides:
-        _override(raw, key.split("."), text)
+        set_key(raw, CONFIG, key, text)
     return parse(raw)
 
 
@@ -117,37 +85,6 @@ def _hint(error: BaseException) -> str:
         return ""
     keys = namesakes(Config, key[1])
     return f" (did you mean {' or '.join(map(repr, keys))}?)" if keys else ""
-
-
-def _override(raw: dict[str, Any], keys: list[str], text: str) -> None:
-    """Set the value at `keys`; members of dicts are added, all other keys must exist."""
-    try:
-        kind = key_type(Config, keys)
-    except UnknownKeyError as unknown:
-        raise unknown.as_user_error(Config) from None
-    group = raw
-    for depth, key in enumerate(keys[:-1], start=1):
-        group = group.setdefault(key, {})
-        if not isinstance(group, dict):
-            raise UserError(f"config.{'.'.join(keys[:depth])} has no keys of its own.")
-    group[keys[-1]] = _read(kind, text)
-
-
-def _read(kind: Any, text: str) -> Any:
-    """Return the Python value of `text`; `parse` checks its type afterwards."""
-    options = (
-        typing.get_args(kind)
-        if typing.get_origin(kind) in (types.UnionType, typing.Union)
-        else (kind,)
-    )
-    if text == "None" and types.NoneType in options:
-        return None
-    if str in options or any(typing.get_origin(option) is typing.Literal for option in options):
-        return text
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return text
 
 
 def parse_arg(

@@ -50,17 +50,17 @@ class UnknownKeyError(Exception):
         return UserError(f"{self} is not a config key; {_nearest_key(root, self.group, self.key)}.")
 
 
-def key_type(root: Any, keys: Sequence[str]) -> Any:
+def key_type(root: Any, keys: Sequence[str], name: str = "config") -> Any:
     """Return the type of the key at a path below the dataclass `root`, Any below a value without a type.
 
-    Raise UnknownKeyError for a name that a group lacks.
+    `name` is how messages call the root. Raise UnknownKeyError for a name that a group lacks.
     """
     kind = root
     for depth, key in enumerate(keys):
         if dataclasses.is_dataclass(kind):
             hints = get_type_hints(kind)
             if key not in hints:
-                raise UnknownKeyError(".".join(("config", *keys[:depth])), ".".join(keys[depth:]))
+                raise UnknownKeyError(".".join((name, *keys[:depth])), ".".join(keys[depth:]))
             kind = hints[key]
         else:
             kind = get_args(kind)[1] if get_origin(kind) is dict else Any
@@ -78,9 +78,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}" if close else f"known are {', '.join(known)}"
 
 
-def namesakes(root: Any, key: str) -> list[str]:
+def namesakes(root: Any, key: str, name: str = "config") -> list[str]:
     """Return the paths of at most three keys that have this name, or that end with these names."""
-    paths = dict(_key_types(root, "config"))
+    paths = dict(_key_types(root, name))
     found = [path for path in paths if path.endswith(f".{key}")]
     # Numbers and texts before lists of rules, which name the same thing for single parameters; then the
     # highest ones.
@@ -99,15 +99,16 @@ def _nearest_key(root: Any, group: str, key: str) -> str:
     """
     if key in RENAMED:
         return f"it is {RENAMED[key]!r} now"
-    if elsewhere := namesakes(root, key):
+    name = group.partition(".")[0]
+    if elsewhere := namesakes(root, key, name):
         return "did you mean " + " or ".join(map(repr, elsewhere))
     key = key.partition(".")[0]
     own = get_type_hints(key_type(root, group.split(".")[1:]))
     if not difflib.get_close_matches(key, own, n=1):
         # Among so many names one is always a little similar: 'eps' is no mistyped 'steps'.
-        names = {path.rpartition(".")[2] for path, _ in _key_types(root, "config")}
+        names = {path.rpartition(".")[2] for path, _ in _key_types(root, name)}
         if close := difflib.get_close_matches(key, names, n=1, cutoff=0.8):
-            return "did you mean " + " or ".join(map(repr, namesakes(root, close[0])))
+            return "did you mean " + " or ".join(map(repr, namesakes(root, close[0], name)))
     return nearest(key, own)
 
 

@@ -20,7 +20,7 @@ import jax
 
 from lit_jax.cli import Parser, add_path, command
 from lit_jax.config import Config, Side
-from lit_jax.config_file import load_config, parse_with_config
+from lit_jax.config_file import load_config
 from lit_jax.data.makers import make_missing, sources_of
 from lit_jax.data.mixture import open_training_data
 from lit_jax.distributed import process
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--side", choices=("image", "text"), default="image")
     parser.add_argument("--views", type=int, help="of each image; config.data.views if not given")
     parser.add_argument("--batch_size", type=int, help="rows a step of a process; 64 a device")
-    args, overrides = parse_with_config(parser, argv)
+    args, overrides = parser.parse_with_keys(argv)
     # First: a config file may ask JAX for its devices.
     process.initialize()
     config = load_config(args.config, overrides)

@@ -4,7 +4,9 @@
                                         or that of --step=N
     --data=FOLDER --classes=FILE.json   zero-shot classification of other data, with either model
     --data=FOLDER                       the same if the data has a classnames.txt, else image-text retrieval
-    --data=FOLDER --train_data=FOLDER   linear probe on other data; with --shots=1,4,16 few-shot
+    --data=FOLDER --train_data=FOLDER   linear probe on other data; with --eval.shots=1,4,16 few-shot
+    --eval.KEY=VALUE                    any key of an evaluation: --eval.templates=FILE.json,
+                                        --eval.languages=en,de, --eval.data.caption_key=text ...
 
 Prints a table, and writes the numbers to --output as flat JSON, to --results in CLIP_benchmark's layout and
 as Markdown, and to --report as a page for a browser. A run's own evaluations at its latest checkpoint go into
@@ -16,14 +18,14 @@ import argparse
 import dataclasses
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 
-from lit_jax.cli import Parser, add_path, command
-from lit_jax.config import EvalConfig, MeshConfig, parse
+from lit_jax.cli import KeyFlags, Parser, add_path, command, set_key
+from lit_jax.config import EvalConfig, MeshConfig, parse_as
 from lit_jax.credentials import split_keys
 from lit_jax.data.image_processor import load_image_transform
 from lit_jax.data.makers import make_missing
@@ -50,29 +52,51 @@ from lit_jax.weights.load import load_dual_encoder
 log = logging.getLogger(__name__)
 
 
+EVAL = KeyFlags("eval", EvalConfig)
+# Short forms of keys.
+SHORT = {
+    "data": "data.path",
+    "split": "data.split",
+    "classes": "classes",
+    "train_data": "train.path",
+}
+# The kinds that a key is for, where it is not for all.
+_KINDS_OF = {
+    "classes": ("zero_shot",),
+    "templates": ("zero_shot",),
+    "labels": ("zero_shot",),
+    "train": ("linear_probe", "few_shot"),
+    "shots": ("few_shot",),
+    "draws": ("few_shot",),
+}
+_IN_TRAINING = ("every", "at_start", "at_end")
+
+
 @quiet_orbax()
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _parse(argv)
+    """Run the command with these arguments, by default those of the process."""
+    args, given = _parse(argv)
     process.initialize()
-    evals = _evals_of_flags(args) if args.data else _evals_of_run(args.workdir)
-    if args.data:
+    if _names_data(given):
+        evals = _evals_of_flags(given)
         make_missing(source for task in evals.values() for source in (task.data, task.train))
-    if args.batch_size:
-        evals = {
-            name: dataclasses.replace(config, batch_size=args.batch_size)
-            for name, config in evals.items()
-        }
-    prepared = open_evals(evals)  # before the weights: its errors should not take minutes
-    encoder, params, subject = _load(args)
+    else:
+        evals = _evals_of_run(args.workdir)
+        if given:
+            evals = {name: dataclasses.replace(task, **given) for name, task in evals.items()}
+    # Before the weights: its errors should not take minutes.
+    prepared = open_evals(evals)
+    encoder, params, model = _load(args)
     check_tokens(prepared, encoder.tokenizer)
     evaluations = run(prepared, encoder, params, cache=args.cache)
     if process.is_primary():
         print(table(flatten_metrics(evaluations)))
-        _write(args, evaluations, subject)
+        _write(args, evaluations, model)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Return the values of the flags, and those of the keys, in groups as in EvalConfig."""
     parser = Parser("lit_jax.evaluate", __doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     add_path(model, "--workdir", help="folder of a training run")
@@ -83,113 +107,87 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="from where --model counts positions, for a RoBERTa that was trained in Flax: arange",
     )
     parser.add_argument("--step", type=int, help="of the checkpoint; the latest if not given")
-    parser.add_argument("--data", help="a data set in any format of docs/data.md")
-    parser.add_argument("--split", help="of --data, if it has splits")
-    for key in ("image_key", "caption_key", "label_key"):
-        parser.add_argument(f"--{key}", help="name of the column, field or feature")
-    parser.add_argument("--classes", help="file with class names (see docs/evaluation.md)")
-    parser.add_argument("--templates", help="file with templates; else those of --classes")
-    parser.add_argument(
-        "--labels",
-        help="'sorted' if the labels, sorted, are the classes in order; also 'sorted_as_text' and "
-        "'sorted_as_numbers'",
-    )
-    parser.add_argument("--dataset", help="its key in files of many, and its name in results")
-    parser.add_argument(
-        "--languages", help="en,de,... of the captions; they take the place of {language} in paths"
-    )
-    parser.add_argument("--train_data", help="what a linear probe learns from")
-    parser.add_argument("--train_split", help="of --train_data, if it has splits")
-    parser.add_argument("--shots", help="1,2,4,... training images of each class")
-    parser.add_argument("--batch_size", type=int, help="over all devices and processes")
+    for flag, key in SHORT.items():
+        parser.add_argument(f"--{flag}", help=f"short for --{EVAL.name}.{key}")
     add_path(parser, "--output", help="JSON file to write, flat")
     add_path(parser, "--results", help="folder for CLIP_benchmark's JSON and a table")
     add_path(parser, "--report", help="HTML file to write")
     add_path(parser, "--cache", help="folder that keeps embeddings")
-    args = parser.parse(argv)
-    _check(args)
-    if args.workdir and not args.data and args.step is None:
+    args, pairs = parser.parse_with_keys(argv, EVAL)
+    short = [(key, getattr(args, flag)) for flag, key in SHORT.items() if getattr(args, flag)]
+    given: dict[str, Any] = {}
+    for key, text in [*short, *pairs]:
+        set_key(given, EVAL, key, text)
+    # For its messages: they should not take minutes.
+    parse_as(EvalConfig, given, EVAL.name)
+    _check(args, given)
+    if args.workdir and not given and args.step is None:
         args.output = args.output or args.workdir / "results.json"
         args.results = args.results or args.workdir / "evals"
-    return args
+    return args, given
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Raises UserError where flags that are right one by one do not fit each other."""
-    about_data = (*_SOURCE, *_EVALUATION, "train_data", "train_split", "shots")
-    if alone := [f"--{name}" for name in about_data if getattr(args, name) and not args.data]:
-        raise UserError(f"{' and '.join(alone)} tell about --data, which is missing; give both.")
+def _names_data(given: Mapping[str, Any]) -> bool:
+    return "path" in given.get("data", {})
+
+
+def _check(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """Raise UserError where flags that are right one by one do not fit each other."""
+    # The run's own evaluations may be made with other batches, which changes no result.
+    about_data = [f"--eval.{key}" for key in given if key != "batch_size"]
+    if about_data and not _names_data(given):
+        raise UserError(
+            f"{' and '.join(about_data)} tell about data, which are missing; give --data, too."
+        )
+    if unused := [f"--eval.{key}" for key in _IN_TRAINING if key in given]:
+        raise UserError(
+            f"{' and '.join(unused)} are for evaluations during training; leave them out."
+        )
     if args.model and args.step is not None:
         raise UserError("--step chooses a checkpoint of --workdir; leave it out with --model.")
     if args.workdir and args.position_ids:
         raise UserError(
             "--position_ids is for --model; a run has it in config.model.text.overrides.position_ids."
         )
-    if args.model and not args.data:
+    if args.model and not _names_data(given):
         raise UserError("--model has no evaluations of its own; give --data (and --classes) too.")
-    if args.batch_size is not None and args.batch_size < 1:
-        raise UserError(f"--batch_size={args.batch_size} is no batch; give 1 or more.")
-    if args.classes and args.train_data:
-        raise UserError(
-            "--classes is for zero-shot classification and --train_data for a probe; give one of them."
-        )
-    if (args.shots or args.train_split) and not args.train_data:
-        raise UserError("--shots and --train_split tell about --train_data, which is missing.")
     for flag in ("output", "report"):
         path = getattr(args, flag)
         if path and not path.parent.is_dir():
             raise UserError(f"--{flag}={path}: there is no folder {path.parent}.")
 
 
-_SOURCE = ("split", "image_key", "caption_key", "label_key")
-_EVALUATION = ("classes", "templates", "labels", "dataset", "languages")
-
-
-def _evals_of_flags(args: argparse.Namespace) -> dict[str, EvalConfig]:
-    source = {"path": args.data} | _given(args, _SOURCE)
-    raw = {"data": source, "kind": "zero_shot" if args.classes else "retrieval"}
-    raw |= _given(args, _EVALUATION)
-    if args.languages is not None:
-        raw["languages"] = [language.strip() for language in args.languages.split(",")]
-    if args.train_data:
-        train = source | {"path": args.train_data, "split": args.train_split or args.split}
-        raw |= {"kind": "few_shot" if args.shots else "linear_probe", "train": train}
-    if args.shots:
-        raw["shots"] = _numbers(args.shots)
-    ((name, config),) = parse({"evals": {_name(args): raw}}).evals.items()
-    if config.kind == "retrieval" and (file := classes_in(config.data, *config.languages[:1])):
+def _evals_of_flags(given: Mapping[str, Any]) -> dict[str, EvalConfig]:
+    """Return the evaluation that the flags describe, by the name of its data."""
+    raw = dict(given)
+    if "train" in raw:
+        # The training images of a probe are read as the others are.
+        raw["train"] = raw["data"] | raw["train"]
+    if "kind" not in raw:
+        probe = "few_shot" if "shots" in raw else "linear_probe"
+        raw["kind"] = probe if "train" in raw else "zero_shot" if "classes" in raw else "retrieval"
+    config = parse_as(EvalConfig, raw, EVAL.name)
+    is_chosen = "kind" in given or config.kind != "retrieval"
+    if not is_chosen and (file := classes_in(config.data, *config.languages[:1])):
         log.info("%s lies in the data: this is zero-shot classification.", file)
         config = dataclasses.replace(config, kind="zero_shot")
-    alone = [f"--{flag}" for flag in ("templates", "labels") if getattr(args, flag)]
-    if alone and config.kind != "zero_shot":
-        raise UserError(
-            f"{' and '.join(alone)} tell about zero-shot classification; give --classes, too."
-        )
-    return {name: config}
+    for key in given:
+        kinds = _KINDS_OF.get(key, (config.kind,))
+        if config.kind not in kinds:
+            raise UserError(
+                f"--eval.{key} is for {' and '.join(kinds)}, and this is {config.kind}; leave it out, or say "
+                "which you want: --classes makes it zero_shot, --train_data linear_probe, and few_shot with "
+                "--eval.shots."
+            )
+    return {_name(config): config}
 
 
-def _name(args: argparse.Namespace) -> str:
-    """Of the data set, for results: as it is given, or the last part of the path that says something."""
-    path = (
-        split_keys(args.data)[0].partition("?")[0]
-        if "://" in args.data
-        else str(Path(args.data).absolute())
-    )
+def _name(config: EvalConfig) -> str:
+    """Return the data set's name for results, by default the last part of its path that says something."""
+    path = config.data.path
+    path = split_keys(path)[0].partition("?")[0] if "://" in path else str(Path(path).absolute())
     parts = [part for part in path.split("/") if part and "{" not in part]
-    return printable(args.dataset or (parts[-1] if parts else "data"))
-
-
-def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
-    return {name: getattr(args, name) for name in names if getattr(args, name)}
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(
-            f"--shots={text} must be numbers joined by commas, such as 1,4,16."
-        ) from None
+    return printable(config.dataset or (parts[-1] if parts else "data"))
 
 
 def _evals_of_run(workdir: Path) -> dict[str, EvalConfig]:
@@ -205,10 +203,10 @@ def _load(args: argparse.Namespace) -> tuple[Encoder, Params, EvaluatedModel]:
     if not args.workdir:
         return *load_folder(args.model, args.position_ids), EvaluatedModel(model=args.model)
     trained = load_run(args.workdir, step=args.step)
-    subject = EvaluatedModel(model=args.workdir.absolute().name, pretrained=f"step {trained.step}")
     model = trained.model
     encoder = Encoder.from_processors(model.module, model.mesh, model.processors)
-    return encoder, trained.params, subject
+    name = args.workdir.absolute().name
+    return encoder, trained.params, EvaluatedModel(model=name, pretrained=f"step {trained.step}")
 
 
 def load_folder(model: str, position_ids: PositionIds | None = None) -> tuple[Encoder, Params]:
@@ -238,26 +236,27 @@ def load_folder(model: str, position_ids: PositionIds | None = None) -> tuple[En
 
 
 def _text_length(folder: Path, module: DualEncoderModule) -> int:
-    """As many tokens as the tokenizer was saved with, and no more than the text model has positions."""
+    """Return the length that the tokenizer was saved with, at most the positions of the text model."""
     positions = module.text_model.config.embedding.max_length
     try:
         saved = parse_json((folder / "tokenizer_config.json").read_bytes())["model_max_length"]
-    except (OSError, ValueError, LookupError, TypeError):  # what is broken, load_tokenizer says
+    # load_tokenizer says what is broken.
+    except (OSError, ValueError, LookupError, TypeError):
         return positions
     return min(positions, saved or positions)
 
 
 def _write(
-    args: argparse.Namespace, evaluations: Sequence[Evaluation], subject: EvaluatedModel
+    args: argparse.Namespace, evaluations: Sequence[Evaluation], model: EvaluatedModel
 ) -> None:
     with io_errors("give another --output, --results or --report"):
         if args.output:
             write_json(args.output, flatten_metrics(evaluations))
         if args.results:
-            write_results(args.results, evaluations, subject)
+            write_results(args.results, evaluations, model)
         if args.report:
             metrics = read_metrics(args.workdir) if args.workdir else ()
-            atomic_write(args.report, html_report(evaluations, subject, metrics))
+            atomic_write(args.report, html_report(evaluations, model, metrics))
 
 
 if __name__ == "__main__":

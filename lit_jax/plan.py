@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_jax.cli import Parser, add_path, command
-from lit_jax.config_file import load_config, parse_with_config
+from lit_jax.config_file import load_config
 from lit_jax.distributed.flags import set_flags
 from lit_jax.errors import UserError
 from lit_jax.files import io_errors, write_json
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=Path("plan.json"),
         help="JSON file to write (default: plan.json)",
     )
-    args, overrides = parse_with_config(parser, argv)
+    args, overrides = parser.parse_with_keys(argv)
     if args.compilations < 1:
         raise UserError(f"--compilations={args.compilations} must be at least 1.")
     if not args.output.parent.is_dir() or args.output.is_dir():

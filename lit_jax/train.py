@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from lit_jax.cli import Parser, add_path, command
 from lit_jax.config import Config, Side, parse
-from lit_jax.config_file import load_config, parse_with_config
+from lit_jax.config_file import load_config
 from lit_jax.data.example import Source
 from lit_jax.data.makers import make_missing, sources_of
 from lit_jax.distributed import process
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="",
         help="config keys, joined by commas, that may differ from those the run was started with",
     )
-    args, overrides = parse_with_config(parser, argv)
+    args, overrides = parser.parse_with_keys(argv)
     process.initialize()  # first: a config file may ask JAX for its devices
     config = load_config(args.config, overrides)
     fit(config, args.workdir, allowed_changes=args.allow_changes.split(","))

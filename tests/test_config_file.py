@@ -3,7 +3,8 @@ import sys
 
 import pytest
 
-from lit_jax.config_file import load_config, split_overrides
+from lit_jax.cli import CONFIG, Parser
+from lit_jax.config_file import load_config
 from lit_jax.errors import UserError
 
 FILE = "configs/vit_bert.py"
@@ -14,7 +15,7 @@ FILE = "configs/vit_bert.py"
     [("((r'.*/bias', False),)", ((".*/bias", False),)), ("()", ())],
 )
 def test_a_value_on_the_command_line_is_a_python_literal(text, value):
-    config = load_config(FILE, split_overrides([f"--config.policy.trainable={text}"]))
+    config = load_config(FILE, CONFIG.split([f"--config.policy.trainable={text}"])[0])
     assert config.policy.trainable == value
 
 
@@ -28,6 +29,16 @@ def test_a_file_without_get_config_is_named(tmp_path):
 def test_what_is_no_literal_is_a_text_of_the_wrong_type(text):
     with pytest.raises(UserError, match="must be of type tuple"):
         load_config(FILE, [("policy.trainable", text)])
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [("en,de", ("en", "de")), ("en", ("en",)), ("('en', 'de')", ("en", "de")), ("()", ())],
+)
+def test_a_list_may_be_joined_by_commas(text, values):
+    pairs = [("evals.a.languages", text), ("evals.a.shots", "4"), ("evals.b.shots", "1,4")]
+    evals = load_config(FILE, pairs).evals
+    assert (evals["a"].languages, evals["a"].shots, evals["b"].shots) == (values, (4,), (1, 4))
 
 
 @pytest.mark.parametrize(
@@ -48,8 +59,11 @@ def test_what_is_no_literal_is_a_text_of_the_wrong_type(text):
     ],
 )
 def test_a_mistyped_flag_or_key_is_answered_by_the_right_one(words, message):
+    parser = Parser("lit_jax.train", "")
+    parser.add_argument("--workdir")
+    parser.add_argument("--config")
     with pytest.raises(UserError, match=message):
-        load_config(FILE, split_overrides(words, ["--workdir", "--config"]))
+        load_config(FILE, parser.parse_with_keys(words)[1])
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_an_exported_folder_measures_as_its_run(run, exported, tmp_path):
     _, workdir = run
     for name, model in (("run", f"--workdir={workdir}"), ("folder", f"--model={exported}")):
         output = f"--output={tmp_path / name}.json"
-        assert main([model, *UNSEEN, CLASSES, "--batch_size=100", output]) == 0
+        assert main([model, *UNSEEN, CLASSES, "--eval.batch_size=100", output]) == 0
     of_run = json.loads((tmp_path / "run.json").read_text())
     of_folder = json.loads((tmp_path / "folder.json").read_text())
     assert of_folder == pytest.approx(of_run, abs=2 / 800)  # a near tie may fall either way
@@ -194,8 +194,8 @@ def test_class_names_in_the_data_make_it_zero_shot_classification(exported, tmp_
     (tmp_path / "zeroshot_classification_templates.txt").write_text("a photo of {c}\n")
     shutil.copy(tmp_path / "classnames.txt", tmp_path / "names.txt")
     (tmp_path / "templates.txt").write_text("a photo of {}\n")
-    flags = [f"--model={exported}", f"--data={tmp_path}", "--split=test", "--dataset=numbers"]
-    own = [f"--classes={tmp_path / 'names.txt'}", f"--templates={tmp_path / 'templates.txt'}"]
+    flags = [f"--model={exported}", f"--data={tmp_path}", "--split=test", "--eval.dataset=numbers"]
+    own = [f"--classes={tmp_path / 'names.txt'}", f"--eval.templates={tmp_path / 'templates.txt'}"]
     outputs = []
     for more in ([], own):
         assert main([*flags, *more]) == 0
@@ -203,8 +203,8 @@ def test_class_names_in_the_data_make_it_zero_shot_classification(exported, tmp_
     assert "zero_shot/numbers/n " in outputs[0]
     assert outputs[0] == outputs[1]
     (tmp_path / "dataset_type.txt").write_text("retrieval")
-    assert main([*flags, "--labels=sorted"]) == BAD_INPUT
-    assert "--labels tell about zero-shot classification" in capsys.readouterr().err
+    assert main([*flags, "--eval.labels=sorted"]) == BAD_INPUT
+    assert "--eval.labels is for zero_shot, and this is retrieval" in capsys.readouterr().err
 
 
 def test_results_report_and_cache_are_written(run, tmp_path):
@@ -356,18 +356,22 @@ def test_a_folder_whose_tokenizer_config_is_damaged(exported, tmp_path, content,
     [
         (["--model=x"], "--model has no evaluations of its own; give --data"),
         (["--model=x", "--step=1", *UNSEEN], "--step chooses a checkpoint of --workdir"),
-        (["--model=x", "--split=test"], "--split tell about --data, which is missing"),
-        (["--model=x", "--split=a", "--classes=b"], "--split and --classes tell about --data"),
-        (["--model=x", *UNSEEN, "--batch_size=0"], "--batch_size=0 is no batch"),
+        (["--model=x", "--split=test"], "--eval.data tell about data"),
+        (
+            ["--model=x", "--split=a", "--classes=b"],
+            "--eval.data and --eval.classes tell about data",
+        ),
+        (["--model=x", *UNSEEN, "--eval.batch_size=0"], "eval.batch_size is 0"),
+        (["--model=x", *UNSEEN, "--eval.every=1 step"], "--eval.every are for"),
         (["--model=x", *UNSEEN, "--output=/nowhere/a.json"], "there is no folder /nowhere"),
         (["--model=x", "--data=/nowhere"], "/nowhere"),
-        (["--model=x", *UNSEEN, CLASSES, "--train_data=x"], "give one of them"),
-        (["--model=x", *UNSEEN, "--shots=1"], "--shots and --train_split tell about --train_data"),
+        (["--model=x", *UNSEEN, CLASSES, "--train_data=x"], "--eval.classes is for zero_shot"),
+        (["--model=x", *UNSEEN, "--eval.shots=1"], "--eval.shots is for few_shot"),
         (
-            ["--model=x", *UNSEEN, f"--train_data={DIGITS}", "--shots=a"],
-            "must be numbers joined by",
+            ["--model=x", *UNSEEN, f"--train_data={DIGITS}", "--eval.shots=a"],
+            "eval.shots[0] is 'a'",
         ),
-        (["--model=x", *UNSEEN, CLASSES, "--labels=x"], "labels is 'x'; it must be one of"),
+        (["--model=x", *UNSEEN, CLASSES, "--eval.labels=x"], "labels is 'x'; it must be one of"),
         (["--model=x", *UNSEEN, "--report=/nowhere/a.html"], "there is no folder /nowhere"),
         (["--model=x", *UNSEEN, "--classes=/nowhere.json"], "/nowhere.json cannot be read"),
         (["--model=/nowhere", *UNSEEN, CLASSES], "--model"),
@@ -384,7 +388,7 @@ def test_bad_input_is_one_sentence(flags, message, capsys):
 
 def test_a_run_without_evaluations_says_so(run, tmp_path, capsys):
     trained, _ = run
-    config = dataclasses.asdict(dataclasses.replace(trained.config, evals={}))
+    config = dataclasses.asdict(dataclasses.replace(trained.model.config, evals={}))
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main([f"--workdir={tmp_path}"]) == BAD_INPUT
     assert "has no evaluations; give --data" in capsys.readouterr().err
@@ -399,7 +403,11 @@ def test_one_of_the_two_models_is_required(capsys):
     ("flag", "right"),
     [
         ("--classnames=x", "--classes"),
-        ("--batch-size=4", "--batch_size"),
+        ("--batch-size=4", "--eval.batch_size"),
+        ("--templates=x", "--eval.templates"),
+        ("--label_key=x", "--eval.data.label_key"),
+        ("--train_split=x", "--eval.train.split"),
+        ("--shots=1", "--eval.shots"),
         ("--data-dir=x", "--data"),
         ("--work-dir=x", "--workdir"),
         ("--class=x", "--classes"),

@@ -4,7 +4,6 @@ What DIR holds is a source itself. Images stay the bytes that they are; bad samp
 bad.jsonl. Given again, the command goes on where it was stopped. Exit codes: 0 done, 2 bad input.
 """
 
-import argparse
 import collections
 import concurrent.futures
 import dataclasses
@@ -15,17 +14,17 @@ import math
 import multiprocessing
 import os
 import sys
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from PIL import Image
 from tqdm import tqdm
 
-from lit_jax.cli import Parser, add_path, command, unknown_flag
-from lit_jax.config import SourceConfig, parse
+from lit_jax.cli import KeyFlags, Parser, add_path, command, get_words, set_key, unknown_flag
+from lit_jax.config import SourceConfig, parse_as
 from lit_jax.data.example import BadSampleError, Example, Source
 from lit_jax.data.image import decode, file_content
 from lit_jax.data.makers import make_missing
@@ -34,6 +33,7 @@ from lit_jax.data.workers import start_worker
 from lit_jax.errors import UserError
 from lit_jax.files import atomic_path, atomic_write, output_errors, parse_json
 
+SOURCE = KeyFlags("source", SourceConfig)
 PLAN_FILE = "convert.json"
 BAD_FILE = "bad.jsonl"
 
@@ -61,13 +61,6 @@ class Plan:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("lit_jax.data.convert", __doc__)
-    for name, kind in _source_keys().items():
-        parser.add_argument(
-            f"--source.{name}",
-            default=argparse.SUPPRESS,
-            metavar="True|False" if kind is bool else "TEXT",
-            type=_true_or_false if kind is bool else str,
-        )
     add_path(parser, "--output", required=True, help="folder to write")
     parser.add_argument(
         "--text_only", action="store_true", help="texts for teacher learning, without images"
@@ -77,16 +70,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--runner", help="of Apache Beam, in the place of workers; other flags are passed on to it"
     )
-    args, beam_flags = parser.parse_known(argv)
+    pairs, words = SOURCE.split(get_words(argv))
+    args, beam_flags = parser.parse_known(words)
     if beam_flags and not args.runner:
-        raise UserError(unknown_flag(beam_flags[0], parser.flags))
+        raise UserError(unknown_flag(beam_flags[0], parser.flags, SOURCE))
     for name in ("shard_size", "workers"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
-    given = {
-        key: getattr(args, f"source.{key}") for key in _source_keys() if f"source.{key}" in args
-    }
-    source = parse({"data": {"train": given}}).data.train
+    raw: dict[str, Any] = {}
+    for key, text in pairs:
+        set_key(raw, SOURCE, key, text)
+    source = parse_as(SourceConfig, raw, SOURCE.name)
+    if source.weight is not None:
+        raise UserError("source.weight is about mixtures; leave it out here.")
     make_missing([source])
     plan = make_plan(source, args.shard_size, text_only=args.text_only)
     _enter(args.output, plan)
@@ -98,18 +94,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(_finish(plan, args.output))
 
 
-def _source_keys() -> dict[str, type]:
-    """Return the keys of a source that are texts or switches: where it is, its columns, how it is read."""
-    hints = typing.get_type_hints(SourceConfig)
-    return {key: kind for key, kind in hints.items() if kind in (str, str | None, bool)}
-
-
-def _true_or_false(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() == "true"
-
-
 def make_plan(source: SourceConfig, shard_size: int, *, text_only: bool = False) -> Plan:
     text = json.dumps(dataclasses.asdict(source))
     examples = len(_source(text, text_only))
@@ -119,7 +103,7 @@ def make_plan(source: SourceConfig, shard_size: int, *, text_only: bool = False)
 @functools.lru_cache(maxsize=1)
 def _source(text: str, text_only: bool) -> Source:
     """Open the source, once in each process: sent with every shard it could outweigh the shard."""
-    source = parse({"data": {"train": parse_json(text)}}).data.train
+    source = parse_as(SourceConfig, parse_json(text), SOURCE.name)
     return open_source(source, text_only=text_only)
 
 

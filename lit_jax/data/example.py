@@ -168,7 +168,7 @@ def _in_languages(example: Example, wanted: Mapping[str, float]) -> Example:
             return example
         raise UserError(
             f"Nothing says in which language the captions of {example['key']} are; leave out the languages "
-            'of this source (--languages), or give captions as {"en": [...], "de": [...]}.'
+            'of this source (--eval.languages), or give captions as {"en": [...], "de": [...]}.'
         )
     kept = [
         (text, language)

@@ -23,7 +23,7 @@ _INTEGER = re.compile(r"([+-]?[0-9]{1,4000})(\.0*)?")
 _SHOWN = 3  # pairs of label and class in the log
 # `datasets`, TFDS and others write this where there is no label.
 UNLABELLED = -1
-_KEY = "the data's label key (--label_key, or label_key in a config)"
+_KEY = "the data's label key (--eval.data.label_key, or label_key in a config)"
 
 
 class Labels:
@@ -184,8 +184,8 @@ def _given(found: Collection[str], classes: Classes) -> Sequence[str]:
     if times > 1:
         raise UserError(
             f"{name!r} is {times} times among the classes, and the data's labels are names; "
-            'say which is which by "labels" in the class file, or by --labels=sorted (labels="sorted" in a '
-            "config)."
+            'say which is which by "labels" in the class file, or by --eval.labels=sorted (labels="sorted" '
+            "in a config)."
         )
     return classes.names
 
@@ -234,7 +234,7 @@ def _two_orders(folders: Collection[str]) -> str:
     return (
         f"The class folders are {_few(as_numbers)} in the order of their numbers, and {_few(as_text)} in "
         "that of text, which torchvision's ImageFolder takes; say which is that of the classes by "
-        f"--labels={AS_NUMBERS} or --labels={AS_TEXT}"
+        f"--eval.labels={AS_NUMBERS} or --eval.labels={AS_TEXT}"
     )
 
 
@@ -260,7 +260,7 @@ def _refusal(key: str, label: str, labels: Labels, known: Sequence[str], classes
         remedy = two[0].lower() + two[1:]
     else:
         remedy = (
-            f"give --labels={SORTED} (labels={SORTED!r} in a config) if the labels {min(numbers)} to "
+            f"give --eval.labels={SORTED} (labels={SORTED!r} in a config) if the labels {min(numbers)} to "
             f"{max(numbers)}, in their order, are the classes"
         )
     return (

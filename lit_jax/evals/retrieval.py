@@ -41,7 +41,7 @@ def captions_of(source: Source, language: str = "") -> list[tuple[str, ...]]:
         asked = f"the language {language!r}" if language else "a language that is asked for"
         raise UserError(
             f"No caption is in {asked}, the data has {', '.join(sorted(languages))}; name one of these as "
-            "languages (--languages)."
+            "languages (--eval.languages)."
         )
     if problems:
         without = len(source) - len(problems)
@@ -52,7 +52,7 @@ def captions_of(source: Source, language: str = "") -> list[tuple[str, ...]]:
         )
     raise UserError(
         "Retrieval needs captions, and no example has one; name what holds them with caption_key "
-        "(--caption_key), or give a class file for zero-shot classification (--classes)."
+        "(--eval.data.caption_key), or give a class file for zero-shot classification (--classes)."
     )
 
 

@@ -117,7 +117,7 @@ def test_the_first_pairs_of_label_and_class_are_shown(pictures, caplog):
 
 def test_class_folders_with_two_orders_have_to_say_which(class_folders):
     source, labels = class_folders(ELEVEN)
-    both = "1, 2, 3, 4 .*1, 10, 11, 2 .*--labels=sorted_as_numbers or --labels=sorted_as_text"
+    both = "1, 2, 3, 4 .*1, 10, 11, 2 .*--eval.labels=sorted_as_numbers or --eval.labels=sorted_as_text"
     with pytest.raises(UserError, match=both):
         label_ids(Labels(source), numbered(11), order="sorted")
     with pytest.raises(UserError, match=f"the label 11, out of the range .*{both}"):
@@ -139,13 +139,13 @@ def test_class_folders_with_one_order_are_sorted(class_folders, names):
     ("labels", "names", "order", "message"),
     [
         ("ab", ("a", "bb"), "given", r"picture1 has the label 'b', .* did you mean 'bb'"),
-        ([None, None], ("a", "b"), "given", "None of the 2 examples .*--label_key"),
-        (["-1", "-1"], ("a", "b"), "given", "None of the 2 examples .*--label_key"),
+        ([None, None], ("a", "b"), "given", "None of the 2 examples .*--eval.data.label_key"),
+        (["-1", "-1"], ("a", "b"), "given", "None of the 2 examples .*--eval.data.label_key"),
         (
             "013",
             ("a", "b", "c"),
             "given",
-            "the label 3, out of the range of .*; give --labels=sorted",
+            "the label 3, out of the range of .*; give --eval.labels=sorted",
         ),
         (
             "0135",
@@ -154,9 +154,14 @@ def test_class_folders_with_one_order_are_sorted(class_folders, names):
             'picture2 has the label 3, out of the range of the 3 classes, 0 to 2; .* "labels"',
         ),
         (["-2", "0"], ("a", "b", "c"), "given", "the label -2, out of the range of the 3 classes"),
-        (["-1", *ELEVEN], numbered(11).names, "given", r"--labels=sorted .* labels 1 to 11"),
-        (ELEVEN, numbered(11).names, "given", r"label 11, .*--labels=sorted .* labels 1 to 11"),
-        ("ab", ("a", "b", "a"), "given", "'a' is 2 times among .*--labels=sorted"),
+        (["-1", *ELEVEN], numbered(11).names, "given", r"--eval.labels=sorted .* labels 1 to 11"),
+        (
+            ELEVEN,
+            numbered(11).names,
+            "given",
+            r"label 11, .*--eval.labels=sorted .* labels 1 to 11",
+        ),
+        ("ab", ("a", "b", "a"), "given", "'a' is 2 times among .*--eval.labels=sorted"),
         ("ab", ("a", "b", "c"), "sorted", "2 different labels but the class file 3 classes"),
         ("a1", ("a", "b"), "sorted_as_numbers", "'a' is no whole number.*'sorted_as_text'"),
     ],
@@ -196,7 +201,7 @@ def test_a_list_among_missing_labels_is_named_with_them(pictures):
     source = relabel(pictures, [None, None])
     source[1]["label_problem"] = "it is ['a']"
     with pytest.raises(
-        UserError, match=r"None of the 2 .* 1 cannot .*--label_key.*: it is \['a'\]"
+        UserError, match=r"None of the 2 .* 1 cannot .*--eval.data.label_key.*: it is \['a'\]"
     ):
         Labels(source)
 

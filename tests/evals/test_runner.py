@@ -251,13 +251,13 @@ def test_a_language_without_captions_is_refused_with_those_there_are(folder, lan
     row = {"image": "picture0.png", "captions": {"en": "two", "de": ["zwei"], "ja": []}}
     (folder / "captions.jsonl").write_text(json.dumps(row) + "\n")
     config = EvalConfig(kind="retrieval", data=SourceConfig(path=str(folder)), languages=languages)
-    with pytest.raises(UserError, match=r"'(fr|DE)', the data has de, en;.*--languages"):
+    with pytest.raises(UserError, match=r"'(fr|DE)', the data has de, en;.*--eval.languages"):
         open_evals({"pairs": config})
 
 
 def test_a_language_of_data_without_languages_is_refused(folder):
     data = SourceConfig(path=str(folder))
-    with pytest.raises(UserError, match=r"in which language .* picture0.*--languages"):
+    with pytest.raises(UserError, match=r"in which language .* picture0.*--eval.languages"):
         open_evals({"pairs": EvalConfig(kind="retrieval", data=data, languages=("en",))})
 
 
