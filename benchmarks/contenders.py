@@ -200,7 +200,7 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
     step = jit_train_step(
         functools.partial(
             train_step,
-            embed=module.apply,
+            forward=module.apply,
             loss=objective(softmax_loss),
             optimizer=optimizer,
             schedule=schedule,

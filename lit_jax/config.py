@@ -318,7 +318,9 @@ class EvalConfig:
 class LossConfig:
     """One of several losses."""
 
+    # The loss.
     kind: Literal["softmax", "sigmoid"] = "softmax"
+    # Its factor in the sum.
     weight: Positive = 1.0
     # For the softmax loss.
     label_smoothing: Fraction = 0.0

@@ -163,6 +163,11 @@ def make_objective(config: Config, slices: int = 1) -> Objective:
     Raises UserError as `make_loss` does.
     """
     make = functools.partial(make_loss, implementation=config.loss_implementation, slices=slices)
+    if config.losses and (config.loss != Config.loss or config.label_smoothing):
+        raise UserError(
+            "config.losses takes the place of config.loss and config.label_smoothing; leave these two as by "
+            "default, and set the kind and the label_smoothing of each loss."
+        )
     if not config.losses:
         return objective(make(config.loss, label_smoothing=config.label_smoothing))
     terms = {

@@ -105,7 +105,7 @@ def check_step(module, params, batch, lock):
             state,
             frozen,
             batch,
-            embed=module.apply,
+            forward=module.apply,
             loss=objective(make_loss("softmax")),
             optimizer=optimizer,
             schedule=schedule,

@@ -191,6 +191,11 @@ def test_losses_by_name_are_summed_by_their_weights():
     value, metrics = make_objective(parse({"loss": "sigmoid"}))(outputs(), {})
     np.testing.assert_array_equal(value, pairs)
     assert metrics == {}
+    for beside in ({"loss": "sigmoid"}, {"label_smoothing": 0.1}):
+        with pytest.raises(
+            UserError, match=r"config.losses .*config.loss and config.label_smoothing"
+        ):
+            make_objective(parse({"losses": losses, **beside}))
 
 
 def test_several_losses_train_and_report_each(tiny, tmp_path, one_device):

@@ -67,7 +67,7 @@ def ours(name: str, first: float) -> list[float]:
                 state,
                 {},
                 {"images": jnp.asarray(images), "texts": jnp.asarray(texts_at(step, texts))},
-                embed=embed,
+                forward=embed,
                 loss=objective(softmax_loss),
                 optimizer=optimizer,
                 schedule=optax.constant_schedule(RATE),
