@@ -39,6 +39,11 @@ def block_paths(path: str, shape: tuple[int, ...]) -> list[str]:
     return [f"{stack['above']}_{first + i}/{stack['below']}" for i in range(shape[0])]
 
 
+def is_in_block(path: str) -> bool:
+    """Return whether a parameter is one of a block, which may be in a stack or by itself."""
+    return bool(STACK.fullmatch(path) or BLOCK.search(path))
+
+
 def restack(params: Tree, shapes: Tree) -> dict[str, Any]:
     """Return the parameters of a tower that is cut into stacks as `shapes`, which may have more leaves.
 

@@ -1,6 +1,8 @@
 """Blocks of a tower that are locked, slowed and trained one by one."""
 
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from lit_jax.weights.name_tables import FAMILIES
 from lit_jax.weights.names import to_tensors
 from tests.training.conftest import stop_after
 
+EXTEND = Path(__file__).parents[2] / "docs" / "extend.md"
 VIT = {
     "model_type": "vit",
     "hidden_size": 8,
@@ -216,6 +219,31 @@ def test_each_block_moves_at_its_own_rate():
     moved = updates["text_model"]["layer"]["kernel"][:, 0, 0]
     # Adam's first direction is 1, the decay adds 0.5 * 2.
     np.testing.assert_allclose(moved, [-0.1 * 2, -0.05 * 2, -0.1], rtol=1e-5)
+
+
+def test_muon_covers_all_blocks_in_a_stack_or_not():
+    """As docs/extend.md has it: its update of a matrix has singular values of one size."""
+    (code,) = re.findall(r"^```python\n(import optax.*?)^```$", EXTEND.read_text(), re.M | re.S)
+    names: dict = {}
+    exec(code, names)
+    random = np.random.default_rng(0)
+    kernel = jnp.asarray(random.normal(size=(4, 6)), jnp.float32)
+    grad = jnp.asarray(random.normal(size=(4, 6)), jnp.float32)
+
+    def tree(leaf):
+        blocks = {"layer": {"kernel": jnp.stack([leaf] * 3)}, "layer_3": {"kernel": leaf}}
+        return {"text_model": {**blocks, "pooler": {"kernel": leaf}}}
+
+    optimizer = names["muon"](1.0)
+    params = tree(kernel)
+    updates, _ = jax.jit(optimizer.update)(tree(grad), optimizer.init(params), params)
+    moved = updates["text_model"]
+    for block in (*moved["layer"]["kernel"], moved["layer_3"]["kernel"]):
+        np.testing.assert_allclose(block, moved["layer"]["kernel"][0], rtol=1e-5, atol=1e-6)
+        singular = np.linalg.svd(block, compute_uv=False)
+        assert singular.max() < 2 * singular.min()
+    # The first step of Adam, which moves all that is in no block, is equally long for every number.
+    assert np.ptp(np.abs(moved["pooler"]["kernel"])) < 1e-3
 
 
 DEPTH_3 = {
