@@ -11,6 +11,8 @@ from lit_jax.precomputed.match import embedding_folders
 from lit_jax.training.checks import normalized_by_batch
 from lit_jax.training.train_step import TrainStep
 
+_Advice = tuple[tuple[bool, str], ...]
+
 
 def advise(
     config: Config,
@@ -23,16 +25,27 @@ def advise(
 
     `resident` and `hbm` are bytes of one chip.
     """
-    policy, mesh = step.model.policy, step.model.mesh
+    known: _Advice = (
+        *_about_towers(config, step),
+        *_about_state(config, step, resident, hbm),
+        (largest_batch is not None, f"--config.batch_size={largest_batch} fits here."),
+        (True, "A topology with more chips gives each of them a smaller part of the batch."),
+    )
+    return tuple(text for applies, text in known if applies)
+
+
+def _about_towers(config: Config, step: TrainStep) -> _Advice:
+    """Return (whether it helps here, sentence) for each key that changes what towers keep in memory."""
+    policy = step.model.policy
     trained = {path.split("/")[0] for path, trains in policy.trainable.items() if trains}
-    state = resident["parameters"] + resident["optimizer"] + resident["frozen"]
-    known = (
+    trains_a_tower = bool(trained & {"vision_model", "text_model"})
+    return (
         (
             config.model.dtype == "float32",
             "--config.model.dtype=bfloat16 halves activations and locked parameters.",
         ),
         (
-            config.remat != "block" and bool(trained & {"vision_model", "text_model"}),
+            config.remat != "block" and trains_a_tower,
             "--config.remat=block keeps only the inputs of a tower's blocks for the gradient; it costs one "
             "more forward pass of the towers that train.",
         ),
@@ -47,12 +60,20 @@ def advise(
             for side in TOWERS
         ),
         (
-            config.batch_size % (2 * config.accumulate * mesh.size) == 0
-            and bool(trained & {"vision_model", "text_model"})
+            config.batch_size % (2 * config.accumulate * step.model.mesh.size) == 0
+            and trains_a_tower
             and not normalized_by_batch(policy),
             f"--config.accumulate={2 * config.accumulate} computes the towers in smaller parts; the gradient "
             "stays that of the whole batch, for one more forward pass of the towers that train.",
         ),
+    )
+
+
+def _about_state(config: Config, step: TrainStep, resident: Mapping[str, int], hbm: int) -> _Advice:
+    """Return (whether it helps here, sentence) for each key that changes parameters or optimizer state."""
+    mesh = step.model.mesh
+    state = resident["parameters"] + resident["optimizer"] + resident["frozen"]
+    return (
         (
             state > hbm / 4 and mesh.shape["fsdp"] < mesh.size,
             f"--config.mesh.fsdp={_next_fsdp(mesh)} splits parameters and optimizer "
@@ -62,13 +83,7 @@ def advise(
             config.optimizer.momentum_dtype == "float32" and resident["optimizer"] > hbm / 10,
             "--config.optimizer.momentum_dtype=bfloat16 makes the optimizer's state smaller.",
         ),
-        (
-            largest_batch is not None,
-            f"--config.batch_size={largest_batch} fits here.",
-        ),
-        (True, "A topology with more chips gives each of them a smaller part of the batch."),
     )
-    return tuple(text for applies, text in known if applies)
 
 
 def _next_fsdp(mesh: Mesh) -> int:

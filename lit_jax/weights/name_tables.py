@@ -11,9 +11,7 @@ Renames = tuple[tuple[str, str], ...]
 class FusedWeight(NamedTuple):
     """Parameters that a file has as one tensor, side by side along their output features.
 
-    Attributes:
-        pattern: of the name that a parameter would have in the file; its one group is the member.
-        replacement: the name of the fused tensor.
+    `pattern` matches the name that a parameter would have in the file; its one group is the member.
     """
 
     pattern: str
@@ -54,6 +52,16 @@ class Family:
     extra_head_names: str = r"(?!)"
 
 
+# Our query, key and value, whose first letter is the name in some files.
+_QKV = "(q|k|v)(?:uery|ey|alue)"
+# transformers 5, save_pretrained(save_original_format=False).
+_PROJ_ALIASES = (
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+)
+
 _VIT = Family(
     architecture="ViTModel",
     prefix="vit.",
@@ -65,13 +73,9 @@ _VIT = Family(
         (r"\.mlp\.fc2\.", ".output.dense."),
         (r"\.mlp_norm\.", ".layernorm_after."),
     ),
-    # transformers 5, save_pretrained(save_original_format=False).
     aliases=(
         (r"^layers\.", "encoder.layer."),
-        (r"\.attention\.q_proj\.", ".attention.attention.query."),
-        (r"\.attention\.k_proj\.", ".attention.attention.key."),
-        (r"\.attention\.v_proj\.", ".attention.attention.value."),
-        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+        *_PROJ_ALIASES,
         (r"\.mlp\.fc1\.", ".intermediate.dense."),
         (r"\.mlp\.fc2\.", ".output.dense."),
     ),
@@ -93,10 +97,7 @@ _BERT = Family(
         (r"\.mlp_norm\.", ".output.LayerNorm."),
     ),
     # Checkpoints that were converted from TensorFlow in 2018.
-    aliases=(
-        (r"LayerNorm\.gamma$", "LayerNorm.weight"),
-        (r"LayerNorm\.beta$", "LayerNorm.bias"),
-    ),
+    aliases=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
     pooler=r"pooler\.",
     ignore=(
         r"cls\.",
@@ -127,12 +128,8 @@ _DINOV2 = Family(
         (r"\.mlp_scale\.factor$", ".layer_scale2.lambda1"),
     ),
     fused=(FusedWeight(r"\.mlp\.(gate|up)\.(\w+)$", r".mlp.weights_in.\2", ("gate", "up")),),
-    # transformers 5, save_pretrained(save_original_format=False).
     aliases=(
-        (r"\.attention\.q_proj\.", ".attention.attention.query."),
-        (r"\.attention\.k_proj\.", ".attention.attention.key."),
-        (r"\.attention\.v_proj\.", ".attention.attention.value."),
-        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+        *_PROJ_ALIASES,
         (r"\.mlp\.(gate|up)_proj\.", r".mlp.\1."),
         (r"\.mlp\.down_proj\.", ".mlp.weights_out."),
     ),
@@ -180,9 +177,7 @@ _CLIP_VISION = Family(
         (r"^embeddings\.patch_embedding\.projection\.", "embeddings.patch_embedding."),
         (r"^encoder\.layer\.(\d+)\.attention\.", r"encoder.layers.\1.self_attn."),
         (r"^encoder\.layer\.", "encoder.layers."),
-        (r"\.self_attn\.query\.", ".self_attn.q_proj."),
-        (r"\.self_attn\.key\.", ".self_attn.k_proj."),
-        (r"\.self_attn\.value\.", ".self_attn.v_proj."),
+        (rf"\.self_attn\.{_QKV}\.", r".self_attn.\1_proj."),
         (r"\.attention_norm\.", ".layer_norm1."),
         (r"\.mlp_norm\.", ".layer_norm2."),
         (r"\.(self_attn|attention)\.output\.", r".\1.out_proj."),
@@ -280,9 +275,7 @@ FAMILIES: Mapping[str, Family] = {
             (r"^embeddings\.patch_embeddings\.projection\.", "embeddings.patch_embeddings."),
             (r"^encoder\.", ""),
             (r"^layernorm\.", "norm."),
-            (r"\.attention\.query\.", ".attention.q_proj."),
-            (r"\.attention\.key\.", ".attention.k_proj."),
-            (r"\.attention\.value\.", ".attention.v_proj."),
+            (rf"\.attention\.{_QKV}\.", r".attention.\1_proj."),
             (r"\.attention\.output\.", ".attention.o_proj."),
             (r"\.attention_norm\.", ".norm1."),
             (r"\.attention_scale\.factor$", ".layer_scale1.lambda1"),
@@ -323,9 +316,7 @@ FAMILIES: Mapping[str, Family] = {
         prefix="distilbert.",
         modules=(
             (r"^encoder\.", "transformer."),
-            (r"\.attention\.query\.", ".attention.q_lin."),
-            (r"\.attention\.key\.", ".attention.k_lin."),
-            (r"\.attention\.value\.", ".attention.v_lin."),
+            (rf"\.attention\.{_QKV}\.", r".attention.\1_lin."),
             (r"\.attention\.output\.", ".attention.out_lin."),
             (r"\.attention_norm\.", ".sa_layer_norm."),
             (r"\.mlp\.fc1\.", ".ffn.lin1."),
@@ -343,9 +334,7 @@ FAMILIES: Mapping[str, Family] = {
         prefix="mpnet.",
         modules=(
             (r"^relative_attention_bias\.", "encoder.relative_attention_bias."),
-            (r"\.attention\.query\.", ".attention.attn.q."),
-            (r"\.attention\.key\.", ".attention.attn.k."),
-            (r"\.attention\.value\.", ".attention.attn.v."),
+            (rf"\.attention\.{_QKV}\.", r".attention.attn.\1."),
             (r"\.attention\.output\.", ".attention.attn.o."),
             (r"\.attention_norm\.", ".attention.LayerNorm."),
             (r"\.mlp\.fc1\.", ".intermediate.dense."),
