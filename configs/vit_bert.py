@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def choose(arg: str, **variants: Callable[[], ConfigDict]) -> ConfigDict:
-    """The variant that `arg` names, by default the first, with what it says of data and batch size."""
+    """Return the variant that `arg` names, by default the first, with the data and batch size of `arg`."""
     variant, options = parse_arg(arg, variants=tuple(variants), options={"data": str, "batch": int})
     config = variants[variant]()
     config.data.train.path = options.get("data", config.data.train.path)
@@ -35,7 +35,7 @@ def choose(arg: str, **variants: Callable[[], ConfigDict]) -> ConfigDict:
 
 
 def demo() -> ConfigDict:
-    """Two-digit numbers of real handwritten digits; 16 of the 80 never appear in a caption."""
+    """Return the demo: two-digit numbers of handwritten digits; 16 of the 80 never appear in a caption."""
     config = default()
     config.batch_size = 128
     config.duration = "400 steps"
@@ -68,7 +68,7 @@ def demo() -> ConfigDict:
 
 
 def base() -> ConfigDict:
-    """The paper's section 4 and appendix: no image head, Adafactor, 901M pairs seen in batches of 16,384."""
+    """Return the recipe of section 4 and the appendix: no image head, Adafactor, 901M pairs by 16,384."""
     config = default()
     config.batch_size = 16_384
     config.duration = "901e6 examples"

@@ -108,20 +108,20 @@ def texts(*languages: str) -> list[str]:
 
 
 def words(*languages: str) -> list[str]:
-    """The different words of these texts, without punctuation."""
+    """Return the different words of these texts, without punctuation."""
     plain = " ".join(texts(*languages)).translate(str.maketrans(",{}", "   "))
     return sorted(set(plain.split()))
 
 
 def wordpiece_vocabulary() -> list[str]:
-    """BERT's tokens: every word, and single characters to spell any other word with."""
+    """Return BERT's tokens: every word, and single characters to spell any other word with."""
     characters = string.ascii_lowercase + string.digits
     pieces = {*words("en"), *characters, *string.punctuation, *(f"##{c}" for c in characters)}
     return [*BERT_SPECIAL, *sorted(pieces)]
 
 
 def byte_pairs(words: list[str], *, end: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """The tokens and merges of a byte-level BPE that knows each word: it grows letter by letter.
+    """Return the tokens and merges of a byte-level BPE that knows each word: it grows letter by letter.
 
     Args:
         end: what the last symbol of a word ends with.
@@ -140,7 +140,7 @@ def byte_pairs(words: list[str], *, end: str) -> tuple[list[str], list[tuple[str
 
 
 def unigrams() -> list[tuple[str, float]]:
-    """XLM-RoBERTa's pieces with their scores: words, the parts of German numbers, single characters."""
+    """Return XLM-RoBERTa's scored pieces: words, the parts of German numbers, single characters."""
     parts = ["und", *digits.TENS["de"]]
     starts = [*words("en", "de"), *digits.UNITS["de"][1:]]
     whole = {f"▁{word}" for word in starts if "und" not in word[2:]} | set(parts)
@@ -153,7 +153,7 @@ def unigrams() -> list[tuple[str, float]]:
 
 
 def write(folder: pathlib.Path) -> None:
-    """Writes all files into `folder`."""
+    """Write all files into `folder`."""
     for name, numbers in CLASS_LISTS.items():
         english = [digits.number_words(number) for number in numbers]
         classes = {"classnames": english, "templates": digits.TEMPLATES["en"]}

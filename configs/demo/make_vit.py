@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def examples(numbers, part, count, rng) -> tuple[np.ndarray, np.ndarray]:
-    """`count` random images, normalised, and their two digits."""
+    """Return `count` random images, normalised, and their two digits."""
     chosen = rng.choice(numbers, count)
     pixels = np.stack([draw_number(number, part, rng) for number in chosen])
     return pixels / np.float32(127.5) - 1, np.stack(np.divmod(chosen, 10), axis=1)

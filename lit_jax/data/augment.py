@@ -23,9 +23,9 @@ STRONGEST = 30  # the largest magnitude of RandAugment
 def color_jitter(
     image: Image.Image, config: ColorJitterConfig, rng: np.random.Generator
 ) -> Image.Image:
-    """An RGB image with brightness, contrast, saturation and hue changed at random, in a random order.
+    """Return an RGB image with brightness, contrast, saturation and hue changed at random, in a random order.
 
-    What has no strength is left out.
+    A change without a strength is left out.
     """
     active = [name for name in JITTER if getattr(config, name)]
     for i in rng.permutation(len(active)):
@@ -38,7 +38,7 @@ def color_jitter(
 def rand_augment(
     image: Image.Image, config: RandAugmentConfig, rng: np.random.Generator
 ) -> Image.Image:
-    """An RGB image after so many random operations, each in either direction if it has two."""
+    """Return an RGB image after so many random operations, each in either direction if it has two."""
     part = config.magnitude / STRONGEST
     for _ in range(config.operations):
         operation, strength, signed = RAND_AUGMENT[NAMES[rng.integers(len(NAMES))]]
@@ -48,27 +48,27 @@ def rand_augment(
 
 
 def brightness(image: Image.Image, factor: float) -> Image.Image:
-    """0: black."""
+    """Return a darker or brighter image; a factor of 0 makes it black."""
     return ImageEnhance.Brightness(image).enhance(factor)
 
 
 def contrast(image: Image.Image, factor: float) -> Image.Image:
-    """0: the image's mean grey."""
+    """Return an image of another contrast; a factor of 0 makes it its mean grey."""
     return ImageEnhance.Contrast(image).enhance(factor)
 
 
 def saturation(image: Image.Image, factor: float) -> Image.Image:
-    """0: grey."""
+    """Return an image of paler or stronger colours; a factor of 0 makes it grey."""
     return ImageEnhance.Color(image).enhance(factor)
 
 
 def sharpness(image: Image.Image, factor: float) -> Image.Image:
-    """0: smoothed."""
+    """Return a smoother or sharper image; a factor of 0 smooths most."""
     return ImageEnhance.Sharpness(image).enhance(factor)
 
 
 def hue(image: Image.Image, turn: float) -> Image.Image:
-    """Colours turned by a part of the colour circle, -0.5 to 0.5."""
+    """Return an image whose colours are turned by a part of the colour circle, -0.5 to 0.5."""
     channel, *others = image.convert("HSV").split()
     shift = int(turn * 255)
     turned = channel.point([(value + shift) % 256 for value in range(256)])
@@ -80,13 +80,13 @@ def _shear(image: Image.Image, x: float, y: float) -> Image.Image:
 
 
 def _translate(image: Image.Image, x: float, y: float) -> Image.Image:
-    """By parts of the image's size; whole pixels."""
+    """Move an image by parts of its size, rounded to whole pixels."""
     right, down = int(x * image.width), int(y * image.height)
     return _affine(image, (1.0, 0.0, -float(right), 0.0, 1.0, -float(down)))
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    """The pixel at (x, y) is taken from (ax + by + c, dx + ey + f)."""
+    """Take the pixel at (x, y) from (ax + by + c, dx + ey + f)."""
     return image.transform(image.size, Image.Transform.AFFINE, matrix)
 
 

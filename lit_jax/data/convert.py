@@ -40,7 +40,7 @@ BAD_FILE = "bad.jsonl"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What fixes every byte that is written; plain values, so that it can be sent anywhere."""
+    """A conversion: its values fix every byte that is written, and can be sent to any process."""
 
     source: str  # its SourceConfig as JSON
     text_only: bool  # whether examples may lack an image

@@ -44,13 +44,13 @@ class Example(TypedDict):
     languages: NotRequired[tuple[str, ...] | None]
     # The languages of captions that were not wanted, if the example has no others.
     left_out: NotRequired[tuple[str, ...]]
-    # How often each caption is sampled; without weights all are sampled alike.
+    # The weight with which each caption is sampled; without weights all are sampled alike.
     caption_weights: NotRequired[tuple[float, ...]]
     # The content of the captions in the language of a text teacher.
     teacher_caption: NotRequired[str | None]
     # The name of its class.
     label: str | None
-    # Whether the label is the name of the folder that the image is in.
+    # True if the label is the name of the folder that the image is in.
     label_is_folder: NotRequired[bool]
     # Why the label that is there cannot be used; a task without labels does not mind.
     label_problem: NotRequired[str]

@@ -32,7 +32,7 @@ MAX_FIELD_BYTES = 1 << 26  # of a quoted field: one that goes on has lost the qu
 
 @dataclasses.dataclass(frozen=True)
 class ObjectPath:
-    """What pathlib.Path is on this machine, in an object store. Arrow's own clients do the work."""
+    """A path in an object store, used like pathlib.Path on this machine. Arrow's own clients do the work."""
 
     scheme: str  # "s3"
     path: PurePosixPath  # the bucket and what is in it
@@ -289,7 +289,7 @@ def _starts(text: bytes, ends: np.ndarray) -> np.ndarray:
     return starts[np.logical_or.reduceat(np.frombuffer(text, np.uint8) > ord(" "), starts)]
 
 
-# How files begin that are taken for a text in UTF-8.
+# The first bytes of files that are mistaken for a text in UTF-8.
 _OTHER_FILES = {
     b"\xff\xfe\0\0": "is in UTF-32",
     b"\xff\xfe": "is in UTF-16",

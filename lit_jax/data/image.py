@@ -25,7 +25,7 @@ from lit_jax.data.files import File, ObjectPath, find, read_whole
 from lit_jax.data.resample import FILTERS, enlarge_window
 from lit_jax.models.normalization import Normalization
 
-# What a source gives; None: there is no image.
+# An image as a source gives it; None: there is no image.
 ImageFile = File | bytes | np.ndarray | None
 WHITE = (255, 255, 255, 255)
 # Formats that are read, by Pillow's names, and the endings of their files in every kind of source. Pillow
@@ -62,7 +62,7 @@ MAX_RESIZED_PIXELS = 1 << 25
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageTransform:
-    """Pixels for the image tower; plain values, so that it can be sent to worker processes.
+    """The way from an image to the pixels of the image tower; plain values, which worker processes can get.
 
     Attributes:
         height, width: of the result, pixels.
@@ -93,7 +93,7 @@ class ImageTransform:
 
     @property
     def is_random(self) -> bool:
-        """Whether `train` augments."""
+        """True if `train` augments."""
         augmentations = self.crop_min_area, self.random_crop, self.flip
         return (
             any(augmentations) or self.color_jitter != NO_JITTER or self.rand_augment.operations > 0
@@ -185,7 +185,7 @@ class ImageTransform:
         """Return the crop (left, top, right, bottom) of an image of this size; None: all of it."""
         if not self.center_crop or (rng is not None and self.crop_min_area is not None):
             return None
-        # Of an odd rest the larger part goes to the right and the bottom, of an odd lack to the left
+        # The larger part of an odd rest goes to the right and the bottom, that of an odd lack to the left
         # and the top (filled with zeros), as the processor does it: // rounds down in both.
         left, top = size[0] - self.width, size[1] - self.height
         if rng is None or not self.random_crop:

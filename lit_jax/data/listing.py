@@ -1,4 +1,4 @@
-"""What lies in a folder, and which files a path with braces names."""
+"""The files that lie in a folder, and those that a path with braces names."""
 
 import logging
 import os
@@ -69,7 +69,7 @@ def walk(folder: File) -> Iterator[str]:
             end = "" if info.type == fs.FileType.File else "/"
             yield str(PurePosixPath(info.path).relative_to(folder.path)) + end
         return
-    # Of each folder that is still to be read: where it is, and the real paths of all that it lies in.
+    # The folders that are still to be read: where each is, and the real paths of all that it lies in.
     todo: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(folder),))]
     seen, again = set(), []
     while todo:

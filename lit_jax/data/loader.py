@@ -45,7 +45,7 @@ JUDGE_AFTER = 1000
 
 @runtime_checkable
 class Preprocessor(Protocol):
-    """What makes the inputs of one tower or both. Plain values: it is sent to worker processes."""
+    """A maker of the inputs of one tower or both. Plain values: it is sent to worker processes."""
 
     def sample(self, index: int, example: Example, rng: np.random.Generator) -> Any:
         """Return the element of a training batch, from the example at `index` of the source.
@@ -59,7 +59,7 @@ class Preprocessor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ImagePreprocessor:
-    """'pixel_values' uint8 (rows, height, width, 3).
+    """The images of a batch: 'pixel_values' uint8 (rows, height, width, 3).
 
     With `views` an image is not augmented anew each time: one of so many fixed views is sampled. They depend
     on its position in the source alone, so that runs of all seeds share them.
@@ -86,8 +86,9 @@ class ImagePreprocessor:
 
 @dataclasses.dataclass(frozen=True)
 class TextPreprocessor:
-    """int32 (rows, the tokenizer's model_max_length) 'input_ids', and those of 'attention_mask' and
-    'token_type_ids' that the tokenizer makes.
+    """The texts of a batch: int32 (rows, the tokenizer's model_max_length) 'input_ids'.
+
+    With them come 'attention_mask' and 'token_type_ids', as far as the tokenizer makes them.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -173,7 +174,7 @@ def make_preprocessor(
 
 
 class TrainStream:
-    """Endless batches of this process, each source shuffled anew in every epoch of its own.
+    """The endless batches of this process, each source shuffled anew in every epoch of its own.
 
     A bad sample is replaced by another one of its source, drawn at random.
 
@@ -300,7 +301,7 @@ def local_rows(batch_size: int, process_count: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """From a position in the source to one element of a batch, and the bad samples that it replaces."""
+    """The way from a position in the source to an element of a batch, and the bad samples it replaces."""
 
     source: Source
     preprocessor: Preprocessor

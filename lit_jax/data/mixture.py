@@ -49,7 +49,7 @@ def _open(config: SourceConfig, text_only: bool) -> Source:
 
 
 class Mixture:
-    """Named sources as one, the examples of each behind those of the one before.
+    """A source made of named sources, the examples of each behind those of the one before.
 
     Attributes:
         parts: the sources by name.
@@ -101,7 +101,7 @@ def _shuffled(positions: range, seed: int) -> grain.MapDataset[int]:
 
 
 class Interleave(grain.transforms.DatasetSelectionMap):
-    """From a position in an endless mixture to (which part, position within that part).
+    """The way from a position in an endless mixture to (which part, position within that part).
 
     Of the first n positions n * (1 - share), rounded down, are left to the other parts, and the rest are of
     the first; the others divide theirs in the same way. So counts are whole and never go down.

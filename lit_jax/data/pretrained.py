@@ -10,7 +10,7 @@ from lit_jax.errors import UserError
 
 # transformers' own words where a package is missing that it has a name for.
 _REQUIRES = re.compile(r"requires the (\w+) library")
-# What a vocabulary in a file of sentencepiece is read with, by the name of the module.
+# The packages that read a vocabulary of sentencepiece, by the names of their modules.
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 
 
@@ -44,7 +44,7 @@ def unusable(error: Exception, what: str, advice: str) -> UserError:
 
 
 def _asks_for_code(auto_class: Any, folder: Path) -> bool:
-    """Whether a config in the folder names a class of its own (auto_map) where `auto_class` would be used."""
+    """Return whether a config in the folder names a class of its own (auto_map) instead of `auto_class`."""
     files = folder.glob("*config.json")
     name = f'"{auto_class.__name__}"'
     return any(name in file.read_text(encoding="utf-8", errors="replace") for file in files)

@@ -17,8 +17,8 @@ from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Of a long text only a start is tokenized. It has so many characters for each token that must come out of it:
-# all that are kept, and BEYOND. See `_start`.
+# Only the start of a long text is tokenized. It has so many characters for each token that must come out: all
+# that are kept, and BEYOND. See `_start`.
 CHARACTERS_PER_TOKEN = 16
 BEYOND = 128
 
@@ -101,7 +101,7 @@ def _check(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int) ->
 
 
 def _is_gemma(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer is of Gemma's kind, as that of SigLIP 2 is, whatever its class is called."""
+    """Return whether the tokenizer is of Gemma's kind, as SigLIP 2's is, whatever its class is called."""
     if not tokenizer.is_fast:
         return False
     model: Any = _backend(tokenizer).model
@@ -110,7 +110,7 @@ def _is_gemma(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _lowers(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer takes capitals for lower-case letters by itself."""
+    """Return whether the tokenizer takes capitals for lower-case letters by itself."""
     if not tokenizer.is_fast:
         return bool(getattr(tokenizer, "do_lower_case", False))
     lower = normalizers.Lowercase().normalize_str(_CASES)
@@ -133,7 +133,7 @@ def _lowercased(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedT
     backend = copy.deepcopy(_backend(tokenizer))
     own = [backend.normalizer] if backend.normalizer is not None else []
     backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
-    # Of this class, since Gemma's builds its steps anew when it is read, without looking into tokenizer.json.
+    # Not of its own class: Gemma's builds its steps anew when it is read, without a look into tokenizer.json.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=tokenizer.model_max_length,

@@ -1,4 +1,4 @@
-"""What a tokenizer makes of the texts of a run, said once before the work starts."""
+"""A look at the tokens of the texts of a run, logged once before the work starts."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ TOO_MANY = 0.05
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextStatistics:
-    """Shares of the sampled texts and, for `unknown`, of their tokens that are kept.
+    """The shares of the sampled texts and, for `unknown`, of their tokens that are kept.
 
     Attributes:
         longest: tokens of the longest text, special ones included.

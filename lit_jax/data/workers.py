@@ -1,4 +1,4 @@
-"""Worker processes of the data: what each does first, and what is said where one is killed."""
+"""Worker processes of the data: their first steps, and the message where one is killed."""
 
 import contextlib
 import multiprocessing
@@ -13,7 +13,7 @@ from lit_jax.errors import UserError
 
 
 def start_worker() -> None:
-    """Leaves it to the main process to end a worker, and ends the worker if that process is gone."""
+    """Leave it to the main process to end a worker, and end the worker if that process is gone."""
     # SIGTERM (preemption) and Ctrl-C often reach the whole process group; training then still needs data
     # until its checkpoint is written.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -32,7 +32,7 @@ def _exit_with_parent() -> None:
 
 @contextlib.contextmanager
 def worker_errors() -> Iterator[None]:
-    """Raises UserError where a worker was killed by a signal; other errors stay what they are."""
+    """Raise UserError where a worker was killed by a signal; other errors stay what they are."""
     try:
         yield
     except RuntimeError as error:

@@ -23,7 +23,7 @@ _SPLITS = ("train", "test", "val", "valid", "validation", "dev")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _ClassFile:
-    """What a class file says."""
+    """The content of a class file."""
 
     names: tuple[str, ...]
     labels: tuple[str, ...] = ()
@@ -194,7 +194,7 @@ def _numbered(names: Mapping[str, str], file: File) -> _ClassFile:
 
 
 def _is_keras_index(content: Mapping[str, Any]) -> bool:
-    """Whether it is {"0": ["n01440764", "tench"], ...}: number, label and name of each class."""
+    """Return whether it is {"0": ["n01440764", "tench"], ...}: number, label and name of each class."""
     return len(content) > 1 and all(
         key.isdecimal() and isinstance(value, list) and [type(v) for v in value] == [str, str]
         for key, value in content.items()
@@ -233,7 +233,7 @@ def _strings(value: Any, key: str, file: File) -> tuple[str, ...]:
 
 
 def _dataset(content: Mapping[str, Any], name: str, file: File, default: str = "") -> str:
-    """The key of a data set: its name, what stands behind the last '/' of it, or the only one."""
+    """Return the key of a data set: its name, what stands behind the last '/' of it, or the only one."""
     for key in (name, name.rpartition("/")[2], *([*content] if len(content) == 1 else []), default):
         if key in content:
             return key

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 PLACEHOLDER = re.compile(r"\{c?\}")
 
-# Where neither file has templates: short sentences from near and far, of photographs and of what is none.
+# The templates where neither file has any: photographs from near and far, and pictures that are none.
 DEFAULT_TEMPLATES: Mapping[str, tuple[str, ...]] = {
     "en": (
         "{}",

@@ -16,7 +16,7 @@ from lit_jax.evals.classes import Classes
 
 log = logging.getLogger(__name__)
 
-# What `labels` of an evaluation says where the data's labels, sorted, are those of the classes in order.
+# The values of `labels` of an evaluation where the data's labels, sorted, are those of the classes in order.
 SORTED, AS_TEXT, AS_NUMBERS = "sorted", "sorted_as_text", "sorted_as_numbers"
 # "7", "007", "-1", and "7.0" as pandas writes it. Python reads no number of more than 4300 digits.
 _INTEGER = re.compile(r"([+-]?[0-9]{1,4000})(\.0*)?")

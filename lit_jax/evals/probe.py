@@ -1,4 +1,4 @@
-"""What a linear classifier gets out of an image tower's features, with all training images or k a class."""
+"""Linear classifiers on the features of an image tower, trained on all images or on k a class."""
 
 import dataclasses
 import logging
@@ -26,7 +26,7 @@ MAX_ITERATIONS = 1000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Features:
-    """What the tower has pooled of N images, and their classes from 0."""
+    """The features of N images, and their classes from 0."""
 
     rows: Float[np.ndarray, "N P"]
     label: Int[np.ndarray, " N"]
@@ -108,7 +108,7 @@ def linear_probe(train: Features, test: Features) -> dict[str, float]:
             accuracy[l2] = _test(_fit(learn, l2), validate)["top1"]
         return accuracy[l2]
 
-    # Of equally good penalties the strongest: it leaves least to chance.
+    # The strongest of equally good penalties leaves least to chance.
     best, step = max(reversed(COARSE_L2), key=measure), 2.0
     while (step := step / 2) >= FINEST:
         best = max((best, best * 10**-step, best * 10**step), key=measure)
@@ -152,7 +152,7 @@ def _each_of(n: int, label_N: np.ndarray) -> np.ndarray:
 
 
 def _fit(train: Features, l2: float) -> Any:
-    """scikit-learn's classifier; minimises the sum of cross entropies + l2 / 2 * |weights|^2."""
+    """Fit scikit-learn's classifier, which minimises the sum of cross entropies + l2 / 2 * |weights|^2."""
     from sklearn.exceptions import ConvergenceWarning  # takes a second, and only probes need it
     from sklearn.linear_model import LogisticRegression
 

@@ -17,7 +17,7 @@ CHUNK = 1 << 17  # rows that lie on the devices at one time
 
 
 class Ranks(NamedTuple):
-    """Ranks from 1, the best. An image without a text asks for nothing: its rank is left out."""
+    """The ranks of queries, from 1, the best. An image without a text is no query, and has no rank."""
 
     of_images: Integer[np.ndarray, " I"]
     of_texts: Integer[np.ndarray, " M"]
@@ -32,7 +32,7 @@ def ranks(
     block: int = BLOCK,
     chunk: int = CHUNK,
 ) -> Ranks:
-    """The rank of each image by its best own text, and that of each text by its image.
+    """Compute the rank of each image by its best own text, and that of each text by its image.
 
     Each score, an inner product in float32, is computed once and counts in both directions. What is compared
     with it comes out of products of the same shape, block x block (the last ones are filled up), so that
@@ -82,7 +82,7 @@ def _own_scores(
     block: int,
     size: int,
 ) -> np.ndarray:
-    """The score of each text with its image: the diagonals of blocks that pair them."""
+    """Compute the score of each text with its image: the diagonals of blocks that pair them."""
     own_M = np.empty(len(text_embeds_MxE), np.float32)
     for rows in _slices(len(text_embeds_MxE), size):
         images = _place(_filled(size, image_embeds_NxE[image_of_text_M[rows]], 0), mesh)
@@ -106,8 +106,10 @@ def _diagonal(images_CxE, texts_CxE, *, mesh: Mesh, block: int):
 
 @functools.partial(jax.jit, static_argnames=("mesh", "block"))
 def count_ahead(images_IxE, best_I, index_I, texts_TxE, own_T, image_of_T, *, mesh, block):
-    """How many texts of others are not behind each image's best own one, and how many other images are not
-    behind each text's own. "Not less" counts ties, and NaN. An index of -1 is padding.
+    """Count the texts of others that are not behind each image's best own one, and the same for texts.
+
+    For a text these are the other images that are not behind its own. "Not behind" counts ties, and NaN. An
+    index of -1 is padding.
     """
 
     def local(images_IxE, best_I, index_I, texts_TxE, own_T, image_of_T):
@@ -154,12 +156,12 @@ def _blocks(x, block: int):
 
 
 def _power_of_two(count: int) -> int:
-    """The smallest one that is not less than `count`."""
+    """Return the smallest power of two that is not less than `count`."""
     return 1 << (count - 1).bit_length()
 
 
 def chunk_size(count: int, multiple: int, most: int) -> int:
-    """Of chunks as equal as can be, about `most` each at most, or one `multiple`.
+    """Return the size of chunks as equal as can be, about `most` each at most, or one `multiple`.
 
     Rounded up to one of eight sizes between a power of two and the next, so that data of about the same size
     share a compiled program and little is computed for nothing.
@@ -182,7 +184,7 @@ def _filled(size: int, rows: np.ndarray, value: int) -> np.ndarray:
 
 
 def _place(rows: np.ndarray, mesh: Mesh, spec: PartitionSpec = REPLICATED) -> jax.Array:
-    """Every process has all `rows`; each device gets its part, in 32 bits."""
+    """Give each device its part of `rows`, of which every process has all, in 32 bits."""
     rows = rows.astype(np.int32 if rows.dtype.kind == "i" else np.float32)
     sharding = jax.sharding.NamedSharding(mesh, spec)
     return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])

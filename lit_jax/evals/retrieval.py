@@ -58,7 +58,7 @@ def captions_of(source: Source, language: str = "") -> list[tuple[str, ...]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RetrievalResult:
-    """What came out for the N images that could be decoded, and their M captions.
+    """The outcome for the N images that could be decoded, and their M captions.
 
     Attributes:
         index: where in the source each image is.
@@ -76,7 +76,7 @@ class RetrievalResult:
 def evaluate_retrieval(
     encoder: Encoder, params: Params, source: Source, captions: Sequence[tuple[str, ...]]
 ) -> RetrievalResult:
-    """`retrieval` over all images and all captions of `source`.
+    """Compute `retrieval` over all images and all captions of `source`.
 
     An image that cannot be decoded is left out, and its captions with it.
 
@@ -109,7 +109,7 @@ def retrieval(
     image_of_text_M: Integer[np.ndarray, " M"],
     mesh: Mesh,
 ) -> dict[str, float]:
-    """Recall at 1, 5 and 10, the mean and the median rank, in both directions.
+    """Compute recall at 1, 5 and 10, the mean and the median rank, in both directions.
 
     The rank of an image is that of the best of its own texts among the texts of other images, the
     rank of a text is that of its image among all images; the best rank is 1. Scores are inner

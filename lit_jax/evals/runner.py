@@ -44,7 +44,7 @@ class PreparedEval:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What came out of an evaluation."""
+    """The outcome of an evaluation."""
 
     prepared: PreparedEval
     metrics: Metrics
@@ -63,7 +63,7 @@ def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
     def source_of(
         config: SourceConfig, language: str, *, labelled: bool = True, captions: bool = False
     ) -> Source:
-        """`captions`: only those in the language."""
+        """Open a source in a language; `captions` restricts its captions to that language."""
         if captions and "{language}" not in config.path:
             config = dataclasses.replace(config, languages={language: 1.0})
         config = dataclasses.replace(config, path=config.path.replace("{language}", language))

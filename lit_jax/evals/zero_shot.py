@@ -18,7 +18,7 @@ BLOCK = 4096  # images whose logits are in memory at one time
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ZeroShotResult:
-    """What came out for the N images that could be decoded, K = min(5, C) classes each.
+    """The outcome for the N images that could be decoded, K = min(5, C) classes each.
 
     Attributes:
         metrics: top1, top5 (of five classes or more), mean_per_class_recall, n.

@@ -19,7 +19,7 @@ CURVES = (RIGHT, WRONG, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK, FAINT)
 
 
 def heat_map_figure(similarity_CxC: Float[np.ndarray, "C C"], names: Sequence[str]) -> Figure:
-    """The cosines of images (rows) and texts (columns); both are called by `names`."""
+    """Draw the cosines of images (rows) and texts (columns); both are called by `names`."""
     size = 3.2 + 0.17 * len(names)
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
@@ -39,7 +39,7 @@ def heat_map_figure(similarity_CxC: Float[np.ndarray, "C C"], names: Sequence[st
 
 
 def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss, learning rate and, if there are some at several steps, evaluations over the steps."""
+    """Draw loss, learning rate and, if there are some at several steps, evaluations over the steps."""
     losses = [row for row in rows if {"loss", "learning_rate"} <= row.keys()]
     headlines = _headlines(rows)
     figure = Figure(figsize=(10, 7 if headlines else 5), layout="constrained")
@@ -69,7 +69,7 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Of each evaluation one metric, as (step, percent); of those that were made at several steps."""
+    """Return one metric of each evaluation that was made at several steps, as (step, percent)."""
     ends = ("/top1", "/image_to_text_recall_at_1", "/text_to_image_recall_at_1")
     points: dict[str, list[tuple[int, float]]] = {}
     for row in rows:

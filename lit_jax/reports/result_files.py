@@ -20,7 +20,7 @@ TASKS = {
     "linear_probe": "linear_probe",
     "few_shot": "linear_probe",
 }
-# How CLIP_benchmark's names of metrics begin; it names retrieval by what is found.
+# The first words of CLIP_benchmark's names of metrics; retrieval is named by what is found.
 _STARTS = {"text_to_image_": "image_retrieval_", "image_to_text_": "text_retrieval_", "top": "acc"}
 
 
@@ -39,7 +39,7 @@ class EvaluatedModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """Texts in rows. The first column names the rows, the others hold numbers."""
+    """A table of texts. The first column names the rows, the others hold numbers."""
 
     title: str
     columns: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Where examples come from. `FORMATS` says what is looked for, and who reads it.
+"""The formats of data sets. `FORMATS` says by which files each is recognised, and who reads it.
 
 A source is random access and can be sent to worker processes; reading an image may wait until it is decoded.
 """
@@ -49,7 +49,7 @@ class Format(NamedTuple):
     open: Opener
     several: bool = False  # whether many files are one data set; else one has to be named
     knows_splits: bool = False  # else a split is a folder, or a part of the files' names
-    # Of files that others may be called like: whether this one is meant, given the config's image_key.
+    # For names that other files have, too: whether this file is meant, given the config's image_key.
     fits: Callable[[File, str], bool] = _any_file
     has_other_names: bool = False  # columns that are called as other tools call them
 

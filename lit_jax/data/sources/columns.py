@@ -149,7 +149,7 @@ def _class_names(schema: pa.Schema, label_key: str) -> list[str] | None:
 
 
 class ParquetSource:
-    """Parquet files, one behind the other; of each only the columns that are needed.
+    """A table of Parquet files, one behind the other; of each only the columns that are needed.
 
     Parquet cannot give one row: its whole row group is decoded, and the latest ones are kept. Small row
     groups (a hundred rows with images) make random access fast.

@@ -30,7 +30,7 @@ _SEPARATORS = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
 
 
 class DelimitedSource:
-    """Pairs listed in a table: the names of its columns in the first line, paths of images in one of them.
+    """The pairs listed in a table: names of columns in the first line, paths of images in one of them.
 
     CSV is that of RFC 4180: what has a comma, a quote or a line break stands between double quotes. A TSV has
     no line breaks inside of fields, and quotes count only around a whole field. Without names, a TSV of

@@ -20,7 +20,7 @@ TRIED = 20  # lines, of which one has to be good
 
 
 class JsonlSource:
-    """Pairs listed in a JSONL file, for example captions.jsonl:
+    """The pairs listed in a JSONL file, for example captions.jsonl:
 
         {"image": "a.jpg", "caption": "a dog"}  or  {"image": ..., "captions": [...], "label": "dog"}
         or, by language,  {"image": ..., "captions": {"en": ["a dog"], "de": ["ein Hund"]}}

@@ -20,7 +20,7 @@ from lit_jax.files import parse_json
 
 log = logging.getLogger(__name__)
 
-# Where images lie beside a caption file, if not in its own folder.
+# The folders beside a caption file that images lie in, if not in its own.
 IMAGE_FOLDERS = (
     *("images", "Images", "image", "imgs", "flickr30k-images", "flickr30k_images"),
     *("Flicker8k_Dataset", "Flickr8k_Dataset"),
@@ -29,7 +29,7 @@ _TRIED = 5  # of the images that a file lists, to find their folder
 
 
 class ListedSource:
-    """Images of a folder, each with captions or the name of its class. Kept as Arrow arrays.
+    """The images of a folder, each with captions or the name of its class. Kept as Arrow arrays.
 
     Args:
         names: paths relative to `folder`.
@@ -115,7 +115,7 @@ def image_folder(folder: File, found: Sequence[str]) -> ListedSource | None:
 def _tell_left_out(
     folder: File, found: Sequence[str], images: Sequence[str], classes: Set[str]
 ) -> None:
-    """Say what of the paths `found` gives no example: hidden ones, folders and images without a class."""
+    """Log which of the paths `found` give no example: hidden ones, folders and images without a class."""
     hidden = {system_part(name) for name in found if is_system(name)}
     folders = {name.split("/", 1)[0] for name in found if "/" in name and not is_system(name)}
     outside = [name for name in images if "/" not in name]

@@ -38,7 +38,7 @@ _SCHEMA = pa.schema(
 
 
 class PairSource:
-    """Images of a folder with files beside them. Kept as Arrow arrays: a name, and endings by field."""
+    """The images of a folder with files beside them. Kept as Arrow arrays: a name, and endings by field."""
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from lit_jax.files import parse_json, write_json
 
 MANIFEST = "records.json"
 VERSION = 1
-# Of each field its types; those that may be absent are None then.
+# The types of each field; those that may be absent are None then.
 _KINDS = {
     "key": str,
     "image": bytes | None,
@@ -95,7 +95,7 @@ def read_manifest(folder: Path) -> tuple[Shard, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-    """What ArrayRecord calls a file instruction: so it need not open the file to know its length."""
+    """A file instruction of ArrayRecord, which need not open the file to know its length."""
 
     filename: str
     skip: int

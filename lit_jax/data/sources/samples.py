@@ -34,13 +34,13 @@ FLAWS: Mapping[str, tuple[BadKind, str]] = {
     "large": ("too_large", f"has a file of more than {MAX_FILE_BYTES:,} bytes"),
     "images": ("no_example", "has several images, and nothing says which one is meant"),
 }
-# What is said at the start of samples with a problem.
+# The messages at the start about samples with a problem.
 _PROBLEMS = {
     "no image": "have no image",
     "images": "have several images, and are bad samples",
     "texts": "have several files of captions, which are all read",
 }
-# How many examples of a kind a message names, and how many kinds it tells apart.
+# The number of examples of a kind that a message names, and of the kinds that it tells apart.
 _EXAMPLES = 3
 _KINDS = 12
 
@@ -73,7 +73,7 @@ class Sample(NamedTuple):
     flaw: str
 
 
-# How many there are of each kind, and a few of them.
+# The number of each kind, and a few of them.
 Counts = dict[str, tuple[int, list[str]]]
 
 
@@ -263,7 +263,7 @@ def _choose(field: str, found: Mapping[str, Member]) -> list[Member]:
 
 
 class Parts(NamedTuple):
-    """What is in the files of a sample."""
+    """The contents of the files of a sample."""
 
     image: bytes | str | None  # its content, or its path
     texts: Sequence[bytes]
@@ -285,7 +285,7 @@ def example_of_parts(
         try:
             about = _object(parts.json)
         except (ValueError, TypeError):
-            # What nobody asks for does not spoil a sample.
+            # A part that nobody asks for does not spoil a sample.
             if not takes_texts and parts.cls is None:
                 raise
     # "key" of img2dataset's json is the same in every run, but names neither shard nor folder.

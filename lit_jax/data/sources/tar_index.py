@@ -1,4 +1,4 @@
-"""Where the samples of tar files are: found by one pass over the files, and cached for the next time.
+"""The places of the samples in tar files: found by one pass over the files, and cached for the next time.
 
 See `index_cache` for where the index lies, and when it is made again.
 """
@@ -38,7 +38,7 @@ _SCHEMA = pa.schema(
 
 
 class Entry(NamedTuple):
-    """Where a sample is.
+    """The place of a sample.
 
     Attributes:
         shard: the number of its tar file.

@@ -10,11 +10,11 @@ from typing import Any
 from lit_jax.data.files import MAX_FILE_BYTES, File, signature
 from lit_jax.data.sources.samples import Member
 
-# Of a long name, or of a pax header.
+# The most bytes of a long name, or of a pax header.
 MAX_HEADER_BYTES = 1 << 24
-# How much is read at a time from an object store.
+# The bytes that are read at a time from an object store.
 _STORE_BYTES = 1 << 22
-# How much behind the end of an archive is looked at for another one.
+# The bytes behind the end of an archive that are searched for another one.
 _END_BYTES = 1 << 16
 
 

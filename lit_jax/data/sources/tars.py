@@ -13,12 +13,12 @@ from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# How much between the members of a sample is read with them, as one request is faster than three.
+# Up to so many bytes between the members of a sample are read with them: one request is faster than three.
 MAX_GAP_BYTES = 1 << 18
 
 
 class TarSource:
-    """Samples of an image (jpg, png, webp ...), and of txt, json and cls as far as there are any.
+    """The samples of tar files: an image (jpg, png, webp ...), and txt, json and cls as far as there are any.
 
     See `samples` for how they are named and what they say. The places of all samples are found once and
     cached, see `tar_index`. In a compressed tar nothing can be found.

@@ -142,7 +142,7 @@ class _Leaf(NamedTuple):
         return np.dtype(self.feature.np_dtype) == object
 
 
-# What a key may name: the most dimensions, and whether it has to be text.
+# The features that a key may name: the most dimensions, and whether it has to be text.
 _WANTED = {"caption_key": (1, True), "label_key": (0, False)}
 _DEFAULTS = {"caption_key": SourceConfig.caption_key, "label_key": SourceConfig.label_key}
 
