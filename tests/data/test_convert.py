@@ -148,6 +148,7 @@ def test_killed_and_resumed_it_writes_the_same_bytes(jsonl_folder, tmp_path):
     assert {n: c for n, c in contents(output).items() if not n.endswith(".new")} == contents(whole)
 
 
+@pytest.mark.long
 def test_workers_write_what_one_process_writes(folder, tmp_path):
     assert convert(folder, tmp_path / "one", "--shard_size=4") == 0
     assert convert(folder, tmp_path / "two", "--shard_size=4", "--workers=2") == 0

@@ -39,10 +39,11 @@ def test_a_probe_is_a_regression_with_the_penalty_that_validates_best(digits):
 
 def test_more_shots_are_better_and_draws_are_always_the_same(digits):
     train, test = digits
-    metrics = few_shot(train, test, shots=(1, 8, 32), draws=3)
+    metrics = few_shot(train, test, shots=(1, 8, 32), draws=2)
     assert 0.25 < metrics["top1_1_shot"] < metrics["top1_8_shot"] < metrics["top1_32_shot"]
     assert metrics["top1_1_shot_std"] > 0
-    assert metrics == few_shot(train, test, shots=(1, 8, 32), draws=3)
+    again = few_shot(train, test, shots=(1, 8), draws=2)
+    assert again == {name: metrics[name] for name in again}
 
 
 def test_two_classes_have_one_score(digits):
