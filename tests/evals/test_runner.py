@@ -64,16 +64,17 @@ def test_metrics_have_flat_names(evaluations):
 
 
 def test_the_same_images_are_embedded_once(encoder, params, folder, monkeypatch):
-    methods = []
+    done = []
     embed = Encoder._embed
 
-    def counted(self, method, *args):
-        methods.append(method)
-        return embed(self, method, *args)
+    def counted(self, side, output, *args):
+        done.append((side, output))
+        return embed(self, side, output, *args)
 
     monkeypatch.setattr(Encoder, "_embed", counted)
     run(open_evals(evals_of(folder)), encoder, params)
-    assert sorted(methods) == ["encode_image", *["encode_text"] * 3, "pool_image"]
+    images = [("image", "embeddings"), ("image", "features")]
+    assert sorted(done) == [*images, *[("text", "embeddings")] * 3]
 
 
 def test_a_cache_on_disk_gives_back_the_same_and_notices_changes(

@@ -32,7 +32,7 @@ def main(workdir: str, full: int, how: str) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         saved.save(2, state, {}, {})
         if how == "error" and process.number() != full:
-            raise UserError("Mend the data.")
+            raise UserError("Fix the data.")
         if how == "error":
             multihost_utils.process_allgather(np.ones(1))  # as a train step waits for the other
 

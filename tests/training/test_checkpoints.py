@@ -12,7 +12,7 @@ from lit_jax.training.workdir_errors import complete_steps
 
 ROOT = Path(__file__).parents[2]
 FULL = (
-    "The run folder {} cannot be written (File too large); mend that and run the same command again: "
+    "The run folder {} cannot be written (File too large); fix that and run the same command again: "
     "it goes on from step 1."
 )
 
@@ -20,10 +20,10 @@ FULL = (
 @pytest.mark.parametrize(
     ("full", "how", "sentence"),
     [
-        (0, "wait", f"error: process 0: {FULL}"),
-        pytest.param(1, "wait", f"error: process 1: {FULL}", marks=pytest.mark.long),
+        (0, "wait", f"[0] error: {FULL}"),
+        pytest.param(1, "wait", f"[1] error: {FULL}", marks=pytest.mark.long),
         # An error of the other comes before it: it waits for the save, but not for ever.
-        (0, "error", "error: process 1: Mend the data."),
+        (0, "error", "[1] error: Fix the data."),
     ],
 )
 def test_a_save_that_one_process_cannot_write_holds_up_nobody(tmp_path, full, how, sentence):
@@ -40,6 +40,5 @@ def test_a_save_that_one_process_cannot_write_holds_up_nobody(tmp_path, full, ho
     )
     assert result.returncode == BAD_INPUT
     assert complete_steps(tmp_path / "run") == [1]
-    for index in (0, 1):
-        assert f"[{index}] {sentence.format(tmp_path / 'run')}" in result.stderr
+    assert sentence.format(tmp_path / "run") in result.stderr
     assert "Traceback" not in result.stderr
