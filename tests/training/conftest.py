@@ -139,10 +139,15 @@ def train(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, tiny):
-    """The folder of a run; copy it to change it."""
+def finished_run(tmp_path_factory, tiny):
+    """A run of `tiny()` on one device, and its folder, which no test may change."""
     workdir = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.setattr(trainer, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
-        trainer.train(tiny(), workdir)
-    return workdir
+        return trainer.train(tiny(), workdir), workdir
+
+
+@pytest.fixture(scope="session")
+def finished(finished_run):
+    """The folder of a run; copy it to change it."""
+    return finished_run[1]

@@ -49,17 +49,20 @@ CONFIGS = {
 }
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Writes a tiny dual encoder with the demo's processors."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Writes a tiny dual encoder with the demo's processors, each once; no test may change it."""
+    root = tmp_path_factory.mktemp("dual_encoders")
 
     def write(name):
+        if (root / name).exists():
+            return str(root / name)
         model = lit_jax.DualEncoder.from_config(CONFIGS[name]())
-        model.save_pretrained(tmp_path / name)
-        shutil.copy(DEMO / "vit" / "preprocessor_config.json", tmp_path / name)
+        model.save_pretrained(root / name)
+        shutil.copy(DEMO / "vit" / "preprocessor_config.json", root / name)
         for file in ("vocab.txt", "tokenizer_config.json"):
-            shutil.copy(DEMO / "bert" / file, tmp_path / name)
-        return str(tmp_path / name)
+            shutil.copy(DEMO / "bert" / file, root / name)
+        return str(root / name)
 
     return write
 

@@ -44,6 +44,14 @@ def prepared(config):
     return model, *model.policy.split(params), batch
 
 
+def shapes_of(config):
+    """As `prepared`, of shapes alone: nothing is compiled or computed."""
+    model = build_model(config, make_mesh(config.mesh))
+    batch = jax.eval_shape(lambda: random_batch(model))
+    params = jax.eval_shape(model.module.init, jax.random.key(0), batch)["params"]
+    return model, *model.policy.split(params), batch
+
+
 def loss_with(forward, frozen, key=0):
     """As in the train step: a function of the trainable parameters and a batch."""
 
@@ -62,12 +70,13 @@ def loss_with(forward, frozen, key=0):
 
 
 def assert_close(ours, theirs):
-    (value, gradients), (expected, expected_gradients) = ours, theirs
+    # On the host: nothing is compiled for the shape of each leaf.
+    (value, gradients), (expected, expected_gradients) = jax.device_get((ours, theirs))
     assert np.isfinite(expected)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     gradients, expected_gradients = flatten(gradients), flatten(expected_gradients)
     assert gradients.keys() == expected_gradients.keys()
-    largest = max(float(jnp.abs(leaf).max()) for leaf in expected_gradients.values())
+    largest = max(float(np.abs(leaf).max()) for leaf in expected_gradients.values())
     for path, leaf in expected_gradients.items():
         np.testing.assert_allclose(gradients[path], leaf, atol=1e-5 * largest, err_msg=path)
 
@@ -102,12 +111,18 @@ def test_both_runs_drop_the_same(tiny):
         rows = (jnp.concatenate(rows) for rows in zip(*(o[:2] for o in outputs), strict=True))
         return (*rows, *outputs[0][2:]), {}
 
-    def gradients(forward, key):
-        return jax.jit(jax.value_and_grad(loss_with(forward, frozen, key)))(trainable, batch)
+    def gradients(forward):
+        # The key is an argument, so that the program is compiled once for both keys.
+        def of_key(key, params, batch):
+            return jax.value_and_grad(loss_with(forward, frozen, key))(params, batch)
 
-    parts = in_micro_batches(model.forward, 2)
-    assert_close(gradients(parts, 0), gradients(forward_in_parts, 0))
-    assert float(gradients(parts, 1)[0]) != float(gradients(parts, 0)[0])  # there is dropout
+        compiled = jax.jit(of_key)
+        return lambda key: compiled(key, trainable, batch)
+
+    parts = gradients(in_micro_batches(model.forward, 2))
+    assert_close(parts(0), gradients(forward_in_parts)(0))
+    # There is dropout.
+    assert float(parts(1)[0]) != float(parts(0)[0])
 
 
 def matmul_flops(jaxpr):
@@ -128,13 +143,18 @@ def matmul_flops(jaxpr):
     return total
 
 
+def gradient_of(forward):
+    """The gradient as a function of all its arrays: shapes alone can stand for them."""
+    return lambda trainable, frozen, batch: jax.grad(loss_with(forward, frozen))(trainable, batch)
+
+
 @pytest.mark.parametrize("lock", ["LU", "UU", "uL"])
 def test_it_costs_one_more_forward_pass_of_what_trains(tiny, lock):
-    model, trainable, frozen, batch = prepared(tiny(**{"policy.lock": lock}))
+    model, trainable, frozen, batch = shapes_of(tiny(**{"policy.lock": lock}))
 
     def cost(forward):
-        gradient = jax.grad(loss_with(forward, frozen))
-        return matmul_flops(jax.make_jaxpr(gradient)(trainable, batch).jaxpr)
+        jaxpr = jax.make_jaxpr(gradient_of(forward))(trainable, frozen, batch)
+        return matmul_flops(jaxpr.jaxpr)
 
     variables = {"params": merge(trainable, frozen)}
     pooled = dict(batch)
@@ -142,7 +162,8 @@ def test_it_costs_one_more_forward_pass_of_what_trains(tiny, lock):
         if side not in trainable:
             name = {"vision_model": "image_pooled", "text_model": "text_pooled"}[side]
             method = {"vision_model": "pool_image", "text_model": "pool_text"}[side]
-            pooled[name] = model.module.apply(variables, batch[inputs], method=method)
+            pool = functools.partial(model.module.apply, method=method)
+            pooled[name] = jax.eval_shape(pool, variables, batch[inputs])
     forward_flops = matmul_flops(jax.make_jaxpr(model.forward)(variables, pooled).jaxpr)
     extra = cost(in_micro_batches(model.forward, 4)) - cost(model.forward)
     # A little less: what a tower pools is kept, so the last product before it is not computed again.
@@ -150,12 +171,13 @@ def test_it_costs_one_more_forward_pass_of_what_trains(tiny, lock):
 
 
 def test_it_holds_the_activations_of_one_part_alone(tiny):
-    model, trainable, frozen, batch = prepared(tiny(**{"policy.lock": "UU"}))
+    # Random numbers take the compiler longest and are no activations.
+    config = tiny(**{"policy.lock": "UU", "model.text.overrides": NO_DROPOUT})
+    model, trainable, frozen, batch = shapes_of(config)
+    many = {n: x.update(shape=(16 * x.shape[0], *x.shape[1:])) for n, x in batch.items()}
 
     def held(forward):
-        gradient = jax.jit(jax.grad(loss_with(forward, frozen)))
-        many = {name: jnp.concatenate([x] * 16) for name, x in batch.items()}
-        compiled = gradient.lower(trainable, many).compile()
+        compiled = jax.jit(gradient_of(forward)).lower(trainable, frozen, many).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert held(in_micro_batches(model.forward, 16)) < held(model.forward) / 4

@@ -39,28 +39,33 @@ def assert_same(ours, theirs):
         np.testing.assert_array_equal(value, theirs[path], err_msg=path)
 
 
-def test_a_run_writes_what_it_promises(train, tiny, tmp_path):
-    run = train(tiny(), tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 16
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
-    assert "vision_model/layernorm/scale" in (tmp_path / "parameters.txt").read_text()
-    row = read_metrics(tmp_path)[-1]
+def test_a_run_writes_what_it_promises(finished_run):
+    run, workdir = finished_run
+    assert json.loads((workdir / "config.json").read_text())["batch_size"] == 16
+    assert [row["step"] for row in read_metrics(workdir)] == [1, 2, 3, 4, 5, 6]
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["4", "6"]
+    assert "vision_model/layernorm/scale" in (workdir / "parameters.txt").read_text()
+    row = read_metrics(workdir)[-1]
     assert {"learning_rate", "logit_scale", "pairs_per_second", "grad_norm"} <= row.keys()
     assert row["examples"] == 96
-    loaded = load_run(tmp_path)
+    loaded = load_run(workdir)
     assert loaded.step == run.step == 6
     assert_same(loaded.params, run.params)
 
 
-def test_stopping_and_going_on_equals_never_stopping(train, tiny, tmp_path, monkeypatch):
-    whole = train(tiny(), tmp_path / "whole")
+def test_stopping_and_going_on_equals_never_stopping(
+    train, tiny, finished_run, tmp_path, monkeypatch
+):
+    whole, folder_of_whole = finished_run
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         with pytest.raises(Preempted, match="after step 3 of 6"):
-            train(tiny(), tmp_path / "parts")
-    parts = train(tiny(), tmp_path / "parts")
-    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+            train(tiny(), tmp_path)
+    # As after kill -9: the log is ahead of the latest checkpoint, its last line cut.
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 9}\n{"step": 5, "lo')
+    parts = train(tiny(), tmp_path)
+    assert numbers(tmp_path) == numbers(folder_of_whole)
     assert_same(parts.params, whole.params)
 
 
@@ -73,21 +78,8 @@ def test_a_run_is_not_longer_than_its_duration(train, tiny, finished, tmp_path):
     assert (workdir / "config.json").read_text() == before
 
 
-def test_rows_after_the_checkpoint_are_written_again(train, tiny, tmp_path, monkeypatch):
-    """As after kill -9: the log is ahead of the latest checkpoint, its last line cut."""
-    train(tiny(), tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(Preempted):
-            train(tiny(), tmp_path / "parts")
-    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "loss": 9}\n{"step": 5, "lo')
-    train(tiny(), tmp_path / "parts")
-    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
-
-
-def test_the_locked_tower_is_bit_equal_and_the_rest_moves(train, tiny, towers, tmp_path):
-    run = train(tiny(), tmp_path)
+def test_the_locked_tower_is_bit_equal_and_the_rest_moves(finished_run, towers):
+    run, _ = finished_run
     before, _ = load_tower(towers["image"], run.module.vision_model)
     assert_same(run.params["vision_model"], before)
     text_before, _ = load_tower(towers["text"], run.module.text_model)
@@ -132,12 +124,11 @@ def test_other_losses_optimizers_and_dtypes_resume_exactly(
 
 
 @pytest.mark.parametrize("fsdp", [2, 4])
-def test_parameters_split_over_fsdp_train_the_same(train, tiny, tmp_path, fsdp):
-    train(tiny(), tmp_path / "1")
-    run = train(tiny(**{"mesh.fsdp": fsdp}), tmp_path / "split", devices=4)
+def test_parameters_split_over_fsdp_train_the_same(train, tiny, finished, tmp_path, fsdp):
+    run = train(tiny(**{"mesh.fsdp": fsdp}), tmp_path, devices=4)
     kernel = run.params["text_model"]["encoder"]["layer"]["mlp"]["fc1"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (1, 16, 32 // fsdp)
-    for ours, theirs in zip(numbers(tmp_path / "split"), numbers(tmp_path / "1"), strict=True):
+    for ours, theirs in zip(numbers(tmp_path), numbers(finished), strict=True):
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
         np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-4)
 
@@ -167,8 +158,8 @@ def test_checkpoints_are_kept_at_the_steps_that_the_config_says(train, tiny, tmp
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"3", "6", "7"}
 
 
-def test_a_run_goes_on_only_with_the_config_it_was_started_with(train, tiny, tmp_path):
-    train(tiny(), tmp_path)
+def test_a_run_goes_on_only_with_the_config_it_was_started_with(train, tiny, finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     with pytest.raises(UserError, match=r"schedule.learning_rate: 0.002 -> 0.1.*--allow_changes="):
         train(tiny(**{"schedule.learning_rate": 0.1, "seed": 4}), tmp_path)
     changed = tiny(**{"schedule.learning_rate": 0.1, "log.every": "3 steps", "seed": 4})
@@ -355,11 +346,11 @@ def test_a_run_with_a_checkpoint_says_that_it_keeps_its_towers(
     assert noted in caplog.text
 
 
-def test_reading_a_run_leaves_alone_what_it_is_just_saving(train, tiny, tmp_path):
-    train(tiny(duration="2 steps"), tmp_path)
-    unfinished = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
+def test_reading_a_run_leaves_alone_what_it_is_just_saving(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    unfinished = tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp"
     unfinished.mkdir()
-    assert load_run(tmp_path).step == 2
+    assert load_run(tmp_path).step == 6
     assert unfinished.exists()
 
 
@@ -436,7 +427,9 @@ def recorded(workdir):
     return [(row["step"], sorted(key.split("/")[1] for key in row if "/" in key)) for row in rows]
 
 
-def test_evaluations_are_made_when_due_and_change_nothing(train, tiny, tmp_path, monkeypatch):
+def test_evaluations_are_made_when_due_and_change_nothing(
+    train, tiny, finished_run, tmp_path, monkeypatch
+):
     """Interrupted in an evaluation and between two, each is in the log once, and training is the same."""
     due = [(0, ["often"]), (2, ["often"]), (4, ["often"]), (6, ["last", "often"])]
 
@@ -460,7 +453,7 @@ def test_evaluations_are_made_when_due_and_change_nothing(train, tiny, tmp_path,
             pytest.fail("done already")
 
     config = tiny(evals=EVALS)
-    plain = train(tiny(), tmp_path / "plain")
+    plain, _ = finished_run
     whole = train(config, tmp_path / "whole", Measured())
     assert recorded(tmp_path / "whole") == due
     assert_same(whole.params, plain.params)
