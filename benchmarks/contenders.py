@@ -167,7 +167,7 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
 
     from lit_jax.config import MeshConfig, ModelConfig, OptimizerConfig, PolicyConfig, TowerConfig
     from lit_jax.distributed.mesh import make_mesh, replicated
-    from lit_jax.models.dual_encoder import POOLED, build_dual_encoder
+    from lit_jax.models.dual_encoder import FEATURES, build_dual_encoder
     from lit_jax.training.losses import objective, softmax_loss
     from lit_jax.training.optimizers import make_optimizer
     from lit_jax.training.policy import resolve_policy
@@ -179,11 +179,11 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
     lock: Any = settings.lock
     config = ModelConfig(image=TowerConfig(pooling="cls"), projection_dim=PROJECTION, dtype=dtype)
     vit, bert = (tower.to_dict() for tower in tower_configs(settings.size, settings.dropout))
-    module = build_dual_encoder(vit, bert, config).pooled_only()
+    module = build_dual_encoder(vit, bert, config).features_only()
     batch = images_and_texts(settings)
     if cached:
         del batch["pixel_values"]
-        batch[POOLED["image"]] = np.ones((settings.batch, vit["hidden_size"]), np.float32)
+        batch[FEATURES["image"]] = np.ones((settings.batch, vit["hidden_size"]), np.float32)
     batch = jax.device_put(batch, replicated(mesh))
     params = jax.jit(module.init)(jax.random.key(0), batch)["params"]
     policy = resolve_policy(PolicyConfig(lock=lock), params)

@@ -77,7 +77,7 @@ def make_encoder(batch: int, tiny: bool) -> Encoder:
     tokenizer = load_tokenizer(DEMO / "bert", max_length=32)
     bert["vocab_size"] = max(bert["vocab_size"], len(tokenizer))
     return Encoder(
-        module=build_dual_encoder(vit, bert, ModelConfig()).pooled_only(),
+        module=build_dual_encoder(vit, bert, ModelConfig()).features_only(),
         mesh=make_mesh(MeshConfig()),
         image_transform=load_image_transform(DEMO / "vit", image_size=vit["image_size"]),
         tokenizer=tokenizer,
@@ -95,7 +95,7 @@ def random_parameters(encoder: Encoder) -> Any:
 def bare_tower(encoder: Encoder, params: Any, count: int) -> Any:
     shape = (encoder.rows, *encoder.image_transform.output_shape)
     pixels = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-    embed = jax.jit(lambda p, x: encoder.module.apply({"params": p}, x, method="pool_image"))
+    embed = jax.jit(lambda p, x: encoder.module.apply({"params": p}, x, method="image_features"))
 
     def run() -> None:
         for _ in range(count):

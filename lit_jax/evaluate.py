@@ -222,7 +222,7 @@ def load_folder(model: str, position_ids: PositionIds | None = None) -> tuple[En
     module, params, _, _ = load_dual_encoder(folder, dtype="float32", hf_config=hf_config)
     mesh = make_mesh(MeshConfig())
     encoder = Encoder(
-        module=module.pooled_only(),
+        module=module.features_only(),
         mesh=mesh,
         image_transform=load_image_transform(folder),
         tokenizer=load_tokenizer(

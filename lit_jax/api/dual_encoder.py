@@ -267,7 +267,7 @@ def _encode(
     image = module.vision_model(images_BxHxWxC, deterministic=deterministic)
     text = module.text_model(*texts, deterministic=deterministic)
     zimg_BxE = normalize(module.project_image(image.pooled))
-    ztxt_TxE = normalize(module.project_text(module.pooled_text(text)))
+    ztxt_TxE = normalize(module.project_text(module.text_features_from(text)))
     return image, text, (zimg_BxE, ztxt_TxE, *module.logit_parameters())
 
 

@@ -37,7 +37,7 @@ def tower_name(side: Side) -> str:
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 # Features in a batch, float BxP, in the place of a tower's inputs: a locked tower computes them only once.
-POOLED: Mapping[Side, str] = {"image": "image_pooled", "text": "text_pooled"}
+FEATURES: Mapping[Side, str] = {"image": "image_features", "text": "text_features"}
 
 
 class DualEncoderOutput(NamedTuple):
@@ -101,7 +101,7 @@ class DualEncoderModule(nn.Module):
         image, text = (tower.clone(remat=remat) for tower in self.towers.values())
         return self.clone(vision_model=image, text_model=text)
 
-    def pooled_only(self) -> "DualEncoderModule":
+    def features_only(self) -> "DualEncoderModule":
         """Return the same with towers that compute the pooled output, not all tokens; see `tower.Tower`."""
         image, text = (tower.clone(all_tokens=False) for tower in self.towers.values())
         return self.clone(vision_model=image, text_model=text)
@@ -137,27 +137,29 @@ class DualEncoderModule(nn.Module):
 
         Args:
             batch: 'pixel_values' uint8 or float32 BxHxWxC, 'input_ids' and 'attention_mask' int32 BxL,
-                optionally 'token_type_ids' int32 BxL; or the features of either side (`POOLED`), and then
+                optionally 'token_type_ids' int32 BxL; or the features of either side (`FEATURES`), and then
                 that tower is not called.
             deterministic_image: else the image tower has dropout, with the rng 'dropout'.
             deterministic_text: the same for the text tower.
         """
-        image_BxP, text_BxP = (batch.get(name) for name in POOLED.values())
+        image_BxP, text_BxP = (batch.get(name) for name in FEATURES.values())
         if image_BxP is None:
-            image_BxP = self.pool_image(batch["pixel_values"], deterministic=deterministic_image)
+            image_BxP = self.image_features(
+                batch["pixel_values"], deterministic=deterministic_image
+            )
         if text_BxP is None:
             texts = {name: batch[name] for name in TEXT_INPUTS if name in batch}
-            text_BxP = self.pool_text(**texts, deterministic=deterministic_text)
+            text_BxP = self.text_features(**texts, deterministic=deterministic_text)
         # A gradient that computes towers again finds the features of a locked one by these names.
-        image_BxP = checkpoint_name(image_BxP, POOLED["image"])
-        text_BxP = checkpoint_name(text_BxP, POOLED["text"])
+        image_BxP = checkpoint_name(image_BxP, FEATURES["image"])
+        text_BxP = checkpoint_name(text_BxP, FEATURES["text"])
         return DualEncoderOutput(
             normalize(self.project_image(image_BxP)),
             normalize(self.project_text(text_BxP)),
             *self.logit_parameters(),
         )
 
-    def pool_image(
+    def image_features(
         self, pixel_values: Images, *, deterministic: bool = True
     ) -> Float[Array, "B P"]:
         """Return the pooled image features, before the projection, in the tower's dtype."""
@@ -167,7 +169,7 @@ class DualEncoderModule(nn.Module):
             pixel_values = self.normalization(pixel_values)
         return self.vision_model(pixel_values, deterministic=deterministic).pooled
 
-    def pool_text(
+    def text_features(
         self,
         input_ids: Int[Array, "B L"],
         attention_mask: Int[Array, "B L"] | None = None,
@@ -180,9 +182,9 @@ class DualEncoderModule(nn.Module):
         output = self.text_model(
             input_ids, attention_mask, token_type_ids, position_ids, deterministic=deterministic
         )
-        return self.pooled_text(output)
+        return self.text_features_from(output)
 
-    def pooled_text(self, output: TowerOutput) -> Float[Array, "B P"]:
+    def text_features_from(self, output: TowerOutput) -> Float[Array, "B P"]:
         """Return the text features from the output of the text tower."""
         return output.last_hidden_state[:, 0] if self.text_first_token else output.pooled
 
@@ -190,13 +192,13 @@ class DualEncoderModule(nn.Module):
         self, pixel_values: Images, *, deterministic: bool = True
     ) -> Float[Array, "B E"]:
         """Return the embeddings of images: projected, not normalised, float32."""
-        return self.project_image(self.pool_image(pixel_values, deterministic=deterministic))
+        return self.project_image(self.image_features(pixel_values, deterministic=deterministic))
 
     def encode_text(
         self, input_ids: Int[Array, "B L"], *texts: Array | None, deterministic: bool = True
     ) -> Float[Array, "B E"]:
         """Return the embeddings of texts: projected, not normalised, float32."""
-        return self.project_text(self.pool_text(input_ids, *texts, deterministic=deterministic))
+        return self.project_text(self.text_features(input_ids, *texts, deterministic=deterministic))
 
     def project_image(self, pooled_BxP: Float[Array, "B P"]) -> Float[Array, "B E"]:
         """Return the embeddings of image features, not normalised."""

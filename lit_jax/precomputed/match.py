@@ -15,7 +15,7 @@ from lit_jax.data.loader import Preprocessor, Processors
 from lit_jax.data.text import tokenize
 from lit_jax.errors import UserError
 from lit_jax.files import local_path
-from lit_jax.models.dual_encoder import POOLED, DualEncoderModule, tower_name
+from lit_jax.models.dual_encoder import FEATURES, DualEncoderModule, tower_name
 from lit_jax.precomputed.fingerprint import (
     data_fingerprint,
     fingerprint,
@@ -80,14 +80,14 @@ def features_shape(module: DualEncoderModule, side: Side) -> jax.ShapeDtypeStruc
 
     def features(batch: Any) -> Any:
         params = module.init(jax.random.key(0), batch)
-        return module.apply(params, *(batch[name] for name in names), method=f"pool_{side}")
+        return module.apply(params, *(batch[name] for name in names), method=f"{side}_features")
 
     return jax.eval_shape(features, batch)
 
 
 def blank_features(module: DualEncoderModule, side: Side) -> Preprocessor:
     """Return what stands for the features of a tower where there is no folder of them yet."""
-    return _BlankFeatures(POOLED[side], features_shape(module, side))
+    return _BlankFeatures(FEATURES[side], features_shape(module, side))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +149,9 @@ def open_precomputed(
             opened[side] = _open(config, processors, wanted, side, folder)
     inputs: dict[Side, Preprocessor] = {}
     if "image" in opened:
-        inputs["image"] = PooledImages(POOLED["image"], opened["image"], config.views or 1)
+        inputs["image"] = PooledImages(FEATURES["image"], opened["image"], config.views or 1)
     if "text" in opened:
-        inputs["text"] = PooledTexts(POOLED["text"], opened["text"])
+        inputs["text"] = PooledTexts(FEATURES["text"], opened["text"])
     return Precomputed(folders=opened, inputs=inputs)
 
 

@@ -26,7 +26,7 @@ from lit_jax.trees import Tree
 Output = Literal["features", "embeddings"]
 Batch = Mapping[str, np.ndarray]
 
-_METHODS = {"features": "pool", "embeddings": "encode"}
+_METHODS = {"features": "{}_features", "embeddings": "encode_{}"}
 _INPUTS: Mapping[Side, tuple[str, ...]] = {"image": ("pixel_values",), "text": TEXT_INPUTS}
 
 
@@ -89,7 +89,7 @@ def _outputs(
     The numbers take the same way as the rows: the devices of a mesh may interleave the processes.
     """
     inputs = [batch.get(name) for name in _INPUTS[side]]
-    method = f"{_METHODS[output]}_{side}"
+    method = _METHODS[output].format(side)
     rows_BxE: Any = module.apply({"params": params}, *inputs, deterministic=True, method=method)
     if output == "embeddings":
         rows_BxE = normalize(rows_BxE)

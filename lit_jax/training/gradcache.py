@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lit_jax.distributed.mesh import BATCH, mesh_shape, mesh_size, shard_batch
-from lit_jax.models.dual_encoder import POOLED
+from lit_jax.models.dual_encoder import FEATURES
 
 Forward = Callable[..., tuple[Any, Mapping[str, Any]]]
 
@@ -40,7 +40,7 @@ def in_micro_batches(forward: Forward, micro_batches: int) -> Forward:
         # In a scan, nothing merges the second run with the first one.
         @functools.partial(
             jax.checkpoint,
-            policy=jax.checkpoint_policies.save_only_these_names(*POOLED.values()),
+            policy=jax.checkpoint_policies.save_only_these_names(*FEATURES.values()),
             prevent_cse=False,
         )
         def forward_part(variables: Any, part: dict[str, jax.Array], number: jax.Array) -> Any:

@@ -178,7 +178,7 @@ def _module(config: Config, paths: TowerPaths, own_towers: OwnTowers) -> DualEnc
         tower_name(side): tower.clone(dtype=jnp.dtype(config.model.dtype))
         for side, (tower, _) in own_towers.items()
     }
-    return module.clone(**own).with_remat(config.remat).pooled_only()
+    return module.clone(**own).with_remat(config.remat).features_only()
 
 
 def _image_transform(config: DataConfig, folder: Path) -> ImageTransform:
@@ -329,7 +329,7 @@ def _whole_dual_encoder(model: Model) -> dict[str, Any]:
         folder, dtype=config.model.dtype, hf_config=model.hf_config
     )
     log.info("%s", report)
-    as_trained = module.with_remat(config.remat).pooled_only()
+    as_trained = module.with_remat(config.remat).features_only()
     if as_trained.towers != model.module.with_cuts({}).towers:
         raise UserError(
             f"config.model.dual_encoder: {folder} was exported by lit_jax and then trained on with "

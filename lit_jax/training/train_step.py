@@ -18,7 +18,7 @@ from lit_jax.data.example import Example
 from lit_jax.data.loader import Preprocessor, make_preprocessor
 from lit_jax.distributed.mesh import batch_sharding, group_by_slice, replicated
 from lit_jax.distributed.sharding import optimizer_shardings
-from lit_jax.models.dual_encoder import POOLED, limit_logit_scale
+from lit_jax.models.dual_encoder import FEATURES, limit_logit_scale
 from lit_jax.precomputed.match import blank_features, embedding_folders, without_towers
 from lit_jax.training.checks import check_accumulation, check_locked, check_logit_scale_max
 from lit_jax.training.gradcache import in_micro_batches
@@ -181,7 +181,7 @@ class TrainStep:
 
     def abstract_frozen(self, batch: AbstractBatch) -> Tree:
         """Return those of the locked parameters, without the towers whose features `batch` brings."""
-        sides: list[Side] = [side for side, name in POOLED.items() if name in batch]
+        sides: list[Side] = [side for side, name in FEATURES.items() if name in batch]
         return without_towers(self.model.abstract_frozen, sides)
 
     def first_state(self, params: Tree) -> State:

@@ -57,7 +57,7 @@ def test_features_are_what_the_tower_has_pooled(encoder, params, pictures_with_b
     assert got.label.tolist() == [*range(4), *range(5, 21)]
     transform = encoder.image_transform
     pixels = transform.normalization(transform.eval(pictures_with_bad[7]["image"])[None])
-    apply = jax.jit(functools.partial(encoder.module.apply, method="pool_image"))
+    apply = jax.jit(functools.partial(encoder.module.apply, method="image_features"))
     expected = apply({"params": params}, pixels)
     np.testing.assert_allclose(got.rows[6], expected[0], atol=1e-6)
     other = dataclasses.replace(encoder, batch_size=8)

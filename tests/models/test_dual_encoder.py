@@ -134,14 +134,14 @@ def test_bytes_are_normalised_before_the_tower(model):
     pixels, normalised = jnp.asarray(pixels), jnp.asarray(exact, jnp.float32)
 
     def pooled(module, images):
-        return jax.jit(functools.partial(module.apply, method="pool_image"))(variables, images)
+        return jax.jit(functools.partial(module.apply, method="image_features"))(variables, images)
 
     expected = pooled(module, normalised)
     of_bytes = module.clone(normalization=normalization)
     np.testing.assert_allclose(pooled(of_bytes, pixels), expected, atol=1e-5)
     np.testing.assert_array_equal(pooled(of_bytes, normalised), expected)
     with pytest.raises(ValueError, match="as bytes need a normalization"):
-        module.apply(variables, pixels, method="pool_image")
+        module.apply(variables, pixels, method="image_features")
 
 
 @pytest.mark.parametrize("side", ["image", "text"])

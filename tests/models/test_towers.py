@@ -288,9 +288,9 @@ def test_the_program_does_not_grow_with_depth(model_type, remat):
 
 def test_what_is_pooled_needs_no_more_tokens_than_it_says(case):
     tower, output = case.tower.clone(all_tokens=False), case.forward()
-    pooled_only = jax.jit(tower.apply)(case.variables, case.x)
-    np.testing.assert_allclose(pooled_only.pooled, output.pooled, rtol=0, atol=1e-5)
-    tokens = np.asarray(pooled_only.last_hidden_state)
+    features_only = jax.jit(tower.apply)(case.variables, case.x)
+    np.testing.assert_allclose(features_only.pooled, output.pooled, rtol=0, atol=1e-5)
+    tokens = np.asarray(features_only.last_hidden_state)
     every_token = np.asarray(output.last_hidden_state)
     if tokens.shape == every_token.shape:
         np.testing.assert_allclose(tokens, every_token, rtol=0, atol=1e-5)

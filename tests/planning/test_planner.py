@@ -258,6 +258,6 @@ def test_siglit_from_cached_embeddings_fits_on_four_chips(config_of, image, text
     config = config_of(image, text, 32_768, **{"data.image_embeddings": "anywhere", **sigmoid})
     step = abstract_step(config, open_topology("v4:2x2x1").devices)
     batch = step.abstract_batch(config.batch_size)
-    assert batch["image_pooled"].shape == (32_768, image["hidden_size"])
+    assert batch["image_features"].shape == (32_768, image["hidden_size"])
     assert "vision_model" not in step.abstract_frozen(batch)
     assert compile_step(step, batch).fits

@@ -224,8 +224,8 @@ def test_the_same_draws_choose_the_same_rows(tmp_path, image_transform, tokenize
     (tmp_path / "text").mkdir()
     write(tmp_path / "image", [np.full((4, WIDTH), np.arange(4)[:, None], np.float32)], views=4)
     write(tmp_path / "text", [np.full((3, WIDTH), np.arange(3)[:, None], np.float32)], views=0)
-    images = PooledImages("image_pooled", Embeddings(tmp_path / "image"), views=4)
-    pooled = PooledTexts("text_pooled", Embeddings(tmp_path / "text"))
+    images = PooledImages("image_features", Embeddings(tmp_path / "image"), views=4)
+    pooled = PooledTexts("text_features", Embeddings(tmp_path / "text"))
     for seed in range(20):
         ours, theirs = np.random.default_rng(seed), np.random.default_rng(seed)
         view, text = images.sample(0, one, ours)[0], pooled.sample(0, one, ours)[0]

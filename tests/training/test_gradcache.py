@@ -160,9 +160,8 @@ def test_it_costs_one_more_forward_pass_of_what_trains(tiny, lock):
     pooled = dict(batch)
     for side, inputs in (("vision_model", "pixel_values"), ("text_model", "input_ids")):
         if side not in trainable:
-            name = {"vision_model": "image_pooled", "text_model": "text_pooled"}[side]
-            method = {"vision_model": "pool_image", "text_model": "pool_text"}[side]
-            pool = functools.partial(model.module.apply, method=method)
+            name = {"vision_model": "image_features", "text_model": "text_features"}[side]
+            pool = functools.partial(model.module.apply, method=name)
             pooled[name] = jax.eval_shape(pool, variables, batch[inputs])
     forward_flops = matmul_flops(jax.make_jaxpr(model.forward)(variables, pooled).jaxpr)
     extra = cost(in_micro_batches(model.forward, 4)) - cost(model.forward)
