@@ -68,8 +68,7 @@ class ModelConfig:
     # Hub id or local folder of a whole dual encoder: a CLIP, SigLIP, ALIGN ...
     dual_encoder: str = ""
     # Hub id or local folder of a CLIP whose text tower is a teacher: the text tower learns its outputs,
-    # without images (AltCLIP, 2211.06679, section 3.2). The result is an AltCLIP with the teacher's other
-    # parts.
+    # without images (AltCLIP, 2211.06679, section 3.2). The other parts of the result are the teacher's.
     teacher: str = ""
     # The image tower.
     image: TowerConfig = TowerConfig()
@@ -370,7 +369,7 @@ class Config:
     evals: dict[str, EvalConfig] = dataclasses.field(
         default_factory=dict, metadata={"changes_result": False}
     )
-    # html: a page with the results, samples, confusions and curves, in the run's folder.
+    # html: a page with results, samples, confusions and curves.
     report: Literal["none", "html"] = _free("none")
 
 
@@ -392,8 +391,8 @@ def parse(raw: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
 def parse_as(kind: type[_Group], raw: Mapping[str, Any], name: str = "config") -> _Group:
     """Return one of the dataclasses above with the values in `raw`; `name` is how messages call it.
 
-    Secret keys in addresses are no part of it; see credentials.py. Raise UserError on an unknown key, with
-    the nearest known one, and on a value of the wrong type or out of its range.
+    Secret keys in addresses are no part of it. Raise UserError on an unknown key, with the nearest known one,
+    and on a value of the wrong type or out of its range.
     """
     try:
         return convert(kind, take_keys(raw), name)

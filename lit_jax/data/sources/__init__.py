@@ -64,6 +64,16 @@ def _pattern(patterns: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(fnmatch.translate, patterns)), re.IGNORECASE)
 
 
+def _single(open_file: Callable[..., Source]) -> Opener:
+    """Return the opener of a format whose data set is one file."""
+    return lambda files, config, text_only: open_file(files[0], config, text_only=text_only)
+
+
+def _several(open_files: Callable[..., Source]) -> Opener:
+    """Return the opener of a format whose data set may be many files."""
+    return lambda files, config, text_only: open_files(files, config, text_only=text_only)
+
+
 FORMATS = (
     Format((MANIFEST,), lambda files, config, _: RecordSource(_home(files, "ArrayRecord"))),
     Format(
@@ -84,35 +94,12 @@ FORMATS = (
             _home(files, "what `datasets` saves"), config, text_only=text_only
         ),
     ),
-    Format(
-        (CAPTIONS_FILE,),
-        lambda files, config, text_only: JsonlSource(files[0], config, text_only=text_only),
-    ),
-    Format(
-        ("metadata.jsonl",),
-        lambda files, config, text_only: JsonlSource(files[0], config, text_only=text_only),
-        has_other_names=True,
-    ),
-    Format(
-        ("metadata.csv",),
-        lambda files, config, text_only: DelimitedSource(files[0], config, text_only=text_only),
-        has_other_names=True,
-    ),
-    Format(
-        ("metadata.parquet",),
-        lambda files, config, text_only: columns.ParquetSource(files, config, text_only=text_only),
-        has_other_names=True,
-    ),
-    Format(
-        ("*.tar",),
-        lambda files, config, text_only: TarSource(files, config, text_only=text_only),
-        several=True,
-    ),
-    Format(
-        ("*.parquet",),
-        lambda files, config, text_only: columns.ParquetSource(files, config, text_only=text_only),
-        several=True,
-    ),
+    Format((CAPTIONS_FILE,), _single(JsonlSource)),
+    Format(("metadata.jsonl",), _single(JsonlSource), has_other_names=True),
+    Format(("metadata.csv",), _single(DelimitedSource), has_other_names=True),
+    Format(("metadata.parquet",), _several(columns.ParquetSource), has_other_names=True),
+    Format(("*.tar",), _several(TarSource), several=True),
+    Format(("*.parquet",), _several(columns.ParquetSource), several=True),
     Format(
         ("dataset_*.json",),
         lambda files, config, _: lists.open_karpathy(files[0], config.split),
@@ -133,17 +120,11 @@ FORMATS = (
         lambda files, config, _: flickr.open_flickr(files[0]),
         fits=lambda file, _: flickr.has_bars(file),
     ),
-    Format(
-        ("*.jsonl",),
-        lambda files, config, text_only: JsonlSource(files[0], config, text_only=text_only),
-    ),
-    Format(
-        ("*.csv", "*.tsv"),
-        lambda files, config, text_only: DelimitedSource(files[0], config, text_only=text_only),
-    ),
+    Format(("*.jsonl",), _single(JsonlSource)),
+    Format(("*.csv", "*.tsv"), _single(DelimitedSource)),
     Format(
         ("*.json",),
-        lambda files, config, text_only: open_json_list(files[0], config, text_only=text_only),
+        _single(open_json_list),
         fits=is_list_of_rows,
         has_other_names=True,
     ),
