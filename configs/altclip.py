@@ -38,7 +38,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def demo() -> ConfigDict:
-    config = clip_xlmr.demo()  # for its evaluations in both languages
+    # With its evaluations in both languages.
+    config = clip_xlmr.demo()
     config.model = default().model
     config.model.teacher = str(vit_bert.DEMO / "clip")
     config.model.text.model = str(vit_bert.DEMO / "xlm_roberta")

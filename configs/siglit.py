@@ -39,7 +39,8 @@ def _of_the_paper(config: ConfigDict) -> ConfigDict:
     config = _sigmoid(config)
     config.batch_size = 32_768
     config.duration = "65000 steps"
-    config.optimizer.weight_decay = 1e-3  # 1e-7 in the paper, where the rate of 1e-4 is in it
+    # The paper's 1e-7 has the rate of 1e-4 in it.
+    config.optimizer.weight_decay = 1e-3
     config.schedule.learning_rate = 1e-4
     config.schedule.warmup = "6500 steps"
     return config

@@ -82,9 +82,8 @@ def base() -> ConfigDict:
     config.remat = "block"
     config.optimizer.name = "adafactor"
     config.optimizer.momentum_dtype = "bfloat16"
-    config.optimizer.weight_decay = (
-        0.1  # the paper's 1e-4, which is not multiplied by the rate of 1e-3
-    )
+    # The paper's 1e-4 is not multiplied by the rate of 1e-3.
+    config.optimizer.weight_decay = 0.1
     config.schedule.learning_rate = 1e-3
     config.schedule.warmup = "10000 steps"
     # As LiT has it. A pretrained SigLIP text tower needs None: it knows texts of its own length alone.

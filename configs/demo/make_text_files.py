@@ -38,7 +38,8 @@ BERT = {
 }
 ROBERTA = BERT | {
     "layer_norm_eps": 1e-5,
-    "max_position_embeddings": MAX_TEXT_LENGTH + 2,  # the first text token is at position 2
+    # The first text token is at position 2.
+    "max_position_embeddings": MAX_TEXT_LENGTH + 2,
     "type_vocab_size": 1,
     "bos_token_id": 0,
     "pad_token_id": 1,

@@ -17,7 +17,8 @@ Operation = Callable[[Image.Image, float], Image.Image]
 NO_JITTER = ColorJitterConfig()
 NO_OPERATIONS = RandAugmentConfig()
 
-STRONGEST = 30  # the largest magnitude of RandAugment
+# The largest magnitude of RandAugment.
+STRONGEST = 30
 
 
 def color_jitter(

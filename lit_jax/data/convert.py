@@ -42,10 +42,13 @@ BAD_FILE = "bad.jsonl"
 class Plan:
     """A conversion: its values fix every byte that is written, and can be sent to any process."""
 
-    source: str  # its SourceConfig as JSON
-    text_only: bool  # whether examples may lack an image
+    # The SourceConfig as JSON.
+    source: str
+    # True if examples may lack an image.
+    text_only: bool
     examples: int
-    shard_size: int  # positions in the source, also those of bad samples
+    # Positions of the source in a shard, also those of bad samples.
+    shard_size: int
 
     @property
     def shards(self) -> int:
@@ -148,7 +151,8 @@ def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
         writer.close()
         if _count(new) != good:
             raise RuntimeError("records are missing")
-        _bad_file(file).unlink(missing_ok=True)  # of an attempt with other data
+        # Left by an attempt with other data.
+        _bad_file(file).unlink(missing_ok=True)
         if bad:
             atomic_write(_bad_file(file), "".join(f"{line}\n" for line in bad))
     return len(plan.positions(shard))
@@ -195,7 +199,8 @@ def _each(convert: Callable[[int], int], todo: Sequence[int], workers: int) -> I
             for future in futures:
                 future.cancel()
             for process in multiprocessing.active_children():
-                process.kill()  # what they have begun is not missed
+                # The shards that they have begun are not missed.
+                process.kill()
             raise
 
 

@@ -26,8 +26,10 @@ _QUOTED = re.compile(rb'"(?:[^"]++|"")*+("?)')
 # Arrow's own: nothing is said for 15 minutes of a store that does not answer; without a user it is http.
 _GOOGLE_DEFAULTS = {"retry_limit_seconds": "60", "scheme": "https"}
 
-MAX_FILE_BYTES = 1 << 30  # of an image, or of a text beside one
-MAX_FIELD_BYTES = 1 << 26  # of a quoted field: one that goes on has lost the quote that ends it
+# The largest image, or text beside one.
+MAX_FILE_BYTES = 1 << 30
+# The longest quoted field: a longer one has lost the quote that ends it.
+MAX_FIELD_BYTES = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +37,12 @@ class ObjectPath:
     """A path in an object store, used like pathlib.Path on this machine. Arrow's own clients do the work."""
 
     scheme: str  # "s3"
-    path: PurePosixPath  # the bucket and what is in it
+    # The bucket, and the path in it.
+    path: PurePosixPath
     # "endpoint_override=..." and so on, see Arrow's URIs; like the user, it may have keys.
     options: str = dataclasses.field(default="", repr=False)
-    user: str = dataclasses.field(default="", repr=False)  # "anonymous", or a key with its secret
+    # "anonymous", or a key with its secret.
+    user: str = dataclasses.field(default="", repr=False)
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.path}"
@@ -152,7 +156,8 @@ def require_regular(files: Iterable[File]) -> None:
     for file in files:
         try:
             mode = file.stat().st_mode if isinstance(file, Path) else stat.S_IFREG
-        except OSError:  # its reader says more
+        # The file's reader says more.
+        except OSError:
             continue
         if not stat.S_ISREG(mode):
             raise UserError(
@@ -185,7 +190,8 @@ def _check_size(file: File, size: int) -> None:
 
 def read(file: File, start: int, stop: int) -> bytes:
     """Return the bytes `start` to `stop` of a file, fewer if it ends before."""
-    if isinstance(file, ObjectPath):  # after a seek Google's client asks for all bytes to the end
+    # After a seek Google's client asks for all bytes to the end.
+    if isinstance(file, ObjectPath):
         with file.open() as opened:
             return opened.read_at(stop - start, start)
     with file.open("rb") as opened:

@@ -256,7 +256,8 @@ def file_content(path: File) -> bytes:
     except OSError as error:
         kind = "too_large" if error.errno == errno.EFBIG else "missing"
         raise BadSampleError(error.strerror or str(error), kind) from error
-    except ValueError as error:  # no path at all: it has a null byte, or is no valid Unicode
+    # Not a path: it has a null byte, or is no valid Unicode.
+    except ValueError as error:
         raise BadSampleError(str(error), "missing") from error
 
 
@@ -291,7 +292,8 @@ def _other_file(content: bytes) -> str:
     """Return what a file is that is in none of `FORMATS`, by its first bytes alone."""
     Image.init()
     for name, (_, accepts) in Image.OPEN.items():
-        with contextlib.suppress(Exception):  # the start may be too short
+        # The start may be too short.
+        with contextlib.suppress(Exception):
             if name not in FORMATS and accepts and accepts(content[:16]):
                 return f"an image in {name} format, and only {', '.join(FORMATS)} are read"
     return "not an image"
@@ -307,7 +309,8 @@ def _check_size(picture: Image.Image) -> None:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    ImageOps.exif_transpose(image, in_place=True)  # an upright one is not copied
+    # An upright one is not copied.
+    ImageOps.exif_transpose(image, in_place=True)
     return _to_rgb(image)
 
 
@@ -342,5 +345,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
     if image.mode != "RGB":
         return image.convert("RGB")
-    image.load()  # `convert` would do so too, and then copy it
+    # `convert` would do so too, and then copy it.
+    image.load()
     return image

@@ -30,7 +30,8 @@ SYSTEM_NAMES = frozenset(
         "desktop.ini",
     )
 )
-MAX_NAMES = 1_000_000  # that braces may stand for
+# The most names that braces may stand for.
+MAX_NAMES = 1_000_000
 MAX_BRACES = 20  # in one path
 
 _NUMBERS = re.compile(r"(-?[0-9]{1,15})\.\.(-?[0-9]{1,15})(?:\.\.(-?[0-9]{1,15}))?")

@@ -121,7 +121,8 @@ class Interleave(grain.transforms.DatasetSelectionMap):
         for part, weight in enumerate(self._weights):
             others_before = before * (rest - weight) // rest
             others_after = after * (rest - weight) // rest
-            if others_before == others_after:  # so the position is of this part
+            # The position belongs to this part.
+            if others_before == others_after:
                 return part, before - others_before
             before, after, rest = others_before, others_after, rest - weight
         raise AssertionError("the last part takes all that the others leave")

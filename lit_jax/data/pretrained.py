@@ -24,7 +24,8 @@ def read_pretrained(auto_class: Any, folder: Path, what: str, advice: str, **opt
     try:
         # Left out, transformers asks on the terminal, where `yes |` answers for the user.
         return auto_class.from_pretrained(folder, trust_remote_code=False, **options)
-    except Exception as error:  # transformers lets through whatever a broken file raises
+    # transformers lets through whatever a broken file raises.
+    except Exception as error:
         if _asks_for_code(auto_class, folder):
             raise _is_code(what) from error
         absent = [name for name in _SENTENCEPIECE if not _is_installed(name)]
@@ -72,5 +73,6 @@ def missing_package(error: BaseException | None) -> str | None:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that it would be in
+    # The package of the module is missing.
+    except ModuleNotFoundError:
         return False

@@ -12,14 +12,17 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-_PRECISION_BITS = 22  # of the fraction of a weight: libImaging/Resample.c
+# The bits of the fraction of a weight: libImaging/Resample.c.
+_PRECISION_BITS = 22
 # NumPy's own sine differs from the C library's, which Pillow calls, in the last bit.
 _sin, _cos = np.vectorize(math.sin, [float]), np.vectorize(math.cos, [float])
 
 
 class _Filter(NamedTuple):
-    support: float  # how far it reaches, in pixels
-    weight: Callable[[np.ndarray], np.ndarray]  # at distances from its centre
+    # The reach, in pixels.
+    support: float
+    # The weights at distances from the centre.
+    weight: Callable[[np.ndarray], np.ndarray]
 
 
 def _bicubic(x: np.ndarray) -> np.ndarray:
@@ -93,7 +96,8 @@ def _weights(
 
     Weights are whole numbers of 2^-22. Where fewer than K pixels take part the others weigh 0.
     """
-    scale = float(np.float32(length)) / target  # Pillow's box is float32
+    # Pillow's box is float32.
+    scale = float(np.float32(length)) / target
     centre_Nx1 = ((np.arange(wanted.start, wanted.stop) + 0.5) * scale)[:, None]
     first_Nx1 = np.maximum((centre_Nx1 - kind.support + 0.5).astype(np.int64), 0)
     stop_Nx1 = np.minimum((centre_Nx1 + kind.support + 0.5).astype(np.int64), length)

@@ -70,7 +70,8 @@ def load_tokenizer(
         # the same, later calls change nothing there, and threads can share the tokenizer. The text is
         # one that needs the unknown token, should the vocabulary lack it.
         tokenize(tokenizer, ["a ⛄"])
-    except Exception as error:  # tokenizers raises bare Exceptions
+    # tokenizers raises bare Exceptions.
+    except Exception as error:
         raise unusable(error, *about) from error
     return tokenizer
 

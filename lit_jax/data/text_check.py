@@ -21,7 +21,8 @@ from lit_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 SAMPLED = 1000  # texts
-NEIGHBOURS = 125  # examples that are read together
+# Examples that are read together.
+NEIGHBOURS = 125
 TOO_MANY = 0.05
 
 
@@ -147,7 +148,8 @@ def sample_captions(source: Source) -> tuple[list[str], list[str]]:
 
     Neighbours are read together, so that few row groups of Parquet are; each part of a mixture has its share.
     """
-    with ThreadPoolExecutor(16) as pool:  # an object store answers each after a while
+    # An object store answers each after a while.
+    with ThreadPoolExecutor(16) as pool:
         read = [*pool.map(functools.partial(_captions, source), _positions(source))]
     captions = [text for of_example, _ in read for text in of_example]
     return some(captions), some([text for _, of_teacher in read for text in of_teacher])
@@ -170,6 +172,7 @@ def _captions(source: Source, index: int) -> tuple[list[str], list[str]]:
     try:
         example = source[index]
         captions = usable_captions(example)
-    except BadSampleError:  # reading the data counts it
+    # Reading the data counts it.
+    except BadSampleError:
         return [], []
     return captions, [example.get("teacher_caption") or captions[0]]

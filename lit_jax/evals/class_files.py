@@ -17,7 +17,8 @@ from lit_jax.files import parse_json
 # Files of CLIP_benchmark's WebDataset layout, which lie beside the tars or beside the folders of the splits.
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
-TASK = "dataset_type.txt"  # "retrieval" or "multilabel"; classification if it is not there
+# Says "retrieval" or "multilabel"; without it the task is classification.
+TASK = "dataset_type.txt"
 _SPLITS = ("train", "test", "val", "valid", "validation", "dev")
 
 
@@ -87,7 +88,8 @@ def classes_in(config: SourceConfig, language: str = "en") -> File | None:
         for home in (folder, folder.parent) if is_split else (folder,):
             if (home / CLASS_NAMES).is_file():
                 return home / CLASS_NAMES if _task(home) != "retrieval" else None
-    except (AddressError, OSError) as error:  # no permission, no network, no credentials
+    # No permission, no network, no credentials.
+    except (AddressError, OSError) as error:
         raise UserError(f"The data of an evaluation cannot be read ({error}).") from error
     return None
 
@@ -144,7 +146,8 @@ def _class_file(content: Any, dataset: str, file: File) -> _ClassFile:
     if "classnames" in content or "templates" in content:
         return _own_form(content, file)
     numbered = content.get("id2label", content)
-    if all(type(value) is int for value in content.values()):  # {"cat": 0, "dog": 1}
+    # {"cat": 0, "dog": 1}.
+    if all(type(value) is int for value in content.values()):
         numbered = {str(number): name for name, number in content.items()}
     if isinstance(numbered, dict) and all(isinstance(name, str) for name in numbered.values()):
         return _numbered(numbered, file)
@@ -163,7 +166,8 @@ def _own_form(content: Mapping[str, Any], file: File) -> _ClassFile:
         templates = _strings(content["templates"], "templates", file)
     if "labels" in content:
         listed = content["labels"]
-        if isinstance(listed, list):  # 1 is the label "1"
+        # 1 is the label "1".
+        if isinstance(listed, list):
             listed = [str(label) if type(label) is int else label for label in listed]
         labels = _strings(listed, "labels", file)
     if labels and len(labels) != len(names):

@@ -19,7 +19,8 @@ DEFAULT_TEMPLATES: Mapping[str, tuple[str, ...]] = {
         "one of many kinds of {}",
     ),
 }
-BARE_NAME = ("{}",)  # in any other language
+# The templates in any other language.
+BARE_NAME = ("{}",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,4 +46,5 @@ class Classes:
 
 
 def fill(template: str, name: str) -> str:
-    return PLACEHOLDER.sub(lambda _: name, template)  # a name may contain \1
+    # A function, since a name may contain \1.
+    return PLACEHOLDER.sub(lambda _: name, template)

@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 SORTED, AS_TEXT, AS_NUMBERS = "sorted", "sorted_as_text", "sorted_as_numbers"
 # "7", "007", "-1", and "7.0" as pandas writes it. Python reads no number of more than 4300 digits.
 _INTEGER = re.compile(r"([+-]?[0-9]{1,4000})(\.0*)?")
-_SHOWN = 3  # pairs of label and class in the log
+# Pairs of label and class in the log.
+_SHOWN = 3
 # `datasets`, TFDS and others write this where there is no label.
 UNLABELLED = -1
 _KEY = "the data's label key (--eval.data.label_key, or label_key in a config)"
@@ -53,7 +54,8 @@ class Labels:
                 continue
             try:
                 label = usable_label(example)
-            except BadSampleError as reason:  # its image may be good: nothing else would name it
+            # The image may be good: nothing else would name the example.
+            except BadSampleError as reason:
                 key = example["key"]
                 log.warning("Bad sample %s is left out of the evaluation: %s.", key, reason)
                 problems.append(reason)
@@ -84,7 +86,8 @@ class Labels:
             refusal: from key and label of an example, what to say if `known` has not its label.
         """
         same = one_spelling([*known, *self.found])
-        if len({same[label] for label in known}) < len(known):  # "1" and "01" are told apart
+        # "1" and "01" are told apart.
+        if len({same[label] for label in known}) < len(known):
             same = {label: label for label in same}
         ids = {same[label]: i for i, label in enumerate(known)}
         label_N = np.full(self._size, -1, np.int32)

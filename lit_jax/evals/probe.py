@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 COARSE_L2 = (1e-6, 1e-4, 1e-2, 1e0, 1e2, 1e4, 1e6)
 FINEST = 1 / 8  # of a decade
-VALIDATION = 5  # each fifth training image of a class
+# Each fifth training image of a class validates.
+VALIDATION = 5
 FEW_SHOT_L2 = 1.0
 MAX_ITERATIONS = 1000
 
@@ -153,7 +154,8 @@ def _each_of(n: int, label_N: np.ndarray) -> np.ndarray:
 
 def _fit(train: Features, l2: float) -> Any:
     """Fit scikit-learn's classifier, which minimises the sum of cross entropies + l2 / 2 * |weights|^2."""
-    from sklearn.exceptions import ConvergenceWarning  # takes a second, and only probes need it
+    # The import takes a second, and only probes need it.
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     classifier = LogisticRegression(C=1 / l2, max_iter=MAX_ITERATIONS)
@@ -166,7 +168,8 @@ def _fit(train: Features, l2: float) -> Any:
 
 def _test(classifier: Any, test: Features) -> dict[str, float]:
     scores_NxC = classifier.decision_function(test.rows)
-    if scores_NxC.ndim == 1:  # of two classes, that of the second
+    # Two classes have one score, that of the second.
+    if scores_NxC.ndim == 1:
         scores_NxC = np.stack([-scores_NxC, scores_NxC], axis=1)
     # A class that was not trained is behind all others.
     classes = 1 + int(max(classifier.classes_.max(), test.label.max()))

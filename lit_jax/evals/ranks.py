@@ -12,8 +12,10 @@ from jaxtyping import Float, Integer
 
 from lit_jax.distributed.mesh import BATCH, REPLICATED
 
-BLOCK = 1024  # rows and columns of the scores that a device holds at one time, a power of two
-CHUNK = 1 << 17  # rows that lie on the devices at one time
+# Rows and columns of the scores that a device holds at one time, a power of two.
+BLOCK = 1024
+# Rows that lie on the devices at one time.
+CHUNK = 1 << 17
 
 
 class Ranks(NamedTuple):

@@ -32,7 +32,8 @@ def captions_of(source: Source, language: str = "") -> list[tuple[str, ...]]:
             example = source[i]
             texts = tuple(text for text in example["captions"] if text.strip())
             languages.update(example.get("left_out", ()))
-        except BadSampleError as reason:  # its image is left out, too
+        # The image is left out, too.
+        except BadSampleError as reason:
             problems.append(reason)
         captions.append(texts)
     if any(captions):

@@ -22,7 +22,8 @@ from lit_jax.evals.zero_shot import ZeroShotResult, zero_shot
 
 log = logging.getLogger(__name__)
 
-DEFAULT_LANGUAGE = "en"  # of class files and templates, where no language is named
+# The language of class files and templates where none is named.
+DEFAULT_LANGUAGE = "en"
 
 Metrics = dict[str, float]
 Result = ZeroShotResult | RetrievalResult | None
@@ -33,7 +34,8 @@ _LabelsOf = Callable[[Source], Labels]
 class PreparedEval:
     """An evaluation in one language whose data and classes have been read and checked."""
 
-    name: str  # "zero_shot/pets", "zero_shot/pets/de": how the names of its metrics start
+    # The start of its metrics' names: "zero_shot/pets", "zero_shot/pets/de".
+    name: str
     key: str  # of config.evals
     config: EvalConfig
     language: str

@@ -13,7 +13,8 @@ from lit_jax.evals.encode import Encoder, Params
 from lit_jax.models.dual_encoder import logit_scale
 
 TOP = 5
-BLOCK = 4096  # images whose logits are in memory at one time
+# Images whose logits are in memory at one time.
+BLOCK = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,8 @@ def embed_classes(encoder: Encoder, params: Params, classes: Classes) -> Float[n
     count_Cx1 = np.array([[len(of_class)] for of_class in texts], np.float32)
     embeds_CxE = np.add.reduceat(embeds_CTxE, starts_C, axis=0) / count_Cx1
     length_Cx1 = np.linalg.norm(embeds_CxE, axis=1, keepdims=True)
-    return embeds_CxE / np.maximum(length_Cx1, 1e-12)  # texts that are all zero stay so, not NaN
+    # Texts that are all zero stay zero, and do not become NaN.
+    return embeds_CxE / np.maximum(length_Cx1, 1e-12)
 
 
 def _scale(params: Params) -> np.float32:
@@ -126,7 +128,8 @@ def _classify(
 def top_classes(logits_bxC: Float[np.ndarray, "b C"]) -> Int[np.ndarray, "b K"]:
     """Return the positions of the five largest logits of each row, or of all if there are fewer."""
     k = min(TOP, logits_bxC.shape[1])
-    some_bxK = np.argpartition(-logits_bxC, k - 1, axis=1)[:, :k]  # sorting all C is slow
+    # Sorting all C is slow.
+    some_bxK = np.argpartition(-logits_bxC, k - 1, axis=1)[:, :k]
     order_bxK = np.argsort(-np.take_along_axis(logits_bxC, some_bxK, axis=1), axis=1)
     return np.take_along_axis(some_bxK, order_bxK, axis=1)
 

@@ -32,7 +32,8 @@ from lit_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 CAPTIONS_FILE = "captions.jsonl"
-MOST_READ = 50  # files that are looked into to see their format
+# The most files that are looked into to see their format.
+MOST_READ = 50
 
 # From what was found, never empty and all in one folder.
 Opener = Callable[[Sequence[File], SourceConfig, bool], Source]
@@ -47,11 +48,14 @@ class Format(NamedTuple):
 
     patterns: tuple[str, ...]
     open: Opener
-    several: bool = False  # whether many files are one data set; else one has to be named
-    knows_splits: bool = False  # else a split is a folder, or a part of the files' names
+    # True if many files are one data set; else one has to be named.
+    several: bool = False
+    # False: a split is a folder, or a part of the files' names.
+    knows_splits: bool = False
     # For names that other files have, too: whether this file is meant, given the config's image_key.
     fits: Callable[[File, str], bool] = _any_file
-    has_other_names: bool = False  # columns that are called as other tools call them
+    # True if columns have the names that other tools give them.
+    has_other_names: bool = False
 
     def matches(self, name: str) -> bool:
         is_known = _pattern(self.patterns).match(name) is not None
@@ -155,7 +159,8 @@ def _find(config: SourceConfig, text_only: bool, labelled: bool) -> Source:
             return source
     except AddressError as error:
         raise UserError(str(error)) from error
-    except OSError as error:  # no permission, no network, no credentials
+    # No permission, no network, no credentials.
+    except OSError as error:
         raise UserError(f"{config.path!r} cannot be read ({error}).") from error
     if places and all(isinstance(place, Path) and not place.exists() for place in places):
         raise UserError(f"There is no file or folder {config.path!r}; give the path of a data set.")
@@ -222,7 +227,8 @@ def _check_above_split(
     config = metadata.with_names_of(file, config) if kind.has_other_names else config
     try:
         table = kind.open([file], config, text_only)
-    except UserError:  # a list of something else, such as of classes
+    # A list of something else, such as of classes.
+    except UserError:
         return
     if isinstance(table, HasRows):
         metadata.require_in_split(table, file, config)
@@ -269,7 +275,8 @@ def _open_folder(
 def _listed(folder: File, config: SourceConfig) -> list[File]:
     """Return the files of a folder and those of COCO's "annotations" in it, without hidden ones."""
     files = sorted(folder.iterdir(), key=str)
-    inside = folder / "annotations"  # asked for, since Google's stores do not list it
+    # Asked for by name, since Google's stores do not list it.
+    inside = folder / "annotations"
     if inside.is_dir():
         files += sorted(inside.iterdir(), key=str)
     seen = [file for file in files if not is_system(file.name)]

@@ -15,7 +15,8 @@ from lit_jax.files import parse_json
 log = logging.getLogger(__name__)
 
 LOOKED_AT = 1000  # rows
-MAX_LENGTH = 10_000  # of a text that may be a list
+# The longest text that may be a list.
+MAX_LENGTH = 10_000
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 
 
@@ -66,7 +67,8 @@ def is_list(text: str) -> bool:
     for read in readers:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", SyntaxWarning)  # of a backslash in what is no list
+                # A text that is no list may have a backslash.
+                warnings.simplefilter("ignore", SyntaxWarning)
                 value = read(text)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue

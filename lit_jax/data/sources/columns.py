@@ -23,8 +23,10 @@ from lit_jax.data.sources.rows import bad_sample, check_names, example_of, ident
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
 
-CACHE_BYTES = 1 << 28  # of decoded row groups, in each process
-PIECE = 1000  # rows that are looked through at a time
+# Bytes of decoded row groups that each process keeps.
+CACHE_BYTES = 1 << 28
+# Rows that are looked through at a time.
+PIECE = 1000
 OPTIONAL = ("captions", "teacher_caption", "key")
 
 
@@ -34,8 +36,10 @@ class Columns:
 
     config: SourceConfig
     text_only: bool
-    names: list[str]  # of those to read
-    classes: list[str] | None  # names of the labels, if these are numbers of classes
+    # The names of the columns to read.
+    names: list[str]
+    # The names of the labels, if these are numbers of classes.
+    classes: list[str] | None
 
     @classmethod
     def of(cls, schema: pa.Schema, file: File, config: SourceConfig, text_only: bool) -> "Columns":
@@ -68,7 +72,8 @@ class Columns:
         if not self.classes or label is None or not label.removeprefix("-").isdecimal():
             return example
         number, count = int(label), len(self.classes)
-        if number == -1:  # what `datasets` gives to examples without a label
+        # `datasets` gives -1 to examples without a label.
+        if number == -1:
             return {**example, "label": None}
         if not 0 <= number < count:
             problem = f'"{self.config.label_key}" is {number}, of {count} classes'
@@ -121,7 +126,8 @@ def _inside(kind: pa.DataType) -> set[str]:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):  # what pandas calls a categorical
+    # pandas calls this a categorical.
+    if pa.types.is_dictionary(kind):
         kind = kind.value_type
     text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     return any(test(kind) for test in text)
@@ -192,7 +198,8 @@ class ParquetSource:
             with bad_sample(place), _open_parquet(file) as opened:
                 table = opened.read_row_group(group, self._columns.names)
             self._cache.put(found, table)
-        with bad_sample(place):  # a damaged file may have a text that is not UTF-8
+        # A damaged file may have a text that is not UTF-8.
+        with bad_sample(place):
             values = {name: table[name][row].as_py() for name in table.column_names}
         return self._columns.example(values, file.parent, place)
 
@@ -276,7 +283,8 @@ class _Cache:
 
     def put(self, key: int, table: pa.Table) -> None:
         with self._lock:
-            if key in self._tables:  # another thread was faster
+            # Another thread was faster.
+            if key in self._tables:
                 return
             self._tables[key] = table
             self._bytes += table.nbytes

@@ -69,7 +69,8 @@ class DelimitedSource:
             reason = encoding_problem(error)
         except ValueError as error:
             self._refuse_separator([])
-            old = b"\r" in self._lines[0].rstrip(b"\r\n")  # as on the first Macintosh
+            # The first Macintosh ended lines so.
+            old = b"\r" in self._lines[0].rstrip(b"\r\n")
             reason = "its lines end with carriage returns alone" if old else str(error)
         raise UserError(
             f"The first line of {self._lines.file} is no line of a table ({reason}); save it as CSV or "
@@ -154,7 +155,8 @@ class DelimitedSource:
             yield [name(line) for line in lines]
 
     def contents(self, rows: np.ndarray) -> tuple[()]:
-        return ()  # no image is in a text
+        # No image is in a text.
+        return ()
 
     def _row(self, line: bytes) -> dict[str, str | None]:
         """Return the fields of a line by their names. Raise ValueError if they are not as many."""
@@ -180,7 +182,8 @@ class DelimitedSource:
                 (fields,) = csv.reader([text], strict=True, skipinitialspace=self._blanks)
             except csv.Error as error:
                 raise ValueError(str(error)) from error
-        else:  # the same, in a third of the time
+        # The same, in a third of the time.
+        else:
             fields = text.split(",")
         return [field.strip() for field in fields] if self._blanks else fields
 

@@ -83,7 +83,8 @@ def _matched(
 def _fields(line: str) -> list[str]:
     try:
         return next(csv.reader([line], strict=True))
-    except csv.Error:  # its quotes are part of the text
+    # The quotes are part of the text.
+    except csv.Error:
         return line.split(",")
 
 

@@ -25,8 +25,10 @@ from lit_jax.data.sources.index_cache import CachedTable, TableCache
 log = logging.getLogger(__name__)
 
 VERSION = 2
-CACHE_FROM_SECONDS = 1.0  # that a pass took
-_ALONE = -1  # what Python's hash never is
+# A pass that took less is not cached.
+CACHE_FROM_SECONDS = 1.0
+# Python's hash is never -1.
+_ALONE = -1
 
 
 @runtime_checkable
@@ -121,7 +123,8 @@ def _merge(examples: Sequence[Example]) -> Example:
         **first,
         "captions": tuple(text for example in captioned for text in example["captions"]),
         "languages": tuple(itertools.chain(*filter(None, languages))) if any(languages) else None,
-        "teacher_caption": None,  # of one caption, and not of all
+        # It belongs to one caption, and not to all.
+        "teacher_caption": None,
     }
 
 
@@ -137,7 +140,8 @@ def _find_groups(table: Table, config: SourceConfig, *, by_label: bool) -> Group
     started = time.monotonic()
     found = _pass_over(table, by_label=by_label)
     if time.monotonic() - started > CACHE_FROM_SECONDS:
-        with contextlib.suppress(OSError):  # the next start takes as long again
+        # The next start takes as long again.
+        with contextlib.suppress(OSError):
             return Groups(cache.store(pa.table({"rows": found})))
     return Groups(found)
 
@@ -158,7 +162,8 @@ def _pass_over(table: Table, *, by_label: bool) -> pa.LargeListArray:
         return _lists(order_N[:0], np.zeros(0, bool))
     held, repeated = 0, np.sort(order_N[_repeated(is_first_N)])
     for row, content in table.contents(repeated):
-        if not held:  # all of them are read: of a large table that takes minutes
+        # All rows are read, which takes minutes for a large table.
+        if not held:
             log.info("%d rows share paths; their images are compared by content.", len(repeated))
         digest = hashlib.blake2b(content, digest_size=16).digest()
         hash_Nx2[row] ^= np.frombuffer(digest, np.int64)

@@ -18,7 +18,8 @@ import pyarrow as pa
 from lit_jax.data.files import File, signature
 from lit_jax.files import atomic_path, cache_folder
 
-_KEY = b"lit_jax"  # in the metadata of the table's schema
+# The name of the key in the metadata of the table's schema.
+_KEY = b"lit_jax"
 
 
 class CachedTable:

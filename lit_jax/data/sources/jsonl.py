@@ -16,7 +16,8 @@ from lit_jax.data.sources.rows import bad_sample, example_of, identity
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
 
-TRIED = 20  # lines, of which one has to be good
+# At least one of so many lines has to be good.
+TRIED = 20
 
 
 class JsonlSource:
@@ -89,7 +90,8 @@ class JsonlSource:
             yield [name(line) for line in lines]
 
     def contents(self, rows: np.ndarray) -> tuple[()]:
-        return ()  # no image is in a text
+        # No image is in a text.
+        return ()
 
 
 def _row(line: bytes) -> Mapping[str, Any]:

@@ -25,7 +25,8 @@ IMAGE_FOLDERS = (
     *("images", "Images", "image", "imgs", "flickr30k-images", "flickr30k_images"),
     *("Flicker8k_Dataset", "Flickr8k_Dataset"),
 )
-_TRIED = 5  # of the images that a file lists, to find their folder
+# So many listed images are tried, to find their folder.
+_TRIED = 5
 
 
 class ListedSource:
@@ -202,7 +203,8 @@ def parsing(file: File) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 ({encoding_problem(error)}).") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: also not UTF-8
+    # A text that is not UTF-8 is a ValueError, too.
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file} is no caption file of its kind ({textwrap.shorten(repr(error), 200)}); get it again."
         ) from error

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 _TEXT = tuple(suffix for rank in (*FIELDS["text"], *FIELDS["json"]) for suffix in rank)
 # 00012/000120034.jpg
 _IN_PART = re.compile(r"(?:.*/)?([0-9]{5,})/\1[0-9]+\.[^/]+")
-_LOOKED_AT = 50  # samples, to see whether they have labels
+# So many samples are looked at, to see whether they have labels.
+_LOOKED_AT = 50
 # Few different values in millions of rows: a dictionary keeps each once.
 _FEW = pa.dictionary(pa.int32(), pa.binary())
 _SCHEMA = pa.schema(
@@ -76,7 +77,8 @@ class PairSource:
                 if field != "image"
             }
             one = {field: found[0] if found else None for field, found in contents.items()}
-            if self._has_classes:  # then the label is in no file, and broken json spoils nothing
+            # The label is the folder's name, so that broken JSON spoils nothing.
+            if self._has_classes:
                 one["cls"] = b""
             example = example_of_parts(
                 Parts(next(iter(names["image"]), None), contents["text"], one["json"], one["cls"]),

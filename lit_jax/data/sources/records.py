@@ -33,7 +33,8 @@ WRITER_OPTIONS = "group_size:1"
 
 
 class Shard(NamedTuple):
-    name: str  # of the file in the folder
+    # The file's name in the folder.
+    name: str
     count: int  # of its records
 
 
@@ -53,7 +54,8 @@ def decode(record: bytes) -> Example:
         row: Any = msgpack.unpackb(record, unicode_errors="surrogatepass", use_list=False)
         required = {"key": row["key"], "captions": row["captions"], "image": None, "label": None}
         example = Example(**required | row)
-    except Exception as error:  # msgpack's exceptions have no base of their own
+    # msgpack's exceptions have no base of their own.
+    except Exception as error:
         raise BadSampleError(f"not a record ({error!r})") from error
     for name, kind in _KINDS.items():
         if not isinstance(value := example.get(name), kind):
@@ -124,7 +126,8 @@ class RecordSource:
     def __getitem__(self, index: int) -> Example:
         try:
             record = self._records[index]
-        except Exception as error:  # the reader lets through whatever a damaged file makes it raise
+        # The reader lets through whatever a damaged file makes it raise.
+        except Exception as error:
             raise BadSampleError(
                 f"record {index} of {self._folder} cannot be read ({error})"
             ) from error

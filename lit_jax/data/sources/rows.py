@@ -101,7 +101,8 @@ def _located(path: str, name: str, folder: File) -> File:
         return folder / path
     try:
         return locate(path, folder)
-    except UserError as error:  # of one row, not of the data set
+    # A mistake in one row, not in the data set.
+    except UserError as error:
         raise ValueError(str(error)) from error
 
 
@@ -143,7 +144,8 @@ def read_label(row: Mapping[str, Any], name: str) -> tuple[str | None, str | Non
     NaN is no label, and 1.0 is the label 1: pandas writes whole numbers so, if some are missing.
     """
     value = row.get(name)
-    if value is None or value == "" or value != value:  # NaN alone differs from itself
+    # NaN alone differs from itself.
+    if value is None or value == "" or value != value:
         return None, None
     if isinstance(value, str | bool):
         return str(value), None
@@ -204,7 +206,8 @@ def _real(folder: str) -> tuple[str, frozenset[str]]:
         # One listing: to ask for each image takes minutes where millions lie on a network.
         with os.scandir(real) as entries:
             return real, frozenset(entry.name for entry in entries if entry.is_symlink())
-    except OSError:  # its rows are bad samples
+    # The rows of such a file are bad samples.
+    except OSError:
         return real, frozenset()
 
 
@@ -235,7 +238,8 @@ def bad_sample(place: str) -> Iterator[None]:
         raise BadSampleError(
             f"{place} is not UTF-8 ({encoding_problem(error)}; save the file in UTF-8)", "not_utf8"
         ) from error
-    except (OSError, pa.ArrowException) as error:  # some of Arrow's are ValueErrors
+    # Some of Arrow's are ValueErrors.
+    except (OSError, pa.ArrowException) as error:
         raise BadSampleError(f"{place} cannot be read ({error})") from error
     except (ValueError, TypeError) as error:
         raise BadSampleError(f"{place} is no example ({error})", "no_example") from error

@@ -265,7 +265,8 @@ def _choose(field: str, found: Mapping[str, Member]) -> list[Member]:
 class Parts(NamedTuple):
     """The contents of the files of a sample."""
 
-    image: bytes | str | None  # its content, or its path
+    # The image's content, or its path.
+    image: bytes | str | None
     texts: Sequence[bytes]
     json: bytes | None
     cls: bytes | None

@@ -28,11 +28,13 @@ class TfdsSource:
     """
 
     def __init__(self, folder: Path, config: SourceConfig):
-        import tensorflow_datasets as tfds  # slow to import, and only this kind of data needs it
+        # Slow to import, and only this kind of data needs it.
+        import tensorflow_datasets as tfds
 
         try:
             builder: Any = tfds.builder_from_directory(folder)
-        except Exception as error:  # of broken files it lets through whatever its parsers raise
+        # It lets through whatever its parsers raise at broken files.
+        except Exception as error:
             raise _damaged(folder, error) from error
         _check_split(builder.info.splits, config.split, folder)
         features = builder.info.features
@@ -72,7 +74,8 @@ class TfdsSource:
             raise IndexError(index)
         try:
             row = self._rows[index]
-        except Exception as error:  # of a broken shard it lets through whatever its readers raise
+        # It lets through whatever its readers raise at a broken shard.
+        except Exception as error:
             raise BadSampleError(
                 f"{self._split}/{index} of {self._folder} cannot be read ({_shortened(error)})"
             ) from error
@@ -129,7 +132,8 @@ class _Leaf(NamedTuple):
     """A feature that is no group of others."""
 
     feature: Any
-    rank: int  # 0: one value in each example; 1: a list of values
+    # 0: one value in each example; 1: a list of values.
+    rank: int
 
     @property
     def holds(self) -> str:
