@@ -1,4 +1,4 @@
-"""From the command line to a `Config`: --config=configs/vit_bert.py:base --config.batch_size=1024"""
+"""From the command line to a `Config`, as in --config=configs/vit_bert.py:base --config.batch_size=1024."""
 
 import os
 import re

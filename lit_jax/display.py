@@ -116,7 +116,7 @@ def _open_closed_descriptors() -> None:
 
 @contextlib.contextmanager
 def _encodable(stream: Any) -> Iterator[None]:
-    """Let a stream show characters that its encoding lacks by their number: \\xe9 for é in ASCII."""
+    r"""Let a stream show characters that its encoding lacks by their number: \xe9 for é in ASCII."""
     # A notebook's stream cannot be changed.
     reconfigure = getattr(stream, "reconfigure", None)
     if reconfigure is None:

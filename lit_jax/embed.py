@@ -1,4 +1,6 @@
-"""Embeds the training data once with the locked tower: python -m lit_jax.embed --config=FILE --output=DIR
+"""Embed the training data once with the locked tower.
+
+    python -m lit_jax.embed --config=FILE --output=DIR
 
     --config, --config.KEY=VALUE    those of the training that is to follow
     --side=text                     the text tower, if that is the locked one

@@ -1,4 +1,6 @@
-"""Measures a model: python -m lit_jax.evaluate --workdir=DIR, or --model=FOLDER_OR_HUB_ID
+"""Measure a model.
+
+    python -m lit_jax.evaluate --workdir=DIR, or --model=FOLDER_OR_HUB_ID
 
     --workdir=DIR                       the evaluations of the run's own config, at its latest checkpoint
                                         or that of --step=N

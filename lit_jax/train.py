@@ -1,4 +1,6 @@
-"""Trains a dual encoder: python -m lit_jax.train --config=configs/vit_bert.py --workdir=DIR
+"""Train a dual encoder.
+
+    python -m lit_jax.train --config=configs/vit_bert.py --workdir=DIR
 
 --config takes a file and its argument (configs/vit_bert.py:base,batch=1024); each key of the config can
 be overridden (--config.schedule.learning_rate=3e-4). Given again, the command goes on from the latest
@@ -66,7 +68,7 @@ def fit(
 ) -> TrainedModel:
     """Train a model as the command does, or go on from the latest checkpoint in `workdir`.
 
-    What is passed is described in config.json, by its module, its qualified name and its fields: a run goes
+    Objects that are passed are described in config.json, by module, qualified name and fields: a run goes
     on only with the same objects.
 
     Args:
@@ -82,7 +84,7 @@ def fit(
             comes as (module, parameters). Such a model cannot be exported, and only `lit_jax.load_run` with
             the same towers reads it.
         callbacks: pairs of a duration such as "1000 steps" and a function, which is called with the
-            `TrainedModel` each time that many steps have been taken, on all processes. What it returns, a
+            `TrainedModel` each time that many steps have been taken, on all processes. Its result, a
             dict of numbers or None, is reported with the metrics. If the run is stopped between a checkpoint
             and a call, the resumed run does not make the call.
         allowed_changes: keys of the config that may differ from those the run was started with; also

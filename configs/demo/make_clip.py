@@ -1,4 +1,6 @@
-"""Makes the weights of clip/, the demo's teacher: python -m lit_jax.configs.demo.make_clip (in minutes)
+"""Make the weights of clip/, the demo's teacher.
+
+    python -m lit_jax.configs.demo.make_clip (in minutes)
 
 Trains both towers of a tiny CLIP from scratch on the demo's images and their English captions. It has seen no
 caption of the sixteen numbers that the demo leaves out, and no scanned digit of its evaluation.

@@ -1,4 +1,6 @@
-"""Makes the demos' data folder: python configs/demo/make_digits.py FOLDER (a few seconds)
+"""Make the demos' data folder.
+
+    python configs/demo/make_digits.py FOLDER (a few seconds)
 
 scikit-learn's 1,797 scanned digits, joined two by two on a 32x32 canvas, show the numbers 20 to 99.
 Sixteen of them are never captioned: to name them, a model has to have understood the other 64.

@@ -1,4 +1,6 @@
-"""Writes the small files that the demos read: python -m lit_jax.configs.demo.make_text_files
+"""Write the small files that the demos read.
+
+    python -m lit_jax.configs.demo.make_text_files
 
 Class files for zero-shot classification, and of each tiny model its configs, tokenizer and image processor:
 all but the weights of those that are pretrained (make_vit.py, make_clip.py).

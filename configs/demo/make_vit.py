@@ -1,4 +1,6 @@
-"""Makes vit/, the image tower of the demo: python -m lit_jax.configs.demo.make_vit (minutes on two cores)
+"""Make vit/, the image tower of the demo.
+
+    python -m lit_jax.configs.demo.make_vit (minutes on two cores)
 
 Trains lit_jax's own ViT to name both digits of the composed training images, then throws the two
 classifiers away. Like any pretrained image tower it has seen images of all kinds, also of the numbers

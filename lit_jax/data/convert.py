@@ -1,4 +1,6 @@
-"""Turns any source into sharded ArrayRecord: python -m lit_jax.data.convert --source.path=DATA --output=DIR
+"""Turn any source into sharded ArrayRecord.
+
+    python -m lit_jax.data.convert --source.path=DATA --output=DIR
 
 What DIR holds is a source itself. Images stay the bytes that they are; bad samples are left out and listed in
 bad.jsonl. Given again, the command goes on where it was stopped. Exit codes: 0 done, 2 bad input.

@@ -214,7 +214,7 @@ def read_text(file: File) -> str:
 
 
 def readable(name: str) -> str:
-    """Return the name of a file as text: bytes that are not UTF-8 become \\xNN."""
+    r"""Return the name of a file as text: bytes that are not UTF-8 become \xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 

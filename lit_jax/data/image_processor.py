@@ -147,8 +147,10 @@ def _check(
     processor: Any,
     folder: Path,
 ) -> None:
-    """Raise UserError unless `transform` does on three noise images what `processor` does, and normalises
-    every value as `table_3x256` says."""
+    """Raise UserError unless `transform` gives the pixels that `processor` gives.
+
+    They are compared on three noise images, and for every value by `table_3x256`.
+    """
     ramp_256x3 = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
     difference_3x256 = np.abs(transform.normalization(ramp_256x3).T - table_3x256)
     is_affine = difference_3x256.max() <= 1e-6 * np.abs(table_3x256).max()

@@ -50,7 +50,7 @@ class Preprocessor(Protocol):
     def sample(self, index: int, example: Example, rng: np.random.Generator) -> Any:
         """Return the element of a training batch, from the example at `index` of the source.
 
-        What there are several of, captions or views, is sampled. Raises BadSampleError.
+        One of several captions or views is sampled. Raises BadSampleError.
         """
         ...
 

@@ -3,8 +3,8 @@
 The script gets the folder to make as its one argument. The folder lies in the user's cache under a name that
 depends on the content of the script, so that a changed script makes a new one.
 
-Only a command that was given the script runs it, on the command line or in a config file. What reads the
-config.json of a run, which may come from anywhere, runs nothing: `made_by` says how to make the folder.
+Only a command that was given the script runs it, on the command line or in a config file. Commands that read
+the config.json of a run, which may come from anywhere, run nothing: `made_by` says how to make the folder.
 """
 
 import hashlib

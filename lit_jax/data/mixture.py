@@ -103,8 +103,8 @@ def _shuffled(positions: range, seed: int) -> grain.MapDataset[int]:
 class Interleave(grain.transforms.DatasetSelectionMap):
     """The way from a position in an endless mixture to (which part, position within that part).
 
-    Of the first n positions n * (1 - share), rounded down, are left to the other parts, and the rest are of
-    the first; the others divide theirs in the same way. So counts are whole and never go down.
+    The other parts get n * (1 - share) of the first n positions, rounded down, and the first part gets the
+    rest; the others divide theirs in the same way. So counts are whole and never go down.
     """
 
     def __init__(self, weights: tuple[float, ...]):

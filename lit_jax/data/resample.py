@@ -62,7 +62,7 @@ def enlarge_window(
     """Return `image.resize(size, resample).crop(window)` of an RGB image.
 
     Args:
-        size: (width, height) of the whole, larger than the image in both directions. Where one shrinks, the
+        size: (width, height) of the whole, larger than the image in both directions. If one shrinks, the
             order of Pillow's two passes depends on its version.
         window: (left, top, right, bottom); black where it lies outside.
         resample: one of `FILTERS`.
@@ -94,7 +94,7 @@ def _weights(
 ) -> tuple[Int[np.ndarray, "N K"], Int[np.ndarray, "N K"]]:
     """Return the pixels of `length` that make each `wanted` one of `target`, and their weights.
 
-    Weights are whole numbers of 2^-22. Where fewer than K pixels take part the others weigh 0.
+    Weights are whole numbers of 2^-22. If fewer than K pixels take part, the others weigh 0.
     """
     # Pillow's box is float32.
     scale = float(np.float32(length)) / target

@@ -122,8 +122,10 @@ def _lowers(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _lowercased(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer with a step in front that makes lower-case letters, one by one as Siglip2Tokenizer
-    does: a sigma at the end of a word does not become a final one.
+    """Return the tokenizer with a step in front that makes lower-case letters.
+
+    It goes letter by letter as Siglip2Tokenizer does: a sigma at the end of a word does not become a final
+    one.
     """
     if not tokenizer.is_fast:
         raise UserError(
@@ -222,8 +224,9 @@ def tokenize(
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Return all token ids of each text, uncut and without special tokens, but of a long text only those of
-    its start, which are more than `tokenize` keeps.
+    """Return all token ids of each text, uncut and without special tokens.
+
+    A long text has only those of its start, which are more than `tokenize` keeps.
     """
     return _whole(tokenizer, [_start(tokenizer, valid_unicode(text)) for text in texts])
 

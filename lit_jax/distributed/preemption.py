@@ -35,7 +35,7 @@ class StopSignal:
         self.received = True
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after this step; all processes ask once a step and get the same answer."""
+        """Return True to stop after this step; all processes ask once a step and get the same answer."""
         if jax.process_count() == 1:
             return self.received
         return multihost_utils.reached_preemption_sync_point(step)

@@ -40,7 +40,7 @@ class Encoder:
     text, rounded up to a multiple of 8). All processes must make the same calls.
 
     Attributes:
-        module: without a normalization: images get that of `image_transform`. What is cached of texts must
+        module: without a normalization: images get that of `image_transform`. Cached texts must
             not depend on it.
         batch_size: over all devices and processes; rounded up to a multiple of the devices.
         cache: the embeddings of earlier calls. It belongs to one set of parameters.

@@ -37,8 +37,9 @@ class Features:
 
 
 def class_ids(train: Labels, test: Labels) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " M"]]:
-    """Return the class of each example of both, as its position among the labels of `train`; -1 of one
-    without a label.
+    """Return the class of each example of both, as its position among the labels of `train`.
+
+    It is -1 for an example without a label.
 
     Raises UserError if `test` has a class that `train` has not.
     """

@@ -36,8 +36,8 @@ def ranks(
 ) -> Ranks:
     """Compute the rank of each image by its best own text, and that of each text by its image.
 
-    Each score, an inner product in float32, is computed once and counts in both directions. What is compared
-    with it comes out of products of the same shape, block x block (the last ones are filled up), so that
+    Each score, an inner product in float32, is computed once and counts in both directions. Scores that are
+    compared come out of products of the same shape, block x block (the last ones are filled up), so that
     equal embeddings have equal scores to the last bit and a tie is a tie.
 
     The devices of the mesh share the images; a device holds about `chunk` / devices of them and about

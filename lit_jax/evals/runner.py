@@ -151,7 +151,7 @@ def run(
 ) -> list[Evaluation]:
     """Run the evaluations in order, each with its own batch size.
 
-    What several have in common, images or texts, is embedded once.
+    Images and texts that several share are embedded once.
 
     Args:
         cache: a folder that keeps embeddings for later runs.

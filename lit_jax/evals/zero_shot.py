@@ -151,8 +151,7 @@ def expected_hits(
 def top_metrics(
     hit_Nx2: Float[np.ndarray, "N 2"], label_N: Int[np.ndarray, " N"], classes: int
 ) -> dict[str, float]:
-    """Return the part of images whose class is the first, or one of five, and the mean of the former over the
-    classes.
+    """Return the part of images whose class is the first, or one of five, and its mean over the classes.
 
     Args:
         hit_Nx2: from `expected_hits`.

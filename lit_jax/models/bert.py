@@ -1,4 +1,6 @@
-"""BERT (https://arxiv.org/abs/1810.04805) and what differs little from it: RoBERTa
+"""BERT and its kin.
+
+BERT (https://arxiv.org/abs/1810.04805) and the towers that differ little from it: RoBERTa
 (https://arxiv.org/abs/1907.11692), XLM-RoBERTa (https://arxiv.org/abs/1911.02116), CamemBERT
 (https://arxiv.org/abs/1911.03894), and the text towers of ALIGN (https://arxiv.org/abs/2102.05918),
 Chinese CLIP (https://arxiv.org/abs/2211.01335) and AltCLIP (https://arxiv.org/abs/2211.06679);

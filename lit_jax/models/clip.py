@@ -1,6 +1,8 @@
-"""The towers of CLIP (https://arxiv.org/abs/2103.00020), numerically Hugging Face's CLIPVisionModel and
-CLIPTextModel. The image towers of AltCLIP (https://arxiv.org/abs/2211.06679) and Chinese CLIP
-(https://arxiv.org/abs/2211.01335) are CLIP's; SigLIP's towers (siglip.py) share most of it.
+"""The towers of CLIP (https://arxiv.org/abs/2103.00020).
+
+Numerically they are Hugging Face's CLIPVisionModel and CLIPTextModel. The image towers of AltCLIP
+(https://arxiv.org/abs/2211.06679) and Chinese CLIP (https://arxiv.org/abs/2211.01335) are CLIP's; SigLIP's
+towers (siglip.py) share most of it.
 
 Dims: B batch, HxW pixels, C channels, YxX patches, L tokens (of an image Y * X, and one in front of them
 if there is a class token; Q of which are computed), D width.

@@ -1,5 +1,7 @@
-"""ConvNeXt (https://arxiv.org/abs/2201.03545), ConvNeXt V2 (https://arxiv.org/abs/2301.00808) and DINOv3's
-(https://arxiv.org/abs/2508.10104), numerically Hugging Face's ConvNextModel, ConvNextV2Model and
+"""ConvNeXt, ConvNeXt V2 and DINOv3's ConvNeXt.
+
+https://arxiv.org/abs/2201.03545, https://arxiv.org/abs/2301.00808 and https://arxiv.org/abs/2508.10104,
+numerically Hugging Face's ConvNextModel, ConvNextV2Model and
 DINOv3ConvNextModel.
 
 Dims: B batch, HxW pixels, YxX positions of a feature map, L = Y * X positions, C channels,
@@ -53,7 +55,7 @@ class ConvNextFields:
 
     @property
     def response_norm(self) -> bool:
-        """Whether blocks have global response normalisation."""
+        """True if blocks have global response normalisation."""
         return False
 
 

@@ -1,5 +1,6 @@
-"""DINOv2 (https://arxiv.org/abs/2304.07193), also with registers (https://arxiv.org/abs/2309.16588),
-numerically Hugging Face's Dinov2Model and Dinov2WithRegistersModel.
+"""DINOv2 (https://arxiv.org/abs/2304.07193), also with registers (https://arxiv.org/abs/2309.16588).
+
+Numerically Hugging Face's Dinov2Model and Dinov2WithRegistersModel.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ class Dinov2Fields(ViTFields):
     @property
     def mlp_width(self) -> int:
         width = int(self.hidden_size * self.mlp_ratio)
-        # Of a gated MLP two thirds, up to the next multiple of 8.
+        # A gated MLP has two thirds of the width, up to the next multiple of 8.
         return (int(width * 2 / 3) + 7) // 8 * 8 if self.use_swiglu_ffn else width
 
     @property

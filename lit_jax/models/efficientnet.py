@@ -1,5 +1,6 @@
-"""EfficientNet (https://arxiv.org/abs/1905.11946), numerically Hugging Face's EfficientNetModel, and the
-image tower of ALIGN (https://arxiv.org/abs/2102.05918), its AlignVisionModel.
+"""EfficientNet (https://arxiv.org/abs/1905.11946) and ALIGN's image tower (https://arxiv.org/abs/2102.05918).
+
+Numerically they are Hugging Face's EfficientNetModel and AlignVisionModel.
 
 Dims: B batch, HxW pixels, YxX positions of a feature map, L = Y * X positions of the last one,
 C channels, D width of the last map, N depth.
@@ -90,7 +91,7 @@ class EfficientNetConfig:
 
     @property
     def has_top(self) -> bool:
-        """Whether a last convolution widens the map."""
+        """True if a last convolution widens the map."""
         return True
 
     def channels(self, base: int) -> int:

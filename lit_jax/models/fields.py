@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 from lit_jax.errors import UserError
 from lit_jax.models.patches import patch_grid
 
-# What a message calls a field: as a key of the config, or as a field of a file.
+# The name that a message gives a field: a key of the config, or a field of a file.
 Named = Callable[[str], str]
 
 # A whole number is a size, at least 1, but for these.

@@ -76,7 +76,7 @@ def distance_buckets(length: int) -> np.ndarray:
     """Return the row of the table for token q (first axis) and token s.
 
     These are T5's buckets (1910.10683, section 2.1).
-    Half of the rows are for tokens before q, half for those after it. Of each half, the first half is
+    Half of the rows are for tokens before q, half for those after it. In each half, the first half is
     for one distance each; the others are for ranges that grow as a logarithm, up to `_FARTHEST`.
     """
     half, exact = _BUCKETS // 2, _BUCKETS // 4

@@ -1,5 +1,7 @@
-"""The towers of SigLIP (https://arxiv.org/abs/2303.15343), numerically Hugging Face's SiglipVisionModel
-and SiglipTextModel. Their blocks and embeddings are CLIP's, without a class token and a causal mask.
+"""The towers of SigLIP (https://arxiv.org/abs/2303.15343).
+
+Numerically they are Hugging Face's SiglipVisionModel and SiglipTextModel. Their blocks and embeddings are
+CLIP's, without a class token and a causal mask.
 
 Dims: B batch, L tokens, D width, P pooled width.
 """

@@ -1,4 +1,4 @@
-"""What the towers of all families share: inputs to tokens, through the blocks, to one vector.
+"""The sequence that the towers of all families share: tokens, blocks, one vector.
 
 A family file says what is particular to it: a config, and the methods of `ImageTransformer` or
 `TextTransformer` that it has differently.
@@ -90,7 +90,7 @@ class Tower(nn.Module):
 
     @property
     def pools_one_token(self) -> bool:
-        """Whether the pooled output is made of one token of the last hidden state alone."""
+        """True if the pooled output is made of one token of the last hidden state alone."""
         return "cls" in self.poolings and self.pooling != "mean"
 
     @property

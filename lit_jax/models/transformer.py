@@ -37,7 +37,7 @@ Bias = Float[Array, "#B #H #L L"]
 BiasOfTable = Callable[[Float[Array, "R H"]], Bias]
 BiasByLayerType = Float[Array, "T #B #H #L L"]
 Tokens = Float[Array, "B L D"]
-# Where a transformer has its last block: in the scan with the others; outside of it, with parameters of its
+# The place of a transformer's last block: in the scan with the others; outside of it, with parameters of its
 # own in the tree; or outside and computed for the pooled token alone.
 LastBlock = Literal["in scan", "outside", "one token"]
 # Takes one token of each row along an axis, which stays with length 1.

@@ -1,5 +1,6 @@
-"""The Vision Transformer (https://arxiv.org/abs/2010.11929) and DeiT (https://arxiv.org/abs/2012.12877),
-numerically Hugging Face's ViTModel and DeiTModel.
+"""The Vision Transformer (https://arxiv.org/abs/2010.11929) and DeiT (https://arxiv.org/abs/2012.12877).
+
+Numerically they are Hugging Face's ViTModel and DeiTModel.
 
 Dims: B batch, L = 1 + patches (DeiT: 2 + patches), D width, P pooled width.
 """

@@ -44,7 +44,7 @@ _PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SPACE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x4", "8x8x8", "8x8x16")
 
 # Sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "Key specifications". There the bandwidth between chips
-# is that of both directions, here of one. That of v4 is six links of 50 GB/s (Jouppi et al., 2304.01433).
+# is that of both directions, here of one. For v4 it is six links of 50 GB/s (Jouppi et al., 2304.01433).
 # Data-centre network: the same pages say 6.4 Tbps a pod of 256 v5e (two cards of 100 Gbps a host of eight),
 # 25.6 Tbps a pod of 256 v6e (four of 200), 50 Gbps a chip of v5p, nothing of v4; "How to Scale Your Model",
 # part 2 (jax-ml.github.io/scaling-book/tpus), has the same figures as what a chip sends.

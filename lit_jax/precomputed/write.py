@@ -71,7 +71,7 @@ class FeatureWriter:
 
     def records(self, examples: range) -> Iterator[np.ndarray | BadSampleError | None]:
         """Yield the features of each example, in order, or why it has none; None after each batch."""
-        # Of each example the number of its rows, which are still to come, or the reason why it has none.
+        # For each example the number of rows that are still to come, or the reason why it has none.
         units: collections.deque[int | BadSampleError] = collections.deque()
         ready: list[np.ndarray] = []
         features = run_tower(

@@ -61,7 +61,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep_last: int, keep_every: int | None = None):
         self._workdir = workdir
-        # Those of the save under way.
+        # The checksums of the save under way.
         self._sums: PendingSums | None = None
         self._data_sum = 0
         options = ocp.CheckpointManagerOptions(

@@ -1,6 +1,6 @@
 """The lease of a run folder: one process at a time writes there.
 
-The holder keeps a file `.lease.N` in the folder, locked by flock and written anew every few seconds. Where
+The holder keeps a file `.lease.N` in the folder, locked by flock and written anew every few seconds. If
 both processes see the same locks, the kernel tells whether the holder lives, and frees the lock however it
 ends. Elsewhere, and on file systems without flock, a lease whose content has not changed for a minute may be
 taken over: by making `.lease.N+1`, which the file system lets one process do, and removing `.lease.N`.

@@ -147,7 +147,7 @@ def make_loss(
 def prefers_blockwise(batch: int) -> bool:
     """Return whether the blockwise implementation is the better one on the mesh that is set, if any.
 
-    Where a device's part of the similarity matrix is smaller than a tile, there is no memory to save; above
+    If a device's part of the similarity matrix is smaller than a tile, there is no memory to save; above
     that the blockwise implementation takes about as long and ever less memory (docs/scale.md has the
     measurement).
     """

@@ -41,8 +41,8 @@ _ONLY_TEXT: Rules = ((r"text_model/.*", True), (r".*", False))
 IMAGE_TOWER = r"vision_model/.*"
 LEARNING_RATE_RULES: Rules = ((r".*", 1.0),)
 WEIGHT_DECAY_RULES: Rules = (
-    # What shifts and scales, and the running statistics of BatchNorm, which the step itself replaces. Learned
-    # tokens decay as the tables of embeddings do.
+    # Parameters that shift and scale, and the running statistics of BatchNorm, which the step itself replaces.
+    # Learned tokens decay as the tables of embeddings do.
     (r"logit_(scale|bias)|temperature|.*/(bias|scale|factor|grn/weight|mean|var)", 0.0),
     (r".*", 1.0),
 )
@@ -104,12 +104,12 @@ def _name_of_stack(path: str, shape: tuple[int, ...]) -> str:
 
 
 def merge(trainable: Tree, frozen: Tree) -> dict:
-    """The whole tree of which `Policy.split` made two."""
+    """Return the whole tree of which `Policy.split` made two."""
     return unflatten(flatten(trainable) | flatten(frozen))
 
 
 def is_pretrained(lock: str) -> tuple[bool, bool]:
-    """Whether the image and the text tower start from pretrained weights: all but 'u' do."""
+    """Return whether the image and the text tower start from pretrained weights: all but 'u' do."""
     image, text = lock
     return image != "u", text != "u"
 
@@ -188,7 +188,7 @@ def _along_depth(rates: list[float], leaf: Any) -> Rate:
 
 def _block(name: str) -> str:
     """Return the name of the block that a parameter is in, '' if it is in none."""
-    # What makes a map smaller at the start of a stage belongs to the first block of it.
+    # The layer that makes a map smaller at the start of a stage belongs to the first block of it.
     name = re.sub(r"(/stages_\d+)/downsampling_.*", r"\1/layer_0/", name)
     match = re.match(r".*\blayer_\d+(?=/)", name)
     return match[0] if match else ""

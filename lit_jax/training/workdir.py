@@ -43,13 +43,13 @@ FORMAT = 2
 # The last version that wrote config.json without a format, and the only one that continues such a run.
 _WITHOUT_FORMAT = "0.1.0"
 
-# What config.json holds beside the config: "passed" describes the objects that were passed to `fit`.
+# The keys of config.json beside the config: "passed" describes the objects that were passed to `fit`.
 _NOT_CONFIG = ("format", "version", "passed")
 
 # Values of renamed keys, by their former name.
 _RENAMED_VALUES = {"global": "dense", "lean": "blockwise"}
 
-# What names the towers that a run starts from; from its first checkpoint on it has them itself.
+# The keys that name the towers that a run starts from; from its first checkpoint on it has them itself.
 TOWER_KEYS = {"model.dual_encoder", "model.teacher"} | {
     f"model.{side}.{key}" for side in ("image", "text") for key in ("model", "overrides")
 }

@@ -296,8 +296,8 @@ class HuggingFaceSource:
     """A folder that `Dataset.save_to_disk` wrote, or a split of one by `DatasetDict.save_to_disk`.
 
     Its Arrow files are mapped into memory, not read. A damaged file would make Arrow end the process: each
-    batch of rows (`datasets` writes a thousand) is validated before its first row is taken. That reads the
-    texts of the batch, and of its images no more than their places.
+    batch of rows (`datasets` writes a thousand) is validated before its first row is taken. The check reads
+    the texts of the batch, and of its images no more than their places.
 
     Raises UserError if there is no such split, or if the folder is damaged, empty or lacks a column.
     """

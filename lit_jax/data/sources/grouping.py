@@ -1,7 +1,7 @@
 """Tables with a row for each caption: the rows of one image are one example.
 
-Rows that name the same file are of one image. Where a table itself holds the images, these rows are, if both
-path and content agree: `datasets` keeps the last part of a path alone. A row without a path stands alone, and
+Rows that name the same file are of one image. If a table itself holds the images, its rows are of one image
+if both path and content agree: `datasets` keeps the last part of a path alone. A row without a path stands alone, and
 so does one that is no example, as a bad sample.
 """
 
@@ -74,7 +74,7 @@ def group_rows(table: Table, config: SourceConfig, *, by_label: bool) -> Source:
 
 
 class Groups:
-    """The rows of each image. Of cached ones only the path is sent to worker processes."""
+    """The rows of each image. A cached grouping is sent to worker processes as its path."""
 
     def __init__(self, found: pa.LargeListArray | CachedTable):
         self._found = found

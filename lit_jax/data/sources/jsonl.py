@@ -21,7 +21,9 @@ TRIED = 20
 
 
 class JsonlSource:
-    """The pairs listed in a JSONL file, for example captions.jsonl:
+    """The pairs listed in a JSONL file, for example captions.jsonl.
+
+    A line is an object:
 
         {"image": "a.jpg", "caption": "a dog"}  or  {"image": ..., "captions": [...], "label": "dog"}
         or, by language,  {"image": ..., "captions": {"en": ["a dog"], "de": ["ein Hund"]}}
