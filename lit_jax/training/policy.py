@@ -41,7 +41,7 @@ _ONLY_TEXT: Rules = ((r"text_model/.*", True), (r".*", False))
 IMAGE_TOWER = r"vision_model/.*"
 LEARNING_RATE_RULES: Rules = ((r".*", 1.0),)
 WEIGHT_DECAY_RULES: Rules = (
-    # Parameters that shift and scale, and the running statistics of BatchNorm, which the step itself replaces.
+    # Shifts and scales, and the running statistics of BatchNorm, which the step itself replaces.
     # Learned tokens decay as the tables of embeddings do.
     (r"logit_(scale|bias)|temperature|.*/(bias|scale|factor|grn/weight|mean|var)", 0.0),
     (r".*", 1.0),

@@ -1,8 +1,8 @@
 """Tables with a row for each caption: the rows of one image are one example.
 
 Rows that name the same file are of one image. If a table itself holds the images, its rows are of one image
-if both path and content agree: `datasets` keeps the last part of a path alone. A row without a path stands alone, and
-so does one that is no example, as a bad sample.
+if both path and content agree: `datasets` keeps the last part of a path alone. A row without a path stands
+alone, and so does one that is no example, as a bad sample.
 """
 
 import contextlib
