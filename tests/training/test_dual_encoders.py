@@ -157,8 +157,14 @@ def test_align_from_scratch_keeps_running_statistics(folder, train, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.image.pooling": "cls"}, "names both towers.*config.model.image only overrides"),
-        ({"model.text.model": "some/where"}, "names both towers.*config.model.text only overrides"),
+        (
+            {"model.image.pooling": "cls"},
+            "config.model.dual_encoder .*overrides of config.model.image",
+        ),
+        (
+            {"model.text.model": "some/where"},
+            "config.model.dual_encoder .*overrides of config.model.text",
+        ),
         ({"model.dual_encoder": str(DEMO / "bert")}, "a model of type bert; it must be one of"),
         (
             {"model.text.overrides": {"hiden_size": 3}},
