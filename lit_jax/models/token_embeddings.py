@@ -73,6 +73,7 @@ class TokenEmbeddings(nn.Module):
         cfg = self.config
         init = normal(cfg.init_std, cfg.init_cutoff)
 
+        # The rows are cast after the look-up, so that the gradient of a table adds up in float32.
         def embed(name: str, size: int, ids_BxL: Array, init: Any = init) -> Array:
             rows = nn.Embed(size, cfg.width, embedding_init=init, name=name)(ids_BxL)
             return broadcast_float32(rows, (*input_ids_BxL.shape, cfg.width), self.dtype)

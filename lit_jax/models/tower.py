@@ -176,6 +176,7 @@ class ImageTransformer(ImageTower):
         _, height, width, _ = pixel_values_BxHxWxC.shape
         grid = patch_grid((height, width), self.config.patch_size)
         x_BxLxD = self.embed(pixel_values_BxHxWxC, deterministic)
+        # Both depend on the size of these images, which need not be that of the config.
         bias, rotary = self.attention_bias(grid), self.rotary(grid, deterministic)
         x_BxLxD = self.encoder(self.config.block)(x_BxLxD, bias, deterministic, rotary)
         x_BxLxD = self.final_norm(x_BxLxD)
@@ -300,6 +301,7 @@ class TextTransformer(Tower):
         attended_BxL = attention_mask_BxL > 0
         embedding = self.config.embedding
         if position_ids_BxL is None:
+            # A look-up beyond the table of positions gives NaN, and no error.
             check_length(input_ids_BxL.shape[1], embedding.max_length)
             position_ids_BxL = token_positions(input_ids_BxL, embedding.padding_id)
         select = self.token_selector(input_ids_BxL) if self.pools_one_token else first_token
@@ -310,6 +312,7 @@ class TextTransformer(Tower):
         x_BxLxD = self.final_norm(x_BxLxD)
         if not self.pools_one_token:
             return TowerOutput(x_BxLxD, mean_of_attended(x_BxLxD, attended_BxL))
+        # A last block that computed one token alone has selected it already.
         token_BxD = (select(x_BxLxD, 1) if self.all_tokens else x_BxLxD)[:, 0]
         return TowerOutput(
             x_BxLxD, self.pooler(token_BxD) if self.pooling == "pooler" else token_BxD

@@ -120,7 +120,7 @@ def test_a_new_factor_is_the_configs_and_0_is_none():
 
 
 def test_response_norm_of_a_feature_that_is_zero_has_a_gradient():
-    """As it is of many behind a ReLU."""
+    """Many features behind a ReLU are such."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 4)), jnp.float32)
     x = x.at[0, :, 1].set(0).at[1].set(0)
     norm = GlobalResponseNorm()

@@ -84,7 +84,7 @@ def test_only_patches_have_positions(random_variables):
 
 
 def moved(seed, **fields):
-    """What training makes of the coordinates of a grid."""
+    """Return the coordinates of a grid, moved as in training."""
     none = dict.fromkeys(("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"))
     tower = Dinov3(Dinov3Config(**TINY, **none | fields))
     rngs = {"dropout": jax.random.key(seed, impl="rbg")}

@@ -139,7 +139,7 @@ def train(tower, variables, seed=0):
 
 
 def test_dropout_is_of_single_values_and_rises_with_the_index_of_the_block(random_variables):
-    """Of four blocks the second and the third are no first of a stage."""
+    """The second and the third of four blocks are not the first of a stage."""
     tower = EfficientNet(AlignVisionConfig(**TINY, drop_connect_rate=0.8))
     params = random_variables(tower, IMAGES)["params"]
     norm = params["encoder"]["layer_from_1"]["projection"]["batchnorm"]

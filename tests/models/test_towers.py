@@ -1,4 +1,4 @@
-"""What holds for a tower of any family."""
+"""Properties of the towers of all families."""
 
 import re
 from typing import Any, NamedTuple
