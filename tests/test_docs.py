@@ -1,4 +1,4 @@
-"""The page on extending lit_jax: its code runs, and does what the page says."""
+"""The pages for those who read or extend the code: its files are where a page says, and its examples run."""
 
 import io
 import re
@@ -14,11 +14,23 @@ from PIL import Image
 
 from lit_jax.training.metrics import read_metrics
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "extend.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "extend.md"
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def test_the_files_that_the_map_names_are_there():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d+ \| (.*?) \|", text, re.M)
+    assert len(rows) > 20
+    for row in rows:
+        folder = ""
+        for name in re.findall(r"`([\w/]+\.py)`", row):
+            folder = name.rpartition("/")[0] or folder
+            assert (ROOT / "lit_jax" / folder / name.rpartition("/")[2]).is_file(), name
 
 
 @pytest.mark.long
@@ -49,7 +61,7 @@ def test_a_run_with_source_loss_optimizer_and_callback_of_the_page(tmp_path, mon
 @pytest.mark.oracle
 def test_the_family_of_the_page_equals_pytorch(tmp_path):
     package = tmp_path / "package"
-    subprocess.run(["git", "clone", "--quiet", PAGE.parent.parent, package], check=True)
+    subprocess.run(["git", "clone", "--quiet", ROOT, package], check=True)
     (diff,) = blocks("diff")
     subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=package)
     command = [sys.executable, "-m", "pytest", "-q", "-m", "oracle", "tests/models/test_ijepa.py"]
