@@ -116,9 +116,12 @@ class TrainStep:
 
     @classmethod
     def build(
-        cls, model: Model, schedule: optax.Schedule, passed: Passed = _NOTHING_PASSED
+        cls, model: Model, schedule: optax.Schedule | None, passed: Passed = _NOTHING_PASSED
     ) -> "TrainStep":
         """Make loss and optimizer as the config says, but for those that are passed.
+
+        Args:
+            schedule: the learning rate by step; None where an optimizer is passed.
 
         Raises UserError for a loss that is not known or not possible in micro-batches, and for precomputed
         embeddings of a tower that trains.
@@ -131,6 +134,7 @@ class TrainStep:
         slices = len(group_by_slice(list(model.mesh.devices.flat)))
         loss = passed.loss or make_objective(config, slices)
         if passed.optimizer is None:
+            assert schedule is not None
             optimizer = make_optimizer(config.optimizer, schedule, model.policy)
             return cls(model=model, loss=loss, schedule=schedule, optimizer=optimizer)
         # The rates of single parameters are still those of the policy; the rest is the optimizer's own.

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +152,12 @@ class Trainer:
             check_negatives(config, data.source)
         callbacks = [every for every, _ in passed.callbacks]
         durations = Durations.of(config, data.examples, callbacks)
-        if steps_done and steps_done[-1] > durations.total:
-            raise UserError(
-                f"{workdir} has trained {steps_done[-1]} steps already, more than the {durations.total} of "
-                "config.duration; make it longer, or choose another --workdir."
-            )
+        _check_duration(workdir, steps_done, durations.total)
         to_steps = functools.partial(steps_of, config, data.examples)
-        schedule = make_schedule(config.schedule, total=durations.total, steps=to_steps)
+        # An optimizer that is passed has a schedule of its own.
+        schedule = None
+        if passed.optimizer is None:
+            schedule = make_schedule(config.schedule, total=durations.total, steps=to_steps)
         model = build_model(config, mesh, paths, passed.towers)
         warn_of_full_rate(config.policy, model.policy, model.abstract)
         warn_of_export(model)
@@ -322,6 +321,15 @@ class _Loop:
                 with self.reporter.evaluating(step) as results, jax.transfer_guard("allow"):
                     model = TrainedModel.merged(trainer.model, state.params, self.locked, step)
                     results |= function(model) or {}
+
+
+def _check_duration(workdir: Path, steps_done: Sequence[int], total: int) -> None:
+    """Raise UserError if a run has taken more steps already than it is to take."""
+    if steps_done and steps_done[-1] > total:
+        raise UserError(
+            f"{workdir} has trained {steps_done[-1]} steps already, more than the {total} of "
+            "config.duration; make it longer, or choose another --workdir."
+        )
 
 
 def first_or_latest_state(
