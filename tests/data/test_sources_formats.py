@@ -22,13 +22,13 @@ from pyarrow import parquet
 from pyarrow.fs import GcsFileSystem
 
 from lit_jax.config import DataConfig, SourceConfig
-from lit_jax.data import files, records
+from lit_jax.data import files
 from lit_jax.data.example import BadSampleError, Example, usable_label
 from lit_jax.data.files import ObjectPath, line_offsets, locate
 from lit_jax.data.image import decode
 from lit_jax.data.listing import expand
 from lit_jax.data.loader import ImagePreprocessor, PairPreprocessor, TextPreprocessor, TrainStream
-from lit_jax.data.sources import open_source, tar_index
+from lit_jax.data.sources import open_source, records, tar_index
 from lit_jax.data.sources.index_cache import TableCache
 from lit_jax.data.sources.tar_index import open_index
 from lit_jax.errors import UserError
