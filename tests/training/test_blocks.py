@@ -326,6 +326,7 @@ def test_stacks_are_cut_and_joined_without_loss():
     jax.tree.map(np.testing.assert_array_equal, restack(parts, whole), whole)
 
 
+@pytest.mark.long
 def test_a_run_trains_the_last_block_alone_resumes_and_exports(
     train, tiny, towers, tmp_path, monkeypatch
 ):

@@ -23,7 +23,7 @@ FULL = (
         (0, "wait", f"[0] error: {FULL}"),
         pytest.param(1, "wait", f"[1] error: {FULL}", marks=pytest.mark.long),
         # An error of the other comes before it: it waits for the save, but not for ever.
-        (0, "error", "[1] error: Fix the data."),
+        pytest.param(0, "error", "[1] error: Fix the data.", marks=pytest.mark.long),
     ],
 )
 def test_a_save_that_one_process_cannot_write_holds_up_nobody(tmp_path, full, how, sentence):

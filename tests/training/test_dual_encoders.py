@@ -121,6 +121,7 @@ def test_what_joins_the_towers_is_float32_though_it_is_locked(folder, train):
     assert locked == {"bfloat16"}
 
 
+@pytest.mark.long
 def test_projections_that_came_with_other_towers_start_anew(folder, train):
     source = folder("clip")
     _, before, _, _ = load_dual_encoder(source, dtype="float32")

@@ -146,6 +146,7 @@ class MeanTower(ImageTower):
         return TowerOutput(pooled[:, None], pooled)
 
 
+@pytest.mark.long
 def test_an_own_tower_trains_locked_or_not_and_is_read_back_with_itself_alone(
     tiny, tmp_path, one_device
 ):

@@ -75,7 +75,11 @@ def _two_steps(tiny, fsdp, changes):
 @pytest.mark.parametrize(
     ("fsdp", "changes"),
     [
-        (4, {"remat": "matmuls", "loss_implementation": "blockwise"}),
+        pytest.param(
+            4,
+            {"remat": "matmuls", "loss_implementation": "blockwise"},
+            marks=pytest.mark.long,
+        ),
         (8, {}),
         pytest.param(2, {}, marks=pytest.mark.long),
         pytest.param(4, {"optimizer.name": "adafactor"}, marks=pytest.mark.long),

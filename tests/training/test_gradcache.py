@@ -96,6 +96,7 @@ def test_the_gradient_is_that_of_the_whole_batch(tiny, lock):
         assert_close(jax.jit(parts)(trainable, placed), expected)
 
 
+@pytest.mark.long
 def test_both_runs_drop_the_same(tiny):
     """Against the definition: every part by itself, with its key, in one differentiated program."""
     model, trainable, frozen, batch = prepared(tiny())

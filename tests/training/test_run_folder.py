@@ -110,6 +110,7 @@ def test_float32_that_is_read_as_bfloat16_has_the_same_checksum(tmp_path):
         assert restore_frozen(tmp_path, {"kernel": wanted})["kernel"].dtype == dtype
 
 
+@pytest.mark.long
 def test_a_flipped_bit_in_any_file_is_found_or_changes_nothing(tmp_path):
     """Both in what a run restores and in what evaluation reads of it, with one sentence."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:2])

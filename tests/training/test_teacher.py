@@ -50,6 +50,7 @@ def test_mse_is_the_mean_over_texts_and_numbers():
     assert float(mse_loss(student, teacher)) == (0 + 4 + 1 + 9) / 4
 
 
+@pytest.mark.long
 def test_only_the_text_tower_changes(tmp_path, one_device):
     run = trainer.train(demo(), tmp_path)
     _, clip, _, _ = load_dual_encoder(DEMO / "clip", dtype="float32")

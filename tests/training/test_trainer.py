@@ -88,7 +88,13 @@ def test_the_locked_tower_is_bit_equal_and_the_rest_moves(finished_run, towers):
     assert still == []
 
 
-@pytest.mark.parametrize("lock", ["Lu", "uu", "Uu", "UU", "uL", "UL"])
+@pytest.mark.parametrize(
+    "lock",
+    [
+        "uL",
+        *(pytest.param(lock, marks=pytest.mark.long) for lock in ("Lu", "uu", "Uu", "UU", "UL")),
+    ],
+)
 def test_every_other_preset_trains(train, tiny, tmp_path, lock, caplog):
     """A pretrained image tower that trains at the full rate is told, with the rules to write."""
     run = train(tiny(**{"policy.lock": lock, "duration": "2 steps"}), tmp_path)
@@ -123,7 +129,7 @@ def test_other_losses_optimizers_and_dtypes_resume_exactly(
     assert_same(load_run(tmp_path / "parts").params, whole.params)
 
 
-@pytest.mark.parametrize("fsdp", [2, 4])
+@pytest.mark.parametrize("fsdp", [pytest.param(2, marks=pytest.mark.long), 4])
 def test_parameters_split_over_fsdp_train_the_same(train, tiny, finished, tmp_path, fsdp):
     run = train(tiny(**{"mesh.fsdp": fsdp}), tmp_path, devices=4)
     kernel = run.params["text_model"]["encoder"]["layer"]["mlp"]["fc1"]["kernel"]
@@ -323,7 +329,11 @@ def test_a_file_among_the_checkpoints_is_none(finished, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("optimizer.name", "lion"), ("policy.lock", "UU"), ("model.projection_dim", 4)],
+    [
+        ("optimizer.name", "lion"),
+        pytest.param("policy.lock", "UU", marks=pytest.mark.long),
+        pytest.param("model.projection_dim", 4, marks=pytest.mark.long),
+    ],
 )
 def test_an_allowed_change_that_no_checkpoint_fits_leaves_the_run_as_it_was(
     finished, tiny, train, tmp_path, key, value
