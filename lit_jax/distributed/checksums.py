@@ -1,4 +1,4 @@
-"""Checksums of parameters, computed on their devices: nothing else leaves the devices."""
+"""Checksums of parameters, computed on the devices that hold them; only the checksums leave the devices."""
 
 import functools
 import zlib
@@ -11,9 +11,9 @@ from lit_jax.distributed.mesh import REPLICATED, mesh_shape
 
 
 def checksums(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return two 32-bit numbers for each array, which depend on every bit, its place and the path.
+    """Return a checksum, two uint32 numbers, for each array; every bit, its position and the path count.
 
-    The numbers are the same on any mesh, and under `jax.set_mesh` whole on every process.
+    The checksums are the same on any mesh. Under `jax.set_mesh` every process holds all of them.
     """
     seeds = _seeds(tuple(leaves))
     return {path: _checksum(leaf, seeds[path]) for path, leaf in leaves.items()}
@@ -21,18 +21,19 @@ def checksums(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _seeds(paths: tuple[str, ...]) -> dict[str, jax.Array]:
-    """Return a number for each path: a program makes them, as the host may send nothing while it trains."""
+    """Return a uint32 seed for each path."""
+    # The seeds are constants of a compiled program, because a trainer forbids transfers from the host.
     seeds = {path: jnp.uint32(zlib.crc32(path.encode())) for path in paths}
     return jax.lax.with_sharding_constraint(seeds, REPLICATED) if mesh_shape() else seeds
 
 
 def rounded(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return the arrays, float32 or bfloat16, in bfloat16 with one kind of NaN.
+    """Return float32 or bfloat16 arrays as bfloat16, with the same bits for every NaN.
 
-    Libraries that convert float32 to bfloat16 round alike, to the nearest and then to even, but make
+    Libraries that convert float32 to bfloat16 agree in rounding (to nearest, ties to even), but they produce
     different NaNs.
     """
-    # The bits are rounded, because a conversion may flush the smallest numbers to zero.
+    # `_rounded` works on the bits, because a conversion by XLA may flush subnormal numbers to zero.
     return {path: _rounded(leaf) for path, leaf in leaves.items()}
 
 
@@ -40,7 +41,9 @@ def rounded(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 def _rounded(leaf: jax.Array) -> jax.Array:
     if leaf.dtype == jnp.float32:
         wide = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+        # Without its sign bit, a NaN is an integer above the bits of infinity.
         is_nan = (wide & jnp.uint32(0x7FFFFFFF)) > jnp.uint32(0x7F800000)
+        # Adding 0x7FFF and the lowest kept bit before the cut rounds to nearest, ties to even.
         half = jnp.uint32(0x7FFF) + ((wide >> jnp.uint32(16)) & jnp.uint32(1))
         bits = ((wide + half) >> jnp.uint32(16)).astype(jnp.uint16)
     else:
@@ -49,16 +52,16 @@ def _rounded(leaf: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.where(is_nan, jnp.uint16(0x7FC0), bits), jnp.bfloat16)
 
 
-# By the bytes of a number; a number of eight bytes is compared by halves.
+# The keys are item sizes in bytes. A number of eight bytes becomes two uint32 numbers.
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
-# One program for each shape: most leaves of a tree share theirs with others, and one program of all leaves
-# takes longer to compile than the train step.
+# Each shape gets a program of its own. Most leaves share their shape with other leaves, and one program for
+# all leaves took longer to compile than the train step.
 @jax.jit
 def _checksum(leaf: jax.Array, seed: jax.Array) -> jax.Array:
-    """Return two 32-bit sums over an array, of each number's bits and position mixed well."""
-    # A sum of products alone would not notice, for one, that an even number of signs has changed.
+    """Return two uint32 sums over the hashes of each number's bits and position."""
+    # A plain sum of products would miss some changes, such as an even number of flipped signs.
     leaf = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
     bits = jax.lax.bitcast_convert_type(leaf, _BITS[leaf.dtype.itemsize])
     position = seed
@@ -66,7 +69,7 @@ def _checksum(leaf: jax.Array, seed: jax.Array) -> jax.Array:
         index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         position = position * jnp.uint32(size) + index
     first = _mix(_mix(position) ^ bits.astype(jnp.uint32))
-    # Integer sums come out the same in any order: on any mesh.
+    # Integer sums do not depend on their order, so every mesh gives the same checksum.
     sums = jnp.stack([x.sum(dtype=jnp.uint32) for x in (first, _mix(first))])
     return jax.lax.with_sharding_constraint(sums, REPLICATED) if mesh_shape() else sums
 

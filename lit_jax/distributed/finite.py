@@ -1,4 +1,4 @@
-"""The search for NaN and infinite values on the devices: nothing but counts leaves them."""
+"""The search for NaN and infinite values on the devices; only counts leave the devices."""
 
 from collections.abc import Mapping
 
@@ -11,6 +11,7 @@ from lit_jax.distributed.mesh import REPLICATED
 from lit_jax.errors import UserError
 from lit_jax.trees import Tree, flatten
 
+# The number of parameters that a message names; a diverged model has hundreds.
 _LISTED = 3
 
 
@@ -21,9 +22,9 @@ def _count(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def not_finite(params: Tree) -> str:
-    """Return the paths of the parameters that have NaN or infinite values, with their number; '' if none has.
+    """Return the paths of parameters with NaN or infinite values and their counts; '' if all are finite.
 
-    Call it under `jax.set_mesh`, in all processes.
+    All processes must call this function, under `jax.set_mesh`.
     """
     counts = jax.device_get(_count(flatten(params)))
     found = [f"{path} ({int(count)})" for path, count in counts.items() if count]
@@ -34,13 +35,15 @@ def not_finite(params: Tree) -> str:
 def check_rows(finite_B: Bool[np.ndarray, " B"], side: str, params: Tree) -> None:
     """Raise UserError unless all rows that a tower has computed are finite.
 
-    Call it under `jax.set_mesh`, in all processes that have the parameters.
+    All processes that hold the parameters must call this function, under `jax.set_mesh`.
 
     Args:
-        params: the parameters that the rows depend on, which are searched for the message alone.
+        finite_B: whether each row is finite.
+        params: the parameters that the rows depend on. They are searched only to write the message.
     """
     if finite_B.all():
         return
+    # Bad parameters and an overflow need different remedies, so the message says which of them it is.
     if found := not_finite(params):
         reason = f"its parameters have NaN or infinite values: {found}; load others"
     else:

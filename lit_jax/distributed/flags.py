@@ -13,33 +13,33 @@ import jax
 from lit_jax.errors import UserError
 
 FLAGS = {
-    # libtpu reads these, and ends the process at one that it does not know.
+    # Only libtpu reads these flags. It ends the process when it meets an unknown flag.
     "LIBTPU_INIT_ARGS": {
-        # Collectives run beside the computation that does not need them yet. So does the default of libtpu
-        # 0.0.42: compiled for v5e:4x4, a sharded train step comes out the same. Written down so
-        # that it stays so.
+        # Collectives overlap with computation that does not need their result yet. libtpu 0.0.42 does so by
+        # default: a sharded train step compiled for v5e:4x4 is the same with and without these flags. The
+        # flags guard against another default in a later version.
         "xla_tpu_enable_async_collective_fusion": "true",
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
         "xla_tpu_enable_latency_hiding_scheduler": "true",
     },
-    # Every XLA reads these; the ones for GPUs or CPUs mean nothing to the others.
+    # XLA reads these flags on every platform; a flag of another platform has no effect.
     "XLA_FLAGS": {
-        # On CPUs, operations in the order that needs least memory, not the one in which most can run at once:
-        # there are far fewer cores than that. The step of a locked ViT-B/16 and BERT-base needs 0.2 GiB less,
-        # and takes no longer.
+        # On CPUs, operations are ordered for least memory, not for most concurrency, because there are far
+        # fewer cores than concurrent operations. The step of a locked ViT-B/16 and BERT-base needs 0.2 GiB
+        # less and takes no longer.
         "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-        # The same for GPUs: gradients of one layer are summed over the devices while those of the next are
-        # computed. Recommended by JAX's page on GPU performance.
+        # On GPUs, the gradients of one layer are summed over the devices while the gradients of the next
+        # layer are computed. JAX's page on GPU performance recommends this flag.
         "xla_gpu_enable_latency_hiding_scheduler": "true",
     },
 }
 
 
 def set_flags(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Add `FLAGS` to the variables, but for flags that are there already."""
+    """Add `FLAGS` to the variables of `environment`; flags that the user has set stay as they are."""
     for variable, flags in FLAGS.items():
         own = environment.get(variable, "")
-        # XLA_FLAGS may also name a file, which then holds all of them.
+        # XLA_FLAGS may also be the name of a file with flags. XLA then reads no flags from the variable.
         if own and not own.lstrip().startswith("-"):
             continue
         names = {flag.lstrip("-").partition("=")[0] for flag in own.split()}
@@ -47,7 +47,8 @@ def set_flags(environment: MutableMapping[str, str] = os.environ) -> None:
         environment[variable] = " ".join([*own.split(), *added])
 
 
-# (needed value, reason) for the settings of JAX under which a run would not compute what its config says.
+# (required value, reason) of each JAX setting that would otherwise change what a run computes. The config
+# does not record these settings, so a run with another value could not be repeated.
 _FIXED: dict[str, tuple[Any, str]] = {
     "jax_enable_x64": (False, "a run computes in float32 or bfloat16"),
     "jax_disable_jit": (False, "a step is compiled as a whole"),

@@ -1,7 +1,7 @@
-"""The launcher of this process, and the place of the process among those of the run.
+"""The launcher of this process, and the place of this process among those of the run.
 
-A launcher writes into the environment the number of processes and the index of this one. Without it, or with
-one process, this process is the only one and needs nothing from JAX's distributed runtime.
+A launcher writes the number of processes and the index of this process into the environment. Without a
+launcher, or with a count of 1, this process is the only one and needs nothing from JAX's distributed runtime.
 """
 
 import os
@@ -10,14 +10,14 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-# JAX's knowledge of TPU slices and Kubernetes has no public name.
+# JAX's detection of TPU slices and Kubernetes is private, and we do not want to repeat it.
 from jax._src import clusters
 
 from lit_jax.errors import UserError
 
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _PORT = "JAX_COORDINATOR_PORT"
-# More processes than any machine has; JAX's own integers have 32 bits.
+# More processes than any cluster runs. The bound keeps a typing error away from JAX's 32-bit integers.
 _MOST = 1_000_000
 Environment = Mapping[str, str]
 
@@ -27,9 +27,11 @@ class Place(NamedTuple):
 
     Attributes:
         address: HOST:PORT at which process 0 waits for the others.
-        count_from: the variable that has the count; messages name it.
-        address_from: the variable that has the address of process 0.
-        devices: the numbers of the GPUs that are this process's own; None for all that it sees.
+        index: the index of this process, from 0.
+        count: the number of processes.
+        count_from: the variable that holds the count; messages name it.
+        address_from: the variable that holds the address of process 0.
+        devices: the local ids of the GPUs that this process uses; None for all visible GPUs.
     """
 
     index: int
@@ -41,12 +43,12 @@ class Place(NamedTuple):
 
 
 class _Unsupported(NamedTuple):
-    """A launcher whose processes cannot find each other by its variables.
+    """A launcher whose variables do not say where process 0 is.
 
     Attributes:
-        size: the variable that has the number of processes.
-        rank: the variable that has the index of this process.
-        needs: a variable without which a common name such as NUM_PROCESSES means something else.
+        size: the variable that holds the number of processes.
+        rank: the variable that holds the index of this process.
+        needs: another variable that must be set, where `size` is too common a name to mean this launcher.
     """
 
     name: str
@@ -65,7 +67,7 @@ _UNSUPPORTED = (
     _Unsupported("AWS Batch", "AWS_BATCH_JOB_NUM_NODES", "AWS_BATCH_JOB_NODE_INDEX"),
     _Unsupported("Kubeflow", "NUM_PROCESSES", "PROCESS_ID", needs="COORDINATOR_ADDRESS"),
 )
-# These give a process its index, but not the number of processes.
+# These launchers give a process its index, but not the number of processes.
 _RANK_ALONE = (
     ("a launcher of PMIx", "PMIX_RANK"),
     ("Cray PALS", "PALS_RANKID"),
@@ -77,8 +79,10 @@ _INSTEAD = f"start them by launch/local.sh or srun, or by {_ADDRESS}, {_COUNT}, 
 def find_place(environment: Environment = os.environ) -> Place | None:
     """Return this process's place, None if it is the only one.
 
-    Raise UserError for values that cannot be, and for a launcher of several that is not understood.
+    Raise UserError for impossible values, and if an unsupported launcher has started several processes.
     """
+    # The user's own variables win over any launcher. Open MPI comes before Slurm: mpirun inside a Slurm job
+    # sets both, and the job's variables then describe mpirun's own task.
     if any(environment.get(name) for name in (_ADDRESS, _COUNT, _INDEX)):
         place = _from_jax_variables(environment)
     else:
@@ -86,6 +90,7 @@ def find_place(environment: Environment = os.environ) -> Place | None:
         _refuse_others(environment, place)
     if place is None or place.count == 1:
         return None
+    # JAX reads this variable itself, and fails on a bad value with a bare ValueError.
     devices = environment.get("JAX_LOCAL_DEVICE_IDS", "")
     if not re.fullmatch(r"([0-9]{1,4}(,[0-9]{1,4})*)?", devices):
         raise UserError(
@@ -106,7 +111,7 @@ def idle_tasks(environment: Environment = os.environ) -> str:
 
 
 def split_address(name: str, text: str) -> tuple[str, int]:
-    """Return host and port of HOST:PORT. Raise UserError, with the variable's name, for anything else."""
+    """Return host and port of HOST:PORT. Raise UserError, which names the variable, for any other text."""
     host, _, port = text.rpartition(":")
     in_brackets = host.startswith("[") and host.endswith("]")
     reasons = {
@@ -126,6 +131,7 @@ def split_address(name: str, text: str) -> tuple[str, int]:
 
 
 def _from_jax_variables(environment: Environment) -> Place:
+    """Return the place that the user gives by JAX's three variables. Raise UserError if one is missing."""
     given = {name: environment.get(name, "") for name in (_ADDRESS, _COUNT, _INDEX)}
     if missing := [name for name, text in given.items() if not text]:
         there = [name for name in given if name not in missing]
@@ -140,7 +146,7 @@ def _from_jax_variables(environment: Environment) -> Place:
 
 
 def _from_open_mpi(environment: Environment) -> Place | None:
-    """Return the place that mpirun of Open MPI (4 or 5) gives."""
+    """Return the place that mpirun of Open MPI 4 or 5 gives, None without it."""
     size = "OMPI_COMM_WORLD_SIZE"
     if not environment.get(size):
         return None
@@ -151,7 +157,8 @@ def _from_open_mpi(environment: Environment) -> Place | None:
     local_count = _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE", 1, count)
     local = _number(environment, "OMPI_COMM_WORLD_LOCAL_RANK", 0, local_count - 1)
     host, address_from = _open_mpi_host(environment, alone=local_count == count)
-    # The same for all processes of one mpirun, different for each mpirun.
+    # The job name is the same for all processes of one mpirun and differs between jobs. A port derived from
+    # it keeps two jobs on one machine apart.
     job = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_orte_hnp_uri", "")
     address = f"{host}:{_port(environment, zlib.crc32(job.encode()))}"
     devices = _own_devices(environment, local, local_count)
@@ -159,10 +166,10 @@ def _from_open_mpi(environment: Environment) -> Place | None:
 
 
 def _open_mpi_host(environment: Environment, *, alone: bool) -> tuple[str, str]:
-    """Return the machine of process 0, which is mpirun's own, and the variable that names it."""
+    """Return the machine of process 0, where mpirun itself runs, and the variable that names this machine."""
     if alone:
         return "localhost", "OMPI_COMM_WORLD_LOCAL_SIZE"
-    # Open MPI 4.
+    # Open MPI 4 sets this variable, Open MPI 5 sets PMIX_NAMESPACE.
     if uri := environment.get("OMPI_MCA_orte_hnp_uri"):
         address = clusters.OmpiCluster.get_coordinator_address(None, "1")
         return address.rpartition(":")[0], f"OMPI_MCA_orte_hnp_uri={uri}"
@@ -176,10 +183,10 @@ def _open_mpi_host(environment: Environment, *, alone: bool) -> tuple[str, str]:
 
 
 def _from_slurm(environment: Environment) -> Place | None:
-    """Return the place that srun gives.
+    """Return the place that srun gives, None outside of a job step.
 
-    The job's SLURM_NTASKS is also set where a shell of the allocation starts a single process; the step's
-    own number of tasks wins.
+    The step's number of tasks wins over the job's SLURM_NTASKS, which is also set where a shell of the
+    allocation starts a single process.
     """
     needed = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
     size = next(
@@ -198,13 +205,13 @@ def _from_slurm(environment: Environment) -> Place | None:
 
 
 def _slurm_devices(environment: Environment) -> tuple[int, ...] | None:
-    """Return the GPUs of a task that sees those of all tasks on its node, as launch/slurm.sh starts them."""
-    # Each task sees its own alone with --gpus-per-task or --gpu-bind, also as --tres-per-task=gres/gpu:2.
+    """Return this task's share of the GPUs, if it sees those of all tasks on its node (launch/slurm.sh)."""
+    # With --gpus-per-task, --gpu-bind or --tres-per-task=gres/gpu:2 a task sees only its own GPUs.
     asked = ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND")
     tres = ("SLURM_TRES_PER_TASK", "SLURM_TRES_BIND")
     if any(map(environment.get, asked)) or any("gpu" in environment.get(name, "") for name in tres):
         return None
-    # "2(x3),1": two tasks on each of three nodes, then one.
+    # The layout "2(x3),1" means two tasks on each of three nodes, then one task on a fourth.
     layout = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
     parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", layout)
     tasks_of_nodes = [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]
@@ -220,10 +227,10 @@ def _slurm_devices(environment: Environment) -> tuple[int, ...] | None:
 def _own_devices(
     environment: Environment, local: int, local_count: int | None
 ) -> tuple[int, ...] | None:
-    """Return the GPUs of the process `local` of a machine; None for all that it sees.
+    """Return the ids of the GPUs of the process with the local index `local`; None for all visible GPUs.
 
-    A process that is alone on its machine gets all GPUs. Several share them evenly; if their number is not
-    known, each gets one.
+    A process that is alone on its machine gets all GPUs. Several processes share the GPUs evenly. If
+    `local_count` or the number of GPUs is not known, each process gets one.
     """
     if local_count == 1 or environment.get("JAX_LOCAL_DEVICE_IDS"):
         return None
@@ -232,13 +239,13 @@ def _own_devices(
     if visible is None or local_count is None:
         return (local,)
     each = len(visible.split(",")) // local_count
-    # A process that sees fewer GPUs than there are processes sees its own ones alone.
+    # The launcher has already split the GPUs if a process sees fewer of them than there are processes.
     if each == 0:
         return None
     return tuple(range(local * each, (local + 1) * each))
 
 
-# (cluster that JAX detects by itself, its source of the number of processes as messages name it).
+# (cluster that JAX detects by itself, name of the source of the process count for messages)
 _JAX_CLUSTERS = (
     (clusters.GkeTpuCluster, "TPU_WORKER_HOSTNAMES"),
     (clusters.GceTpuCluster, "the TPU's metadata"),
@@ -247,9 +254,9 @@ _JAX_CLUSTERS = (
 
 
 def _from_jax(environment: Environment) -> Place | None:
-    """Return the place that JAX finds for a TPU slice or a Kubernetes job."""
+    """Return the place that JAX detects for a TPU slice or a Kubernetes job, None elsewhere."""
     for cluster, source in _JAX_CLUSTERS:
-        # Without its number a pod is not one of an indexed job; JAX's own look-up would fail.
+        # A pod without an index does not belong to an indexed job, and JAX's look-up would raise an error.
         if cluster is clusters.K8sCluster and not environment.get("JOB_COMPLETION_INDEX"):
             continue
         try:
@@ -257,7 +264,7 @@ def _from_jax(environment: Environment) -> Place | None:
                 return _ask(cluster, source, environment)
         except UserError:
             raise
-        # The metadata server, Kubernetes or an odd value may raise anything.
+        # The metadata server, the Kubernetes client or a malformed value may raise any type of error.
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
@@ -276,10 +283,12 @@ def _ask(cluster: Any, source: str, environment: Environment) -> Place:
 
 
 def _refuse_others(environment: Environment, place: Place | None) -> None:
-    """Raise UserError if another launcher started several processes: each would train by itself."""
+    """Raise UserError if an unsupported launcher started several processes: each would train by itself."""
     here = (place.count, place.index) if place else (1, 0)
     for launcher in _UNSUPPORTED:
         size, rank = environment.get(launcher.size, ""), environment.get(launcher.rank, "0")
+        # Supported launchers may set these variables, too, as Slurm sets PMI_SIZE. Equal values are no
+        # conflict.
         if not size.isdecimal() or int(size) < 2 or (size, rank) == tuple(map(str, here)):
             continue
         if not launcher.needs or environment.get(launcher.needs):
@@ -297,14 +306,14 @@ def _refuse_others(environment: Environment, place: Place | None) -> None:
 
 
 def _port(environment: Environment, job: int) -> int:
-    """Return the user's port, or one of the last 4096 by the number of the job, as JAX chooses them."""
+    """Return the user's port, or one of the last 4096 ports by the job's number, as JAX itself chooses."""
     if environment.get(_PORT):
         return _number(environment, _PORT, 1, 65535)
     return job % 2**12 + 65536 - 2**12
 
 
 def _number(environment: Environment, name: str, least: int, most: int, note: str = "") -> int:
-    """Return the number that a variable holds. Raise UserError if it is not from `least` to `most`."""
+    """Return the number that a variable holds. Raise UserError unless it lies from `least` to `most`."""
     text = environment.get(name, "")
     if re.fullmatch(r"[0-9]{1,19}", text) and least <= int(text) <= most:
         return int(text)

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lit_jax.config import MeshConfig
 from lit_jax.errors import UserError
 
+# The batch is split over both axes and matrices over 'fsdp' alone, so every device gets rows of its own.
 AXES = ("data", "fsdp")
 BATCH = PartitionSpec(AXES)
 REPLICATED = PartitionSpec()
@@ -19,11 +20,12 @@ REPLICATED = PartitionSpec()
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh of all (or the given) devices over the axes 'data' and 'fsdp'.
 
-    With several slices, 'data' counts the slices, too: split matrices are gathered inside each slice, and
-    only the sums over 'data' go through the network between slices, unless 'fsdp' is a multiple of a slice.
+    With several slices, the axis 'data' spans the slices: split matrices are gathered inside each slice, and
+    only the sums over 'data' cross the slower network between slices. If 'fsdp' is a multiple of the slice
+    size, gathers cross that network, too.
 
-    Raise UserError if the two sizes do not multiply to the number of devices, or if neither of fsdp and the
-    number of devices of a slice divides the other.
+    Raise UserError if the two sizes do not multiply to the number of devices, or if neither 'fsdp' nor the
+    slice size divides the other.
     """
     devices = jax.devices() if devices is None else devices
     fsdp = config.fsdp
@@ -41,8 +43,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"config.mesh.fsdp={fsdp} and the {of_slice} devices of each of the {len(slices)} slices do not "
             "divide; set it to a divisor of them or to a multiple."
         )
-    # jax.make_mesh refuses the devices of several slices, so each slice has a mesh of its own first. Auto is
-    # written out: the default, Explicit, rejects stock layers (gather, convolution).
+    # jax.make_mesh rejects devices of several slices, so each slice first gets a mesh of its own, ordered by
+    # its physical topology. The axis type is Auto, because the default, Explicit, rejects stock layers
+    # (gather, convolution).
     types = (AxisType.Auto,) * 2
     parts = [
         jax.make_mesh((of_slice // inside, inside), AXES, axis_types=types, devices=part).devices
@@ -52,7 +55,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def group_by_slice(devices: Sequence[Any]) -> list[list[Any]]:
-    """Return the devices of each TPU slice, or of each machine with GPUs; all in one if they name none."""
+    """Return the devices grouped by TPU slice or GPU machine; one group if devices have no slice index."""
     numbers = [getattr(device, "slice_index", 0) for device in devices]
     return [
         [device for device, number in zip(devices, numbers, strict=True) if number == wanted]
@@ -61,22 +64,22 @@ def group_by_slice(devices: Sequence[Any]) -> list[list[Any]]:
 
 
 def mesh_shape() -> Mapping[str, int]:
-    """Return the sizes of the axes of the mesh of `jax.set_mesh`; empty if none is set.
+    """Return the axis sizes of the mesh of `jax.set_mesh`; an empty mapping if no mesh is set.
 
-    They are empty for a mesh of other axes, too: whoever calls a model from Python shards its arrays.
+    The mapping is also empty for a mesh with other axes. A caller who sets such a mesh shards the arrays.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape if mesh.axis_names == AXES else {}
 
 
 def device_kind() -> str:
-    """Return the kind of device of the mesh of `jax.set_mesh`, as 'NVIDIA H100 80GB HBM3'; '' without it."""
+    """Return the device kind of the mesh of `jax.set_mesh`, such as 'NVIDIA H100 80GB HBM3', or ''."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return "" if device is None else device.device_kind
 
 
 def mesh_size() -> int:
-    """Return the number of devices of the mesh of `jax.set_mesh`; 1 without it."""
+    """Return the number of devices of the mesh of `jax.set_mesh`; 1 without a mesh."""
     return math.prod(mesh_shape().values())
 
 
@@ -91,9 +94,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def global_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Return the batch over all devices, to which this process contributes its `rows`."""
+    """Return the global batch, split over all devices, from the `rows` that each process contributes."""
     sharding = batch_sharding(mesh)
-    # This transfer is intended.
+    # A trainer forbids implicit transfers by jax.transfer_guard. The transfer of the batch is intended.
     with jax.transfer_guard("allow"):
         return {
             name: jax.make_array_from_process_local_data(sharding, array)
@@ -104,7 +107,7 @@ def global_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
 def shard_batch(x: jax.Array) -> jax.Array:
     """Keep the leading (batch) axis of an activation split over the mesh of `jax.set_mesh`, if one is set.
 
-    Every scanned block needs it: without it the compiler was seen to replicate the batch.
+    Every scanned block needs this constraint: without it the compiler was seen to replicate the batch.
     """
     if not mesh_shape():
         return x

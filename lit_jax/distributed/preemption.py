@@ -1,4 +1,4 @@
-"""SIGTERM: how a cluster announces that the machine goes away."""
+"""SIGTERM, by which a cluster announces that it will take the machine away."""
 
 import signal
 import threading
@@ -9,15 +9,18 @@ from jax.experimental import multihost_utils
 
 
 class StopSignal:
-    """Remembers a SIGTERM while in `with`, so that the loop can save before it stops.
+    """A context manager that remembers a SIGTERM, so that the loop can save before it stops.
+
+    Args:
+        alone: whether each process of several decides for itself when to stop.
 
     Attributes:
-        received: whether this process got one; always set if the processes stop one by one (`alone`).
+        received: whether this process got a SIGTERM. With several processes it is set only if `alone`.
     """
 
     def __init__(self, *, alone: bool = False):
-        # With several processes JAX itself listens, and makes all of them stop after the same step. Python
-        # lets only the main thread listen: in another one, a SIGTERM does what it did before.
+        # With several processes JAX's own handler listens and makes all of them stop after the same step.
+        # Python allows signal handlers only in the main thread. In another thread SIGTERM keeps its effect.
         is_main = threading.current_thread() is threading.main_thread()
         self._listens = is_main and (alone or jax.process_count() == 1)
         self.received = False
@@ -35,7 +38,7 @@ class StopSignal:
         self.received = True
 
     def requested(self, step: int) -> bool:
-        """Return True to stop after this step; all processes ask once a step and get the same answer."""
+        """Return whether to stop after this step; all processes ask once a step and get the same answer."""
         if jax.process_count() == 1:
             return self.received
         return multihost_utils.reached_preemption_sync_point(step)

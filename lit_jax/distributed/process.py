@@ -1,4 +1,4 @@
-"""Process set-up: the one place where a command joins the other processes of its run, and leaves them."""
+"""Process set-up: the only place where a command joins the other processes of its run or leaves them."""
 
 import contextlib
 import ctypes
@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-# JAX has no public name for whether it is in use already.
+# JAX has no public function that says whether its backends are initialised.
 from jax._src import xla_bridge
 
 from lit_jax.distributed.flags import check_settings, set_flags
@@ -22,22 +22,23 @@ from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# After so many seconds without a sign of life from one process, JAX aborts all others (SIGABRT).
+# JAX aborts all other processes (SIGABRT) when one process sends no heartbeat for this long.
 HEARTBEAT_SECONDS = 40
-# Between the time-out and the abort lie a heartbeat and a poll of the coordinator.
+# The abort follows the time-out by up to one heartbeat and one poll of the coordinator.
 _VERDICT_SECONDS = 5
-# A shorter compilation leaves too little memory behind to be worth looking for.
+# A shorter compilation leaves too little free memory behind to be worth a call of malloc_trim.
 COMPILE_SECONDS = 1.0
 
+# `leave` and `await_verdict` need the index when the backend may hang, so jax.process_index() is no option.
 _number: int | None = None
 
 
 def initialize() -> None:
-    """Join the run's processes; call before anything touches a device.
+    """Join the run's processes; call this function before anything touches a device.
 
-    A process that is the only one may use JAX already, as in a notebook. If others do not come, this one says
-    so within seconds, and raises GoneError after five minutes. If one dies or stops later, JAX's heartbeats
-    end the others after `HEARTBEAT_SECONDS`.
+    A single process may have used JAX before, as in a notebook. If other processes do not come, this process
+    warns within seconds and raises GoneError after five minutes. If a process dies or stops later, JAX's
+    failure detector ends the others after `HEARTBEAT_SECONDS`.
     """
     global _number
     check_settings()
@@ -52,6 +53,7 @@ def initialize() -> None:
             f"{place.count_from} says {place.count} processes, which must come together before anything uses "
             "JAX; start the command in a process of its own."
         )
+    # XLA reads the flags once, when the first backend starts; later changes have no effect.
     if not is_used:
         set_flags()
         _steady_simulated_devices()
@@ -71,7 +73,7 @@ def _join(place: Place) -> None:
         place.count,
         place.index,
         local_device_ids=place.devices,
-        # `find_place` has looked already.
+        # `find_place` has detected the cluster already.
         cluster_detection_method="deactivate",
         initialization_timeout=START_SECONDS,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
@@ -79,11 +81,11 @@ def _join(place: Place) -> None:
 
 
 def open_devices() -> None:
-    """Raise UserError if JAX has no device of the kind that the environment asks for, or an odd setting."""
+    """Start the backend. Raise UserError if it has no such device or a setting would change results."""
     check_settings()
     try:
         jax.local_devices()
-    # AssertionError is what JAX raises where it knows the platform's name but has no plugin for it.
+    # JAX raises AssertionError for a platform that it knows by name but has no plugin for.
     except (RuntimeError, AssertionError) as error:
         platforms = os.environ.get("JAX_PLATFORMS", "")
         reason = " ".join(str(error).split()).removesuffix(".") or "there is no plugin for it"
@@ -94,11 +96,11 @@ def open_devices() -> None:
 
 
 def _steady_simulated_devices() -> None:
-    """Keep several simulated CPU devices from waiting for each other for ever.
+    """Keep several simulated CPU devices from a deadlock.
 
-    XLA's CPU client starts one thread a device, but a device waits in several collectives at once, and
-    in those of two steps when dispatch is asynchronous: then devices without a thread never arrive.
-    NPROC is what the client takes for the number of threads if it is set.
+    XLA's CPU client starts one thread for each device. A device may wait in several collectives at once, and
+    with asynchronous dispatch in the collectives of two steps. Devices that get no thread then never arrive.
+    The client takes the number of threads from NPROC if that variable is set.
     """
     flag = re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     configured: Any = jax.config.values["jax_num_cpu_devices"]
@@ -108,15 +110,15 @@ def _steady_simulated_devices() -> None:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-# Cached, as a listener stays for the life of the process.
+# The cache makes a second call do nothing: JAX keeps a listener for the life of the process.
 @functools.cache
 def _give_memory_back_after_compiling() -> None:
-    """Give what compiling leaves free back to the system before the program that was compiled takes its own.
+    """Return the memory that a compilation frees to the system before the compiled program allocates its own.
 
-    The C library would keep it: of the step of a locked ViT-B/16 and BERT-base 0.3 GiB.
+    The C library would keep that memory: 0.3 GiB for the step of a locked ViT-B/16 and BERT-base.
     """
     give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    # Other C libraries than glibc have no such function.
+    # Only glibc has malloc_trim.
     if give_back is None:
         return
 
@@ -131,10 +133,11 @@ def _give_memory_back_after_compiling() -> None:
 
 
 def await_verdict() -> None:
-    """Return, after a failure in one of several processes, only if all others are still there.
+    """Wait, after a failure in one of several processes, for JAX's failure detector to decide.
 
-    If one is gone, collectives fail long before JAX knows why. JAX's client then ends this process by an
-    abort that Python cannot see, and that tells launchers that the failure was not of its own making.
+    If another process is gone, collectives fail long before JAX knows the reason. JAX's client then ends this
+    process by an abort, which Python cannot catch and which tells launchers that another process failed
+    first. The function returns only if all other processes are still there.
     """
     if _number is not None:
         time.sleep(HEARTBEAT_SECONDS + _VERDICT_SECONDS)
@@ -143,10 +146,11 @@ def await_verdict() -> None:
 def leave(code: int) -> None:
     """End this process with an exit code if it is one of several; return if it is the only one.
 
-    Python's own way out would wait for the others, which wait for this one in a collective.
+    Python's normal exit would wait for the other processes, which wait for this process in a collective.
     """
     if _number is None:
         return
+    # os._exit skips the flush of buffered output, which holds the error message.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -154,7 +158,7 @@ def leave(code: int) -> None:
 
 
 def number() -> int | None:
-    """Return this process's number among several, None if it is the only one. Touches no device."""
+    """Return this process's index among several, None if it is the only one. This call touches no device."""
     return _number
 
 

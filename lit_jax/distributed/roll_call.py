@@ -1,8 +1,8 @@
 """The meeting of a run's processes before JAX starts: missing processes are named within seconds.
 
-JAX waits in silence and then aborts with a page of C++. Process 0 listens at the coordinator's address, which
-JAX takes over afterwards; the others connect and give their number. When all are there, process 0 lets them
-go on.
+JAX itself waits in silence and then aborts with a page of C++. Here process 0 listens at the coordinator's
+address, which JAX takes over afterwards. The other processes connect and send their index. When all have
+come, process 0 tells them to go on.
 """
 
 import contextlib
@@ -22,20 +22,21 @@ log = logging.getLogger(__name__)
 
 # Pods and machines of a run may come up minutes apart.
 START_SECONDS = 300
-# The seconds until missing processes are named for the first time, and between the next times.
+# Missing processes are named after SAY_SECONDS, and then every _AGAIN_SECONDS.
 SAY_SECONDS = 5
 _AGAIN_SECONDS = 60
-# A process of an earlier run that was told to stop may hold the port a little longer.
+# A process of an earlier run that was told to stop may still hold the port for a moment.
 _PORT_SECONDS = 5
-# The name of a new pod may appear late.
+# DNS may learn the name of a new pod late.
 _NAME_SECONDS = 60
+# The greeting tells this protocol from any other service that happens to use the port.
 _HELLO, _GO, _NO = b"lit_jax\n", b"go\n", b"no "
 
 
 def meet(place: Place) -> None:
-    """Return when all processes of the run are there.
+    """Wait until all processes of the run have come.
 
-    Raise UserError if they cannot meet, and GoneError if some have not come in `START_SECONDS`.
+    Raise UserError if the processes cannot meet, and GoneError if some have not come in `START_SECONDS`.
     """
     host, port = split_address(place.address_from, place.address)
     clock = _Clock(place)
@@ -47,7 +48,7 @@ def meet(place: Place) -> None:
 
 
 class _Clock:
-    """The time since the start, which decides when to warn and when to give up."""
+    """The time since the start, which decides when to warn about missing processes and when to give up."""
 
     def __init__(self, place: Place):
         self._place = place
@@ -56,10 +57,11 @@ class _Clock:
 
     @property
     def seconds(self) -> float:
+        """The seconds since the start."""
         return time.monotonic() - self._start
 
     def tick(self, missing: Callable[[], str]) -> None:
-        """Name the missing processes if it is time to. Raise GoneError after `START_SECONDS`."""
+        """Log the missing processes when a warning is due. Raise GoneError after `START_SECONDS`."""
         place = self._place
         says = f"{place.count_from} says {place.count} processes"
         if self.seconds >= START_SECONDS:
@@ -80,7 +82,7 @@ class _Clock:
 
 
 def _check_name(host: str, place: Place, clock: _Clock) -> None:
-    """Raise UserError if process 0 does not know the name under which the others look for it."""
+    """Raise UserError if process 0 cannot resolve the name by which the other processes look for it."""
     while (problem := _unknown(host)) is not None:
         if clock.seconds >= _NAME_SECONDS:
             raise UserError(
@@ -94,14 +96,14 @@ def _check_name(host: str, place: Place, clock: _Clock) -> None:
 def _unknown(host: str) -> str | None:
     try:
         socket.getaddrinfo(host, None)
-    # UnicodeError: a name with an empty or long part.
+    # The IDNA codec raises UnicodeError for a name with an empty or too long part.
     except (OSError, UnicodeError) as error:
         return getattr(error, "strerror", None) or str(error)
     return None
 
 
 def _gather(port: int, place: Place, clock: _Clock) -> None:
-    """Listen, as process 0, until each number has come once, and let all go on."""
+    """Listen, as process 0, until each index has come once, and then tell all processes to go on."""
     there: dict[int, socket.socket] = {}
     try:
         with _listen(port, place) as server, selectors.DefaultSelector() as selector:
@@ -112,16 +114,17 @@ def _gather(port: int, place: Place, clock: _Clock) -> None:
                     if key.fileobj is server:
                         _welcome(server, there, selector, place)
                     else:
-                        # No process speaks now, so this one has ended.
+                        # A process sends nothing after its greeting, so a readable socket is a closed one.
                         left = next(index for index, peer in there.items() if peer is key.fileobj)
                         selector.unregister(there[left])
                         there.pop(left).close()
         for peer in there.values():
-            # JAX will wait for a process that has ended meanwhile.
+            # A process may have ended meanwhile. JAX's own start then waits for it and times out.
             with contextlib.suppress(OSError):
                 peer.sendall(_GO)
         for peer in there.values():
-            # The others close first: the side that does so keeps the port for a minute.
+            # The peers must close first. The side that closes first keeps the port in TIME_WAIT for a
+            # minute, and JAX needs this port at once.
             with contextlib.suppress(OSError):
                 peer.recv(1)
     finally:
@@ -135,8 +138,9 @@ def _welcome(
     selector: selectors.BaseSelector,
     place: Place,
 ) -> None:
-    """Take in a process of this run, and turn away anything else that finds the port."""
+    """Accept a process of this run, and reject anything else that finds the port."""
     peer, (address, *_) = server.accept()
+    # A port scanner that sends nothing must not block the meeting.
     peer.settimeout(5)
     try:
         name, index, count = peer.recv(100).split()
@@ -148,6 +152,7 @@ def _welcome(
     if name != _HELLO.strip() or not index > 0:
         peer.close()
         return
+    # A wrong count or a double index means a wrong launch, so that process gets the reason and ends.
     reason = ""
     if count != place.count:
         reason = f"process {index} on {address} is one of {count} processes, process 0 one of {place.count}"
@@ -173,20 +178,23 @@ def _missing(there: Iterable[int], place: Place) -> str:
 
 
 def _is_here(host: str) -> bool:
-    """Return whether the name is one of this machine's; False for one that a router translates, too."""
+    """Return whether a host name is one of this machine; False also for an address behind NAT."""
     with contextlib.suppress(OSError, UnicodeError):
         for family, kind, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM):
             with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+                # Only addresses of this machine can be bound.
                 probe.bind(address)
                 return True
     return False
 
 
 def _listen(port: int, place: Place) -> socket.socket:
-    """Return a socket that listens at the coordinator's port. Raise UserError if that is not possible."""
+    """Return a socket that listens at the coordinator's port. Raise UserError if the port is taken."""
     latest = time.monotonic() + _PORT_SECONDS
     while True:
         try:
+            # The peers may reach this machine by IPv4 or IPv6, so the socket accepts both where the system
+            # can.
             dual = socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if dual else socket.AF_INET
             return socket.create_server(
@@ -205,7 +213,7 @@ def _listen(port: int, place: Place) -> socket.socket:
 
 
 def _follow(host: str, port: int, place: Place, clock: _Clock) -> None:
-    """Connect to process 0, as often as needed, and wait for its word to go on."""
+    """Connect to process 0, as often as needed, and wait until it says to go on."""
     problem = ""
 
     def missing() -> str:
@@ -229,12 +237,12 @@ def _follow(host: str, port: int, place: Place, clock: _Clock) -> None:
         except (OSError, UnicodeError) as error:
             problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
         time.sleep(0.5)
-    # JAX's service starts now; a process that comes too early waits longer.
+    # JAX's service starts now. A client that connects before the service is up waits for a longer retry.
     time.sleep(0.1)
 
 
 def _wait_for_word(peer: socket.socket, clock: _Clock, missing: Callable[[], str]) -> bool:
-    """Return True if process 0 lets this one go on, False if it has ended. Raise UserError if it refuses."""
+    """Return True when process 0 says to go on, False if it has ended. Raise UserError if it refuses."""
     said = b""
     peer.settimeout(0.5)
     while True:
@@ -248,6 +256,7 @@ def _wait_for_word(peer: socket.socket, clock: _Clock, missing: Callable[[], str
             return True
         if said.startswith(_NO) and said.endswith(b"\n"):
             _refuse(said)
+        # An empty read means that process 0 has closed the connection.
         if not more:
             return False
 

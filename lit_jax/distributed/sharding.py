@@ -1,4 +1,4 @@
-"""The sharding of parameters and optimizer state: ordered regex rules, of which the first match wins."""
+"""The sharding of parameters and optimizer state by an ordered list of regex rules; the first match wins."""
 
 import functools
 import re
@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lit_jax.distributed.mesh import REPLICATED, mesh_shape, replicated
 from lit_jax.trees import Tree, flatten, unflatten
 
-# Matrices are split over 'fsdp' and gathered for each product. Vectors are too small to be worth it.
+# Matrices are split over 'fsdp' and gathered for each product. Vectors are too small to be worth a gather.
 PARAMETER_RULES: tuple[tuple[str, str | None], ...] = (
     (r".*/(kernel|embedding)", "fsdp"),
     (r".*", None),
@@ -31,12 +31,13 @@ def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 
 def matrix_spec(shape: tuple[int, ...], axis: str, parts: int) -> PartitionSpec:
-    """Return the spec that splits the longer of the last two axes that `parts` divides over `axis`.
+    """Return the spec that splits one of the last two axes over `axis`: the longer one that `parts` divides.
 
-    A matrix whose last two axes do not divide stays whole; of equal axes the rows are split.
+    If `parts` divides neither, the matrix stays whole. If both have the same length, the rows are split.
     """
-    # The longer axis, because the TPU compiler reduce-scatters a gradient only if the part is wide: with 128
-    # columns in bfloat16 it was seen to sum all of the gradient on every device.
+    # The longer axis is split, because the TPU compiler reduce-scatters a gradient only if the part is wide:
+    # with 128 columns in bfloat16 it was seen to sum the whole gradient on every device. Leading axes are the
+    # depth of scanned stacks, and a scan would gather a split depth in every step.
     candidates = range(max(len(shape) - 2, 0), len(shape))
     for split in sorted(candidates, key=lambda i: -shape[i]):
         if shape[split] % parts == 0:
@@ -52,8 +53,8 @@ def fsdp_size() -> int:
 def all_gather_kernel(kernel: jax.Array) -> jax.Array:
     """Return a kernel gathered on all devices of the mesh of `jax.set_mesh`, for one product.
 
-    Left alone, the compiler gathers some kernels of a block twice for its gradient. The gradient is split at
-    once as the kernel itself is, so that no device sums all of it.
+    Without this constraint the compiler gathers some kernels of a block twice for its gradient. The gradient
+    gets the sharding of the kernel at once, so that no device sums the whole gradient.
     """
     parts = fsdp_size()
     return kernel if parts == 1 else _all_gather(matrix_spec(kernel.shape, "fsdp", parts), kernel)
@@ -64,6 +65,7 @@ def _all_gather(spec: PartitionSpec, kernel: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(kernel, REPLICATED)
 
 
+# The derived gradient of a sharding constraint repeats the constraint, which would replicate the gradient.
 _all_gather.defvjp(
     lambda spec, kernel: (_all_gather(spec, kernel), None),
     lambda spec, _, gradient: (jax.lax.with_sharding_constraint(gradient, spec),),
@@ -79,6 +81,7 @@ def optimizer_shardings(opt_state: Any, params: Tree, mesh: Mesh) -> Any:
     flat = flatten(params)
 
     def get_sharding(path: tuple[Any, ...], leaf: Any) -> Any:
+        # Optax wraps the parameters in its own tuples. The dict keys alone are the path of the parameter.
         keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         param = flat.get("/".join(keys))
         if param is not None and param.shape == leaf.shape:
