@@ -1,4 +1,4 @@
-"""Fingerprints: hashes that tell data, parameters and inputs apart from others."""
+"""Fingerprints: hashes that change when the data, the parameters or the preprocessing change."""
 
 import concurrent.futures
 import functools
@@ -17,17 +17,17 @@ from lit_jax.distributed.checksums import checksums
 from lit_jax.models.dual_encoder import DualEncoderModule, Side, tower_name
 from lit_jax.trees import Tree, flatten
 
-# The examples that stand for a data set in its fingerprint.
+# The number of examples that a data set's fingerprint covers.
 SAMPLED = 4096
-# Their number where each is read with its image, in blocks of neighbours: few row groups of a table.
+# The number where each example is read with its image. Blocks of neighbours touch few row groups of a table.
 WITH_IMAGES = 256
 _BLOCK = 16
-# Threads that read them: each waits for an answer where the data are in an object store.
+# Threads that read the examples. With an object store, each thread spends its time waiting for an answer.
 _THREADS = 16
 
 
 def fingerprint(value: Any) -> str:
-    """Return a hash of what JSON can say, in hexadecimal; of arrays and bytes it takes the content."""
+    """Return a hash, 32 hexadecimal digits, of a JSON value that may also contain NumPy arrays and bytes."""
     text = json.dumps(value, sort_keys=True, default=_content)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -41,7 +41,7 @@ def _content(value: Any) -> str:
 def tree_checksums(tree: Tree) -> dict[str, Any]:
     """Return shape, dtype and checksum of each parameter by its path, for `fingerprint`.
 
-    All processes must call it, under `jax.set_mesh`: the checksums are computed on the devices.
+    All processes must call this function, under `jax.set_mesh`: the checksums are computed on the devices.
     """
     leaves = flatten(tree)
     sums = jax.device_get(checksums(leaves))
@@ -52,29 +52,32 @@ def tower_fingerprint(module: DualEncoderModule, side: Side, params: Tree) -> st
     """Return a hash of the config and the parameters of a tower, without its projection.
 
     Args:
-        params: on the mesh of `jax.set_mesh`, in the dtype of the computation.
+        params: the parameters on the mesh of `jax.set_mesh`, in the dtype of the computation.
 
-    All processes must call it.
+    All processes must call this function.
     """
     tower = getattr(module, tower_name(side))
     first_token = module.text_first_token if side == "text" else None
+    # Everything that changes the features belongs here. `remat` and the cuts of stacks do not change them.
     about = f"{tower.config} {tower.pooling} {np.dtype(tower.dtype)} {first_token}"
     return fingerprint([about, tree_checksums(params[tower_name(side)])])
 
 
 def sampled_examples(source: Source) -> list[Example]:
-    """Return at most `SAMPLED` examples, evenly over the whole source; a bad one is an empty one."""
+    """Return at most `SAMPLED` examples, evenly spaced over the source; a bad example has no content."""
     count = min(len(source), SAMPLED)
     return _read(source, np.linspace(0, len(source) - 1, count))
 
 
 def sampled_at_start(source: Source) -> list[Example]:
-    """Return examples to compare at each start of a run, which must not read thousands of images.
+    """Return the examples to compare at each start of a run, which must not read thousands of images.
 
-    They are at most `WITH_IMAGES` if any has the content of its image; otherwise those of `sampled_examples`.
+    The result has at most `WITH_IMAGES` examples if any of them contains its image (bytes or pixels).
+    Otherwise it is the result of `sampled_examples`.
     """
     block = min(_BLOCK, len(source))
     starts = np.linspace(0, len(source) - block, WITH_IMAGES // _BLOCK).astype(int)
+    # Blocks overlap in a short source, so positions are made unique.
     few = _read(source, np.unique(starts[:, None] + np.arange(block)))
     if any(isinstance(example["image"], bytes | np.ndarray) for example in few):
         return few
@@ -90,14 +93,16 @@ def _sample(source: Source, index: int) -> Example:
     try:
         return source[index]
     except BadSampleError as reason:
+        # A bad example must have a fingerprint, too: the next run sees it again with the same reason.
         return Example(key=str(reason), image=None, captions=(), label=None)
 
 
 def data_fingerprint(source: Source, sample: Sequence[Example], *sides: str) -> str:
-    """Return a hash of the number of examples and, of the sampled ones, keys and what `sides` ask for.
+    """Return a hash of the number of examples and of the sampled keys, captions and images.
 
     Args:
-        sides: "text" includes the captions, "image" the images that are not files.
+        sides: "text" includes the captions, "image" the images that are bytes or arrays. An image file is
+            represented by the key of its example.
     """
     parts: list[Any] = [len(source)]
     for example in sample:
@@ -111,7 +116,7 @@ def data_fingerprint(source: Source, sample: Sequence[Example], *sides: str) -> 
 
 
 def images_fingerprint(source: Source) -> str:
-    """Return a hash of all images: of path, size and time of files, or of their content."""
+    """Return a hash over all images: path, size and time of an image file, else the content."""
     return fingerprint([_image_identity(source, i) for i in range(len(source))])
 
 

@@ -1,12 +1,12 @@
-"""The features of a locked tower on disk: computed once for a data set, read at random by every training.
+"""The features of a locked tower on disk, computed once for a data set and read in random order by each run.
 
     started.json                         the header: data, tower and sizes; written first
     shard-00003-of-00012.array_record    the examples of one range of the source, in its order
     manifest.json                        started.json and counts; written last: without it, shards are missing
 
-The record of an example holds its rows, the features of each view of its image or of each of its captions,
-and a byte 0. The record of an example that cannot be used holds the reason, and a byte 1. The last record of
-a shard is a JSON object of its counts.
+The record of an example holds its rows and a byte 0. A row is the features of one view of the image or of one
+caption. The record of an example that cannot be used holds the reason and a byte 1. The last record of a
+shard is a JSON object of the shard's counts.
 """
 
 import contextlib
@@ -31,28 +31,29 @@ from lit_jax.files import parse_json
 
 STARTED, MANIFEST = "started.json", "manifest.json"
 DTYPES: Mapping[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-# One record a chunk, so that each can be read alone; features do not compress.
+# One record in each chunk lets a reader fetch any record alone. Features do not compress.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 GOOD, BAD = b"\0", b"\1"
-# A reader keeps all of them open.
+# A reader keeps all shards open, and a process may have only so many open files.
 MOST_SHARDS = 500
-# Examples.
+# The least number of examples in a shard, so that a small data set does not become hundreds of files.
 LEAST_SHARD = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-    """The data, the tower and the sizes of embeddings. Fingerprints are hashes, written in hexadecimal.
+    """The header of a folder of features: data, tower and sizes. Fingerprints are hexadecimal hashes.
 
     Attributes:
         side: "image" or "text".
-        tower: fingerprint of the tower's config and parameters, in the dtype of the computation.
-        preprocessing: fingerprint of the image transform or the tokenizer.
-        data: fingerprint of the source.
-        views: rows of an example; 0 for texts, which have a row for each caption.
-        width: numbers of a row.
-        dtype: that of the numbers, the tower's own.
-        shard_size: in examples.
+        tower: the fingerprint of the tower's config and parameters, in the dtype of the computation.
+        preprocessing: the fingerprint of the image transform or the tokenizer.
+        data: the fingerprint of the source.
+        views: the number of rows of an example; 0 for texts, which have a row for each caption.
+        examples: the number of examples in the source.
+        width: the number of features in a row.
+        dtype: the tower's dtype, in which features are stored.
+        shard_size: the number of examples in a shard; the last shard may have fewer.
     """
 
     side: str
@@ -66,29 +67,32 @@ class Header:
     shard_size: int
 
     def __post_init__(self):
-        """Raise ValueError for values that no command has written."""
+        """Raise ValueError for a value that no command writes."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name == "views" else 1
+            # isinstance would accept True as an int.
             if type(value) is not field.type or (field.type is int and value < least):
                 raise ValueError(f"{field.name} is {value!r}")
 
     @property
     def shards(self) -> int:
+        """The number of shards."""
         return -(-self.examples // self.shard_size)
 
     def shard(self, number: int) -> range:
-        """Return the positions of the examples of a shard."""
+        """Return the positions in the source of the examples of a shard."""
         start = number * self.shard_size
         return range(start, min(start + self.shard_size, self.examples))
 
     def shard_name(self, number: int) -> str:
+        """Return the file name of a shard."""
         return f"shard-{number:05}-of-{self.shards:05}.array_record"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Counts of embeddings: rows, examples without rows (bad), and bytes of the shards' files."""
+    """The counts of a folder or a shard: rows, bad examples (without rows), and bytes of the files."""
 
     rows: int = 0
     bad: int = 0
@@ -101,21 +105,22 @@ class Counts:
 
 
 def shard_size(examples: int) -> int:
+    """Return the number of examples in a shard of a source with `examples` examples."""
     return max(LEAST_SHARD, -(-examples // MOST_SHARDS))
 
 
 class ShardWriter:
-    """A writer of the records of a shard, in order, under another name until the shard is whole."""
+    """A writer of a shard, which keeps a temporary name until all records are written, in order."""
 
     def __init__(self, path: Path):
         self._path = path
-        # A name of this writer alone: another command may embed into the same folder, from another machine.
+        # The name is unique, because another command on another machine may write into the same folder.
         self._new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         self._writer = ArrayRecordWriter(str(self._new), WRITER_OPTIONS)
         self._counts = Counts()
 
     def add(self, record: np.ndarray | BadSampleError) -> None:
-        """Write the rows of the next example, KxP, or the reason why it has none."""
+        """Write the rows of the next example, KxP, or the reason why the example has none."""
         if isinstance(record, BadSampleError):
             self._writer.write(json.dumps([record.kind, str(record)]).encode() + BAD)
             self._counts += Counts(bad=1)
@@ -124,11 +129,12 @@ class ShardWriter:
             self._counts += Counts(rows=len(record))
 
     def close(self, *, complete: bool) -> None:
-        """Give a complete shard its name, and remove another one."""
+        """Give a complete shard its final name; remove an incomplete one."""
         if complete:
             counts = {"rows": self._counts.rows, "bad": self._counts.bad}
             self._writer.write(json.dumps(counts).encode())
         self._writer.close()
+        # Another command may have written the same shard meanwhile. Readers may have it open, so it stays.
         if complete and not self._path.exists():
             self._new.replace(self._path)
         else:
@@ -136,7 +142,7 @@ class ShardWriter:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the unfinished shards that killed commands have left behind."""
+    """Remove the unfinished shards that killed commands left behind."""
     for file in folder.glob(".*.tmp"):
         file.unlink(missing_ok=True)
 
@@ -146,6 +152,7 @@ def shard_counts(folder: Path, header: Header, number: int) -> Counts:
     path = folder / header.shard_name(number)
     with reading(path):
         reader = ArrayRecordReader(str(path))
+        # The record after the examples holds the counts.
         if reader.num_records() != len(header.shard(number)) + 1:
             raise ValueError(f"{reader.num_records()} records")
         counts = parse_json(reader.read([reader.num_records() - 1])[0])
@@ -154,13 +161,14 @@ def shard_counts(folder: Path, header: Header, number: int) -> Counts:
 
 
 def complete_shards(folder: Path, header: Header) -> list[bool]:
+    """Return whether each shard is complete. A shard gets its name only when all its records are written."""
     return [(folder / header.shard_name(n)).exists() for n in range(header.shards)]
 
 
 class Embeddings:
-    """The rows of each example of a source, by its position there. They can be sent to worker processes.
+    """The rows of each example of a source, by the example's position. Instances can be pickled for workers.
 
-    Raises UserError if the folder is not complete, or damaged.
+    Raises UserError if the folder is incomplete or damaged.
     """
 
     def __init__(self, folder: Path):
@@ -178,10 +186,13 @@ class Embeddings:
             self._dtype = np.dtype(DTYPES[self.header.dtype])
         paths = [folder / self.header.shard_name(n) for n in range(self.header.shards)]
         with reading(folder):
+            # A truncated or replaced shard would fail only when a run reads it, hours later. Sizes are cheap
+            # to compare.
             found = sum(path.stat().st_size for path in paths)
             if found != self.counts.bytes:
                 raise ValueError(f"its shards have {found} bytes, not {self.counts.bytes}")
-            # The part in brackets leaves the counts out, and saves opening each file to ask for its length.
+            # The range in brackets leaves out the record of counts. Grain then need not open each file to
+            # learn its length.
             self._records = grain.sources.ArrayRecordDataSource(
                 [f"{path}[0:{len(self.header.shard(n))}]" for n, path in enumerate(paths)]
             )
@@ -190,7 +201,7 @@ class Embeddings:
         return self.header.examples
 
     def __getitem__(self, index: int) -> Float[np.ndarray, "K P"]:
-        """Return the rows of an example, of its views or captions. Raise BadSampleError if it has none."""
+        """Return the rows of an example: its views or captions. Raise BadSampleError if it has none."""
         header = self.header
         with reading(self.folder / header.shard_name(index // header.shard_size)):
             record = self._records[index]
@@ -201,12 +212,13 @@ class Embeddings:
                 if header.views not in (0, len(rows_KxP)):
                     raise ValueError(f"{len(rows_KxP)} views of an image, not {header.views}")
                 return rows_KxP
+        # Outside `reading`, which would report any error as damage.
         raise bad
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raise UserError for the errors that libraries raise about a damaged file."""
+    """Turn the errors that libraries raise about a damaged file into UserError."""
     try:
         yield
     except Exception as error:
@@ -219,30 +231,36 @@ def reading(path: Path) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Pooled:
-    """`name` (rows, width): what a tower has pooled takes the place of its inputs."""
+    """A preprocessor whose batches have the features of a tower, (rows, width), in place of its inputs.
+
+    Attributes:
+        name: the key of the features in a batch.
+    """
 
     name: str
 
     def collate(self, elements: Sequence[np.ndarray]) -> Batch:
+        """Stack the rows of the examples."""
         return {self.name: np.stack(elements)}
 
 
 @dataclasses.dataclass(frozen=True)
 class PooledImages(Pooled):
-    """One row for each image: one of the first `views` views, sampled as by `ImagePreprocessor`."""
+    """A preprocessor that takes one of an image's first `views` rows, sampled as by `ImagePreprocessor`."""
 
     embeddings: Embeddings
     views: int
 
     def sample(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
-        # Before it is known whether the image is bad, as without a folder.
+        # The draw comes before the read that may raise BadSampleError. Without precomputed features the order
+        # is the same, so a run consumes the same random numbers either way.
         view = int(rng.integers(self.views))
         return self.embeddings[index][view]
 
 
 @dataclasses.dataclass(frozen=True)
 class PooledTexts(Pooled):
-    """One row for each example: a caption, sampled as by `TextPreprocessor`."""
+    """A preprocessor that takes the row of one caption, sampled as by `TextPreprocessor`."""
 
     embeddings: Embeddings
 

@@ -1,4 +1,4 @@
-"""Training from the features of a locked tower: were they made by this run's tower, of this run's data?"""
+"""The check that precomputed features come from this run's tower, preprocessing and data."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ from lit_jax.precomputed.format import (
 )
 from lit_jax.trees import Tree
 
-# The captions that stand for the tokenizer in its fingerprint.
+# The number of captions whose tokens are the tokenizer's fingerprint.
 TOKENIZED = 256
 
 
@@ -43,10 +43,10 @@ def describe(
     side: Side,
     views: int | None,
 ) -> Header:
-    """Return the header of embeddings, all but the fingerprint of the parameters: `tower` is ''.
+    """Return the header of features to write or to expect; its fingerprint of the parameters, `tower`, is ''.
 
     Args:
-        views: of each image; None is 1.
+        views: the number of views of each image; None means 1.
     """
     sample = sampled_examples(source)
     features = features_shape(module, side)
@@ -64,17 +64,17 @@ def describe(
 
 
 def _preprocessing(processors: Processors, side: Side, sample: list[Example]) -> str:
-    """Return a fingerprint of what makes the inputs of a tower."""
+    """Return a fingerprint of the image transform or the tokenizer, which makes the inputs of a tower."""
     if side == "image":
         return fingerprint(dataclasses.asdict(processors.image_transform))
-    # The tokens of some captions: the tokenizer's files may say the same in other words.
+    # The tokens of some captions are compared, because different tokenizer files may mean the same tokenizer.
     texts = [text for example in sample for text in example["captions"]][:TOKENIZED]
     length = processors.tokenizer.model_max_length
     return fingerprint([length, tokenize(processors.tokenizer, texts, length=length)])
 
 
 def features_shape(module: DualEncoderModule, side: Side) -> jax.ShapeDtypeStruct:
-    """Return shape and dtype of the features of one example, as the projection takes them."""
+    """Return shape (1, width) and dtype of the features of one example, as the projection takes them."""
     batch = module.example_batch
     names = {"image": ("pixel_values",), "text": ("input_ids", "attention_mask")}[side]
 
@@ -82,11 +82,12 @@ def features_shape(module: DualEncoderModule, side: Side) -> jax.ShapeDtypeStruc
         params = module.init(jax.random.key(0), batch)
         return module.apply(params, *(batch[name] for name in names), method=f"{side}_features")
 
+    # The parameters are made inside eval_shape, so that no array is allocated.
     return jax.eval_shape(features, batch)
 
 
 def blank_features(module: DualEncoderModule, side: Side) -> Preprocessor:
-    """Return what stands for the features of a tower where there is no folder of them yet."""
+    """Return a preprocessor that makes zeros as a tower's features, to learn the shapes of a batch."""
     return _BlankFeatures(FEATURES[side], features_shape(module, side))
 
 
@@ -100,15 +101,20 @@ class _BlankFeatures(Pooled):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Precomputed:
-    """The towers whose features a run reads instead of computing them: none, one or both."""
+    """The towers whose features a run reads instead of computing them: none, one or both.
+
+    Attributes:
+        folders: the open folder of each such tower.
+        inputs: the preprocessor that reads the features of each such tower.
+    """
 
     folders: Mapping[Side, Embeddings]
     inputs: Mapping[Side, Preprocessor]
 
     def check_towers(self, module: DualEncoderModule, frozen: Tree) -> None:
-        """Raise UserError if a folder was made with another tower than that in `frozen`.
+        """Raise UserError if a folder was made with another tower than the one in `frozen`.
 
-        All processes must call it, under `jax.set_mesh`.
+        All processes must call this method, under `jax.set_mesh`.
         """
         for side, embeddings in self.folders.items():
             if embeddings.header.tower != tower_fingerprint(module, side, frozen):
@@ -120,13 +126,13 @@ class Precomputed:
 
 
 def without_towers(params: Tree, sides: Iterable[Side]) -> Tree:
-    """Return the parameters without those of some towers."""
+    """Return the parameters without those of the towers of `sides`."""
     absent = {tower_name(side) for side in sides}
     return {name: part for name, part in params.items() if name not in absent}
 
 
 def embedding_folders(config: DataConfig) -> dict[Side, str]:
-    """Return the folders that take the place of a tower, by its side."""
+    """Return the folders of features that `config` names, by the side of the tower they replace."""
     folders: dict[Side, str] = {
         "image": config.image_embeddings,
         "text": config.text_embeddings,
@@ -137,13 +143,15 @@ def embedding_folders(config: DataConfig) -> dict[Side, str]:
 def open_precomputed(
     config: DataConfig, module: DualEncoderModule, processors: Processors, source: Source
 ) -> Precomputed:
-    """Open the folders that config.data names, and check all but the tower's parameters; none without data.
+    """Open the folders that config.data names and check their headers, except the fingerprint of the tower.
 
-    Raises UserError if one is not complete, or was made of other data or in another way than the config says.
+    Nothing is opened if `source` is empty, because a finished run may go on without its data. Raises
+    UserError if a folder is incomplete, or was made from other data or in another way than the config says.
     """
     opened: dict[Side, Embeddings] = {}
     for side, name in embedding_folders(config).items():
         if source:
+            # The expected header needs thousands of examples, so `_open` computes it after the cheap checks.
             folder = local_path(f"config.data.{side}_embeddings", name)
             wanted = functools.partial(describe, module, processors, source, side, config.views)
             opened[side] = _open(config, processors, wanted, side, folder)
@@ -171,6 +179,7 @@ def _open(
             f"config.data.views is None, so each image is augmented anew each time; set it to {found.views} "
             f"or fewer, the views in {folder}, or train without config.data.image_embeddings."
         )
+    # The number of examples comes first: its message is clearer than that of another fingerprint.
     wanted = describe_wanted()
     if found.examples != wanted.examples:
         counts = f"{found.examples} examples, where this config's data are {wanted.examples}"
@@ -178,13 +187,14 @@ def _open(
     for name, difference in _DIFFERENCES.items():
         if getattr(found, name) != getattr(wanted, name):
             raise _differs(side, folder, difference)
+    # A folder with more views than the config asks for is fine; the first views are used.
     if found.views < wanted.views:
         counts = f"{found.views} views of each image, fewer than {wanted.views}"
         raise _differs(side, folder, counts)
     return embeddings
 
 
-# By the field of `Header`.
+# The message for each field of `Header` that must be equal.
 _DIFFERENCES = {
     "data": "other data than this config's",
     "preprocessing": "another preprocessing or augmentation",

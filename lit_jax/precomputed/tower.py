@@ -1,4 +1,4 @@
-"""A tower over a whole data set: the one loop behind embeddings on disk and behind evaluations."""
+"""A tower run over a whole data set: the only loop, shared by features on disk and evaluations."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ from lit_jax.models.dual_encoder import (
 )
 from lit_jax.trees import Tree
 
-# The features that a projection takes, or embeddings of unit length.
+# "features" are the inputs of the projection, "embeddings" its outputs scaled to unit length.
 Output = Literal["features", "embeddings"]
 Batch = Mapping[str, np.ndarray]
 
@@ -39,20 +39,21 @@ def run_tower(
     side: Side,
     output: Output,
 ) -> Iterator[tuple[Float[np.ndarray, "R E"], Int[np.ndarray, " R"]]]:
-    """Yield the outputs of a tower for each batch, whole on every process of the mesh.
+    """Yield the outputs of a tower for each batch, complete on every process of the mesh.
 
-    A batch is fetched when the next one has been started: the devices do not wait for the host, and at most
-    two batches are in memory.
+    A batch is fetched after the next batch has been started. So the devices do not wait for the host, and at
+    most two batches are in memory.
 
     Args:
-        params: those of the dual encoder, on the mesh; the other tower's may be absent.
-        batches: this process's rows of each, all equally large: the inputs of the tower, and 'index' int32,
-            the number of each row, or -1 for a row that only fills up the batch.
+        params: the parameters of the dual encoder, on the mesh; those of the other tower may be absent.
+        batches: this process's rows of each batch, all batches of one size: the inputs of the tower, and
+            'index' int32, the index of each row, or -1 for a row that only fills up the batch.
 
-    Yields the R rows that have a number, in the tower's dtype ("embeddings": float32), and these numbers.
+    Yields the R rows that have an index, in the tower's dtype ("embeddings": float32), and these indices.
     Raises UserError if a row is not finite.
     """
     outputs = _start(module, params, mesh, batches, side, output)
+    # pairwise asks for batch i + 1, which starts it, before it yields batch i.
     for started, _ in itertools.pairwise(itertools.chain(outputs, [None])):
         rows_BxE, finite_B, index_B = jax.device_get(started)
         is_real_B = index_B >= 0
@@ -70,12 +71,12 @@ def _start(
     output: Output,
 ) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
     for batch in batches:
-        # Not around the loop: a generator would leave the mesh set while its caller computes.
+        # The mesh is set inside the loop: around it, the generator would leave the mesh set in its caller.
         with jax.set_mesh(mesh):
             yield _outputs(params, global_batch(batch, mesh), module, side, output)
 
 
-# Compiled functions belong to the module: all callers with the same one share them.
+# The module is a static argument, so all callers with an equal module share one compiled program.
 @functools.partial(jax.jit, static_argnames=("module", "side", "output"))
 def _outputs(
     params: Tree,
@@ -84,9 +85,9 @@ def _outputs(
     side: Side,
     output: Output,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compute the outputs, which rows of them are finite, and the numbers of the rows.
+    """Compute the outputs, a flag for each finite row, and the indices of the rows.
 
-    The numbers take the same way as the rows: the devices of a mesh may interleave the processes.
+    The indices go through the devices like the rows, because a mesh may interleave the processes.
     """
     inputs = [batch.get(name) for name in _INPUTS[side]]
     method = _METHODS[output].format(side)
@@ -98,6 +99,6 @@ def _outputs(
 
 
 def one_side(params: Mapping[str, Any], side: Side) -> dict[str, Any]:
-    """Return the parameters without those of the other tower."""
+    """Return the parameters without those of the other side's tower."""
     others = {tower_name(other) for other in TOWERS if other != side}
     return {name: tree for name, tree in params.items() if name not in others}

@@ -1,4 +1,4 @@
-"""The features of a locked tower written to disk: each process on its own devices, with shards of its own."""
+"""The command's side of precomputed features: each process writes its own shards with its own devices."""
 
 import collections
 import dataclasses
@@ -42,12 +42,12 @@ class FeatureWriter:
     """A writer of the features of a data set, in one process.
 
     Attributes:
-        inputs: the maker of the tower's inputs.
-        params: those of the tower, in the dtype of the computation, and the scalars beside the towers, which
-            Flax asks for whatever is computed.
-        mesh: over devices of this process alone.
-        rows: the rows of a batch, a multiple of the mesh's devices.
-        threads: that read the data.
+        inputs: the preprocessor of the tower's inputs.
+        params: the parameters of the tower, in the dtype of the computation, and the scalars beside the
+            towers, which Flax requires in any call of the module.
+        mesh: a mesh over devices of this process alone.
+        rows: the number of rows in a batch, a multiple of the number of devices in the mesh.
+        threads: the number of threads that read the data.
     """
 
     source: Source
@@ -60,18 +60,22 @@ class FeatureWriter:
     threads: int
 
     def write(self, folder: Path, header: Header, max_bad_fraction: float) -> Counts:
-        """Write the shards that are not in `folder` yet; return when all processes have written theirs.
+        """Write the shards that `folder` lacks; return when all processes have written theirs.
 
-        Raises UserError on a folder of other embeddings and where too many samples are bad, and Preempted
-        after SIGTERM; shards that are not whole are then lost.
+        Raises UserError if the folder holds other features or if too many samples are bad. Raises Preempted
+        after SIGTERM; unfinished shards are then lost.
         """
         _open_folder(folder, header)
         _write_missing(self, folder, header)
         return _close_folder(folder, header, max_bad_fraction)
 
     def records(self, examples: range) -> Iterator[np.ndarray | BadSampleError | None]:
-        """Yield the features of each example, in order, or why it has none; None after each batch."""
-        # For each example the number of rows that are still to come, or the reason why it has none.
+        """Yield the features of each example, in order, or the reason why it has none; None after each batch.
+
+        The caller needs the None to look for a SIGTERM equally often in every process.
+        """
+        # An entry is the number of rows of an example, or the reason why the example has none. `_batches`
+        # fills the queue ahead of the tower, whose batches cut across examples.
         units: collections.deque[int | BadSampleError] = collections.deque()
         ready: list[np.ndarray] = []
         features = run_tower(
@@ -92,13 +96,13 @@ class FeatureWriter:
                 else:
                     yield unit
             yield None
-        # Bad examples behind the last row.
+        # Bad examples after the last row belong to no batch.
         yield from (unit for unit in units if isinstance(unit, BadSampleError))
 
     def _batches(
         self, examples: range, units: collections.deque[int | BadSampleError]
     ) -> Iterator[list[Any]]:
-        """Yield the inputs of at most `rows` rows; fill `units` with the examples they belong to."""
+        """Yield the inputs of at most `rows` rows; append an entry for each example read to `units`."""
         options = grain.ReadOptions(
             num_threads=self.threads, prefetch_buffer_size=4 * max(self.threads, 1)
         )
@@ -117,19 +121,20 @@ class FeatureWriter:
     def _collate(self, rows: list[Any]) -> Batch:
         index = np.full(self.rows, -1, np.int32)
         index[: len(rows)] = np.arange(len(rows))
+        # A short last batch is padded to full size, because another shape would compile the tower again.
         padded = rows + rows[-1:] * (self.rows - len(rows))
         return {**self.inputs.collate(padded), "index": index}
 
 
 @dataclasses.dataclass(frozen=True)
 class _ReadAll:
-    """A map from a position in the source to all rows of the example, or to the reason why it has none."""
+    """A function from a position in the source to all rows of the example, or the reason why it has none."""
 
     source: Source
     inputs: ImagePreprocessor | TextPreprocessor
 
     def __call__(self, index: int) -> list[Any] | BadSampleError:
-        # The key, until the example tells its own.
+        # The log names an example that cannot be read by its position.
         key = f"number {index}"
         try:
             example = self.source[index]
@@ -141,14 +146,14 @@ class _ReadAll:
 
 
 def check_free(folder: Path) -> None:
-    """Raise UserError if a folder holds something else than embeddings."""
+    """Raise UserError if a folder holds anything else than precomputed features."""
     with output_errors(folder):
         if folder.exists() and any(folder.iterdir()) and not (folder / STARTED).exists():
             raise UserError(f"{folder} holds something else; choose another --output.")
 
 
 def _open_folder(folder: Path, header: Header) -> None:
-    """Make the folder, or find it with the same header. Raise UserError if it has another one."""
+    """Create the folder, or accept one with the same header. Raise UserError if its header differs."""
     started = folder / STARTED
     with output_errors(folder):
         if started.exists():
@@ -164,7 +169,7 @@ def _open_folder(folder: Path, header: Header) -> None:
                 raise UserError(
                     f"{folder} holds embeddings that differ in {', '.join(changed)}; choose another --output."
                 )
-    # All processes have looked before one writes.
+    # Every process must look before the first process writes the header, or the look would prove nothing.
     _together()
     with output_errors(folder):
         if is_primary() and not started.exists():
@@ -173,7 +178,10 @@ def _open_folder(folder: Path, header: Header) -> None:
 
 
 def _close_folder(folder: Path, header: Header, max_bad_fraction: float) -> Counts:
-    """Write the manifest, when all shards are there."""
+    """Write the manifest when all shards are complete; return the counts.
+
+    Raises UserError if too many samples are bad.
+    """
     counts = sum((shard_counts(folder, header, n) for n in range(header.shards)), Counts())
     if (fraction := counts.bad / header.examples) > max_bad_fraction:
         raise UserError(
@@ -189,7 +197,10 @@ def _close_folder(folder: Path, header: Header, max_bad_fraction: float) -> Coun
 
 
 def _together(*, stopped: bool = False, busy: bool = False) -> tuple[bool, bool]:
-    """Return whether any process is to stop, and whether any has work left; all must ask equally often."""
+    """Return whether any process must stop, and whether any has work left.
+
+    The call is a collective operation, so all processes must make it equally often.
+    """
     if jax.process_count() == 1:
         return stopped, busy
     all_Nx2 = np.asarray(multihost_utils.process_allgather(np.array([stopped, busy])))
@@ -197,9 +208,10 @@ def _together(*, stopped: bool = False, busy: bool = False) -> tuple[bool, bool]
 
 
 def _write_missing(writer: FeatureWriter, folder: Path, header: Header) -> None:
+    """Write this process's share of the missing shards; return when no process has work left."""
     done = np.array(complete_shards(folder, header))
     if jax.process_count() > 1:
-        # The other processes may see an older state of the folder.
+        # The view of the first process decides, because others may see an older listing of the folder.
         done = multihost_utils.broadcast_one_to_all(done).astype(bool)
     missing = np.flatnonzero(~done)
     mine = [int(n) for n in missing[jax.process_index() :: jax.process_count()]]
@@ -218,7 +230,7 @@ def _write_missing(writer: FeatureWriter, folder: Path, header: Header) -> None:
             _write_shard(
                 writer, folder / header.shard_name(number), header.shard(number), stop, bar
             )
-        # Other processes may still ask each other after each batch, and wait for this one's answer.
+        # Slower processes call the collective after each batch, so this process must answer until they end.
         busy = True
         while busy:
             stopped, busy = _together(stopped=stop.received, busy=False)
@@ -238,7 +250,7 @@ def _write_shard(
                 continue
             with output_errors(path.parent):
                 shard.add(record)
-            # The others are about as far, but their shards may be shorter.
+            # The bar assumes equal progress in all processes. The bound keeps it from passing the total.
             bar.update(min(jax.process_count(), bar.total - bar.n))
         complete = True
     except jax.errors.JaxRuntimeError as error:
