@@ -21,29 +21,32 @@ def attend(
     bias: Float[Array, "#B #H #Q S"] | None = None,
     dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B H Q K"]:
-    """Return scaled dot-product attention.
+    """Return scaled dot-product attention (1706.03762, section 3.2.1) in the dtype of the values.
 
-    Without bias and dropout (image towers, SigLIP's texts) and with 16 bits cuDNN computes it in one kernel
-    under a mesh of NVIDIA GPUs from Ampere on; see ops.py.
+    Without bias and dropout (image towers, SigLIP's texts), on a mesh of NVIDIA GPUs since Ampere, and in 16
+    bits, cuDNN computes attention in one kernel; see ops.py.
 
-    On CPU this form is about three times as fast as jax.nn.dot_product_attention: both products are plain
-    batched matrix products because the axes are in this order, and the division by the sum is of Q x K
-    numbers, not Q x S.
+    On CPU the implementation here is about three times as fast as jax.nn.dot_product_attention. This order of
+    axes makes both products plain batched matrix products, and the division by the sum touches Q x K numbers
+    instead of Q x S.
 
     Args:
         bias: added to the logits.
-        dropout: applied to the probabilities before they are divided by their sum.
+        dropout: applied to the weights before they are divided by their sum.
     """
     if bias is None and dropout is None and ops.has_cudnn_attention(q_BxHxQxK, k_BxHxSxK):
         return ops.cudnn_attention(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK)
-    # The logits are scaled, not the queries: those would be one more array that a TPU keeps for the gradient.
+    # The logits are scaled, not the queries. Scaled queries are one more array that a TPU keeps for the
+    # gradient.
     logits_BxHxQxS = q_BxHxQxK.shape[-1] ** -0.5 * jnp.einsum(
         "bhqk,bhsk->bhqs", q_BxHxQxK, k_BxHxSxK, preferred_element_type=jnp.float32
     )
     if bias is not None:
         logits_BxHxQxS += bias
+    # Softmax does not depend on the subtracted maximum, so the maximum needs no gradient.
     top_BxHxQx1 = jax.lax.stop_gradient(logits_BxHxQxS.max(-1, keepdims=True))
     weights_BxHxQxS = jnp.exp(logits_BxHxQxS - top_BxHxQx1)
+    # The sum comes before dropout: dropout acts on probabilities, whose normaliser includes all keys.
     sum_BxHxQx1 = weights_BxHxQxS.sum(-1, keepdims=True)
     if dropout is not None:
         weights_BxHxQxS = dropout(weights_BxHxQxS)
@@ -59,9 +62,10 @@ def attend(
 def attention_bias(
     attended_BxL: Bool[Array, "B L"], *, causal: bool = False
 ) -> Float[Array, "B 1 #L L"]:
-    """Return 0 where a token may attend, else float32's lowest number.
+    """Return the bias that masks keys: 0 where a token may attend, else the lowest finite float32.
 
-    The number is not -inf: a text without any attended token then attends everywhere, where -inf gives NaN.
+    With -inf the softmax of a text without any attended token would be NaN. With the lowest finite number
+    such a text attends to all tokens.
     """
     mask_Bx1xLxL = attended_BxL[:, None, None, :]
     if causal:

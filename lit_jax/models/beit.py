@@ -1,7 +1,7 @@
 """BEiT (https://arxiv.org/abs/2106.08254), numerically Hugging Face's BeitModel.
 
-Dims: B batch, L = 1 + Y * X tokens with YxX patches, D width, H heads, R = (2Y - 1)(2X - 1) + 3 rows of a
-table of attention biases.
+Dims: B batch, L = 1 + Y * X tokens with YxX patches, D width, H heads, N tables of attention biases,
+R = (2Y - 1)(2X - 1) + 3 rows of a table, S rows of a resized table.
 """
 
 import dataclasses
@@ -21,20 +21,24 @@ from lit_jax.models.transformer import Bias, BiasOfTable, BlockConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BeitConfig(ViTFields):
+    """The fields of BEiT's config.json that change a number; names and defaults are Hugging Face's."""
+
     model_type: str = "beit"
     intermediate_size: int = 3072
     use_mask_token: bool = False
     use_absolute_position_embeddings: bool = False
-    # Each block with a table of its own.
+    # Each block has a table of its own.
     use_relative_position_bias: bool = False
     # One table for all blocks.
     use_shared_relative_position_bias: bool = False
-    layer_scale_init_value: float = 0.1  # 0: none
+    # 0 means no layer scale.
+    layer_scale_init_value: float = 0.1
     drop_path_rate: float = 0.1
     use_mean_pooling: bool = True
 
     @property
     def bias_rows(self) -> int:
+        """The number of rows of a table of attention biases: one for each offset, and three for CLS."""
         rows, columns = patch_grid(self.image_size, self.patch_size)
         return (2 * rows - 1) * (2 * columns - 1) + 3
 
@@ -55,6 +59,7 @@ class BeitConfig(ViTFields):
     def block(self) -> BlockConfig:
         return dataclasses.replace(
             super().block,
+            # A bias of the keys adds the same number to all logits of a query, which softmax ignores.
             without_bias=("key",),
             bias_rows=self.bias_rows if self.use_relative_position_bias else 0,
             layer_scale=self.layer_scale_init_value if self.layer_scale_init_value > 0 else None,
@@ -65,9 +70,9 @@ class BeitConfig(ViTFields):
 class Beit(ImageTransformer):
     """The image tower.
 
-    With `use_mean_pooling` its tokens are not normalised after the last block, and its pooler normalises
-    the mean of its patches. Without, it is as in ViT: the tokens are normalised, and the pooled output
-    is the first of them.
+    With `use_mean_pooling` the tokens are not normalised after the last block, and the pooler normalises
+    the mean of the patches. Without it the tower is pooled like ViT: all tokens are normalised, and the
+    pooled output is the first token.
     """
 
     config: BeitConfig
@@ -90,7 +95,8 @@ class Beit(ImageTransformer):
         if not path.endswith("position_bias_table"):
             return super().at_size(path, value, image_size)
         own_grid, grid = self.grids(image_size)
-        *leading, rows, heads = value.shape  # one table, or one a layer
+        # A shared table has no leading axis. The tables of a scanned stack have a depth axis.
+        *leading, rows, heads = value.shape
         tables_NxRxH = jnp.reshape(jnp.asarray(value), (-1, rows, heads))
         resized = [resize_table(table_RxH, own_grid, grid) for table_RxH in tables_NxRxH]
         return jnp.stack(resized).reshape(*leading, -1, heads)
@@ -105,11 +111,12 @@ class Beit(ImageTransformer):
             shared = of_table(self.param("position_bias_table", nn.initializers.zeros, shape))
         if not cfg.use_relative_position_bias:
             return shared
+        # A config may ask for both kinds of tables; transformers adds their biases.
         return of_table if shared is None else lambda table_RxH: of_table(table_RxH) + shared
 
 
 class MeanPooler(nn.Module):
-    """The normalised mean of the patches."""
+    """A pooler that normalises the mean of the patches; the CLS token does not count."""
 
     epsilon: float
     dtype: Any
@@ -123,7 +130,7 @@ class MeanPooler(nn.Module):
 def position_bias(
     table_RxH: Float[Array, "R H"], own_grid: tuple[int, int], grid: tuple[int, int]
 ) -> Float[Array, "1 H L L"]:
-    """Return the bias of each pair of tokens of a `grid` of patches, from a table for `own_grid`."""
+    """Return the attention bias of each pair of tokens for a `grid` of patches; the table is for `own_grid`."""
     table_RxH = resize_table(table_RxH, own_grid, grid)
     return table_RxH[_rows_of_pairs(*grid)].transpose(2, 0, 1)[None]
 
@@ -131,15 +138,15 @@ def position_bias(
 def resize_table(
     table_RxH: Float[Array, "R H"], own_grid: tuple[int, int], grid: tuple[int, int]
 ) -> Float[Array, "S H"]:
-    """Return a table of attention biases for a `grid` of patches, from one for `own_grid`.
+    """Return a table of attention biases for a `grid` of patches, float32, from a table for `own_grid`.
 
-    The table has a row for each offset of one patch from another, interpolated if the grids differ, and
-    three more: from CLS to a patch, from a patch to CLS, from CLS to itself.
+    The table has a row for each offset between two patches, and three more rows: CLS to patch, patch to CLS,
+    CLS to CLS. The rows of offsets are interpolated if the grids differ; the last three rows stay.
     """
     table_RxH = table_RxH.astype(jnp.float32)
     rows, columns = own_grid
-    # transformers resizes the table in this shape, although (rows, columns) is the order of its entries. We
-    # follow it: the numbers for a grid that is not square would differ otherwise.
+    # transformers resizes the table in this shape, although its entries are in the order (rows, columns).
+    # Another shape would give other numbers than transformers for a grid that is not square.
     offsets_HxWxH = table_RxH[:-3].reshape(2 * columns - 1, 2 * rows - 1, -1)
     wanted = (2 * grid[0] - 1, 2 * grid[1] - 1)
     if offsets_HxWxH.shape[:2] != wanted:
@@ -150,8 +157,9 @@ def resize_table(
 
 @functools.cache
 def _rows_of_pairs(rows: int, columns: int) -> np.ndarray:
-    """Return the row of the table for each pair of a query and a key, (L, L)."""
+    """Return the row of the table for each pair of a query and a key, int (L, L)."""
     row, column = np.divmod(np.arange(rows * columns), columns)
+    # An offset lies in -(rows - 1) .. rows - 1; the added term makes it an index from 0.
     down = row[:, None] - row[None] + rows - 1
     right = column[:, None] - column[None] + columns - 1
     index_LxL = np.pad(down * (2 * columns - 1) + right, ((1, 0), (1, 0)))

@@ -1,6 +1,6 @@
-"""BERT and its kin.
+"""BERT and the text towers that differ little from BERT.
 
-BERT (https://arxiv.org/abs/1810.04805) and the towers that differ little from it: RoBERTa
+The file has BERT (https://arxiv.org/abs/1810.04805), RoBERTa
 (https://arxiv.org/abs/1907.11692), XLM-RoBERTa (https://arxiv.org/abs/1911.02116), CamemBERT
 (https://arxiv.org/abs/1911.03894), and the text towers of ALIGN (https://arxiv.org/abs/2102.05918),
 Chinese CLIP (https://arxiv.org/abs/2211.01335) and AltCLIP (https://arxiv.org/abs/2211.06679);
@@ -23,14 +23,15 @@ from lit_jax.models.transformer import BlockConfig
 from lit_jax.trees import Tree, flatten, unflatten
 
 PositionIds = Literal["input_ids", "arange"]
-_POSITIONS = "embeddings/position_embeddings/embedding"  # in the tree of parameters
+# The path of the position embeddings in the tree of parameters.
+_POSITIONS = "embeddings/position_embeddings/embedding"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlainConfig:
-    """The fields of config.json that change a number, without those of some families only.
+    """The fields of config.json that change a number and that all families of this file share.
 
-    Names and defaults are Hugging Face's, here and in all that derives from this.
+    Names and defaults are Hugging Face's, here and in the configs that derive from this class.
     """
 
     model_type: str
@@ -76,6 +77,8 @@ class PlainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenTypesConfig(PlainConfig):
+    """The fields of families whose embeddings have token types."""
+
     type_vocab_size: int = 2
 
     @property
@@ -85,28 +88,35 @@ class TokenTypesConfig(PlainConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertConfig(TokenTypesConfig):
+    """The fields of BERT."""
+
     model_type: str = "bert"
-    is_decoder: bool = False  # a token then attends to itself and to earlier tokens only
+    # A token of a decoder attends to itself and to earlier tokens only.
+    is_decoder: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AlignTextConfig(TokenTypesConfig):
+    """The fields of ALIGN's text tower."""
+
     model_type: str = "align_text_model"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChineseCLIPTextConfig(TokenTypesConfig):
+    """The fields of Chinese CLIP's text tower."""
+
     model_type: str = "chinese_clip_text_model"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CountedPositionsConfig(TokenTypesConfig):
-    """The fields of RoBERTa and of its descendants.
+    """The fields of RoBERTa and of the families that derive from it.
 
     Attributes:
-        position_ids: no field of Hugging Face's. 'input_ids' is what its PyTorch models compute. With
-            'arange' positions are 0 to L - 1, as its Flax dual encoders computed them; a checkpoint
-            that was trained so needs it.
+        position_ids: a field of lit_jax alone. 'input_ids' counts positions from the padding id, as Hugging
+            Face's PyTorch models do. 'arange' counts from 0, as Hugging Face's Flax dual encoders did; a
+            checkpoint that was trained there needs this value.
     """
 
     pad_token_id: int | None = 1
@@ -114,7 +124,7 @@ class CountedPositionsConfig(TokenTypesConfig):
 
     @property
     def padding_id(self) -> int | None:
-        """The id that positions are counted from."""
+        """The id that positions are counted from; None if config.json has no padding token."""
         return self.pad_token_id
 
     @property
@@ -125,6 +135,8 @@ class CountedPositionsConfig(TokenTypesConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RobertaConfig(CountedPositionsConfig):
+    """The fields of RoBERTa."""
+
     model_type: str = "roberta"
     vocab_size: int = 50265
     is_decoder: bool = False
@@ -132,17 +144,24 @@ class RobertaConfig(CountedPositionsConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class XLMRobertaConfig(RobertaConfig):
+    """The fields of XLM-RoBERTa."""
+
     model_type: str = "xlm-roberta"
+    # Hugging Face's default is the size of BERT's vocabulary. The config.json of released models says 250002.
     vocab_size: int = 30522
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CamembertConfig(XLMRobertaConfig):
+    """The fields of CamemBERT."""
+
     model_type: str = "camembert"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AltCLIPTextConfig(CountedPositionsConfig):
+    """The fields of AltCLIP's text tower."""
+
     model_type: str = "altclip_text_model"
     vocab_size: int = 250002
     hidden_size: int = 1024
@@ -153,11 +172,15 @@ class AltCLIPTextConfig(CountedPositionsConfig):
     max_position_embeddings: int = 514
     type_vocab_size: int = 1
     layer_norm_eps: float = 1e-5
-    project_dim: int = 768  # width of the tokens that come out
+    # The width of the tokens after the linear map.
+    project_dim: int = 768
 
 
 def counted_from(position_ids: PositionIds, pad_token_id: int | None) -> int | None:
-    """Return `TokenEmbeddingConfig.padding_id` of a family that has the option `position_ids`."""
+    """Return `TokenEmbeddingConfig.padding_id` of a family that has the option `position_ids`.
+
+    Raises UserError if positions are counted from the padding id and config.json has none.
+    """
     if position_ids == "arange":
         return None
     if pad_token_id is None:
@@ -169,11 +192,11 @@ def counted_from(position_ids: PositionIds, pad_token_id: int | None) -> int | N
 
 
 def with_counted_positions(config: Any, params: Tree) -> tuple[Any, Tree]:
-    """Return the config and parameters of a tower that counts positions and computes the same.
+    """Return config and parameters of an equal tower with `position_ids` 'input_ids' instead of 'arange'.
 
-    Counting starts at the padding id + 1, so the rows of the table move there. The two towers differ in
-    padding on the left alone, which 'arange' counts. A tower that counts already, that has no padding id
-    or whose family has no such option stays as it is.
+    Counting starts at the padding id + 1, so the rows of the position table move by that number. The two
+    towers differ only for texts with padding on the left, which 'arange' counts. A tower that counts already,
+    that has no padding id or whose family lacks the option stays as it is.
     """
     if getattr(config, "position_ids", None) != "arange":
         return config, params
@@ -188,7 +211,7 @@ def with_counted_positions(config: Any, params: Tree) -> tuple[Any, Tree]:
 
 
 class Bert(TextTransformer):
-    """The text tower. Its pooler is a trained head on the first token."""
+    """The text tower. Its pooler is a dense layer with tanh on the first token."""
 
     @property
     def is_causal(self) -> bool:
@@ -202,7 +225,7 @@ class Bert(TextTransformer):
 
 
 class AltCLIPText(Bert):
-    """XLM-RoBERTa with a linear map of all its tokens; the pooled output is the first of these."""
+    """An XLM-RoBERTa with a linear map of all tokens; the pooled output is the first mapped token."""
 
     def final_norm(self, x_BxLxD: Float[Array, "B Q D"]) -> Array:
         cfg = self.config

@@ -1,11 +1,11 @@
 """The towers of CLIP (https://arxiv.org/abs/2103.00020).
 
 Numerically they are Hugging Face's CLIPVisionModel and CLIPTextModel. The image towers of AltCLIP
-(https://arxiv.org/abs/2211.06679) and Chinese CLIP (https://arxiv.org/abs/2211.01335) are CLIP's; SigLIP's
-towers (siglip.py) share most of it.
+(https://arxiv.org/abs/2211.06679) and Chinese CLIP (https://arxiv.org/abs/2211.01335) are CLIP's. SigLIP's
+towers (siglip.py) share most of this file.
 
-Dims: B batch, HxW pixels, C channels, YxX patches, L tokens (of an image Y * X, and one in front of them
-if there is a class token; Q of which are computed), D width.
+Dims: B batch, HxW pixels, C channels, YxX patches, L tokens (an image has Y * X, and one more if there is a
+class token), Q tokens that are computed, D width.
 """
 
 import dataclasses
@@ -69,11 +69,16 @@ class BlockFields:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPFields(BlockFields):
-    initializer_factor: float = 1.0  # of every standard deviation
+    """The fields that both towers of CLIP share."""
+
+    # Multiplies every standard deviation of the initialisation.
+    initializer_factor: float = 1.0
 
     @property
     def block_init_std(self) -> tuple[tuple[str, float], ...]:
         std = self.initializer_factor * self.hidden_size**-0.5
+        # Hugging Face narrows query, key and value by the depth. OpenAI's code narrows the attention's output
+        # instead.
         narrow = std * (2 * self.num_hidden_layers) ** -0.5
         return (
             *((name, narrow) for name in ("query", "key", "value", "fc2")),
@@ -84,6 +89,8 @@ class CLIPFields(BlockFields):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPVisionConfig(CLIPFields):
+    """The fields of CLIP's image tower."""
+
     model_type: str = "clip_vision_model"
     # Pixels; a pair is (height, width).
     image_size: Size = 224
@@ -93,30 +100,38 @@ class CLIPVisionConfig(CLIPFields):
 
     @property
     def patch_init_std(self) -> float:
+        """The standard deviation of the kernel of the patch embeddings."""
         return self.initializer_range * self.initializer_factor
 
     @property
     def position_init_std(self) -> float:
+        """The standard deviation of the position embeddings."""
         return self.patch_init_std
 
     @property
     def class_init_std(self) -> float | None:
-        """None: no class token in front of the patches, and a bias in the patch embeddings."""
+        """The standard deviation of the class token; None for a family without one (SigLIP)."""
         return self.initializer_factor * self.hidden_size**-0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AltCLIPVisionConfig(CLIPVisionConfig):
+    """The fields of AltCLIP's image tower."""
+
     model_type: str = "altclip_vision_model"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChineseCLIPVisionConfig(CLIPVisionConfig):
+    """The fields of Chinese CLIP's image tower."""
+
     model_type: str = "chinese_clip_vision_model"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig(CLIPFields):
+    """The fields of CLIP's text tower."""
+
     model_type: str = "clip_text_model"
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -131,7 +146,7 @@ class CLIPTextConfig(CLIPFields):
 
 
 def clip_embedding(config: Any, init_std: float) -> TokenEmbeddingConfig:
-    """Return the embeddings of a text tower of CLIP or SigLIP."""
+    """Return the config of the token embeddings of a text tower of CLIP or SigLIP."""
     return TokenEmbeddingConfig(
         width=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -144,7 +159,7 @@ def clip_embedding(config: Any, init_std: float) -> TokenEmbeddingConfig:
 
 
 class CLIPVision(ImageTransformer):
-    """The image tower. Its pooler normalises the class token; last_hidden_state is not normalised."""
+    """The image tower. The pooler normalises the class token; the last hidden state is not normalised."""
 
     config: CLIPVisionConfig
 
@@ -159,7 +174,7 @@ class CLIPVision(ImageTransformer):
     def embed(self, pixel_values_BxHxWxC: Array, deterministic: bool) -> Float[Array, "B L D"]:
         cfg = self.config
         x_BxLxD = CLIPImageEmbeddings(cfg, self.dtype, name="embeddings")(pixel_values_BxHxWxC)
-        # Hugging Face misspelled the name once, and its files have kept it.
+        # Hugging Face misspelt this name once, and its files have kept the misspelling.
         return LayerNorm(cfg.layer_norm_eps, self.dtype, name="pre_layrnorm")(x_BxLxD)
 
     def final_norm(self, x_BxLxD: Float[Array, "B L D"]) -> Array:
@@ -171,9 +186,13 @@ class CLIPVision(ImageTransformer):
 
 
 class CLIPImageEmbeddings(nn.Module):
-    """Patches with their positions, behind a class token if the family has one."""
+    """The patches with their positions, after a class token if the family has one.
 
-    config: Any  # CLIPVisionConfig or SiglipVisionConfig
+    Attributes:
+        config: a CLIPVisionConfig or a SiglipVisionConfig.
+    """
+
+    config: Any
     dtype: Any
 
     @nn.compact
@@ -185,6 +204,7 @@ class CLIPImageEmbeddings(nn.Module):
             cfg.num_channels,
             cfg.patch_init_std,
             self.dtype,
+            # CLIP's patch embeddings have no bias, SigLIP's do. The class token tells the families apart.
             use_bias=class_std is None,
             name="patch_embedding",
         )(pixel_values_BxHxWxC)
@@ -199,31 +219,36 @@ class CLIPImageEmbeddings(nn.Module):
             length += 1
         init = nn.initializers.normal(cfg.position_init_std)
         table = nn.Embed(length, width, embedding_init=init, name="position_embedding")
+        # Images of another size than the config's get interpolated positions.
         positions_LxD = resize_positions(table.embedding, own_grid, (rows, columns))
         return shard_batch(x_BxLxD + broadcast_float32(positions_LxD, x_BxLxD.shape, self.dtype))
 
 
 class CLIPText(TextTransformer):
-    """The text tower: a token attends to itself and to earlier ones, and the last one is pooled."""
+    """The text tower. Its attention is causal, and its pooler takes the token that ends the text."""
 
     config: CLIPTextConfig
 
-    # As the first token attends to itself alone, 'cls' would be the same for every text.
+    # The first token attends to itself alone, so the pooling 'cls' would be the same for every text.
     poolings: ClassVar[tuple[Pooling, ...]] = ("pooler", "mean")
     is_causal: ClassVar[bool] = True
 
     def token_selector(self, input_ids_BxL: Int[Array, "B L"]) -> TokenSelector:
-        """Return the function that takes the token that ends a text; the first token of a text without it."""
+        """Return the function that selects the token that ends a text, or the first token if no token does.
+
+        Raises UserError if config.json names no single such token.
+        """
         eos = self.config.eos_token_id
         if not isinstance(eos, int):
             raise UserError(
                 f"The model's config.json has eos_token_id={eos!r}, and CLIP's pooler looks for one "
                 "token; set it to the one that ends the texts, or the tower's pooling to 'mean'."
             )
-        # Before July 2023 config.json said 2, whatever the token was. In the tokenizers of that time the
-        # one that ends the text was the last of the vocabulary.
+        # Before July 2023 config.json said 2, whatever the token was. The tokenizers of that time had the
+        # token that ends a text at the end of the vocabulary, so the largest id marks it.
         is_end_BxL = input_ids_BxL if eos == 2 else input_ids_BxL == eos
-        end_B = jnp.argmax(is_end_BxL, axis=1)  # of equal ones the first
+        # argmax returns the first of equal values. Padding may repeat the token after the end.
+        end_B = jnp.argmax(is_end_BxL, axis=1)
 
         def select(x: Array, axis: int) -> Array:
             return jnp.take_along_axis(x, end_B.reshape(-1, *(1,) * (x.ndim - 1)), axis)
@@ -231,7 +256,7 @@ class CLIPText(TextTransformer):
         return select
 
     def encode(self, x_BxLxD: Float[Array, "B L D"], *args: Any) -> Float[Array, "B Q D"]:
-        # As in transformers also where positions are given.
+        # transformers checks the length even where the caller gives positions.
         check_length(x_BxLxD.shape[1], self.config.embedding.max_length)
         return super().encode(x_BxLxD, *args)
 

@@ -1,7 +1,7 @@
 """ConvNeXt, ConvNeXt V2 and DINOv3's ConvNeXt.
 
-https://arxiv.org/abs/2201.03545, https://arxiv.org/abs/2301.00808 and https://arxiv.org/abs/2508.10104,
-numerically Hugging Face's ConvNextModel, ConvNextV2Model and
+The papers are https://arxiv.org/abs/2201.03545, https://arxiv.org/abs/2301.00808 and
+https://arxiv.org/abs/2508.10104. Numerically the towers are Hugging Face's ConvNextModel, ConvNextV2Model and
 DINOv3ConvNextModel.
 
 Dims: B batch, HxW pixels, YxX positions of a feature map, L = Y * X positions, C channels,
@@ -24,6 +24,7 @@ from lit_jax.models.patches import PatchEmbeddings, Size
 from lit_jax.models.tower import ImageTower, TowerOutput, cuts_under
 from lit_jax.models.transformer import LayerScale
 
+# All versions have the kernel size of 2201.03545, section 2.5; config.json has no field for it.
 _KERNEL_SIZE = 7
 
 
@@ -31,7 +32,7 @@ _KERNEL_SIZE = 7
 class ConvNextFields:
     """The fields of config.json that change a number and that every version has.
 
-    Names and defaults are Hugging Face's, here and in the configs made from it.
+    Names and defaults are Hugging Face's, here and in the configs that derive from this class.
     """
 
     num_channels: int = 3
@@ -50,22 +51,26 @@ class ConvNextFields:
 
     @property
     def layer_scale(self) -> float | None:
-        """The first value of a factor for each feature of a block's output; None: no factor."""
+        """The initial value of the trained factor for each feature of a block's output; None: no factor."""
         return None
 
     @property
     def response_norm(self) -> bool:
-        """True if blocks have global response normalisation."""
+        """Whether the blocks have global response normalisation."""
         return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvNextConfig(ConvNextFields):
+    """The fields of ConvNeXt."""
+
     model_type: str = "convnext"
     patch_size: Size = 4
     num_stages: int = 4
-    layer_norm_eps: float = 1e-12  # of the pooler's
-    layer_scale_init_value: float = 1e-6  # 0: no factor
+    # The epsilon of the pooler's normalisation alone.
+    layer_norm_eps: float = 1e-12
+    # 0 means no factor.
+    layer_scale_init_value: float = 1e-6
 
     @property
     def layer_scale(self) -> float | None:
@@ -74,10 +79,13 @@ class ConvNextConfig(ConvNextFields):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvNextV2Config(ConvNextFields):
+    """The fields of ConvNeXt V2, which has global response normalisation instead of layer scale."""
+
     model_type: str = "convnextv2"
     patch_size: Size = 4
     num_stages: int = 4
-    layer_norm_eps: float = 1e-12  # of the pooler's
+    # The epsilon of the pooler's normalisation alone.
+    layer_norm_eps: float = 1e-12
 
     @property
     def response_norm(self) -> bool:
@@ -86,6 +94,8 @@ class ConvNextV2Config(ConvNextFields):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dinov3ConvNextConfig(ConvNextFields):
+    """The fields of DINOv3's ConvNeXt, whose config.json has neither patch_size nor num_stages."""
+
     model_type: str = "dinov3_convnext"
     layer_norm_eps: float = 1e-6
     layer_scale_init_value: float = 1e-6
@@ -123,10 +133,11 @@ class ConvNext(ImageTower):
     ) -> TowerOutput:
         """Encode pixels that the image processor has normalised; images may have any size.
 
-        The last hidden state is the positions of the last map, not normalised. Not `deterministic`: blocks
-        are left out of some examples, with the rng 'dropout'.
+        The last hidden state has the positions of the last map, not normalised. Unless `deterministic`, drop
+        path leaves out blocks of some examples, with the rng 'dropout'.
         """
         x_BxLxD = self.encode(pixel_values_BxHxWxC, deterministic)
+        # LayerNorm expects three axes, so the mean keeps the axis of positions until the end.
         pooled_Bx1xD = x_BxLxD.mean(1, keepdims=True)
         if self.pooling == "pooler":
             norm = LayerNorm(self.config.layer_norm_eps, self.dtype, name="layernorm")
@@ -144,7 +155,7 @@ class ConvNext(ImageTower):
 
 
 class Dinov3ConvNext(ConvNext):
-    """The image tower of DINOv3: as in its vision transformers, a token for the whole image comes first."""
+    """The image tower of DINOv3. Its tokens begin with one for the whole image, as in DINOv3's ViT."""
 
     poolings = ("pooler", "cls", "mean")
 
@@ -154,9 +165,9 @@ class Dinov3ConvNext(ConvNext):
     ) -> TowerOutput:
         """Encode pixels that the image processor has normalised; images may have any size.
 
-        The last hidden state is the mean over the positions of the last map, and then these positions, each
-        normalised. The poolings 'pooler' and 'cls' are that mean. Not `deterministic`: blocks are left out
-        of some examples, with the rng 'dropout'.
+        The last hidden state has the mean over all positions of the last map and then these positions, each
+        normalised. The poolings 'pooler' and 'cls' take the normalised mean. Unless `deterministic`, drop
+        path leaves out blocks of some examples, with the rng 'dropout'.
         """
         x_BxLxD = self.encode(pixel_values_BxHxWxC, deterministic)
         x_BxLxD = jnp.concatenate([x_BxLxD.mean(1, keepdims=True), x_BxLxD], axis=1)
@@ -166,7 +177,7 @@ class Dinov3ConvNext(ConvNext):
 
 
 class ConvNextStem(nn.Module):
-    """Patches of the image, normalised."""
+    """The patch embeddings of an image, followed by a normalisation."""
 
     config: Config
     dtype: Any
@@ -186,10 +197,10 @@ class ConvNextStem(nn.Module):
 
 
 class ConvNextStages(nn.Module):
-    """Stages of equal blocks; each but the first begins with half the resolution.
+    """The stages of equal blocks; every stage after the first begins by halving the resolution.
 
-    The collection 'intermediates', where it is mutable, gets 'input', and of each stage and each
-    block 'hidden_state', its output.
+    If the collection 'intermediates' is mutable, it gets 'input' and the output of each stage and each block
+    as 'hidden_state'.
     """
 
     config: Config
@@ -201,6 +212,7 @@ class ConvNextStages(nn.Module):
     def __call__(self, x_BxYxXxC: Map, deterministic: bool) -> NewMap:
         cfg = self.config
         self.sow("intermediates", "input", x_BxYxXxC)
+        # The rate of drop path rises linearly over the blocks of all stages (1603.09382, section 3).
         rates = np.linspace(0, cfg.drop_path_rate, sum(cfg.depths))
         rates_of_stage = np.split(rates, np.cumsum(cfg.depths[:-1]))
         for i, rates_N in enumerate(rates_of_stage[: cfg.num_stages]):
@@ -212,7 +224,7 @@ class ConvNextStages(nn.Module):
 
 
 class ConvNextStage(nn.Module):
-    """Equal blocks, which are scanned, behind a convolution that halves the resolution."""
+    """A scanned stack of equal blocks, after a convolution that halves the resolution."""
 
     config: Config
     width: int
@@ -225,6 +237,7 @@ class ConvNextStage(nn.Module):
         self, x_BxYxXxC: Map, rates_N: np.ndarray, deterministic: bool, *, downsample: bool
     ) -> NewMap:
         cfg = self.config
+        # A 2x2 convolution with stride 2 is a patch embedding with patches of 2x2 positions.
         if downsample:
             x_BxYxXxC = PatchEmbeddings(
                 self.width,
@@ -243,7 +256,7 @@ class ConvNextStage(nn.Module):
 
 
 class ConvNextBlock(nn.Module):
-    """A depthwise convolution, then an MLP at each position."""
+    """A depthwise convolution, followed by an MLP at each position (2201.03545, figure 4)."""
 
     config: Config
     width: int
@@ -267,7 +280,7 @@ class ConvNextBlock(nn.Module):
         if cfg.layer_scale is not None:
             h_BxLxC = LayerScale(cfg.layer_scale, name="layer_scale")(h_BxLxC)
         if cfg.drop_path_rate and not deterministic:
-            # A whole row is dropped or kept (1603.09382).
+            # Stochastic depth drops or keeps a whole row (1603.09382).
             row_shape = (len(h_BxLxC), 1, 1)
             h_BxLxC = drop(h_BxLxC, rate, self.make_rng("dropout"), row_shape)
         x_BxYxXxC = x_BxYxXxC + h_BxLxC.reshape(x_BxYxXxC.shape)
@@ -278,7 +291,7 @@ class ConvNextBlock(nn.Module):
 class GlobalResponseNorm(nn.Module):
     """Global response normalisation, computed in float32 (2301.00808, section 3.2).
 
-    Each feature is scaled by its length over all positions, relative to the mean length of all features.
+    Each feature is scaled by its L2 norm over all positions, relative to the mean norm of all features.
     """
 
     @nn.compact
@@ -290,7 +303,8 @@ class GlobalResponseNorm(nn.Module):
         )
         h_BxLxF = x_BxLxF.astype(jnp.float32)
         squared_Bx1xF = jnp.square(h_BxLxF).sum(1, keepdims=True)
-        # sqrt has no finite gradient at 0; a feature that is 0 everywhere has gradient 0, as in torch.
+        # The gradient of sqrt at 0 is infinite. The double `where` gives a feature that is 0 everywhere the
+        # gradient 0, as torch's norm does.
         nonzero = squared_Bx1xF > 0
         length_Bx1xF = jnp.where(nonzero, jnp.sqrt(jnp.where(nonzero, squared_Bx1xF, 1.0)), 0.0)
         relative_Bx1xF = length_Bx1xF / (length_Bx1xF.mean(-1, keepdims=True) + 1e-6)
@@ -299,4 +313,5 @@ class GlobalResponseNorm(nn.Module):
 
 
 def _normed(x_BxYxXxC: Map, name: str, epsilon: float, dtype: Any) -> Map:
+    # `ops.layer_norm` works on three axes, so the map becomes a sequence of positions.
     return LayerNorm(epsilon, dtype, name=name)(positions(x_BxYxXxC)).reshape(x_BxYxXxC.shape)

@@ -22,7 +22,7 @@ from lit_jax.models.ops import Map, NewMap
 
 
 class PointwiseConv(nn.Module):
-    """A convolution with a 1x1 kernel, as a matrix product: on CPU twice as fast, elsewhere the same."""
+    """A convolution with a 1x1 kernel, computed as a matrix product, which is twice as fast on CPU."""
 
     features: int
     init_std: float
@@ -32,6 +32,7 @@ class PointwiseConv(nn.Module):
     @nn.compact
     def __call__(self, x_BxYxXxC: Map) -> Float[Array, "B Y X D"]:
         init = nn.initializers.normal(self.init_std)
+        # The parameter keeps the shape of a convolution, which the checkpoints have.
         kernel = self.param("kernel", init, (1, 1, x_BxYxXxC.shape[-1], self.features))
         kernel_CxD = jnp.squeeze(kernel, (0, 1)).astype(self.dtype)
         y_BxYxXxD = x_BxYxXxC.astype(self.dtype) @ kernel_CxD
@@ -42,7 +43,7 @@ class DepthwiseConv(nn.Module):
     """A convolution of each channel with a kernel of its own.
 
     Attributes:
-        padding: rows added before and after the map, and as many columns.
+        padding: the rows added before and after the map; as many columns are added at the sides.
     """
 
     kernel_size: int
@@ -71,13 +72,12 @@ def _add_bias(module: nn.Module, x_BxYxXxC: Map) -> Map:
 class BatchNorm(nn.Module):
     """Batch normalisation (1502.03167), computed in float32: torch's BatchNorm2d.
 
-    The running statistics `mean` and `var` are among the parameters, so they are loaded, locked and
-    saved like these, but they have no gradient.
+    The running statistics `mean` and `var` are parameters, so that they are loaded, locked and saved like
+    other parameters. They get no gradient.
 
-    Not `deterministic`: a map is normalised by the mean and variance of its whole batch, on whatever
-    devices that lies, and gradients flow through both. The collection 'batch_stats', where it is
-    mutable, gets the new running statistics at the paths of the old ones, (1 - momentum) * old +
-    momentum * that of the batch.
+    Unless `deterministic`, a map is normalised by the mean and variance of the global batch, over all
+    devices, and gradients flow through both. If the collection 'batch_stats' is mutable, it gets the new
+    running statistics, (1 - momentum) * old + momentum * batch, at the paths of the old ones.
     """
 
     epsilon: float
@@ -95,7 +95,9 @@ class BatchNorm(nn.Module):
         if not deterministic:
             running = {"mean": mean_C, "var": var_C}
             mean_C = x_BxYxXxC.mean((0, 1, 2))
+            # The squared differences are averaged, because E[x^2] - E[x]^2 cancels in float32.
             var_C = jnp.square(x_BxYxXxC - _channels(mean_C)).mean((0, 1, 2))
+            # torch normalises by the biased variance and keeps the unbiased one in its running statistics.
             count = x_BxYxXxC.size // x_BxYxXxC.shape[-1]
             self._put_statistics(running, {"mean": mean_C, "var": var_C * _unbiased(count)})
         factor_C = jax.lax.rsqrt(var_C + self.epsilon) * scale_C
@@ -114,7 +116,10 @@ def _channels(x_C: Array) -> Float[Array, "1 1 1 C"]:
 
 
 def _unbiased(count: int) -> float:
-    """Return the factor from the variance of `count` values to the unbiased estimate."""
+    """Return the factor that turns the variance of `count` values into the unbiased estimate.
+
+    Raises UserError for a single value, which has no such estimate.
+    """
     if count < 2:
         raise UserError(
             "Batch normalisation cannot train on a feature map of one position of one image; set "
@@ -124,7 +129,7 @@ def _unbiased(count: int) -> float:
 
 
 def positions(x_BxYxXxC: Map) -> Float[Array, "B L C"]:
-    """Return a map as a sequence of L = Y * X positions, row by row."""
+    """Reshape a map into a sequence of L = Y * X positions, row by row."""
     return x_BxYxXxC.reshape(len(x_BxYxXxC), -1, x_BxYxXxC.shape[-1])
 
 
@@ -137,14 +142,16 @@ def scan_blocks(
     first: int = 0,
     cuts: tuple[int, ...] = (),
 ) -> Map:
-    """Apply as many equal blocks, one after another, as there are dropout rates.
+    """Apply equal blocks one after another, one block for each rate.
 
-    The parameters of a stack of blocks have a leading depth axis; a stack begins at each of `cuts`. Neither
-    the time to compile nor the size of the program grows with depth.
+    The parameters of a stack of blocks have a leading depth axis. Neither the time to compile nor the size of
+    the program grows with depth.
 
     Args:
         make_block: makes a block with a `name`.
+        rates_N: the probability of drop path in each block.
         first: the number of the first block.
+        cuts: the numbers of the blocks at which a new stack begins.
     """
 
     def step(block: nn.Module, x_BxYxXxC: Array, rate: Array) -> tuple[Array, None]:
@@ -153,6 +160,8 @@ def scan_blocks(
     rate_N = jnp.asarray(rates_N, jnp.float32)
     for name, blocks in stacks(first, len(rates_N), cuts):
         scan = nn.scan(
+            # The loops of a scan and of its gradient keep the compiler from merging the recomputation with
+            # the original.
             rematerialized(step, remat, prevent_cse=False),
             variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},

@@ -44,9 +44,10 @@ class Dinov3Config:
     drop_path_rate: float = 0.0
     num_register_tokens: int = 0
     rope_theta: float = 100.0
-    # In training the coordinates of a batch change at random: by up to so much up or down, left or right;
-    # each of the two by up to this factor; both together by up to this factor.
+    # In training the coordinates of the patches change at random, alike for all images of a batch. `shift`
+    # bounds the offset along each axis.
     pos_embed_shift: float | None = None
+    # `jitter` bounds a factor for each axis, `rescale` a factor for both axes together.
     pos_embed_jitter: float | None = None
     pos_embed_rescale: float | None = 2.0
 
@@ -91,13 +92,14 @@ class Dinov3Config:
 
 
 class Dinov3(ImageTransformer):
-    """The image tower. It has its positions in the attention, as angles; its pooler is the CLS token."""
+    """The image tower. Its positions are angles in the attention, and its pooler is the CLS token."""
 
     config: Dinov3Config
 
     def rotary(self, grid: tuple[int, int], deterministic: bool) -> Rotary:
         cfg = self.config
         head_width = cfg.hidden_size // cfg.num_attention_heads
+        # The two coordinates share a head, and each frequency of a coordinate takes a pair of features.
         if head_width % 4:
             raise UserError(
                 f"The model's config.json has hidden_size {cfg.hidden_size} with num_attention_heads "
@@ -109,12 +111,12 @@ class Dinov3(ImageTransformer):
         frequency_I = cfg.rope_theta ** -np.arange(0, 1, 4 / head_width)
         angle_Nx2xI = 2 * np.pi * coordinates_Nx2[:, :, None] * jnp.float32(frequency_I)[None, None]
         angle_NxK = jnp.tile(angle_Nx2xI.reshape(len(coordinates_Nx2), -1), (1, 2))
-        # The tokens in front of the patches have no position, so they are not turned.
+        # CLS and register tokens have no position. An angle of 0 leaves them as they are.
         angle_LxK = jnp.pad(angle_NxK, ((cfg.embeddings.leading, 0), (0, 0)))
         return Rotary(jnp.cos(angle_LxK), jnp.sin(angle_LxK))
 
     def _moved(self, coordinates_Nx2: Float[Array, "N 2"]) -> Float[Array, "N 2"]:
-        """Return coordinates moved at random, alike for all images of a batch, as in training."""
+        """Return coordinates shifted and scaled at random, alike for all images of a batch."""
 
         def uniform(bound: float, shape: tuple[int, int]) -> Array:
             return jax.random.uniform(self.make_rng("dropout"), shape, minval=-bound, maxval=bound)
@@ -123,6 +125,7 @@ class Dinov3(ImageTransformer):
         if cfg.pos_embed_shift is not None:
             coordinates_Nx2 += uniform(cfg.pos_embed_shift, (1, 2))
         if cfg.pos_embed_jitter is not None:
+            # The logarithm is uniform, so a factor is as likely as its inverse.
             coordinates_Nx2 *= jnp.exp(uniform(math.log(cfg.pos_embed_jitter), (1, 2)))
         if cfg.pos_embed_rescale is not None:
             coordinates_Nx2 *= jnp.exp(uniform(math.log(cfg.pos_embed_rescale), (1, 1)))
@@ -130,6 +133,6 @@ class Dinov3(ImageTransformer):
 
 
 def centres(grid: tuple[int, int]) -> Float[Array, "N 2"]:
-    """Return the middles of the patches, down and to the right, from -1 to 1 in the whole image."""
+    """Return the (row, column) centre of each patch, where the image spans -1 to 1 along both axes."""
     axes = [(2 * np.arange(size) + 1) / size - 1 for size in grid]
     return jnp.stack(jnp.meshgrid(*map(jnp.float32, axes), indexing="ij"), -1).reshape(-1, 2)

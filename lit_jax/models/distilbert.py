@@ -1,6 +1,6 @@
 """DistilBERT (https://arxiv.org/abs/1910.01108), numerically Hugging Face's DistilBertModel.
 
-A BERT without token types and pooler, whose config.json has other names.
+DistilBERT is a BERT without token types and without a pooler. Its config.json has other field names.
 """
 
 import dataclasses
@@ -19,7 +19,8 @@ class DistilBertConfig:
     model_type: str = "distilbert"
     vocab_size: int = 30522
     max_position_embeddings: int = 512
-    sinusoidal_pos_embds: bool = False  # at the start; they are trained like others
+    # The sinusoids are initial values; the position embeddings train like others.
+    sinusoidal_pos_embds: bool = False
     n_layers: int = 6
     n_heads: int = 12
     dim: int = 768
@@ -37,11 +38,13 @@ class DistilBertConfig:
             num_heads=self.n_heads,
             mlp_width=self.hidden_dim,
             activation=self.activation,
+            # Hugging Face's code has this number; config.json has no field for it.
             norm_epsilon=1e-12,
             norm_first=False,
             init_std=self.initializer_range,
             attention_dropout=self.attention_dropout,
-            output_dropout=0.0,  # unlike BERT
+            # Unlike BERT, DistilBERT has no dropout after the attention's output.
+            output_dropout=0.0,
             mlp_dropout=self.dropout,
         )
 
@@ -58,7 +61,7 @@ class DistilBertConfig:
 
 
 class DistilBert(Bert):
-    """The text tower."""
+    """The text tower. The family has no pooler."""
 
     config: DistilBertConfig
 

@@ -1,4 +1,4 @@
-"""A text tower and the text tower that it learns from (AltCLIP, 2211.06679, section 3.2).
+"""A student text tower with the teacher text tower that it learns from (AltCLIP, 2211.06679, section 3.2).
 
 Dims: B batch, L tokens, P pooled width.
 """
@@ -15,18 +15,19 @@ from lit_jax.models.tower import Tower
 
 
 class DistillationOutput(NamedTuple):
-    """The pooled outputs of both towers for the same sentences, perhaps in two languages."""
+    """The pooled outputs of both towers for the same sentences, which may be in two languages."""
 
     student: Float[Array, "B P"]
     teacher: Float[Array, "B P"]
 
     @property
     def metrics(self) -> dict[str, Array]:
+        """The metrics of a training step besides the loss; there are none."""
         return {}
 
 
 class TextDistillation(nn.Module):
-    """The two towers as `train_step` calls them; the parameters lie where those of a dual encoder do."""
+    """The two towers as `train_step` calls them. The student's parameters have the paths of a text tower."""
 
     text_model: Tower
     teacher: Tower
@@ -38,7 +39,10 @@ class TextDistillation(nn.Module):
         deterministic_image: bool = True,
         deterministic_text: bool = True,
     ) -> DistillationOutput:
-        """Encode a batch with inputs of the student ('input_ids') and the teacher ('teacher_input_ids')."""
+        """Encode a batch with inputs of the student ('input_ids') and the teacher ('teacher_input_ids').
+
+        The teacher is always deterministic: its outputs are the targets.
+        """
         del deterministic_image
 
         def inputs(prefix: str) -> list[Array | None]:

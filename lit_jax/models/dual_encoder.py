@@ -1,6 +1,6 @@
 """Two towers, their projections and the logit scale: VisionTextDualEncoder, CLIP, SigLIP, ALIGN, AltCLIP.
 
-Dims: B batch, HxW pixels, C channels, L tokens, P pooled width of a tower, E embedding.
+Dims: B batch, HxW pixels, C channels, L tokens, P width of a tower's features, E width of an embedding.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from lit_jax.models.tower import Tower, TowerOutput
 
 Images = Float[Array, "B H W C"] | UInt8[Array, "B H W C"]
 Projection = Literal["none", "linear", "linear_bias"]
-# Their names in keys such as vision_model and vision_config.
+# The names of the towers in keys such as vision_model and vision_config.
 TOWERS: Mapping[Side, str] = {"image": "vision", "text": "text"}
 
 
@@ -36,36 +36,47 @@ def tower_name(side: Side) -> str:
 # The inputs of a text tower in a batch, in the order of its arguments.
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
-# Features in a batch, float BxP, in the place of a tower's inputs: a locked tower computes them only once.
+# The keys under which a batch may have features, float BxP, instead of a tower's inputs. A locked tower
+# computes its features only once.
 FEATURES: Mapping[Side, str] = {"image": "image_features", "text": "text_features"}
 
 
 class DualEncoderOutput(NamedTuple):
-    """The logits are exp(logit_scale) * image_embeds @ text_embeds.T + (logit_bias or 0)."""
+    """The embeddings of a batch of pairs, and the parameters of its logits.
 
-    image_embeds: Float[Array, "B E"]  # float32, of length 1
-    text_embeds: Float[Array, "B E"]  # float32, of length 1
-    logit_scale: Float[Array, ""]  # a logarithm
+    The logits are exp(logit_scale) * image_embeds @ text_embeds.T + (logit_bias or 0).
+
+    Attributes:
+        image_embeds: float32, each row of length 1.
+        text_embeds: float32, each row of length 1.
+        logit_scale: the logarithm of the scale, float32.
+        logit_bias: float32; None for a model without a bias.
+    """
+
+    image_embeds: Float[Array, "B E"]
+    text_embeds: Float[Array, "B E"]
+    logit_scale: Float[Array, ""]
     logit_bias: Float[Array, ""] | None
 
     @property
     def metrics(self) -> dict[str, Array]:
-        """The metrics of a training step."""
+        """The metrics of a training step besides the loss; 'logit_scale' is the scale, not its logarithm."""
         return {"logit_scale": jnp.exp(self.logit_scale)}
 
 
 class DualEncoderModule(nn.Module):
     """An image tower and a text tower that embed into one space.
 
-    The towers compute in their own dtype. The projections compute in float32: they cost next to
-    nothing, and rounding an embedding to bfloat16 would show in the logits.
+    The towers compute in their own dtype. The projections compute in float32: they cost next to nothing, and
+    rounding an embedding to bfloat16 would show in the logits.
 
     Attributes:
-        text_first_token: whether a text is its first token, not the tower's pooled output; ALIGN's text
-            tower has a pooler, but ALIGN does not use it.
-        temperature_init: a number replaces the parameter logit_scale by a temperature, as in ALIGN.
-        logit_bias_init: a number adds the parameter logit_bias, as in SigLIP.
-        normalization: of images that are given as bytes, uint8; others come normalised.
+        text_first_token: whether the features of a text are its first token instead of the tower's pooled
+            output. ALIGN's text tower has a pooler that ALIGN does not use.
+        logit_scale_init: the initial logarithm of the scale.
+        temperature_init: if a number, the parameter `temperature` replaces `logit_scale`, as in ALIGN.
+        logit_bias_init: if a number, there is a parameter `logit_bias`, as in SigLIP.
+        normalization: applied to images given as bytes, uint8. Images given as floats come normalised.
     """
 
     vision_model: Tower
@@ -97,22 +108,22 @@ class DualEncoderModule(nn.Module):
         return {"vision_model": self.vision_model, "text_model": self.text_model}
 
     def with_remat(self, remat: Remat) -> "DualEncoderModule":
-        """Return the same with towers that compute again what `remat` says; see `layers.rematerialized`."""
+        """Return the module with towers that recompute what `remat` says; see `layers.rematerialized`."""
         image, text = (tower.clone(remat=remat) for tower in self.towers.values())
         return self.clone(vision_model=image, text_model=text)
 
     def features_only(self) -> "DualEncoderModule":
-        """Return the same with towers that compute the pooled output, not all tokens; see `tower.Tower`."""
+        """Return the module with towers that compute only the pooled output; see `tower.Tower.all_tokens`."""
         image, text = (tower.clone(all_tokens=False) for tower in self.towers.values())
         return self.clone(vision_model=image, text_model=text)
 
     def with_cuts(self, cuts: Mapping[str, tuple[str, ...]]) -> "DualEncoderModule":
-        """Return the same with towers whose stacks are cut, each as `cuts` says by its name."""
+        """Return the module with towers whose stacks are cut as `cuts`, by tower name, says."""
         image, text = (tower.clone(cuts=cuts.get(name, ())) for name, tower in self.towers.items())
         return self.clone(vision_model=image, text_model=text)
 
     def with_dtype(self, dtype: Any) -> "DualEncoderModule":
-        """Return the same with towers that compute in `dtype`."""
+        """Return the module with towers that compute in `dtype`."""
         image, text = (tower.clone(dtype=jnp.dtype(dtype)) for tower in self.towers.values())
         return self.clone(vision_model=image, text_model=text)
 
@@ -137,9 +148,10 @@ class DualEncoderModule(nn.Module):
 
         Args:
             batch: 'pixel_values' uint8 or float32 BxHxWxC, 'input_ids' and 'attention_mask' int32 BxL,
-                optionally 'token_type_ids' int32 BxL; or the features of either side (`FEATURES`), and then
-                that tower is not called.
-            deterministic_image: else the image tower has dropout, with the rng 'dropout'.
+                optionally 'token_type_ids' and 'position_ids' int32 BxL. Features of a side (`FEATURES`) may
+                replace its inputs; the tower of that side is then not called.
+            deterministic_image: whether the image tower computes without dropout. If not, the rng 'dropout'
+                is needed.
             deterministic_text: the same for the text tower.
         """
         image_BxP, text_BxP = (batch.get(name) for name in FEATURES.values())
@@ -150,7 +162,8 @@ class DualEncoderModule(nn.Module):
         if text_BxP is None:
             texts = {name: batch[name] for name in TEXT_INPUTS if name in batch}
             text_BxP = self.text_features(**texts, deterministic=deterministic_text)
-        # A gradient that computes towers again finds the features of a locked one by these names.
+        # The checkpoint policy of gradcache.py saves the features by these names, so that a locked tower does
+        # not run again in the backward pass.
         image_BxP = checkpoint_name(image_BxP, FEATURES["image"])
         text_BxP = checkpoint_name(text_BxP, FEATURES["text"])
         return DualEncoderOutput(
@@ -185,31 +198,31 @@ class DualEncoderModule(nn.Module):
         return self.text_features_from(output)
 
     def text_features_from(self, output: TowerOutput) -> Float[Array, "B P"]:
-        """Return the text features from the output of the text tower."""
+        """Return the features of a text, BxP, from the output of the text tower."""
         return output.last_hidden_state[:, 0] if self.text_first_token else output.pooled
 
     def encode_image(
         self, pixel_values: Images, *, deterministic: bool = True
     ) -> Float[Array, "B E"]:
-        """Return the embeddings of images: projected, not normalised, float32."""
+        """Return the embeddings of images, float32: projected, but not scaled to length 1."""
         return self.project_image(self.image_features(pixel_values, deterministic=deterministic))
 
     def encode_text(
         self, input_ids: Int[Array, "B L"], *texts: Array | None, deterministic: bool = True
     ) -> Float[Array, "B E"]:
-        """Return the embeddings of texts: projected, not normalised, float32."""
+        """Return the embeddings of texts, float32: projected, but not scaled to length 1."""
         return self.project_text(self.text_features(input_ids, *texts, deterministic=deterministic))
 
     def project_image(self, pooled_BxP: Float[Array, "B P"]) -> Float[Array, "B E"]:
-        """Return the embeddings of image features, not normalised."""
+        """Return the embeddings of image features, float32, not scaled to length 1."""
         return self._project(pooled_BxP, self.image_head, "image")
 
     def project_text(self, pooled_BxP: Float[Array, "B P"]) -> Float[Array, "B E"]:
-        """Return the embeddings of text features, not normalised."""
+        """Return the embeddings of text features, float32, not scaled to length 1."""
         return self._project(pooled_BxP, self.text_head, "text")
 
     def logit_parameters(self) -> tuple[Float[Array, ""], Float[Array, ""] | None]:
-        """Return logit_scale, a logarithm, and logit_bias, float32."""
+        """Return logit_scale, the logarithm of the scale, and logit_bias, both float32."""
         bias = None if self.logit_bias_init is None else jnp.asarray(self.bias, jnp.float32)
         return logit_scale(self.scale), bias
 
@@ -238,11 +251,12 @@ def logit_scale(params: Mapping[str, Any]) -> Float[Array, ""]:
     """Return the logarithm of the logits' scale, float32, from the parameters of a dual encoder."""
     if "logit_scale" in params:
         return jnp.asarray(params["logit_scale"], jnp.float32)
+    # ALIGN divides the logits by a temperature: the scale is its inverse.
     return -jnp.log(jnp.asarray(params["temperature"], jnp.float32))
 
 
 def limit_logit_scale(params: Mapping[str, Any], maximum: float | None) -> dict[str, Any]:
-    """Return the parameters of a dual encoder with a logits' scale of at most `maximum`; None: no limit."""
+    """Return the parameters of a dual encoder with the logits' scale limited to `maximum`; None: no limit."""
     limits = (
         {}
         if maximum is None
@@ -257,12 +271,12 @@ def limit_logit_scale(params: Mapping[str, Any], maximum: float | None) -> dict[
 def normalize(embeds_BxE: Float[Array, "B E"]) -> Float[Array, "B E"]:
     """Scale every row to length 1; a row of zeros stays zero and has a finite gradient."""
     squared_Bx1 = jnp.square(embeds_BxE).sum(-1, keepdims=True)
-    # A smaller floor than the square of 1e-12 would overflow in the gradient, floor ** -1.5.
+    # The gradient of rsqrt has the factor floor ** -1.5, which overflows float32 for a floor of 1e-26.
     return embeds_BxE * jax.lax.rsqrt(jnp.maximum(squared_Bx1, 1e-24))
 
 
 def check_side(side: Side, hf: Mapping[str, Any], what: str) -> None:
-    """Raise UserError, which names `what`, if the config.json content is not of a tower for this side."""
+    """Raise UserError, which names `what`, if a config.json is not that of a tower for this side."""
     families = VISION if side == "image" else TEXT
     if hf.get("model_type") not in families:
         raise UserError(
@@ -274,9 +288,9 @@ def check_side(side: Side, hf: Mapping[str, Any], what: str) -> None:
 def build_dual_encoder(
     vision_hf: Mapping[str, Any], text_hf: Mapping[str, Any], config: ModelConfig
 ) -> DualEncoderModule:
-    """Return the dual encoder of two config.json contents, with `config.*.overrides` applied before.
+    """Return the dual encoder of two towers, given by their config.json after `overrides` are applied.
 
-    Raises UserError if one is not of a tower family for its side.
+    Raises UserError if a tower is not of a family for its side.
     """
     check_side("image", vision_hf, "config.model.image.model")
     check_side("text", text_hf, "config.model.text.model")
@@ -293,7 +307,7 @@ def build_dual_encoder(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class System:
-    """The properties of the dual encoders of one `model_type` that their config.json does not have."""
+    """The properties that all dual encoders of one `model_type` share and their config.json does not say."""
 
     image_projection: Projection = "linear"
     text_projection: Projection = "linear"
@@ -308,7 +322,7 @@ class System:
 # By the `model_type` of config.json.
 SYSTEMS: Mapping[str, System] = {
     "vision-text-dual-encoder": System(),
-    # A VisionTextDualEncoder with poolings or towers that transformers does not have.
+    # This type is a VisionTextDualEncoder with poolings or towers that transformers does not have.
     "lit_jax": System(),
     "clip": System(),
     "altclip": System(),
@@ -329,7 +343,7 @@ SYSTEMS: Mapping[str, System] = {
 def build_system(hf_config: Mapping[str, Any], *, dtype: Any) -> DualEncoderModule:
     """Return the dual encoder that `hf_config`, the content of a config.json, describes.
 
-    Raises UserError if one of its towers is not of a family for its side.
+    Raises UserError if `model_type` is no dual encoder or a tower is not of a family for its side.
     """
     if hf_config["model_type"] not in SYSTEMS:
         raise UserError(

@@ -33,16 +33,23 @@ from lit_jax.models.layers import activation, drop, rematerialized, scale_float3
 from lit_jax.models.patches import Size, check_channels
 from lit_jax.models.tower import ImageTower, TowerOutput, cuts_under
 
-# Hugging Face leaves torch's default where a block is made wider, and elsewhere takes the config's.
+# Hugging Face's expansion layers keep torch's default momentum; all other layers take the config's.
 _EXPANSION_MOMENTUM = 0.1
-_STEM_WIDTH = 32  # of EfficientNet-B0
+# The width of EfficientNet-B0's stem.
+_STEM_WIDTH = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BottleneckConfig:
-    """The first block of a stage."""
+    """The first block of a stage.
 
-    width: int  # of the map that comes in
+    Attributes:
+        width: the number of channels of the incoming map.
+        new_width: the number of channels of the outgoing map.
+        padding: the rows (and columns) of zeros before and after the map.
+    """
+
+    width: int
     new_width: int
     expand_ratio: int
     kernel_size: int
@@ -51,14 +58,14 @@ class BottleneckConfig:
 
     @property
     def following(self) -> "BottleneckConfig":
-        """The config of the further blocks of the stage."""
+        """The config of all further blocks of the stage, which keep width and resolution."""
         return dataclasses.replace(
             self, width=self.new_width, stride=1, padding=_same(self.kernel_size)
         )
 
 
 def _same(kernel_size: int) -> tuple[int, int]:
-    """Return the padding, before and after, that keeps the size of a map."""
+    """Return the padding, before and after, that keeps the size of a map at stride 1."""
     return (kernel_size - 1) // 2, kernel_size // 2
 
 
@@ -75,7 +82,8 @@ class EfficientNetConfig:
     kernel_sizes: tuple[int, ...] = (3, 3, 5, 3, 5, 5, 3)
     in_channels: tuple[int, ...] = (32, 16, 24, 40, 80, 112, 192)
     out_channels: tuple[int, ...] = (16, 24, 40, 80, 112, 192, 320)
-    depthwise_padding: tuple[int, ...] = ()  # indices of blocks that are padded alike on all sides
+    # The indices of blocks that are padded alike on all sides.
+    depthwise_padding: tuple[int, ...] = ()
     strides: tuple[int, ...] = (1, 2, 2, 2, 1, 2, 1)
     num_block_repeats: tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)
     expand_ratios: tuple[int, ...] = (1, 6, 6, 6, 6, 6, 6)
@@ -84,20 +92,21 @@ class EfficientNetConfig:
     pooling_type: str = "mean"
     initializer_range: float = 0.02
     batch_norm_eps: float = 0.001
-    # As in torch the share of the batch in a new running statistic: nearly all. The 0.99 is that of
-    # TensorFlow, where it is the share of the old one; to train as there, override it with 0.01.
+    # As in torch, the momentum is the share of the batch in a new running statistic. The value comes from
+    # TensorFlow, where it is the share of the old statistic; override it with 0.01 to train as there.
     batch_norm_momentum: float = 0.99
     drop_connect_rate: float = 0.2
 
     @property
     def has_top(self) -> bool:
-        """True if a last convolution widens the map."""
+        """Whether a last convolution widens the map."""
         return True
 
     def channels(self, base: int) -> int:
-        """Return the number of channels of a map that has `base` of them in EfficientNet-B0.
+        """Return the number of channels of a map that has `base` channels in EfficientNet-B0.
 
-        It is a multiple of depth_divisor near to `base` times the coefficient, and at least 0.9 of that.
+        The number is the multiple of depth_divisor nearest to `base` times the width coefficient, but not
+        less than 0.9 times that product.
         """
         wanted, divisor = base * self.width_coefficient, self.depth_divisor
         rounded = max(divisor, int(wanted + divisor / 2) // divisor * divisor)
@@ -109,6 +118,9 @@ class EfficientNetConfig:
         return tuple(math.ceil(self.depth_coefficient * n) for n in self.num_block_repeats)
 
     def first_block(self, stage: int) -> BottleneckConfig:
+        """Return the config of the first block of a stage."""
+        # TensorFlow's padding 'SAME' adds one row less before the map than after it at stride 2. The indices
+        # in depthwise_padding are exceptions of Hugging Face's conversion.
         size, stride = self.kernel_sizes[stage], self.strides[stage]
         if stride == 1:
             padding = _same(size)
@@ -128,6 +140,8 @@ class EfficientNetConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AlignVisionConfig(EfficientNetConfig):
+    """The fields of ALIGN's image tower, which ends without the last convolution."""
+
     model_type: str = "align_vision_model"
 
     @property
@@ -136,7 +150,7 @@ class AlignVisionConfig(EfficientNetConfig):
 
 
 class EfficientNet(ImageTower):
-    """The image tower. Its pooler is the mean, or the largest value, of each channel."""
+    """The image tower. Its pooler is the mean or the maximum of each channel, as pooling_type says."""
 
     config: EfficientNetConfig
 
@@ -148,12 +162,12 @@ class EfficientNet(ImageTower):
     ) -> TowerOutput:
         """Encode pixels that the image processor has normalised; images may have any size.
 
-        The last hidden state is the positions of the last map. Not `deterministic`: dropout, with the rng
-        'dropout', and normalisation by the statistics of the batch; see `BatchNorm` for the collection
-        'batch_stats'.
+        The last hidden state has the positions of the last map. Unless `deterministic`, there is dropout, with
+        the rng 'dropout', and `BatchNorm` uses the batch. Raises UserError for stages that do not fit.
         """
         cfg = self.config
         check_channels(pixel_values_BxHxWxC, cfg.num_channels)
+        # Hugging Face builds convolutions from in_channels, which must equal the channels that arrive.
         incoming = (_STEM_WIDTH, *cfg.out_channels[:-1])
         if [*map(cfg.channels, cfg.in_channels)] != [*map(cfg.channels, incoming)]:
             raise UserError(
@@ -167,6 +181,7 @@ class EfficientNet(ImageTower):
                 cfg.channels(_STEM_WIDTH),
                 (3, 3),
                 strides=2,
+                # TensorFlow's padding 'SAME' for an even image at stride 2.
                 padding=((0, 1), (0, 1)),
                 use_bias=False,
                 dtype=self.dtype,
@@ -185,7 +200,7 @@ class EfficientNet(ImageTower):
                 "have; correct it to 'mean' or 'max'."
             )
         if self.pooling == "pooler" and cfg.pooling_type == "max":
-            # Not max(): its gradient is NaN where the compiler computes x twice and rounds it differently.
+            # max() has a gradient of NaN if the compiler computes x twice with different rounding.
             top_Bx1xD = x_BxLxD.argmax(1, keepdims=True)
             pooled_BxD = jnp.squeeze(jnp.take_along_axis(x_BxLxD, top_Bx1xD, 1), 1)
         else:
@@ -194,12 +209,10 @@ class EfficientNet(ImageTower):
 
 
 class EfficientNetStages(nn.Module):
-    """Stages of blocks: the first of each is `layer_N`; the others, equal and scanned, are `layer_from_N`.
+    """The stages: the first block of each is `layer_N`; the others, equal and scanned, are `layer_from_N`.
 
-    N counts the blocks of all stages.
-
-    The collection 'intermediates', where it is mutable, gets 'input', and of each block 'hidden_state',
-    its output.
+    N counts the blocks of all stages. If the collection 'intermediates' is mutable, it gets 'input' and the
+    output of each block as 'hidden_state'.
     """
 
     config: EfficientNetConfig
@@ -217,6 +230,7 @@ class EfficientNetStages(nn.Module):
         self.sow("intermediates", "input", x_BxYxXxC)
         for stage, depth in enumerate(cfg.depths):
             config = cfg.first_block(stage)
+            # The first block of a stage changes the shape of the map, so it cannot be in a scan.
             first = Bottleneck(cfg, config, self.dtype, name=f"layer_{n}")
             x_BxYxXxC = rematerialized(call, self.remat, prevent_cse=True)(first, x_BxYxXxC)
             if depth > 1:
@@ -243,7 +257,7 @@ class Bottleneck(nn.Module):
     def __call__(
         self, x_BxYxXxC: Map, rate: Float[Array, ""] | None, deterministic: bool
     ) -> NewMap:
-        """Return the map plus the block's output after dropout with `rate`; with None the output alone."""
+        """Return the map plus the block's output after dropout with `rate`; None returns the output alone."""
         cfg, block, dtype = self.config, self.block, self.dtype
         h = x_BxYxXxC
         if block.expand_ratio != 1:
@@ -259,13 +273,14 @@ class Bottleneck(nn.Module):
             dtype,
         )
         h = _conv_norm(cfg, depthwise, dtype, "depthwise")(h, deterministic)
+        # The width before the expansion decides, as in the paper's reference code.
         squeezed = max(1, int(block.width * cfg.squeeze_expansion_ratio))
         h = SqueezeExcite(cfg, squeezed, dtype, name="squeeze_excite")(h)
         narrow = _pointwise(cfg, block.new_width, dtype)
         h = _conv_norm(cfg, narrow, dtype, "projection", act="linear")(h, deterministic)
         if rate is not None:
             if cfg.drop_connect_rate and not deterministic:
-                # Hugging Face's drop connect is plain dropout of single values.
+                # Hugging Face implements drop connect as dropout of single values, not of whole rows.
                 h = drop(h, rate, self.make_rng("dropout"), h.shape)
             h = x_BxYxXxC + h
         self.sow("intermediates", "hidden_state", h)
@@ -273,7 +288,7 @@ class Bottleneck(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Squeeze and excitation (1709.01507): a small network makes a factor for each channel from all means."""
+    """A squeeze-and-excitation layer (1709.01507): an MLP of the channel means gives a factor per channel."""
 
     config: EfficientNetConfig
     squeezed: int
@@ -292,7 +307,7 @@ class SqueezeExcite(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A convolution, batch normalisation and an activation."""
+    """A convolution, followed by batch normalisation and an activation."""
 
     make_convolution: Callable[..., nn.Module]
     epsilon: float
@@ -316,7 +331,7 @@ def _conv_norm(
     momentum: float | None = None,
     act: str | None = None,
 ) -> ConvNorm:
-    """Return a ConvNorm with the config's momentum and activation where none is given."""
+    """Return a ConvNorm whose momentum and activation are the config's unless they are given."""
     return ConvNorm(
         make_convolution,
         cfg.batch_norm_eps,

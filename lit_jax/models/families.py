@@ -1,4 +1,4 @@
-"""The model families lit_jax knows, by the `model_type` of their config.json."""
+"""The tower families of lit_jax, by the `model_type` of their config.json."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -80,16 +80,19 @@ TEXT: Families = {
     "siglip_text_model": (SiglipTextConfig, SiglipText),
 }
 
-# Options of config.json that change the numbers and that no tower here implements, each with the one value
-# that means "not used".
+# Options of config.json that change the numbers and that no tower here implements, each with the only value
+# that is accepted.
 _UNUSED_VALUE = {"add_cross_attention": False, "position_embedding_type": "absolute"}
 
 
 def tower_config(hf: Mapping[str, Any], named: Named = in_config_json) -> Any:
     """Return the config of the tower that `hf`, the content of a config.json, describes.
 
-    Raises UserError for an unknown `model_type`, for a value that its field cannot have, called as `named`
-    says, and for an option that changes the numbers and that we do not have.
+    Raises UserError for an unknown `model_type`, for a value that a field cannot have, and for an option
+    that changes the numbers and is not implemented.
+
+    Args:
+        named: returns the name of a field in error messages.
     """
     config_class, _ = _family(hf)
     for option, unused in _UNUSED_VALUE.items():
@@ -104,14 +107,14 @@ def tower_config(hf: Mapping[str, Any], named: Named = in_config_json) -> Any:
 
 
 def tower_fields(hf: Mapping[str, Any]) -> list[str]:
-    """Return the fields of config.json that the family of `hf` knows, ours among them."""
+    """Return the fields of config.json that the family of `hf` knows, including those of lit_jax alone."""
     return [field.name for field in dataclasses.fields(_family(hf)[0])]
 
 
 def build_tower(hf: Mapping[str, Any], *, pooling: Pooling, dtype: Any) -> Tower:
-    """Return the module of the tower that `hf` describes; `dtype` is that of its computation.
+    """Return the module of the tower that `hf` describes, which computes in `dtype`.
 
-    Raises UserError if that family has no such pooling.
+    Raises UserError if the family does not have this pooling, or as `tower_config` does.
     """
     _, module_class = _family(hf)
     if pooling not in module_class.poolings:
@@ -131,7 +134,7 @@ def _family(hf: Mapping[str, Any]) -> tuple[type[Any], type[Tower]]:
 
 
 def unknown(model_type: Any) -> str:
-    """Return the message about a `model_type` that is none of ours, without a full stop."""
+    """Return the error message about an unknown `model_type`, without a full stop."""
     return (
         f"The model's config.json has model_type {model_type!r}, which lit_jax does not have; "
         f"its image towers are {', '.join(VISION)} and its text towers {', '.join(TEXT)}"

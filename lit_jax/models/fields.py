@@ -1,7 +1,7 @@
-"""The values that fields of config.json may have: types from the families' dataclasses, limits by name.
+"""The check of the fields of a config.json: types by the families' dataclasses, limits by the field's name.
 
-A value of another type is seldom an error of its own: the text "false" is true, and 2.0 blocks fail only
-where they are counted.
+Python itself seldom rejects a value of another type: the text "false" counts as true, and 2.0 blocks fail
+only where a loop counts them.
 """
 
 import math
@@ -14,16 +14,17 @@ from typing import Any, Literal, get_args, get_origin
 from lit_jax.errors import UserError
 from lit_jax.models.patches import patch_grid
 
-# The name that a message gives a field: a key of the config, or a field of a file.
+# Returns the name of a field in a message: a key of the config, or a field of a file.
 Named = Callable[[str], str]
 
-# A whole number is a size, at least 1, but for these.
+# An integer field is a size of at least 1, except token ids, which may be any integer, and the fields that
+# may be 0.
 _TOKENS = ("pad_token_id", "eos_token_id")
 _FROM_ZERO = ("type_vocab_size", "num_register_tokens", "depthwise_padding")
 _PROBABILITY = re.compile(r".*(dropout|dropout_prob|drop_path_rate|drop_connect_rate|momentum)")
-# (width, what divides it), in the configs of all transformers.
+# (width, count that must divide the width), by the names that the transformers' configs use.
 _DIVIDED = (("hidden_size", "num_attention_heads"), ("dim", "n_heads"))
-# Lists with one entry for each stage.
+# The lists of a config that must have one entry for each stage.
 _STAGES = (
     ("hidden_sizes", "depths"),
     (
@@ -38,25 +39,26 @@ _STAGES = (
 
 
 class _UnfitError(Exception):
-    """A value is not of the type of its field."""
+    """An error that says that a value is not of the type of its field."""
 
 
 def in_config_json(name: str) -> str:
-    """Name a field of a file."""
+    """Return the name of a field of a config.json for messages."""
     return f"{name} in the model's config.json"
 
 
 def read_fields(config_class: type[Any], hf: Mapping[str, Any], named: Named) -> dict[str, Any]:
     """Return the fields of `config_class` that `hf` has, hashable and of their annotated types.
 
-    Raises UserError, which names the field by `named`, for another type and for a number out of its limits.
+    A config must be hashable, because linen modules with this config are static arguments of `jax.jit`.
+    Raises UserError for a value of another type and for a number out of its limits; `named` gives the name.
     """
     hints = typing.get_type_hints(config_class)
     return {name: _read(name, hf[name], hint, named) for name, hint in hints.items() if name in hf}
 
 
 def check_sizes(config: Any, named: Named) -> None:
-    """Raise UserError where sizes that are right one by one do not fit each other."""
+    """Raise UserError where sizes that are valid one by one do not fit each other."""
     for width, parts in _DIVIDED:
         whole, count = getattr(config, width, None), getattr(config, parts, None)
         if whole is not None and count is not None and whole % count:
@@ -95,13 +97,17 @@ def _read(name: str, value: Any, hint: Any, named: Named) -> Any:
     except _UnfitError:
         raise UserError(f"{named(name)} is {value!r}; it must be {_expected(hint)}.") from None
     for number in read if isinstance(read, tuple) else (read,):
+        # bool is a subclass of int, but has no limits.
         if isinstance(number, int | float) and not isinstance(number, bool):
             _check_limits(name, number, named)
     return read
 
 
 def _typed(value: Any, hint: Any) -> Any:
-    """Return `value` as the annotated type. JSON knows no tuples, and its 0 may mean 0.0."""
+    """Return `value` as the annotated type. Raise _UnfitError if it does not fit.
+
+    JSON has no tuples, and its 0 may mean 0.0.
+    """
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return _hashable(value)
@@ -113,6 +119,7 @@ def _typed(value: Any, hint: Any) -> Any:
                 return _typed(value, arm)
             except _UnfitError:
                 continue
+    # A field of (name, value) pairs is a hashable dict, such as ModernBERT's rope_parameters.
     elif origin is tuple and isinstance(value, Mapping):
         if args[-1] is Ellipsis and get_origin(args[0]) is tuple:
             return _hashable(value)
@@ -122,8 +129,10 @@ def _typed(value: Any, hint: Any) -> Any:
         if len(args) == len(value):
             return tuple(_typed(item, arm) for item, arm in zip(value, args, strict=True))
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        # json.loads accepts NaN and Infinity. The comparison rejects both.
         if abs(value) < math.inf:
             return float(value)
+    # True must not pass as an int, nor 1 as a bool.
     elif origin is None and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
         return value
     raise _UnfitError
@@ -148,7 +157,7 @@ def _check_limits(name: str, number: int | float, named: Named) -> None:
 
 
 def _expected(hint: Any) -> str:
-    """Return what the annotation asks for, as a message says it."""
+    """Return the description of the annotated type for a message."""
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(repr, get_args(hint)))}"
     name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)

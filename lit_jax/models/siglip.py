@@ -1,7 +1,7 @@
 """The towers of SigLIP (https://arxiv.org/abs/2303.15343).
 
-Numerically they are Hugging Face's SiglipVisionModel and SiglipTextModel. Their blocks and embeddings are
-CLIP's, without a class token and a causal mask.
+Numerically they are Hugging Face's SiglipVisionModel and SiglipTextModel. Blocks and embeddings are those of
+CLIP, without a class token and without a causal mask.
 
 Dims: B batch, L tokens, D width, P pooled width.
 """
@@ -30,12 +30,15 @@ from lit_jax.models.transformer import Attention, Mlp, TokenSelector
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiglipFields(BlockFields):
+    """The fields that both towers of SigLIP share."""
+
     hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: float = 1e-6
 
     @property
     def block_init_std(self) -> tuple[tuple[str, float], ...]:
-        # Glorot's; where he draws uniformly (and Hugging Face with him) we draw normally.
+        # The deviations are Glorot's. Hugging Face draws from a uniform distribution, and lit_jax from a
+        # normal one with the same variance.
         width, mlp_width = self.hidden_size, self.intermediate_size
         return (
             *((name, width**-0.5) for name in ("query", "key", "value", "output")),
@@ -75,7 +78,8 @@ class SiglipTextConfig(SiglipFields):
     model_type: str = "siglip_text_model"
     vocab_size: int = 32000
     max_position_embeddings: int = 64
-    projection_size: int | None = None  # None: hidden_size
+    # None means hidden_size.
+    projection_size: int | None = None
 
     @property
     def embedding(self) -> TokenEmbeddingConfig:
@@ -87,7 +91,8 @@ class SiglipVision(CLIPVision):
 
     config: SiglipVisionConfig
 
-    poolings: ClassVar[tuple[Pooling, ...]] = ("pooler", "mean")  # there is no first token to take
+    # Without a class token there is nothing for the pooling 'cls' to take.
+    poolings: ClassVar[tuple[Pooling, ...]] = ("pooler", "mean")
 
     def embed(self, pixel_values_BxHxWxC: Array, deterministic: bool) -> Float[Array, "B L D"]:
         if self.pooling == "pooler" and not self.config.vision_use_head:
@@ -106,7 +111,7 @@ class SiglipVision(CLIPVision):
 
 
 class AttentionPooling(nn.Module):
-    """A trained query attends to the patches, then an MLP (1810.00825, section 3.2)."""
+    """An attention of a trained query to the patches, followed by an MLP (1810.00825, section 3.2)."""
 
     config: SiglipVisionConfig
     dtype: Any
@@ -114,11 +119,14 @@ class AttentionPooling(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B D"]:
         cfg, batch, width = self.config, len(x_BxLxD), self.config.hidden_size
+        # torch's MultiheadAttention holds these three as one (3 * width, width) matrix, hence another Glorot
+        # deviation.
         own_init_std = [(name, (2 * width) ** -0.5) for name in ("query", "key", "value")]
         attention = dataclasses.replace(
             cfg.block,
             attention_dropout=0.0,
-            own_init_std=(*cfg.block.own_init_std, *own_init_std),  # the later ones win
+            # Later entries win.
+            own_init_std=(*cfg.block.own_init_std, *own_init_std),
         )
         probe_1x1xD = self.param("probe", nn.initializers.normal(width**-0.5), (1, 1, width))
         probe_Bx1xD = broadcast_float32(probe_1x1xD, (batch, 1, width), self.dtype)
@@ -131,10 +139,10 @@ class AttentionPooling(nn.Module):
 
 
 class SiglipText(CLIPText):
-    """The text tower. Its pooler is a linear map of the last token, be it padding.
+    """The text tower. Its pooler is a linear map of the last token, even if that token is padding.
 
-    SigLIP was trained with texts padded to `max_position_embeddings` tokens and without an attention
-    mask, so only texts given in this way have the embeddings they should have.
+    SigLIP was trained with texts padded to `max_position_embeddings` tokens and without an attention mask.
+    Only texts in this form get the embeddings that the model was trained to give.
     """
 
     config: SiglipTextConfig

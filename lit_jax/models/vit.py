@@ -17,10 +17,13 @@ from lit_jax.models.transformer import BlockConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig(ViTFields):
+    """The fields of ViT's config.json that change a number; names and defaults are Hugging Face's."""
+
     model_type: str = "vit"
     intermediate_size: int = 3072
     qkv_bias: bool = True
-    pooler_output_size: int | None = None  # None: hidden_size
+    # None means hidden_size.
+    pooler_output_size: int | None = None
     pooler_act: str = "tanh"
 
     @property
@@ -35,6 +38,8 @@ class ViTConfig(ViTFields):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeiTConfig(ViTConfig):
+    """The fields of DeiT's config.json, which are those of ViT. DeiT has a distillation token after CLS."""
+
     model_type: str = "deit"
 
     @property
