@@ -130,7 +130,7 @@ class MeanPooler(nn.Module):
 def position_bias(
     table_RxH: Float[Array, "R H"], own_grid: tuple[int, int], grid: tuple[int, int]
 ) -> Float[Array, "1 H L L"]:
-    """Return the attention bias of each pair of tokens for a `grid` of patches; the table is for `own_grid`."""
+    """Return the attention bias of each pair of tokens in a `grid` of patches; the table has `own_grid`."""
     table_RxH = resize_table(table_RxH, own_grid, grid)
     return table_RxH[_rows_of_pairs(*grid)].transpose(2, 0, 1)[None]
 

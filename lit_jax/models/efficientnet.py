@@ -162,7 +162,7 @@ class EfficientNet(ImageTower):
     ) -> TowerOutput:
         """Encode pixels that the image processor has normalised; images may have any size.
 
-        The last hidden state has the positions of the last map. Unless `deterministic`, there is dropout, with
+        The last hidden state has the positions of the last map. Unless `deterministic`, there is dropout by
         the rng 'dropout', and `BatchNorm` uses the batch. Raises UserError for stages that do not fit.
         """
         cfg = self.config

@@ -1,7 +1,7 @@
 """The layers that the towers share: activations, normalisation, dense layers, dropout, pooling.
 
-Dims: B batch, L tokens (Q as queries), D width, P width of the output. Parameters are float32 when
-initialised, and may be given in another dtype. `dtype` is that of the computation, but normalisation is
+Dims: B batch, L tokens (Q as queries), D width, P width of the output. Parameters are float32 when they are
+initialised, and may be given in another dtype. `dtype` is the dtype of the computation; normalisation is
 always float32.
 """
 
@@ -23,7 +23,10 @@ from lit_jax.models import ops
 
 
 def stacks(first: int, depth: int, cuts: tuple[int, ...]) -> list[tuple[str, slice]]:
-    """Return the name of each stack of `depth` blocks that count from `first`, and which of them it has."""
+    """Return the name and the range of blocks of each stack, for `depth` blocks counted from `first`.
+
+    A new stack begins at each of `cuts`. Ranges count from 0.
+    """
     starts = sorted({first, *(cut for cut in cuts if first < cut < first + depth)})
     ends = [*starts[1:], first + depth]
     return [
@@ -36,13 +39,14 @@ def stacks(first: int, depth: int, cuts: tuple[int, ...]) -> list[tuple[str, sli
 def rematerialized(
     call: Callable[..., Any], remat: Remat, *, prevent_cse: bool
 ) -> Callable[..., Any]:
-    """Return `call`, a function of a block and arrays, with a gradient that keeps only what `remat` says.
+    """Return `call`, a function of a block and arrays, with a gradient that saves only what `remat` says.
 
-    The gradient is the same: values that are computed again have the same dropout.
+    The gradient is the same, because recomputed values have the same dropout.
 
     Args:
-        prevent_cse: whether the compiler could take the values computed again for those computed before, and
-            so keep them. It cannot across the two loops that a scan and its gradient are.
+        prevent_cse: whether to keep the compiler from merging the recomputation with the original, which
+            would save the values after all. In a scan it cannot merge them, because the forward pass and the
+            gradient are two loops.
     """
     if remat == "none":
         return call
@@ -54,7 +58,8 @@ def rematerialized(
 _gelu_tanh = ops.save_slope(functools.partial(jax.nn.gelu, approximate=True))
 _silu = ops.save_slope(jax.nn.silu)
 
-# By the names that config.json uses (transformers' ACT2FN); several names are one function.
+# The keys are the names that config.json uses (transformers' ACT2FN). `save_slope` is for functions whose
+# derived gradient would keep several arrays.
 ACTIVATIONS: Mapping[str, ops.Elementwise] = {
     "gelu": ops.gelu,
     "gelu_python": ops.gelu,
@@ -80,7 +85,7 @@ ACTIVATIONS: Mapping[str, ops.Elementwise] = {
 
 
 def activation(name: str) -> ops.Elementwise:
-    """Return the activation that config.json calls `name`. Raises UserError if there is none."""
+    """Return the activation that config.json calls `name`. Raise UserError for an unknown name."""
     if name not in ACTIVATIONS:
         raise UserError(
             f"The model's config.json asks for the activation {name!r}, which lit_jax does not "
@@ -90,7 +95,7 @@ def activation(name: str) -> ops.Elementwise:
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis, computed in float32 and returned as `dtype`."""
+    """A layer normalisation (1607.06450) over the last axis, computed in float32 and returned as `dtype`."""
 
     epsilon: float
     dtype: Any = jnp.float32
@@ -110,14 +115,14 @@ class LayerNorm(nn.Module):
 def mean_of_attended(
     x_BxLxD: Float[Array, "B L D"], attended_BxL: Bool[Array, "B L"]
 ) -> Float[Array, "B D"]:
-    """Return the mean over the attended tokens, computed in float32; 0 for a text without any."""
+    """Return the mean over the attended tokens, computed in float32; 0 for a text without attended tokens."""
     weight_BxLx1 = attended_BxL[..., None].astype(jnp.float32)
     count_Bx1 = jnp.maximum(weight_BxLx1.sum(1), 1)
     return ((x_BxLxD.astype(jnp.float32) * weight_BxLx1).sum(1) / count_Bx1).astype(x_BxLxD.dtype)
 
 
 class Dropout(nn.Module):
-    """Dropout of single numbers (Srivastava et al., 2014), drawn from the stream 'dropout'."""
+    """A dropout of single numbers (Srivastava et al., 2014), drawn from the rng 'dropout'."""
 
     rate: float
 
@@ -131,13 +136,14 @@ class Dropout(nn.Module):
 def drop(
     x: Float[Array, "*X"], rate: Float[Array, ""], key: jax.Array, shape: tuple[int, ...]
 ) -> Float[Array, "*X"]:
-    """Set parts of `x` to 0 with probability `rate`, and scale the others so that the mean stays.
+    """Set parts of `x` to 0 with probability `rate`, and scale the other parts so that the mean stays.
 
     Args:
-        rate: rounded to a multiple of 2^-16.
-        shape: that of the parts, which broadcasts to that of `x`: along an axis of length 1 all of `x` is
-            dropped or kept together.
+        rate: the probability, which is rounded to a multiple of 2^-16.
+        shape: the shape of the mask, which broadcasts to the shape of `x`. Along an axis of length 1 all of
+            `x` is dropped or kept together.
     """
+    # Integers are compared, so the rate and the scale agree exactly: 16 bits have only 2^16 values.
     steps = jnp.round((1 - rate.astype(jnp.float32)) * 2**16)
     kept = ops.random_16_bits(key, shape) < steps.astype(jnp.uint32)
     return (jnp.where(kept, x.astype(jnp.float32), 0.0) * (2**16 / jnp.maximum(steps, 1))).astype(
@@ -146,14 +152,17 @@ def drop(
 
 
 def normal(std: float, cutoff: float | None = None) -> Callable[..., Array]:
-    """Return an initializer; `cutoff` is in standard deviations, and does not change `std`, as in torch."""
+    """Return an initializer that draws from a normal distribution, truncated at `cutoff` deviations.
+
+    As in torch, `std` is the deviation before the truncation.
+    """
     if cutoff is None:
         return nn.initializers.normal(std)
     return nn.initializers.truncated_normal(std, lower=-cutoff, upper=cutoff)
 
 
 class Dense(nn.Module):
-    """A dense layer over the last axis, or the last `axes`."""
+    """A dense layer over the last `axes` axes."""
 
     features: int
     kernel_init: Callable[..., Array]
@@ -173,9 +182,9 @@ class Dense(nn.Module):
 
 
 def _dot_gathered(x: Array, kernel: Array, axes: int) -> Array:
-    """Return the product with a kernel that may be split over the mesh."""
-    # The kernel is gathered for the product, and once more for the gradient: a gathered kernel of each layer
-    # would wait in memory for its gradient.
+    """Return the product of `x` with a kernel that may be split over the mesh."""
+    # The kernel is gathered for the product and once more for the gradient. Otherwise the gathered kernels
+    # of all layers would stay in memory until their gradients are computed.
     contracted = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
 
     def dot(x: Array, kernel: Array) -> Array:
@@ -194,12 +203,12 @@ def dense(
     dtype: Any,
     use_bias: bool = True,
 ) -> Dense:
-    """Return a dense layer as Hugging Face initialises it: normal kernel, bias zero."""
+    """Return a dense layer as Hugging Face initialises it: a normal kernel and a bias of zeros."""
     return Dense(features, normal(init_std, init_cutoff), dtype, use_bias, name=name)
 
 
 class DenseAct(nn.Module):
-    """A dense layer and an activation: the pooler of ViT and BERT."""
+    """A dense layer followed by an activation: the pooler of ViT and BERT."""
 
     features: int
     activation: str
@@ -213,19 +222,19 @@ class DenseAct(nn.Module):
 
 
 def broadcast_float32(parameter: Array | np.ndarray, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Return a parameter, broadcast to many rows of `shape`, in `dtype`.
+    """Return a parameter, broadcast to `shape` and cast to `dtype`.
 
-    The parameter is broadcast before it is cast, so its gradient, a sum over all rows, adds up in float32. A
-    sum in bfloat16 stops growing where it is 256 times as large as each addend.
+    The cast comes after the broadcast, so that the gradient, a sum over all rows, adds up in float32. A sum
+    in bfloat16 stops growing when it is 256 times as large as each addend.
     """
     return jnp.broadcast_to(parameter, shape).astype(dtype)
 
 
 def scale_float32(x: Array, factor: Array) -> Array:
-    """Return x * factor in x's dtype, for one factor of many rows.
+    """Return x * factor in x's dtype, where `factor` broadcasts over many rows.
 
-    The gradient of the factor adds up as in `broadcast_float32`. The product is computed again for the
-    gradient, which so keeps no factor for each row.
+    The gradient of the factor adds up in float32, as in `broadcast_float32`. The product is recomputed in the
+    backward pass, so that no broadcast factor stays in memory.
     """
 
     def product(x: Array, factor: Array) -> Array:

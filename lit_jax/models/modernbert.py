@@ -1,9 +1,9 @@
 """ModernBERT (https://arxiv.org/abs/2412.13663), numerically Hugging Face's ModernBertModel.
 
-Rotary positions, a gated MLP, blocks whose attention is local and some whose attention is global.
+ModernBERT has rotary positions, a gated MLP, and blocks of two types: local and global attention.
 
-Dims: B batch, L tokens, D width, K width of a head, I = K / 2 pairs of it, T types of block (local and
-global).
+Dims: B batch, L tokens (Q as queries), D width, K width of a head, I = K / 2 pairs of features, N blocks in
+the scan, T types of block (local and global).
 """
 
 import dataclasses
@@ -24,11 +24,13 @@ from lit_jax.models.token_embeddings import TokenEmbeddingConfig
 from lit_jax.models.tower import TextTransformer
 from lit_jax.models.transformer import Block, BlockConfig, Rotary, TokenSelector
 
-# The types of block in config.json, and the base of the frequencies of each (2104.09864).
+# The types of block in config.json, and the base of the rotary frequencies of each type (2104.09864). The
+# order is the index T of the biases and angles below.
 _THETAS = {"sliding_attention": 10_000.0, "full_attention": 160_000.0}
 _LAYER_TYPES = tuple(_THETAS)
 
-Pairs = tuple[tuple[str, Any], ...]  # a dict, but hashable
+# A hashable dict.
+Pairs = tuple[tuple[str, Any], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,9 +51,12 @@ class ModernBertConfig:
     norm_bias: bool = False
     attention_bias: bool = False
     attention_dropout: float = 0.0
-    layer_types: tuple[str, ...] | None = None  # None: the first of every three blocks is global
-    rope_parameters: Pairs | None = None  # by type of block
-    local_attention: int = 128  # as many tokens around one, half of them on each side
+    # None means that the first of every three blocks is global.
+    layer_types: tuple[str, ...] | None = None
+    # The parameters of each type of block.
+    rope_parameters: Pairs | None = None
+    # The number of tokens in the window of local attention, half of them on each side.
+    local_attention: int = 128
     embedding_dropout: float = 0.0
     mlp_bias: bool = False
     mlp_dropout: float = 0.0
@@ -63,6 +68,8 @@ class ModernBertConfig:
             ("gate", "up", "down"): self.mlp_bias,
             ("norm",): self.norm_bias,
         }
+        # The layers that write to the residual stream start smaller, so that its variance does not grow with
+        # depth.
         output_std = self.initializer_range / (2 * self.num_hidden_layers) ** 0.5
         return BlockConfig(
             depth=self.num_hidden_layers,
@@ -91,7 +98,8 @@ class ModernBertConfig:
             init_std=self.initializer_range,
             init_cutoff=self.initializer_cutoff_factor,
             word_name="tok_embeddings",
-            position_name=None,  # positions come into attention alone, as angles
+            # Positions enter the attention alone, as angles.
+            position_name=None,
             norm_name="norm",
             norm_epsilon=self.norm_eps,
             norm_bias=self.norm_bias,
@@ -100,7 +108,7 @@ class ModernBertConfig:
 
     @property
     def type_indices(self) -> tuple[int, ...]:
-        """The index in `_LAYER_TYPES` of each block's type."""
+        """The index in `_LAYER_TYPES` of each block's type. Raises UserError for unknown or missing types."""
         depth = self.num_hidden_layers
         types = self.layer_types or [
             "sliding_attention" if i % 3 else "full_attention" for i in range(depth)
@@ -114,7 +122,7 @@ class ModernBertConfig:
 
     @property
     def thetas(self) -> tuple[float, ...]:
-        """The base of the frequencies of each type in `_LAYER_TYPES`."""
+        """The base of the frequencies of each type. Raises UserError if `rope_type` is not 'default'."""
         given = dict(self.rope_parameters or ())
         thetas = []
         for layer_type, default in _THETAS.items():
@@ -130,7 +138,7 @@ class ModernBertConfig:
 
 
 class ModernBert(TextTransformer):
-    """The text tower."""
+    """The text tower. The family has no pooler."""
 
     config: ModernBertConfig
 
@@ -146,15 +154,15 @@ class ModernBert(TextTransformer):
     ) -> Array:
         """Return the tokens of the last block.
 
-        The first block has parameters of its own, and the others are a scan. The collection
-        'intermediates', where it is mutable, gets 'input', and of the blocks what those of any `Encoder`
-        record.
+        The first block has parameters of its own, and the others are in a scan. If the collection
+        'intermediates' is mutable, it gets 'input' and the records of the blocks, as in `Encoder`.
         """
         self.sow("intermediates", "input", x_BxLxD)
         cfg = self.config
         bias, rotary = _bias(cfg, attended_BxL), _rotary(cfg, position_ids_BxL)
         layer_type, *other_types = cfg.type_indices
-        # The embeddings normalise its tokens already.
+        # The embeddings have already normalised the tokens of the first block. Without that normalisation the
+        # block has fewer parameters than the others, so it cannot be in their scan.
         first_config = dataclasses.replace(cfg.block, norm_attention=False)
         first = Block(first_config, self.dtype, name="layer_0")
         own = jax.tree.map(lambda x: x[layer_type], (bias, rotary))
@@ -176,17 +184,18 @@ class ModernBert(TextTransformer):
 
 
 def _bias(cfg: ModernBertConfig, attended_BxL: Bool[Array, "B L"]) -> Float[Array, "T B 1 L L"]:
-    """Return the bias of each type of block; local attention reaches `local_attention` / 2 to each side."""
+    """Return the bias of each type of block; local attention reaches `local_attention` // 2 to each side."""
     place_L = np.arange(attended_BxL.shape[1])
     near_LxL = np.abs(place_L[:, None] - place_L[None]) <= cfg.local_attention // 2
     everywhere_Bx1x1xL = attention_bias(attended_BxL)
     lowest = jnp.finfo(jnp.float32).min
     local_Bx1xLxL = jnp.where(near_LxL[None, None], everywhere_Bx1x1xL, lowest)
+    # A scan selects one of the two by the block's type, so both need the same shape.
     return jnp.stack([local_Bx1xLxL, jnp.broadcast_to(everywhere_Bx1x1xL, local_Bx1xLxL.shape)])
 
 
 def _rotary(cfg: ModernBertConfig, position_ids_BxL: Int[Array, "#B L"]) -> Rotary:
-    """Return the angles of each type of block, TxBxLxK; they are float32 in the reference, too."""
+    """Return the angles of each type of block, TxBxLxK, float32 as in transformers."""
     head_width = cfg.hidden_size // cfg.num_attention_heads
     exponent_I = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
     theta_Tx1 = np.array(cfg.thetas, np.float32)[:, None]

@@ -1,9 +1,9 @@
 """MPNet (https://arxiv.org/abs/2004.09297), numerically Hugging Face's MPNetModel.
 
-A BERT without token types that counts positions as RoBERTa does and that adds to the attention logits a
-learned number for each distance between tokens, the same in all blocks.
+MPNet is a BERT without token types. It counts positions as RoBERTa does, and adds a learned number for each
+distance between two tokens to the attention logits, the same in all blocks.
 
-Dims: B batch, L tokens, H heads, R rows of the table of those numbers.
+Dims: B batch, L tokens, H heads.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from lit_jax.models.bert import (
 )
 from lit_jax.models.token_embeddings import TokenEmbeddingConfig
 
-# Hugging Face's code has these three numbers, whatever config.json says.
+# Hugging Face's code fixes these three numbers, whatever config.json says.
 _PADDING_ID = 1
 _BUCKETS = 32
 _FARTHEST = 128
@@ -31,11 +31,12 @@ _FARTHEST = 128
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MPNetConfig(PlainConfig):
-    """`position_ids` is no field of Hugging Face's; see bert.py."""
+    """The fields of MPNet. `position_ids` is a field of lit_jax alone; see `bert.CountedPositionsConfig`."""
 
     model_type: str = "mpnet"
     vocab_size: int = 30527
-    relative_attention_num_buckets: int = 32  # rows of the table
+    # The number of rows of the table. Only the first 32 are used.
+    relative_attention_num_buckets: int = 32
     position_ids: PositionIds = "input_ids"
 
     @property
@@ -50,7 +51,7 @@ class MPNetConfig(PlainConfig):
 
 
 class MPNet(Bert):
-    """The text tower. Its pooler is a trained head on the first token."""
+    """The text tower. Its pooler is a dense layer with tanh on the first token."""
 
     config: MPNetConfig
 
@@ -73,16 +74,17 @@ class MPNet(Bert):
 
 @functools.cache
 def distance_buckets(length: int) -> np.ndarray:
-    """Return the row of the table for token q (first axis) and token s.
+    """Return the row of the table for query token q (first axis) and key token s, int (length, length).
 
-    These are T5's buckets (1910.10683, section 2.1).
-    Half of the rows are for tokens before q, half for those after it. In each half, the first half is
-    for one distance each; the others are for ranges that grow as a logarithm, up to `_FARTHEST`.
+    The buckets are T5's (1910.10683, section 2.1). Half of the rows are for keys before q, half for keys
+    after q. In each half, the first rows are for one distance each; the others are for ranges whose length
+    grows exponentially, up to `_FARTHEST`.
     """
     half, exact = _BUCKETS // 2, _BUCKETS // 4
     ahead_LxL = np.arange(length)[None] - np.arange(length)[:, None]
     distance_LxL = np.abs(ahead_LxL)
-    # float32 as in the reference: 16, 32 and 64 are where a range begins, so rounding decides.
+    # The logarithm is float32 as in transformers. Ranges begin exactly at 16, 32 and 64, so its rounding
+    # decides the bucket of these distances.
     ratio_LxL = np.maximum(distance_LxL, 1).astype(np.float32) / np.float32(exact)
     share_LxL = np.log(ratio_LxL) / np.float32(np.log(_FARTHEST / exact))
     range_LxL = exact + (share_LxL * np.float32(half - exact)).astype(int)

@@ -1,4 +1,4 @@
-"""The values that an image processor makes of a pixel's bytes."""
+"""The normalisation of pixels: bytes to the floats that an image tower expects."""
 
 import dataclasses
 from typing import Any
@@ -9,9 +9,9 @@ from jaxtyping import Float, UInt8
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """value * scale + offset, a pair of these for each channel: transformers' rescale and normalize in one.
+    """A map value * scale + offset for each channel, which joins transformers' rescale and normalize.
 
-    The result is theirs up to the rounding of float32.
+    The result equals that of transformers up to the rounding of float32.
     """
 
     scale: tuple[float, ...]
@@ -26,7 +26,10 @@ class Normalization:
         return cls(tuple(scale_C.tolist()), tuple(black_C.tolist()))
 
     def __call__(self, pixels: UInt8[Any, "*rest C"]) -> Float[Any, "*rest C"]:
-        """Return float32 values of an array of JAX, or of NumPy, as worker processes have no JAX."""
+        """Return the float32 values of a JAX or a NumPy array.
+
+        Worker processes of the loader have no JAX, so this method calls NumPy and the array's own operators.
+        """
         ones = (1,) * (pixels.ndim - 1)
         scale, offset = (
             np.asarray(x, np.float32).reshape(*ones, -1) for x in (self.scale, self.offset)

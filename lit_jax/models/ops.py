@@ -1,10 +1,10 @@
-"""Operations that are written by hand because the compiler's own form is slow on CPUs or GPUs.
+"""Operations that are written by hand, because the compiler's code for the plain form is slow on CPU or GPU.
 
-Each stands beside its plain form: the textbook formula, with the gradient that JAX derives. Both give the
-same values and gradients, up to rounding. LIT_JAX_PLAIN_OPS=1 in the environment selects the plain forms;
-benchmarks/layers.py measures the difference.
+Next to each operation stands its plain form: the textbook formula with the gradient that JAX derives. Both
+give the same values and gradients up to rounding. LIT_JAX_PLAIN_OPS=1 in the environment selects the plain
+forms; benchmarks/layers.py measures the difference.
 
-Dims: B batch, L tokens, D width, H heads, K width of a head (of a kernel in the convolutions), YxX and VxU
+Dims: B batch, L tokens, D width, H heads, K width of a head (in convolutions, size of a kernel), YxX and VxU
 positions of a feature map, C channels.
 """
 
@@ -24,15 +24,16 @@ from lit_jax.distributed.mesh import device_kind, shard_batch
 Elementwise = Callable[[Array], Array]
 Map = Float[Array, "B Y X C"]
 Kernel = Float[Array, "K K 1 C"]
-NewMap = Float[Array, "B V U D"]  # made of a `Map`, of any size and width
+# The result of an operation on a `Map`, which may change size and width.
+NewMap = Float[Array, "B V U D"]
 
 
 def use_plain_ops() -> bool:
-    """Return whether LIT_JAX_PLAIN_OPS=1 is set; it counts when a function is traced."""
+    """Return whether LIT_JAX_PLAIN_OPS=1 is set. The variable is read when a function is traced."""
     return os.environ.get("LIT_JAX_PLAIN_OPS") == "1"
 
 
-# ---- Layer normalisation: on CPU 1.7 times as fast with its gradient; the gradient keeps x in x's dtype.
+# ---- Layer normalisation: forward and backward pass are 1.7 times as fast on CPU, and x stays in its dtype.
 
 
 def layer_norm(
@@ -45,15 +46,16 @@ def layer_norm(
 
 
 def plain_layer_norm(x_BxLxD: Array, scale_D: Array, epsilon: float) -> Array:
+    """Compute `layer_norm` by the textbook formula (1607.06450)."""
     mean_BxLx1, inverse_BxLx1 = _row_statistics(x_BxLxD, epsilon)
     return (x_BxLxD.astype(jnp.float32) - mean_BxLx1) * inverse_BxLx1 * scale_D[None, None]
 
 
 def _row_statistics(x_BxLxD: Array, epsilon: float) -> tuple[Array, Array]:
-    """Return the mean and 1 / deviation of each row, in float32."""
+    """Return the mean and the inverse standard deviation of each row, in float32."""
     x32_BxLxD = x_BxLxD.astype(jnp.float32)
     mean_BxLx1 = x32_BxLxD.mean(-1, keepdims=True)
-    # The mean of the squared differences, because E[x^2] - E[x]^2 cancels in float32.
+    # The squared differences are averaged, because E[x^2] - E[x]^2 cancels in float32.
     variance_BxLx1 = jnp.square(x32_BxLxD - mean_BxLx1).mean(-1, keepdims=True)
     return mean_BxLx1, jax.lax.rsqrt(variance_BxLx1 + epsilon)
 
@@ -63,7 +65,7 @@ def _layer_norm(epsilon: float, x_BxLxD: Array, scale_D: Array) -> Array:
     def on_cpu(x_BxLxD: Array, scale_D: Array) -> Array:
         return _layer_norm_forward(epsilon, x_BxLxD, scale_D)[0]
 
-    # XLA makes one GPU kernel of the plain form, which reads x once, and five of the CPU form.
+    # On GPU, XLA compiles the plain form into one kernel that reads x once, and the CPU form into five.
     elsewhere = functools.partial(plain_layer_norm, epsilon=epsilon)
     return jax.lax.platform_dependent(x_BxLxD, scale_D, cpu=on_cpu, default=elsewhere)
 
@@ -72,9 +74,10 @@ def _layer_norm_forward(
     epsilon: float, x_BxLxD: Array, scale_D: Array
 ) -> tuple[Array, tuple[Array, ...]]:
     mean_BxLx1, inverse_BxLx1 = _row_statistics(x_BxLxD, epsilon)
-    # Not the differences above again: two results would share them, so XLA would write them to memory on CPU.
+    # x - mean is not reused from `_row_statistics`: XLA would write a value that two results share to memory
+    # on CPU.
     normed_BxLxD = x_BxLxD.astype(jnp.float32) * inverse_BxLx1 - mean_BxLx1 * inverse_BxLx1
-    # The gradient keeps x in its own dtype, and no float32 array of its size.
+    # The backward pass keeps x in its own dtype, and no float32 array of that size.
     return normed_BxLxD * scale_D[None, None], (x_BxLxD, mean_BxLx1, inverse_BxLx1, scale_D)
 
 
@@ -84,7 +87,8 @@ def _layer_norm_backward(
     x_BxLxD, mean_BxLx1, inverse_BxLx1, scale_D = saved
     normed_BxLxD = x_BxLxD.astype(jnp.float32) * inverse_BxLx1 - mean_BxLx1 * inverse_BxLx1
     product_BxLxD = grad_BxLxD * normed_BxLxD
-    # A row's gradient loses its parts along the mean and along the normed row, which the norm removes.
+    # Normalisation removes the mean and the length of a row, so the gradient has no component along a
+    # constant vector or along the normalised row.
     along_mean_BxLx1 = _mean_of_product(grad_BxLxD, scale_D)
     along_normed_BxLx1 = _mean_of_product(product_BxLxD, scale_D)
     grad_x_BxLxD = inverse_BxLx1 * (
@@ -94,7 +98,8 @@ def _layer_norm_backward(
 
 
 def _mean_of_product(x_BxLxD: Array, y_D: Array) -> Float[Array, "B L 1"]:
-    # A product with a vector reads its input once on CPU; for TPUs XLA makes a sum of it.
+    # On CPU a product with a vector reads its input once. XLA turns the product into a sum on TPU, where
+    # HIGHEST keeps float32.
     precision = jax.lax.Precision.HIGHEST
     return jnp.einsum("bld,d->bl", x_BxLxD, y_D, precision=precision)[..., None] / len(y_D)
 
@@ -102,15 +107,16 @@ def _mean_of_product(x_BxLxD: Array, y_D: Array) -> Float[Array, "B L 1"]:
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-# ---- Activations: one array kept for the gradient, not several; exact GELU 3 times as fast on CPU.
+# ---- Activations: the gradient keeps one array instead of several; exact GELU is 3 times as fast on CPU.
 
 
 def save_slope(function: Elementwise) -> Elementwise:
-    """Return `function` with a gradient that keeps its slope at x, and no value on the way to it."""
+    """Return `function` with a gradient that keeps only the slope at x, and no intermediate value."""
     with_slope = jax.custom_jvp(function)
 
     @with_slope.defjvp
     def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+        # The function works element by element, so a tangent of ones gives the slope of every element.
         value, slope = jax.jvp(function, primals, (jnp.ones_like(primals[0]),))
         return value, slope * tangents[0]
 
@@ -124,18 +130,18 @@ def gelu(x: Array) -> Array:
     return _gelu(x)
 
 
-# By erf, as in torch; jax.nn.gelu uses erfc, three times slower on CPU.
+# erf is torch's choice as well. jax.nn.gelu uses erfc, which is three times slower on CPU.
 _gelu = save_slope(lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5)))
 
 
-# ---- Random bits of dropout: on CPU half as many random numbers, and dropout 2.3 times as fast.
+# ---- Random bits of dropout: half as many random numbers on CPU make dropout 2.3 times as fast.
 
 
 def random_16_bits(key: jax.Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """Return uniform integers below 2^16.
+    """Return uniform uint32 integers below 2^16.
 
-    The two forms draw different numbers. On a TPU the plain one is faster, by 3% of a step of BERT-base with
-    32 tokens as libtpu estimates it; GPUs, on which neither was measured, use it too.
+    The two forms draw different numbers. On TPU the plain form is faster, by 3% of a step of BERT-base with
+    32 tokens as libtpu estimates it. GPUs use the plain form, too; neither form was measured there.
     """
     plain = functools.partial(plain_random_16_bits, shape=shape)
     if use_plain_ops():
@@ -145,22 +151,25 @@ def random_16_bits(key: jax.Array, shape: tuple[int, ...]) -> UInt32[Array, "...
 
 
 def plain_random_16_bits(key: jax.Array, shape: tuple[int, ...]) -> Array:
+    """Draw `random_16_bits` with one random number for each integer."""
     return jax.random.bits(key, shape, jnp.uint16).astype(jnp.uint32)
 
 
 def _halves_of_32_bits(key: jax.Array, shape: tuple[int, ...]) -> Array:
+    # threefry makes 32 bits at a time, and 16 of them are enough for a dropout rate.
     *rows, last = shape
     bits = jax.random.bits(key, (*rows, -(-last // 2)), jnp.uint32)
     return jnp.concatenate([bits & 0xFFFF, bits >> 16], axis=-1)[..., :last]
 
 
-# ---- Depthwise convolutions: on CPU, for which XLA has no kernel, 30 times as fast, the gradient 10 times.
+# ---- Depthwise convolutions: XLA has no CPU kernel for them; 30 times as fast on CPU, the gradient 10 times.
 
 
 def depthwise_conv(x: Map, kernel: Kernel, stride: int, padding: tuple[int, int]) -> NewMap:
-    """Return the convolution of each channel with a kernel of its own.
+    """Return the convolution of each channel with a kernel of its own, in the dtype of `x`.
 
-    `padding` is added before and after the rows, and the columns; a negative number cuts off.
+    `padding` is the number of zeros before and after the rows, and also the columns. A negative number cuts
+    rows and columns off.
     """
     plain = functools.partial(plain_depthwise_conv, stride=stride, padding=padding)
     if use_plain_ops():
@@ -170,6 +179,7 @@ def depthwise_conv(x: Map, kernel: Kernel, stride: int, padding: tuple[int, int]
 
 
 def plain_depthwise_conv(x: Map, kernel: Kernel, stride: int, padding: tuple[int, int]) -> NewMap:
+    """Compute `depthwise_conv` by XLA's convolution."""
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -183,7 +193,7 @@ def plain_depthwise_conv(x: Map, kernel: Kernel, stride: int, padding: tuple[int
 def depthwise_conv_by_shifts(
     x: Map, kernel: Kernel, stride: int, padding: tuple[int, int]
 ) -> NewMap:
-    """Return the same as a sum of shifted maps, added up in float32."""
+    """Compute `depthwise_conv` as a sum of shifted maps, added up in float32."""
     return _depthwise_conv(x, kernel, stride, padding)
 
 
@@ -205,12 +215,14 @@ def _depthwise_forward(
 def _depthwise_backward(
     stride: int, padding: tuple[int, int], saved: tuple[Map, Kernel], dy_BxVxUxC: NewMap
 ) -> tuple[Map, Kernel]:
-    # Written out because the derived gradient of 49 shifts takes twice as long to compile and to run.
+    # The gradient is written by hand, because the derived gradient of 49 shifts takes twice as long to
+    # compile and to run.
     x_BxYxXxC, kernel_KxKx1xC = saved
     size, dy_BxVxUxC = len(kernel_KxKx1xC), dy_BxVxUxC.astype(jnp.float32)
-    # From the corner of the first window to that of the last.
+    # The rows (and columns) from the corner of the first window to the corner of the last, both included.
     spans = [(length - 1) * stride + 1 for length in dy_BxVxUxC.shape[1:3]]
-    # Each value gets back what all windows over it give: the same sum, with the kernel turned round.
+    # The gradient of a value sums over all windows that contain it: a convolution of dy, spread out by the
+    # stride, with the kernel rotated by 180 degrees.
     before = size - 1 - padding[0]
     borders = [
         (before, length + size - 1 - before - span, stride - 1)
@@ -221,6 +233,7 @@ def _depthwise_backward(
     border = (*padding, 0)
     padded = _pad(x_BxYxXxC, border, border)
 
+    # The loop over the rows of the kernel keeps the program small: 7 sums of a 7x7 kernel instead of 49.
     def row_of_kernel(y: Array) -> Float[Array, "K C"]:
         rows = jax.lax.dynamic_slice_in_dim(padded, y, spans[0], axis=1)[:, ::stride]
         products = (rows[:, :, x : x + spans[1] : stride] * dy_BxVxUxC for x in range(size))
@@ -236,7 +249,7 @@ _depthwise_conv.defvjp(_depthwise_forward, _depthwise_backward)
 def _pad(
     x_BxYxXxC: Map, rows: tuple[int, int, int], columns: tuple[int, int, int]
 ) -> Float[Array, "B V U C"]:
-    """Pad with zeros (before, after, between the values), in float32; negative numbers cut off."""
+    """Pad with zeros, given as (before, after, between values), in float32; negative numbers cut off."""
     border = ((0, 0, 0), rows, columns, (0, 0, 0))
     return jax.lax.pad(x_BxYxXxC.astype(jnp.float32), jnp.float32(0), border)
 
@@ -244,7 +257,7 @@ def _pad(
 def _sum_of_shifts(x_BxYxXxC: Map, kernel_KxKx1xC: Kernel, stride: int) -> Float[Array, "B V U C"]:
     kernel_KxKxC = jnp.squeeze(kernel_KxKx1xC, 2).astype(jnp.float32)
     size = len(kernel_KxKxC)
-    # A shift ends where a window that begins at the map's first value ends.
+    # The number of window corners along each axis before the stride.
     rows, columns = (length - size + 1 for length in x_BxYxXxC.shape[1:3])
     shifted = (
         x_BxYxXxC[:, y : y + rows : stride, x : x + columns : stride]
@@ -255,27 +268,28 @@ def _sum_of_shifts(x_BxYxXxC: Map, kernel_KxKx1xC: Kernel, stride: int) -> Float
     return functools.reduce(jnp.add, shifted)
 
 
-# ---- Clipping of gradients: in a train step on CPU, two arrays of the gradient's size less.
+# ---- Clipping of gradients: a train step on CPU needs two arrays of the gradient's size less.
 
 
 def clip_by_global_norm(updates: Any, max_norm: float) -> Any:
     """Return the tree `updates`, scaled to the length `max_norm` if it is longer (1211.5063, section 3.2)."""
     if use_plain_ops():
         return optax.clip_by_global_norm(max_norm).update(updates, optax.EmptyState())[0]
-    # optax divides by the norm and then selects between the result and the gradient, element by element.
+    # optax divides by the norm and then selects between the quotient and the gradient, element by element,
+    # which keeps both in memory.
     scale = max_norm / jnp.maximum(optax.tree.norm(updates), max_norm)
     return jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates)
 
 
-# ---- Attention by cuDNN: one kernel on NVIDIA GPUs, as FlashAttention (2205.14135); the plain form is the
+# ---- Attention by cuDNN: one kernel on NVIDIA GPUs, as in FlashAttention (2205.14135). The plain form is the
 # rest of `attention.attend`. Training ViT-B/16 on an H100 needs 18 GiB of temporaries instead of 27.
 
-# JAX would call cuDNN on any GPU. These are older than Ampere, though they are named like newer ones.
+# JAX calls cuDNN on any GPU and fails on these, which are older than Ampere but have names like newer GPUs.
 _TOO_OLD = re.compile(r"NVIDIA (GeForce (GTX|MX|RTX 20)|TITAN|T\d)")
 
 
 def has_cudnn_attention(q_BxHxQxK: Array, k_BxHxSxK: Array) -> bool:
-    """Return whether cuDNN has a kernel, forward and backward, on the GPUs of the mesh."""
+    """Return whether cuDNN has a forward and a backward kernel for these arrays on the GPUs of the mesh."""
     kind, width = device_kind(), q_BxHxQxK.shape[-1]
     return (
         not use_plain_ops()
@@ -290,12 +304,13 @@ def has_cudnn_attention(q_BxHxQxK: Array, k_BxHxSxK: Array) -> bool:
 
 @jax.custom_vjp
 def cudnn_attention(*qkv_BxHxLxK: Array) -> Array:
-    """Return attention without bias or dropout, BxHxLxK."""
+    """Return attention of (queries, keys, values), each BxHxLxK, without bias or dropout."""
     return _cudnn(*_all_batched(qkv_BxHxLxK))
 
 
 def _cudnn_forward(*qkv_BxHxLxK: Array) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
     batch, _, length, _ = qkv_BxHxLxK[0].shape
+    # The lengths get the sharding that all other inputs of the kernel have.
     length_B = shard_batch(jnp.full(batch, length, jnp.int32))
     *qkv, length_B = _all_batched((*qkv_BxHxLxK, length_B))
     call = functools.partial(_cudnn_of_odd, length_B=length_B) if length % 2 else _cudnn
@@ -314,7 +329,7 @@ cudnn_attention.defvjp(_cudnn_forward, _cudnn_backward)
 
 @jax.custom_batching.custom_vmap
 def _all_batched(arrays: Any) -> Any:
-    """Return the arrays; under `vmap` all of them are batched, as JAX's rules for cuDNN's calls want."""
+    """Return the arrays. Under `vmap` all of them become batched, as JAX's rules for cuDNN calls require."""
     return arrays
 
 
@@ -337,7 +352,8 @@ def _cudnn(*qkv_BxHxLxK: Array, length_B: Array | None = None) -> Array:
 
 
 def _cudnn_of_odd(*qkv_BxHxLxK: Array, length_B: Array) -> Array:
-    # One more token, which `length_B` masks: JAX's gradient takes no odd number of them.
+    # JAX's cuDNN gradient does not accept an odd number of tokens. One token is added, and `length_B` masks
+    # the added token.
     length = qkv_BxHxLxK[0].shape[2]
     even = (jnp.pad(x_BxHxLxK, ((0, 0), (0, 0), (0, 1), (0, 0))) for x_BxHxLxK in qkv_BxHxLxK)
     return _cudnn(*even, length_B=length_B)[:, :, :length]

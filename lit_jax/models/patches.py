@@ -1,6 +1,7 @@
-"""Images to tokens, and position embeddings to the size of an image.
+"""The embeddings of images: patches to tokens, and position embeddings for images of any size.
 
-Dims: B batch, HxW pixels, C channels, YxX patches, L tokens, D width.
+Dims: B batch, HxW pixels, C channels, YxX patches, N tokens in front or patches, L tokens, M tokens of a
+resized grid, D width.
 """
 
 import dataclasses
@@ -21,19 +22,19 @@ Size = int | tuple[int, int]
 
 
 def pair(size: Size) -> tuple[int, int]:
-    """Return (height, width) of a size as config.json has it."""
+    """Return (height, width) of a size in config.json, where one number means a square."""
     return (size, size) if isinstance(size, int) else size
 
 
 def patch_grid(image_size: Size, patch_size: Size) -> tuple[int, int]:
-    """Return the rows and columns of patches of an image; pixels beyond the last whole patch are left out."""
+    """Return the number of rows and columns of whole patches; pixels beyond them are left out."""
     (height, width), (patch_height, patch_width) = pair(image_size), pair(patch_size)
     return height // patch_height, width // patch_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageEmbeddingConfig:
-    """The embeddings in front of the blocks of a vision transformer."""
+    """The description of the embeddings that a vision transformer has in front of its blocks."""
 
     width: int
     image_size: Size
@@ -43,14 +44,14 @@ class ImageEmbeddingConfig:
     dropout: float = 0.0
     # Trained tokens in front of the patches.
     tokens: tuple[str, ...] = ("cls_token",)
-    # Further ones behind those, without positions (2309.16588).
+    # The number of register tokens, which follow `tokens` and have no positions (2309.16588).
     registers: int = 0
     positions: bool = True
-    # When positions are interpolated.
+    # Whether positions are interpolated with antialiasing.
     antialias: bool = False
     # Tokens and positions start as zeros.
     zero_init: bool = False
-    # The shape of a parameter of pretraining, which is not used here.
+    # The shape of the mask token, a parameter of pretraining that is not used here.
     mask_token: tuple[int, ...] | None = None
 
     @property
@@ -65,7 +66,7 @@ class ImageEmbeddingConfig:
 
 
 class ImageEmbeddings(nn.Module):
-    """The tokens of an image: trained ones, then its patches, row by row, with positions."""
+    """The tokens of an image: trained tokens, then the patches row by row, with positions."""
 
     config: ImageEmbeddingConfig
     dtype: Any
@@ -106,9 +107,10 @@ class ImageEmbeddings(nn.Module):
         if cfg.registers:
             registers_BxNxD = trained("register_tokens", cfg.registers)
             parts = (x_BxLxD[:, : len(tokens)], registers_BxNxD, x_BxLxD[:, len(tokens) :])
+            # Registers enter after the positions are added, because they have none.
             x_BxLxD = jnp.concatenate(parts, axis=1)
         if cfg.mask_token is not None:
-            # Unused here: the files that we write need it, because Hugging Face's classes have it.
+            # No tower here uses the mask token, but Hugging Face's classes expect it in an exported file.
             self.param("mask_token", nn.initializers.zeros, cfg.mask_token)
         x_BxLxD = Dropout(cfg.dropout)(x_BxLxD, deterministic=deterministic)
         return shard_batch(x_BxLxD)
@@ -125,7 +127,7 @@ def check_channels(pixel_values_BxHxWxC: Float[Array, "B H W C"], num_channels: 
 
 
 class PatchEmbeddings(nn.Module):
-    """A convolution whose stride is its size."""
+    """A convolution whose stride is its kernel size."""
 
     width: int
     patch_size: Size
@@ -147,7 +149,7 @@ class PatchEmbeddings(nn.Module):
             )
         whole = pixel_values_BxHxWxC[:, : rows * patch_height, : columns * patch_width]
         patches = whole.reshape(batch, rows, patch_height, columns, patch_width, channels)
-        # As a matrix product its gradient is three times as fast on CPU as that of a convolution.
+        # On CPU the gradient of a matrix product is three times as fast as that of a convolution.
         init = nn.initializers.normal(self.init_std)
         return Dense(self.width, init, self.dtype, self.use_bias, axes=3, name="projection")(
             patches.swapaxes(2, 3)
@@ -158,24 +160,26 @@ class PatchEmbeddings(nn.Module):
 def bicubic_matrix(size: int, new_size: int) -> np.ndarray:
     """Return the (new_size, size) matrix of torch's bicubic interpolation along one axis.
 
-    torch.nn.functional.interpolate(mode='bicubic'), which Hugging Face's ViT uses: corners not aligned,
-    no antialiasing, the border repeated.
+    Hugging Face's ViT uses torch.nn.functional.interpolate(mode='bicubic'): corners are not aligned, there
+    is no antialiasing, and the border is repeated.
     """
     return _interpolation_matrix(size, new_size, functools.partial(_cubic, a=-0.75), reach=2)
 
 
 @functools.cache
 def bilinear_matrix(size: int, new_size: int) -> np.ndarray:
-    """Return the same with mode='bilinear'."""
+    """Return the (new_size, size) matrix of torch's interpolation with mode='bilinear'."""
     return _interpolation_matrix(size, new_size, lambda d: np.maximum(1 - d, 0), reach=1)
 
 
 @functools.cache
 def antialiased_bicubic_matrix(size: int, new_size: int) -> np.ndarray:
-    """Return the same with mode='bicubic' and antialias=True.
+    """Return the (new_size, size) matrix of torch's interpolation with mode='bicubic' and antialias=True.
 
-    torch uses another kernel there, as wide as a new pixel, and leaves out its part beyond the border.
+    With antialiasing torch uses another kernel (a = -0.5), as wide as a new pixel. It drops the part beyond
+    the border and scales the weights of the rest to a sum of 1.
     """
+    # The kernel widens only when the image shrinks; there is nothing to smooth when it grows.
     width = max(size / new_size, 1)
     source_Nx1 = (np.arange(new_size)[:, None] + 0.5) * (size / new_size) - 0.5
     matrix = _cubic(np.abs(np.arange(size)[None] - source_Nx1) / width, a=-0.5)
@@ -185,18 +189,19 @@ def antialiased_bicubic_matrix(size: int, new_size: int) -> np.ndarray:
 def _interpolation_matrix(
     size: int, new_size: int, kernel: Callable[[np.ndarray], np.ndarray], reach: int
 ) -> np.ndarray:
-    """Return a matrix whose weight of each old pixel is the `kernel` of its distance, 0 from `reach` on."""
+    """Return the matrix whose weights are the `kernel` of the distance to each old pixel, below `reach`."""
     source = (np.arange(new_size) + 0.5) * (size / new_size) - 0.5
     matrix = np.zeros((new_size, size))
     for tap in range(1 - reach, 1 + reach):
         index = np.floor(source) + tap
         column = np.clip(index, 0, size - 1).astype(int)
+        # Repeated borders give one column several weights, which `+=` on an index array would not add up.
         np.add.at(matrix, (np.arange(new_size), column), kernel(np.abs(source - index)))
     return matrix.astype(np.float32)
 
 
 def _cubic(d: np.ndarray, a: float) -> np.ndarray:
-    """Return Keys' cubic convolution kernel of a distance."""
+    """Return Keys' cubic convolution kernel (1981) at a distance of at least 0."""
     near = (a + 2) * d**3 - (a + 3) * d**2 + 1
     far = a * (d**3 - 5 * d**2 + 8 * d - 4)
     return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
@@ -212,10 +217,9 @@ def resize_positions(
     grid: tuple[int, int],
     matrix: Matrix = bicubic_matrix,
 ) -> Float[Array, "M D"]:
-    """Return the position embeddings of a `grid` of patches from those of `own_grid`; leading tokens stay.
+    """Return the position embeddings for a `grid` of patches from those for `own_grid`; leading tokens stay.
 
-    They are interpolated along either axis by `matrix`, as Hugging Face's towers do it with
-    interpolate_pos_encoding=True.
+    `matrix` interpolates along each axis, as Hugging Face's towers do with interpolate_pos_encoding=True.
     """
     if grid == own_grid:
         return positions_LxD
@@ -229,13 +233,13 @@ def resize_positions(
 def resize_grid(
     values_HxWxD: Float[Array, "H W D"], grid: tuple[int, int], matrix: Matrix
 ) -> Float[Array, "Y X D"]:
-    """Interpolate to a `grid` of YxX, in float32."""
+    """Interpolate values to a `grid` of YxX, in float32."""
     rows, columns = (matrix(*sizes) for sizes in zip(values_HxWxD.shape[:2], grid, strict=True))
     return jnp.einsum(
         "yh,xw,hwd->yxd",
         rows,
         columns,
         values_HxWxD.astype(jnp.float32),
-        # TPU's default, one pass in bfloat16, is too coarse to resample with.
+        # The default on TPU, one pass in bfloat16, is too coarse for an interpolation.
         precision="highest",
     )

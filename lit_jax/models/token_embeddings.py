@@ -1,4 +1,4 @@
-"""Token ids to tokens.
+"""The embeddings of texts: token ids to tokens.
 
 Dims: B batch, L tokens, D width.
 """
@@ -19,21 +19,24 @@ from lit_jax.models.layers import Dropout, LayerNorm, broadcast_float32, normal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenEmbeddingConfig:
-    """The tables that the tokens of a text are looked up in; the sum may be normalised.
+    """The description of the tables in which tokens are looked up, and of the normalisation of their sum.
 
-    The fields that end in `_name` are names of parameters; None: the family has no such table, or no norm.
+    The fields that end in `_name` are names of parameters. None means that the family has no such table, or
+    no normalisation.
     """
 
     width: int
     vocab_size: int
     max_positions: int
     init_std: float
-    init_cutoff: float | None = None  # in standard deviations
+    # The cutoff of the normal distribution, in standard deviations.
+    init_cutoff: float | None = None
     dropout: float = 0.0
     token_types: int = 0
-    # Positions count the tokens other than this one, from its id + 1 on; None: all tokens, from 0 on.
+    # If set, positions count the tokens other than this one, from its id + 1. None counts all tokens from 0.
     padding_id: int | None = None
-    sinusoidal: bool = False  # at the start; they are trained like others
+    # The sinusoids are initial values; the position embeddings train like others.
+    sinusoidal: bool = False
     word_name: str = "word_embeddings"
     position_name: str | None = "position_embeddings"
     norm_name: str | None = "LayerNorm"
@@ -42,7 +45,7 @@ class TokenEmbeddingConfig:
 
     @property
     def rows(self) -> dict[str, int]:
-        """The number of rows of each table, by the name of the input that is looked up in it."""
+        """The number of rows of each table, by the name of the input that indexes the table."""
         sizes = {"input_ids": self.vocab_size}
         if self.position_name is not None:
             sizes["position_ids"] = self.max_positions
@@ -52,12 +55,12 @@ class TokenEmbeddingConfig:
 
     @property
     def max_length(self) -> int:
-        """The most tokens that a text can have."""
+        """The largest number of tokens that a text may have."""
         return self.max_positions - (0 if self.padding_id is None else self.padding_id + 1)
 
 
 class TokenEmbeddings(nn.Module):
-    """Embeddings of words, token types and positions, summed, and normalised if the family does so."""
+    """The sum of the embeddings of words, token types and positions, normalised if the family does so."""
 
     config: TokenEmbeddingConfig
     dtype: Any
@@ -74,6 +77,7 @@ class TokenEmbeddings(nn.Module):
         init = normal(cfg.init_std, cfg.init_cutoff)
 
         # The rows are cast after the look-up, so that the gradient of a table adds up in float32.
+        # `broadcast_float32` also broadcasts positions that all texts share.
         def embed(name: str, size: int, ids_BxL: Array, init: Any = init) -> Array:
             rows = nn.Embed(size, cfg.width, embedding_init=init, name=name)(ids_BxL)
             return broadcast_float32(rows, (*input_ids_BxL.shape, cfg.width), self.dtype)
@@ -103,9 +107,10 @@ def check_length(length: int, max_length: int) -> None:
 
 
 def token_positions(input_ids_BxL: Int[Array, "B L"], padding_id: int | None) -> Int[Array, "#B L"]:
-    """Return the positions by `TokenEmbeddingConfig.padding_id`, which is also that of padding itself.
+    """Return the positions that `TokenEmbeddingConfig.padding_id` describes, int32.
 
-    The id decides, not the attention mask: fairseq, where RoBERTa comes from, has no mask.
+    Padding tokens get the position `padding_id`. The token's id decides, not the attention mask, because
+    fairseq, where RoBERTa comes from, has no mask.
     """
     if padding_id is None:
         return jnp.arange(input_ids_BxL.shape[1])[None]
@@ -114,7 +119,7 @@ def token_positions(input_ids_BxL: Int[Array, "B L"], padding_id: int | None) ->
 
 
 def _sinusoids(key: jax.Array, shape: tuple[int, int], dtype: Any) -> Array:
-    """Return the position embeddings of https://arxiv.org/abs/1706.03762, section 3.5."""
+    """Return the sinusoidal position embeddings of https://arxiv.org/abs/1706.03762, section 3.5."""
     del key
     length, width = shape
     pairs_D = np.arange(width) // 2

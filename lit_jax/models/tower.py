@@ -1,9 +1,9 @@
 """The sequence that the towers of all families share: tokens, blocks, one vector.
 
-A family file says what is particular to it: a config, and the methods of `ImageTransformer` or
-`TextTransformer` that it has differently.
+The file of a family has only what is particular to the family: a config, and the methods of
+`ImageTransformer` or `TextTransformer` that differ.
 
-Dims: B batch, HxW pixels, C channels, L tokens (Q as queries; of positions, M at another size), D width,
+Dims: B batch, HxW pixels, C channels, L tokens (Q as queries), M tokens of an image of another size, D width,
 P width of the output.
 """
 
@@ -45,9 +45,9 @@ from lit_jax.trees import Tree, flatten, unflatten
 
 
 class TowerOutput(NamedTuple):
-    """The output of every tower: its tokens, and the one vector that stands for the input.
+    """The output of every tower: the tokens, and one vector that represents the input.
 
-    The tokens are all there are, or the pooled one alone; see `Tower.all_tokens`.
+    `last_hidden_state` has all tokens or the pooled token alone; see `Tower.all_tokens`.
     """
 
     last_hidden_state: Float[Array, "B Q D"]
@@ -59,18 +59,17 @@ class Tower(nn.Module):
 
     Attributes:
         config: a frozen dataclass with the fields of config.json that change a number, and `model_type`.
-        pooling: the vector that stands for the input. 'pooler' is what the family itself calls the pooled
-            output, 'cls' the first token of the last hidden state, 'mean' the mean of its patches or
-            attended tokens.
-        dtype: of the computation.
-        remat: which parts of a block the backward pass computes again; see lit_jax/config.py.
-        all_tokens: whether the last hidden state is wanted. If not, a transformer that is pooled by one token
-            computes its last block for that token alone: of a ViT-B/16 or a BERT-base, 7% less.
-        cuts: names of blocks at which a new stack begins, such as 'encoder/layer_10'. Parameters that train
-            and parameters that are locked cannot be in one array; see training/policy.py.
-        poolings: those that the family has.
-        fixed_length: whether a text tower sees the padding, since it has no mask, so that all texts must have
-            as many tokens as those it was trained with.
+        pooling: the vector that represents the input. 'pooler' is the family's own pooled output, 'cls' the
+            first token of the last hidden state, 'mean' the mean of the patches or the attended tokens.
+        dtype: the dtype of the computation.
+        remat: the parts of a block that the backward pass recomputes; see lit_jax/config.py.
+        all_tokens: whether the caller needs the last hidden state. If not, a transformer that is pooled by
+            one token computes its last block for that token alone: 7% less of a ViT-B/16 or a BERT-base.
+        cuts: the names of blocks at which a new stack begins, such as 'encoder/layer_10'. Trainable and
+            locked parameters cannot share an array; see training/policy.py.
+        poolings: the poolings that the family has.
+        fixed_length: whether a text tower without a mask sees the padding, so that all texts must have as
+            many tokens as the texts of the tower's training.
     """
 
     config: Any
@@ -90,28 +89,28 @@ class Tower(nn.Module):
 
     @property
     def pools_one_token(self) -> bool:
-        """True if the pooled output is made of one token of the last hidden state alone."""
+        """Whether the pooled output depends on one token of the last hidden state alone."""
         return "cls" in self.poolings and self.pooling != "mean"
 
     @property
     def last_block(self) -> LastBlock:
-        """The way in which `Encoder` has the last block.
+        """The place of the last block in `Encoder`.
 
-        A block that may be computed for one token lies outside the scan even where all tokens are wanted:
-        so both have the same tree of parameters, and no step copies the other blocks out of a stack of all.
+        A block that may be computed for one token lies outside the scan even when all tokens are needed. So
+        both modes share one tree of parameters, and no step copies the other blocks out of a full stack.
         """
         if not self.pools_one_token:
             return "in scan"
         return "outside" if self.all_tokens else "one token"
 
     def encoder(self, block: BlockConfig, first: int = 0) -> Encoder:
-        """Return the module `encoder` with this kind of block, counted from `first`."""
+        """Return the module `encoder` with blocks as `block` describes them, numbered from `first`."""
         cuts = cuts_under("encoder", self.cuts)
         return Encoder(block, self.dtype, self.remat, self.last_block, first, cuts, name="encoder")
 
 
 def cuts_under(module_name: str, cuts: tuple[str, ...]) -> tuple[int, ...]:
-    """Return the numbers of the blocks among `Tower.cuts` that are directly in the module of this name."""
+    """Return the numbers of the blocks among `Tower.cuts` that lie directly in the module of this name."""
     found = (re.fullmatch(rf"{module_name}/layer_(\d+)", cut) for cut in cuts)
     return tuple(int(match[1]) for match in found if match)
 
@@ -130,9 +129,9 @@ class ImageTower(Tower):
         return bicubic_matrix
 
     def interpolated(self, params: Tree, image_size: int) -> tuple["ImageTower", Tree]:
-        """Return a tower whose config has `image_size`, pixels of a square, and its parameters.
+        """Return the tower and the parameters for square images of `image_size` pixels.
 
-        It computes what this one computes for such images with `params`.
+        The returned tower gives the same outputs for such images as this tower gives with `params`.
         """
         config = dataclasses.replace(self.config, image_size=image_size)
         flat = flatten(params)
@@ -143,13 +142,14 @@ class ImageTower(Tower):
         """Return the parameter at `path` for images of `image_size`."""
         if not path.startswith("embeddings/position_embedding"):
             return value
-        *leading, length, width = value.shape  # Hugging Face's ViT has a batch of one in front
+        # Hugging Face's ViT has a leading axis of length 1.
+        *leading, length, width = value.shape
         positions_LxD = jnp.reshape(jnp.asarray(value), (length, width))
         resized_MxD = resize_positions(positions_LxD, *self.grids(image_size), self.position_matrix)
         return resized_MxD.reshape(*leading, -1, width)
 
     def grids(self, image_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return the grid of patches of the config, and that of `image_size`."""
+        """Return the grid of patches of the config's image size, and the grid of `image_size`."""
         own_grid, grid = (
             patch_grid(size, self.config.patch_size)
             for size in (self.config.image_size, image_size)
@@ -160,7 +160,8 @@ class ImageTower(Tower):
 class ImageTransformer(ImageTower):
     """A vision transformer: embeddings, blocks, normalisation, pooling.
 
-    By default as ViT does it, with `config.embeddings` and `config.block`; its pooler is the CLS token.
+    The methods are those of ViT by default, and the pooler is the CLS token. `config.embeddings` and
+    `config.block` describe the parts.
     """
 
     @nn.compact
@@ -169,14 +170,14 @@ class ImageTransformer(ImageTower):
     ) -> TowerOutput:
         """Encode pixels that the image processor has normalised.
 
-        Images of another size than the config's are encoded with interpolated positions. Not
-        `deterministic`: dropout and drop path, with the rng 'dropout'. Raises UserError, when traced, for
-        images that are smaller than a patch.
+        Images of another size than the config's are encoded with interpolated positions. Unless
+        `deterministic`, there is dropout and drop path, with the rng 'dropout'. Raises UserError, when
+        traced, for images smaller than a patch.
         """
         _, height, width, _ = pixel_values_BxHxWxC.shape
         grid = patch_grid((height, width), self.config.patch_size)
         x_BxLxD = self.embed(pixel_values_BxHxWxC, deterministic)
-        # Both depend on the size of these images, which need not be that of the config.
+        # Bias and angles depend on the size of these images, which may differ from the config's.
         bias, rotary = self.attention_bias(grid), self.rotary(grid, deterministic)
         x_BxLxD = self.encoder(self.config.block)(x_BxLxD, bias, deterministic, rotary)
         x_BxLxD = self.final_norm(x_BxLxD)
@@ -203,11 +204,11 @@ class ImageTransformer(ImageTower):
         return embeddings(pixel_values_BxHxWxC, deterministic)
 
     def attention_bias(self, grid: tuple[int, int]) -> Bias | BiasOfTable | None:
-        """Return the bias of the attention logits for a grid of patches; see `Encoder`."""
+        """Return the bias of the attention logits for a grid of patches, None without one; see `Encoder`."""
         return None
 
     def rotary(self, grid: tuple[int, int], deterministic: bool) -> Rotary | None:
-        """Return the positions that are not in the embeddings."""
+        """Return the rotary positions of the tokens, None for a family without them."""
         return None
 
     def final_norm(self, x_BxLxD: Float[Array, "B L D"]) -> Array:
@@ -223,7 +224,7 @@ class ImageTransformer(ImageTower):
 class ViTFields:
     """The fields of config.json that change a number and that ViT, BEiT and DINOv2 share.
 
-    Names and defaults are Hugging Face's, here and in the configs made from it.
+    Names and defaults are Hugging Face's, here and in the configs that derive from this class.
     """
 
     hidden_size: int = 768
@@ -252,6 +253,7 @@ class ViTFields:
 
     @property
     def mlp_width(self) -> int:
+        """The width inside the MLP of a block."""
         raise NotImplementedError
 
     @property
@@ -274,11 +276,12 @@ class ViTFields:
 class TextTransformer(Tower):
     """A text transformer: embeddings, blocks, pooling.
 
-    By default the tokens of the last block are the last hidden state, and the first of them is the pooled
-    output. `config.embedding` and `config.block` say what the embeddings and the blocks are.
+    By default the tokens of the last block are the last hidden state, and the first token is the pooled
+    output. `config.embedding` and `config.block` describe the embeddings and the blocks.
     """
 
-    is_causal: ClassVar[bool] = False  # a token then attends to itself and to earlier tokens only
+    # Whether a token attends to itself and to earlier tokens only.
+    is_causal: ClassVar[bool] = False
 
     @nn.compact
     def __call__(
@@ -292,16 +295,16 @@ class TextTransformer(Tower):
     ) -> TowerOutput:
         """Encode token ids.
 
-        By default every token is attended, token types are 0 and positions as the config says. A family
-        without token types ignores them. Not `deterministic`: dropout, with the rng 'dropout'. Raises
-        UserError, when traced, for too long a text.
+        By default all tokens are attended, all token types are 0, and the config decides the positions. A
+        family without token types ignores them. Unless `deterministic`, there is dropout, with the rng
+        'dropout'. Raises UserError, when traced, for a text that is too long.
         """
         if attention_mask_BxL is None:
             attention_mask_BxL = jnp.ones_like(input_ids_BxL)
         attended_BxL = attention_mask_BxL > 0
         embedding = self.config.embedding
         if position_ids_BxL is None:
-            # A look-up beyond the table of positions gives NaN, and no error.
+            # A look-up beyond the table of positions would give NaN instead of an error.
             check_length(input_ids_BxL.shape[1], embedding.max_length)
             position_ids_BxL = token_positions(input_ids_BxL, embedding.padding_id)
         select = self.token_selector(input_ids_BxL) if self.pools_one_token else first_token
@@ -312,7 +315,7 @@ class TextTransformer(Tower):
         x_BxLxD = self.final_norm(x_BxLxD)
         if not self.pools_one_token:
             return TowerOutput(x_BxLxD, mean_of_attended(x_BxLxD, attended_BxL))
-        # A last block that computed one token alone has selected it already.
+        # A last block that was computed for one token has already selected that token.
         token_BxD = (select(x_BxLxD, 1) if self.all_tokens else x_BxLxD)[:, 0]
         return TowerOutput(
             x_BxLxD, self.pooler(token_BxD) if self.pooling == "pooler" else token_BxD
@@ -327,7 +330,7 @@ class TextTransformer(Tower):
         return self.pooling != "mean"
 
     def token_selector(self, input_ids_BxL: Int[Array, "B L"]) -> TokenSelector:
-        """Return the function that takes the pooled token of each text."""
+        """Return the function that selects the pooled token of each text."""
         return first_token
 
     def encode(
@@ -344,7 +347,7 @@ class TextTransformer(Tower):
         return encoder(x_BxLxD, bias, deterministic, select=select)
 
     def attention_bias(self, attended_BxL: Bool[Array, "B L"]) -> Bias:
-        """Return the bias of the attention logits, which masks tokens."""
+        """Return the bias of the attention logits, which masks padding and, if causal, later tokens."""
         return attention_bias(attended_BxL, causal=self.is_causal)
 
     def final_norm(self, x_BxLxD: Float[Array, "B Q D"]) -> Array:

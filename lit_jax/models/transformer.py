@@ -1,7 +1,7 @@
 """The transformer that all families share: blocks of attention and MLP, stacked and scanned.
 
 A family describes its blocks by a `BlockConfig`. The parameters of a block have the same names in every
-family; lit_jax/weights/names.py knows their names in each family's files.
+family; lit_jax/weights/names.py maps them to the names in each family's files.
 
 Dims: B batch, L tokens (Q as queries), D width, H heads, K width of a head, F width of the MLP, R rows of a
 table of attention biases, T layer types, N depth.
@@ -37,22 +37,23 @@ Bias = Float[Array, "#B #H #L L"]
 BiasOfTable = Callable[[Float[Array, "R H"]], Bias]
 BiasByLayerType = Float[Array, "T #B #H #L L"]
 Tokens = Float[Array, "B L D"]
-# The place of a transformer's last block: in the scan with the others; outside of it, with parameters of its
-# own in the tree; or outside and computed for the pooled token alone.
+# The place of the last block: in the scan with the other blocks; outside the scan, with parameters of its own
+# in the tree; or outside and computed for the pooled token alone.
 LastBlock = Literal["in scan", "outside", "one token"]
-# Takes one token of each row along an axis, which stays with length 1.
+# Selects one token of each row along an axis, which stays with length 1.
 TokenSelector = Callable[[Array, int], Array]
 
 
 def first_token(x: Array, axis: int) -> Array:
-    """Select the CLS token."""
+    """Select the first token, such as CLS, along an axis, which stays with length 1."""
     return jax.lax.slice_in_dim(x, 0, 1, axis=axis)
 
 
 class Rotary(NamedTuple):
-    """The positions of the tokens as angles (2104.09864), float32; a token of angle 0 has no position.
+    """The positions of the tokens as angles (2104.09864), float32.
 
-    Both halves of K are alike.
+    A token of angle 0 has no position. The two halves of K are equal, because the features i and i + K/2 form
+    a pair.
     """
 
     cos: Float[Array, "*B L K"]
@@ -61,7 +62,7 @@ class Rotary(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """One block; `depth` of them are an `Encoder`."""
+    """The description of the blocks of an `Encoder`, which has `depth` equal blocks."""
 
     depth: int
     width: int
@@ -69,45 +70,47 @@ class BlockConfig:
     mlp_width: int
     activation: str
     norm_epsilon: float
-    # Normalisation before attention and MLP, as in ViT; else after the residual sum, as in BERT.
+    # True normalises before attention and MLP, as in ViT; False after the residual sum, as in BERT.
     norm_first: bool
     init_std: float = 0.02
-    # Kernels, by name, that have another standard deviation at the start.
+    # Kernels, by name, whose initial standard deviation is not `init_std`.
     own_init_std: tuple[tuple[str, float], ...] = ()
-    # In standard deviations.
+    # The cutoff of the normal distribution, in standard deviations.
     init_cutoff: float | None = None
-    # Names among query, key, value, output, the layers of the MLP, and norm.
+    # The layers without a bias: names among query, key, value, output, norm and the layers of the MLP.
     without_bias: tuple[str, ...] = ()
-    # False: attention reads the tokens as they are.
+    # False means that attention reads the tokens without normalisation.
     norm_attention: bool = True
-    # down(activation(gate(x)) * up(x)) in the place of fc2(activation(fc1(x))).
+    # True means down(activation(gate(x)) * up(x)) instead of fc2(activation(fc1(x))).
     gated_mlp: bool = False
-    # Rows of a table in each block, from which a function makes the bias of the attention logits.
+    # The rows of each block's table, from which a function makes the bias of the attention logits.
     bias_rows: int = 0
-    # Dropout of the attention probabilities, of the wide features inside the MLP, of the attention's output
-    # and of the MLP's output.
+    # The dropout rates of the attention probabilities, of the wide features inside the MLP, of the
+    # attention's output and of the MLP's output, in this order.
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     output_dropout: float = 0.0
     mlp_dropout: float = 0.0
-    # First value of a trained factor for each feature of the outputs of attention and MLP.
+    # The initial value of a trained factor for each feature of the outputs of attention and MLP.
     layer_scale: float | None = None
-    # Probability that the last block adds nothing to an example (stochastic depth, 1603.09382).
+    # The probability that the last block adds nothing to an example (stochastic depth, 1603.09382).
     drop_path: float = 0.0
-    # From 0 at the first block; else all blocks have the same probability.
+    # True raises the probability linearly from 0 at the first block; False gives all blocks the same.
     drop_path_rises: bool = True
 
 
 class Encoder(nn.Module):
     """The blocks as a scanned stack `layer`, whose parameters have a leading depth axis.
 
-    The last one may lie outside, `layer_11` of 12; at each of `cuts` another stack begins, `layer_from_10`.
-    Neither the time to compile nor the size of the program grows with depth. The collection
-    'intermediates', where it is mutable, gets 'input' BxLxD, 'layer/hidden_state' NxBxLxD, the output of
-    each block, and 'layer/attention/probability' NxBxHxLxL; of a block outside the scan without N.
+    The last block may lie outside the stack, such as `layer_11` of 12. At each of `cuts` another stack
+    begins, such as `layer_from_10`. Neither the time to compile nor the size of the program grows with depth.
+
+    If the collection 'intermediates' is mutable, it gets 'input' BxLxD, 'layer/hidden_state' NxBxLxD (the
+    output of each block) and 'layer/attention/probability' NxBxHxLxL. The records of a block outside the
+    scan lack the axis N.
 
     Attributes:
-        first: the number of the first of these blocks in the tower.
+        first: the number of the first block in the tower.
     """
 
     config: BlockConfig
@@ -127,13 +130,13 @@ class Encoder(nn.Module):
         layer_types_N: Int[Array, " N"] | None = None,
         select: TokenSelector = first_token,
     ) -> Float[Array, "B Q D"]:
-        """Return all tokens, or the one of each row that `select` takes, as `last_block` says.
+        """Return all tokens, or the token of each row that `select` takes, as `last_block` says.
 
         Args:
-            bias: added to the attention logits: 0 and float32's lowest number, or learned numbers. With
-                `bias_rows` a function that makes it from the table of each block.
-            layer_types_N: with it `bias` and `rotary` have one more axis in front, and a block of type i uses
-                their entry i.
+            bias: added to the attention logits: a mask of 0 and the lowest float32, or learned numbers. With
+                `bias_rows` it is a function that makes the bias from the table of each block.
+            layer_types_N: the layer type of each block. With it `bias` and `rotary` have a leading axis of
+                types, and a block of type i uses their entry i.
         """
         cfg = self.config
         self.sow("intermediates", "input", x_BxLxD)
@@ -143,6 +146,7 @@ class Encoder(nn.Module):
         def part(index: int | slice) -> tuple[Array, Array | None]:
             return jax.tree.map(lambda x: x[index], of_blocks)
 
+        # Rates and types are scanned along with the parameters, because all blocks share one compiled body.
         first_rate = 0.0 if cfg.drop_path_rises else cfg.drop_path
         of_blocks = (jnp.linspace(first_rate, cfg.drop_path, cfg.depth), layer_types_N)
         scanned = cfg.depth if self.last_block == "in scan" else cfg.depth - 1
@@ -158,7 +162,8 @@ class Encoder(nn.Module):
             block = Block(cfg, self.dtype, name=f"layer_{self.first + scanned}")
             if self.last_block == "one token":
                 step = functools.partial(step, select=select)
-            # prevent_cse would cost two more gathers of split matrices; to keep this one block costs little.
+            # prevent_cse would cost two more gathers of split matrices. If the compiler merges the
+            # recomputation with the original, the activations of one block stay in memory, which is little.
             last_step = rematerialized(step, self.remat, prevent_cse=False)
             x_BxLxD, _ = last_step(block, x_BxLxD, part(scanned))
         return x_BxLxD
@@ -174,7 +179,7 @@ def _call_block(
     deterministic: bool,
     select: TokenSelector | None = None,
 ) -> tuple[Float[Array, "B Q D"], None]:
-    """Return the tokens of a block, as a step of a scan.
+    """Return the tokens after a block, in the form of a step of a scan.
 
     `of_block` has the probability of drop path, and the layer type or None.
     """
@@ -185,9 +190,9 @@ def _call_block(
 
 
 class Block(nn.Module):
-    """Attention, then an MLP; the output of each is added to the tokens.
+    """A block of attention and an MLP, whose outputs are added to the tokens.
 
-    With `select` only the selected token is computed; its attention reads the others as keys and values.
+    With `select` only the selected token is computed; its attention reads all tokens as keys and values.
     """
 
     config: BlockConfig
@@ -222,7 +227,7 @@ class Block(nn.Module):
             norm_first = cfg.norm_first and (name != "attention" or cfg.norm_attention)
             h_BxLxD = norm(x_BxLxD) if norm_first else x_BxLxD
             if select is not None and name == "attention":
-                # From here on L is 1.
+                # L is 1 from here on. Keys and values of all tokens are needed only inside attention.
                 h_BxLxD, x_BxLxD = part(h_BxLxD, select(h_BxLxD, 1)), select(x_BxLxD, 1)
             else:
                 h_BxLxD = part(h_BxLxD)
@@ -230,7 +235,7 @@ class Block(nn.Module):
             if cfg.layer_scale is not None:
                 h_BxLxD = LayerScale(cfg.layer_scale, name=f"{name}_scale")(h_BxLxD)
             if cfg.drop_path and not deterministic:
-                # A whole row is dropped or kept (1603.09382).
+                # Stochastic depth drops or keeps a whole row (1603.09382).
                 row_shape = (len(h_BxLxD), 1, 1)
                 h_BxLxD = drop(h_BxLxD, drop_path, self.make_rng("dropout"), row_shape)
             x_BxLxD = x_BxLxD + h_BxLxD
@@ -241,9 +246,9 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of the tokens to each other, or of `queries_BxQxD` to them.
+    """A multi-head attention of the tokens to each other, or of `queries_BxQxD` to the tokens.
 
-    `bias` and `rotary` describe all tokens; `select` takes the part of the query.
+    `bias` and `rotary` describe all tokens; `select` takes the part that belongs to the query.
     """
 
     config: BlockConfig
@@ -280,14 +285,14 @@ class Attention(nn.Module):
         if callable(bias):
             shape = (cfg.bias_rows, cfg.num_heads)
             bias = bias(self.param("position_bias_table", nn.initializers.zeros, shape))
-        # A bias with one row is the same for all queries.
+        # A bias with one row is the same for all queries, so there is nothing to select.
         if select and bias is not None and bias.shape[2] > 1:
             bias = select(bias, 2)
 
+        # `attend` calls this function before it divides by the sum. Its fused kernel cannot call it at all.
         shown = self.is_mutable_collection("intermediates")
 
         def dropout(weights_BxHxQxL: Array) -> Array:
-            # `attend` divides the weights by their sum later.
             if shown:
                 probability = weights_BxHxQxL / weights_BxHxQxL.sum(-1, keepdims=True)
                 self.sow("intermediates", "probability", probability)
@@ -303,16 +308,17 @@ class Attention(nn.Module):
 
 
 def _rotate(x_BxHxLxK: Array, rotary: Rotary) -> Array:
-    """Turn the pairs (i, i + K/2) of a head by the angles of each token, in float32."""
+    """Rotate the pairs (i, i + K/2) of a head's features by the angles of each token, in float32."""
     x = x_BxHxLxK.astype(jnp.float32)
     first, second = jnp.split(x, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
-    cos, sin = (table.reshape(-1, 1, *table.shape[-2:]) for table in rotary)  # Bx1xLxK
+    # The angles become Bx1xLxK; B is 1 if all rows share them.
+    cos, sin = (table.reshape(-1, 1, *table.shape[-2:]) for table in rotary)
     return (x * cos + turned * sin).astype(x_BxHxLxK.dtype)
 
 
 class Mlp(nn.Module):
-    """fc2(activation(fc1(x))), or down(activation(gate(x)) * up(x)) as in SwiGLU (2002.05202)."""
+    """An MLP: fc2(activation(fc1(x))), or down(activation(gate(x)) * up(x)) as in SwiGLU (2002.05202)."""
 
     config: BlockConfig
     dtype: Any
@@ -324,7 +330,8 @@ class Mlp(nn.Module):
         def wide(name: str) -> Tokens:
             return _dense(cfg, cfg.mlp_width, name, self.dtype)(x_BxLxD)
 
-        # The two forms have different names, because a family may have both and its files name both.
+        # The two forms have different parameter names, because a family may have both, under two names in
+        # its files.
         h_BxLxF = act(wide("gate")) * wide("up") if cfg.gated_mlp else act(wide("fc1"))
         h_BxLxF = Dropout(cfg.hidden_dropout)(h_BxLxF, deterministic=deterministic)
         return _dense(cfg, cfg.width, "down" if cfg.gated_mlp else "fc2", self.dtype)(h_BxLxF)
