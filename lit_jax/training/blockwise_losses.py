@@ -1,13 +1,13 @@
 """The contrastive losses of `losses.py` without a similarity matrix: same values and gradients, less memory.
 
-Each device keeps its images and computes the block of logits with the texts of every device: the texts travel
-round a ring of the devices with a carry, which sums what the blocks add to them. One tile of logits exists at
-a time, of at most TILE x TILE. The gradient of the softmax computes the tiles once more instead of keeping
-them.
+Each device keeps its images and computes the blocks of logits with the texts of every device. The texts
+travel round a ring of the devices, together with a carry that sums the contributions of the blocks. One tile
+of logits, of at most TILE x TILE, exists at a time. The gradient of the softmax recomputes the tiles instead
+of keeping them.
 
-Each of several slices has a ring of its own; once a round, every device hands its texts to the device of the
-same place in the next slice. So all devices share the slower network between slices, and have a whole round
-for it: in one ring of all devices everything would go through one device of each slice.
+With several slices, each slice has a ring of its own. Once a round, every device sends its texts to the
+device at the same place in the next slice. So all devices share the slower network between slices, and each
+transfer has a whole round of time. In a single ring, all traffic would pass one device of each slice.
 
 Dims: B global batch, D embedding, b rows of one device, T tiles of them, R rows of a tile.
 """
@@ -29,7 +29,7 @@ Scalar = Float[Array, ""]
 # 16 MiB of float32 logits: the TPU compiler keeps them in the chip's vector memory and never writes them out.
 TILE = 2048
 
-# The smallest float32: unlike -inf, the difference of two of them is a number.
+# The lowest finite float32. The difference of two of these is 0, where that of two -inf would be NaN.
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -42,7 +42,8 @@ def blockwise_softmax_loss(
     label_smoothing: float = 0.0,
     slices: int = 1,
 ) -> Scalar:
-    """Compute `losses.softmax_loss`; a bias has no effect, as there. `slices`: see `_ring`."""
+    """Compute `losses.softmax_loss` block by block. `slices`: see `_ring`."""
+    # Softmax ignores a bias that all logits share.
     del logit_bias
     function = functools.partial(_softmax, label_smoothing=label_smoothing, slices=slices)
     zimg_BxD, ztxt_BxD = zimg_BxD.astype(jnp.float32), ztxt_BxD.astype(jnp.float32)
@@ -57,7 +58,7 @@ def blockwise_sigmoid_loss(
     *,
     slices: int = 1,
 ) -> Scalar:
-    """Compute `losses.sigmoid_loss`. `slices`: see `_ring`."""
+    """Compute `losses.sigmoid_loss` block by block. `slices`: see `_ring`."""
     bias = jnp.float32(0) if logit_bias is None else logit_bias
     zimg_BxD, ztxt_BxD = zimg_BxD.astype(jnp.float32), ztxt_BxD.astype(jnp.float32)
     function = functools.partial(_sigmoid, slices=slices)
@@ -68,7 +69,7 @@ def blockwise_sigmoid_loss(
 def _differentiable(
     value_and_gradients: Callable[..., tuple[Scalar, tuple]], *args: Array
 ) -> Scalar:
-    """Return the value; its gradients are computed with it, so that no tile outlives the forward pass."""
+    """Return the value. The forward pass also computes the gradients, so that no tile outlives it."""
     return value_and_gradients(*args)[0]
 
 
@@ -79,9 +80,9 @@ _differentiable.defvjp(
 
 
 def exact_dot(a_MxK: Float[Array, "M K"], b_KxN: Float[Array, "K N"]) -> Float[Array, "M N"]:
-    """Return the product, at full float32 precision whatever the inputs are.
+    """Return the matrix product, float32 at full precision for any inputs.
 
-    With a scale of up to 100, the TPU's default (bfloat16 inputs) is off in the second digit of a loss.
+    With a scale of up to 100, the TPU's default (bfloat16 inputs) changes the second digit of a loss.
     """
     return jnp.dot(
         a_MxK.astype(jnp.float32),
@@ -91,12 +92,12 @@ def exact_dot(a_MxK: Float[Array, "M K"], b_KxN: Float[Array, "K N"]) -> Float[A
 
 
 class _Rows(NamedTuple):
-    """Images or texts: B of them, or the R of a tile.
+    """The rows of images or texts: the B of the batch, or the R of a tile.
 
     Attributes:
         z: the embeddings.
-        number: an image and its text share it. Numbers count from 1; rows that fill up a tile have 0.
-        log_sum: the _LogSum of all logits of each row, once it is known.
+        number: the number of the pair, from 1, which an image shares with its text. Padding rows have 0.
+        log_sum: the _LogSum of all logits of each row, once the sums are known.
     """
 
     z: Float[Array, "R D"]
@@ -105,9 +106,9 @@ class _Rows(NamedTuple):
 
 
 class _LogSum(NamedTuple):
-    """Logarithms of sums of exponentials, each as its largest exponent and the sum relative to that.
+    """The logarithms of sums of exponentials, each as its largest exponent and the sum relative to it.
 
-    As one number, a logarithm near 100 would lose digits with every tile that is added.
+    A single number near 100 would lose digits with every tile that is added.
     """
 
     largest: Float[Array, " R"]
@@ -126,7 +127,7 @@ class _LogSum(NamedTuple):
         return _LogSum(largest_R, ours_R + theirs_R)
 
     def minus(self, logit_R: Float[Array, " R"]) -> Float[Array, " R"]:
-        """Return the logarithm, as one number, minus a logit near it."""
+        """Return the logarithm minus a logit; the subtraction of the large numbers comes first."""
         return jnp.log(self.relative) + (self.largest - logit_R)
 
     def probabilities(self, logits_RxR: Float[Array, "R R"], axis: int) -> Float[Array, "R R"]:
@@ -135,7 +136,7 @@ class _LogSum(NamedTuple):
         return jnp.exp(logits_RxR - largest) * (1 / relative)
 
 
-# The sums over the blocks that a row of images or texts has been in: a tree of _LogSum and arrays.
+# The sums over the blocks that a row of images or texts has met so far: a tree of _LogSum and arrays.
 _Carry = Any
 
 
@@ -147,7 +148,7 @@ def _softmax(
     label_smoothing: float,
     slices: int,
 ) -> tuple[Scalar, tuple[Array, ...]]:
-    """Return the value, and the gradients of the three arrays."""
+    """Return the value and the gradients of both embeddings and the scale."""
     count, scale = len(zimg_BxD), jnp.exp(logit_scale)
 
     def logits_of(image: _Rows, text: _Rows) -> Float[Array, "R R"]:
@@ -170,13 +171,14 @@ def _softmax(
         gradient_RxR = jnp.where(_is_real(image, text), gradient_RxR, 0.0)
         return exact_dot(gradient_RxR, text.z), exact_dot(gradient_RxR.T, image.z)
 
+    # The first ring computes the normalisers of all rows. The second ring needs them for every gradient.
     images, texts = _rows(zimg_BxD), _rows(ztxt_BxD)
     (image_sum, target_B), text_sum = _ring(sums_of, images, texts, slices)
     images, texts = images._replace(log_sum=image_sum), texts._replace(log_sum=text_sum)
     gimg_BxD, gtxt_BxD = _ring(gradients_of, images, texts, slices)
     losses_B = (image_sum.minus(target_B) + text_sum.minus(target_B)) / 2
     if label_smoothing:
-        # The mean of all logits is the logit of the mean image and the mean text.
+        # The mean of all logits is the logit of the mean image and the mean text, by linearity.
         mean = scale * (zimg_BxD.mean(0) * ztxt_BxD.mean(0)).sum()
         losses_B += label_smoothing * (target_B - mean)
     gimg_BxD, gtxt_BxD = gimg_BxD * (scale / count), gtxt_BxD * (scale / count)
@@ -191,7 +193,8 @@ def _sigmoid(
     *,
     slices: int,
 ) -> tuple[Scalar, tuple[Array, ...]]:
-    """Return the value, and the gradients of the four arrays."""
+    """Return the value and the gradients of both embeddings, the scale and the bias."""
+    # The loss of a pair depends on its own logit alone, so one ring computes values and gradients.
     count, scale = len(zimg_BxD), jnp.exp(logit_scale)
 
     def gradients_of(image: _Rows, text: _Rows) -> tuple[_Carry, _Carry]:
@@ -230,12 +233,12 @@ def _ring(
     texts: _Rows,
     slices: int,
 ) -> tuple[_Carry, _Carry]:
-    """Return the carry of every image over all texts and of every text over all images; leaves are B....
+    """Return the carry of every image over all texts, and of every text over all images; leaves are B....
 
     Args:
-        block_fn: returns what a tile of images and a tile of texts add to each other's carries.
-        slices: the number of slices, of equally many devices each, that the devices of the mesh are in, in
-            their order.
+        block_fn: returns the contributions of a tile of images and a tile of texts to each other's carries.
+        slices: the number of slices of the mesh. Slices are equally large and follow each other in the order
+            of the devices.
     """
     ring, rest = divmod(mesh_size(), slices)
     if rest:
@@ -243,7 +246,7 @@ def _ring(
     on_device = functools.partial(_ring_on_device, block_fn, slices=slices, ring=ring)
     if not mesh_shape():
         return on_device(images, texts)
-    # Not checked: the carry starts as constants, which to the checker are the same on all devices.
+    # check_vma is off, because the carry starts as constants, which the check takes for replicated values.
     return jax.shard_map(on_device, in_specs=BATCH, out_specs=BATCH, check_vma=False)(images, texts)
 
 
@@ -255,7 +258,7 @@ def _ring_on_device(
     slices: int,
     ring: int,
 ) -> tuple[_Carry, _Carry]:
-    """Compute `_ring` for this device's rows: its texts and their carry pass all devices once."""
+    """Compute `_ring` for this device's rows, whose texts visit all devices once with their carry."""
     rows = len(images.number)
     images, texts = _tiles(images), _tiles(texts)
     count, tile = len(texts.number), jax.tree.map(lambda x: x[0], (images, texts))
@@ -273,6 +276,8 @@ def _ring_on_device(
         return jax.lax.scan(text_step, image_carry, texts)
 
     initial_texts = _stack(initial_text, count)
+    # Receivers are given for all devices of the mesh: in_ring stays in the slice, between_slices keeps the
+    # place.
     places = [divmod(device, ring) for device in range(slices * ring)]
     in_ring = [part * ring + (place - 1) % ring for part, place in places]
     between_slices = [(part - 1) % slices * ring + place for part, place in places]
@@ -288,10 +293,10 @@ _RingStep = Callable[[_Carry, _Rows], tuple[_Carry, _Carry]]
 def _ring_of(
     step_fn: _RingStep, initial_texts: _Carry, receivers: list[int], stops: int
 ) -> _RingStep:
-    """Return the step of a whole ring of `stops` devices (or slices), from the step of one of them.
+    """Return the step of a whole ring of `stops` devices (or slices), made from the step of one stop.
 
-    A step takes the carry of this device's images, and texts. It returns the carry with what these texts add,
-    and the carry of the texts. `receivers` has the device to which each one passes the texts on.
+    A step takes the carry of this device's images, and texts. It returns the carry with the contributions of
+    these texts, and the carry of the texts. `receivers` has the device to which each device sends its texts.
     """
     if stops == 1:
         return step_fn
@@ -302,9 +307,9 @@ def _ring_of(
 
     def step(carry: tuple[_Rows, _Carry, _Carry], _: None) -> tuple[tuple, None]:
         texts, image_carry, text_carry = carry
-        # No transfer waits for the tiles, and no tile for a transfer: texts travel ahead of their carry. The
-        # last transfer of texts and the first of the carry are not needed; without them there would be three
-        # kinds of step to compile.
+        # The texts travel one step ahead of their carry, so that no transfer waits for tiles and no tile
+        # waits for a transfer. The last transfer of texts and the first of the carry are superfluous; without
+        # them there would be three kinds of step to compile.
         text_carry, next_texts = pass_on(text_carry), pass_on(texts)
         image_carry, to_texts = step_fn(image_carry, texts)
         return (next_texts, image_carry, _add(text_carry, to_texts)), None
@@ -312,14 +317,14 @@ def _ring_of(
     def ring(image_carry: _Carry, texts: _Rows) -> tuple[_Carry, _Carry]:
         start = texts, image_carry, initial_texts
         (_, image_carry, text_carry), _ = jax.lax.scan(step, start, length=stops)
-        # The carry of the texts is one stop short of home.
+        # The carry of the texts is one stop away from the device that owns the texts.
         return image_carry, pass_on(text_carry)
 
     return ring
 
 
 def _tiles(tree: _Rows) -> _Rows:
-    """Return arrays b... as TxR..., the last tile filled up with zeros."""
+    """Return arrays b... as TxR..., where zeros fill up the last tile."""
 
     def cut(x: Array) -> Array:
         count = math.ceil(len(x) / TILE)
@@ -339,7 +344,7 @@ def _is_sum(node: Any) -> bool:
 
 
 def _initial_carry(like: _Carry) -> _Carry:
-    """Return the carry of a row that has been in no block yet."""
+    """Return the carry of rows that have met no block yet, shaped like `like`."""
 
     def empty(node: Any) -> Any:
         if _is_sum(node):

@@ -1,8 +1,8 @@
-"""GradCache: the towers run in micro-batches, whose activations fit, and the loss sees the whole batch.
+"""GradCache: the towers run in micro-batches that fit into memory, and the loss sees the whole batch.
 
-Contrastive losses of micro-batches do not add up to that of the batch, whose negatives are all other
-pairs. So the embeddings of all are computed first, and the towers run once more, micro-batch by
-micro-batch, when the gradient of the embeddings is known (gradient caching, 2101.06983, section 3).
+The contrastive losses of micro-batches do not add up to the loss of the batch, where all other pairs are
+negatives. So the embeddings of the whole batch are computed first. When their gradient is known, the towers
+run again, micro-batch by micro-batch (gradient caching, 2101.06983, section 3).
 
 Dims: B batch, K micro-batches, D devices.
 """
@@ -22,11 +22,11 @@ Forward = Callable[..., tuple[Any, Mapping[str, Any]]]
 
 
 def in_micro_batches(forward: Forward, micro_batches: int) -> Forward:
-    """Return `forward` with the memory of a micro-batch: its gradient computes the activations again.
+    """Return `forward` with the memory of one micro-batch, whose gradient recomputes the activations.
 
-    The gradient is that of the whole batch. A locked tower runs once: its features are kept. Dropout is the
-    same in both runs, but each micro-batch has a key of its own: a step with dropout is as exact as one in a
-    single piece, but drops other numbers.
+    The gradient equals that of the whole batch. A locked tower runs only once, because its features are
+    saved. Dropout is the same in both runs, but each micro-batch has its own key. A step with dropout is
+    therefore as exact as a step in one piece, but drops other numbers.
     """
     if micro_batches == 1:
         return forward
@@ -34,10 +34,10 @@ def in_micro_batches(forward: Forward, micro_batches: int) -> Forward:
     def forward_in_parts(
         variables: Any, batch: Mapping[str, jax.Array], *, rngs: dict, mutable: Any, **modes: bool
     ) -> tuple[Any, dict[str, Any]]:
-        # The statistics of the parts are not those of the batch: see `checks.check_accumulation`.
+        # The statistics of the parts are not those of the batch; `checks.check_accumulation` forbids them.
         del mutable
 
-        # In a scan, nothing merges the second run with the first one.
+        # prevent_cse is not needed in a scan: the compiler cannot merge the two runs across two loops.
         @functools.partial(
             jax.checkpoint,
             policy=jax.checkpoint_policies.save_only_these_names(*FEATURES.values()),
@@ -50,20 +50,20 @@ def in_micro_batches(forward: Forward, micro_batches: int) -> Forward:
         parts = {name: cut(array, micro_batches) for name, array in batch.items()}
         numbers = jnp.arange(micro_batches)
         outputs = jax.lax.map(lambda part: forward_part(variables, *part), (parts, numbers))
-        # Rows are put together; the scale and the bias are the same in each part.
+        # Outputs with rows are joined. The scale and the bias are the same in each part.
         return jax.tree.map(lambda x: join(x) if x.ndim > 1 else x[0], outputs), {}
 
     return forward_in_parts
 
 
 def cut(x_Bx: jax.Array, micro_batches: int) -> jax.Array:
-    """Split B... into KxB/K...; a micro-batch has rows of every device, so that nothing is sent."""
+    """Split B... into KxB/K.... Each micro-batch has rows of every device, so that no rows move."""
     parts = x_Bx.reshape(mesh_size(), micro_batches, -1, *x_Bx.shape[1:])
     return _split_second(parts.swapaxes(0, 1).reshape(micro_batches, -1, *x_Bx.shape[1:]))
 
 
 def join(parts_KxN: jax.Array) -> jax.Array:
-    """Return the array B... of which `cut` made KxB/K..."""
+    """Return the array B... that `cut` has split into KxB/K..."""
     count, _, *shape = parts_KxN.shape
     rows = _split_second(parts_KxN).reshape(count, mesh_size(), -1, *shape)
     return shard_batch(rows.swapaxes(0, 1).reshape(-1, *shape))

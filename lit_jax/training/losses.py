@@ -1,8 +1,9 @@
-"""The losses: contrastive ones over the global batch, and that of a text tower that learns from another one.
+"""The losses: contrastive losses over the global batch, and the loss of a student text tower.
 
-Every text is a negative for every other image. B is the global batch. Under `jit` with the embeddings split
-over the mesh, the compiler gathers the other modality; no implementation uses the negatives of one device
-alone. The losses here are the definitions; those of `blockwise_losses.py` equal them and need less memory.
+Every text is a negative for every other image. B is the global batch, P the width of a tower's output. Under
+`jit` with embeddings split over the mesh, the compiler gathers the other modality; no implementation uses
+only the negatives of one device. The losses here are the definitions. The losses of `blockwise_losses.py`
+equal them and need less memory.
 """
 
 import functools
@@ -27,17 +28,17 @@ from lit_jax.training.blockwise_losses import (
 
 # A function of the fields of `Model.forward`'s output.
 Loss = Callable[..., Scalar]
-# A function of that output and of the batch it was computed from. Returns the value to minimise, and metrics
-# that are reported with it.
+# A function of the output of `Model.forward` and of its batch. It returns the value to minimise and metrics
+# to report.
 Objective = Callable[[Any, Mapping[str, Array]], tuple[Scalar, dict[str, Array]]]
 
 
 def similarity_logits(
     zimg_BxD: Embeddings, ztxt_BxD: Embeddings, logit_scale: Scalar, logit_bias: Scalar | None
 ) -> Float[Array, "B B"]:
-    """Return exp(logit_scale) * image . text + logit_bias, float32: rows are images, columns texts.
+    """Return exp(logit_scale) * image . text + logit_bias, float32. Rows are images, columns are texts.
 
-    The embeddings are L2-normalised.
+    The embeddings must be L2-normalised.
     """
     logits_BxB = exact_dot(zimg_BxD, ztxt_BxD.T) * jnp.exp(logit_scale)
     return logits_BxB if logit_bias is None else logits_BxB + logit_bias
@@ -53,11 +54,12 @@ def softmax_loss(
 ) -> Scalar:
     """Compute symmetric InfoNCE: the mean cross entropy of images over texts and of texts over images.
 
-    CLIP (2103.00020) figure 3, LiT (2111.07991) section 3. A bias has no effect. A part `label_smoothing` of
-    each target is spread over all B classes (ALIGN, 2102.05918, section 4.1).
+    See CLIP (2103.00020) figure 3 and LiT (2111.07991) section 3. A bias has no effect. The share
+    `label_smoothing` of each target is spread over all B classes (ALIGN, 2102.05918, section 4.1).
     """
     logits_BxB = similarity_logits(zimg_BxD, ztxt_BxD, logit_scale, logit_bias)
-    # Not jnp.diagonal: off the TPU that is a gather, which devices answer by sending positions and values.
+    # jnp.diagonal is a gather on CPU and GPU. With a split matrix, devices would exchange positions and
+    # values for it.
     own_B = jnp.sum(logits_BxB, axis=1, where=jnp.eye(logits_BxB.shape[0], dtype=bool))
 
     def cross_entropy(axis: int) -> Scalar:
@@ -75,9 +77,9 @@ def sigmoid_loss(
     logit_scale: Scalar,
     logit_bias: Scalar | None = None,
 ) -> Scalar:
-    """Compute the logistic loss of all B x B pairs as binary decisions; summed over pairs, divided by B.
+    """Compute the logistic loss of all B x B pairs as binary decisions, summed over pairs and divided by B.
 
-    SigLIP (2303.15343) section 3.2, algorithm 1.
+    See SigLIP (2303.15343) section 3.2, algorithm 1.
     """
     logits_BxB = similarity_logits(zimg_BxD, ztxt_BxD, logit_scale, logit_bias)
     sign_BxB = 2 * jnp.eye(logits_BxB.shape[0], dtype=logits_BxB.dtype) - 1
@@ -87,7 +89,7 @@ def sigmoid_loss(
 def mse_loss(student_BxP: Embeddings, teacher_BxP: Embeddings) -> Scalar:
     """Compute the mean squared difference over texts and their P features, in float32.
 
-    AltCLIP (2211.06679) section 3.2.
+    See AltCLIP (2211.06679) section 3.2.
     """
     difference_BxP = student_BxP.astype(jnp.float32) - teacher_BxP.astype(jnp.float32)
     return jnp.square(difference_BxP).mean()
@@ -107,14 +109,14 @@ def make_loss(
     label_smoothing: float = 0.0,
     slices: int = 1,
 ) -> Loss:
-    """Return the loss of a name; the implementation 'auto' is chosen by the shapes.
+    """Return the loss of this name; 'auto' chooses the implementation by the shapes.
 
     Args:
-        slices: how many the mesh has, equally large and one after the other. The value is the same for any
-            number; between slices the blockwise implementation sends less.
+        slices: the number of slices of the mesh, equally large and one after the other. It does not change
+            the value, but the blockwise implementation sends less between slices.
 
-    Raises UserError for a loss or an implementation that is not known, and for label smoothing or an
-    implementation where it has no meaning.
+    Raises UserError for an unknown loss or implementation, and for label smoothing or an implementation that
+    the loss does not have.
     """
     implementations = get_args(LossImplementation)
     for key, value, known in (
@@ -133,6 +135,7 @@ def make_loss(
         return mse_loss
     options = {"label_smoothing": label_smoothing} if label_smoothing else {}
 
+    # The batch size is known only when the loss is traced.
     def loss(zimg_BxD: Embeddings, *others: Any) -> Scalar:
         is_blockwise = implementation == "blockwise" or (
             implementation == "auto" and prefers_blockwise(len(zimg_BxD))
@@ -145,22 +148,22 @@ def make_loss(
 
 
 def prefers_blockwise(batch: int) -> bool:
-    """Return whether the blockwise implementation is the better one on the mesh that is set, if any.
+    """Return whether the blockwise implementation is better on the mesh of `jax.set_mesh`, if one is set.
 
-    If a device's part of the similarity matrix is smaller than a tile, there is no memory to save; above
-    that the blockwise implementation takes about as long and ever less memory (docs/scale.md has the
-    measurement).
+    If a device's part of the similarity matrix is smaller than a tile, there is no memory to save. Above that
+    size the blockwise implementation takes about the same time and less memory; docs/scale.md has the
+    measurement.
     """
     devices = mesh_size()
     return batch % devices == 0 and batch * (batch // devices) >= TILE**2
 
 
 def make_objective(config: Config, slices: int = 1) -> Objective:
-    """Return what a run minimises: the loss of `config.loss`, or the weighted sum of `config.losses`.
+    """Return the objective of a run: the loss of `config.loss`, or the weighted sum of `config.losses`.
 
-    The metrics have the value of each of several losses as "loss/NAME".
+    The metrics of a sum have the value of each loss as "loss/NAME".
 
-    Raises UserError as `make_loss` does.
+    Raises UserError as `make_loss` does, and if both keys are set.
     """
     make = functools.partial(make_loss, implementation=config.loss_implementation, slices=slices)
     if config.losses and (config.loss != Config.loss or config.label_smoothing):
@@ -185,5 +188,5 @@ def make_objective(config: Config, slices: int = 1) -> Objective:
 
 
 def objective(loss: Loss) -> Objective:
-    """Return a loss of the model's output as one that the train step minimises, without metrics."""
+    """Return a loss as an objective of the train step, without metrics."""
     return lambda output, batch: (loss(*output), {})

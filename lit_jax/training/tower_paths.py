@@ -1,4 +1,4 @@
-"""The folders that the towers of a run come from, here or on the Hub, and their configs."""
+"""The folders, local or from the Hub, that the towers of a run come from, and their configs."""
 
 import dataclasses
 from pathlib import Path
@@ -13,11 +13,11 @@ from lit_jax.weights.hub import local_folder, override, read_config, read_tower_
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerPaths:
-    """The folders of the two towers, and the config.json that they make as one dual encoder.
+    """The folders of the two towers, and the config.json of the dual encoder that they form.
 
     Attributes:
-        is_whole: whether both folders are that of one dual encoder, which brings projections of its own.
-        teacher: the folder of a text teacher; the image folder is then that of the teacher's CLIP.
+        is_whole: whether both folders are the folder of one dual encoder, which brings its projections.
+        teacher: the folder of a text teacher; the image folder is then the folder of the teacher's CLIP.
     """
 
     image_folder: Path
@@ -28,9 +28,9 @@ class TowerPaths:
 
 
 def find_towers(config: ModelConfig) -> TowerPaths:
-    """Find the folders of both towers, downloaded from the Hub if need be, and read their configs.
+    """Find the folders of both towers, with a download from the Hub if needed, and read their configs.
 
-    Raises UserError if a folder cannot be had, or if keys of `config` contradict each other.
+    Raises UserError if a folder is not available, or if keys of `config` contradict each other.
     """
     if config.teacher:
         return _find_student(config)
@@ -49,7 +49,7 @@ def find_towers(config: ModelConfig) -> TowerPaths:
 
 
 def _find_student(config: ModelConfig) -> TowerPaths:
-    """Find the CLIP that is the teacher, and the text tower that takes the place of the CLIP's own."""
+    """Find the CLIP that has the teacher, and the text tower that replaces the CLIP's own."""
     if config.dual_encoder or config.image != TowerConfig():
         raise UserError(
             "config.model.teacher names the CLIP whose image tower is kept; leave config.model.dual_encoder "
@@ -68,7 +68,7 @@ def _find_student(config: ModelConfig) -> TowerPaths:
 
 
 def _find_dual_encoder(config: ModelConfig) -> TowerPaths:
-    """Find the one folder that holds both towers and their projections."""
+    """Find the folder that holds both towers and their projections."""
     _check_joint(config, "dual_encoder")
     folder = local_folder(config.dual_encoder, config_key="config.model.dual_encoder")
     hf_config = read_config(folder)
@@ -90,7 +90,7 @@ def _find_dual_encoder(config: ModelConfig) -> TowerPaths:
 
 
 def _check_joint(config: ModelConfig, key: str) -> None:
-    """Raise UserError for keys without effect beside `key`, which names a model that is joined already."""
+    """Raise UserError for keys that have no effect together with `key`, which names a whole dual encoder."""
     names = ("projection_dim", "logit_scale_init", "logit_bias_init")
     without_effect = [
         f"config.model.{name}"

@@ -1,6 +1,6 @@
 """The train step: one pure function of the state, the locked parameters and a batch.
 
-`train_step` is the function; `TrainStep` holds the parts that a config puts into it.
+`train_step` is the function. `TrainStep` has the parts that a config chooses.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ _NOTHING_PASSED = Passed()
 
 
 class State(NamedTuple):
-    """All that training changes.
+    """The state that training changes.
 
     Attributes:
         step: the number of steps taken, int32.
-        params: the trainable parameters, a nested dict.
-        opt_state: that of the optimizer.
+        params: the trainable parameters, a nested dict of float32 arrays.
+        opt_state: the state of the optimizer.
     """
 
     step: jax.Array
@@ -64,9 +64,10 @@ def train_step(
 ) -> tuple[State, Metrics]:
     """Take one step on the global batch: gradient of the trainable parameters, update, metrics.
 
-    `forward` is `Model.forward`, or that in micro-batches. A tower without trainable parameters is a constant
-    to the gradient and computes as in evaluation: no dropout, BatchNorm by its running statistics.
+    `forward` is `Model.forward`, or the same in micro-batches. A tower without trainable parameters is a
+    constant to the gradient. It computes as in evaluation: no dropout, BatchNorm by running statistics.
     """
+    # The key depends on seed and step alone, so a resumed run draws the same dropout.
     dropout_key = named_key(seed, "dropout", state.step)
 
     def loss_fn(params: Tree) -> tuple[jax.Array, tuple[Metrics, Tree]]:
@@ -84,8 +85,10 @@ def train_step(
 
     grads, (metrics, statistics) = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    # Running statistics of BatchNorm get zero gradients. The forward pass has computed their new values.
     params = _replace(optax.apply_updates(state.params, updates), statistics)
     params = limit_logit_scale(params, logit_scale_max)
+    # The norm is reported before clipping.
     metrics["grad_norm"] = optax.tree.norm(grads)
     if schedule is not None:
         metrics["learning_rate"] = schedule(state.step)
@@ -101,12 +104,12 @@ def _replace(params: Any, statistics: Tree) -> Tree:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainStep:
-    """The parts of a run's train step, before there is any array.
+    """The parts of a run's train step, before there are any arrays.
 
-    Training runs it; planning compiles it.
+    Training runs the step, and planning only compiles it.
 
     Attributes:
-        schedule: for the metrics; None if the optimizer has one of its own.
+        schedule: the learning rate that metrics report; None if the optimizer has a schedule of its own.
     """
 
     model: Model
@@ -118,13 +121,13 @@ class TrainStep:
     def build(
         cls, model: Model, schedule: optax.Schedule | None, passed: Passed = _NOTHING_PASSED
     ) -> "TrainStep":
-        """Make loss and optimizer as the config says, but for those that are passed.
+        """Make loss and optimizer as the config says, unless they are passed.
 
         Args:
             schedule: the learning rate by step; None where an optimizer is passed.
 
-        Raises UserError for a loss that is not known or not possible in micro-batches, and for precomputed
-        embeddings of a tower that trains.
+        Raises UserError for an unknown loss, for batch normalisation in micro-batches, and for precomputed
+        features of a tower that trains.
         """
         config = model.config
         check_accumulation(config.accumulate, model.policy)
@@ -160,7 +163,7 @@ class TrainStep:
         )
 
     def abstract_batch(self, batch_size: int) -> AbstractBatch:
-        """Return shapes, dtypes and shardings of a global batch, as the preprocessor makes its rows."""
+        """Return shapes, dtypes and shardings of a global batch, made by the run's own preprocessor."""
         blank: Example = {
             "key": "",
             "image": np.zeros((8, 8, 3), np.uint8),
@@ -184,12 +187,12 @@ class TrainStep:
         }
 
     def abstract_frozen(self, batch: AbstractBatch) -> Tree:
-        """Return those of the locked parameters, without the towers whose features `batch` brings."""
+        """Return the abstract locked parameters, without the towers whose features `batch` brings."""
         sides: list[Side] = [side for side, name in FEATURES.items() if name in batch]
         return without_towers(self.model.abstract_frozen, sides)
 
     def first_state(self, params: Tree) -> State:
-        """Return the state of step 0 for trainable parameters that are on the mesh."""
+        """Return the state of step 0 for trainable parameters on the mesh."""
         abstract = self.abstract_state()
         init = jax.jit(self.optimizer.init, out_shardings=shardings_of(abstract.opt_state))
         step = jax.make_array_from_callback(
@@ -198,7 +201,7 @@ class TrainStep:
         return State(step, params, init(params))
 
     def compiled(self) -> Callable[[State, Tree, Batch], tuple[State, Metrics]]:
-        """Return the step, compiled when it is first called."""
+        """Return the jitted step, which compiles at the first call."""
         config = self.model.config
         step: Any = functools.partial(
             train_step,
@@ -215,9 +218,10 @@ class TrainStep:
 def jit_train_step(
     step: Callable[[State, Tree, Batch], tuple[State, Metrics]], state_shardings: State
 ) -> Callable[[State, Tree, Batch], tuple[State, Metrics]]:
-    """Compile the step: this is the one place that does.
+    """Return the jitted step; this function is the only place that compiles the step.
 
-    The old state's buffers are given to the new one, which keeps its shardings. Inputs carry theirs.
+    The new state reuses the buffers of the old state (donation) and keeps its shardings. The inputs carry
+    their own shardings.
     """
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 

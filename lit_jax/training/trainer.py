@@ -1,4 +1,4 @@
-"""The host's side of training: start or go on, feed the step, save, report, stop."""
+"""The host's side of training: start or resume, feed the train step, save, report, stop."""
 
 import contextlib
 import dataclasses
@@ -54,13 +54,16 @@ log = logging.getLogger(__name__)
 
 
 class Evaluations:
-    """The evaluations of a run, at the three times when it has something for them. Here they are none."""
+    """The hooks of a run for evaluations, at three points of its life. The hooks of this class do nothing.
+
+    The evaluations derive from this class, because training must not import them.
+    """
 
     def check(self, tokenizer: Any) -> None:
-        """Raise UserError before the first step where an evaluation cannot be made with the tokenizer."""
+        """Raise UserError, before the first step, if an evaluation is impossible with this tokenizer."""
 
     def measure(self, trained: TrainedModel, names: Collection[str]) -> Mapping[str, float]:
-        """Return the metrics, under flat names, of those of `config.evals` with these names."""
+        """Return the metrics, under flat names, of the evaluations of `config.evals` with these names."""
         return {}
 
     def finish(self, trained: TrainedModel) -> None:
@@ -79,21 +82,22 @@ def train(
     passed: Passed = _NOTHING_PASSED,
     allowed_changes: Collection[str] = (),
 ) -> TrainedModel:
-    """Train until `config.duration`, or go on from the latest checkpoint in `workdir`.
+    """Train until `config.duration`, from the start or from the latest checkpoint in `workdir`.
 
     Args:
-        evaluations: are made at the steps that `config.evals` ask for; their metrics join those of the steps.
-        passed: objects in the place of what the config would make.
-        allowed_changes: keys of the config that may differ from those the run was started with.
+        evaluations: run at the steps that `config.evals` names; their metrics join those of the steps.
+        passed: objects that replace what the config would make.
+        allowed_changes: keys of the config that may differ from the values at the start of the run.
 
-    Returns the trained model. Raises UserError on bad input, with nothing written if it can be known
-    before, and where another run has the folder; raises Preempted after SIGTERM, once a checkpoint of the
+    Returns the trained model. Raises UserError if another run has the folder and on bad input, before
+    anything is written wherever that is possible. Raises Preempted after SIGTERM, once a checkpoint of the
     last step is on disk.
     """
     workdir = output_path("--workdir", str(workdir))
-    # As config.json will have it, without keys of stores.
+    # The round trip gives the config that config.json will hold, without access keys of object stores.
     config = parse(dataclasses.asdict(config))
     with contextlib.ExitStack() as stack:
+        # The lease comes first: two commands that prepare at once would both see an empty folder.
         with workdir_errors(workdir):
             stack.enter_context(holding(workdir))
         trainer = Trainer.prepare(
@@ -110,7 +114,15 @@ def train(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """A run: all of it that is known before anything is written."""
+    """A run that is checked and ready to start; nothing is written yet.
+
+    Attributes:
+        workdir: the run folder.
+        step: the train step with its model.
+        precomputed: the towers whose features are read from disk.
+        durations: the steps at which the run saves, logs, evaluates and ends.
+        passed: the user's own objects.
+    """
 
     workdir: Path
     data: TrainingData
@@ -130,7 +142,7 @@ class Trainer:
         passed: Passed = _NOTHING_PASSED,
         allowed_changes: Collection[str] = (),
     ) -> "Trainer":
-        """Raise UserError on all bad input that can be known before anything is written."""
+        """Build the parts of a run. Raise UserError on all bad input that can be known before a write."""
         changes = check_workdir(workdir, config, allowed_changes)
         check_passed(workdir, passed.described(), allowed_changes)
         check_teacher(config)
@@ -138,8 +150,8 @@ class Trainer:
         mesh = make_mesh(config.mesh)
         check_batch_size(config.batch_size, mesh, config.accumulate)
         steps_done = complete_steps(workdir)
-        # Before the data: whoever starts without network and without data learns first where the towers may
-        # lie. The run folder has configs and tokenizer, but the first step needs the weights, too.
+        # Towers come before data: without network and data, a user first learns where the towers may lie. The
+        # run folder has config and tokenizer, but only a checkpoint has the weights.
         paths = saved_towers(workdir) if steps_done else find_towers(config.model)
         data = open_data(
             config,
@@ -153,6 +165,7 @@ class Trainer:
         callbacks = [every for every, _ in passed.callbacks]
         durations = Durations.of(config, data.examples, callbacks)
         _check_duration(workdir, steps_done, durations.total)
+        # The step counts of the schedule need the number of examples, so the data are open by now.
         to_steps = functools.partial(steps_of, config, data.examples)
         # An optimizer that is passed has a schedule of its own.
         schedule = None
@@ -173,7 +186,7 @@ class Trainer:
 
     @property
     def model(self) -> Model:
-        """The model that trains."""
+        """The model of the run, without values of parameters."""
         return self.step.model
 
     @property
@@ -182,7 +195,10 @@ class Trainer:
         return self.model.config
 
     def train(self) -> TrainedModel:
-        """Take the steps that are left, in the run folder, which this process holds; as `train`."""
+        """Take the remaining steps and return the trained model; raise as `train` does.
+
+        The caller holds the lease of the run folder.
+        """
         with workdir_errors(self.workdir):
             save_model_files(self.workdir, self.model)
             save_parameter_table(self.workdir, self.model)
@@ -194,6 +210,8 @@ class Trainer:
             Checkpoints(self.workdir, keep_last, keep_every) as checkpoints,
         ):
             state, locked, position = first_or_latest_state(self.step, self.workdir, checkpoints)
+            # config.json is written only now, when nothing can stop the start any more. Until then a retry
+            # with another config is free.
             self.precomputed.check_towers(self.model.module, locked)
             with workdir_errors(self.workdir):
                 save_config(self.workdir, config, self.passed.described())
@@ -201,7 +219,8 @@ class Trainer:
             start = checkpoints.latest or 0
             with (
                 self._open_reporter(start, checkpoints, locked) as reporter,
-                # Nothing may wait for the device by accident: implicit transfers are errors in here.
+                # An implicit transfer would make the host wait for the device in every step. Here it raises
+                # an error.
                 jax.transfer_guard("disallow"),
             ):
                 loop = _Loop(
@@ -218,9 +237,9 @@ class Trainer:
         return TrainedModel.merged(self.model, state.params, locked, total)
 
     def _missing_evals(self, step: int) -> list[str]:
-        """Return the evaluations due at `step` that metrics.jsonl lacks: a run was stopped before them.
+        """Return the evaluations due at `step` that metrics.jsonl lacks, because the run was stopped before.
 
-        The file as the first process reads it decides for all: the others may see an older one, and would
+        The first process's view of the file decides for all processes. With an older view, a process would
         wait for ever in an evaluation that the first process does not enter.
         """
         evals = self.config.evals
@@ -235,7 +254,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _open_stream(self, position: dict[str, Any] | None) -> Iterator[TrainStream]:
-        """Open the stream of batches at a position, or at its start."""
+        """Yield the stream of batches from a position; None is the start."""
         config = self.config
         stream = TrainStream(
             self.data.source,
@@ -267,7 +286,7 @@ class Trainer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Loop:
-    """The steps of a run, with all that is open while they are taken."""
+    """The training loop, with everything that is open while it runs."""
 
     trainer: Trainer
     locked: Tree
@@ -276,21 +295,18 @@ class _Loop:
     stop: StopSignal
 
     def take_steps(self, start: int, state: State, stream: TrainStream) -> State:
-        """Return the state after the last step.
-
-        Raises Preempted after SIGTERM, once the state is saved.
-        """
+        """Return the state after the last step. Raise Preempted after SIGTERM, once the state is saved."""
         trainer, durations = self.trainer, self.trainer.durations
         frozen = trainer.precomputed.needed(self.locked)
         step_fn = trainer.step.compiled()
         for step in range(start + 1, durations.total + 1):
-            # The stream moves on only here, after any save: its position is then that of `step`.
+            # The stream advances only here, so that a save below records the position after `step` batches.
             batch = global_batch(next(stream), trainer.model.mesh)
             state, metrics = step_fn(state, frozen, batch)
             self.reporter.add(step, metrics, bad_samples=stream.bad_samples)
             stopping = self.stop.requested(step)
             if stopping or durations.saves_at(step):
-                # Also refuses to save a state that is no longer finite.
+                # flush raises if a metric is not finite, so a broken state never replaces a good checkpoint.
                 self.reporter.flush()
                 config = dataclasses.asdict(trainer.config)
                 self.checkpoints.save(step, state, stream.get_state(), config)
@@ -300,13 +316,14 @@ class _Loop:
                     f"Stopped by SIGTERM after step {step} of {durations.total}, which is saved; run the "
                     "same command again to go on."
                 )
-            # After the checkpoint: killed in here, the run resumes with what is missing of this.
+            # Evaluations follow the checkpoint: a run that is killed here resumes at this step and makes the
+            # missing evaluations.
             self.evaluate(step, state, durations.evals_due(trainer.config.evals, step))
             self.call_back(step, state)
         return state
 
     def evaluate(self, step: int, state: State, names: Collection[str]) -> None:
-        """Report the metrics of the evaluations with these names."""
+        """Make the evaluations with these names and report their metrics."""
         if names:
             with self.reporter.evaluating(step) as results, jax.transfer_guard("allow"):
                 model = TrainedModel.merged(self.trainer.model, state.params, self.locked, step)
@@ -335,9 +352,10 @@ def _check_duration(workdir: Path, steps_done: Sequence[int], total: int) -> Non
 def first_or_latest_state(
     step: TrainStep, workdir: Path, checkpoints: Checkpoints
 ) -> tuple[State, Tree, dict[str, Any] | None]:
-    """Return the state to go on from, the locked parameters, and the stream's position (None: its start).
+    """Return the state to continue from, the locked parameters, and the stream's position (None: its start).
 
-    The locked parameters are always read from the run folder, so that a resumed run has the same ones.
+    The locked parameters always come from the run folder, so that a resumed run has the same ones, bit by
+    bit.
     """
     if checkpoints.latest is None:
         trainable, frozen = first_parameters(step.model)

@@ -1,12 +1,12 @@
-"""The run folder: all that makes a run the same run when its command is given again.
+"""The run folder: everything that a command needs to continue the same run.
 
 data.json              length and fingerprint of the training data
 config.json            the resolved config, with the format of the folder and the version that wrote it
 model/                 config, tokenizer and image processor of the model
-parameters.txt         what trains, how fast, and how it lies on the mesh
+parameters.txt         which parameters train, how fast, and how they are split over the mesh
 frozen/, checkpoints/  see checkpoints.py
-metrics.jsonl, tensorboard/  what was measured
-results.json, evals/, report/  the final evaluations, and pictures of them
+metrics.jsonl, tensorboard/  the metrics of steps and evaluations
+results.json, evals/, report/  the final evaluations and their figures
 """
 
 import dataclasses
@@ -38,18 +38,18 @@ from lit_jax.weights.hub import read_config as read_hf_config
 
 log = logging.getLogger(__name__)
 
-# The format of a run folder: raised when a default changes, so that no run changes in mid-course.
+# The format of a run folder. It rises when a default changes, so that no run changes halfway.
 FORMAT = 2
-# The last version that wrote config.json without a format, and the only one that continues such a run.
+# The last version that wrote config.json without a format. Only this version can continue such a run.
 _WITHOUT_FORMAT = "0.1.0"
 
-# The keys of config.json beside the config: "passed" describes the objects that were passed to `fit`.
+# The keys of config.json that do not belong to the config. "passed" describes objects passed to `fit`.
 _NOT_CONFIG = ("format", "version", "passed")
 
 # Values of renamed keys, by their former name.
 _RENAMED_VALUES = {"global": "dense", "lean": "blockwise"}
 
-# The keys that name the towers that a run starts from; from its first checkpoint on it has them itself.
+# The keys that name the towers that a run starts from. After the first checkpoint the run has its own copy.
 TOWER_KEYS = {"model.dual_encoder", "model.teacher"} | {
     f"model.{side}.{key}" for side in ("image", "text") for key in ("model", "overrides")
 }
@@ -62,13 +62,14 @@ def load_run(
     dtype: str | None = None,
     towers: Mapping[Side, Tower] = MappingProxyType({}),
 ) -> TrainedModel:
-    """Read a checkpoint (the latest) of a run onto all devices of this machine; the run stays as it is.
+    """Read a checkpoint of a run onto all devices of this machine; nothing is written.
 
     Args:
-        dtype: replaces the run's own, that of the computation and of the locked parameters.
-        towers: those that were passed to the training.
+        step: the step of the checkpoint; None is the latest.
+        dtype: the dtype of the computation and of the locked parameters; None is the run's own.
+        towers: the towers that were passed to the training.
 
-    Raises UserError if `workdir` is no run or has no complete checkpoint.
+    Raises UserError if `workdir` is no run, has no complete checkpoint, or needs towers to be passed.
     """
     config = read_config(workdir)
     if config is None:
@@ -95,7 +96,7 @@ def model_folder(workdir: Path) -> Path:
 
 
 def saved_towers(workdir: Path) -> TowerPaths:
-    """Return the towers of a run from its own folder: no Hub needed."""
+    """Return the towers of a run from its own folder, without the Hub."""
     folder = model_folder(workdir)
     hf_config = read_hf_config(folder)
     teacher = None
@@ -105,9 +106,9 @@ def saved_towers(workdir: Path) -> TowerPaths:
 
 
 def save_model_files(workdir: Path, model: Model) -> None:
-    """Write config, tokenizer and image processor into the run: all but the weights.
+    """Write config, tokenizer and image processor of the model into the run folder, but no weights.
 
-    Until there is a checkpoint, each start writes them anew: it may be with other towers.
+    Every start before the first checkpoint writes them again, because it may have other towers.
     """
     folder, processors = model_folder(workdir), model.processors
     if not is_primary() or complete_steps(workdir):
@@ -122,12 +123,12 @@ def save_model_files(workdir: Path, model: Model) -> None:
         write_json(folder / TEACHER / "config.json", model.paths.teacher.hf_config)
         check_saved(processors.teacher_tokenizer, folder / TEACHER)
     write_json(folder / "config.json", model.hf_config)
-    # After config.json, which has a say in the class that the tokenizer is read with.
+    # The check follows config.json, because transformers chooses the tokenizer's class by it.
     check_saved(processors.tokenizer, folder)
 
 
 def save_parameter_table(workdir: Path, model: Model) -> None:
-    """Write parameters.txt: which parameters train, how fast, and how they lie on the mesh."""
+    """Write parameters.txt: which parameters train, how fast, and how they are split over the mesh."""
     sizes = {path: math.prod(leaf.shape) for path, leaf in flatten(model.abstract).items()}
     trained = sum(size for path, size in sizes.items() if model.policy.trainable[path])
     log.info(
@@ -141,11 +142,12 @@ def save_parameter_table(workdir: Path, model: Model) -> None:
 
 
 def read_config(workdir: Path) -> Config | None:
-    """Return the resolved config that a run folder holds, None for a folder without one.
+    """Return the resolved config of a run folder, None for a folder without one.
 
-    Reading alone accepts an earlier format: keys that it lacks have today's defaults.
+    An earlier format is accepted here, and today's defaults replace missing keys. `check_workdir` decides
+    whether the run may continue.
 
-    Raises UserError if the file is damaged, or belongs to something else than a run.
+    Raises UserError if the file is damaged or does not belong to a run.
     """
     content = _read_config_file(workdir)
     if content is None:
@@ -182,9 +184,9 @@ def _read_config_file(workdir: Path) -> dict[str, Any] | None:
 def check_workdir(
     workdir: Path, config: Config, allowed_changes: Collection[str]
 ) -> Collection[str]:
-    """Return the keys in which `config` differs from that of the run in `workdir`; it may have none.
+    """Return the keys in which `config` differs from the config of the run in `workdir`, if there is a run.
 
-    Raises UserError if the run is of another format, or if a key that would change the result differs and is
+    Raises UserError if the run has another format, or if a key that would change the result differs and is
     not in `allowed_changes`.
     """
     previous = read_config(workdir)
@@ -208,7 +210,7 @@ def check_workdir(
 
 
 def _check_format(workdir: Path) -> None:
-    """Raise UserError if another version has to finish the run in `workdir`: its defaults are others."""
+    """Raise UserError if another version must finish the run in `workdir`, because its defaults differ."""
     content = _read_config_file(workdir) or {}
     if (found := content.get("format", 1)) == FORMAT:
         return
@@ -223,11 +225,11 @@ def _check_format(workdir: Path) -> None:
 def check_passed(
     workdir: Path, passed: Mapping[str, Any], allowed_changes: Collection[str]
 ) -> None:
-    """Raise UserError if other objects are passed than those that the run was started with.
+    """Raise UserError if the passed objects differ from those that the run was started with.
 
     Args:
-        passed: the description of each, by its name in `fit`.
-        allowed_changes: names that may differ.
+        passed: the description of each object, by its name in `fit`.
+        allowed_changes: the names of objects that may differ.
     """
     content = _read_config_file(workdir)
     if content is None:
@@ -251,13 +253,13 @@ def _name(description: Any) -> str:
         return "none was passed"
     if isinstance(description, Mapping) and "module" in description:
         return f"{description['module']}.{description['name']}"
-    # The functions of an optax transformation, or towers by their sides.
+    # A container describes the functions of an optax transformation, or towers by their sides.
     parts = description.values() if isinstance(description, Mapping) else description
     return " and ".join(map(_name, parts))
 
 
 def save_config(workdir: Path, config: Config, passed: Mapping[str, Any]) -> None:
-    """Write the resolved config, once it is sure that the run can start or go on with it."""
+    """Write the resolved config; call this function only when the run can certainly start with it."""
     if is_primary():
         header = {"format": FORMAT, "version": __version__}
         header |= {"passed": passed} if passed else {}
@@ -265,7 +267,7 @@ def save_config(workdir: Path, config: Config, passed: Mapping[str, Any]) -> Non
 
 
 def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, str]:
-    """Return the keys that change the result and differ, as dotted key -> "key: old -> new"."""
+    """Return the differing keys that change the result, as dotted key -> "key: old -> new"."""
     changes = {}
     for field in dataclasses.fields(old):
         key, before, after = prefix + field.name, getattr(old, field.name), getattr(new, field.name)
