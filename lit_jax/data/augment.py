@@ -1,7 +1,7 @@
 """Random changes of an image's colours and shape: colour jitter and RandAugment.
 
-Names, strengths and meaning are torchvision's (ColorJitter, RandAugment with its 31 magnitudes, nearest
-neighbour and black outside), so that a recipe written for it can be taken over.
+Names, strengths and meaning are torchvision's, so that a recipe written for torchvision carries over:
+ColorJitter, and RandAugment with 31 magnitudes, nearest-neighbour interpolation and black outside the image.
 """
 
 import math
@@ -17,7 +17,7 @@ Operation = Callable[[Image.Image, float], Image.Image]
 NO_JITTER = ColorJitterConfig()
 NO_OPERATIONS = RandAugmentConfig()
 
-# The largest magnitude of RandAugment.
+# The largest magnitude of RandAugment: torchvision counts 31 magnitudes, 0 to 30.
 STRONGEST = 30
 
 
@@ -26,9 +26,10 @@ def color_jitter(
 ) -> Image.Image:
     """Return an RGB image with brightness, contrast, saturation and hue changed at random, in a random order.
 
-    A change without a strength is left out.
+    A change whose strength is 0 is left out.
     """
     active = [name for name in JITTER if getattr(config, name)]
+    # The changes do not commute, so torchvision permutes them anew for each image.
     for i in rng.permutation(len(active)):
         operation, neutral, least = JITTER[active[i]]
         strength = getattr(config, active[i])
@@ -39,38 +40,43 @@ def color_jitter(
 def rand_augment(
     image: Image.Image, config: RandAugmentConfig, rng: np.random.Generator
 ) -> Image.Image:
-    """Return an RGB image after so many random operations, each in either direction if it has two."""
+    """Return an RGB image after `config.operations` random operations of strength `config.magnitude`.
+
+    An operation with two directions gets a random sign.
+    """
     part = config.magnitude / STRONGEST
     for _ in range(config.operations):
         operation, strength, signed = RAND_AUGMENT[NAMES[rng.integers(len(NAMES))]]
+        # The sign is drawn even if it is not used: every operation consumes the same amount of randomness.
         sign = -1 if rng.integers(2) and signed else 1
         image = operation(image, sign * part * strength)
     return image
 
 
 def brightness(image: Image.Image, factor: float) -> Image.Image:
-    """Return a darker or brighter image; a factor of 0 makes it black."""
+    """Return a darker or brighter image; a factor of 0 makes the image black."""
     return ImageEnhance.Brightness(image).enhance(factor)
 
 
 def contrast(image: Image.Image, factor: float) -> Image.Image:
-    """Return an image of another contrast; a factor of 0 makes it its mean grey."""
+    """Return an image with less or more contrast; a factor of 0 makes every pixel the mean grey."""
     return ImageEnhance.Contrast(image).enhance(factor)
 
 
 def saturation(image: Image.Image, factor: float) -> Image.Image:
-    """Return an image of paler or stronger colours; a factor of 0 makes it grey."""
+    """Return an image with paler or stronger colours; a factor of 0 makes the image greyscale."""
     return ImageEnhance.Color(image).enhance(factor)
 
 
 def sharpness(image: Image.Image, factor: float) -> Image.Image:
-    """Return a smoother or sharper image; a factor of 0 smooths most."""
+    """Return a smoother or sharper image; a factor of 0 smooths the most."""
     return ImageEnhance.Sharpness(image).enhance(factor)
 
 
 def hue(image: Image.Image, turn: float) -> Image.Image:
-    """Return an image whose colours are turned by a part of the colour circle, -0.5 to 0.5."""
+    """Return an image whose hue is rotated by `turn`, a fraction of the colour circle from -0.5 to 0.5."""
     channel, *others = image.convert("HSV").split()
+    # torchvision scales by 255, too, although the circle has 256 steps, and truncates towards 0.
     shift = int(turn * 255)
     turned = channel.point([(value + shift) % 256 for value in range(256)])
     return Image.merge("HSV", (turned, *others)).convert("RGB")
@@ -81,13 +87,14 @@ def _shear(image: Image.Image, x: float, y: float) -> Image.Image:
 
 
 def _translate(image: Image.Image, x: float, y: float) -> Image.Image:
-    """Move an image by parts of its size, rounded to whole pixels."""
+    """Move an image by fractions of its size, truncated to whole pixels."""
     right, down = int(x * image.width), int(y * image.height)
+    # The matrix maps a pixel of the result to the pixel of the source, so the signs are reversed.
     return _affine(image, (1.0, 0.0, -float(right), 0.0, 1.0, -float(down)))
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    """Take the pixel at (x, y) from (ax + by + c, dx + ey + f)."""
+    """Take the pixel at (x, y) from (ax + by + c, dx + ey + f) for `matrix` (a, b, c, d, e, f)."""
     return image.transform(image.size, Image.Transform.AFFINE, matrix)
 
 
@@ -95,7 +102,7 @@ def _one_more(operation: Operation) -> Operation:
     return lambda image, amount: operation(image, 1 + amount)
 
 
-# Key of the config -> (operation, its argument that changes nothing, the least argument).
+# Key of the config -> (operation, the argument that changes nothing, the smallest argument allowed).
 JITTER: dict[str, tuple[Operation, float, float]] = {
     "brightness": (brightness, 1.0, 0.0),
     "contrast": (contrast, 1.0, 0.0),
@@ -103,7 +110,8 @@ JITTER: dict[str, tuple[Operation, float, float]] = {
     "hue": (hue, 0.0, -0.5),
 }
 
-# Name -> (operation, its argument at the largest magnitude, whether the argument has a random sign).
+# Name -> (operation, the argument at the largest magnitude, whether the argument has a random sign).
+# Torchvision translates by at most 150 of 331 pixels, and scales this distance to the image's size.
 RAND_AUGMENT: dict[str, tuple[Operation, float, bool]] = {
     "identity": (lambda image, _: image, 0.0, False),
     "shear_x": (lambda image, slope: _shear(image, slope, 0.0), 0.3, True),

@@ -2,8 +2,8 @@
 
     python -m lit_jax.data.convert --source.path=DATA --output=DIR
 
-What DIR holds is a source itself. Images stay the bytes that they are; bad samples are left out and listed in
-bad.jsonl. Given again, the command goes on where it was stopped. Exit codes: 0 done, 2 bad input.
+DIR is then itself a source. Images keep their bytes; bad samples are left out and listed in DIR/bad.jsonl.
+To resume an interrupted conversion, run the same command again. Exit codes: 0 done, 2 bad input.
 """
 
 import collections
@@ -42,24 +42,27 @@ BAD_FILE = "bad.jsonl"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A conversion: its values fix every byte that is written, and can be sent to any process."""
+    """The parameters of a conversion. They determine every byte of the output and can be pickled."""
 
-    # The SourceConfig as JSON.
+    # The SourceConfig as JSON: the text is hashable, so it can key the cache of `_source`.
     source: str
     # True if examples may lack an image.
     text_only: bool
     examples: int
-    # Positions of the source in a shard, also those of bad samples.
+    # Positions of the source in a shard. Bad samples count, so that the shards' bounds are known in advance.
     shard_size: int
 
     @property
     def shards(self) -> int:
+        """The number of shards."""
         return math.ceil(self.examples / self.shard_size)
 
     def shard_name(self, shard: int) -> str:
+        """Return the file name of a shard, numbered from 0."""
         return f"data-{shard:05}-of-{self.shards:05}.array_record"
 
     def positions(self, shard: int) -> range:
+        """Return the positions of the source that a shard covers."""
         return range(self.examples)[shard * self.shard_size : (shard + 1) * self.shard_size]
 
 
@@ -91,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     make_missing([source])
     plan = make_plan(source, args.shard_size, text_only=args.text_only)
     _enter(args.output, plan)
+    # A shard gets its name only when it is complete, so an existing shard is not opened again.
     todo = [n for n in range(plan.shards) if not (args.output / plan.shard_name(n)).exists()]
     if args.runner:
         _run_beam(plan, args.output, todo, args.runner, beam_flags)
@@ -100,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_plan(source: SourceConfig, shard_size: int, *, text_only: bool = False) -> Plan:
+    """Open the source, count its examples, and return the plan of its conversion."""
     text = json.dumps(dataclasses.asdict(source))
     examples = len(_source(text, text_only))
     return Plan(source=text, text_only=text_only, examples=examples, shard_size=shard_size)
@@ -107,13 +112,16 @@ def make_plan(source: SourceConfig, shard_size: int, *, text_only: bool = False)
 
 @functools.lru_cache(maxsize=1)
 def _source(text: str, text_only: bool) -> Source:
-    """Open the source, once in each process: sent with every shard it could outweigh the shard."""
+    """Open the source, once in each process.
+
+    An open source holds its index, which may be larger than a shard, so the source is not sent with each.
+    """
     source = parse_as(SourceConfig, parse_json(text), SOURCE.name)
     return open_source(source, text_only=text_only)
 
 
 def _enter(folder: Path, plan: Plan) -> None:
-    """Make the output folder, or check that it is one of the same conversion."""
+    """Create the output folder with its plan, or check that the folder belongs to the same conversion."""
     file = folder / PLAN_FILE
     wanted = json.dumps(dataclasses.asdict(plan), indent=1)
     if not file.exists():
@@ -130,9 +138,9 @@ def _enter(folder: Path, plan: Plan) -> None:
 
 
 def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
-    """Write one shard, as a whole or not at all, and return how many positions it covers.
+    """Write one shard, as a whole or not at all, and return the number of positions that it covers.
 
-    Its bad samples are written before it, so that a shard that is there has them.
+    The shard's list of bad samples is written before the shard, so that an existing shard always has one.
     """
     source, bad, good = _source(plan.source, plan.text_only), [], 0
     file = folder / plan.shard_name(shard)
@@ -151,9 +159,10 @@ def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
                 writer.write(record)
                 good += 1
         writer.close()
+        # The file is read back before it gets its name, so that a shard is never short of records.
         if _count(new) != good:
             raise RuntimeError("records are missing")
-        # Left by an attempt with other data.
+        # An interrupted attempt may have left a list although the data have been repaired since.
         _bad_file(file).unlink(missing_ok=True)
         if bad:
             atomic_write(_bad_file(file), "".join(f"{line}\n" for line in bad))
@@ -161,7 +170,10 @@ def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
 
 
 def _self_contained(example: Example) -> Example:
-    """Return the example with the bytes of its image, after a decoding that has to succeed."""
+    """Return the example with the bytes of its image in the place of a path. Pixels become a PNG.
+
+    Raises BadSampleError if the image cannot be decoded, or if there is neither an image nor a caption.
+    """
     image = example["image"]
     if image is None:
         if not any(map(str.strip, example["captions"])):
@@ -172,6 +184,7 @@ def _self_contained(example: Example) -> Example:
         Image.fromarray(image).save(buffer, "PNG")
         return {**example, "image": buffer.getvalue()}
     content = image if isinstance(image, bytes) else file_content(image)
+    # The pixels are thrown away: an image that cannot be decoded must not reach the shard.
     decode(content)
     return {**example, "image": content}
 
@@ -188,7 +201,7 @@ def _each(convert: Callable[[int], int], todo: Sequence[int], workers: int) -> I
     if workers <= 1:
         yield from map(convert, todo)
         return
-    # Forked processes could inherit locks that some thread holds.
+    # Spawned, because a forked process could inherit a lock that another thread holds.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
         workers, mp_context=context, initializer=start_worker
@@ -198,10 +211,11 @@ def _each(convert: Callable[[int], int], todo: Sequence[int], workers: int) -> I
             for future in concurrent.futures.as_completed(futures):
                 yield future.result()
         except BaseException:
+            # The pool would otherwise finish every shard before the error or Ctrl-C takes effect. A killed
+            # worker loses only its unfinished shard, which the next attempt writes anew.
             for future in futures:
                 future.cancel()
             for process in multiprocessing.active_children():
-                # The shards that they have begun are not missed.
                 process.kill()
             raise
 
@@ -209,7 +223,7 @@ def _each(convert: Callable[[int], int], todo: Sequence[int], workers: int) -> I
 def _run_beam(
     plan: Plan, folder: Path, todo: Sequence[int], runner: str, flags: Sequence[str]
 ) -> None:
-    """Convert the shards on a cluster, whose machines have to see source and folder under the same paths."""
+    """Convert the shards on a cluster whose machines see the source and the folder under the same paths."""
     try:
         import apache_beam as beam  # pyright: ignore[reportMissingImports]
         from apache_beam.options import pipeline_options  # pyright: ignore[reportMissingImports]
@@ -218,12 +232,13 @@ def _run_beam(
             "--runner needs Apache Beam; install requirements-beam.txt (in an environment of its own)."
         ) from error
     with beam.Pipeline(runner, pipeline_options.PipelineOptions(list(flags))) as pipeline:
+        # The reshuffle keeps Beam from fusing both steps, which would put all shards on one machine.
         shards = pipeline | beam.Create(todo) | beam.Reshuffle()
         _ = shards | beam.Map(functools.partial(convert_shard, plan, folder.absolute()))
 
 
 def _finish(plan: Plan, folder: Path) -> str:
-    """Write bad.jsonl and the manifest, and return a summary."""
+    """Write bad.jsonl and the manifest, remove temporary files, and return a summary for the user."""
     files = [folder / plan.shard_name(shard) for shard in range(plan.shards)]
     shards = [records.Shard(file.name, _count(file)) for file in files]
     reports = [file for file in map(_bad_file, files) if file.exists()]
@@ -234,7 +249,9 @@ def _finish(plan: Plan, folder: Path) -> str:
         raise UserError(
             f"None of the {plan.examples} examples can be used; {folder / BAD_FILE} says why."
         )
+    # The manifest comes last among the outputs: a folder with a manifest is a complete source.
     records.write_manifest(folder, shards)
+    # Interrupted attempts leave temporary files behind.
     for rest in folder.glob(".*.new"):
         rest.unlink()
     kinds = collections.Counter(parse_json(line)["kind"] for line in bad)

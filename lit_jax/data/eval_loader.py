@@ -1,4 +1,4 @@
-"""Batches for evaluation: every image once, in order."""
+"""Batches for evaluation: each image once, in order."""
 
 import dataclasses
 import logging
@@ -26,20 +26,21 @@ def eval_batches(
     positions: Sequence[int] | None = None,
     threads: int = 8,
 ) -> Iterator[Batch]:
-    """Yield the images at `positions` of the source, or all, once, in order, this process's share of them.
+    """Yield this process's share of the images at `positions` of the source (None: all), once and in order.
 
-    Every process gets the same number of equally large batches.
+    Every process yields the same number of batches of the same size: the encoder is a collective program.
 
     Args:
-        batch_size: over all processes.
+        batch_size: rows over all processes.
 
     Yields:
-        'pixel_values' uint8 (rows, height, width, 3); 'index' int32 (rows): its place among `positions`,
-        or -1 for padding and for an image that cannot be decoded (its key is logged).
+        'pixel_values' uint8 (rows, height, width, 3), and 'index' int32 (rows): the image's place among
+        `positions`, or -1 for padding and for an image that cannot be decoded (its key is logged).
     """
     rows = local_rows(batch_size, process_count)
     positions = range(len(source)) if positions is None else positions
     load = _LoadImages(source, positions, image_transform, rows, process_index, process_count)
+    # Threads suffice without worker processes: Pillow decodes and resizes outside the GIL.
     batches = grain.MapDataset.range(math.ceil(len(positions) / batch_size)).map(load)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     bad = 0
@@ -67,6 +68,8 @@ class _LoadImages:
         pixels = np.zeros((self.rows, *self.image_transform.output_shape), np.uint8)
         index_B = np.full(self.rows, -1, np.int32)
         skipped = []
+        # The processes' rows of one global batch lie side by side, in the order of the process index.
+        # Behind the last image the slice is short or empty; the rest of the rows stays padding.
         first = (n * self.process_count + self.process_index) * self.rows
         for row, position in enumerate(self.positions[first : first + self.rows]):
             key = f"number {position}"

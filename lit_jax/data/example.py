@@ -12,21 +12,21 @@ from lit_jax.data.files import File
 from lit_jax.errors import UserError
 
 BadKind = Literal[
-    # No image, or none where it should be.
+    # The example names no image, or names an image file that does not exist.
     "missing",
-    # 0 bytes.
+    # The image has 0 bytes.
     "empty",
-    # A file of another type.
+    # The file is of another type.
     "not_image",
-    # Truncated, or broken in another way.
+    # The image is truncated, or broken in another way.
     "damaged",
-    # A decompression bomb.
+    # The image has so many pixels that it could be a decompression bomb, or the file is too large.
     "too_large",
     "no_caption",
     "not_utf8",
-    # A tar's member that is a link, or whose name leads out of the folder.
+    # The member of a tar file is a link, or its name leads out of the folder.
     "hostile_path",
-    # A line or row that does not say what it should.
+    # A line or row does not have the expected fields.
     "no_example",
 ]
 BAD_KINDS: tuple[BadKind, ...] = get_args(BadKind)
@@ -37,27 +37,30 @@ class Example(TypedDict):
 
     # Names the example in messages and reports.
     key: str
-    # A file here or in an object store, its content, or pixels: uint8 HxWx3.
+    # The path of a file (local or in an object store), the file's content, or pixels: uint8 HxWx3.
     image: File | bytes | np.ndarray | None
     captions: tuple[str, ...]
-    # The language of each caption, where it is known.
+    # The language of each caption, if the data set names languages.
     languages: NotRequired[tuple[str, ...] | None]
-    # The languages of captions that were not wanted, if the example has no others.
+    # The languages of the captions that were dropped, if no caption is in a wanted language.
     left_out: NotRequired[tuple[str, ...]]
-    # The weight with which each caption is sampled; without weights all are sampled alike.
+    # The sampling weight of each caption; without weights the captions are sampled uniformly.
     caption_weights: NotRequired[tuple[float, ...]]
-    # The content of the captions in the language of a text teacher.
+    # A translation of the caption into the language of a text teacher.
     teacher_caption: NotRequired[str | None]
-    # The name of its class.
+    # The name of the image's class.
     label: str | None
-    # True if the label is the name of the folder that the image is in.
+    # True if the label is the name of the image's folder.
     label_is_folder: NotRequired[bool]
-    # Why the label that is there cannot be used; a task without labels does not mind.
+    # The reason why the label cannot be used. It is not raised at once: a task without labels ignores it.
     label_problem: NotRequired[str]
 
 
 class BadSampleError(Exception):
-    """One example cannot be used; the run goes on without it. Its text is the reason, in a few words."""
+    """An example that cannot be used; the run goes on without the example.
+
+    The error's text is the reason in a few words, and `kind` is the category in which it is counted.
+    """
 
     def __init__(self, reason: str, kind: BadKind = "damaged"):
         super().__init__(reason)
@@ -66,7 +69,7 @@ class BadSampleError(Exception):
 
 @runtime_checkable
 class Source(Protocol):
-    """A data set as a sequence; reading an image may wait until the image is decoded.
+    """A data set as a sequence of examples. An image file may be read only when the image is decoded.
 
     An example that cannot be read raises BadSampleError.
     """
@@ -77,31 +80,33 @@ class Source(Protocol):
 
 
 def usable_label(example: Example) -> str | None:
-    """Return the label. Raise BadSampleError if there is one that cannot be used."""
+    """Return the label, or None without one. Raise BadSampleError if the label cannot be used."""
     if problem := example.get("label_problem"):
         raise BadSampleError(problem, "no_example")
     return example["label"]
 
 
 def usable_captions(example: Example) -> list[str]:
-    """Return the captions that are not blank. Raise BadSampleError if all are."""
+    """Return the captions that are not blank. Raise BadSampleError if all captions are blank."""
     return [text for text, _ in _weighted_captions(example)]
 
 
 def sample_caption(example: Example, rng: np.random.Generator) -> str:
-    """Return a random one of `usable_captions`, by their weights. Raise BadSampleError if there is none."""
+    """Sample one of `usable_captions` by its weight. Raise BadSampleError if there is no caption."""
     return usable_captions(example)[sample_caption_index(example, rng)]
 
 
 def sample_caption_index(example: Example, rng: np.random.Generator) -> int:
-    """Return the position of a random one of `usable_captions`. Raise BadSampleError if there is none."""
+    """Sample the position of one of `usable_captions`. Raise BadSampleError if there is no caption."""
     weights = [weight for _, weight in _weighted_captions(example)]
+    # Uniform weights, by far the most common case, avoid the slow path of `choice`.
     if len(set(weights)) == 1:
         return int(rng.integers(len(weights)))
     return int(rng.choice(len(weights), p=np.divide(weights, sum(weights))))
 
 
 def _weighted_captions(example: Example) -> list[tuple[str, float]]:
+    """Return (caption, weight) of the captions that are not blank."""
     texts = example["captions"]
     weights = example.get("caption_weights") or (1.0,) * len(texts)
     usable = [pair for pair in zip(texts, weights, strict=True) if pair[0].strip()]
@@ -139,6 +144,8 @@ def select_examples(source: Source, config: SourceConfig) -> Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _SelectedExamples:
+    """The first `count` examples of a source, their captions filtered or made from templates."""
+
     source: Source
     count: int
     languages: Mapping[str, float]
@@ -151,16 +158,18 @@ class _SelectedExamples:
         example = self.source[range(self.count)[index]]
         if self.languages:
             example = _in_languages(example, self.languages)
+        # A template stands in for a missing caption and never replaces a written one.
         if self.templates and not any(map(str.strip, example["captions"])):
             example = _with_captions_from_templates(example, self.templates)
         return example
 
 
 def _in_languages(example: Example, wanted: Mapping[str, float]) -> Example:
-    """Return the example with its captions in the wanted languages, of which it may have none.
+    """Return the example with only the captions in the wanted languages, possibly none.
 
-    A language is sampled as often as its weight says, and within it all captions alike. Raises UserError if
-    the languages of the captions are not known.
+    Each language is sampled by its weight, and the captions within a language uniformly.
+
+    Raises UserError if the data set does not name the captions' languages.
     """
     languages = example.get("languages")
     if languages is None:
@@ -176,6 +185,7 @@ def _in_languages(example: Example, wanted: Mapping[str, float]) -> Example:
         if text.strip() and wanted.get(language)
     ]
     counts = Counter(language for _, language in kept)
+    # The message about this bad sample can then name the languages that the example has.
     if not kept:
         written = zip(example["captions"], languages, strict=True)
         left_out = dict.fromkeys(language for text, language in written if text.strip())
@@ -184,18 +194,19 @@ def _in_languages(example: Example, wanted: Mapping[str, float]) -> Example:
         **example,
         "captions": tuple(text for text, _ in kept),
         "languages": tuple(language for _, language in kept),
-        # Divided by their number: a language with many captions is not sampled more often for it.
+        # A language's weight is divided among its captions, so that their number does not change its share.
         "caption_weights": tuple(wanted[language] / counts[language] for _, language in kept),
     }
 
 
 def _with_captions_from_templates(example: Example, templates: tuple[str, ...]) -> Example:
-    """Return the example with a caption from each template, if it has a label to put there.
+    """Return the example with one caption for each template, or unchanged if the example has no label.
 
-    Raises BadSampleError if its label cannot be used.
+    Raises BadSampleError if the label cannot be used.
     """
     label = usable_label(example)
     if not label:
         return example
+    # `str.format` would read other braces in a template as fields.
     captions = tuple(template.replace("{}", label) for template in templates)
     return {**example, "captions": captions, "languages": None, "caption_weights": ()}

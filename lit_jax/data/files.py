@@ -20,26 +20,30 @@ from lit_jax.credentials import Keys, get_keys, hide_keys, split_keys
 from lit_jax.errors import UserError
 from lit_jax.files import expand_home
 
-# Up to the end of the text if the quote that ends it is missing. Possessive: nothing is tried twice.
+# A quoted field of CSV, which runs to the end of the text if its closing quote is missing. The possessive
+# quantifiers rule out backtracking, which would be quadratic in the length of an unclosed field.
 _QUOTED = re.compile(rb'"(?:[^"]++|"")*+("?)')
 
-# Arrow's own: nothing is said for 15 minutes of a store that does not answer; without a user it is http.
+# Arrow's own defaults do not serve here: silent retries for 15 minutes if the store does not answer, and http
+# for anonymous access.
 _GOOGLE_DEFAULTS = {"retry_limit_seconds": "60", "scheme": "https"}
 
-# The largest image, or text beside one.
+# The size limit of an image file, or of the text file beside an image.
 MAX_FILE_BYTES = 1 << 30
-# The longest quoted field: a longer one has lost the quote that ends it.
+# The size limit of a quoted field: a longer field has most likely lost its closing quote.
 MAX_FIELD_BYTES = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectPath:
-    """A path in an object store, used like pathlib.Path on this machine. Arrow's own clients do the work."""
+    """A path in an object store, with the interface of pathlib.Path. Arrow's clients do the work."""
 
-    scheme: str  # "s3"
-    # The bucket, and the path in it.
+    # "s3" or "gs".
+    scheme: str
+    # The bucket, and the path in the bucket.
     path: PurePosixPath
-    # "endpoint_override=..." and so on, see Arrow's URIs; like the user, it may have keys.
+    # "endpoint_override=..." and so on, see Arrow's URIs. Options and user may contain secrets, so neither
+    # appears in the repr or in messages.
     options: str = dataclasses.field(default="", repr=False)
     # "anonymous", or a key with its secret.
     user: str = dataclasses.field(default="", repr=False)
@@ -80,7 +84,10 @@ class ObjectPath:
         return self.info().type == fs.FileType.Directory
 
     def iterdir(self) -> Iterator["ObjectPath"]:
-        """Yield all files in a folder, and its folders: on S3 all, elsewhere those that were made as such."""
+        """Yield the files and folders in this folder.
+
+        On S3 every common prefix is a folder; other stores list only folders that were created explicitly.
+        """
         for info in self.filesystem.get_file_info(fs.FileSelector(str(self.path))):
             yield dataclasses.replace(self, path=PurePosixPath(info.path))
 
@@ -97,7 +104,7 @@ File = Path | ObjectPath
 
 
 class AddressError(ValueError):
-    """An address of a known store with options that it does not know. One bad row may have it."""
+    """An address in a known store with options that the store rejects. A single bad row may contain one."""
 
 
 @functools.cache
@@ -105,6 +112,7 @@ def _filesystem(scheme: str, user: str, bucket: str, options: str) -> fs.FileSys
     if scheme == "gs":
         given = dict(parse_qsl(options, keep_blank_values=True))
         options = urlencode(_GOOGLE_DEFAULTS | given)
+    # A cached client keeps its connections; a new client for each image would reconnect each time.
     try:
         found, _ = fs.FileSystem.from_uri(
             f"{scheme}://{user}{'@' if user else ''}{bucket}?{options}"
@@ -116,11 +124,11 @@ def _filesystem(scheme: str, user: str, bucket: str, options: str) -> fs.FileSys
 
 
 def locate(path: str, beside: File | None = None) -> File:
-    """Return the file or folder of this name, whether or not it exists.
+    """Return the file or folder that `path` names, whether or not it exists.
 
-    An address without user and options has those of `beside`, if that is in the same store.
+    An address without user and options inherits those of `beside`, if `beside` is in the same store.
 
-    Raises UserError if it is in no known store, or in the home folder of an unknown user.
+    Raises UserError if the path is in no known store, or in the home folder of an unknown user.
     """
     if "://" not in path:
         return expand_home(path, path)
@@ -136,6 +144,7 @@ def locate(path: str, beside: File | None = None) -> File:
         )
     user = keys.user or nobody
     options = "&".join(filter(None, (options, keys.options)))
+    # The address's own keys come first, then those of the list that names the file, then remembered keys.
     if isinstance(beside, ObjectPath) and beside.scheme == scheme and not user and not options:
         user, options = beside.user, beside.options
     elif keys == Keys() and not user:
@@ -145,18 +154,18 @@ def locate(path: str, beside: File | None = None) -> File:
 
 
 def local(location: File, what: str) -> Path:
-    """Return `location`. Raise UserError, which names `what`, if it is not on this machine."""
+    """Return `location` as a local path. Raise UserError, which names `what`, if it is in an object store."""
     if isinstance(location, Path):
         return location
     raise UserError(f"{what} is read from local disks alone; copy {location} to one.")
 
 
 def require_regular(files: Iterable[File]) -> None:
-    """Raise UserError at a file on this machine that cannot be read at random: a pipe, a device, a folder."""
+    """Raise UserError at a local file without random access: a pipe, a device or a folder."""
     for file in files:
         try:
             mode = file.stat().st_mode if isinstance(file, Path) else stat.S_IFREG
-        # The file's reader says more.
+        # A missing file is not reported here: the file's reader raises a more specific error.
         except OSError:
             continue
         if not stat.S_ISREG(mode):
@@ -168,15 +177,15 @@ def require_regular(files: Iterable[File]) -> None:
 def read_whole(file: File) -> bytes:
     """Return the content of a file that a data set names.
 
-    Raises OSError if there is none, if it is no regular file (a pipe would block, a device such as /dev/zero
-    would never end), or if it has more than `MAX_FILE_BYTES`.
+    Raises OSError if the file does not exist, if it is not a regular file (a pipe would block, a device such
+    as /dev/zero would never end), or if it has more than `MAX_FILE_BYTES`.
     """
     if isinstance(file, Path):
         status = file.stat()
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(file))
         _check_size(file, status.st_size)
-        # Without a size it is empty, or the system would make it up while it is read.
+        # A regular file of size 0 is empty, or it lies in /proc and has content of unknown length.
         return file.read_bytes() if status.st_size else b""
     with file.open() as opened:
         _check_size(file, opened.size())
@@ -189,8 +198,8 @@ def _check_size(file: File, size: int) -> None:
 
 
 def read(file: File, start: int, stop: int) -> bytes:
-    """Return the bytes `start` to `stop` of a file, fewer if it ends before."""
-    # After a seek Google's client asks for all bytes to the end.
+    """Return the bytes from `start` to `stop` (exclusive) of a file, or fewer if the file ends before."""
+    # Not by `seek` and `read`: after a seek, Google's client requests all bytes to the end of the object.
     if isinstance(file, ObjectPath):
         with file.open() as opened:
             return opened.read_at(stop - start, start)
@@ -200,7 +209,7 @@ def read(file: File, start: int, stop: int) -> bytes:
 
 
 def signature(file: File) -> tuple[int, int]:
-    """Return the size in bytes and the time of the last change, which differ if the content does."""
+    """Return the size in bytes and the time of the last change in ns, which reveal a changed content."""
     if isinstance(file, Path):
         status = file.stat()
         return status.st_size, status.st_mtime_ns
@@ -209,23 +218,24 @@ def signature(file: File) -> tuple[int, int]:
 
 
 def read_text(file: File) -> str:
-    """Return the text of a file in UTF-8, with or without a byte order mark. Raises UnicodeDecodeError."""
+    """Return the text of a UTF-8 file, without its byte order mark. Raise UnicodeDecodeError if invalid."""
     return file.read_bytes().decode("utf-8-sig")
 
 
 def readable(name: str) -> str:
-    r"""Return the name of a file as text: bytes that are not UTF-8 become \xNN."""
+    r"""Return the name of a file as printable text: bytes that are not UTF-8 become \xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def find(file: File) -> File:
-    """Return the file, or where it is missing the one whose name is the same text in another normal form.
+    """Return the file; if it is missing, the file whose name is the same text in another normal form.
 
-    macOS and programs on it write the letter é as e and an accent, others as one character.
+    macOS writes the letter é as two characters (NFD: e and an accent), most other systems as one (NFC).
     """
     if not isinstance(file, Path) or str(file).isascii() or file.exists():
         return file
     found = Path(file.anchor)
+    # Each part of the path may be in a different form, so the folders are tried one by one.
     for part in file.relative_to(found).parts:
         forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
         there = next((found / form for form in forms if (found / form).exists()), None)
@@ -236,7 +246,9 @@ def find(file: File) -> File:
 
 
 def line_offsets(file: File, *, quoted: bool = False, block_bytes: int = 1 << 24) -> np.ndarray:
-    """Return int64 offsets of a text file's lines and of its end, without blank lines and a byte order mark.
+    """Return the int64 byte offsets of a text file's lines, and of the file's end as the last element.
+
+    Blank lines and a byte order mark are skipped.
 
     Args:
         quoted: whether a line break in a quoted field is part of the line, as in CSV (RFC 4180).
@@ -249,7 +261,7 @@ def line_offsets(file: File, *, quoted: bool = False, block_bytes: int = 1 << 24
         stream.seek(position)
         rest, is_last = b"", False
         while not is_last:
-            # A line may go on in the next block: only what the last line break ends is taken now.
+            # A line may continue in the next block, so the text behind the last line break is carried over.
             block = stream.read(block_bytes)
             is_last, text = not block, rest + block
             ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n"))
@@ -260,6 +272,7 @@ def line_offsets(file: File, *, quoted: bool = False, block_bytes: int = 1 << 24
                         f"{file} has a quoted field without an end at byte {position + fields_Fx2[-1, 0]}; "
                         "close its double quotes."
                     )
+                # A line break lies outside quotes if as many fields have ended before it as have begun.
                 begun, ended = (np.searchsorted(side, ends, side="right") for side in fields_Fx2.T)
                 ends = ends[begun == ended]
             whole = int(ends[-1]) + 1 if len(ends) else 0
@@ -270,9 +283,9 @@ def line_offsets(file: File, *, quoted: bool = False, block_bytes: int = 1 << 24
 
 
 def _quoted_fields(text: bytes) -> tuple[np.ndarray, bool]:
-    """Return int64 Fx2, where each quoted field starts and stops, and whether the last is still open.
+    """Return (start, stop) of each quoted field as int64 Fx2, and whether the last field is still open.
 
-    Double quotes that do not begin a field stand for themselves.
+    A double quote that does not begin a field is an ordinary character.
     """
     values = np.frombuffer(text, np.uint8)
     quotes = np.flatnonzero(values == ord('"'))
@@ -280,6 +293,7 @@ def _quoted_fields(text: bytes) -> tuple[np.ndarray, bool]:
     begins = (quotes == 0) | (before == ord(",")) | (before == ord("\n"))
     fields, stop, is_open = [], 0, False
     for start in quotes[begins].tolist():
+        # A quote before `stop` lies inside the previous field.
         if start >= stop and (match := _QUOTED.match(text, start)):
             stop, is_open = match.end(), not match[1]
             fields.append((start, stop))
@@ -287,15 +301,17 @@ def _quoted_fields(text: bytes) -> tuple[np.ndarray, bool]:
 
 
 def _starts(text: bytes, ends: np.ndarray) -> np.ndarray:
-    """Return the offsets of the lines of a text that have more than white space."""
+    """Return the offsets of a text's lines that contain more than white space."""
     if not text:
         return np.zeros(0, np.int64)
     starts = np.concatenate([np.zeros(1, np.int64), ends + 1])
     starts = starts[starts < len(text)]
+    # `reduceat` finds lines with a visible byte; all bytes of multi-byte characters are above the space.
     return starts[np.logical_or.reduceat(np.frombuffer(text, np.uint8) > ord(" "), starts)]
 
 
-# The first bytes of files that are mistaken for a text in UTF-8.
+# The first bytes of files that users mistake for UTF-8 text. The mark of UTF-32 begins with that of UTF-16,
+# so UTF-32 comes first.
 _OTHER_FILES = {
     b"\xff\xfe\0\0": "is in UTF-32",
     b"\xff\xfe": "is in UTF-16",
@@ -307,11 +323,11 @@ _OTHER_FILES = {
 
 
 def check_text(file: File) -> None:
-    """Raise UserError if the first bytes of a file are not those of a text in UTF-8."""
+    """Raise UserError if the first bytes of a file are not those of UTF-8 text."""
     start = read(file, 0, 64)
     found = next((what for mark, what in _OTHER_FILES.items() if start.startswith(mark)), None)
     if found is None and b"\0" in start:
-        # Without a mark: the letters of English have a zero byte beside each.
+        # UTF-16 without a mark: every Latin letter has a zero byte beside it, all of the same parity.
         zeros = [start[parity::2].count(0) > len(start) // 4 for parity in (0, 1)]
         found = "is in UTF-16, without a byte order mark," if any(zeros) else "holds null bytes"
     if found:
@@ -319,18 +335,18 @@ def check_text(file: File) -> None:
 
 
 def encoding_problem(error: UnicodeDecodeError) -> str:
-    """Return what is wrong, with the letter that an older encoding has for the byte."""
+    """Return the reason of a decoding error, with the letter that the byte means in an older encoding."""
     byte = error.object[error.start : error.start + 1]
-    # Windows-1252 is what programs write that say Latin-1; it has no letter for five bytes.
+    # Programs that claim to write Latin-1 write Windows-1252, in which five bytes have no letter.
     letter = byte.decode("cp1252", "replace")
     meant = f", which is {letter!r} in Latin-1 and Windows-1252" if letter != "\ufffd" else ""
     return f"byte 0x{byte.hex()} at position {error.start}{meant}"
 
 
 class Lines:
-    """The lines of a text file, found by their offsets and read when asked for.
+    """The lines of a text file. Only the offsets are kept in memory; a line is read on access.
 
-    Raises UserError if there is none, or if the file is no text.
+    Raises UserError if the file has no lines, or is not UTF-8 text.
     """
 
     def __init__(self, file: File, *, quoted: bool = False):
@@ -344,18 +360,19 @@ class Lines:
         return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> bytes:
-        """Return a line, with blank ones behind it."""
+        """Return a line, including its line break and the blank lines that follow."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         start, stop = self._offsets[index : index + 2].tolist()
         return read(self.file, start, stop)
 
     def blocks(self, start: int = 0, *, block_bytes: int = 1 << 24) -> Iterator[list[bytes]]:
-        """Yield all lines from `start` on, in order and many at a time; the file is opened once."""
+        """Yield all lines from `start` on, in order, in lists of about `block_bytes`; open the file once."""
         with self.file.open("rb") as stream:
             stream.seek(int(self._offsets[start]))
             while start < len(self):
                 end = self._offsets[start] + block_bytes
+                # At least one line, since a line may be longer than a block.
                 stop = max(start + 1, int(self._offsets.searchsorted(end, side="right")) - 1)
                 bounds = (self._offsets[start : stop + 1] - self._offsets[start]).tolist()
                 content = stream.read(bounds[-1])
@@ -363,5 +380,5 @@ class Lines:
                 start = stop
 
     def place(self, index: int) -> str:
-        """Return the name of a line in messages, by its byte: counting lines would mean reading them."""
+        """Return the name of a line for messages, by its byte: counting lines takes a pass over the file."""
         return f"the line at byte {self._offsets[index]} of {self.file}"

@@ -1,9 +1,9 @@
-"""Images of any kind to the bytes that go to the devices: decoded, upright, resized, cropped, augmented.
+"""Image preprocessing: decode, rotate upright, resize, crop and augment into uint8 pixels.
 
-A broken image is a bad sample. For evaluation the pixels equal those that the model's own image processor
-(transformers, PIL backend) rescales and normalises, to the last bit. Rescaling and normalising are one
-multiplication and one addition, which the device does in front of the tower: on the way there bytes are a
-quarter of float32. image_processor.py makes the transform from the processor's file.
+A broken image is a bad sample. In evaluation the pixels equal, bit for bit, the pixels that the model's own
+image processor (transformers, PIL backend) rescales and normalises. The device rescales and normalises in
+front of the tower, by one multiplication and one addition, because uint8 takes a quarter of the bandwidth of
+float32. image_processor.py makes the transform from the processor's file.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from lit_jax.data.files import File, ObjectPath, find, read_whole
 from lit_jax.data.resample import FILTERS, enlarge_window
 from lit_jax.models.normalization import Normalization
 
-# An image as a source gives it; None: there is no image.
+# An image as a source gives it: a path, the file's content, pixels, or None without an image.
 ImageFile = File | bytes | np.ndarray | None
 WHITE = (255, 255, 255, 255)
-# Formats that are read, by Pillow's names, and the endings of their files in every kind of source. Pillow
-# knows more, and starts Ghostscript for one of them (EPS). The table stays the same whatever Pillow is
-# installed, since the endings decide which samples a source has; an index of tar files is made again when
-# they change (VERSION there). TGA stands last: it has no mark at its start.
+# The formats that are read, by Pillow's names, with the suffixes of their files in every kind of source.
+# Pillow knows more formats, and starts Ghostscript for one of them (EPS). The table does not depend on the
+# installed Pillow, since the suffixes decide which samples a source has; whoever changes the suffixes raises
+# VERSION in tar_index.py. TGA stands last, because its files have no magic number.
 FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png", ".apng"),
@@ -49,28 +49,28 @@ FORMATS = {
 IMAGE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 
-# By EXIF orientation: where width is height, and which ends of a file's rows or columns come first upright.
+# EXIF orientations that swap width and height, and those that start from the right or the bottom of the file.
 TURNED = (5, 6, 7, 8)
 FROM_RIGHT, FROM_BOTTOM = (2, 3, 6, 7), (3, 4, 7, 8)
-# A JPEG file decoded at a reduced size is still so many times as high and wide as what is made of it, so that
-# the last resizing averages pixels as it would have: about half a grey level away from decoding in full.
+# A JPEG that is decoded at a reduced size stays at least this many times as large as the target, so that the
+# last resizing still averages pixels: the result is about half a grey level away from decoding in full.
 KEPT = 1.5
-# An image one pixel high is enlarged to gigabytes before its middle is cut out; of more pixels than these
-# only the crop is computed.
+# Above this number of pixels only the crop of a resized image is computed: resizing an image that is one
+# pixel high by its shorter edge could take gigabytes, of which the crop keeps little.
 MAX_RESIZED_PIXELS = 1 << 25
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageTransform:
-    """The way from an image to the pixels of the image tower; plain values, which worker processes can get.
+    """The preprocessing of images for the image tower. Only plain values, so that it can be pickled.
 
     Attributes:
-        height, width: of the result, pixels.
-        resize: (height, width) to resize to; one number: the shorter edge; None: no resizing.
-        center_crop: whether the result is cut out of the middle of what was resized.
+        height, width: of the result, in pixels.
+        resize: (height, width) to resize to, one number for the shorter edge, or None to leave the size.
+        center_crop: whether the result is cropped from the centre of the resized image.
         resample: Pillow's number of the interpolation.
-        normalization: what the processor makes of a pixel's value; not done here.
-        crop_min_area, random_crop, flip, color_jitter, rand_augment, reduced_jpeg: of `train`, see
+        normalization: the map from a pixel's value to the tower's input; applied on the device, not here.
+        crop_min_area, random_crop, flip, color_jitter, rand_augment, reduced_jpeg: settings of `train`, see
             `DataConfig`.
     """
 
@@ -89,6 +89,7 @@ class ImageTransform:
 
     @property
     def output_shape(self) -> tuple[int, int, int]:
+        """The shape of the result: (height, width, 3)."""
         return self.height, self.width, 3
 
     @property
@@ -100,22 +101,25 @@ class ImageTransform:
         )
 
     def eval(self, image: ImageFile) -> UInt8[np.ndarray, "H W 3"]:
-        """Return the pixels without augmentations; raises BadSampleError."""
+        """Return the pixels without augmentations. Raise BadSampleError if the image cannot be used."""
         picture = decode(image)
         target = None if self.resize is None else _target(self.resize, picture.size)
         width, height = map(float, picture.size)
         return np.asarray(self._resized(picture, target, (0.0, 0.0, width, height)))
 
     def train(self, image: ImageFile, rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
-        """Return the pixels with the augmentations that the config asks for; raises BadSampleError."""
+        """Return the pixels with the configured augmentations. Raise BadSampleError for an unusable image."""
         with opened(image) as picture:
+            # The crop is chosen in upright coordinates before decoding, since it decides the JPEG downscale
+            # factor, and Pillow can downscale only a picture that is not loaded yet.
             width, height = picture.size
             orientation = orientation_of(picture)
             size = (height, width) if orientation in TURNED else (width, height)
             box, target = self._box(size, rng)
             factor = self._reduce(picture, box, target)
             picture = upright_rgb(picture)
-        # The last pixel of a reduced row or column may stand for fewer; upright it may be the first.
+        # A reduced size is rounded up, so the last pixel of a row or column may cover fewer original pixels.
+        # In an image that is rotated or mirrored to be upright, this pixel comes first and shifts the box.
         x = picture.width - size[0] / factor if orientation in FROM_RIGHT else 0.0
         y = picture.height - size[1] / factor if orientation in FROM_BOTTOM else 0.0
         left, top, right, bottom = (edge / factor for edge in box)
@@ -133,10 +137,10 @@ class ImageTransform:
         box: tuple[float, float, float, float],
         rng: np.random.Generator | None = None,
     ) -> Image.Image:
-        """Return a box of the picture resized to `target` (height, width), if any, and cropped.
+        """Return the box of the picture, resized to `target` (height, width) if given, and cropped.
 
         Args:
-            rng: of training: the crop is where the config wants it then, else in the middle.
+            rng: generator in training, where the crop may be random. None: crop the centre.
         """
         size = picture.size if target is None else (target[1], target[0])
         window = self._window(size, rng)
@@ -149,6 +153,7 @@ class ImageTransform:
     def _enlarged(
         self, picture: Image.Image, size: tuple[int, int], window: tuple[int, int, int, int]
     ) -> Image.Image:
+        # Only NEAREST is missing there: it picks pixels instead of weighing them.
         if self.resample not in FILTERS:
             name = Image.Resampling(self.resample).name
             raise BadSampleError(
@@ -160,7 +165,7 @@ class ImageTransform:
     def _box(
         self, size: tuple[int, int], rng: np.random.Generator
     ) -> tuple[tuple[int, int, int, int], tuple[int, int] | None]:
-        """Return the box to resize (left, top, right, bottom), and its new (height, width) if it changes."""
+        """Return the box to resize (left, top, right, bottom), and the target (height, width) if any."""
         if self.crop_min_area is not None:
             return random_box(size, self.crop_min_area, rng), (self.height, self.width)
         return (0, 0, *size), None if self.resize is None else _target(self.resize, size)
@@ -171,7 +176,8 @@ class ImageTransform:
         box: tuple[int, int, int, int],
         target: tuple[int, int] | None,
     ) -> float:
-        """Return the JPEG downscale factor that leaves the box `KEPT` times as large as the target."""
+        """Set and return the JPEG downscale factor that leaves the box `KEPT` times the target's size."""
+        # Without augmentations `train` and `eval` give the same pixels, so the file is decoded in full.
         if not (self.reduced_jpeg and self.is_random) or target is None:
             return 1.0
         left, top, right, bottom = box
@@ -182,14 +188,15 @@ class ImageTransform:
     def _window(
         self, size: tuple[int, int], rng: np.random.Generator | None
     ) -> tuple[int, int, int, int] | None:
-        """Return the crop (left, top, right, bottom) of an image of this size; None: all of it."""
+        """Return the crop (left, top, right, bottom) of an image of `size`, or None to keep all of it."""
         if not self.center_crop or (rng is not None and self.crop_min_area is not None):
             return None
-        # The larger part of an odd rest goes to the right and the bottom, that of an odd lack to the left
-        # and the top (filled with zeros), as the processor does it: // rounds down in both.
+        # Rounding down matches the processor: an odd surplus loses more at the right and bottom, and an image
+        # that is too small gets more zeros at the left and top.
         left, top = size[0] - self.width, size[1] - self.height
         if rng is None or not self.random_crop:
             left, top = left // 2, top // 2
+        # An image that is smaller than the crop gets a random place within the padding.
         else:
             left, top = (int(rng.integers(min(rest, 0), max(rest, 0) + 1)) for rest in (left, top))
         return left, top, left + self.width, top + self.height
@@ -200,11 +207,12 @@ def random_box(
 ) -> tuple[int, int, int, int]:
     """Return Inception's crop (Szegedy et al., 1409.4842, section 6) as (left, top, right, bottom).
 
-    It has at least `min_area` of an image of `size` (width, height) and an aspect ratio of 3/4 to 4/3.
-
-    An image too long for any such crop gives the largest one of the nearest ratio, at a random place.
+    The crop covers at least the fraction `min_area` of an image of `size` (width, height), and has an aspect
+    ratio from 3/4 to 4/3. If no such crop fits, the result is the largest crop of the nearest ratio, at a
+    random place.
     """
     width, height = size
+    # Ten tries and a log-uniform ratio are those of torchvision's RandomResizedCrop.
     for _ in range(10):
         area = rng.uniform(min_area, 1) * width * height
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -219,7 +227,11 @@ def random_box(
 
 
 def _is_too_long(size: tuple[int, int], resized: tuple[int, int]) -> bool:
-    """Return whether an image of a few pixels becomes one that costs much memory, most of it cropped away."""
+    """Return whether resizing in full would cost much memory, most of which the crop throws away.
+
+    Args:
+        size, resized: (width, height) before and after.
+    """
     is_larger = resized[0] > size[0] and resized[1] > size[1]
     return is_larger and resized[0] * resized[1] > MAX_RESIZED_PIXELS
 
@@ -227,7 +239,7 @@ def _is_too_long(size: tuple[int, int], resized: tuple[int, int]) -> bool:
 def _target(resize: tuple[int, int] | int, size: tuple[int, int]) -> tuple[int, int]:
     """Return (height, width) after resizing an image of size (width, height).
 
-    The longer edge is rounded down, as the processor does it.
+    The longer edge is rounded down, as in the processor.
     """
     if isinstance(resize, tuple):
         return resize
@@ -240,30 +252,30 @@ def _target(resize: tuple[int, int] | int, size: tuple[int, int]) -> tuple[int, 
 def decode(image: ImageFile) -> Image.Image:
     """Return the first frame of an image as upright RGB.
 
-    The EXIF orientation is applied, transparency is put on white and 16-bit grey is scaled to 8 bits.
+    The EXIF orientation is applied, transparency is blended with white, and 16-bit grey is scaled to 8 bits.
 
     Raises:
-        BadSampleError: there is no such file, or it holds no complete image of a sane size.
+        BadSampleError: the file does not exist, or holds no complete image of a sane size.
     """
     with opened(image) as picture:
         return upright_rgb(picture)
 
 
 def file_content(path: File) -> bytes:
-    """Return the bytes of an image file; raises BadSampleError if it cannot be read."""
+    """Return the bytes of an image file. Raise BadSampleError if the file cannot be read."""
     try:
         return read_whole(find(path))
     except OSError as error:
         kind = "too_large" if error.errno == errno.EFBIG else "missing"
         raise BadSampleError(error.strerror or str(error), kind) from error
-    # Not a path: it has a null byte, or is no valid Unicode.
+    # The name is not a path: it contains a null byte or invalid Unicode.
     except ValueError as error:
         raise BadSampleError(str(error), "missing") from error
 
 
 @contextlib.contextmanager
 def opened(image: ImageFile) -> Iterator[Image.Image]:
-    """Open an image and read no more than its header; what goes wrong inside the block is a bad sample."""
+    """Open an image and read only its header. Any error inside the block becomes BadSampleError."""
     if image is None:
         raise BadSampleError("no image", "missing")
     if isinstance(image, np.ndarray):
@@ -280,7 +292,7 @@ def opened(image: ImageFile) -> Iterator[Image.Image]:
         raise
     except Image.UnidentifiedImageError as error:
         raise BadSampleError(_other_file(content), "not_image") from error
-    # The warning is an exception only where the caller's filters make it one.
+    # The warning is an exception only if the caller's filters turn it into one.
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadSampleError(str(error), "too_large") from error
     except Exception as error:
@@ -289,10 +301,11 @@ def opened(image: ImageFile) -> Iterator[Image.Image]:
 
 
 def _other_file(content: bytes) -> str:
-    """Return what a file is that is in none of `FORMATS`, by its first bytes alone."""
+    """Return a description of a file that is in none of `FORMATS`, by its first bytes alone."""
+    # Pillow registers most of its formats only in `init`.
     Image.init()
     for name, (_, accepts) in Image.OPEN.items():
-        # The start may be too short.
+        # A format's test may fail if the content is shorter than its magic number.
         with contextlib.suppress(Exception):
             if name not in FORMATS and accepts and accepts(content[:16]):
                 return f"an image in {name} format, and only {', '.join(FORMATS)} are read"
@@ -300,8 +313,8 @@ def _other_file(content: bytes) -> str:
 
 
 def _check_size(picture: Image.Image) -> None:
-    """Raise BadSampleError for a picture of more pixels than Pillow takes without a warning."""
-    # Pillow itself raises only above twice this size. A warnings filter would hold for the whole process.
+    """Raise BadSampleError for a picture with so many pixels that Pillow would warn about it."""
+    # Pillow raises only above twice this size, and a warnings filter would affect the whole process.
     width, height = picture.size
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         reason = f"{width} x {height} pixels are more than {Image.MAX_IMAGE_PIXELS}"
@@ -309,34 +322,38 @@ def _check_size(picture: Image.Image) -> None:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    # An upright one is not copied.
+    """Return the image in RGB with its EXIF orientation applied. May change `image` in place."""
+    # In place, because the other mode copies even an image that is upright already.
     ImageOps.exif_transpose(image, in_place=True)
     return _to_rgb(image)
 
 
 def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image, 1 (upright) to 8."""
     return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def reduce_jpeg(image: Image.Image, part: float) -> float:
-    """Have a JPEG file decoded at 1/2, 1/4 or 1/8 of its size, the smallest that is at least `part` of it.
+    """Set a JPEG file to be decoded at the smallest of 1, 1/2, 1/4 and 1/8 that is at least `part`.
 
-    The decoder computes only the low frequencies of each block of 8x8 pixels, which saves time and averages
-    the pixels. Returns the factor that the size is divided by; 1 for files of other formats.
+    The decoder then computes only the low frequencies of each block of 8x8 pixels, which saves time and
+    averages the pixels. Returns the factor by which the size is divided; 1 for files of other formats.
     """
     width, height = image.size
     drafted = image.draft(None, (math.ceil(width * part), math.ceil(height * part)))
     if drafted is None:
         return 1.0
+    # The decoder rounds a reduced size up, and Pillow's box gives the size before rounding.
     _, (_, _, reduced_width, _) = drafted
     return width / reduced_width
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    # Pillow's own conversion clips 16-bit grey at 255 instead of scaling it.
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "I" and image.format == "PPM":
-        # Pillow scales grey of more than 8 bits in PGM and PNM files to 0 ... 65535, whatever their maximum.
+        # Pillow scales grey of more than 8 bits in PGM and PNM files to 0 ... 65535, for any maximum.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise BadSampleError(f"pixels of mode {image.mode} have no known range")
@@ -345,6 +362,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
     if image.mode != "RGB":
         return image.convert("RGB")
-    # `convert` would do so too, and then copy it.
+    # `convert` would load the image, too, but then copy it.
     image.load()
     return image

@@ -1,4 +1,4 @@
-"""The image processor of a model's folder: the transform that its file describes, checked against itself."""
+"""The image processor of a model's folder, read as an `ImageTransform` and compared with the original."""
 
 import contextlib
 from collections.abc import Iterator
@@ -29,18 +29,18 @@ def load_image_transform(
 
     Args:
         folder: has preprocessor_config.json (or processor_config.json).
-        image_size: overrides the height and width of the result.
+        image_size: overrides the height and width of the result, in pixels.
         augmentations: attributes of the transform that need no check.
 
     Raises:
-        UserError: no such processor, or one that does more than resize, crop, rescale, normalise.
+        UserError: there is no processor, or it does more than resize, crop, rescale and normalise.
     """
     if crop_min_area is not None and not 0 < crop_min_area <= 1:
         raise UserError(
             f"config.data.crop_min_area is {crop_min_area}; it must be above 0 and at most 1."
         )
     processor = load_processor(folder, image_size=image_size)
-    # null, where the processor does not resize; a random crop does, as transformers' own default.
+    # A processor that does not resize may have null, but `crop_min_area` resizes in any case.
     resample = Image.Resampling.BILINEAR if processor.resample is None else processor.resample
     with _usable(folder):
         table_3x256 = _table(processor)
@@ -62,11 +62,12 @@ def load_image_transform(
 
 
 def load_processor(folder: Path, *, image_size: int | None = None) -> Any:
-    """Load the transformers image processor (PIL backend) of a folder, with its size overridden.
+    """Load the transformers image processor (PIL backend) of a folder, with its size overridden if given.
 
-    With a centre crop the ratio of resized to cropped size is kept. Raises UserError if there is none.
+    With a centre crop the ratio of the resized to the cropped size is kept. Raises UserError if the folder
+    has no processor.
     """
-    # Slow to import, and worker processes do not need it.
+    # Imported here, because the import is slow and worker processes do not need it.
     from transformers import AutoImageProcessor
 
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
@@ -75,11 +76,12 @@ def load_processor(folder: Path, *, image_size: int | None = None) -> Any:
         )
     with _usable(folder):
         processor = read_pretrained(AutoImageProcessor, folder, *_about(folder), backend="pil")
-        # Most settings are first checked when they are used; an image_std of 0 would only be a warning.
+        # transformers checks most settings only on use, and NumPy only warns about an image_std of 0.
         with np.errstate(divide="raise", invalid="raise"):
             processor(Image.new("RGB", (9, 8)))
     if image_size is None:
         return processor
+    # A processor with crop_pct (ConvNeXt) derives its crop from the shorter edge alone, see `_geometry`.
     square = {"height": image_size, "width": image_size}
     if processor.do_center_crop:
         crop = processor.crop_size["height"]
@@ -95,7 +97,7 @@ def load_processor(folder: Path, *, image_size: int | None = None) -> Any:
 
 
 def _about(folder: Path) -> tuple[str, str]:
-    """Return what messages call the processor of a folder, and what they advise."""
+    """Return the processor's name and the advice for messages."""
     return (
         f"The image processor in {folder}",
         f"put the image model's own {PROCESSOR_FILES[0]} there.",
@@ -104,7 +106,7 @@ def _about(folder: Path) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _usable(folder: Path) -> Iterator[None]:
-    """Raise UserError for whatever transformers lets through where a setting of a processor is broken."""
+    """Turn any exception that a broken setting causes inside transformers into UserError."""
     try:
         yield
     except UserError:
@@ -114,12 +116,13 @@ def _usable(folder: Path) -> Iterator[None]:
 
 
 def _geometry(processor: Any, folder: Path) -> dict[str, Any]:
+    """Return height, width, resize and center_crop of the transform. Raise UserError if the size varies."""
     size = dict(processor.size or {})
     resize = size.get("shortest_edge") or (size.get("height"), size.get("width"))
     resize = resize if processor.do_resize else None
     crop = dict(processor.crop_size) if processor.do_center_crop else None
     if isinstance(resize, int) and (part := getattr(processor, "crop_pct", None)):
-        # ConvNeXt: small images are cut out of the middle of larger ones, large ones are squeezed.
+        # ConvNeXt's rule: a target below 384 is cropped from an enlarged image; a larger target is squeezed.
         square = (resize, resize)
         crop = dict(zip(("height", "width"), square, strict=True)) if resize < 384 else None
         resize = int(resize / part) if crop else square
@@ -134,7 +137,8 @@ def _geometry(processor: Any, folder: Path) -> dict[str, Any]:
 
 
 def _table(processor: Any) -> Float[np.ndarray, "3 256"]:
-    """Return the processor's results for the values 0..255 in each channel, float32."""
+    """Return the processor's float32 output for the values 0..255 in each channel."""
+    # The ramp as an image: the processor must change neither its size nor its order.
     ramp_16x16x3 = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
     as_is = {"do_resize": False, "do_center_crop": False, "do_pad": False}
     result = processor(ramp_16x16x3, **as_is, return_tensors="np")
@@ -147,14 +151,16 @@ def _check(
     processor: Any,
     folder: Path,
 ) -> None:
-    """Raise UserError unless `transform` gives the pixels that `processor` gives.
+    """Raise UserError unless `transform` gives the same pixels as `processor`.
 
-    They are compared on three noise images, and for every value by `table_3x256`.
+    The two are compared on three noise images, and by `table_3x256` for each value.
     """
+    # The affine map was fitted to the table's ends alone; a curve in between (gamma) shows up here.
     ramp_256x3 = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
     difference_3x256 = np.abs(transform.normalization(ramp_256x3).T - table_3x256)
     is_affine = difference_3x256.max() <= 1e-6 * np.abs(table_3x256).max()
     rng = np.random.default_rng(0)
+    # Landscape, portrait and too small: each takes another way through resizing, cropping and padding.
     height, width = transform.height, transform.width
     for shape in ((2 * height + 1, width + 4), (height + 3, 2 * width), (height // 2 + 1, width)):
         noise = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""The files that lie in a folder, and those that a path with braces names."""
+"""List the files in a folder, and expand a path with braces."""
 
 import logging
 import os
@@ -13,13 +13,15 @@ from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Written by systems and tools beside a user's files; besides these, every name with a dot in front.
+# Names that operating systems and tools write beside a user's files, apart from names with a leading dot.
 SYSTEM_NAMES = frozenset(
     name.casefold()
     for name in (
-        "__MACOSX",  # zip files made on a Mac
+        # Zip files from a Mac.
+        "__MACOSX",
         "__pycache__",
-        "@eaDir",  # Synology's thumbnails
+        # Thumbnails of Synology's file servers.
+        "@eaDir",
         "#recycle",
         "@Recycle",
         "$RECYCLE.BIN",
@@ -30,24 +32,25 @@ SYSTEM_NAMES = frozenset(
         "desktop.ini",
     )
 )
-# The most names that braces may stand for.
+# The most names that the braces of a path may expand to.
 MAX_NAMES = 1_000_000
-MAX_BRACES = 20  # in one path
+# The most braces in a path, which also bounds the recursion.
+MAX_BRACES = 20
 
 _NUMBERS = re.compile(r"(-?[0-9]{1,15})\.\.(-?[0-9]{1,15})(?:\.\.(-?[0-9]{1,15}))?")
 
 
 def is_system(path: str) -> bool:
-    """Return whether a file, or a folder that it lies in, is hidden or made by the system.
+    """Return whether a path contains the name of a hidden or system file or folder.
 
     Args:
-        path: relative, with slashes; the dots of "./a" and "../a" hide nothing.
+        path: a relative path with slashes; the parts "." and ".." are not hidden.
     """
     return bool(system_part(path))
 
 
 def system_part(path: str) -> str:
-    """Return the path up to the first hidden or system name in it; "" if it has none."""
+    """Return the path up to and including its first hidden or system name, or "" if it has none."""
     parts = path.split("/")
     for number, part in enumerate(parts, start=1):
         is_hidden = part.startswith(".") and part not in (".", "..")
@@ -61,7 +64,7 @@ def walk(folder: File) -> Iterator[str]:
 
     Paths are relative to `folder` and have slashes. Hidden and system folders are named, but not entered.
 
-    Raises UserError at a link to a folder that it lies in, OSError at a folder that cannot be read.
+    Raises UserError for a link to one of its own parent folders, OSError for an unreadable folder.
     """
     if isinstance(folder, ObjectPath):
         for info in folder.filesystem.get_file_info(
@@ -70,7 +73,7 @@ def walk(folder: File) -> Iterator[str]:
             end = "" if info.type == fs.FileType.File else "/"
             yield str(PurePosixPath(info.path).relative_to(folder.path)) + end
         return
-    # The folders that are still to be read: where each is, and the real paths of all that it lies in.
+    # The folders still to be read: the relative path of each, and the real paths of it and its parents.
     todo: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(folder),))]
     seen, again = set(), []
     while todo:
@@ -80,7 +83,7 @@ def walk(folder: File) -> Iterator[str]:
         seen.add(real_paths[-1])
         with os.scandir(folder / inside) as entries:
             for entry in entries:
-                # Folders of classes are often links to where the images are.
+                # `is_dir` follows links, because the folders of classes are often links to the images.
                 if not entry.is_dir():
                     yield inside + entry.name
                     continue
@@ -97,7 +100,7 @@ def walk(folder: File) -> Iterator[str]:
 
 
 def _real_path(folder: os.DirEntry[str], parents: Sequence[str]) -> str:
-    """Return where a folder really is. Raises UserError if one of its parents is there, or further down."""
+    """Return the real path of a folder. Raise UserError if the path contains one of the folder's parents."""
     if not folder.is_symlink():
         return os.path.join(parents[-1], folder.name)
     real = os.path.realpath(folder.path)
@@ -110,22 +113,22 @@ def _real_path(folder: os.DirEntry[str], parents: Sequence[str]) -> str:
 
 
 def top_folders(paths: Iterable[str]) -> list[str]:
-    """Return the folders among the paths that `walk` gives which lie in no other one, without hidden ones."""
+    """Return the top-level folders among the paths that `walk` yields, without hidden and system folders."""
     names = {path.split("/", 1)[0] for path in paths if "/" in path}
     return sorted(name for name in names if not is_system(name))
 
 
 def shown(names: Iterable[str], most: int = 10) -> str:
-    """Return the first names of many, as they stand in a message."""
+    """Return the first `most` of the sorted names for a message, with "..." for the rest."""
     ordered = sorted(names)
     return ", ".join(map(readable, ordered[:most])) + (", ..." if len(ordered) > most else "")
 
 
 def expand(path: str) -> list[str]:
-    """Return the names that a shell makes of braces.
+    """Return the names that a shell expands the braces of a path to.
 
-    'a{00..02}' is a00, a01, a02, and '{a,b}.tar' is a.tar, b.tar. The name of a file or folder on this
-    machine stands for itself.
+    'a{00..02}' is a00, a01, a02, and '{a,b}.tar' is a.tar, b.tar. The name of an existing local file or
+    folder stands for itself.
 
     Raises UserError if the braces do not match, name nothing, or stand for more than `MAX_NAMES`.
     """
@@ -137,6 +140,7 @@ def expand(path: str) -> list[str]:
 
 
 def _expanded(path: str) -> list[str]:
+    """Return the names in the shell's order: the braces further right vary fastest."""
     start = path.find("{")
     if start < 0:
         if "}" in path:
@@ -145,12 +149,13 @@ def _expanded(path: str) -> list[str]:
     end = _closing(path, start)
     names = [name for choice in _choices(path[start : end + 1]) for name in _expanded(choice)]
     rests = _expanded(path[end + 1 :])
+    # Checked before the product is built, which could fill the memory.
     _check_count(path, len(names) * len(rests))
     return [path[:start] + name + rest for name in names for rest in rests]
 
 
 def _closing(path: str, start: int) -> int:
-    """Return where the brace at `start` is closed."""
+    """Return the index of the brace that closes the brace at `start`."""
     depth = 0
     for place in range(start, len(path)):
         depth += {"{": 1, "}": -1}.get(path[place], 0)
@@ -160,12 +165,12 @@ def _closing(path: str, start: int) -> int:
 
 
 def _choices(braces: str) -> list[str]:
-    """Return what stands between braces: the numbers of a range, or what commas divide."""
+    """Return the alternatives in a pair of braces: the numbers of a range, or the parts between commas."""
     inside = braces[1:-1]
     if numbers := _NUMBERS.fullmatch(inside):
         first, last = numbers[1], numbers[2]
         step = max(1, abs(int(numbers[3] or 1)))
-        # As in a shell: a zero in front of one of the two gives all names the same width.
+        # As in a shell, a leading zero in either end gives all names the same width.
         padded = any(re.match("-?0[0-9]", end) for end in (first, last))
         width = max(len(first), len(last)) if padded else 0
         start, stop = int(first), int(last)
@@ -199,6 +204,6 @@ def _malformed(path: str) -> UserError:
 
 
 def _braces(path: str) -> str:
-    """Return the subject of a sentence; the start of an address, which may hold a key, is no part of it."""
+    """Return the subject of an error's sentence, without the start of an address, which may hold a key."""
     first = re.search("[{}]", path)
     return f"The braces in {path[first.start() if first else 0 :][:60]!r}"

@@ -1,7 +1,7 @@
-"""Batches for training: each example is preprocessed for the two towers, and rows are collated.
+"""Batches for training: each example is preprocessed for the two towers, and the rows are collated.
 
-The order of the training data is a function of seed and step alone: the same with any number of threads,
-workers and processes. So the position in the data is one number, and a run can go on with other hardware.
+The order of the training data depends on seed and step alone, not on the number of threads, workers or
+processes. The position in the data is therefore one number, and a run can resume on other hardware.
 """
 
 import dataclasses
@@ -37,32 +37,35 @@ Batch = dict[str, np.ndarray]
 # (key, kind, reason) of each bad sample.
 Skipped = tuple[tuple[str, BadKind, str], ...]
 
-# For one element of a batch: so many bad samples in a row are no accident.
+# The most bad samples in a row for one element of a batch: more are not chance but a broken data set.
 MAX_TRIES = 100
-# Samples read, before a fraction of bad ones means anything.
+# The number of samples after which the fraction of bad samples is judged; earlier it is mostly noise.
 JUDGE_AFTER = 1000
 
 
 @runtime_checkable
 class Preprocessor(Protocol):
-    """A maker of the inputs of one tower or both. Plain values: it is sent to worker processes."""
+    """The preprocessing for one tower or both. Implementations hold plain values and can be pickled."""
 
     def sample(self, index: int, example: Example, rng: np.random.Generator) -> Any:
-        """Return the element of a training batch, from the example at `index` of the source.
+        """Return one element of a training batch, made from the example at `index` of the source.
 
-        One of several captions or views is sampled. Raises BadSampleError.
+        One of several captions or views is sampled. Raises BadSampleError if the example cannot be used.
         """
         ...
 
-    def collate(self, elements: Sequence[Any]) -> Batch: ...
+    def collate(self, elements: Sequence[Any]) -> Batch:
+        """Return the arrays of a batch, with one row for each element."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ImagePreprocessor:
     """The images of a batch: 'pixel_values' uint8 (rows, height, width, 3).
 
-    With `views` an image is not augmented anew each time: one of so many fixed views is sampled. They depend
-    on its position in the source alone, so that runs of all seeds share them.
+    With `views` an image is not augmented anew each time: one of `views` fixed augmentations is sampled. The
+    views depend on the image's position in the source alone, so that runs with different seeds can share
+    features computed in advance.
     """
 
     transform: ImageTransform
@@ -81,14 +84,15 @@ class ImagePreprocessor:
         return {"pixel_values": np.stack(elements)}
 
     def _view(self, index: int, example: Example, view: int) -> np.ndarray:
+        # A generator of its own: the views in the features' files must come out the same in every run.
         return self.transform.train(example["image"], np.random.default_rng((index, view)))
 
 
 @dataclasses.dataclass(frozen=True)
 class TextPreprocessor:
-    """The texts of a batch: int32 (rows, the tokenizer's model_max_length) 'input_ids'.
+    """The texts of a batch: 'input_ids' int32 (rows, the tokenizer's model_max_length).
 
-    With them come 'attention_mask' and 'token_type_ids', as far as the tokenizer makes them.
+    'attention_mask' and 'token_type_ids' of the same shape are added if the tokenizer makes them.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -101,6 +105,7 @@ class TextPreprocessor:
         return usable_captions(example)
 
     def collate(self, elements: Sequence[str]) -> Batch:
+        # Padded to a fixed length: with another shape the train step would be compiled anew.
         return tokenize(self.tokenizer, elements, length=self.tokenizer.model_max_length)
 
 
@@ -112,7 +117,7 @@ class PairPreprocessor:
     texts: Preprocessor
 
     def sample(self, index: int, example: Example, rng: np.random.Generator) -> tuple[Any, Any]:
-        # The order is part of what a seed means.
+        # Both draw from the same generator, so another order would change the data of every seed.
         text = self.texts.sample(index, example, rng)
         return self.images.sample(index, example, rng), text
 
@@ -123,9 +128,9 @@ class PairPreprocessor:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherPreprocessor:
-    """The inputs of a text tower, and those of its teacher, 'teacher_input_ids' and so on.
+    """The inputs of a text tower and of its teacher: 'input_ids', 'teacher_input_ids' and so on.
 
-    The teacher gets the caption in its own language or, where there is none, the same caption.
+    The teacher gets the translation in its own language or, without a translation, the same caption.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -153,7 +158,7 @@ class Processors:
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
 
     def of_tower(self, side: Side, views: int | None) -> ImagePreprocessor | TextPreprocessor:
-        """Return the preprocessor of one tower; an image has so many fixed views, None: any number."""
+        """Return the preprocessor of one tower; `views` is the number of fixed views of an image, if any."""
         if side == "image":
             return ImagePreprocessor(self.image_transform, views)
         return TextPreprocessor(self.tokenizer)
@@ -164,7 +169,7 @@ def make_preprocessor(
     views: int | None,
     precomputed: Mapping[Side, Preprocessor] = MappingProxyType({}),
 ) -> Preprocessor:
-    """Return the preprocessor of training; `precomputed` takes the place of a tower's own."""
+    """Return the preprocessor for training; a preprocessor in `precomputed` replaces that of its tower."""
     if processors.teacher_tokenizer is not None:
         return TeacherPreprocessor(processors.tokenizer, processors.teacher_tokenizer)
     image, text = (
@@ -174,12 +179,13 @@ def make_preprocessor(
 
 
 class TrainStream:
-    """The endless batches of this process, each source shuffled anew in every epoch of its own.
+    """The endless batches of this process. Each source is shuffled anew in each of its epochs.
 
-    A bad sample is replaced by another one of its source, drawn at random.
+    A bad sample is replaced by a random sample of the same source.
 
     Attributes:
-        bad_samples: how many of each kind this process has met since the start of the run.
+        bad_samples: the number of bad samples of each kind that this process has read since the start of the
+            run.
 
     Raises:
         UserError: the batch cannot be split evenly, or (from `next`) too many samples are bad.
@@ -202,13 +208,13 @@ class TrainStream:
         self._judge_after = min(JUDGE_AFTER, len(source))
         self._samples_read = 0
         self._reasons: dict[str, str] = {}
-        # random_map seeds its generator by the element's position here, before the slice: augmentations
-        # depend on neither the number of processes nor that of workers.
+        # `random_map` seeds its generator by the element's position. It comes before the slice, so that the
+        # augmentations depend neither on the number of processes nor on the number of workers.
         self._batches = (
             training_order(source, seed)
             .random_map(_Read(source, preprocessor))
             .slice(slice(process_index, None, process_count))
-            # Endless, so there is no remainder; but if kept, Grain overflows for batches of one row.
+            # The data are endless and leave no remainder; but without this Grain overflows at batch size 1.
             .batch(rows, drop_remainder=True, batch_fn=_Collate(preprocessor))
         )
         self._rows = rows
@@ -227,8 +233,8 @@ class TrainStream:
     def get_state(self) -> dict[str, Any]:
         """Return the position, counted from the start of the run.
 
-        It is the number of the next batch, and how many samples, good and bad, this process has met before
-        it, the bad ones by kind.
+        The position is the number of the next batch, the number of samples that this process has read
+        before, and the number of bad samples among them by kind.
         """
         return {
             "next_batch": self._next_batch,
@@ -237,9 +243,9 @@ class TrainStream:
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go to a position that `get_state` gave, with these or other workers and processes.
+        """Continue at a position from `get_state`, with any number of workers and processes.
 
-        A run saves that of its first process: all go on from what that one has counted.
+        A checkpoint holds the position of the first process, whose counts all processes continue.
         """
         self.close()
         self._open(state["next_batch"])
@@ -251,9 +257,9 @@ class TrainStream:
 
     def _open(self, start: int) -> None:
         if not flags.FLAGS.is_parsed():
-            # mp_prefetch reads absl flags also where no absl.app runs.
+            # `mp_prefetch` reads absl flags, which raise an error until they are parsed by `absl.app`.
             flags.FLAGS.mark_as_parsed()
-        # Each thread prepares a batch of its own; a longer queue would only cost memory.
+        # Each thread prepares one batch at a time; a longer queue would only cost memory.
         threads = grain.ReadOptions(
             num_threads=self._config.threads, prefetch_buffer_size=self._config.threads
         )
@@ -263,16 +269,18 @@ class TrainStream:
         self._next_batch = start
 
     def _account(self, skipped: Skipped) -> None:
+        """Count and log bad samples. Raise UserError if their fraction is above the limit."""
         self._samples_read += self._rows + len(skipped)
         for key, kind, reason in skipped:
             self.bad_samples[kind] += 1
+            # A bad sample comes back in every epoch, and is logged only once.
             if key not in self._reasons:
                 self._reasons[key] = reason
                 log.warning("Bad sample %s is replaced by another: %s.", key, reason)
         bad = sum(self.bad_samples.values())
         fraction = bad / self._samples_read
         if self._samples_read >= self._judge_after and fraction > self._config.max_bad_fraction:
-            # None is known here if all of them came before the run was resumed.
+            # A checkpoint does not hold the reasons, so a resumed run may have none to show.
             examples = [f", for example {key}: {why}" for key, why in self._reasons.items()]
             raise UserError(
                 f"{bad} of {self._samples_read} samples are bad ({fraction:.1%}: "
@@ -290,7 +298,7 @@ def _start_worker(_index: int, _count: int) -> None:
 
 
 def local_rows(batch_size: int, process_count: int) -> int:
-    """Return how many rows of a batch each process reads. Raise UserError if they do not divide evenly."""
+    """Return the number of rows that each process reads. Raise UserError if they do not divide evenly."""
     if batch_size % process_count:
         raise UserError(
             f"A batch size of {batch_size} does not divide by {process_count} processes; "
@@ -301,7 +309,7 @@ def local_rows(batch_size: int, process_count: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """The way from a position in the source to an element of a batch, and the bad samples it replaces."""
+    """The map from a position in the source to (element of a batch, bad samples that it replaces)."""
 
     source: Source
     preprocessor: Preprocessor
@@ -309,7 +317,7 @@ class _Read:
     def __call__(self, index: int, rng: np.random.Generator) -> tuple[Any, Skipped]:
         skipped = []
         while len(skipped) < MAX_TRIES:
-            # The key, until the example tells its own.
+            # A name for messages until the example's own key is read.
             key = f"number {index}"
             try:
                 example = self.source[index]
@@ -317,6 +325,7 @@ class _Read:
                 return self.preprocessor.sample(index, example, rng), tuple(skipped)
             except BadSampleError as reason:
                 skipped.append((key, reason.kind, str(reason)))
+                # From the same source, so that bad samples do not change the shares of a mixture.
                 part = part_of(self.source, index)
                 index = int(rng.integers(part.start, part.stop))
         key, _, reason = skipped[0]
@@ -327,6 +336,8 @@ class _Read:
 
 @dataclasses.dataclass(frozen=True)
 class _Collate:
+    """The batch function of Grain, which passes the bad samples on to the main process."""
+
     preprocessor: Preprocessor
 
     def __call__(self, rows: Sequence[tuple[Any, Skipped]]) -> dict[str, Any]:

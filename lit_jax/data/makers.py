@@ -1,10 +1,11 @@
-"""Data sets that a Python script makes: a source whose path is the script is the folder that it makes.
+"""Data sets that a Python script makes: the path of the source is the script, the data the folder it writes.
 
-The script gets the folder to make as its one argument. The folder lies in the user's cache under a name that
-depends on the content of the script, so that a changed script makes a new one.
+The script gets the folder to write as its only argument. The folder lies in the user's cache under a name
+that depends on the content of the script, so that a changed script makes a new folder.
 
-Only a command that was given the script runs it, on the command line or in a config file. Commands that read
-the config.json of a run, which may come from anywhere, run nothing: `made_by` says how to make the folder.
+Only a command that names the script, by a flag or in its config file, runs the script. A command that reads
+the config.json of a run runs nothing, since that file may come from anyone: `made_by` then raises an error
+that shows the command to run.
 """
 
 import hashlib
@@ -24,12 +25,12 @@ log = logging.getLogger(__name__)
 
 
 def is_maker(path: str) -> bool:
-    """Return whether the path of a source names a script that makes it."""
+    """Return whether the path of a source names a script that makes the data."""
     return path.endswith(".py")
 
 
 def made_by(script: str) -> Path:
-    """Return the folder that a script has made. Raise UserError if it has not, or if there is no script."""
+    """Return the folder that a script has made. Raise UserError if the script or its folder is missing."""
     folder = _folder(script)
     if not folder.is_dir():
         raise UserError(
@@ -39,17 +40,17 @@ def made_by(script: str) -> Path:
 
 
 def sources_of(config: Config) -> Iterator[SourceConfig]:
-    """Yield all sources of a config, those of its evaluations included."""
+    """Yield all sources of a config, including those of its evaluations."""
     yield from (config.data.train, *config.data.mixture.values())
     for task in config.evals.values():
         yield from (task.data, task.train)
 
 
 def make_missing(sources: Iterable[SourceConfig]) -> None:
-    """Run the scripts among the paths of the sources whose folders are missing.
+    """Run each script among the paths of the sources whose folder is missing.
 
-    Several processes may do so at once: each makes a folder of its own, and the first one to end gives it the
-    name. A folder appears whole or not at all.
+    Several processes may do so at once: each makes a folder of its own, and the first process to finish gives
+    its folder the name. A folder appears complete or not at all.
 
     Raises UserError if a script is missing or fails.
     """
@@ -91,6 +92,6 @@ def _move(new: Path, folder: Path) -> None:
     try:
         new.rename(folder)
     except OSError:
-        # Nothing replaces a folder that is not empty: another process was faster.
+        # `rename` does not replace a folder that is not empty: another process has finished first.
         if not folder.is_dir():
             raise

@@ -1,9 +1,9 @@
-"""Training on several sources at once, and the order in which examples come.
+"""Training on several sources at once, and the order of the examples.
 
-A mixture is a source like any other, its parts one behind the other; what makes it one is the order. Each
-part is shuffled on its own and the parts are interleaved by their weights, evenly: after any number of draws
-each part has had its share, give or take one for each of the parts before it. All of it is arithmetic on the
-position, so a run goes on from any.
+A mixture is a source that concatenates its parts; only the training order mixes them. Each part is shuffled
+on its own, and the parts are interleaved evenly by their weights: after any number of draws each part has had
+its share, give or take one for each part before it. The order is arithmetic on the position, so that a run
+can resume at any position.
 """
 
 import bisect
@@ -23,9 +23,9 @@ from lit_jax.errors import UserError
 
 
 def open_training_data(config: DataConfig, *, text_only: bool = False) -> Source:
-    """Open what `config.train` or `config.mixture` names; an epoch is all of it once.
+    """Open the source in `config.train`, or the sources in `config.mixture`; an epoch covers all examples.
 
-    Raises UserError if both are given, if a weight is 0, or as `open_source`.
+    Raises UserError if both are given, if a weight is 0, and in the cases of `open_source`.
     """
     if not config.mixture:
         return _open(config.train, text_only)
@@ -49,12 +49,11 @@ def _open(config: SourceConfig, text_only: bool) -> Source:
 
 
 class Mixture:
-    """A source made of named sources, the examples of each behind those of the one before.
+    """A source that concatenates named sources.
 
     Attributes:
         parts: the sources by name.
-        weights: of each source its share of what is drawn, relative to the others; without one it is the
-            number of its examples.
+        weights: the relative sampling weight of each source; by default the number of its examples.
     """
 
     def __init__(self, parts: Mapping[str, Source], weights: Mapping[str, float]):
@@ -72,13 +71,13 @@ class Mixture:
         return {**example, "key": f"{name}/{example['key']}"}
 
     def span(self, index: int) -> range:
-        """Return the positions of all examples of the source that has the one at `index`."""
+        """Return the positions of all examples of the source that contains position `index`."""
         which = bisect.bisect_right(self._ends, index)
         return range(self._ends[which - 1] if which else 0, self._ends[which])
 
 
 def part_of(source: Source, index: int) -> range:
-    """Return the positions of the examples that may stand in for the one at `index`."""
+    """Return the positions of the examples that may replace the example at `index`."""
     return source.span(index) if isinstance(source, Mixture) else range(len(source))
 
 
@@ -88,7 +87,7 @@ def training_order(source: Source, seed: int) -> grain.MapDataset[int]:
         return _shuffled(range(len(source)), seed)
     parts, start = [], 0
     for name, part in source.parts.items():
-        # By its name, so that two sources of the same size are not in the same order.
+        # Seeded by the name, so that two sources of the same size do not get the same permutation.
         parts.append(_shuffled(range(start, start + len(part)), seed ^ zlib.crc32(name.encode())))
         start += len(part)
     mixed = grain.MapDataset.select_from_datasets(parts, Interleave(tuple(source.weights.values())))
@@ -101,18 +100,20 @@ def _shuffled(positions: range, seed: int) -> grain.MapDataset[int]:
 
 
 class Interleave(grain.transforms.DatasetSelectionMap):
-    """The way from a position in an endless mixture to (which part, position within that part).
+    """The map from a position in an endless mixture to (number of the part, position within the part).
 
-    The other parts get n * (1 - share) of the first n positions, rounded down, and the first part gets the
-    rest; the others divide theirs in the same way. So counts are whole and never go down.
+    Among the first n positions, the parts behind the first get n * (1 - share of the first part), rounded
+    down, and the first part gets the rest. The parts behind it divide their positions in the same way. Counts
+    are therefore whole numbers that never decrease.
     """
 
     def __init__(self, weights: tuple[float, ...]):
-        # Whole numbers of exactly the same ratios: no share is rounded, at no length.
+        # Whole numbers in exactly the same ratios, so that no rounding error grows with the position.
         exact = [Fraction(weight) for weight in weights]
         scale = math.lcm(*(weight.denominator for weight in exact))
         self._weights = [int(weight * scale) for weight in exact]
 
+    # Grain has no endless dataset: an endless map has the largest length.
     def __len__(self) -> int:
         return sys.maxsize
 
@@ -121,7 +122,7 @@ class Interleave(grain.transforms.DatasetSelectionMap):
         for part, weight in enumerate(self._weights):
             others_before = before * (rest - weight) // rest
             others_after = after * (rest - weight) // rest
-            # The position belongs to this part.
+            # The other parts get nothing at this position, so it belongs to this part.
             if others_before == others_after:
                 return part, before - others_before
             before, after, rest = others_before, others_after, rest - weight

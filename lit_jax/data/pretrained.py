@@ -1,4 +1,4 @@
-"""Tokenizers and image processors of transformers, read from a folder whose code is never run."""
+"""Load tokenizers and image processors of transformers from a folder, without running the folder's code."""
 
 import importlib.util
 import re
@@ -8,35 +8,37 @@ from typing import Any
 
 from lit_jax.errors import UserError
 
-# transformers' own words where a package is missing that it has a name for.
+# The message of transformers about a missing package, whose exception has no `name`.
 _REQUIRES = re.compile(r"requires the (\w+) library")
-# The packages that read a vocabulary of sentencepiece, by the names of their modules.
+# Module -> package that is needed to read a sentencepiece vocabulary.
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 
 
 def read_pretrained(auto_class: Any, folder: Path, what: str, advice: str, **options: Any) -> Any:
-    """Return what an Auto class of transformers reads from `folder`.
+    """Return the object that an Auto class of transformers reads from `folder`.
 
     Args:
-        what: names it in messages, such as "The tokenizer in FOLDER".
-        advice: says what to do about a file that is broken.
+        what: the object's name in messages, such as "The tokenizer in FOLDER".
+        advice: the rest of the message, which says what to do about a broken file.
+
+    Raises UserError if the object cannot be read, needs a missing package, or is code in the folder.
     """
     try:
-        # Left out, transformers asks on the terminal, where `yes |` answers for the user.
+        # Without an explicit False, transformers asks on the terminal, where `yes |` would answer.
         return auto_class.from_pretrained(folder, trust_remote_code=False, **options)
-    # transformers lets through whatever a broken file raises.
+    # A broken file can raise any exception inside transformers.
     except Exception as error:
         if _asks_for_code(auto_class, folder):
             raise _is_code(what) from error
         absent = [name for name in _SENTENCEPIECE if not _is_installed(name)]
         if absent and [*folder.glob("*.model")]:
-            # transformers then tries to read the file as one of tiktoken, and reports that.
+            # Without sentencepiece, transformers reads the file as tiktoken's and reports that failure.
             error = ImportError(str(error), name=absent[0])
         raise unusable(error, what, advice) from error
 
 
 def unusable(error: Exception, what: str, advice: str) -> UserError:
-    """Return the sentence for an error of transformers about `what`."""
+    """Return the UserError for an error of transformers about `what`."""
     if package := missing_package(error):
         return UserError(
             f"{what} needs the package {package}, which is not installed; run pip install {package}."
@@ -45,7 +47,7 @@ def unusable(error: Exception, what: str, advice: str) -> UserError:
 
 
 def _asks_for_code(auto_class: Any, folder: Path) -> bool:
-    """Return whether a config in the folder names a class of its own (auto_map) instead of `auto_class`."""
+    """Return whether a config in the folder maps `auto_class` to a class of its own (auto_map)."""
     files = folder.glob("*config.json")
     name = f'"{auto_class.__name__}"'
     return any(name in file.read_text(encoding="utf-8", errors="replace") for file in files)
@@ -59,7 +61,8 @@ def _is_code(what: str) -> UserError:
 
 
 def missing_package(error: BaseException | None) -> str | None:
-    """Return the package to install if an import is the cause of `error`."""
+    """Return the package to install if a failed import is the cause of `error`, else None."""
+    # transformers may raise another exception from the ImportError, so the chain is followed.
     while error is not None:
         if isinstance(error, ImportError):
             if error.name:
@@ -73,6 +76,6 @@ def missing_package(error: BaseException | None) -> str | None:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    # The package of the module is missing.
+    # For "google.protobuf", `find_spec` raises if "google" itself is missing.
     except ModuleNotFoundError:
         return False

@@ -1,7 +1,7 @@
-"""A part of an enlarged image, computed without the rest of it; equal to Pillow's `resize` to the last bit.
+"""A window of an enlarged image, computed without the rest of the image; bit-equal to Pillow's `resize`.
 
 Pillow can resize a box of an image, but it rounds the box to float32, so the result is up to 21 grey levels
-away from the same part of the whole.
+away from the same window of the whole image.
 """
 
 import math
@@ -12,19 +12,20 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-# The bits of the fraction of a weight: libImaging/Resample.c.
+# The number of fractional bits of a weight, as in Pillow's libImaging/Resample.c.
 _PRECISION_BITS = 22
-# NumPy's own sine differs from the C library's, which Pillow calls, in the last bit.
+# Not NumPy's sine, which differs in the last bit from the C library's sine that Pillow calls.
 _sin, _cos = np.vectorize(math.sin, [float]), np.vectorize(math.cos, [float])
 
 
 class _Filter(NamedTuple):
-    # The reach, in pixels.
+    # The radius in source pixels beyond which all weights are 0.
     support: float
-    # The weights at distances from the centre.
+    # The map from distances to the centre, in pixels, to weights.
     weight: Callable[[np.ndarray], np.ndarray]
 
 
+# The filters repeat the expressions of Resample.c in their order: floating point is not associative.
 def _bicubic(x: np.ndarray) -> np.ndarray:
     a, x = -0.5, np.abs(x)
     near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1
@@ -59,12 +60,12 @@ def enlarge_window(
     window: tuple[int, int, int, int],
     resample: int,
 ) -> Image.Image:
-    """Return `image.resize(size, resample).crop(window)` of an RGB image.
+    """Return `image.resize(size, resample).crop(window)` for an RGB image.
 
     Args:
-        size: (width, height) of the whole, larger than the image in both directions. If one shrinks, the
-            order of Pillow's two passes depends on its version.
-        window: (left, top, right, bottom); black where it lies outside.
+        size: (width, height) of the whole result, larger than the image in both directions. For a direction
+            that shrinks, the order of Pillow's two passes depends on Pillow's version.
+        window: (left, top, right, bottom); the part outside the result is black.
         resample: one of `FILTERS`.
     """
     kind = FILTERS[Image.Resampling(resample)]
@@ -77,7 +78,7 @@ def enlarge_window(
         y_MxL, weight_MxL = _weights(image.height, size[1], rows, kind)
         x, y = int(x_NxK.min()), int(y_MxL.min())
         source = image.crop((x, y, int(x_NxK.max()) + 1, int(y_MxL.max()) + 1))
-        # First along rows, then along columns, with bytes in between, as Pillow does it.
+        # As in Pillow: first along rows, then along columns, with rounding to bytes in between.
         pixels = np.asarray(source, np.int64)
         pixels = _rounded(np.einsum("hnkc,nk->hnc", pixels[:, x_NxK - x], weight_NxK))
         pixels = _rounded(np.einsum("mlnc,ml->mnc", pixels[y_MxL - y], weight_MxL))
@@ -92,11 +93,14 @@ def enlarge_window(
 def _weights(
     length: int, target: int, wanted: range, kind: _Filter
 ) -> tuple[Int[np.ndarray, "N K"], Int[np.ndarray, "N K"]]:
-    """Return the pixels of `length` that make each `wanted` one of `target`, and their weights.
+    """Return the K source pixels that contribute to each `wanted` pixel of the result, and their weights.
 
-    Weights are whole numbers of 2^-22. If fewer than K pixels take part, the others weigh 0.
+    Args:
+        length, target: the number of pixels in this direction before and after resizing.
+
+    Weights are multiples of 2^-22 as integers. If fewer than K pixels contribute, the other weights are 0.
     """
-    # Pillow's box is float32.
+    # Pillow keeps the box of the source, here the whole length, in float32.
     scale = float(np.float32(length)) / target
     centre_Nx1 = ((np.arange(wanted.start, wanted.stop) + 0.5) * scale)[:, None]
     first_Nx1 = np.maximum((centre_Nx1 - kind.support + 0.5).astype(np.int64), 0)
@@ -104,7 +108,7 @@ def _weights(
     at_NxK = first_Nx1 + np.arange(int((stop_Nx1 - first_Nx1).max()))
     weight_NxK = kind.weight(at_NxK - centre_Nx1 + 0.5)
     weight_NxK = np.where(at_NxK < stop_Nx1, weight_NxK, 0.0)
-    # One after the other: another order would round differently.
+    # `cumsum` adds one by one as Pillow does; NumPy's pairwise `sum` would round differently.
     sum_Nx1 = np.cumsum(weight_NxK, axis=1)[:, -1:]
     weight_NxK = weight_NxK / np.where(sum_Nx1 == 0, 1.0, sum_Nx1)
     fixed_NxK = np.trunc(weight_NxK * (1 << _PRECISION_BITS) + np.copysign(0.5, weight_NxK))
@@ -112,5 +116,5 @@ def _weights(
 
 
 def _rounded(sums: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
-    """Return bytes of weighted sums, as Pillow rounds and clips them."""
+    """Return weighted sums as pixel values 0..255, rounded and clipped as in Pillow."""
     return np.clip((sums + (1 << (_PRECISION_BITS - 1))) >> _PRECISION_BITS, 0, 255)

@@ -1,4 +1,4 @@
-"""Texts to token ids, with the text model's own tokenizer."""
+"""Tokenize texts with the text model's own tokenizer; load, save and check tokenizers."""
 
 import copy
 import logging
@@ -17,12 +17,12 @@ from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Only the start of a long text is tokenized. It has so many characters for each token that must come out: all
-# that are kept, and BEYOND. See `_start`.
+# Only the start of a long text is tokenized, at first this many characters for each required token: the
+# tokens that are kept, and BEYOND more. See `_start`.
 CHARACTERS_PER_TOKEN = 16
 BEYOND = 128
 
-# Texts whose ids show whether a saved tokenizer is still the same: cases, accents, scripts, signs and spaces.
+# Texts that reveal a change in a saved tokenizer: letter case, accents, scripts, symbols and spaces.
 _PROBES = (
     "Two dogs, and it's a PHOTO of 3 of them!",
     "ein Fluß in der STRASSE, un été à Noël",
@@ -30,24 +30,25 @@ _PROBES = (
     "犬が公園を走る。 một con chó  chạy",
     "😀 @someone http://a.b/c e\u0301 ﬁ",
 )
+# Capitals of several scripts, some with an unusual lower case, which show whether a tokenizer lowers letters.
 _CASES = "AÉÑẞİΣЖ"
 
 
 def load_tokenizer(
     folder: Path, *, max_length: int, fixed_length: bool = False, lowercase: bool | None = False
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder; `tokenize` cuts texts to its `model_max_length`, here `max_length`.
+    """Load the tokenizer of a folder, with `max_length` tokens as its `model_max_length`.
 
     Args:
-        fixed_length: whether it is for a tower that sees the padding (SigLIP's), so that it makes no mask.
-        lowercase: whether texts become lower-case letters first. None: if it is SigLIP 2's, whose model was
-            trained with such texts although its tokenizer, which is Gemma's, keeps capitals.
+        fixed_length: whether the text tower sees the padding, as SigLIP's does; then there is no mask.
+        lowercase: whether texts are lower-cased first. None: only for SigLIP 2, whose model was trained on
+            lower-case texts although its tokenizer (Gemma's) keeps capitals.
 
-    Raises UserError if there is none, if it cannot pad, or if it leaves no room for words.
+    Raises UserError if the folder has no tokenizer, or one that cannot pad or leaves no room for words.
     """
     about = f"The tokenizer in {folder}", "put the text model's own tokenizer files there."
     options: dict[str, Any] = {"model_input_names": ["input_ids"]} if fixed_length else {}
-    # Encoders count positions from the left, so whatever is not text has to be on the right.
+    # Encoders number positions from the left, so padding has to be on the right.
     tokenizer = read_pretrained(
         AutoTokenizer,
         folder,
@@ -59,25 +60,25 @@ def load_tokenizer(
     _check(tokenizer, folder, max_length)
     is_siglip2 = fixed_length and _is_gemma(tokenizer)
     if is_siglip2 and lowercase is None:
-        # Our export says so where a run was told to keep the capitals.
+        # The export of a run that keeps capitals has `do_lower_case` set to False.
         lowercase = tokenizer.init_kwargs.get("do_lower_case") is not False
     elif is_siglip2:
         tokenizer.init_kwargs["do_lower_case"] = lowercase
     if lowercase and not _lowers(tokenizer):
         tokenizer = _lowercased(tokenizer, folder)
     try:
-        # The first call sets truncation and padding inside the tokenizer. As `tokenize` always asks for
-        # the same, later calls change nothing there, and threads can share the tokenizer. The text is
-        # one that needs the unknown token, should the vocabulary lack it.
+        # The first call sets truncation and padding inside the tokenizer. `tokenize` always asks for the
+        # same, so later calls change nothing, and threads can share the tokenizer. The snowman needs the
+        # unknown token, which a broken vocabulary may lack.
         tokenize(tokenizer, ["a ⛄"])
-    # tokenizers raises bare Exceptions.
+    # The tokenizers library raises bare Exceptions.
     except Exception as error:
         raise unusable(error, *about) from error
     return tokenizer
 
 
 def _check(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int) -> None:
-    # For a folder with a config but no vocabulary transformers makes a tokenizer that knows no word.
+    # transformers makes a tokenizer without words from a folder that has a config but no vocabulary.
     names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if not any((folder / name).is_file() for name in names):
         raise UserError(
@@ -87,7 +88,7 @@ def _check(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int) ->
         raise UserError(
             f"The tokenizer in {folder} has no padding token; set pad_token in tokenizer_config.json."
         )
-    # BERTweet's replaces emojis by words, and without this package leaves them as they are.
+    # BERTweet's tokenizer replaces emojis by words, but keeps them silently if this package is missing.
     if getattr(tokenizer, "normalization", False) and getattr(tokenizer, "demojizer", True) is None:
         log.warning(
             "The tokenizer in %s needs the package emoji where texts have emojis; pip install emoji==0.6.0.",
@@ -102,7 +103,7 @@ def _check(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int) ->
 
 
 def _is_gemma(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer is of Gemma's kind, as SigLIP 2's is, whatever its class is called."""
+    """Return whether the tokenizer is Gemma's, which SigLIP 2 uses under several class names."""
     if not tokenizer.is_fast:
         return False
     model: Any = _backend(tokenizer).model
@@ -111,7 +112,7 @@ def _is_gemma(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _lowers(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer takes capitals for lower-case letters by itself."""
+    """Return whether the tokenizer lower-cases texts by itself."""
     if not tokenizer.is_fast:
         return bool(getattr(tokenizer, "do_lower_case", False))
     lower = normalizers.Lowercase().normalize_str(_CASES)
@@ -122,10 +123,10 @@ def _lowers(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _lowercased(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer with a step in front that makes lower-case letters.
+    """Return the tokenizer with a lower-casing step in front.
 
-    It goes letter by letter as Siglip2Tokenizer does: a sigma at the end of a word does not become a final
-    one.
+    The step lowers letter by letter, as Siglip2Tokenizer does: a sigma at the end of a word does not become
+    a final sigma. Raises UserError for a tokenizer without a Rust backend.
     """
     if not tokenizer.is_fast:
         raise UserError(
@@ -136,7 +137,7 @@ def _lowercased(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedT
     backend = copy.deepcopy(_backend(tokenizer))
     own = [backend.normalizer] if backend.normalizer is not None else []
     backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
-    # Not of its own class: Gemma's builds its steps anew when it is read, without a look into tokenizer.json.
+    # The generic class, because Gemma's own class rebuilds its steps on loading and ignores tokenizer.json.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=tokenizer.model_max_length,
@@ -148,7 +149,7 @@ def _lowercased(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedT
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the Rust part of a tokenizer that has one."""
+    """Return the Rust backend of a fast tokenizer."""
     fast: Any = tokenizer
     return fast.backend_tokenizer
 
@@ -160,7 +161,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def without_state(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a copy to save: what `tokenize` asked for last would go into tokenizer.json, too."""
+    """Return a copy for saving, without the truncation and padding of `tokenize`.
+
+    Both would otherwise be stored in tokenizer.json and applied by whoever loads the tokenizer.
+    """
     if not tokenizer.is_fast:
         return tokenizer
     plain = copy.deepcopy(tokenizer)
@@ -171,14 +175,14 @@ def without_state(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase
 
 
 def finish_saving(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Correct what `save_pretrained` of a tokenizer or processor has written into a folder."""
+    """Correct the files that `save_pretrained` of a tokenizer or processor has written into a folder."""
     if tokenizer.is_fast:
-        # transformers 4 does not know the name that 5 gives to the class without a model.
+        # transformers 5 has renamed the generic class, and transformers 4 does not know the new name.
         file = folder / "tokenizer_config.json"
         text = file.read_text(encoding="utf-8")
         file.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), "utf-8")
         return
-    # BERTweet's class writes a file of merges that it then reads in another way. The original is right.
+    # BERTweet's class writes a file of merges that it does not read back correctly; the original is right.
     for attribute, name in tokenizer.vocab_files_names.items():
         original = getattr(tokenizer, attribute, None)
         if original and Path(original).is_file() and Path(original) != folder / name:
@@ -186,7 +190,7 @@ def finish_saving(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def check_saved(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Raise UserError unless transformers reads from a folder the tokenizer that was saved there."""
+    """Raise UserError unless transformers reads the saved tokenizer back with the same tokens."""
     what, advice = (
         f"The tokenizer saved in {folder}",
         "save it there with its own class of transformers.",
@@ -206,18 +210,18 @@ def tokenize(
     """Return the token ids of N texts, each cut to `tokenizer.model_max_length` with its special tokens kept.
 
     Args:
-        length: of the result, at least that of the longest text (`model_max_length` always is).
-            None: that of the longest text, rounded up to a multiple of 8.
+        length: the number of columns, at least the length of the longest text; `model_max_length` always
+            suffices. None: the length of the longest text, rounded up to a multiple of 8.
 
     Returns:
-        int32 arrays, N x length: 'input_ids', and of 'attention_mask' and 'token_type_ids' those that the
-        tokenizer makes for its model.
+        int32 arrays, N x length: 'input_ids', and 'attention_mask' and 'token_type_ids' if the tokenizer
+        makes them for its model.
     """
     tokens = _call(tokenizer, [_start(tokenizer, valid_unicode(text)) for text in texts])
-    # Not by return_tensors: that takes longer than to find the tokens.
+    # Converted here, because `return_tensors` takes longer than tokenizing.
     arrays = {name: np.array(rows, np.int32) for name, rows in tokens.items()}
     if length is None:
-        # A model without a mask (SigLIP) sees the padding, too: always as much as it was trained with.
+        # Without a mask (SigLIP) the model sees the padding, which must be as long as in training.
         mask_NxL = arrays.get("attention_mask", np.ones_like(arrays["input_ids"]))
         length = -(-int(mask_NxL.sum(axis=1).max()) // 8) * 8
     return {name: np.ascontiguousarray(array[:, :length]) for name, array in arrays.items()}
@@ -226,13 +230,13 @@ def tokenize(
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Return all token ids of each text, uncut and without special tokens.
 
-    A long text has only those of its start, which are more than `tokenize` keeps.
+    For a long text only the ids of its start are returned, which are more than `tokenize` keeps.
     """
     return _whole(tokenizer, [_start(tokenizer, valid_unicode(text)) for text in texts])
 
 
 def _call(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Any:
-    """Call the tokenizer in the one way in which threads may share it."""
+    """Call the tokenizer with fixed settings: other settings would change state that threads share."""
     return tokenizer(
         list(texts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length
     )
@@ -240,9 +244,10 @@ def _call(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Any:
 
 def _whole(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     if not tokenizer.is_fast:
-        # A tokenizer in Python keeps nothing from call to call. `verbose` would say that texts are long.
+        # A tokenizer in Python keeps no state between calls. `verbose` would warn about long texts.
         return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    # To ask for whole texts would change a setting that other threads use; but what is cut off comes along.
+    # Turning truncation off would change a setting that other threads use, so the parts that were cut off
+    # are collected from `overflowing`.
     return [
         [
             token
@@ -255,11 +260,12 @@ def _whole(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
 
 
 def _start(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Return as much of a long text as decides which tokens of it are kept.
+    """Return the part of a long text that determines which tokens are kept.
 
-    A cut changes the tokens next to it: at most the hundred letters of a word that is spelt. So a start that
-    has `BEYOND` tokens more than are kept will do. Characters alone cannot tell, since megabytes of blanks or
-    one long word may be a single token or none; then the start grows until it has enough.
+    Cutting a text changes only the tokens near the cut: at most the hundred letters of a word that is spelt
+    out. A part with `BEYOND` tokens more than are kept is therefore enough. The number of characters alone
+    does not tell, since megabytes of blanks or one long word may be a single token or none, so the part grows
+    until it has enough tokens.
     """
     needed = tokenizer.model_max_length + BEYOND
     size = CHARACTERS_PER_TOKEN * needed
@@ -273,6 +279,7 @@ def _start(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, config_key: str) -> None:
     """Raise UserError if the tokenizer makes ids for which a model of `vocab_size` has no embedding."""
+    # Checked in advance, because JAX raises no error for an index that is out of range.
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise UserError(

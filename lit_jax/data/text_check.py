@@ -1,4 +1,4 @@
-"""A look at the tokens of the texts of a run, logged once before the work starts."""
+"""Statistics of a run's tokenized texts, logged once before the work starts."""
 
 import dataclasses
 import functools
@@ -20,22 +20,28 @@ from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SAMPLED = 1000  # texts
-# Examples that are read together.
+# The number of texts that are sampled.
+SAMPLED = 1000
+# The number of consecutive examples that are read together.
 NEIGHBOURS = 125
+# The share of the texts or tokens above which the log line becomes a warning.
 TOO_MANY = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextStatistics:
-    """The shares of the sampled texts and, for `unknown`, of their tokens that are kept.
+    """Statistics of sampled texts.
 
     Attributes:
-        longest: tokens of the longest text, special ones included.
-        tokens: how many are kept, without special ones, and without the blank that sentencepiece sets apart
-            in front of an unknown word.
-        same: texts with the ids of another one that says something else; capitals, blanks and forms of one
-            character make no difference.
+        texts: the number of texts.
+        limit: the number of tokens to which texts are cut, including special tokens.
+        cut: the share of the texts that are cut.
+        longest: the number of tokens of the longest text, including special tokens.
+        tokens: the number of tokens that are kept, without special tokens, and without the separate blank of
+            sentencepiece in front of an unknown word.
+        unknown: the share of `tokens` that are unknown.
+        same: the share of the texts that get the same ids as a different text. Texts that differ only in
+            letter case, blanks or Unicode form count as the same text.
     """
 
     texts: int
@@ -48,11 +54,11 @@ class TextStatistics:
 
 
 def check_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: str) -> None:
-    """Log, in the first process, what the tokenizer makes of texts; a warning if a share is above 5 %.
+    """Log the statistics of texts, in the first process alone; as a warning if a share is above 5 %.
 
     Args:
-        texts: are `SAMPLED` or fewer; without any there is nothing to say.
-        what: the data they are of, as the config calls it.
+        texts: at most `SAMPLED` texts; without texts nothing is logged.
+        what: the name of the data in the config.
 
     Raises UserError if all tokens of all texts are unknown.
     """
@@ -65,6 +71,7 @@ def check_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: 
             f"({type(tokenizer).__name__}), such as those of {printable(texts[0])[:60]!r}; choose a text "
             "tower whose tokenizer knows this language and script."
         )
+    # Only the log line is for the first process: the error above has to end every process.
     if process.number():
         return
     advice = [
@@ -97,7 +104,7 @@ def check_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: 
 
 
 def text_statistics(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> TextStatistics:
-    """Count what is cut, unknown, and the same in texts; at least one."""
+    """Return the statistics of one text or more."""
     special = tokenizer.num_special_tokens_to_add()
     room = tokenizer.model_max_length - special
     found = token_ids(tokenizer, texts)
@@ -120,35 +127,39 @@ def text_statistics(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) ->
 
 
 def _plain(text: str) -> str:
-    """Return the text without what many tokenizers leave out on purpose."""
+    """Return the text without the distinctions that many tokenizers drop on purpose."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id of what the tokenizer does not know; None if that token says something else, too."""
+    """Return the id of the unknown token, or None if that token has another meaning, too.
+
+    CLIP's unknown token is its end-of-text token, for example.
+    """
     unknown: Any = tokenizer.unk_token_id
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return None if unknown in others else unknown
 
 
 def _blank_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id of sentencepiece's blank, if there is one."""
+    """Return the id of sentencepiece's blank, or None without one."""
     found: Any = tokenizer.convert_tokens_to_ids("▁")
     return None if found == tokenizer.unk_token_id else found
 
 
 def some(texts: Sequence[str]) -> list[str]:
-    """Return at most `SAMPLED` of the texts, evenly over all."""
+    """Return at most `SAMPLED` of the texts, evenly spaced."""
     count = min(len(texts), SAMPLED)
     return [texts[i * len(texts) // count] for i in range(count)]
 
 
 def sample_captions(source: Source) -> tuple[list[str], list[str]]:
-    """Return at most `SAMPLED` captions of a source, always the same, and as many as a text teacher gets.
+    """Return (captions of the source, captions for a text teacher), at most `SAMPLED` of each.
 
-    Neighbours are read together, so that few row groups of Parquet are; each part of a mixture has its share.
+    The choice is deterministic. Each part of a mixture has its share, and consecutive examples are read
+    together, so that few row groups of Parquet are decoded.
     """
-    # An object store answers each after a while.
+    # Threads hide the latency of an object store.
     with ThreadPoolExecutor(16) as pool:
         read = [*pool.map(functools.partial(_captions, source), _positions(source))]
     captions = [text for of_example, _ in read for text in of_example]
@@ -156,6 +167,7 @@ def sample_captions(source: Source) -> tuple[list[str], list[str]]:
 
 
 def _positions(source: Source) -> list[int]:
+    """Return the positions of evenly spaced blocks of `NEIGHBOURS` examples in each part of the source."""
     parts = [*source.parts.values()] if isinstance(source, Mixture) else [source]
     positions, start = [], 0
     for part in parts:
@@ -172,7 +184,7 @@ def _captions(source: Source, index: int) -> tuple[list[str], list[str]]:
     try:
         example = source[index]
         captions = usable_captions(example)
-    # Reading the data counts it.
+    # Bad samples are counted and reported when training reads them.
     except BadSampleError:
         return [], []
     return captions, [example.get("teacher_caption") or captions[0]]

@@ -1,4 +1,4 @@
-"""Worker processes of the data: their first steps, and the message where one is killed."""
+"""Worker processes of the data: their initialisation, and the error message if a worker is killed."""
 
 import contextlib
 import multiprocessing
@@ -13,12 +13,12 @@ from lit_jax.errors import UserError
 
 
 def start_worker() -> None:
-    """Leave it to the main process to end a worker, and end the worker if that process is gone."""
-    # SIGTERM (preemption) and Ctrl-C often reach the whole process group; training then still needs data
-    # until its checkpoint is written.
+    """Make a worker ignore signals meant for the main process, and exit when the main process is gone."""
+    # SIGTERM (preemption) and Ctrl-C often reach the whole process group, but training needs data until its
+    # checkpoint is written.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Pillow's word about an image that is a bad sample anyway; each worker would print it.
+    # Pillow's warning about an image that is a bad sample anyway; each worker would print the warning.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
@@ -27,20 +27,22 @@ def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
+    # `sys.exit` would end only this thread.
     os._exit(1)
 
 
 @contextlib.contextmanager
 def worker_errors() -> Iterator[None]:
-    """Raise UserError where a worker was killed by a signal; other errors stay what they are."""
+    """Raise UserError if a worker was killed by a signal; leave other errors unchanged."""
     try:
         yield
+    # Grain reports the exit code only in the text of a RuntimeError.
     except RuntimeError as error:
         killed = re.search(r"terminated unexpectedly with exit code -(\d+)", str(error))
         if killed is None:
             raise
         name = signal.Signals(int(killed[1])).name
-        # SIGBUS is how Linux says that shared memory, a file in /dev/shm, cannot be had.
+        # Linux sends SIGBUS when /dev/shm, which holds the shared memory, is full.
         advice = {
             "SIGBUS": "enlarge /dev/shm, through which batches come (docker run --shm-size=8g)",
             "SIGKILL": "lower config.data.workers if memory ran out",

@@ -1,6 +1,7 @@
-"""The formats of data sets. `FORMATS` says by which files each is recognised, and who reads it.
+"""The formats of data sets. `FORMATS` lists the files by which each format is recognised, and its reader.
 
-A source is random access and can be sent to worker processes; reading an image may wait until it is decoded.
+A source has random access and can be pickled for worker processes. An image file may be read only when the
+image is decoded.
 """
 
 import dataclasses
@@ -32,10 +33,10 @@ from lit_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 CAPTIONS_FILE = "captions.jsonl"
-# The most files that are looked into to see their format.
+# The most files that are opened to recognise a format.
 MOST_READ = 50
 
-# From what was found, never empty and all in one folder.
+# (files, config, text_only) -> source. The files are never empty and all in one folder.
 Opener = Callable[[Sequence[File], SourceConfig, bool], Source]
 
 
@@ -44,27 +45,28 @@ def _any_file(file: File, image_key: str) -> bool:
 
 
 class Format(NamedTuple):
-    """One row of the table: what is found by `patterns` of file names is read by `open`."""
+    """One row of `FORMATS`: files whose names match one of `patterns` are read by `open`."""
 
     patterns: tuple[str, ...]
     open: Opener
-    # True if many files are one data set; else one has to be named.
+    # True if many files form one data set; otherwise the user has to name one file.
     several: bool = False
-    # False: a split is a folder, or a part of the files' names.
+    # True if the files list the splits. False: a split is a folder, or a part of the files' names.
     knows_splits: bool = False
-    # For names that other files have, too: whether this file is meant, given the config's image_key.
+    # For patterns that other files match, too: whether a file, given the config's image_key, has this format.
     fits: Callable[[File, str], bool] = _any_file
-    # True if columns have the names that other tools give them.
+    # True if the columns may have the names that other tools give them, see `metadata`.
     has_other_names: bool = False
 
     def matches(self, name: str) -> bool:
+        """Return whether a file name matches one of the patterns."""
         is_known = _pattern(self.patterns).match(name) is not None
         return is_known and name.lower() not in hints.ABOUT
 
 
 @functools.cache
 def _pattern(patterns: Sequence[str]) -> re.Pattern[str]:
-    # Cameras and programs on Windows write PAIRS.CSV.
+    # Ignoring case, because cameras and programs on Windows write names such as PAIRS.CSV.
     return re.compile("|".join(map(fnmatch.translate, patterns)), re.IGNORECASE)
 
 
@@ -78,6 +80,8 @@ def _several(open_files: Callable[..., Source]) -> Opener:
     return lambda files, config, text_only: open_files(files, config, text_only=text_only)
 
 
+# The first format that matches is used, so a file that describes a folder comes before the files that it
+# describes, and a special name before a general ending.
 FORMATS = (
     Format((MANIFEST,), lambda files, config, _: RecordSource(_home(files, "ArrayRecord"))),
     Format(
@@ -136,16 +140,16 @@ FORMATS = (
 
 
 def open_source(config: SourceConfig, *, text_only: bool = False, labelled: bool = True) -> Source:
-    """Open the data set that `config` names, with the examples and captions that it chooses.
+    """Open the data set that `config` names, with the examples and captions that the config selects.
 
-    A source is never empty.
+    The source is never empty.
 
     Args:
         text_only: whether examples need no image; rows are then never grouped by image.
-        labelled: whether the task uses labels: rows of one image with different labels are then different
+        labelled: whether the task uses labels; rows of one image with different labels are then different
             examples.
 
-    Raises UserError if it is missing, empty or broken, or has no such split.
+    Raises UserError if the data set is missing, empty or broken, or has no such split.
     """
     if is_maker(config.path):
         config = dataclasses.replace(config, path=str(made_by(config.path)))
@@ -153,13 +157,14 @@ def open_source(config: SourceConfig, *, text_only: bool = False, labelled: bool
 
 
 def _find(config: SourceConfig, text_only: bool, labelled: bool) -> Source:
+    """Return the source that the config names, or raise UserError with a hint about what is there instead."""
     try:
         places = [locate(path) for path in expand(config.path)] if config.path else []
         if source := _open(places, config, text_only, labelled):
             return source
     except AddressError as error:
         raise UserError(str(error)) from error
-    # No permission, no network, no credentials.
+    # There is no permission, no network, or no credentials.
     except OSError as error:
         raise UserError(f"{config.path!r} cannot be read ({error}).") from error
     if places and all(isinstance(place, Path) and not place.exists() for place in places):
@@ -174,7 +179,7 @@ def _find(config: SourceConfig, text_only: bool, labelled: bool) -> Source:
 
 
 def _look_through(source: Source, config: SourceConfig, text_only: bool, labelled: bool) -> Source:
-    """Return the source with the rows of each image as one example, if it is a table."""
+    """Return a table with the rows of each image grouped into one example; return other sources unchanged."""
     if not isinstance(source, Table):
         return source
     check_first_rows(source, config, text_only=text_only)
@@ -190,11 +195,13 @@ def _all_patterns() -> str:
 def _open(
     places: Sequence[File], config: SourceConfig, text_only: bool, labelled: bool
 ) -> Source | None:
+    """Return the source in a folder or in files, or None if no format is recognised."""
     files = list(places)
     folder = files[0] if len(files) == 1 and files[0].is_dir() else None
     if folder:
         files = _listed(folder, config)
     listed, kind = _recognise(files, config)
+    # img2dataset writes a Parquet log beside each folder of images; the data are the images.
     if folder and listed and listed[0].suffix.lower() == ".parquet" and _is_record(listed[0]):
         listed, kind = [], None
     found = listed
@@ -220,14 +227,14 @@ def _open(
 def _check_above_split(
     folder: File, file: File, kind: Format, config: SourceConfig, text_only: bool
 ) -> None:
-    """Raise UserError if the images in the folder of a split are listed above it, with those of others."""
+    """Raise UserError if a table above a split's folder lists the images of several splits."""
     inside = folder / (config.split or "")
     if not inside.is_dir() or _recognise(_listed(inside, config), config)[1]:
         return
     config = metadata.with_names_of(file, config) if kind.has_other_names else config
     try:
         table = kind.open([file], config, text_only)
-    # A list of something else, such as of classes.
+    # The file lists something else, such as classes.
     except UserError:
         return
     if isinstance(table, HasRows):
@@ -241,19 +248,20 @@ def _open_folder(
     text_only: bool,
     labelled: bool,
 ) -> Source | None:
-    """Open a split that is a folder, or images with their captions beside them or in folders of classes.
+    """Open a split that is a folder, or images with captions beside them, or images in folders of classes.
 
     Args:
-        listed: files in `folder` that have another split, or none.
+        listed: files in `folder` of a known format that belong to another split, or to none.
     """
     if not config.split:
         paths = [*walk(folder)]
         folders = top_folders(paths)
         tops = [*filter(splits.is_split, folders)]
-        # Images in them may have their captions in a table there: they are no class.
+        # A folder named like a split that holds a table of its own is a split and not a class.
         inside = [PurePosixPath(path) for path in paths if path.count("/") == 1]
         if any(str(path.parent) in tops and _is_data(path.name) for path in inside):
             raise splits.not_found(folder, None, tops)
+        # Pairs come first: folders with captions beside the images look like folders of classes, too.
         source = open_pairs(folder, paths, config, text_only=text_only)
         source = source or lists.image_folder(folder, paths)
         if source is None:
@@ -273,13 +281,14 @@ def _open_folder(
 
 
 def _listed(folder: File, config: SourceConfig) -> list[File]:
-    """Return the files of a folder and those of COCO's "annotations" in it, without hidden ones."""
+    """Return the visible files of a folder, and those of COCO's "annotations" folder inside."""
     files = sorted(folder.iterdir(), key=str)
-    # Asked for by name, since Google's stores do not list it.
+    # Asked for by name, because Google's store does not list folders that exist only as prefixes.
     inside = folder / "annotations"
     if inside.is_dir():
         files += sorted(inside.iterdir(), key=str)
     seen = [file for file in files if not is_system(file.name)]
+    # Hidden files are reported only if they have a known format: nobody misses a .DS_Store.
     hidden, kind = _recognise([file for file in files if is_system(file.name)], config)
     if kind:
         log.info(
@@ -292,16 +301,17 @@ def _listed(folder: File, config: SourceConfig) -> list[File]:
 
 
 def _is_record(table: File) -> bool:
-    """Return whether a Parquet file is what img2dataset notes of the files in a folder of the same name."""
+    """Return whether a Parquet file is img2dataset's log about the images in the folder of the same name."""
     return table.stem.isdecimal() and (table.parent / table.stem).is_dir()
 
 
 def _recognise(files: Sequence[File], config: SourceConfig) -> tuple[list[File], Format | None]:
-    """Return the first of `FORMATS` that some of the files have, and these files."""
+    """Return the files of the first of `FORMATS` that matches any, and this format."""
     for kind in FORMATS:
         found = [file for file in files if kind.matches(file.name)]
         if kind.fits is not _any_file:
-            # Each is read: of thousands, as those of img2dataset beside its images, none is one data set.
+            # `fits` opens each file, which would be slow for the thousands of JSON files of img2dataset, and
+            # none of thousands of files is the data set.
             few = found if len(found) <= MOST_READ else []
             found = [file for file in few if kind.fits(file, config.image_key)]
         if found:
@@ -310,7 +320,7 @@ def _recognise(files: Sequence[File], config: SourceConfig) -> tuple[list[File],
 
 
 def _is_data(name: str) -> bool:
-    """Return whether a file is in one of `FORMATS`, as far as its name alone says so."""
+    """Return whether a file's name alone shows that the file has one of `FORMATS`."""
     return any(kind.matches(name) for kind in FORMATS if kind.fits is _any_file)
 
 

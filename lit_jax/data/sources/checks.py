@@ -1,4 +1,4 @@
-"""Things about a table that are said once, when it is opened, from a look at its first rows."""
+"""Warnings and errors about a table's first rows, raised once when the table is opened."""
 
 import ast
 import itertools
@@ -14,26 +14,29 @@ from lit_jax.files import parse_json
 
 log = logging.getLogger(__name__)
 
-LOOKED_AT = 1000  # rows
-# The longest text that may be a list.
+# The number of rows that are checked.
+LOOKED_AT = 1000
+# The length in characters above which a text is not parsed as a list.
 MAX_LENGTH = 10_000
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 
 
 @runtime_checkable
 class HasRows(Protocol):
-    """A table that can be read from its start."""
+    """A table whose rows can be read in order."""
 
-    def rows(self) -> Iterator[Mapping[str, Any]]: ...
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        """Yield the readable rows from the first one on."""
+        ...
 
 
 def first_rows(table: HasRows) -> list[Mapping[str, Any]]:
-    """Return up to `LOOKED_AT` rows, without those that cannot be read."""
+    """Return up to `LOOKED_AT` readable rows."""
     return list(itertools.islice(table.rows(), LOOKED_AT))
 
 
 def check_first_rows(table: HasRows, config: SourceConfig, *, text_only: bool) -> None:
-    """Warn of captions that are lists written as text. Raise UserError if all images are on the web."""
+    """Warn about captions that are lists written as text. Raise UserError if all images are on the web."""
     rows = first_rows(table)
     images = [row.get(config.image_key) for row in rows]
     on_web = [isinstance(image, str) and image.startswith(WEB) for image in images]
@@ -59,15 +62,16 @@ def check_first_rows(table: HasRows, config: SourceConfig, *, text_only: bool) -
 
 
 def is_list(text: str) -> bool:
-    """Return whether a text is a list or mapping of texts, written as Python or JSON writes it."""
+    """Return whether a text is a list or mapping of texts in the syntax of Python or JSON."""
     text = text.strip()
+    # A cheap test first: parsing each of a thousand captions twice would take long.
     if len(text) > MAX_LENGTH or _BRACKETS.get(text[:1], "none") != text[-1:]:
         return False
     readers: tuple[Callable[[str], Any], ...] = (parse_json, ast.literal_eval)
     for read in readers:
         try:
             with warnings.catch_warnings():
-                # A text that is no list may have a backslash.
+                # Python warns about unknown escape sequences in texts that are no lists.
                 warnings.simplefilter("ignore", SyntaxWarning)
                 value = read(text)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):

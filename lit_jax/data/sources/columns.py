@@ -1,4 +1,4 @@
-"""Tables in Arrow's types: Parquet files, and folders that the Hugging Face `datasets` library saves."""
+"""Tables with Arrow types: Parquet files, and folders that the Hugging Face `datasets` library saves."""
 
 import collections
 import contextlib
@@ -23,29 +23,29 @@ from lit_jax.data.sources.rows import bad_sample, check_names, example_of, ident
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
 
-# Bytes of decoded row groups that each process keeps.
+# The bytes of decoded row groups that each process keeps.
 CACHE_BYTES = 1 << 28
-# Rows that are looked through at a time.
+# The rows of a batch in a pass over the table.
 PIECE = 1000
 OPTIONAL = ("captions", "teacher_caption", "key")
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The columns that make examples, of a table with a known schema."""
+    """The columns of a table that make up examples."""
 
     config: SourceConfig
     text_only: bool
     # The names of the columns to read.
     names: list[str]
-    # The names of the labels, if these are numbers of classes.
+    # The class names, if the labels are class indices.
     classes: list[str] | None
 
     @classmethod
     def of(cls, schema: pa.Schema, file: File, config: SourceConfig, text_only: bool) -> "Columns":
-        """Return the columns that there are.
+        """Return the columns that the schema has.
 
-        Raises UserError if one is missing, of a type that it cannot have, or there twice.
+        Raises UserError if a required column is missing, has an unusable type, or occurs twice.
         """
         image, texts = config.image_key, [config.caption_key, config.label_key]
         wanted = [image, *texts, *OPTIONAL]
@@ -67,7 +67,7 @@ class Columns:
             return self._with_class_name(example)
 
     def _with_class_name(self, example: Example) -> Example:
-        """Return the example with the name of its class, if its label is the number of one."""
+        """Return the example with its class index replaced by the class name, if the names are known."""
         label = example["label"]
         if not self.classes or label is None or not label.removeprefix("-").isdecimal():
             return example
@@ -81,7 +81,7 @@ class Columns:
         return {**example, "label": self.classes[number]}
 
     def identities(self, table: pa.Table, folder: File, *, by_label: bool) -> list[str | None]:
-        """Return what `rows.identity` says of each row of a table that has `keys`."""
+        """Return `rows.identity` of each row of a table that has the columns `keys`."""
         image, label = self.config.image_key, self.config.label_key
         if not self.keys(table.schema, by_label=False):
             return [None] * len(table)
@@ -96,7 +96,7 @@ class Columns:
         return [identity(row, self.config, folder, by_label=by_label) for row in rows]
 
     def keys(self, schema: pa.Schema, *, by_label: bool) -> list[str]:
-        """Return the columns, or parts of them, that `identities` needs: the content of no image."""
+        """Return the columns, or struct fields, that `identities` needs, without the contents of images."""
         image, label = self.config.image_key, self.config.label_key
         inside = _inside(schema.field(image).type)
         has_path = "path" in inside or _is_text(schema.field(image).type)
@@ -104,12 +104,12 @@ class Columns:
         return paths + ([label] if paths and by_label and label in self.names else [])
 
     def without_contents(self, schema: pa.Schema) -> list[str]:
-        """Return the columns to read but for images that are in the table itself."""
+        """Return the columns to read, except the image column if the table itself contains the images."""
         image = self.config.image_key
         return [name for name in self.names if name != image or _is_text(schema.field(name).type)]
 
     def holds_contents(self, schema: pa.Schema) -> bool:
-        """Return whether images may be in the table itself, beside their paths."""
+        """Return whether the image column has a field for the content beside the path."""
         return "bytes" in _inside(schema.field(self.config.image_key).type)
 
 
@@ -121,12 +121,12 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _inside(kind: pa.DataType) -> set[str]:
-    """Return the names of what is in a mapping; nothing is in a value of another type."""
+    """Return the names of a struct's fields, and no names for any other type."""
     return {field.name for field in kind} if pa.types.is_struct(kind) else set()
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    # pandas calls this a categorical.
+    # Dictionary encoding is what pandas writes for a categorical column.
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
@@ -134,12 +134,12 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _part(column: pa.Array | pa.ChunkedArray, name: str) -> pa.Array | pa.ChunkedArray:
-    """Return what each of the mappings has under this name, null where a mapping is null."""
+    """Return the field `name` of each struct, null if the struct is null."""
     return column.flatten()[column.type.get_field_index(name)]
 
 
 def _contents(column: pa.Array | pa.ChunkedArray, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
-    """Yield the images in a column of mappings, those of these rows that have bytes."""
+    """Yield (row, content) of those of `rows` whose struct in an image column has bytes."""
     content = _part(column, "bytes")
     for row in rows.tolist():
         if (value := content[row].as_py()) is not None:
@@ -147,7 +147,7 @@ def _contents(column: pa.Array | pa.ChunkedArray, rows: np.ndarray) -> Iterator[
 
 
 def _class_names(schema: pa.Schema, label_key: str) -> list[str] | None:
-    """Return the names that a ClassLabel of `datasets` has written into the schema's metadata."""
+    """Return the class names that a ClassLabel of `datasets` stores in the schema's metadata."""
     with contextlib.suppress(KeyError, ValueError, TypeError):
         features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return features[label_key]["names"]
@@ -155,12 +155,12 @@ def _class_names(schema: pa.Schema, label_key: str) -> list[str] | None:
 
 
 class ParquetSource:
-    """A table of Parquet files, one behind the other; of each only the columns that are needed.
+    """A table of concatenated Parquet files, of which only the needed columns are read.
 
-    Parquet cannot give one row: its whole row group is decoded, and the latest ones are kept. Small row
-    groups (a hundred rows with images) make random access fast.
+    Parquet has no access to a single row: the whole row group is decoded, and the groups used last are kept.
+    Small row groups (a hundred rows with images) make random access fast.
 
-    Raises UserError if a file cannot be read or lacks a column, or if all are empty.
+    Raises UserError if a file cannot be read or lacks a column, or if all files are empty.
     """
 
     def __init__(self, files: Sequence[File], config: SourceConfig, *, text_only: bool = False):
@@ -175,7 +175,7 @@ class ParquetSource:
             for n, sizes_of_file in enumerate(sizes)
             for group, rows in enumerate(sizes_of_file)
         ]
-        # Which file and which of its row groups, and the number of the first row in it and in the next.
+        # (file, row group within the file) of each group, and the number of its first row in the whole table.
         self._groups_Gx2 = np.array([group[:2] for group in groups], np.int64).reshape(-1, 2)
         self._starts = np.cumsum([0, *(rows for _, _, rows in groups)])
         if not len(self):
@@ -194,11 +194,11 @@ class ParquetSource:
         place = f"row {row} of row group {group} of {file}"
         table = self._cache.get(found)
         if table is None:
-            # Arrow's errors are ValueErrors or OSErrors.
+            # Arrow raises ValueError or OSError for a damaged file.
             with bad_sample(place), _open_parquet(file) as opened:
                 table = opened.read_row_group(group, self._columns.names)
             self._cache.put(found, table)
-        # A damaged file may have a text that is not UTF-8.
+        # A damaged file may contain text that is not UTF-8.
         with bad_sample(place):
             values = {name: table[name][row].as_py() for name in table.column_names}
         return self._columns.example(values, file.parent, place)
@@ -240,7 +240,7 @@ class ParquetSource:
                     inside, start = inside[len(here) :] - len(batch), start + len(batch)
 
     def _batches(self, n: int, group: int, names: list[str]) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of a row group in pieces: columns of images may be larger than memory."""
+        """Yield the rows of a row group in batches, since a column of images may be larger than memory."""
         with _open_parquet(self.files[n]) as opened:
             yield from opened.iter_batches(PIECE, row_groups=[group], columns=names)
 
@@ -257,7 +257,7 @@ def _open_parquet(file: File) -> parquet.ParquetFile:
 
 
 def _read_layout(file: File) -> tuple[pa.Schema, list[int]]:
-    """Return the schema, and the number of rows of each row group."""
+    """Return the schema, and the number of rows in each row group."""
     with _open_parquet(file) as opened:
         about = opened.metadata
         rows = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
@@ -265,7 +265,7 @@ def _read_layout(file: File) -> tuple[pa.Schema, list[int]]:
 
 
 class _Cache:
-    """The tables used last, of together at most `CACHE_BYTES`; starts empty in every worker process."""
+    """The tables used last, at most `CACHE_BYTES` together; empty at the start of each worker process."""
 
     def __init__(self):
         self._tables: collections.OrderedDict[int, pa.Table] = collections.OrderedDict()
@@ -283,7 +283,7 @@ class _Cache:
 
     def put(self, key: int, table: pa.Table) -> None:
         with self._lock:
-            # Another thread was faster.
+            # Another thread has decoded the same group meanwhile.
             if key in self._tables:
                 return
             self._tables[key] = table
@@ -293,13 +293,13 @@ class _Cache:
 
 
 class HuggingFaceSource:
-    """A folder that `Dataset.save_to_disk` wrote, or a split of one by `DatasetDict.save_to_disk`.
+    """A folder that `Dataset.save_to_disk` wrote, or a split that `DatasetDict.save_to_disk` wrote.
 
-    Its Arrow files are mapped into memory, not read. A damaged file would make Arrow end the process: each
-    batch of rows (`datasets` writes a thousand) is validated before its first row is taken. The check reads
-    the texts of the batch, and of its images no more than their places.
+    The Arrow files are mapped into memory, not read. A damaged file would crash the process inside Arrow, so
+    each batch (`datasets` writes a thousand rows) is validated before its first row is taken. The validation
+    reads the texts of the batch, but only the offsets of its images.
 
-    Raises UserError if there is no such split, or if the folder is damaged, empty or lacks a column.
+    Raises UserError if the split does not exist, or if the folder is damaged, empty or lacks a column.
     """
 
     def __init__(self, folder: Path, config: SourceConfig, *, text_only: bool = False):
@@ -357,7 +357,7 @@ class HuggingFaceSource:
                 yield start + row, content
 
     def _batch(self, found: int) -> pa.RecordBatch:
-        """Return a batch whose columns are valid. Raise ArrowInvalid if they are damaged."""
+        """Return a batch with validated columns. Raise ArrowInvalid if they are damaged."""
         batch = self._batches[found]
         if found not in self._valid:
             for name in self._columns.names:
@@ -382,7 +382,7 @@ def _map_batches(files: Sequence[Path]) -> list[pa.RecordBatch]:
 
 
 def _check_utf8(schema: pa.Schema) -> None:
-    """Raise ValueError if a name is not UTF-8, as in a damaged file: Arrow itself looks when asked for it."""
+    """Raise ValueError if a column's name is not UTF-8: Arrow decodes the names only on access."""
     _ = schema.names
 
 

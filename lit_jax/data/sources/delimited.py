@@ -24,21 +24,25 @@ from lit_jax.data.sources.rows import (
 )
 from lit_jax.errors import UserError
 
+# A whole number as pandas writes it, see `DelimitedSource`.
 _WHOLE = re.compile(r"(-?[0-9]+)(\.0+)?")
 _NAN = re.compile("nan", re.IGNORECASE)
 _SEPARATORS = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
 
 
 class DelimitedSource:
-    """The pairs listed in a table: names of columns in the first line, paths of images in one of them.
+    """The pairs listed in a CSV or TSV file, with the names of the columns in the first line.
 
-    CSV is that of RFC 4180: what has a comma, a quote or a line break stands between double quotes. A TSV has
-    no line breaks inside of fields, and quotes count only around a whole field. Without names, a TSV of
-    two columns is read as caption and path (Conceptual Captions). Blanks around the names of columns do not
-    count; if there are some, those around all fields do not.
+    CSV follows RFC 4180: a field with a comma, a quote or a line break stands between double quotes. A TSV
+    has no line breaks inside fields, and quotes count only around a whole field. A TSV with two columns and
+    without names is read as caption and path (Conceptual Captions). Blanks around the columns' names are
+    stripped; if there are any, the blanks around all fields are stripped, too.
 
-    pandas writes a column of whole numbers as 1.0, 2.0 ... if some are missing, and these as NaN if asked to:
-    if all labels of the first rows are such, the label 1.0 is 1 and NaN is none.
+    pandas writes a column of whole numbers as 1.0, 2.0 ... if some values are missing, and can write NaN for
+    a missing value. If all labels of the first rows have this form, the label 1.0 is read as 1 and NaN as no
+    label.
+
+    Raises UserError if the columns cannot be recognised, or if there are no rows.
     """
 
     def __init__(self, file: File, config: SourceConfig, *, text_only: bool = False):
@@ -60,7 +64,7 @@ class DelimitedSource:
         self._whole_labels = bool(labels) and all(map(_WHOLE.fullmatch, labels))
 
     def _first_line(self) -> list[str]:
-        """Return the fields of the first line, and see whether blanks around fields count."""
+        """Return the fields of the first line, and set whether blanks around fields are stripped."""
         try:
             first = self._fields(self._lines[0])
             self._blanks = first != [*map(str.strip, first)]
@@ -69,7 +73,7 @@ class DelimitedSource:
             reason = encoding_problem(error)
         except ValueError as error:
             self._refuse_separator([])
-            # The first Macintosh ended lines so.
+            # Classic Mac OS, and Excel's "CSV (Macintosh)", end lines with a carriage return alone.
             old = b"\r" in self._lines[0].rstrip(b"\r\n")
             reason = "its lines end with carriage returns alone" if old else str(error)
         raise UserError(
@@ -78,6 +82,7 @@ class DelimitedSource:
         )
 
     def _is_header(self, first: Sequence[str]) -> bool:
+        """Return whether the first line names the columns. Raise UserError if it is no usable row either."""
         config, file = self._config, self._lines.file
         image = self._text_only or config.image_key in first
         if image and {config.caption_key, config.label_key, "captions"} & set(first):
@@ -98,7 +103,7 @@ class DelimitedSource:
         )
 
     def _refuse_separator(self, first: Sequence[str]) -> None:
-        """Raise UserError if something else separates the names of columns; `first` are those found."""
+        """Raise UserError if another separator divides the first line better than into the names `first`."""
         config, line, file = self._config, self._lines[0].decode(), self._lines.file
         wanted, expected = {config.image_key, config.caption_key, config.label_key}, self._separator
         for mark, name in _SEPARATORS.items():
@@ -137,7 +142,7 @@ class DelimitedSource:
         return [self._lines.file]
 
     def rows(self) -> Iterator[Mapping[str, str | None]]:
-        """Yield those that can be read, in order."""
+        """Yield the readable rows in order."""
         for line in itertools.chain.from_iterable(self._lines.blocks(self._first)):
             with contextlib.suppress(ValueError):
                 yield self._row(line)
@@ -155,11 +160,11 @@ class DelimitedSource:
             yield [name(line) for line in lines]
 
     def contents(self, rows: np.ndarray) -> tuple[()]:
-        # No image is in a text.
+        # A text file contains no images.
         return ()
 
     def _row(self, line: bytes) -> dict[str, str | None]:
-        """Return the fields of a line by their names. Raise ValueError if they are not as many."""
+        """Return the fields of a line by name. Raise ValueError if their number is wrong."""
         values = self._fields(line)
         if len(values) != len(self._names):
             quote = "; a comma within a field needs double quotes around it" if self._comma else ""
@@ -178,18 +183,19 @@ class DelimitedSource:
         if not self._comma:
             fields = [_unquoted(field) for field in text.split("\t")]
         elif '"' in text or "\r" in text:
+            # `csv` only where it is needed: splitting plain lines takes a third of its time.
             try:
                 (fields,) = csv.reader([text], strict=True, skipinitialspace=self._blanks)
             except csv.Error as error:
                 raise ValueError(str(error)) from error
-        # The same, in a third of the time.
         else:
             fields = text.split(",")
         return [field.strip() for field in fields] if self._blanks else fields
 
 
 def _unquoted(field: str) -> str:
-    """Return a field of a TSV without its quotes, if a writer of quotes has written them."""
+    """Return a field of a TSV without its quotes, if they follow the rules of CSV."""
+    # Inner quotes must be doubled; otherwise the outer quotes are part of the caption.
     inside = field[1:-1].replace('""', "")
     quoted = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inside
     return field[1:-1].replace('""', '"') if quoted else field

@@ -1,4 +1,4 @@
-"""Captions of Flickr8k and Flickr30k, in the files that they are spread in.
+"""Captions of Flickr8k and Flickr30k, in the file formats in which they are distributed.
 
 1000268201.jpg#0<tab>A child in a pink dress .           *.token, Flickr8k.token.txt
 image,caption  /  image_name,comment_number,comment      captions.txt
@@ -17,19 +17,22 @@ from lit_jax.data.sources.lists import ListedSource, captioned, parsing
 
 log = logging.getLogger(__name__)
 
-# A bar is missing in one line of the file that is spread.
+# The second bar is optional, because it is missing in one line of the distributed file.
 _BARS = re.compile(r"(?P<name>[^|]+?)\s*\|\s*[0-9]+\s*\|?\s*(?P<caption>.*)")
 _TAB = re.compile(r"(?P<name>[^\t]+?)(?:#[0-9]+)?\t(?P<caption>.*)")
 
 
 def has_bars(file: File) -> bool:
-    """Return whether a table begins as results.csv of Flickr30k does."""
+    """Return whether a table begins like results.csv of Flickr30k."""
     require_regular([file])
     return re.match(rb"(\xef\xbb\xbf)?\s*image_name\s*\|", read(file, 0, 64)) is not None
 
 
 def open_flickr(file: File) -> ListedSource:
-    """Return the images that a file lists, each with all of its captions."""
+    """Return the images that a file lists, each with all its captions.
+
+    Lines without an image and a caption are counted in a warning. Raises UserError if no line has both.
+    """
     listed, unread = collections.defaultdict(list), []
     with parsing(file):
         text = read_text(file).replace("\r\n", "\n")
@@ -52,14 +55,15 @@ def open_flickr(file: File) -> ListedSource:
 
 
 def _rows(text: str) -> Iterator[tuple[str, tuple[str, str] | None]]:
-    """Yield each line with its image and caption, None if they cannot be told."""
+    """Yield each line with (image, caption), or None if the line has another form."""
     lines = [*filter(str.strip, text.split("\n"))]
     first = lines[0] if lines else ""
     if "\t" in first or "|" in first:
         yield from _matched(lines, _TAB if "\t" in first else _BARS)
         return
     has_header = not _is_image(first.split(",")[0])
-    # Not everybody quotes a caption with commas; it is the last column.
+    # Some copies do not quote captions with commas. The caption is the last column, so all fields from there
+    # on are joined.
     before = first.count(",") if has_header else 1
     for line in lines:
         fields = _fields(line)
@@ -72,7 +76,7 @@ def _rows(text: str) -> Iterator[tuple[str, tuple[str, str] | None]]:
 def _matched(
     lines: Sequence[str], pattern: re.Pattern[str]
 ) -> Iterator[tuple[str, tuple[str, str] | None]]:
-    """Yield the lines behind the names of the columns, if the first line has these."""
+    """Yield each line as `_rows` does, without the first line if it names the columns."""
     matches = [pattern.fullmatch(line) for line in lines]
     names = [match["name"] if match else "" for match in matches[:2]]
     has_header = not names[0] or (not _is_image(names[0]) and any(map(_is_image, names[1:])))
@@ -83,7 +87,7 @@ def _matched(
 def _fields(line: str) -> list[str]:
     try:
         return next(csv.reader([line], strict=True))
-    # The quotes are part of the text.
+    # The quotes are part of a caption that is not quoted.
     except csv.Error:
         return line.split(",")
 

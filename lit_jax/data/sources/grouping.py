@@ -1,8 +1,8 @@
-"""Tables with a row for each caption: the rows of one image are one example.
+"""Group the rows of a table with one row for each caption: all rows of an image become one example.
 
-Rows that name the same file are of one image. If a table itself holds the images, its rows are of one image
-if both path and content agree: `datasets` keeps the last part of a path alone. A row without a path stands
-alone, and so does one that is no example, as a bad sample.
+Rows that name the same file belong to one image. If the table itself contains the images, rows belong to one
+image if both path and content agree, because `datasets` keeps only the last part of a path. A row without a
+path stays alone, and so does a row that cannot be used, which is a bad sample.
 """
 
 import contextlib
@@ -24,16 +24,17 @@ from lit_jax.data.sources.index_cache import CachedTable, TableCache
 
 log = logging.getLogger(__name__)
 
+# Part of the cache's key: raised when the grouping of the same rows changes.
 VERSION = 2
-# A pass that took less is not cached.
+# A grouping that took less time than this is not cached.
 CACHE_FROM_SECONDS = 1.0
-# Python's hash is never -1.
+# A value that marks rows without identity, because Python's hash is never -1.
 _ALONE = -1
 
 
 @runtime_checkable
 class Table(Protocol):
-    """A source whose examples are rows of files."""
+    """A source whose examples are the rows of files."""
 
     @property
     def files(self) -> Sequence[File]: ...
@@ -43,20 +44,20 @@ class Table(Protocol):
     def __getitem__(self, index: int, /) -> Example: ...
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        """Yield those that can be read, in order, without the content of images."""
+        """Yield the readable rows in order, without the content of images."""
         ...
 
     def identities(self, *, by_label: bool) -> Iterator[Sequence[str | None]]:
-        """Yield what `rows.identity` says of each row, in order and many at a time."""
+        """Yield `rows.identity` of each row, in order and in batches."""
         ...
 
     def contents(self, rows: Int[np.ndarray, " R"]) -> Iterable[tuple[int, bytes]]:
-        """Yield the images among these rows, in ascending order, that the table itself holds."""
+        """Yield (row, content) of the images that the table itself contains; `rows` are ascending."""
         ...
 
 
 def group_rows(table: Table, config: SourceConfig, *, by_label: bool) -> Source:
-    """Return the table with its images as examples, in the order of their first rows.
+    """Return a source with one example for each image, in the order of the images' first rows.
 
     Args:
         by_label: whether rows of one image with different labels are different examples.
@@ -74,7 +75,7 @@ def group_rows(table: Table, config: SourceConfig, *, by_label: bool) -> Source:
 
 
 class Groups:
-    """The rows of each image. A cached grouping is sent to worker processes as its path."""
+    """The rows of each image. A cached grouping is pickled as its path, and mapped into memory again."""
 
     def __init__(self, found: pa.LargeListArray | CachedTable):
         self._found = found
@@ -108,7 +109,7 @@ class _Grouped:
 
 
 def _merge(examples: Sequence[Example]) -> Example:
-    """Return one example with the captions of all, also where two are the same, in their order."""
+    """Return one example with the captions of all rows in order, including repeated captions."""
     first, *others = examples
     if not others:
         return first
@@ -123,15 +124,15 @@ def _merge(examples: Sequence[Example]) -> Example:
         **first,
         "captions": tuple(text for example in captioned for text in example["captions"]),
         "languages": tuple(itertools.chain(*filter(None, languages))) if any(languages) else None,
-        # It belongs to one caption, and not to all.
+        # A translation belongs to a single caption, so it cannot serve all of them.
         "teacher_caption": None,
     }
 
 
 def _find_groups(table: Table, config: SourceConfig, *, by_label: bool) -> Groups:
-    """Return the rows of each image, or nothing if each image has one row.
+    """Return the rows of each image, or an empty result if each image has a single row.
 
-    A result that took long is cached on disk.
+    A result that took long to compute is cached on disk.
     """
     keys = [config.image_key, config.caption_key, config.label_key if by_label else ""]
     cache = TableCache(table.files, [VERSION, *keys], kind="groups")
@@ -140,17 +141,19 @@ def _find_groups(table: Table, config: SourceConfig, *, by_label: bool) -> Group
     started = time.monotonic()
     found = _pass_over(table, by_label=by_label)
     if time.monotonic() - started > CACHE_FROM_SECONDS:
-        # The next start takes as long again.
+        # If no folder is writable, the next start computes the grouping again.
         with contextlib.suppress(OSError):
             return Groups(cache.store(pa.table({"rows": found})))
     return Groups(found)
 
 
 def _pass_over(table: Table, *, by_label: bool) -> pa.LargeListArray:
+    """Return the rows of each image by one pass over the table, which keeps 16 bytes for each row."""
+    # The number of the row makes the initial value unique: a row without identity equals no other row.
     hash_Nx2 = np.stack([np.full(len(table), _ALONE), np.arange(len(table))], axis=1)
     start = 0
     for names in table.identities(by_label=by_label):
-        # Two keyed hashes of 64 bits: that all of a billion are different is as good as certain.
+        # Two keyed hashes of 64 bits: a collision among a billion rows is practically impossible.
         block_Bx2 = hash_Nx2[start : start + len(names)]
         named_B = np.fromiter((name is not None for name in names), bool, len(names))
         for half, mark in enumerate(("", "\1")):
@@ -162,9 +165,10 @@ def _pass_over(table: Table, *, by_label: bool) -> pa.LargeListArray:
         return _lists(order_N[:0], np.zeros(0, bool))
     held, repeated = 0, np.sort(order_N[_repeated(is_first_N)])
     for row, content in table.contents(repeated):
-        # All rows are read, which takes minutes for a large table.
+        # The contents of all these rows are read, which takes minutes for a large table.
         if not held:
             log.info("%d rows share paths; their images are compared by content.", len(repeated))
+        # The row's hash then identifies the pair of path and content.
         digest = hashlib.blake2b(content, digest_size=16).digest()
         hash_Nx2[row] ^= np.frombuffer(digest, np.int64)
         held += 1
@@ -174,7 +178,7 @@ def _pass_over(table: Table, *, by_label: bool) -> pa.LargeListArray:
 
 
 def _sorted(hash_Nx2: Int[np.ndarray, "N 2"]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows with equal ones side by side, in their order, and which are the first of their kind."""
+    """Return the rows sorted so that equal rows are adjacent and in order, and which start a group."""
     order_N = np.lexsort(hash_Nx2.T)
     sorted_Nx2 = hash_Nx2[order_N]
     differs = (sorted_Nx2[1:] != sorted_Nx2[:-1]).any(axis=1)
@@ -182,15 +186,16 @@ def _sorted(hash_Nx2: Int[np.ndarray, "N 2"]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _repeated(is_first_N: np.ndarray) -> np.ndarray:
-    """Return which of the sorted rows have another one of their kind."""
+    """Return which of the sorted rows share their group with another row."""
     return ~is_first_N | ~np.concatenate([is_first_N[1:], [True]])
 
 
 def _lists(order_N: np.ndarray, is_first_N: np.ndarray) -> pa.LargeListArray:
-    """Return the rows of each kind, in the order of the kinds' first rows."""
+    """Return the rows of each group, in the order of the groups' first rows."""
     if not len(order_N):
         return pa.array([], pa.large_list(pa.int64()))
     starts_G = np.flatnonzero(is_first_N)
+    # Sorting by hash has shuffled the groups; the rank restores the order of the table.
     rank_G = np.empty(len(starts_G), np.int64)
     by_row_G = np.argsort(order_N[starts_G])
     rank_G[by_row_G] = np.arange(len(starts_G))

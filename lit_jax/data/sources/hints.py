@@ -1,4 +1,4 @@
-"""Files that look like a data set and are none, and what to do about each."""
+"""Hints about files that look like a data set but cannot be read as one."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from lit_jax.data.files import File
 from lit_jax.data.listing import shown
 from lit_jax.errors import UserError
 
-# By patterns of file names; the first that fits counts.
+# Patterns of file names -> hint. The first entry with a matching file is used.
 _HINTS = {
     ("*.tfrecord", "*.tfrecord-*"): (
         "TFRecord files cannot be read at random; prepare the data set again with "
@@ -27,12 +27,12 @@ _HINTS = {
         "another field than image; if it has such an object on each line, call it *.jsonl"
     ),
 }
-# Beside the data of other formats, which they only describe.
+# Files that only describe the data of other formats.
 ABOUT = ("dataset_info.json", "dataset_infos.json")
 
 
 def hint(files: Sequence[File]) -> str:
-    """Return a sentence about the files of a folder without a data set; "" if none of them is known."""
+    """Return a sentence about the first known kind of file in a folder without a data set, or ""."""
     for patterns, what in _HINTS.items():
         found = [
             file.name
@@ -45,7 +45,10 @@ def hint(files: Sequence[File]) -> str:
 
 
 def check_versions(folder: File, paths: Sequence[str]) -> None:
-    """Raise UserError if `paths` in a folder are prepared TFDS data: versions, or configs with versions."""
+    """Raise UserError if `paths` show prepared TFDS data deeper in the folder.
+
+    TFDS prepares data in NAME/VERSION or NAME/CONFIG/VERSION, and users often name only the folder above.
+    """
     found = [path.rpartition("/")[0] for path in paths if path.endswith("/features.json")]
     if found:
         raise UserError(

@@ -1,8 +1,8 @@
-"""A cache on disk of tables about files, each made by one pass over these files.
+"""A disk cache of tables that are derived from data files by a pass over these files.
 
-A table is one record batch in an Arrow file that is mapped into memory: opening it costs the same for a
-thousand rows and for a billion. The table lies beside the files or, where nothing can be written, in the
-user's cache folder. Its key is the signatures of the files: a table of changed files is not loaded.
+A table is one record batch in an Arrow file that is mapped into memory, so that opening takes the same time
+for a thousand rows and for a billion. The table lies beside the files or, if their folder is read-only, in
+the user's cache folder. The key contains the signatures of the files: a table of changed files is not loaded.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ _KEY = b"lit_jax"
 
 
 class CachedTable:
-    """The columns of a table on disk. Only its path is sent to worker processes."""
+    """The columns of a table on disk. Only the path is pickled for worker processes."""
 
     def __init__(self, path: Path):
         self._path = path
-        # One batch: so that a column is one piece and a row is found at once.
+        # With a single batch each column is one array, and a row is found without a search.
         with pa.ipc.open_file(pa.memory_map(os.fsencode(path))) as reader:
             self.about = reader.schema.metadata
             self.columns: list[Any] = reader.get_batch(0).columns
@@ -37,27 +37,30 @@ class CachedTable:
 
 
 class TableCache:
-    """The cache entry of one table about `files`: where it may lie, and the key that it has to have.
+    """The cache entry of a table about `files`: the places where the table may lie, and the expected key.
 
     Args:
-        settings: a version, and plain texts; the table depends on them as it does on the files.
-        kind: begins the name of the table's file.
+        settings: a version and plain texts on which the table depends, apart from the files.
+        kind: the prefix of the table's file name.
 
-    Raises OSError if one of the files is missing.
+    Raises OSError if a file is missing.
     """
 
     def __init__(self, files: Sequence[File], settings: Sequence[Any], *, kind: str):
         with ThreadPoolExecutor(16) as pool:
             signatures = list(pool.map(signature, files))
         self._key = json.dumps([*settings, signatures]).encode()
+        # The file's name depends on neither the version nor the signatures, so that a new table replaces the
+        # outdated one instead of adding a file.
         names = "\n".join(map(str, [*files, *settings[1:]]))
         digest = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         name = f"lit_jax-{kind}-{digest}.arrow"
         beside = [files[0].parent] if isinstance(files[0], Path) else []
-        self.places = [folder / name for folder in (*beside, cache_folder())]  # best first
+        # The best place comes first.
+        self.places = [folder / name for folder in (*beside, cache_folder())]
 
     def load(self) -> CachedTable | None:
-        """Return the table, None if there is no whole one with this key."""
+        """Return the table, or None if there is no complete table with this key."""
         for place in self.places:
             try:
                 found = CachedTable(place)
@@ -68,11 +71,11 @@ class TableCache:
         return None
 
     def store(self, table: pa.Table) -> CachedTable:
-        """Write the table, with its schema's metadata, to the first place that takes it.
+        """Write the table, with its schema's metadata, to the first writable place.
 
-        Several processes may do so at once: each writes a whole file, and the files are the same.
+        Several processes may do so at once: each writes a complete file, and the files are equal.
 
-        Raises OSError if no place takes it.
+        Raises OSError if no place is writable.
         """
         metadata = (table.schema.metadata or {}) | {_KEY: self._key}
         table = table.combine_chunks().replace_schema_metadata(metadata)
@@ -80,6 +83,7 @@ class TableCache:
         for place in self.places:
             try:
                 place.parent.mkdir(parents=True, exist_ok=True)
+                # A table without rows has no batch, and the reader expects one.
                 batches = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
                 with (
                     atomic_path(place) as new,

@@ -1,4 +1,4 @@
-"""A list of rows in one JSON file, as BLIP and LLaVA read it: [{"image": "a.jpg", "caption": "a dog"}]."""
+"""A list of rows in a JSON file, the format of BLIP and LLaVA: [{"image": "a.jpg", "caption": "a dog"}]."""
 
 import codecs
 import itertools
@@ -13,16 +13,17 @@ from lit_jax.errors import UserError
 
 _HEAD_BYTES = 1 << 16
 _LIST = re.compile(rb'(\xef\xbb\xbf)?\s*\[\s*\{\s*"')
-# Keys of rows that hold the image, beside the one that the config names.
+# The usual keys of the image, besides the key that the config names.
 _IMAGE_KEYS = ("image", "file_name")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def is_list_of_rows(file: File, image_key: str) -> bool:
-    """Return whether a JSON file is a list of objects of which one of the first names an image."""
+    """Return whether a JSON file is a list of objects, and one of the first objects names an image."""
     require_regular([file])
     head = read(file, 0, _HEAD_BYTES)
-    # A file may write letters beyond ASCII as they are, or escaped.
+    # A file may contain letters beyond ASCII as they are, or escaped. The file may be gigabytes long, so its
+    # start is searched instead of parsed.
     keys = [
         re.escape(json.dumps(key, ensure_ascii=is_escaped)).encode()
         for key in (*_IMAGE_KEYS, image_key)
@@ -33,9 +34,9 @@ def is_list_of_rows(file: File, image_key: str) -> bool:
 
 
 class JsonItems:
-    """The items of a JSON list, found by their offsets and read when asked for, as the lines of a JSONL file.
+    """The items of a JSON list, with the interface of `Lines`. Only the offsets are kept in memory.
 
-    Raises UserError if there is none, or if the file is no JSON list.
+    Raises UserError if the list is empty, or if the file is no JSON list.
     """
 
     def __init__(self, file: File):
@@ -57,18 +58,23 @@ class JsonItems:
         return read(self.file, *self._bounds_Nx2[index].tolist())
 
     def blocks(self, start: int = 0, *, count: int = 10_000) -> Iterator[list[bytes]]:
-        """Yield all items from `start` on, in order and many at a time; the file is read once."""
+        """Yield all items from `start` on, in order, in lists of at most `count`; read the file once."""
         content = self.file.read_bytes()
         bounds = iter(self._bounds_Nx2[start:].tolist())
         while block := [content[a:b] for a, b in itertools.islice(bounds, count)]:
             yield block
 
     def place(self, index: int) -> str:
+        """Return the name of an item for messages."""
         return f"item {index} of {self.file}"
 
 
 def _bounds(text: str) -> np.ndarray:
-    """Return int64 Nx2: the bytes at which each item of a JSON list starts and stops."""
+    """Return the bytes at which each item of a JSON list starts and stops, int64 Nx2.
+
+    Raises ValueError if the text is no JSON list.
+    """
+    # The decoder parses one item at a time, whose value is thrown away: `json.loads` gives no offsets.
     decoder, ends = json.JSONDecoder(), []
     place = _after_space(text, 0)
     if text[place : place + 1] != "[":
@@ -83,7 +89,7 @@ def _bounds(text: str) -> np.ndarray:
         place = _after_space(text, place + 1) if is_open else place
     if text[place:].strip() != "]":
         raise ValueError(f"neither a comma nor the end after item {len(ends) // 2 - 1}")
-    # From characters to bytes.
+    # The decoder counts characters, and a file is read by bytes.
     lengths = [len(text[a:b].encode()) for a, b in itertools.pairwise([0, *ends])]
     return np.cumsum(lengths, dtype=np.int64).reshape(-1, 2)
 

@@ -1,4 +1,4 @@
-"""One JSON object a line."""
+"""Tables with one JSON object on each line."""
 
 import contextlib
 import itertools
@@ -16,7 +16,7 @@ from lit_jax.data.sources.rows import bad_sample, example_of, identity
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
 
-# At least one of so many lines has to be good.
+# The number of first lines of which at least one has to be good.
 TRIED = 20
 
 
@@ -29,9 +29,11 @@ class JsonlSource:
         or, by language,  {"image": ..., "captions": {"en": ["a dog"], "de": ["ein Hund"]}}
 
     "image" is a path, relative to the file's folder or absolute; "key", "label" and captions are optional.
-    For a text tower that learns from a teacher a line needs no image, and "teacher_caption" says the same as
-    its captions in the teacher's language (without it, the captions are in that language).
-    Lines are found by their offsets and parsed when they are asked for: millions of them are no burden.
+    For a text tower that learns from a teacher, a line needs no image, and "teacher_caption" is a translation
+    of its captions into the teacher's language (without it, the captions are in that language).
+    Only the lines' offsets are kept in memory; a line is parsed on access.
+
+    Raises UserError if all of the first lines are bad.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class JsonlSource:
         folder: File | None = None,
         lines: Lines | JsonItems | None = None,
     ):
-        """Open a file; `folder` is where paths of images start, if not from the file's own folder."""
+        """Open a file. `folder` is the base of relative image paths, by default the file's own folder."""
         self._lines = lines or Lines(file)
         self._folder = folder or file.parent
         self._config = config
@@ -51,7 +53,8 @@ class JsonlSource:
         self._check_format()
 
     def _check_format(self) -> None:
-        """Raise UserError if all of the first lines are bad: better now than in a worker process."""
+        """Raise UserError if all of the first lines are bad."""
+        # Checked here: later it would be one bad sample after another, in a worker process.
         first = None
         for index in range(min(len(self), TRIED)):
             try:
@@ -76,7 +79,7 @@ class JsonlSource:
         return [self._lines.file]
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        """Yield those that can be read, in order."""
+        """Yield the readable rows in order."""
         for line in itertools.chain.from_iterable(self._lines.blocks()):
             with contextlib.suppress(ValueError):
                 yield _row(line)
@@ -92,7 +95,7 @@ class JsonlSource:
             yield [name(line) for line in lines]
 
     def contents(self, rows: np.ndarray) -> tuple[()]:
-        # No image is in a text.
+        # A text file contains no images.
         return ()
 
 
@@ -104,8 +107,9 @@ def _row(line: bytes) -> Mapping[str, Any]:
 
 
 def open_json_list(file: File, config: SourceConfig, *, text_only: bool = False) -> JsonlSource:
-    """Open a list of rows in one JSON file, whose images may lie in a folder beside it."""
+    """Open a list of rows in a JSON file, whose images may lie in a folder beside the file."""
     items, folder = JsonItems(file), file.parent
+    # Annotation files of BLIP and LLaVA usually lie apart from the images, so the usual folders are tried.
     if not text_only:
         rows = [parse_json(items[index].decode()) for index in range(min(len(items), 5))]
         images = [row.get(config.image_key) for row in rows if isinstance(row, dict)]

@@ -1,4 +1,4 @@
-"""Images in files whose captions or classes stand together: folders by class, COCO, Flickr30k."""
+"""Images whose captions are in a single file (COCO, Flickr30k), or whose folders are their classes."""
 
 import collections
 import contextlib
@@ -20,23 +20,26 @@ from lit_jax.files import parse_json
 
 log = logging.getLogger(__name__)
 
-# The folders beside a caption file that images lie in, if not in its own.
+# The usual folders of images, beside a caption file or one level above.
 IMAGE_FOLDERS = (
     *("images", "Images", "image", "imgs", "flickr30k-images", "flickr30k_images"),
     *("Flicker8k_Dataset", "Flickr8k_Dataset"),
 )
-# So many listed images are tried, to find their folder.
+# The number of listed images that are tried to find their folder.
 _TRIED = 5
 
 
 class ListedSource:
-    """The images of a folder, each with captions or the name of its class. Kept as Arrow arrays.
+    """The images of a folder, each with captions or with a class name.
+
+    The values are Arrow arrays, since millions of Python objects would fill the memory and be copied to
+    worker processes.
 
     Args:
         names: paths relative to `folder`.
-        captions: of each image; None: there are none. An image with one that is no text is a bad sample; null
-            is none.
-        labels: of each image, the name of its folder; None: there are none.
+        captions: the captions of each image, or None without captions. A null is skipped; an image with any
+            other caption that is no text is a bad sample.
+        labels: the class name of each image, which is the name of its folder, or None without labels.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class ListedSource:
         labels: Sequence[str] | None = None,
     ):
         self._folder = folder
-        # Any bytes: what a file is called need not be UTF-8. A text may have half an emoji.
+        # Bytes instead of strings: a file name need not be UTF-8, and JSON may contain half a surrogate pair.
         self._names = pa.array(map(_encoded, names), pa.large_binary())
         self._captions, self._problems = None, {}
         if captions is not None:
@@ -59,7 +62,7 @@ class ListedSource:
                 [] if i in self._problems else [*map(_encoded, t)] for i, t in enumerate(texts)
             ]
             self._captions = pa.array(usable, pa.large_list(pa.large_binary()))
-        # Few names, many images: a dictionary keeps each name once.
+        # Dictionary encoding stores each of the few class names once.
         self._labels = None if labels is None else pa.array(labels, pa.string()).dictionary_encode()
 
     def __len__(self) -> int:
@@ -94,10 +97,10 @@ def _problem(caption: object) -> str | None:
 
 
 def image_folder(folder: File, found: Sequence[str]) -> ListedSource | None:
-    """Return the images in a folder for each class, at any depth; None if there is no image in a folder.
+    """Return the images below the folders of classes, at any depth, or None if no folder has images.
 
     Args:
-        found: the paths of all files and folders in it, as `walk` gives them.
+        found: the paths of all files and folders in `folder`, as `walk` yields them.
 
     Raises UserError if the folders are splits.
     """
@@ -116,7 +119,7 @@ def image_folder(folder: File, found: Sequence[str]) -> ListedSource | None:
 def _tell_left_out(
     folder: File, found: Sequence[str], images: Sequence[str], classes: Set[str]
 ) -> None:
-    """Log which of the paths `found` give no example: hidden ones, folders and images without a class."""
+    """Log the paths that give no example: hidden ones, folders without images, images without a class."""
     hidden = {system_part(name) for name in found if is_system(name)}
     folders = {name.split("/", 1)[0] for name in found if "/" in name and not is_system(name)}
     outside = [name for name in images if "/" not in name]
@@ -145,7 +148,7 @@ def _tell_left_out(
 
 
 def open_coco(file: File, split: str | None) -> ListedSource:
-    """Open captions of COCO: "images" with id and file_name, "annotations" with image_id and caption."""
+    """Open COCO captions: "images" with id and file_name, "annotations" with image_id and caption."""
     with parsing(file):
         content = parse_json(read_text(file))
         captions = collections.defaultdict(list)
@@ -164,7 +167,7 @@ def open_coco(file: File, split: str | None) -> ListedSource:
 
 
 def open_karpathy(file: File, split: str | None) -> ListedSource:
-    """Open dataset_flickr30k.json or dataset_coco.json of Karpathy; "train+restval" is two splits in one."""
+    """Open Karpathy's dataset_flickr30k.json or dataset_coco.json; "train+restval" joins two splits."""
     with parsing(file):
         rows = parse_json(read_text(file))["images"]
         known = {row["split"] for row in rows}
@@ -183,7 +186,7 @@ def open_karpathy(file: File, split: str | None) -> ListedSource:
 
 
 def _by_name(pairs: Iterable[tuple[Any, Iterable[Any]]]) -> dict[str, list[Any]]:
-    """Return the captions of each file; one that is listed twice has those of both places.
+    """Return the captions of each file; a file that is listed twice gets the captions of both entries.
 
     Raises TypeError if the name of a file is no text.
     """
@@ -197,13 +200,13 @@ def _by_name(pairs: Iterable[tuple[Any, Iterable[Any]]]) -> dict[str, list[Any]]
 
 @contextlib.contextmanager
 def parsing(file: File) -> Iterator[None]:
-    """Raise UserError at a caption file that is damaged, or of another kind than its name says."""
+    """Raise UserError if a caption file is damaged, or has another format than its name suggests."""
     check_text(file)
     try:
         yield
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 ({encoding_problem(error)}).") from error
-    # A text that is not UTF-8 is a ValueError, too.
+    # UnicodeDecodeError, handled above, is a ValueError, too.
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file} is no caption file of its kind ({textwrap.shorten(repr(error), 200)}); get it again."
@@ -213,7 +216,7 @@ def parsing(file: File) -> Iterator[None]:
 def captioned(
     file: File, listed: Mapping[str, Sequence[Any]], split: str | None = None
 ) -> ListedSource:
-    """Return the images that a file lists, with their captions. Raises UserError if there are none."""
+    """Return the images that a file lists, with their captions. Raise UserError if there are none."""
     if not listed:
         raise UserError(f"{file} lists no images; use another file or split.")
     folder = folder_of_images(file, [*itertools.islice(listed, _TRIED)], split)
@@ -221,11 +224,13 @@ def captioned(
 
 
 def folder_of_images(file: File, names: Sequence[str], split: str | None = None) -> File:
-    """Return the folder that paths of images in a caption file start from: its own, or one beside it.
+    """Return the base folder of a caption file's image paths: the file's own folder, or one beside it.
 
     Args:
-        names: of some images, of which one has to be there.
-        split: may be the name of a folder, too.
+        names: some of the image paths. The folder has to contain at least one of them.
+        split: also tried as the name of a folder.
+
+    Raises UserError if no folder contains an image.
     """
     bases = [
         base / name for base in (file.parent, file.parent.parent) for name in (".", *IMAGE_FOLDERS)

@@ -1,7 +1,7 @@
-"""Tables whose columns are called as other tools call them.
+"""Tables whose columns have the names that other tools give them.
 
-metadata.jsonl, metadata.csv and metadata.parquet lie in the image folders of Hugging Face's `datasets`, with
-a column "file_name" and captions in any other, "text" in most.
+Image folders of Hugging Face's `datasets` contain metadata.jsonl, metadata.csv or metadata.parquet with a
+column "file_name". The captions may be in any other column, usually "text".
 """
 
 import csv
@@ -22,14 +22,14 @@ from lit_jax.files import parse_json
 
 log = logging.getLogger(__name__)
 
-# Key of a source -> names of what it names elsewhere, if nothing is called like its default.
+# Config key -> the column names of other tools, which are tried if no column has the key's default name.
 _OTHER_NAMES = {"image_key": ("file_name",), "caption_key": ("captions", "text")}
 _HEAD_BYTES = 1 << 20
 _FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def with_names_of(file: File, config: SourceConfig) -> SourceConfig:
-    """Return the config of a source with the names of a file's columns, where the user has set none."""
+    """Return the config with the names of the file's columns, for the keys that the user has not set."""
     names = _names(file)
     changed = {}
     for key, others in _OTHER_NAMES.items():
@@ -41,7 +41,7 @@ def with_names_of(file: File, config: SourceConfig) -> SourceConfig:
 
 
 def _names(file: File) -> Collection[str]:
-    """Return the names of a table's columns; none if it is damaged, which its reader says better."""
+    """Return the names of a table's columns, or none for a damaged file, which its reader reports."""
     kind = file.suffix.lower()
     if kind == ".parquet":
         with file.open("rb") as opened:
@@ -49,6 +49,7 @@ def _names(file: File) -> Collection[str]:
     try:
         head = read(file, 0, _HEAD_BYTES).decode("utf-8-sig", "replace").strip()
         if kind == ".json":
+            # The head may end within an item, so only the first item is decoded.
             row, _ = json.JSONDecoder().raw_decode(head.removeprefix("[").strip())
             return row
         line = head.split("\n")[0]
@@ -58,16 +59,16 @@ def _names(file: File) -> Collection[str]:
 
 
 def tell_unread(file: File, files: Sequence[File]) -> None:
-    """Warn of other metadata files beside the one that is read. `datasets` refuses several."""
+    """Warn about other metadata files in the folder, which are not read. `datasets` refuses such a folder."""
     others = [other.name for other in files if other.name.lower() in _FILES and other != file]
     if others:
         log.warning("%s is read, and %s beside it is not.", file, shown(others))
 
 
 def require_in_split(table: HasRows, file: File, config: SourceConfig) -> None:
-    """Raise UserError if a table above the folder of a split lists images in folders of splits.
+    """Raise UserError if a table above the folder of a split lists images of several splits.
 
-    `datasets` gives all of its rows to each split.
+    `datasets` would give all rows to each split, which mixes training and test data.
     """
     paths = [row.get(config.image_key) for row in first_rows(table)]
     folders = {path.split("/")[0] for path in paths if isinstance(path, str) and "/" in path}

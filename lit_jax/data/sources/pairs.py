@@ -1,8 +1,8 @@
-"""Images with their captions in files beside them, as img2dataset writes them by default.
+"""Images with their captions in files beside them, the default output of img2dataset.
 
     00000/000000000.jpg, 00000/000000000.txt, 00000/000000000.json
 
-A sample is the files of one folder whose names differ in their ending alone, see `samples`.
+A sample consists of the files of one folder whose names differ only in the ending, see `samples`.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ from lit_jax.data.sources.samples import FIELDS, FLAWS, Member, Parts, Reading, 
 log = logging.getLogger(__name__)
 
 _TEXT = tuple(suffix for rank in (*FIELDS["text"], *FIELDS["json"]) for suffix in rank)
-# 00012/000120034.jpg
+# An image in a numbered folder of img2dataset: 00012/000120034.jpg.
 _IN_PART = re.compile(r"(?:.*/)?([0-9]{5,})/\1[0-9]+\.[^/]+")
-# So many samples are looked at, to see whether they have labels.
+# The number of samples that are checked for labels.
 _LOOKED_AT = 50
-# Few different values in millions of rows: a dictionary keeps each once.
+# Columns with few different values in millions of rows: dictionary encoding stores each value once.
 _FEW = pa.dictionary(pa.int32(), pa.binary())
 _SCHEMA = pa.schema(
     [("key", pa.large_binary()), ("flaw", _FEW), *((field, _FEW) for field in FIELDS)]
@@ -39,7 +39,10 @@ _SCHEMA = pa.schema(
 
 
 class PairSource:
-    """The images of a folder with files beside them. Kept as Arrow arrays: a name, and endings by field."""
+    """The images of a folder with files beside them.
+
+    The samples are an Arrow table with the common name, and the endings of the files by field.
+    """
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class PairSource:
         text_only: bool = False,
         has_classes: bool = False,
     ):
-        """Open the samples of `table`; `has_classes`: the first folder of each is the name of its class."""
+        """Open the samples of `table`; with `has_classes` the first folder of a sample is its class."""
         self._folder = folder
         self._table = table
         self._config = config
@@ -61,6 +64,7 @@ class PairSource:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Example:
+        # A slash separates the endings of one field, since no file name contains a slash.
         key, flaw, *endings = (self._table[name][index].as_py() for name in _SCHEMA.names)
         names = {
             field: [os.fsdecode(key + ending) for ending in value.split(b"/")] if value else []
@@ -77,7 +81,7 @@ class PairSource:
                 if field != "image"
             }
             one = {field: found[0] if found else None for field, found in contents.items()}
-            # The label is the folder's name, so that broken JSON spoils nothing.
+            # The label is the folder's name. With a label from elsewhere, broken JSON is not an error.
             if self._has_classes:
                 one["cls"] = b""
             example = example_of_parts(
@@ -96,19 +100,19 @@ class PairSource:
 def open_pairs(
     folder: File, found: Sequence[str], config: SourceConfig, *, text_only: bool = False
 ) -> PairSource | None:
-    """Return the samples of a folder, if its images have texts or json beside them.
+    """Return the samples of a folder whose images have texts or json beside them, else None.
 
-    If fewer than half of them have and lie in folders, these are taken for classes. If no sample has a label,
-    the folders are its classes, too; for `config.templates` nothing else is read then, since a text beside an
-    image of a class is often an annotation (labelme, YOLO).
+    The folders are taken for classes if fewer than half of the images have such files, and also if no sample
+    has a label. With `config.templates` nothing beside the images is read in the latter case, since a text
+    beside an image of a class is often an annotation (labelme, YOLO).
 
     Args:
-        found: the paths of all files in it.
+        found: the paths of all files and folders in `folder`.
 
-    Raises UserError if its folders are splits.
+    Raises UserError if the folders are splits.
     """
     names = [name for name in found if not is_system(name) and not name.endswith("/")]
-    # Most folders with images have no texts: these are told apart without looking at each name.
+    # Most folders of images have no texts; this cheap test avoids splitting millions of names.
     if not any(name.lower().endswith(_TEXT) for name in names):
         return None
     readings = samples.decide([*_readings(names)])
@@ -132,6 +136,7 @@ def open_pairs(
             log.warning("%s: %s.", folder, remark)
     log.info("%s has %d images with files of captions or json beside them.", folder, images)
     table = pa.Table.from_batches([reading.samples for reading in readings], _SCHEMA)
+    # Each folder's batch has dictionaries of its own, and chunks can be combined only with the same ones.
     table = table.unify_dictionaries().combine_chunks()
     source = PairSource(folder, table, config, text_only=text_only)
     labels_missing = table["cls"].null_count == len(table) and not _has_label(source)
@@ -141,7 +146,7 @@ def open_pairs(
 
 
 def _with_classes(folder: File, table: pa.Table, config: SourceConfig) -> PairSource | None:
-    """Return samples whose folders are their classes, None where only images and folders count."""
+    """Return samples whose folders are their classes, or None if only images and folders are read."""
     if config.templates:
         log.warning(
             "%s: no image has a label beside it, so its folders are classes; what lies beside the images is "
@@ -154,14 +159,14 @@ def _with_classes(folder: File, table: pa.Table, config: SourceConfig) -> PairSo
 
 
 def _may_be_classes(paths: Sequence[str]) -> bool:
-    """Return whether images lie in several folders that are not the numbered ones of img2dataset."""
+    """Return whether images lie in several folders other than the numbered folders of img2dataset."""
     inside = [path for path in paths if "/" in path]
     folders = {path.split("/", 1)[0] for path in inside}
     return len(folders) > 1 and not all(map(_IN_PART.fullmatch, inside))
 
 
 def _has_label(source: PairSource) -> bool:
-    """Return whether the json of one of some samples all over the source has a label."""
+    """Return whether a sample has a label in its json, by a look at evenly spaced samples."""
     count = min(len(source), _LOOKED_AT)
     for position in np.linspace(0, len(source) - 1, count).astype(int).tolist():
         with contextlib.suppress(BadSampleError):
@@ -172,26 +177,29 @@ def _has_label(source: PairSource) -> bool:
 
 
 def _readings(names: Sequence[str]) -> Iterator[tuple[Reading, Reading]]:
-    """Yield the readings of each folder."""
+    """Yield the two readings of each folder's files, see `samples.read_members`."""
     split = sorted(name.rpartition("/")[::2] for name in names)
     folders = {folder for folder, _ in split}
     for folder, files in itertools.groupby(split, key=lambda parts: parts[0]):
         inside = f"{folder}/" if folder else ""
         members = [Member(inside, name) for _, name in files if not _is_log(inside, name, folders)]
-        # Neighbours are those whose names are equal up to the first dot, and among these up to the last one.
+        # Sorted by the parts between dots, so that files of one sample are neighbours whether names end at
+        # the first dot or at the last.
         members.sort(key=lambda member: ((parts := member.name.split("."))[:-1], parts[-1]))
         has_images = any(member.name.lower().endswith(IMAGE_SUFFIXES) for member in members)
-        # A readme lies beside folders of images; a caption lies beside images.
+        # A text file without images in its folder is a readme and no caption.
         yield samples.read_members(members, _pack, at_least=("image", "text")[: 1 + has_images])
 
 
 def _is_log(folder: str, name: str, folders: set[str]) -> bool:
-    """Return whether it is what img2dataset notes of the samples in a folder beside it."""
+    """Return whether a file is img2dataset's log about the samples in the folder of the same number."""
     match = re.fullmatch(r"([0-9]+)(\.parquet|_stats\.json)", name)
     return match is not None and folder + match[1] in folders
 
 
 def _pack(found: Sequence[samples.Sample]) -> pa.RecordBatch:
+    """Return samples as a batch of `_SCHEMA`. Names are bytes, since a file name need not be UTF-8."""
+
     def endings(field: str) -> list[bytes | None]:
         return [
             b"/".join(

@@ -1,8 +1,8 @@
-"""Converted data: shards of ArrayRecord, and records.json that lists them.
+"""Converted data: shards of ArrayRecord, and records.json, the manifest of the shards.
 
-A record is one msgpack map of an Example's fields, those that are None left out: "key" text, "captions" list
-of texts, "image" the bytes of an image file, "label", "teacher_caption" ... The manifest is written last: a
-folder without one was not finished. With `group_size:1` a record is read without its neighbours.
+A record is a msgpack map of an Example's fields without those that are None: "key" text, "captions" list of
+texts, "image" the bytes of an image file, "label", "teacher_caption" ... The manifest is written last, so a
+folder without a manifest is unfinished.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ from lit_jax.errors import UserError
 from lit_jax.files import parse_json, write_json
 
 MANIFEST = "records.json"
+# The version of the format of manifest and records.
 VERSION = 1
-# The types of each field; those that may be absent are None then.
+# The type of each field; an absent field counts as None.
 _KINDS = {
     "key": str,
     "image": bytes | None,
@@ -29,32 +30,36 @@ _KINDS = {
     "label": str | None,
     "label_problem": str | None,
 }
+# ArrayRecord compresses records in groups; in a group of one a record is read without its neighbours.
 WRITER_OPTIONS = "group_size:1"
 
 
 class Shard(NamedTuple):
+    """One file of converted data."""
+
     # The file's name in the folder.
     name: str
-    count: int  # of its records
+    # The number of records.
+    count: int
 
 
 def encode(example: Example) -> bytes:
-    """Return one record. Its image is bytes or None: whoever converts reads files and encodes pixels."""
+    """Return the record of an example. Raise TypeError if its image is neither bytes nor None."""
     image = example["image"]
     if not isinstance(image, bytes | None):
         raise TypeError(f"the image of a record is bytes or None, not {type(image).__name__}")
     given = {key: value for key, value in example.items() if value is not None}
-    # surrogatepass: half a surrogate pair, which a cut through an emoji leaves in JSON, is kept as it is.
+    # Half a surrogate pair, which cutting an emoji leaves in JSON, is kept as it is.
     return msgpack.packb(given, unicode_errors="surrogatepass")  # pyright: ignore[reportReturnType]
 
 
 def decode(record: bytes) -> Example:
-    """Return what `encode` was given, without what was None. Raise BadSampleError if the record is none."""
+    """Return the example in a record. Raise BadSampleError if the bytes are no valid record."""
     try:
         row: Any = msgpack.unpackb(record, unicode_errors="surrogatepass", use_list=False)
         required = {"key": row["key"], "captions": row["captions"], "image": None, "label": None}
         example = Example(**required | row)
-    # msgpack's exceptions have no base of their own.
+    # msgpack's exceptions have no common base class.
     except Exception as error:
         raise BadSampleError(f"not a record ({error!r})") from error
     for name, kind in _KINDS.items():
@@ -69,15 +74,15 @@ def decode(record: bytes) -> Example:
 
 
 def write_manifest(folder: Path, shards: Sequence[Shard]) -> None:
-    """Write the manifest, which makes the folder a data set: all shards have to be there and closed."""
+    """Write the manifest, which makes the folder a data set. All shards have to be complete and closed."""
     manifest = {"version": VERSION, "shards": [shard._asdict() for shard in shards]}
     write_json(folder / MANIFEST, manifest)
 
 
 def read_manifest(folder: Path) -> tuple[Shard, ...]:
-    """Return the shards in their order.
+    """Return the shards in order.
 
-    Raises UserError if the manifest is damaged, of another version or lists none.
+    Raises UserError if the manifest is damaged, has another version or lists no records.
     """
     file = folder / MANIFEST
     try:
@@ -97,7 +102,7 @@ def read_manifest(folder: Path) -> tuple[Shard, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-    """A file instruction of ArrayRecord, which need not open the file to know its length."""
+    """A file instruction of ArrayRecord. Its length saves opening every shard at the start."""
 
     filename: str
     skip: int
@@ -106,7 +111,7 @@ class _Shard:
 
 
 class RecordSource:
-    """A folder with records.json. Raises UserError if a shard that it lists is missing or empty."""
+    """The records of a folder with records.json. Raises UserError if a shard is missing or empty."""
 
     def __init__(self, folder: Path):
         shards = [shard for shard in read_manifest(folder) if shard.count]
@@ -126,7 +131,7 @@ class RecordSource:
     def __getitem__(self, index: int) -> Example:
         try:
             record = self._records[index]
-        # The reader lets through whatever a damaged file makes it raise.
+        # A damaged file can raise any exception inside the reader.
         except Exception as error:
             raise BadSampleError(
                 f"record {index} of {self._folder} cannot be read ({error})"

@@ -1,4 +1,4 @@
-"""From a row with named fields, of whatever format, to an `Example`."""
+"""Turn a row with named fields, from any format of table, into an `Example`."""
 
 import contextlib
 import decimal
@@ -29,17 +29,17 @@ def example_of(
 ) -> Example:
     """Return the example that a row describes.
 
-    Its fields are named by `config`: an image (path relative to `folder`, address, content, or a mapping of
-    "bytes" and "path"), a caption or a list of them, a label; and "captions", "teacher_caption",
-    "key". Captions may be grouped by language. A label or key of a type that it cannot have spoils nothing:
-    the example then says what is wrong with its label, and has another key.
+    `config` names the fields of the image (path relative to `folder`, address, content, or a mapping with
+    "bytes" and "path"), of the caption or captions, and of the label. The fields "captions",
+    "teacher_caption" and "key" have fixed names. Captions may be grouped by language. A label of a wrong type
+    is kept as `label_problem`, and a key of a wrong type is ignored.
 
     Args:
-        key: names the example if the row does not; without it the image's path does, or the first caption.
-        text_only: whether it may do without an image, or with one that is on the web.
+        key: the default key. Without any key the image's path is the key, or the first caption.
+        text_only: whether the row may lack an image, or name one on the web.
 
-    Raises TypeError or ValueError if a field is missing or of another type, BadSampleError if it is the image
-    that is missing.
+    Raises TypeError or ValueError if a field is missing or has a wrong type, BadSampleError if the image is
+    missing.
     """
     content = _content(row, config.image_key)
     if content is None and not text_only:
@@ -73,7 +73,7 @@ def _field(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> 
 
 
 def _teacher(row: Mapping[str, Any]) -> str | None:
-    """Return the teacher's caption for a task that does not need it."""
+    """Return the teacher's caption, or None if it is no text, for a task that does not need it."""
     value = row.get("teacher_caption")
     return value if isinstance(value, str) else None
 
@@ -86,7 +86,7 @@ def _key(row: Mapping[str, Any]) -> str | None:
 
 
 def _content(row: Mapping[str, Any], name: str) -> str | bytes | None:
-    """Return an image as the row has it: its path or address, or its content."""
+    """Return the row's image: its path or address, or its content. An empty path counts as None."""
     value = _field(row, name, (str, bytes, dict))
     if isinstance(value, dict):
         content, path = _field(value, "bytes", bytes), _field(value, "path", str)
@@ -101,7 +101,7 @@ def _located(path: str, name: str, folder: File) -> File:
         return folder / path
     try:
         return locate(path, folder)
-    # A mistake in one row, not in the data set.
+    # The mistake is in one row and must not end the run.
     except UserError as error:
         raise ValueError(str(error)) from error
 
@@ -109,7 +109,7 @@ def _located(path: str, name: str, folder: File) -> File:
 def _captions(
     row: Mapping[str, Any], config: SourceConfig
 ) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    """Return the captions of a row, and where they are grouped by language the language of each."""
+    """Return the captions of a row, and the language of each caption if they are grouped by language."""
     captions, languages = _texts(row, config.caption_key)
     if config.caption_key == "captions":
         return captions, languages
@@ -124,7 +124,7 @@ def _texts(row: Mapping[str, Any], name: str) -> tuple[tuple[str, ...], tuple[st
     if isinstance(value, str):
         return (value,), None
     if isinstance(value, dict):
-        # A column of a table has all languages that any row has: null where this one has none.
+        # In Arrow every row has the languages of all rows, with null for those without captions.
         groups = {k: [v] if isinstance(v, str) else v or [] for k, v in value.items()}
         if not all(isinstance(group, list) for group in groups.values()):
             raise TypeError(f'"{name}" is {value!r}')
@@ -139,12 +139,12 @@ def _texts(row: Mapping[str, Any], name: str) -> tuple[tuple[str, ...], tuple[st
 
 
 def read_label(row: Mapping[str, Any], name: str) -> tuple[str | None, str | None]:
-    """Return the label of a row, or why the value that is there cannot be one.
+    """Return (label, None), or (None, reason) if the value cannot be a label, or (None, None) without one.
 
-    NaN is no label, and 1.0 is the label 1: pandas writes whole numbers so, if some are missing.
+    NaN is no label, and 1.0 is the label 1: pandas stores whole numbers as floats if some are missing.
     """
     value = row.get(name)
-    # NaN alone differs from itself.
+    # Only NaN differs from itself.
     if value is None or value == "" or value != value:
         return None, None
     if isinstance(value, str | bool):
@@ -157,25 +157,26 @@ def read_label(row: Mapping[str, Any], name: str) -> tuple[str | None, str | Non
 
 
 def _whole(value: int | float | decimal.Decimal) -> str | None:
-    """Return a whole number as text, None for another number."""
+    """Return a whole number as text, or None for any other number."""
     try:
         return str(int(value)) if int(value) == value else None
-    except (ValueError, OverflowError):  # not finite
+    # The number is NaN or infinite.
+    except (ValueError, OverflowError):
         return None
 
 
 def identity(
     row: Mapping[str, Any], config: SourceConfig, folder: File, *, by_label: bool
 ) -> str | None:
-    """Return the same text for all rows of one image, None for a row that stands alone.
+    """Return the same text for all rows of one image, or None for a row that stays alone.
 
-    Such is a row whose image has no path, or that is no example.
+    A row stays alone if its image has no path, or if the row cannot be used.
     """
     content, caption = row.get(config.image_key), row.get(config.caption_key)
     try:
         if not isinstance(content, str):
             content = _content(row, config.image_key)
-        # A million rows pass here: those of one text, which are the most, are not looked at again.
+        # Millions of rows pass here, so the common case of a single caption is not validated again.
         if not isinstance(caption, str | None) or "captions" in row:
             _captions(row, config)
         name = resolve(content, folder) if content and isinstance(content, str) else None
@@ -185,12 +186,12 @@ def identity(
 
 
 def resolve(path: str, folder: File) -> str | None:
-    """Return the same text for all ways to write the path of a file, None for what is no path."""
+    """Return the same text for all spellings of a file's path, or None if the text is no path."""
     is_local = isinstance(folder, Path)
     if path.startswith(WEB) or "\0" in path:
         return None
     if "://" in path or not is_local:
-        # In a store '..' is a name like any other.
+        # An object store has no folders, so '..' is a name like any other.
         return str(locate(path, folder) if "://" in path else folder / path)
     whole = path if path.startswith("/") else f"{folder!s}/{path}"
     parent, _, name = whole.rpartition("/")
@@ -200,26 +201,26 @@ def resolve(path: str, folder: File) -> str | None:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _real(folder: str) -> tuple[str, frozenset[str]]:
-    """Return where a folder really is, and the names of the links in it."""
+    """Return the real path of a folder, and the names of the links in the folder."""
     real = os.path.realpath(folder)
     try:
-        # One listing: to ask for each image takes minutes where millions lie on a network.
+        # One listing of the folder: asking for each of millions of images takes minutes on a network disk.
         with os.scandir(real) as entries:
             return real, frozenset(entry.name for entry in entries if entry.is_symlink())
-    # The rows of such a file are bad samples.
+    # The folder is missing or unreadable; reading its images then makes bad samples.
     except OSError:
         return real, frozenset()
 
 
 def web_hint(names: Sequence[str]) -> str:
-    """Return what to add to a message about columns, if one seems to hold addresses on the web."""
+    """Return an addition to a message about columns, if a column seems to contain web addresses."""
     return (
         f"; of addresses on the web, {DOWNLOAD}" if any("url" in n.lower() for n in names) else ""
     )
 
 
 def check_names(found: Sequence[str], wanted: Iterable[str], file: File) -> None:
-    """Raise UserError if two columns have one of the names that are wanted."""
+    """Raise UserError if two columns share one of the `wanted` names."""
     for name in wanted:
         if found.count(name) > 1:
             raise UserError(
@@ -229,7 +230,7 @@ def check_names(found: Sequence[str], wanted: Iterable[str], file: File) -> None
 
 @contextlib.contextmanager
 def bad_sample(place: str) -> Iterator[None]:
-    """Make a bad sample of what is at `place` if something goes wrong inside."""
+    """Turn the errors of reading one example into BadSampleError, with its `place` in the message."""
     try:
         yield
     except BadSampleError as error:
@@ -238,7 +239,7 @@ def bad_sample(place: str) -> Iterator[None]:
         raise BadSampleError(
             f"{place} is not UTF-8 ({encoding_problem(error)}; save the file in UTF-8)", "not_utf8"
         ) from error
-    # Some of Arrow's are ValueErrors.
+    # Some of Arrow's exceptions are ValueErrors, so they come first.
     except (OSError, pa.ArrowException) as error:
         raise BadSampleError(f"{place} cannot be read ({error})") from error
     except (ValueError, TypeError) as error:

@@ -1,7 +1,7 @@
-"""Samples in files: a sample is the files of one folder whose names differ in their ending alone.
+"""Samples made of several files: the files of one folder whose names differ only in the ending.
 
 WebDataset ends a sample's name at the first dot, so that `a.left.png` belongs to `a`. People also write names
-such as `photo.v2.jpg`. `decide` says once for a data set at which dot the names end.
+such as `photo.v2.jpg`. `decide` chooses the dot, once for a whole data set.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,8 @@ from lit_jax.data.listing import is_system
 from lit_jax.data.sources.rows import example_of
 from lit_jax.files import parse_json
 
-# The first ending of a field that a sample has counts. Captions are .caption and .text in some tools.
+# Field -> endings in order of preference; a sample's field is read from the first ending that exists. Some
+# tools write captions as .caption or .text.
 FIELDS = {
     "image": (IMAGE_SUFFIXES,),
     "text": ((".txt",), (".caption",), (".text",)),
@@ -26,7 +27,7 @@ FIELDS = {
 }
 _FIELD_OF = {suffix: field for field, ranks in FIELDS.items() for rank in ranks for suffix in rank}
 
-# Why a sample cannot be used, by the word that an index keeps.
+# Reasons why a sample cannot be used, by the word that stands for the reason in an index.
 FLAWS: Mapping[str, tuple[BadKind, str]] = {
     "outside": ("hostile_path", "is a link, or its name leads out of the folder"),
     "sparse": ("damaged", "is stored with holes (GNU sparse); pack the tar again without --sparse"),
@@ -34,23 +35,24 @@ FLAWS: Mapping[str, tuple[BadKind, str]] = {
     "large": ("too_large", f"has a file of more than {MAX_FILE_BYTES:,} bytes"),
     "images": ("no_example", "has several images, and nothing says which one is meant"),
 }
-# The messages at the start about samples with a problem.
+# The wording of the warnings about samples with a problem.
 _PROBLEMS = {
     "no image": "have no image",
     "images": "have several images, and are bad samples",
     "texts": "have several files of captions, which are all read",
 }
-# The number of examples of a kind that a message names, and of the kinds that it tells apart.
+# The most examples of each kind in a message, and the most kinds.
 _EXAMPLES = 3
 _KINDS = 12
 
 
 class Member(NamedTuple):
-    """A file of a folder or of a tar, whose bytes lie at `start` to `stop`.
+    """A file in a folder or in a tar.
 
     Attributes:
-        folder: with the slash at its end.
-        flaw: one of `FLAWS`, or "".
+        folder: the path with a slash at its end, or "".
+        start, stop: the range of the file's bytes in the tar.
+        flaw: a key of `FLAWS`, or "".
     """
 
     folder: str
@@ -64,8 +66,8 @@ class Sample(NamedTuple):
     """The members that are read for one sample.
 
     Attributes:
-        members: by their field of `FIELDS`.
-        flaw: one of `FLAWS`, or "".
+        members: the members by their field of `FIELDS`.
+        flaw: a key of `FLAWS`, or "".
     """
 
     key: str
@@ -73,7 +75,7 @@ class Sample(NamedTuple):
     flaw: str
 
 
-# The number of each kind, and a few of them.
+# Kind -> (number, a few examples).
 Counts = dict[str, tuple[int, list[str]]]
 
 
@@ -81,8 +83,9 @@ class Reading(NamedTuple):
     """The samples of a folder or a tar, if keys end at one of the two dots.
 
     Attributes:
-        problems: (key, one of `_PROBLEMS`).
-        unread: members that belong to no sample, or whose sample has another one, by their ending.
+        problems: pairs of (key of a sample, key of `_PROBLEMS`).
+        unread: members that are not read, by their ending, because they belong to no sample or their sample
+            has a preferred member.
         images: the number of samples with an image.
         described: the number of these with a text, json or cls.
         surplus: the number of images beside the one that is read.
@@ -96,7 +99,7 @@ class Reading(NamedTuple):
     surplus: int
 
 
-# The reading by the first dot, and that by the last; the same object if no name has two.
+# The reading by the first dot and the reading by the last dot; the same object if no name has two dots.
 Readings = tuple[Reading, Reading]
 
 
@@ -106,14 +109,15 @@ def read_members(
     place: str = "",
     at_least: Collection[str] = tuple(FIELDS),
 ) -> Readings:
-    """Return both readings of members that lie in a row.
+    """Return both readings of a sequence of members.
 
-    Members of one sample are neighbours, as in WebDataset; another member of the same ending begins another.
+    Members of one sample are neighbours, as in WebDataset; a second member with the same ending begins a new
+    sample.
 
     Args:
-        pack: makes a table of samples.
-        place: stands before names in messages.
-        at_least: fields of which one makes a sample; files that have none of them beside them are not read.
+        pack: the function that turns samples into a table.
+        place: a prefix of names in messages.
+        at_least: the fields of which a sample needs at least one; files without such a field are not read.
     """
     first = _read(members, pack, place, at_least, last_dot=False)
     if all(member.name.count(".") < 2 for member in members):
@@ -124,13 +128,14 @@ def read_members(
 def decide(readings: Sequence[Readings]) -> list[Reading]:
     """Return the reading of each folder or tar, by the same dot for all of them.
 
-    The last dot is taken if the first one leaves a sample without an image, or with images or captions of
-    which nothing says which one is meant, and the last one leaves no other sample so. A second image beside
-    a plain one (a.mask.png beside a.jpg) is no such case, unless the last dot gives it a description of its
-    own.
+    The last dot is chosen if the first dot leaves samples without an image, or with ambiguous images or
+    captions, and the last dot causes no new such problem. A second image beside a plain one (a.mask.png
+    beside a.jpg) is no problem, unless the last dot gives the second image a description of its own.
     """
     by_first, by_last = zip(*readings, strict=True)
     pairs = [(first.problems, last.problems) for first, last in readings]
+    # Images that the first dot drops are lost only if the last dot pairs them with captions, or if the data
+    # set has no captions at all.
     described = sum(reading.described for reading in by_last)
     is_poorer = described == 0 or described > sum(reading.described for reading in by_first)
     lost = is_poorer and any(first.surplus > last.surplus for first, last in readings)
@@ -142,7 +147,7 @@ def decide(readings: Sequence[Readings]) -> list[Reading]:
 
 
 def remarks(readings: Iterable[Reading]) -> dict[str, str]:
-    """Return how many samples are incomplete or ambiguous, and which files are not read, in words.
+    """Return sentences about incomplete or ambiguous samples, and about files that are not read.
 
     The keys are those of `_PROBLEMS`, and "unread".
     """
@@ -221,12 +226,12 @@ def _read(
 def _groups(
     members: Iterable[Member], last_dot: bool, place: str, unread: Counts
 ) -> Iterator[tuple[str, dict[str, dict[str, Member]]]]:
-    """Yield each sample's key, and its members by field and ending; count the others."""
+    """Yield each sample's key and its members by field and ending; add the other members to `unread`."""
     current, group = None, {}
     for member in members:
         field = _FIELD_OF.get(f".{_suffix(member)}")
         stem, dot, ending = (member.name.rpartition if last_dot else member.name.partition)(".")
-        # Such as ._a.jpg beside a.jpg, in a tar made on a Mac.
+        # A tar made on a Mac has ._a.jpg beside a.jpg, for example.
         hidden = is_system(member.folder + member.name)
         if field is None or hidden:
             what = "hidden" if hidden else f".{_suffix(member)}" if dot else "without an ending"
@@ -247,9 +252,9 @@ def _suffix(member: Member) -> str:
 
 
 def _choose(field: str, found: Mapping[str, Member]) -> list[Member]:
-    """Return the member that a field is read from; images and texts of which none is plain are returned all.
+    """Return the member that a field is read from, or all images or texts if none of them is plain.
 
-    An ending without another dot in it is the field itself: WebDataset, too, finds the image of a.jpg and
+    A member is plain if its ending has no further dot: WebDataset, too, finds the image of a.jpg and
     a.mask.jpg under `jpg`.
     """
     if len(found) == 1:
@@ -265,7 +270,7 @@ def _choose(field: str, found: Mapping[str, Member]) -> list[Member]:
 class Parts(NamedTuple):
     """The contents of the files of a sample."""
 
-    # The image's content, or its path.
+    # The content of the image, or its path.
     image: bytes | str | None
     texts: Sequence[bytes]
     json: bytes | None
@@ -275,10 +280,10 @@ class Parts(NamedTuple):
 def example_of_parts(
     parts: Parts, config: SourceConfig, folder: File, *, key: str, text_only: bool
 ) -> Example:
-    """Return the example that the files of a sample say. Raises what `example_of` raises.
+    """Return the example that the files of a sample describe. Raises the errors of `example_of`.
 
-    The captions are those of the text files, unless `caption_key` is not the default: then they are that
-    field of the json. The label is what the cls file says, or a field of the json.
+    The captions come from the text files, or from the json if `caption_key` is set to one of its fields. The
+    label comes from the cls file, or from the json.
     """
     takes_texts = bool(parts.texts) and config.caption_key == SourceConfig.caption_key
     about = None
@@ -286,15 +291,15 @@ def example_of_parts(
         try:
             about = _object(parts.json)
         except (ValueError, TypeError):
-            # A part that nobody asks for does not spoil a sample.
+            # Broken json is an error only if the captions or the label have to come from it.
             if not takes_texts and parts.cls is None:
                 raise
-    # "key" of img2dataset's json is the same in every run, but names neither shard nor folder.
+    # The "key" in img2dataset's json is replaced, because it names neither shard nor folder.
     row = {**(about or {}), "key": key, config.image_key: parts.image}
     if takes_texts:
         texts = [text.decode("utf-8-sig") for text in parts.texts]
-        # Each line is a caption (CLIP_benchmark), except where the json holds the caption, too, as
-        # img2dataset writes it: then all lines are one caption.
+        # Each line is a caption (CLIP_benchmark), unless the json contains the caption, too, as in the output
+        # of img2dataset, which writes a caption with line breaks as it is.
         if parts.json is None or (about is not None and about.get("caption") is None):
             texts = [line for text in texts for line in text.splitlines() if line.strip()]
         row |= {config.caption_key: texts}

@@ -1,4 +1,4 @@
-"""Splits of a data set that are folders, or parts of the names of its files."""
+"""Recognise the splits of a data set by the names of its folders or files."""
 
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -9,14 +9,15 @@ from lit_jax.errors import UserError
 
 _TRAIN = "train(?:ing)?"
 _OTHER = "val|valid|validation|dev|test|testing"
-# "train", "Test", "val2017", "seg_train", "test_images"; not "train station".
+# Matches "train", "Test", "val2017", "seg_train" and "test_images", but not "train station".
 _SPLIT = rf"(?:.*[-_.])?(?:{_TRAIN}|{_OTHER})(?:[-_.]?(?:[0-9]+|images|imgs|set|data|split))?"
-# "-00000-of-00005.parquet"
+# Matches the end of a shard's name: "-00000-of-00005.parquet".
 _NUMBER_AND_ENDING = r"(^[0-9]+|[-_.][0-9]+)*([-_.]of[-_.][0-9]+)?\.\w+$"
 
 
 def files_of(files: Sequence[File], split: str) -> list[File]:
-    """Return the files whose names have the split between separators: those most like "train-00000.tar"."""
+    """Return the files whose names contain the split, by the first of three patterns that a file matches."""
+    # From strict to loose, so that "train" chooses train-00000.tar and leaves out pre-train-00000.tar.
     name = re.escape(split)
     numbered = rf"{name}([-_.][0-9].*)?\.\w+"
     for pattern in (numbered, rf"(.*[-_.])?{numbered}", rf"(.*[-_.])?{name}[-_.].*"):
@@ -26,23 +27,23 @@ def files_of(files: Sequence[File], split: str) -> list[File]:
 
 
 def in_names(files: Iterable[File]) -> set[str]:
-    """Return the splits that the files can be chosen by: what stands in their names in front of a number."""
+    """Return the splits in the names of files; without a known split, the names without their number."""
     names = {re.sub(_NUMBER_AND_ENDING, "", file.name) for file in files}
     parts = {part for name in names for part in re.split("[-_.]", name) if is_split(part)}
     return parts or names - {""}
 
 
 def is_split(name: str) -> bool:
-    """Return whether a folder is usually called so because it is a split, and not because it is a class."""
+    """Return whether the name of a folder is typical of a split."""
     return re.fullmatch(_SPLIT, name, re.IGNORECASE) is not None
 
 
 def among_classes(names: Collection[str], *, nested: bool) -> list[str]:
-    """Return those of the folders `names` that are splits where folders of classes are expected.
+    """Return the folders among `names` that are splits, although folders of classes are expected.
 
     Args:
-        nested: whether there are folders in them. A folder "train" that is alone and holds none may hold
-            pictures of trains.
+        nested: whether the folders contain further folders. A single folder "train" without further folders
+            may contain pictures of trains.
     """
     found = sorted(filter(is_split, names))
     exact = [
@@ -54,7 +55,7 @@ def among_classes(names: Collection[str], *, nested: bool) -> list[str]:
 
 
 def require_named(folder: File, images: Iterable[str]) -> None:
-    """Raise UserError if the folders in `folder` that have images are splits, and not parts or classes.
+    """Raise UserError if the folders of images in `folder` are splits instead of parts or classes.
 
     Args:
         images: paths relative to `folder`.
@@ -66,7 +67,7 @@ def require_named(folder: File, images: Iterable[str]) -> None:
 
 
 def not_found(where: object, split: str | None, known: Iterable[str]) -> UserError:
-    """Return what to raise where no split is named, or one that the data set lacks."""
+    """Return the error for a missing split: none is named, or the data set lacks the one that is."""
     known = sorted(known)
     if not split:
         return UserError(

@@ -1,6 +1,6 @@
-"""The places of the samples in tar files: found by one pass over the files, and cached for the next time.
+"""The byte ranges of the samples in tar files, found by one pass over the files and cached on disk.
 
-See `index_cache` for where the index lies, and when it is made again.
+`index_cache` describes the place of the cached index, and when an index is outdated.
 """
 
 import json
@@ -21,6 +21,7 @@ from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# Part of the cache's key: raised when the same tar files would give another index.
 VERSION = 5
 _FIELDS = (*FIELDS,)
 _REMARKS = b"remarks"
@@ -31,7 +32,7 @@ _SCHEMA = pa.schema(
         ("flaw", pa.string()),
         ("start", pa.int64()),
         ("stop", pa.int64()),
-        # (which of the fields, start, stop) of each member, one behind the other.
+        # The flattened (number of the field, start, stop) of all members.
         ("members", pa.large_list(pa.int64())),
     ]
 )
@@ -41,11 +42,11 @@ class Entry(NamedTuple):
     """The place of a sample.
 
     Attributes:
-        shard: the number of its tar file.
-        key: the common name of its members.
-        flaw: one of `samples.FLAWS`, or "".
-        start, stop: the bytes of its members in the file, with what lies between these.
-        members: (field, start, stop) of each.
+        shard: the number of the tar file.
+        key: the common name of the members.
+        flaw: a key of `samples.FLAWS`, or "".
+        start, stop: the byte range in the file that spans all members.
+        members: (field, start, stop) of each member.
     """
 
     shard: int
@@ -57,12 +58,13 @@ class Entry(NamedTuple):
 
 
 class TarIndex:
-    """The samples of all files in their order."""
+    """The samples of all files in order."""
 
     def __init__(self, table: CachedTable):
         self._table = table
         shard, self._key, self._flaw, start, stop, self._members = table.columns
-        self._numbers = [column.to_numpy() for column in (shard, start, stop)]  # no copies
+        # NumPy views of the mapped columns, without copies: their elements are faster to access.
+        self._numbers = [column.to_numpy() for column in (shard, start, stop)]
 
     def __reduce__(self):
         return TarIndex, (self._table,)
@@ -79,14 +81,14 @@ class TarIndex:
 
     @property
     def remarks(self) -> dict[str, str]:
-        """The warnings about the samples, see `samples.remarks`; "broken" is about tars that break off."""
+        """The warnings about the samples, see `samples.remarks`; "broken" lists truncated tars."""
         return json.loads(self._table.about[_REMARKS])
 
 
 def open_index(files: Sequence[File]) -> TarIndex:
-    """Return the index of these files, made now if it is not there or not of today.
+    """Return the index of these files, made anew if there is no cached index of their present state.
 
-    Raises UserError if a file cannot be read, or if there is no place for the index.
+    Raises UserError if a file cannot be read, or if no place for the index is writable.
     """
     try:
         cache = TableCache(files, [VERSION], kind="index")
@@ -113,7 +115,7 @@ def open_index(files: Sequence[File]) -> TarIndex:
 
 
 def _scan(shard: int, file: File) -> tuple[Readings, str]:
-    """Return the samples of a tar file, and where it breaks off, if it does."""
+    """Return the samples of a tar file, and a text about the place where it breaks off, or ""."""
 
     def pack(found: Sequence[samples.Sample]) -> pa.RecordBatch:
         return pa.RecordBatch.from_pylist([_row(shard, sample) for sample in found], _SCHEMA)
@@ -133,7 +135,7 @@ def _row(shard: int, sample: samples.Sample) -> dict[str, object]:
         for field, found in sample.members.items()
         for member in found
     ]
-    # Nothing is read of a sample that cannot be used.
+    # A sample that cannot be used is never read, so its byte range is empty.
     bounds = [edge for _, *edges in members for edge in edges] if not sample.flaw else [0]
     return {
         "shard": shard,

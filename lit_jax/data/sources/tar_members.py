@@ -1,4 +1,4 @@
-"""The files in a tar, by its headers, whatever these claim."""
+"""List the files in a tar by its headers, without trusting the headers."""
 
 import contextlib
 import io
@@ -12,14 +12,14 @@ from lit_jax.data.sources.samples import Member
 
 # The most bytes of a long name, or of a pax header.
 MAX_HEADER_BYTES = 1 << 24
-# The bytes that are read at a time from an object store.
+# The bytes of one request to an object store.
 _STORE_BYTES = 1 << 22
-# The bytes behind the end of an archive that are searched for another one.
+# The bytes behind an archive's end that are searched for a second archive.
 _END_BYTES = 1 << 16
 
 
 class _Headers:
-    """A tar file of which headers alone are read, so that no header has gigabytes read into memory."""
+    """A file object for tarfile that bounds reads and seeks: a forged header cannot fill the memory."""
 
     def __init__(self, opened: Any, size: int):
         self._opened = opened
@@ -38,14 +38,14 @@ class _Headers:
 
 
 def tar_members(file: File) -> tuple[list[Member], str]:
-    """Return the files in a tar file up to where it breaks off, and in words where that is, if it does.
+    """Return the files in a tar up to a damaged place, and a text about that place, or "" without one.
 
-    Raises OSError or tarfile.TarError if it cannot be read, or not even its first header.
+    Raises OSError or tarfile.TarError if the file cannot be read, or already its first header is damaged.
     """
     size, _ = signature(file)
     members = []
     with file.open("rb") as raw:
-        # A request to a store takes longer than the bytes between two headers.
+        # One large request to a store is faster than a request for each header.
         opened = raw if isinstance(file, Path) else io.BufferedReader(raw, _STORE_BYTES)
         headers: Any = _Headers(opened, size)
         with _opened(headers) as tar:
@@ -65,12 +65,14 @@ def _opened(headers: Any) -> tarfile.TarFile:
 
 
 def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the headers in order. Raise tarfile.ReadError for a damaged header."""
+    # A negative size would lead back to an earlier header, and the loop would never end.
     position = -1
     while (found := _next(tar)) is not None:
         if tar.offset <= position:
             raise tarfile.ReadError("a header claims a negative size")
         position = tar.offset
-        # It would keep each of millions of files.
+        # tarfile keeps every TarInfo, which for millions of files fills the memory.
         tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
         yield found
 
@@ -82,7 +84,7 @@ def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
 
 @contextlib.contextmanager
 def _tar_errors() -> Iterator[None]:
-    """Make a TarError of whatever a damaged header makes the parser raise."""
+    """Turn any exception that a damaged header causes inside tarfile into a TarError."""
     try:
         yield
     except (OSError, tarfile.TarError):
@@ -92,9 +94,9 @@ def _tar_errors() -> Iterator[None]:
 
 
 def _after_end(headers: Any, tar: tarfile.TarFile) -> str:
-    """Return what is wrong at the place that tarfile takes for the end, if it is none.
+    """Return the problem at the place where tarfile stops, or "" if the archive really ends there.
 
-    tarfile ends without a word at a damaged header, too, and at the end of the first of two joined files.
+    tarfile also stops silently at a damaged header, and at the end of the first of two concatenated archives.
     """
     headers.seek(tar.offset)
     rest = headers.read(_END_BYTES)
@@ -111,13 +113,13 @@ def _member(found: tarfile.TarInfo, size: int) -> Member:
     folder, slash, name = found.name.rpartition("/")
     start, stop = found.offset_data, found.offset_data + found.size
     flaw = ""
-    # Nothing is ever unpacked; but what a stranger made to write outside has no place in a training.
+    # Nothing is ever unpacked, but a member that was made to escape its folder is not trusted as data either.
     if not found.isreg() or found.name.startswith("/") or ".." in found.name.split("/"):
         flaw = "outside"
     elif found.sparse is not None or any(
         key.startswith("GNU.sparse.") for key in found.pax_headers
     ):
-        # The size is that with the holes, which are not in the tar.
+        # The size in the header includes the holes, which the tar does not contain.
         flaw = "sparse"
     elif stop > size:
         flaw = "cut"

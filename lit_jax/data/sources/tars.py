@@ -1,4 +1,4 @@
-"""Tar files of img2dataset and WebDataset: a sample is a run of members that differ in their ending alone."""
+"""Tar files of img2dataset and WebDataset: a sample is a run of members that differ only in the ending."""
 
 import logging
 from collections.abc import Sequence
@@ -13,15 +13,17 @@ from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Up to so many bytes between the members of a sample are read with them: one request is faster than three.
+# The most unneeded bytes between a sample's members that are read along: one request is faster than three.
 MAX_GAP_BYTES = 1 << 18
 
 
 class TarSource:
-    """The samples of tar files: an image (jpg, png, webp ...), and txt, json and cls as far as there are any.
+    """The samples of uncompressed tar files: an image (jpg, png, webp ...), and optionally txt, json and cls.
 
-    See `samples` for how they are named and what they say. The places of all samples are found once and
-    cached, see `tar_index`. In a compressed tar nothing can be found.
+    `samples` describes the names and the meaning of these files. The samples' places are found once and
+    cached, see `tar_index`; a compressed tar has no random access.
+
+    Raises UserError if a file cannot be read, or if there are no samples.
     """
 
     def __init__(self, files: Sequence[File], config: SourceConfig, *, text_only: bool = False):
@@ -65,7 +67,7 @@ class TarSource:
 
 
 def _contents(file: File, entry: Entry) -> list[bytes]:
-    """Return the bytes of each member, in one request if there is not much else between them."""
+    """Return the bytes of each member, by one request if the gaps between the members are small."""
     gaps = entry.stop - entry.start - sum(stop - start for _, start, stop in entry.members)
     if gaps > MAX_GAP_BYTES:
         return [read(file, start, stop) for _, start, stop in entry.members]

@@ -1,4 +1,4 @@
-"""Prepared TensorFlow Datasets data."""
+"""Prepared data of TensorFlow Datasets (TFDS)."""
 
 import functools
 import logging
@@ -23,17 +23,19 @@ log = logging.getLogger(__name__)
 class TfdsSource:
     """A split of prepared TensorFlow Datasets data in ArrayRecord files; TensorFlow is not needed.
 
-    Labels of a ClassLabel feature become the names of its classes. The captions may be one text or a
-    sequence of them, also inside a sequence of groups ("captions/text" of coco_captions).
+    Labels of a ClassLabel feature become class names. The captions may be a text or a sequence of texts, also
+    inside a sequence of groups ("captions/text" of coco_captions).
+
+    Raises UserError if the data are damaged, have no such split or features, or no ArrayRecord files.
     """
 
     def __init__(self, folder: Path, config: SourceConfig):
-        # Slow to import, and only this kind of data needs it.
+        # Imported here, because the import is slow and only this format needs it.
         import tensorflow_datasets as tfds
 
         try:
             builder: Any = tfds.builder_from_directory(folder)
-        # It lets through whatever its parsers raise at broken files.
+        # A broken file can raise any exception inside TFDS.
         except Exception as error:
             raise _damaged(folder, error) from error
         _check_split(builder.info.splits, config.split, folder)
@@ -56,6 +58,7 @@ class TfdsSource:
         self._label_path = config.label_key.split("/") if label else None
         self._caption_path = config.caption_key.split("/") if captions else None
         self._split = config.split
+        # Images stay encoded: `image.decode` treats all sources alike, and shrinks JPEGs while decoding.
         try:
             self._rows = builder.as_data_source(
                 split=config.split, decoders={config.image_key: tfds.decode.SkipDecoding()}
@@ -74,7 +77,7 @@ class TfdsSource:
             raise IndexError(index)
         try:
             row = self._rows[index]
-        # It lets through whatever its readers raise at a broken shard.
+        # A broken shard can raise any exception inside TFDS.
         except Exception as error:
             raise BadSampleError(
                 f"{self._split}/{index} of {self._folder} cannot be read ({_shortened(error)})"
@@ -98,7 +101,7 @@ class TfdsSource:
             raise BadSampleError(f"a caption is not UTF-8 ({error})", "not_utf8") from error
 
     def _label(self, row: Mapping[str, Any]) -> tuple[str | None, str | None]:
-        """Return the label, or why the value that is there cannot be one."""
+        """Return (label, None), or (None, reason) if the value cannot be a label, or (None, None)."""
         if self._label_path is None:
             return None, None
         label, name = _inside(row, self._label_path), "/".join(self._label_path)
@@ -108,7 +111,7 @@ class TfdsSource:
             return read_label(
                 {name: label.item() if isinstance(label, np.generic) else label}, name
             )
-        # -1 is what TFDS gives to examples without a label.
+        # TFDS gives the label -1 to examples without a label.
         if not -1 <= label < len(self._class_names):
             return None, f'"{name}" is {label}, of {len(self._class_names)} classes'
         return None if label < 0 else self._class_names[label], None
@@ -129,10 +132,10 @@ def _inside(row: Any, path: Sequence[str]) -> Any:
 
 
 class _Leaf(NamedTuple):
-    """A feature that is no group of others."""
+    """A feature that is not a group of features."""
 
     feature: Any
-    # 0: one value in each example; 1: a list of values.
+    # 0 for one value in each example, 1 for a list of values.
     rank: int
 
     @property
@@ -146,13 +149,13 @@ class _Leaf(NamedTuple):
         return np.dtype(self.feature.np_dtype) == object
 
 
-# The features that a key may name: the most dimensions, and whether it has to be text.
+# Config key -> (the highest rank of its feature, whether the feature has to be text).
 _WANTED = {"caption_key": (1, True), "label_key": (0, False)}
 _DEFAULTS = {"caption_key": SourceConfig.caption_key, "label_key": SourceConfig.label_key}
 
 
 def _leaves(feature: Any, path: str = "", rank: int = 0) -> Iterator[tuple[str, _Leaf]]:
-    """Yield all features that are no groups, by their path ("captions/text")."""
+    """Yield all features that are not groups, with their path ("captions/text")."""
     import tensorflow_datasets as tfds
 
     if isinstance(feature, tfds.features.Sequence):
@@ -165,9 +168,9 @@ def _leaves(feature: Any, path: str = "", rank: int = 0) -> Iterator[tuple[str, 
 
 
 def _chosen(leaves: Mapping[str, _Leaf], name: str, key: str, folder: Path) -> _Leaf | None:
-    """Return the feature called `name`, None if that is the default of `key` and there is none.
+    """Return the feature called `name`, or None if the default of `key` does not exist.
 
-    Raises UserError if it is not of a kind that can be captions, or a label.
+    Raises UserError if the feature's type cannot be that of captions, or of a label.
     """
     most, has_to_be_text = _WANTED[key]
 
@@ -178,7 +181,7 @@ def _chosen(leaves: Mapping[str, _Leaf], name: str, key: str, folder: Path) -> _
     if leaf and fits(leaf):
         return leaf
     if leaf and key == "label_key" and name == SourceConfig.label_key:
-        # Nobody asked for it, and captions do without.
+        # The user has not asked for the label, and captions do not need one.
         log.warning("%r in %s holds %s and is no label; it is left out.", name, folder, leaf.holds)
         return None
     inside = [path for path in leaves if path.startswith(f"{name}/")]
@@ -200,12 +203,13 @@ def _chosen(leaves: Mapping[str, _Leaf], name: str, key: str, folder: Path) -> _
 
 def _check_split(splits: Mapping[str, Any], split: str | None, folder: Path) -> None:
     try:
-        size = splits[split or ""].num_examples  # of "train[:10%]", too
+        # TFDS resolves slices such as "train[:10%]", too.
+        size = splits[split or ""].num_examples
     except (KeyError, ValueError) as error:
         name, bracket, _ = (split or "").partition("[")
         if not bracket or name not in splits:
             raise not_found(folder, split, splits) from error
-        # The first line alone says what the matter is.
+        # The first line of TFDS's message is the reason; the others list its grammar.
         reason = str(error.__cause__ or error).split("\n")[0]
         raise UserError(
             f"The split {split!r} of {folder} is no part of {name!r} ({_shortened(reason)}); write one as "
