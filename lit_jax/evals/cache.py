@@ -1,4 +1,4 @@
-"""Embeddings that were computed before: in memory for one model's evaluations, on disk for later ones."""
+"""A cache of embeddings: in memory for the evaluations of one model, on disk for later commands."""
 
 import io
 import json
@@ -19,10 +19,10 @@ Arrays = tuple[np.ndarray, ...]
 
 
 class EmbeddingCache:
-    """The embeddings that one model has computed; take a new cache when its parameters have changed.
+    """The embeddings of one set of parameters; new parameters need a new cache.
 
-    With a `folder`, embeddings outlive the command. A file is named after all that decides its content, so
-    that an old file is never wrong, only useless.
+    With a `folder`, embeddings outlive the command. A file's name is a fingerprint of everything that
+    determines its content, so an old file is never wrong, only unused.
     """
 
     def __init__(self, folder: Path | None = None):
@@ -43,12 +43,13 @@ class EmbeddingCache:
         compute: Callable[[], Arrays],
         complete: Callable[[Arrays], Arrays],
     ) -> Arrays:
-        """Return what `compute` returns; call it only if that is not in the cache.
+        """Return the cached arrays, or the result of `compute`. All processes must make the same calls.
 
         Args:
-            key: names it in memory.
-            fingerprint: names it on disk; called only if there is a folder.
-            complete: tries again what the arrays from disk lack; returns the same arrays if in vain.
+            key: the key in memory.
+            fingerprint: returns the file's name on disk; called only if the cache has a folder.
+            complete: retries the parts that the arrays from disk lack; returns the same object if it cannot
+                add any.
         """
         if key not in self._memory:
             self._memory[key] = (
@@ -62,10 +63,12 @@ class EmbeddingCache:
         assert self._folder is not None
         file = self._folder / f"{name}.npz"
         arrays = self._read(file) if is_primary() else None
-        # The primary process decides and sends: the others may not see its disk, and must do the same.
+        # The primary process decides and broadcasts: the others may not see its disk, and a process that took
+        # another branch would leave the rest waiting in a collective.
         shapes = [(list(x.shape), x.dtype.str) for x in arrays or ()]
         shapes = json.loads(_broadcast(np.frombuffer(json.dumps(shapes).encode(), np.uint8)))
         if shapes:
+            # `broadcast_one_to_all` needs arrays of the same shape on every process.
             if arrays is None:
                 arrays = tuple(np.zeros(shape, dtype) for shape, dtype in shapes)
             found = tuple(map(np.asarray, multihost_utils.broadcast_one_to_all(arrays)))
@@ -79,6 +82,7 @@ class EmbeddingCache:
             np.savez(content, *arrays)
             try:
                 atomic_write(file, content.getvalue())
+            # The evaluation has succeeded; a full disk must not lose its result.
             except OSError as error:
                 log.warning("The cache %s cannot be written (%s).", file, error.strerror)
         return arrays
@@ -90,13 +94,14 @@ class EmbeddingCache:
         except FileNotFoundError:
             return None
         except Exception as error:
-            # NumPy raises many types for a damaged file.
+            # NumPy raises exceptions of many types for a damaged file.
             log.warning("%s is damaged (%s); it is made anew.", file, error)
             return None
 
 
 def _broadcast(text_B: np.ndarray) -> bytes:
-    """Return the bytes that the primary process has, up to 1 KiB of them."""
+    """Return the bytes of the primary process, at most 1 KiB, without trailing zeros."""
+    # A fixed size, since the other processes do not know the length.
     padded = np.zeros(1024, np.uint8)
     padded[: len(text_B)] = text_B
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().rstrip(b"\0")

@@ -1,4 +1,4 @@
-"""The files that name classes and the sentences about them: ours, CLIP_benchmark's and other common forms."""
+"""Files of class names and prompt templates: our own format, CLIP_benchmark's and other common formats."""
 
 import collections
 import dataclasses
@@ -14,10 +14,10 @@ from lit_jax.evals.classes import BARE_NAME, DEFAULT_TEMPLATES, PLACEHOLDER, Cla
 from lit_jax.evals.labels import integer
 from lit_jax.files import parse_json
 
-# Files of CLIP_benchmark's WebDataset layout, which lie beside the tars or beside the folders of the splits.
+# The files of CLIP_benchmark's WebDataset layout. They lie beside the tars, or beside the splits' folders.
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
-# Says "retrieval" or "multilabel"; without it the task is classification.
+# The file contains "retrieval" or "multilabel"; without the file the task is classification.
 TASK = "dataset_type.txt"
 _SPLITS = ("train", "test", "val", "valid", "validation", "dev")
 
@@ -34,13 +34,15 @@ class _ClassFile:
 def load_classes(config: EvalConfig, name: str, language: str = "en") -> Classes:
     """Read the class file of an evaluation, and its template file if there is one.
 
-    An evaluation without a class file takes the two files that lie in its data set.
+    An evaluation without a class file uses the two files in its data set, if they exist.
 
     Args:
-        name: of the evaluation; finds the data set in files of many if `config.dataset` does not.
+        name: the name of the evaluation. It selects the data set in files about several data sets, unless
+            `config.dataset` is set.
+        language: replaces "{language}" in the paths, and selects the default templates.
 
-    Raises UserError if a file is missing or of no known form, if a template has no place for a name, if a
-    class is empty, or if classes cannot be told apart.
+    Raises UserError if a file is missing or has no known format, if a template has no placeholder, if a class
+    is empty, or if two classes are the same.
     """
     file = _file(config.classes, language)
     template_file = _file(config.templates, language)
@@ -58,6 +60,7 @@ def load_classes(config: EvalConfig, name: str, language: str = "en") -> Classes
     if template_file:
         given = _template_file(_read(template_file), dataset, template_file)
     templates_from = template_file or file
+    # CLIP_benchmark's templates may be a map from each class to sentences of its own (CuPL).
     if isinstance(given, Mapping):
         if missing := [name for name in found.names if name not in given]:
             raise UserError(
@@ -74,9 +77,9 @@ def load_classes(config: EvalConfig, name: str, language: str = "en") -> Classes
 
 
 def classes_in(config: SourceConfig, language: str = "en") -> File | None:
-    """Return the file of class names that lies in a data set for classification, None if there is none.
+    """Return the file of class names in a data set for classification, or None without one.
 
-    Raises UserError if the place cannot be read, or says that an image has several classes.
+    Raises UserError if the data set cannot be read, or if its images have several classes each.
     """
     paths = expand(config.path.replace("{language}", language)) if config.path else []
     if not paths:
@@ -88,7 +91,7 @@ def classes_in(config: SourceConfig, language: str = "en") -> File | None:
         for home in (folder, folder.parent) if is_split else (folder,):
             if (home / CLASS_NAMES).is_file():
                 return home / CLASS_NAMES if _task(home) != "retrieval" else None
-    # No permission, no network, no credentials.
+    # There is no permission, no network, or no credentials.
     except (AddressError, OSError) as error:
         raise UserError(f"The data of an evaluation cannot be read ({error}).") from error
     return None
@@ -113,7 +116,7 @@ def _if_there(file: File) -> File | None:
 
 
 def _lines(file: File) -> list[str]:
-    """Return the lines of a text file that say something, without white space around them."""
+    """Return the stripped lines of a text file that are not blank. Raise UserError if it cannot be read."""
     try:
         text = read_whole(file).decode("utf-8-sig")
     except (OSError, AddressError) as error:
@@ -125,8 +128,9 @@ def _lines(file: File) -> list[str]:
 
 
 def _read(file: File) -> Any:
-    """Return what a class or template file holds: its lines, or the value of its JSON."""
+    """Return the content of a class or template file: its lines, or the value of its JSON."""
     lines = _lines(file)
+    # A text file may contain JSON under another suffix; if it does not parse, it is a list of names.
     is_json = file.suffix.lower() == ".json"
     if is_json or (lines and lines[0][0] in "{["):
         try:
@@ -138,7 +142,7 @@ def _read(file: File) -> Any:
 
 
 def _class_file(content: Any, dataset: str, file: File) -> _ClassFile:
-    """Return what a class file of any form says."""
+    """Return the content of a class file in any format, recognised by its keys and values."""
     if isinstance(content, list):
         return _ClassFile(names=_strings(content, "", file))
     if not isinstance(content, dict) or not content:
@@ -146,7 +150,7 @@ def _class_file(content: Any, dataset: str, file: File) -> _ClassFile:
     if "classnames" in content or "templates" in content:
         return _own_form(content, file)
     numbered = content.get("id2label", content)
-    # {"cat": 0, "dog": 1}.
+    # The inverse map, {"cat": 0, "dog": 1}, as in `class_to_idx` of torchvision.
     if all(type(value) is int for value in content.values()):
         numbered = {str(number): name for name, number in content.items()}
     if isinstance(numbered, dict) and all(isinstance(name, str) for name in numbered.values()):
@@ -166,7 +170,7 @@ def _own_form(content: Mapping[str, Any], file: File) -> _ClassFile:
         templates = _strings(content["templates"], "templates", file)
     if "labels" in content:
         listed = content["labels"]
-        # 1 is the label "1".
+        # A label that is the number 1 equals the label "1" of the data. `type` excludes true and false.
         if isinstance(listed, list):
             listed = [str(label) if type(label) is int else label for label in listed]
         labels = _strings(listed, "labels", file)
@@ -174,6 +178,7 @@ def _own_form(content: Mapping[str, Any], file: File) -> _ClassFile:
         raise UserError(
             f"{file} has {len(names)} classnames but {len(labels)} labels; give one each."
         )
+    # Two classes may share a name if labels tell them apart, as "crane" does in ImageNet.
     key = "labels" if labels else "classnames"
     value, times = collections.Counter(labels or names).most_common(1)[0]
     if times > 1:
@@ -182,9 +187,9 @@ def _own_form(content: Mapping[str, Any], file: File) -> _ClassFile:
 
 
 def _numbered(names: Mapping[str, str], file: File) -> _ClassFile:
-    """Return what {"0": "cat", "1": "dog"} says, as in the config.json of a classifier of transformers.
+    """Return the classes of {"0": "cat", "1": "dog"}, as in the config.json of a transformers classifier.
 
-    If the numbers are not those from 0, they are the labels of the classes.
+    If the numbers do not count from 0, they are the labels of the classes.
     """
     numbers = {number: key for key in names if (number := integer(key)) is not None}
     if not names or len(numbers) != len(names):
@@ -198,7 +203,7 @@ def _numbered(names: Mapping[str, str], file: File) -> _ClassFile:
 
 
 def _is_keras_index(content: Mapping[str, Any]) -> bool:
-    """Return whether it is {"0": ["n01440764", "tench"], ...}: number, label and name of each class."""
+    """Return whether the content is Keras's {"0": ["n01440764", "tench"], ...}: number, label and name."""
     return len(content) > 1 and all(
         key.isdecimal() and isinstance(value, list) and [type(v) for v in value] == [str, str]
         for key, value in content.items()
@@ -206,13 +211,14 @@ def _is_keras_index(content: Mapping[str, Any]) -> bool:
 
 
 def _template_file(content: Any, dataset: str, file: File) -> tuple[str, ...] | Mapping[str, Any]:
+    """Return the templates for all classes, or a map from each class to its own sentences."""
     if isinstance(content, list):
         return _strings(content, "", file)
     if not isinstance(content, dict) or not content:
         raise UserError(_form(file))
     if "templates" in content:
         return _strings(content["templates"], "templates", file)
-    # CLIP_benchmark, too, takes ImageNet's for data sets that have none of their own.
+    # Like CLIP_benchmark, ImageNet's templates serve the data sets without templates of their own.
     key = _dataset(content, dataset, file, default="imagenet1k")
     return content[key] if isinstance(content[key], dict) else _strings(content[key], key, file)
 
@@ -227,7 +233,7 @@ def _form(file: File, key: str = "") -> str:
 
 
 def _strings(value: Any, key: str, file: File) -> tuple[str, ...]:
-    """Return a list of texts that a class or template file has under `key`, or as a whole."""
+    """Return the texts under `key` of a class or template file. Raise UserError if one is no text."""
     if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
         raise UserError(_form(file, key))
     if any(not text.strip() for text in value):
@@ -237,7 +243,7 @@ def _strings(value: Any, key: str, file: File) -> tuple[str, ...]:
 
 
 def _dataset(content: Mapping[str, Any], name: str, file: File, default: str = "") -> str:
-    """Return the key of a data set: its name, what stands behind the last '/' of it, or the only one."""
+    """Return the key of a data set: its name, the part of the name behind the last '/', or the only key."""
     for key in (name, name.rpartition("/")[2], *([*content] if len(content) == 1 else []), default):
         if key in content:
             return key

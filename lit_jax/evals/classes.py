@@ -1,12 +1,13 @@
-"""The names of classes and the sentences about them."""
+"""The names of classes, and the sentences about each class."""
 
 import dataclasses
 import re
 from collections.abc import Mapping
 
+# The place of the class name in a template; "{c}" is CLIP_benchmark's spelling.
 PLACEHOLDER = re.compile(r"\{c?\}")
 
-# The templates where neither file has any: photographs from near and far, and pictures that are none.
+# The templates if neither file has any: photographs from near and far, and pictures that are no photographs.
 DEFAULT_TEMPLATES: Mapping[str, tuple[str, ...]] = {
     "en": (
         "{}",
@@ -19,18 +20,18 @@ DEFAULT_TEMPLATES: Mapping[str, tuple[str, ...]] = {
         "one of many kinds of {}",
     ),
 }
-# The templates in any other language.
+# The default templates in any other language.
 BARE_NAME = ("{}",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classes:
-    """The names of C classes, and T templates: sentences with '{}' or '{c}' in the name's place.
+    """The names of C classes, and T templates: sentences with '{}' or '{c}' in the place of the name.
 
     Attributes:
-        prompts: of each class, sentences of its own in the place of the templates.
-        labels: what the data set calls the classes, in the same order; if empty, by these names or by
-            their positions in them.
+        prompts: for each class its own sentences, which replace the templates.
+        labels: the data set's labels of the classes, in the same order. If empty, the data's labels are the
+            names, or the positions of the names.
     """
 
     names: tuple[str, ...]
@@ -46,5 +47,6 @@ class Classes:
 
 
 def fill(template: str, name: str) -> str:
-    # A function, since a name may contain \1.
+    """Return the template with `name` in the place of each placeholder."""
+    # The replacement is a function, because in a string `re` would interpret a backslash.
     return PLACEHOLDER.sub(lambda _: name, template)

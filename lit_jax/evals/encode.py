@@ -1,4 +1,4 @@
-"""Embeddings of a whole data set, on all devices and processes, for every evaluation."""
+"""Compute the embeddings of a whole data set on all devices and processes, for every evaluation."""
 
 import dataclasses
 import logging
@@ -23,27 +23,27 @@ from lit_jax.precomputed.tower import Batch, Output, one_side, run_tower
 
 log = logging.getLogger(__name__)
 
-# Embeddings that differ by less, in parts of the largest number, are the same.
+# Embeddings count as the same if they differ by less than this fraction of the largest absolute value.
 SAME = 1e-6
 
 Params = Mapping[str, Any]
 
-# In the fingerprint of what is cached: earlier versions also kept embeddings that were not finite.
+# Part of the fingerprints. Raised because earlier versions also cached embeddings that were not finite.
 _CACHE_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """An encoder of images and texts, with parameters that are given call by call.
+    """An encoder of images and texts, whose parameters are an argument of each call.
 
-    One for all evaluations of a run: images compile once, texts once for each length (the longest
-    text, rounded up to a multiple of 8). All processes must make the same calls.
+    All evaluations of a run share one encoder, so that images compile once, and texts once for each length
+    (the length of the longest text, rounded up to a multiple of 8). All processes must make the same calls.
 
     Attributes:
-        module: without a normalization: images get that of `image_transform`. Cached texts must
-            not depend on it.
-        batch_size: over all devices and processes; rounded up to a multiple of the devices.
-        cache: the embeddings of earlier calls. It belongs to one set of parameters.
+        module: the dual encoder without a normalization, on which cached text embeddings must not depend.
+            Images get the normalization of `image_transform`.
+        batch_size: the rows of a batch over all devices, rounded up to a multiple of the devices.
+        cache: the embeddings of earlier calls, for one set of parameters.
     """
 
     module: DualEncoderModule
@@ -57,7 +57,7 @@ class Encoder:
     def from_processors(
         cls, module: DualEncoderModule, mesh: jax.sharding.Mesh, processors: Processors
     ) -> "Encoder":
-        """Return the encoder of a model; a normalization of `module` is not used."""
+        """Return the encoder of a model; the normalization of `module` is ignored."""
         return cls(
             module=module.clone(normalization=None),
             mesh=mesh,
@@ -79,8 +79,8 @@ class Encoder:
             params: the merged tree of the dual encoder, placed on the mesh.
 
         Returns:
-            Embeddings of unit length, float32, and which rows are valid: the row of an image that
-            cannot be decoded is zero and not valid.
+            Embeddings of unit length, float32 (N, E), and which rows are valid, bool (N). The row of an image
+            that cannot be decoded is zero and not valid.
 
         Raises UserError if no image can be decoded, or if an embedding is not finite.
         """
@@ -89,14 +89,15 @@ class Encoder:
     def features(
         self, params: Params, source: Source
     ) -> tuple[Float[np.ndarray, "N P"], Bool[np.ndarray, " N"]]:
-        """Return what `images` does, but the features of the image tower: not projected, not normalised."""
+        """Return the same as `images`, but the image tower's features, neither projected nor normalised."""
         return self._images("features", params, source)
 
     def texts(self, params: Params, texts: Sequence[str]) -> Float[np.ndarray, "M E"]:
-        """Embed M texts to unit length, float32; the result is the same on every process.
+        """Embed M texts to unit length, float32 (M, E); the result is the same on every process.
 
         Raises UserError if an embedding is not finite.
         """
+        # Tokenized before the cache is asked: the tokens are part of the fingerprint.
         tokens = tokenize(self.tokenizer, texts)
 
         def embed() -> Arrays:
@@ -125,7 +126,7 @@ class Encoder:
             return self._embed("image", output, params, batches, len(positions))
 
         def again(found: Arrays) -> Arrays:
-            """Try the images once more that could not be read: a disk or a store may answer today."""
+            """Retry the images that could not be read: the fault may have been in a disk or a network."""
             bad = np.flatnonzero(~found[1])
             if not len(bad):
                 return found
@@ -141,6 +142,7 @@ class Encoder:
             tower = tree_checksums(one_side(params, "image"))
             return ["image", output, tower, transform, images_fingerprint(source)]
 
+        # In memory the source's id suffices: evaluations of the same data share one source.
         embeds_NxE, valid_N = self._once(
             (output, id(source)), parts, lambda: embed(range(len(source))), again
         )
@@ -158,7 +160,14 @@ class Encoder:
         embed: Callable[[], Arrays],
         again: Callable[[Arrays], Arrays] = lambda found: found,
     ) -> Arrays:
-        """Return what `embed` does, from the cache if possible; `parts` and the module decide the result."""
+        """Return the result of `embed`, from the cache if possible.
+
+        Args:
+            key: the key in memory.
+            parts: returns the values that, with the module, determine the result.
+            embed: computes the arrays.
+            again: retries the rows that cached arrays lack.
+        """
         if self.cache is None:
             return embed()
 
@@ -174,17 +183,19 @@ class Encoder:
         index = np.full(-(-count // self.rows) * self.rows, -1, np.int32)
         index[:count] = np.arange(count)
         for rows in index.reshape(-1, jax.process_count(), share)[:, jax.process_index()]:
-            # Padding, -1, repeats the last text: its embedding is not kept.
+            # The padding -1 indexes the last text, whose repeated embedding is dropped.
             yield {name: array[rows] for name, array in tokens.items()} | {"index": rows}
 
     def _embed(
         self, side: Side, output: Output, params: Params, batches: Iterable[Batch], count: int
     ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows (count, E) of one tower in float32, and which rows were computed (count)."""
         embeds_NxE, valid_N = np.zeros((count, 0), np.float32), np.zeros(count, bool)
         module = self.module.clone(normalization=self.image_transform.normalization)
         for z_RxE, index_R in run_tower(
             module, params, self.mesh, batches, side=side, output=output
         ):
+            # The width is known only from the first batch.
             if not embeds_NxE.size:
                 embeds_NxE = np.zeros((count, z_RxE.shape[1]), np.float32)
             embeds_NxE[index_R] = z_RxE
@@ -194,6 +205,7 @@ class Encoder:
 
 
 def _warn_if_all_the_same(embeds_NxE: np.ndarray, side: Side) -> None:
+    """Warn if all embeddings are equal, as from a collapsed tower: the metrics alone would not show why."""
     count = len(embeds_NxE)
     if count > 1 and np.ptp(embeds_NxE, axis=0).max() <= SAME * np.abs(embeds_NxE).max():
         log.warning(

@@ -1,4 +1,4 @@
-"""Which class each example has: from the labels of the data to positions in a list of classes."""
+"""Map the labels of a data set to positions in a list of classes."""
 
 import collections
 import logging
@@ -16,24 +16,25 @@ from lit_jax.evals.classes import Classes
 
 log = logging.getLogger(__name__)
 
-# The values of `labels` of an evaluation where the data's labels, sorted, are those of the classes in order.
+# The values of an evaluation's key `labels` for which the data's sorted labels are in the classes' order.
 SORTED, AS_TEXT, AS_NUMBERS = "sorted", "sorted_as_text", "sorted_as_numbers"
-# "7", "007", "-1", and "7.0" as pandas writes it. Python reads no number of more than 4300 digits.
+# Matches "7", "007", "-1", and "7.0" as pandas writes 7. Python refuses numbers of more than 4300 digits.
 _INTEGER = re.compile(r"([+-]?[0-9]{1,4000})(\.0*)?")
-# Pairs of label and class in the log.
+# The number of pairs of label and class in the log.
 _SHOWN = 3
-# `datasets`, TFDS and others write this where there is no label.
+# The label that `datasets`, TFDS and others give to examples without a label.
 UNLABELLED = -1
 _KEY = "the data's label key (--eval.data.label_key, or label_key in a config)"
 
 
 class Labels:
-    """The labels of all examples of a source; an example that cannot be read has none.
+    """The labels of all examples of a source; an example that cannot be read has no label.
 
-    Raises UserError if no example has one.
+    Raises UserError if no example has a label.
 
     Attributes:
         of_example: position in the source -> (key of the example, label).
+        found: the set of all labels.
         are_folders: whether the labels are the names of folders.
     """
 
@@ -41,8 +42,8 @@ class Labels:
         self.of_example: dict[int, tuple[str, str]] = {}
         self.are_folders = False
         self._size = len(source)
-        # Position and key of the examples without a label, and whether the log has their number already:
-        # several evaluations may ask for positions.
+        # Position -> key of the examples without a label, and whether their number is logged already, since
+        # several evaluations may ask for the positions.
         self._without: dict[int, str] = {}
         self._told = False
         problems: list[BadSampleError] = []
@@ -54,7 +55,7 @@ class Labels:
                 continue
             try:
                 label = usable_label(example)
-            # The image may be good: nothing else would name the example.
+            # Its image may be good, so that no later message would name the example.
             except BadSampleError as reason:
                 key = example["key"]
                 log.warning("Bad sample %s is left out of the evaluation: %s.", key, reason)
@@ -78,15 +79,18 @@ class Labels:
     def positions(
         self, known: Sequence[str], refusal: Callable[[str, str], str]
     ) -> Int[np.ndarray, " N"]:
-        """Return the position in `known` of each example's label; -1 of one without a label.
+        """Return the position in `known` of each example's label, int32, or -1 for an example without one.
 
-        Examples without a label are counted in the log. -1 is a label only if `known` has it.
+        Examples without a label are counted in the log. The label -1 counts as missing unless `known`
+        contains it.
 
         Args:
-            refusal: from key and label of an example, what to say if `known` has not its label.
+            refusal: (key, label) of an example -> the message if `known` does not contain the label.
+
+        Raises UserError with that message, or if no example has a label.
         """
         same = one_spelling([*known, *self.found])
-        # "1" and "01" are told apart.
+        # If `known` contains both "1" and "01", they are different classes.
         if len({same[label] for label in known}) < len(known):
             same = {label: label for label in same}
         ids = {same[label]: i for i, label in enumerate(known)}
@@ -123,20 +127,21 @@ class Labels:
 
 
 def integer(label: str) -> int | None:
-    """Return the whole number that a label is, None if it is none."""
+    """Return the whole number that a label spells, or None."""
     match = _INTEGER.fullmatch(label)
     return int(match[1]) if match else None
 
 
 def without_minus_one(labels: Iterable[str]) -> list[str]:
-    """Return the labels but for -1, which often stands for an example without one."""
+    """Return the labels without -1, which often stands for a missing label."""
     return [label for label in labels if integer(label) != UNLABELLED]
 
 
 def one_spelling(labels: Iterable[str]) -> Mapping[str, str]:
-    """Return for each label the one text that stands for all its spellings.
+    """Return a map from each label to a common spelling.
 
-    If all labels are whole numbers, "7", "007" and "7.0" are one label; else each stands for itself.
+    If all labels are whole numbers, "7", "007" and "7.0" are the same label; otherwise each label stands for
+    itself.
     """
     numbers = {label: integer(label) for label in labels}
     if any(number is None for number in numbers.values()):
@@ -145,14 +150,14 @@ def one_spelling(labels: Iterable[str]) -> Mapping[str, str]:
 
 
 def label_ids(labels: Labels, classes: Classes, *, order: str = "given") -> Int[np.ndarray, " N"]:
-    """Return the class of each example as its position in `classes`; -1 of one without a label.
+    """Return the class of each example as a position in `classes`, or -1 for an example without a label.
 
-    A label is what `classes.labels` lists, or else a class name or, if it is a number, a position from 0.
+    The data's labels are those in `classes.labels` or, without that list, class names or positions from 0.
 
     Args:
-        order: `labels` of an evaluation's config.
+        order: the value of `labels` in the evaluation's config.
 
-    Raises UserError at a label that is not in the class list.
+    Raises UserError for a label that is not in the class list.
     """
     known = (
         _given(labels.found, classes)
@@ -162,6 +167,7 @@ def label_ids(labels: Labels, classes: Classes, *, order: str = "given") -> Int[
     label_N = labels.positions(
         known, lambda key, label: _refusal(key, label, labels, known, classes)
     )
+    # A wrong assignment of numbers to names gives a plausible but wrong accuracy, so the log shows a few.
     if tuple(known) != classes.names:
         pairs = list(zip(known, classes.names, strict=True))[:_SHOWN]
         log.info(
@@ -172,13 +178,14 @@ def label_ids(labels: Labels, classes: Classes, *, order: str = "given") -> Int[
 
 
 def _given(found: Collection[str], classes: Classes) -> Sequence[str]:
-    """Return what the data calls the classes, in their order, where nobody says that sorting gives it."""
+    """Return the data's labels of the classes, in their order, if the order is not given by sorting."""
     found = without_minus_one(found)
     same = one_spelling([*found, *classes.names])
     are_names = {same[label] for label in found} <= {same[name] for name in classes.names}
     if classes.labels:
         same = one_spelling([*found, *classes.labels])
         are_labels = {same[label] for label in found} <= {same[label] for label in classes.labels}
+        # If neither fits, the labels are used, and the error names one that is missing there.
         if are_labels or not are_names:
             return classes.labels
     if not are_names and all(integer(label) is not None for label in found):
@@ -196,13 +203,13 @@ def _given(found: Collection[str], classes: Classes) -> Sequence[str]:
 def _sorted(
     found: Collection[str], classes: Classes, order: str, *, are_folders: bool
 ) -> Sequence[str]:
-    """Return the labels of the data in the order that `order` names.
+    """Return the labels of the data, sorted as `order` says.
 
-    Raises UserError unless there are as many as classes, and if folders have one order as text and another
-    as numbers, and nobody says which.
+    Raises UserError if their number is not that of the classes, or if folders have a different order as text
+    than as numbers and `order` does not choose one.
     """
     count = len(classes.names)
-    # -1 is a class if it takes one more label to fill the list.
+    # The label -1 is a class if the number of labels equals that of the classes only with it.
     for labels in (found, without_minus_one(found)):
         ranked = _ranked(labels, order, are_folders=are_folders)
         if len(ranked) == count:
@@ -214,6 +221,7 @@ def _sorted(
 
 
 def _ranked(found: Collection[str], order: str, *, are_folders: bool) -> Sequence[str]:
+    """Return the labels sorted as `order` says; numbers in their common spelling."""
     as_text = sorted(found)
     numbers = {label: number for label in as_text if (number := integer(label)) is not None}
     all_numbers = len(numbers) == len(as_text)
@@ -224,13 +232,14 @@ def _ranked(found: Collection[str], order: str, *, are_folders: bool) -> Sequenc
         )
     if not all_numbers or order == AS_TEXT:
         return as_text
+    # torchvision numbers folders by the order of text; other tools number them by value.
     if are_folders and order == SORTED and (two := _two_orders(found)):
         raise UserError(f"{two} (labels in a config).")
     return [str(number) for number in sorted(set(numbers.values()))]
 
 
 def _two_orders(folders: Collection[str]) -> str:
-    """Return what to choose between if folders whose names are numbers have two orders, else ''."""
+    """Return a sentence about the two possible orders of folders named by numbers, or "" if they agree."""
     as_text, as_numbers = sorted(folders), sorted(folders, key=lambda label: integer(label) or 0)
     if as_text == as_numbers:
         return ""
@@ -246,6 +255,7 @@ def _few(labels: Sequence[str]) -> str:
 
 
 def _refusal(key: str, label: str, labels: Labels, known: Sequence[str], classes: Classes) -> str:
+    """Return the message about a label that is not in the class list, with the likely remedy."""
     if integer(label) is None or classes.labels or tuple(known) == classes.names:
         return (
             f"The example {key} has the label {label!r}, which the class file does not list; "

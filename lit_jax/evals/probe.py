@@ -1,4 +1,4 @@
-"""Linear classifiers on the features of an image tower, trained on all images or on k a class."""
+"""Linear classifiers on the features of an image tower, trained on all images or on k for each class."""
 
 import dataclasses
 import logging
@@ -17,17 +17,20 @@ from lit_jax.evals.zero_shot import expected_hits, top_metrics
 
 log = logging.getLogger(__name__)
 
+# The penalties of the first sweep, as in the CLIP paper (A.3).
 COARSE_L2 = (1e-6, 1e-4, 1e-2, 1e0, 1e2, 1e4, 1e6)
-FINEST = 1 / 8  # of a decade
-# Each fifth training image of a class validates.
+# The smallest step of the search, in decades.
+FINEST = 1 / 8
+# Every fifth training image of a class is held out for validation.
 VALIDATION = 5
+# Few images leave none to choose the penalty with, so it is fixed.
 FEW_SHOT_L2 = 1.0
 MAX_ITERATIONS = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Features:
-    """The features of N images, and their classes from 0."""
+    """The features of N images, and their classes, numbered from 0."""
 
     rows: Float[np.ndarray, "N P"]
     label: Int[np.ndarray, " N"]
@@ -37,11 +40,11 @@ class Features:
 
 
 def class_ids(train: Labels, test: Labels) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " M"]]:
-    """Return the class of each example of both, as its position among the labels of `train`.
+    """Return the classes of the N training and M test examples, as positions among the labels of `train`.
 
-    It is -1 for an example without a label.
+    An example without a label has the class -1.
 
-    Raises UserError if `test` has a class that `train` has not.
+    Raises UserError if `test` has a class that `train` lacks.
     """
     same = one_spelling(train.found | test.found)
     known = sorted({same[label] for label in _classes(train.found)})
@@ -56,13 +59,16 @@ def class_ids(train: Labels, test: Labels) -> tuple[Int[np.ndarray, " N"], Int[n
 
 
 def _classes(found: Collection[str]) -> Collection[str]:
-    """Return the labels that are classes: -1 is one beside 1 alone, else it stands for no label."""
+    """Return the labels that are classes.
+
+    The label -1 is a class only if the other class is 1, as in binary data; otherwise it means no label.
+    """
     others = without_minus_one(found)
     return found if {integer(label) for label in others} == {1} else others
 
 
 def check_counts(label_N: Int[np.ndarray, " N"], shots: Sequence[int] = ()) -> None:
-    """Raise UserError if there are too few training images for `few_shot`, or else for `linear_probe`."""
+    """Raise UserError if there are too few training images for `few_shot` (with shots) or `linear_probe`."""
     of_class = np.bincount(label_N[label_N >= 0])
     if (of_class > 0).sum() < 2:
         raise UserError("The training data of a probe has one class alone; give it two or more.")
@@ -83,7 +89,7 @@ def features(
 ) -> Features:
     """Return the features of the images of `source` that can be decoded and have a label.
 
-    Raises UserError if there is none.
+    Raises UserError if there is no such image.
     """
     rows, valid_N = encoder.features(params, source)
     valid_N = valid_N & (label_N >= 0)
@@ -93,12 +99,12 @@ def features(
 
 
 def linear_probe(train: Features, test: Features) -> dict[str, float]:
-    """Fit a logistic regression; a fifth of the training images chooses its penalty (CLIP section 3.2).
+    """Fit a logistic regression whose penalty a fifth of the training images chooses (CLIP section 3.2).
 
-    The L2 penalty is swept from 1e-6 to 1e6, then between the neighbours of the best, down to an eighth of a
-    decade. The classifier with the best one is trained on all training images.
+    The L2 penalty is swept from 1e-6 to 1e6, then between the neighbours of the best value, down to an eighth
+    of a decade. The final classifier is trained on all training images with the best penalty.
 
-    Returns top1, top5 (of five classes or more), mean_per_class_recall, n, and l2.
+    Returns top1, top5 (for five classes or more), mean_per_class_recall, n, and l2.
     """
     check_counts(train.label)
     held_out_N = _each_of(VALIDATION, train.label)
@@ -110,7 +116,7 @@ def linear_probe(train: Features, test: Features) -> dict[str, float]:
             accuracy[l2] = _test(_fit(learn, l2), validate)["top1"]
         return accuracy[l2]
 
-    # The strongest of equally good penalties leaves least to chance.
+    # `max` returns the first of equal values, so the order is reversed: the strongest penalty overfits least.
     best, step = max(reversed(COARSE_L2), key=measure), 2.0
     while (step := step / 2) >= FINEST:
         best = max((best, best * 10**-step, best * 10**step), key=measure)
@@ -120,10 +126,10 @@ def linear_probe(train: Features, test: Features) -> dict[str, float]:
 def few_shot(
     train: Features, test: Features, *, shots: Sequence[int], draws: int
 ) -> dict[str, float]:
-    """Fit a logistic regression on k training images a class, for each k of `shots`.
+    """Fit a logistic regression on k training images of each class, for each k of `shots`.
 
     Returns the mean ('top1_4_shot') and the standard deviation ('top1_4_shot_std') of the accuracy over
-    `draws` of the images, the same ones at every call.
+    `draws` random choices of images, which are the same in every call.
 
     Raises UserError if a class has fewer images than one of `shots`.
     """
@@ -145,7 +151,8 @@ def few_shot(
 
 
 def _each_of(n: int, label_N: np.ndarray) -> np.ndarray:
-    """Return whether an example is the n-th, 2n-th ... of its class."""
+    """Return whether each example is the n-th, 2n-th ... of its class."""
+    # Counted within a class: data sets are often sorted by class, and each class needs its share.
     order_N = np.argsort(label_N, kind="stable")
     starts = np.cumsum(np.bincount(label_N)) - np.bincount(label_N)
     place_N = np.empty(len(label_N), int)
@@ -155,13 +162,13 @@ def _each_of(n: int, label_N: np.ndarray) -> np.ndarray:
 
 def _fit(train: Features, l2: float) -> Any:
     """Fit scikit-learn's classifier, which minimises the sum of cross entropies + l2 / 2 * |weights|^2."""
-    # The import takes a second, and only probes need it.
+    # Imported here, because the import takes a second and only probes need it.
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     classifier = LogisticRegression(C=1 / l2, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
-        # Weak penalties need not converge to be compared.
+        # A fit with a weak penalty can be compared without having converged.
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.simplefilter("ignore", RuntimeWarning)
         return classifier.fit(train.rows, train.label)
@@ -169,10 +176,10 @@ def _fit(train: Features, l2: float) -> Any:
 
 def _test(classifier: Any, test: Features) -> dict[str, float]:
     scores_NxC = classifier.decision_function(test.rows)
-    # Two classes have one score, that of the second.
+    # For two classes scikit-learn returns a single score, that of the second class.
     if scores_NxC.ndim == 1:
         scores_NxC = np.stack([-scores_NxC, scores_NxC], axis=1)
-    # A class that was not trained is behind all others.
+    # A class without training images gets the lowest score.
     classes = 1 + int(max(classifier.classes_.max(), test.label.max()))
     all_NxC = np.full((len(test.label), classes), -np.inf)
     all_NxC[:, classifier.classes_] = scores_NxC

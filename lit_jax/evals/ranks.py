@@ -1,4 +1,4 @@
-"""Ranks of images and texts among millions, counted block by block on the mesh; no whole matrix exists."""
+"""Ranks of images and texts among millions, counted block by block without the whole matrix of scores."""
 
 import functools
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ from jaxtyping import Float, Integer
 
 from lit_jax.distributed.mesh import BATCH, REPLICATED
 
-# Rows and columns of the scores that a device holds at one time, a power of two.
+# The rows and columns of the block of scores on a device, a power of two.
 BLOCK = 1024
-# Rows that lie on the devices at one time.
+# The rows that are on the devices at a time.
 CHUNK = 1 << 17
 
 
 class Ranks(NamedTuple):
-    """The ranks of queries, from 1, the best. An image without a text is no query, and has no rank."""
+    """The ranks of queries; the best rank is 1. An image without a text is not a query and has no rank."""
 
     of_images: Integer[np.ndarray, " I"]
     of_texts: Integer[np.ndarray, " M"]
@@ -34,22 +34,22 @@ def ranks(
     block: int = BLOCK,
     chunk: int = CHUNK,
 ) -> Ranks:
-    """Compute the rank of each image by its best own text, and that of each text by its image.
+    """Compute the rank of each image's best own text, and the rank of each text's image.
 
-    Each score, an inner product in float32, is computed once and counts in both directions. Scores that are
-    compared come out of products of the same shape, block x block (the last ones are filled up), so that
-    equal embeddings have equal scores to the last bit and a tie is a tie.
+    Each score, an inner product in float32, is computed once and used in both directions. All matrix products
+    have the same shape, block x block (the last blocks are padded), because other shapes round differently:
+    equal embeddings then get bit-equal scores and count as a tie.
 
-    The devices of the mesh share the images; a device holds about `chunk` / devices of them and about
-    `chunk` texts.
+    A device of the mesh holds about `chunk` / devices images, and about `chunk` texts.
     """
     block = min(block, _power_of_two(max(-(-len(image_embeds_NxE) // mesh.size), 8)))
     height = chunk_size(len(image_embeds_NxE), block * mesh.size, chunk)
     width = chunk_size(len(text_embeds_MxE), block, chunk)
     own_M = _own_scores(image_embeds_NxE, text_embeds_MxE, image_of_text_M, mesh, block, width)
     best_N = np.full(len(image_embeds_NxE), -np.inf, np.float32)
+    # NaN stays NaN, and then counts as behind every other score.
     with np.errstate(invalid="ignore"):
-        np.maximum.at(best_N, image_of_text_M, own_M)  # NaN stays NaN
+        np.maximum.at(best_N, image_of_text_M, own_M)
     ahead_of_image_N = np.zeros(len(image_embeds_NxE), np.int64)
     ahead_of_text_M = np.zeros(len(text_embeds_MxE), np.int64)
     place = functools.partial(_place, mesh=mesh)
@@ -70,6 +70,7 @@ def ranks(
                     block=block,
                 )
             )
+            # Accumulated on the host in int64; the rest of a chunk is padding.
             ahead_of_image_N[rows] += of_images[: rows.stop - rows.start]
             ahead_of_text_M[columns] += of_texts[: columns.stop - columns.start]
     has_text_N = np.bincount(image_of_text_M, minlength=len(image_embeds_NxE)) > 0
@@ -84,7 +85,7 @@ def _own_scores(
     block: int,
     size: int,
 ) -> np.ndarray:
-    """Compute the score of each text with its image: the diagonals of blocks that pair them."""
+    """Compute the score of each text with its own image, as the diagonals of block x block products."""
     own_M = np.empty(len(text_embeds_MxE), np.float32)
     for rows in _slices(len(text_embeds_MxE), size):
         images = _place(_filled(size, image_embeds_NxE[image_of_text_M[rows]], 0), mesh)
@@ -100,7 +101,7 @@ def _diagonal(images_CxE, texts_CxE, *, mesh: Mesh, block: int):
         pairs = _blocks(images_CxE, block), _blocks(texts_CxE, block)
         return jax.lax.map(lambda pair: jnp.diagonal(_scores(*pair)), pairs).reshape(-1)
 
-    # Every device computes all of it: so few scores are not worth sending.
+    # Every device computes all scores: they are too few to be worth communicating.
     return jax.shard_map(
         local, mesh=mesh, in_specs=REPLICATED, out_specs=REPLICATED, check_vma=False
     )(images_CxE, texts_CxE)
@@ -108,10 +109,13 @@ def _diagonal(images_CxE, texts_CxE, *, mesh: Mesh, block: int):
 
 @functools.partial(jax.jit, static_argnames=("mesh", "block"))
 def count_ahead(images_IxE, best_I, index_I, texts_TxE, own_T, image_of_T, *, mesh, block):
-    """Count the texts of others that are not behind each image's best own one, and the same for texts.
+    """Count the competitors that each query does not beat, for images and for texts.
 
-    For a text these are the other images that are not behind its own. "Not behind" counts ties, and NaN. An
-    index of -1 is padding.
+    For an image these are the texts of other images that score no less than its best own text; for a text,
+    the other images that score no less than its own image. Ties and NaN count against the query. An index of
+    -1 marks padding.
+
+    Returns int32 counts for the I images and the T texts, replicated on all devices.
     """
 
     def local(images_IxE, best_I, index_I, texts_TxE, own_T, image_of_T):
@@ -126,6 +130,7 @@ def count_ahead(images_IxE, best_I, index_I, texts_TxE, own_T, image_of_T, *, me
                 scores_bxb = _scores(images_bxE, texts_bxE)
                 real_bxb = (index_b[:, None] >= 0) & (image_of_b[None, :] >= 0)
                 other_bxb = real_bxb & (index_b[:, None] != image_of_b[None, :])
+                # "Not less" instead of "greater or equal", so that NaN counts as ahead.
                 count = functools.partial(jnp.sum, dtype=jnp.int32)
                 return (
                     count(other_bxb & ~(scores_bxb < best_b[:, None]), axis=1),
@@ -150,6 +155,7 @@ def count_ahead(images_IxE, best_I, index_I, texts_TxE, own_T, image_of_T, *, me
 
 
 def _scores(images_bxE, texts_bxE):
+    # TPUs and recent GPUs would otherwise multiply float32 with fewer bits.
     return jnp.matmul(images_bxE, texts_bxE.T, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -158,15 +164,15 @@ def _blocks(x, block: int):
 
 
 def _power_of_two(count: int) -> int:
-    """Return the smallest power of two that is not less than `count`."""
+    """Return the smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()
 
 
 def chunk_size(count: int, multiple: int, most: int) -> int:
-    """Return the size of chunks as equal as can be, about `most` each at most, or one `multiple`.
+    """Return the common size of chunks that cover `count` rows: about `most` at most, at least `multiple`.
 
-    Rounded up to one of eight sizes between a power of two and the next, so that data of about the same size
-    share a compiled program and little is computed for nothing.
+    The size is rounded up to one of eight sizes between consecutive powers of two, so that data of similar
+    size share a compiled program and little padding is computed.
     """
     chunks = -(-count // max(most, multiple))
     multiples = -(-count // (chunks * multiple))
@@ -186,7 +192,7 @@ def _filled(size: int, rows: np.ndarray, value: int) -> np.ndarray:
 
 
 def _place(rows: np.ndarray, mesh: Mesh, spec: PartitionSpec = REPLICATED) -> jax.Array:
-    """Give each device its part of `rows`, of which every process has all, in 32 bits."""
+    """Place `rows`, which every process holds in full, on the mesh in 32 bits."""
     rows = rows.astype(np.int32 if rows.dtype.kind == "i" else np.float32)
     sharding = jax.sharding.NamedSharding(mesh, spec)
     return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])

@@ -1,4 +1,4 @@
-"""Image-text retrieval: how high each image ranks its own texts, and each text its own image."""
+"""Image-text retrieval: the rank that each image gives to its own texts, and each text to its own image."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ RECALL_AT = (1, 5, 10)
 
 
 def captions_of(source: Source, language: str = "") -> list[tuple[str, ...]]:
-    """Return the captions of every example, blank ones left out; none of one that cannot be read.
+    """Return the captions of each example that are not blank; an example that cannot be read has none.
 
     Args:
-        language: that of the captions that `source` chooses, for messages.
+        language: the language to which `source` is restricted, for messages.
 
     Raises UserError if there is no caption at all.
     """
@@ -32,7 +32,7 @@ def captions_of(source: Source, language: str = "") -> list[tuple[str, ...]]:
             example = source[i]
             texts = tuple(text for text in example["captions"] if text.strip())
             languages.update(example.get("left_out", ()))
-        # The image is left out, too.
+        # Not logged here: the image loader leaves the example out and logs the reason.
         except BadSampleError as reason:
             problems.append(reason)
         captions.append(texts)
@@ -62,8 +62,11 @@ class RetrievalResult:
     """The outcome for the N images that could be decoded, and their M captions.
 
     Attributes:
-        index: where in the source each image is.
-        texts: all captions; `image_of_text` says which row each belongs to.
+        metrics: the result of `retrieval`.
+        index: the position of each image in the source.
+        texts: the captions.
+        image_of_text: the row of each caption's image.
+        image_embeds, text_embeds: unit vectors, float32.
     """
 
     metrics: dict[str, float]
@@ -77,13 +80,15 @@ class RetrievalResult:
 def evaluate_retrieval(
     encoder: Encoder, params: Params, source: Source, captions: Sequence[tuple[str, ...]]
 ) -> RetrievalResult:
-    """Compute `retrieval` over all images and all captions of `source`.
+    """Compute `retrieval` over all images and captions of `source`.
 
-    An image that cannot be decoded is left out, and its captions with it.
+    An image that cannot be decoded is left out together with its captions.
 
     Args:
         params: the merged tree of the dual encoder, placed on the encoder's mesh.
-        captions: of each example of `source`, from `captions_of`.
+        captions: the captions of each example of `source`, from `captions_of`.
+
+    Raises UserError if no image with a caption can be decoded.
     """
     image_embeds_NxE, valid_N = encoder.images(params, source)
     kept = np.flatnonzero(valid_N)
@@ -112,14 +117,14 @@ def retrieval(
 ) -> dict[str, float]:
     """Compute recall at 1, 5 and 10, the mean and the median rank, in both directions.
 
-    The rank of an image is that of the best of its own texts among the texts of other images, the
-    rank of a text is that of its image among all images; the best rank is 1. Scores are inner
-    products. A tie counts as lost: a model that gives every pair the same score finds nothing. So
-    does NaN. An image without a text is ranked by the texts, and asks for nothing itself.
+    The rank of an image is the rank of its best own text among the texts of other images; the rank of a text
+    is the rank of its image among all images. The best rank is 1. Scores are inner products. A tie counts as
+    lost, and so does NaN: a model that gives all pairs the same score finds nothing. An image without a text
+    is a candidate for the texts, but not a query.
 
     Args:
         image_of_text_M: the row of each text's image; several texts may share an image.
-        mesh: whose devices share the work; the result does not depend on it.
+        mesh: the devices that share the work; the result does not depend on the mesh.
     """
     found = ranks(image_embeds_NxE, text_embeds_MxE, image_of_text_M, mesh)
     return {

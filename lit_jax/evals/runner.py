@@ -1,4 +1,4 @@
-"""The evaluations that a config names: opened and checked before training, run at any time."""
+"""The evaluations in a config: opened and checked before training, and run at any time."""
 
 import dataclasses
 import logging
@@ -22,7 +22,7 @@ from lit_jax.evals.zero_shot import ZeroShotResult, zero_shot
 
 log = logging.getLogger(__name__)
 
-# The language of class files and templates where none is named.
+# The language of class files and templates if the config names none.
 DEFAULT_LANGUAGE = "en"
 
 Metrics = dict[str, float]
@@ -32,15 +32,17 @@ _LabelsOf = Callable[[Source], Labels]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreparedEval:
-    """An evaluation in one language whose data and classes have been read and checked."""
+    """An evaluation in one language, whose data and classes have been read and checked."""
 
-    # The start of its metrics' names: "zero_shot/pets", "zero_shot/pets/de".
+    # The prefix of the metrics' names: "zero_shot/pets", "zero_shot/pets/de".
     name: str
-    key: str  # of config.evals
+    # The key in config.evals.
+    key: str
     config: EvalConfig
     language: str
     source: Source
-    classes: Classes | None  # of zero_shot
+    # None unless the kind is zero_shot.
+    classes: Classes | None
     measure: Callable[[Encoder, Params], tuple[Metrics, Result]]
 
 
@@ -50,29 +52,29 @@ class Evaluation:
 
     prepared: PreparedEval
     metrics: Metrics
-    # Reports are drawn from it; probes have none.
+    # The data for reports; None for probes.
     result: Result
 
 
 def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
     """Open the data and class files of all `evals`, and check that they fit each other.
 
-    Raises UserError on what would end an evaluation later: call it before training.
+    Raises UserError for mistakes that would otherwise end an evaluation in the middle of a training run.
     """
-    # The same data is one source: it is embedded once.
+    # Evaluations of the same data share a source object, so that its images are embedded only once.
     sources: dict[tuple[str, bool], Source] = {}
 
     def source_of(
         config: SourceConfig, language: str, *, labelled: bool = True, captions: bool = False
     ) -> Source:
-        """Open a source in a language; `captions` restricts its captions to that language."""
+        """Open a source in a language. With `captions` only the captions in that language are kept."""
         if captions and "{language}" not in config.path:
             config = dataclasses.replace(config, languages={language: 1.0})
         config = dataclasses.replace(config, path=config.path.replace("{language}", language))
         key, other = (repr(config), labelled), (repr(config), not labelled)
         if key not in sources:
             source = open_source(config, labelled=labelled)
-            # Labels can only part the images further: as many examples are the same ones.
+            # Grouping by labels can only split images further, so equally many examples are the same ones.
             same = config.max_examples is None and len(sources.get(other, ())) == len(source)
             sources[key] = sources[other] if same else source
         return sources[key]
@@ -103,7 +105,7 @@ def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
 
 
 def _read_once() -> _LabelsOf:
-    """Return what gives the labels of a source, which are read at the first call."""
+    """Return a function that returns the labels of a source, and reads them only at the first call."""
     labels: dict[int, Labels] = {}
 
     def labels_of(source: Source) -> Labels:
@@ -115,7 +117,7 @@ def _read_once() -> _LabelsOf:
 
 
 def _check(key: str, config: EvalConfig) -> None:
-    """Raise UserError where keys that are right one by one do not fit each other."""
+    """Raise UserError if keys that are valid on their own do not fit together."""
     name, languages = f"config.evals.{key}", config.languages
     if config.kind == "few_shot" and not config.shots:
         raise UserError(f"{name} has an empty list of shots; fill it.")
@@ -133,7 +135,7 @@ def _check(key: str, config: EvalConfig) -> None:
 
 
 def check_tokens(prepared: Sequence[PreparedEval], tokenizer: Any) -> None:
-    """Log what the tokenizer makes of the texts of the evaluations; raise UserError where it knows none."""
+    """Log token statistics of the evaluations' texts. Raise UserError if all tokens of one are unknown."""
     for task in prepared:
         if task.classes is not None:
             prompts = [text for of_class in task.classes.texts() for text in of_class]
@@ -151,11 +153,12 @@ def run(
 ) -> list[Evaluation]:
     """Run the evaluations in order, each with its own batch size.
 
-    Images and texts that several share are embedded once.
+    Images and texts that several evaluations share are embedded once.
 
     Args:
-        cache: a folder that keeps embeddings for later runs.
+        cache: a folder that keeps embeddings for later commands.
     """
+    # A new cache in each call, because a cache belongs to one set of parameters.
     embedded = EmbeddingCache(cache)
     done = []
     for task in prepared:
@@ -166,7 +169,7 @@ def run(
 
 
 def flatten_metrics(evaluations: Sequence[Evaluation]) -> Metrics:
-    """Return all metrics under flat names such as "zero_shot/unseen/top1"."""
+    """Return the metrics of all evaluations under flat names such as "zero_shot/unseen/top1"."""
     return {
         f"{evaluation.prepared.name}/{name}": value
         for evaluation in evaluations
@@ -175,7 +178,7 @@ def flatten_metrics(evaluations: Sequence[Evaluation]) -> Metrics:
 
 
 def table(metrics: Metrics) -> str:
-    """Return a line for each metric: its name and its value."""
+    """Return a text with one line for each metric: its name and its value."""
     width = max(map(len, metrics), default=0)
     return "\n".join(f"{name:{width}}  {value:8.4g}" for name, value in metrics.items())
 
@@ -211,6 +214,8 @@ def _open_retrieval(config: EvalConfig, language: str, source: Source, *_: Any) 
 def _open_probe(
     config: EvalConfig, _: str, source: Source, __: None, train: Source, labels_of: _LabelsOf
 ) -> Measure:
+    # Checked here with all images, so that a mistake shows before training, and again by the probe itself
+    # without the images that cannot be decoded.
     label_N, test_label_M = probe.class_ids(labels_of(train), labels_of(source))
     probe.check_counts(label_N, config.shots if config.kind == "few_shot" else ())
 

@@ -1,4 +1,4 @@
-"""Zero-shot classification: each image gets the class whose texts are nearest (CLIP section 3.1)."""
+"""Zero-shot classification: each image gets the class with the nearest texts (CLIP section 3.1)."""
 
 import dataclasses
 
@@ -12,8 +12,9 @@ from lit_jax.evals.classes import Classes
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.models.dual_encoder import logit_scale
 
+# The number of classes in the top-5 accuracy and in reports.
 TOP = 5
-# Images whose logits are in memory at one time.
+# The number of images whose logits are in memory at a time.
 BLOCK = 4096
 
 
@@ -23,11 +24,12 @@ class ZeroShotResult:
 
     Attributes:
         metrics: top1, top5 (of five classes or more), mean_per_class_recall, n.
-        index: where in the source each image is.
-        label: its class; a row of `class_embeds`, as everything below.
-        top: the predicted classes, the most probable first; of equally probable ones any. In the metrics
-            chance decides between those.
-        probability: of these, by softmax over all classes.
+        index: the position of each image in the source.
+        label: the class of each image, as a row of `class_embeds`.
+        top: the predicted classes, the most probable first. The order of equally probable classes is
+            arbitrary here; the metrics use the expectation over all orders.
+        probability: the softmax probabilities of the classes in `top`, over all classes.
+        image_embeds, class_embeds: unit vectors, float32.
     """
 
     metrics: dict[str, float]
@@ -39,9 +41,9 @@ class ZeroShotResult:
     class_embeds: Float[np.ndarray, "C E"]
 
     def confusion(self) -> Int[np.ndarray, "P 3"]:
-        """Return how often each class (first column) was taken for which (second): counts (third) above zero.
+        """Return rows (class, predicted class, number of images) for all P pairs that occur.
 
-        All pairs in order of the classes; a class that was found is taken for itself.
+        The pairs are sorted by class and include the correct predictions.
         """
         pairs_Nx2 = np.stack([self.label, self.top[:, 0]], axis=1)
         pairs_Px2, count_P = np.unique(pairs_Nx2, axis=0, return_counts=True)
@@ -55,11 +57,13 @@ def zero_shot(
     classes: Classes,
     label_N: Int[np.ndarray, " N"],
 ) -> ZeroShotResult:
-    """Classify every image of `source` that has a label; one that cannot be decoded is not counted.
+    """Classify the images of `source` that have a label and can be decoded.
 
     Args:
         params: the merged tree of the dual encoder, placed on the encoder's mesh.
-        label_N: of each example of `source`, from `label_ids`.
+        label_N: the class of each example of `source`, from `label_ids`.
+
+    Raises UserError if there is no such image, or if the logit scale is not finite and positive.
     """
     scale = _scale(params)
     class_embeds_CxE = embed_classes(encoder, params, classes)
@@ -83,19 +87,19 @@ def zero_shot(
 
 
 def embed_classes(encoder: Encoder, params: Params, classes: Classes) -> Float[np.ndarray, "C E"]:
-    """Return one unit vector a class: the mean of its texts' embeddings, normalised (CLIP section 3.1.4)."""
+    """Return a unit vector for each class: its texts' mean embedding, normalised (CLIP section 3.1.4)."""
     texts = classes.texts()
     embeds_CTxE = encoder.texts(params, [text for of_class in texts for text in of_class])
     starts_C = np.cumsum([0, *map(len, texts[:-1])])
     count_Cx1 = np.array([[len(of_class)] for of_class in texts], np.float32)
     embeds_CxE = np.add.reduceat(embeds_CTxE, starts_C, axis=0) / count_Cx1
     length_Cx1 = np.linalg.norm(embeds_CxE, axis=1, keepdims=True)
-    # Texts that are all zero stay zero, and do not become NaN.
+    # The bound keeps zero embeddings zero instead of NaN.
     return embeds_CxE / np.maximum(length_Cx1, 1e-12)
 
 
 def _scale(params: Params) -> np.float32:
-    """Return what the cosines are multiplied by. Raise UserError if that tells no classes apart."""
+    """Return the factor of the cosines. Raise UserError if it is 0 or infinite."""
     log_scale = float(jax.device_get(logit_scale(params)))
     with np.errstate(over="ignore"):
         scale = np.exp(np.float32(log_scale))
@@ -111,7 +115,8 @@ def _classify(
     images_NxE: np.ndarray, classes_CxE: np.ndarray, scale: np.float32, label_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the most probable classes of each image, their probabilities, and `expected_hits`."""
-    # Classes of equal embeddings are computed once: a product does not round all its columns alike.
+    # Classes with equal embeddings are computed once, because a matrix product may round two equal columns
+    # differently, which would break their tie.
     classes_UxE, place_C = np.unique(classes_CxE, axis=0, return_inverse=True)
     top, probability, hits = [], [], []
     for start in range(0, len(images_NxE), BLOCK):
@@ -128,7 +133,7 @@ def _classify(
 def top_classes(logits_bxC: Float[np.ndarray, "b C"]) -> Int[np.ndarray, "b K"]:
     """Return the positions of the five largest logits of each row, or of all if there are fewer."""
     k = min(TOP, logits_bxC.shape[1])
-    # Sorting all C is slow.
+    # A partition first, because sorting all C classes is slow.
     some_bxK = np.argpartition(-logits_bxC, k - 1, axis=1)[:, :k]
     order_bxK = np.argsort(-np.take_along_axis(logits_bxC, some_bxK, axis=1), axis=1)
     return np.take_along_axis(some_bxK, order_bxK, axis=1)
@@ -137,10 +142,10 @@ def top_classes(logits_bxC: Float[np.ndarray, "b C"]) -> Int[np.ndarray, "b K"]:
 def expected_hits(
     scores_bxC: Float[np.ndarray, "b C"], label_b: Int[np.ndarray, " b"]
 ) -> Float[np.ndarray, "b 2"]:
-    """Return how probable it is that a row's class is the first, and one of five, if chance decides ties.
+    """Return the probabilities that a row's class is first, and among the first five, if ties are random.
 
-    Without ties that is 0 or 1. A model that gives all classes the same score is right once in C; it would
-    be always right about the first class, did the position decide.
+    Without ties these are 0 or 1. A model that gives all C classes the same score is right with probability
+    1/C; if the position broke ties, it would always be right about the first class.
     """
     own_bx1 = np.take_along_axis(scores_bxC, label_b[:, None], axis=1)
     ahead_bx1 = (scores_bxC > own_bx1).sum(axis=1, keepdims=True)
@@ -151,12 +156,13 @@ def expected_hits(
 def top_metrics(
     hit_Nx2: Float[np.ndarray, "N 2"], label_N: Int[np.ndarray, " N"], classes: int
 ) -> dict[str, float]:
-    """Return the part of images whose class is the first, or one of five, and its mean over the classes.
+    """Return top-1 and top-5 accuracy, the mean recall of the classes, and the number of images.
 
     Args:
-        hit_Nx2: from `expected_hits`.
-        classes: how many there are; of fewer than five, every class is one of five.
+        hit_Nx2: the result of `expected_hits`.
+        classes: the number of classes. With fewer than five there is no top-5 accuracy.
     """
+    # Classes without an image have no recall and do not count in the mean.
     of_class = np.bincount(label_N)
     recall = np.bincount(label_N, weights=hit_Nx2[:, 0])[of_class > 0] / of_class[of_class > 0]
     top1, top5 = hit_Nx2.mean(axis=0).tolist()
