@@ -1,12 +1,12 @@
-"""Checkpoints of a run: asynchronous, complete or not there at all.
+"""The checkpoints of a run: asynchronous, and either complete or absent.
 
     <workdir>/frozen/             the locked parameters, written once, and their checksums
     <workdir>/checkpoints/<step>/ state (trainable parameters, optimizer), data (position in the stream),
                                   meta (resolved config, library versions), sums.json (checksums of the first
                                   two)
 
-Orbax writes into a temporary folder and renames it when all is on disk, so that a process killed at any
-moment leaves the previous checkpoint as the latest.
+Orbax writes into a temporary folder and renames the folder when everything is on disk. A process that is
+killed at any moment therefore leaves the previous checkpoint as the latest.
 """
 
 import contextlib
@@ -39,6 +39,7 @@ from lit_jax.training.workdir_errors import STEP, complete_steps, reason, workdi
 
 log = logging.getLogger(__name__)
 
+# The libraries whose versions a checkpoint records, to explain a difference between two runs later.
 LIBRARIES = (
     "lit_jax",
     "jax",
@@ -49,15 +50,20 @@ LIBRARIES = (
     "transformers",
     "numpy",
 )
-# Seconds that an error in one of several processes waits for a save under way in the others.
+# After an error, one of several processes waits this long for a save that is under way.
 SAVE_SECONDS = 60
 SUMS_FILE = "sums.json"
-# In the name of a folder that Orbax has not completed.
+# Orbax has this text in the name of an incomplete folder.
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. Close it, or use it in `with`, to wait for the last save."""
+    """The checkpoints of one run folder. `close`, or the end of a `with`, waits for the last save.
+
+    Args:
+        keep_last: the number of newest checkpoints to keep.
+        keep_every: checkpoints of steps that this number divides are kept for ever.
+    """
 
     def __init__(self, workdir: Path, keep_last: int, keep_every: int | None = None):
         self._workdir = workdir
@@ -68,7 +74,8 @@ class Checkpoints:
             max_to_keep=keep_last,
             keep_period=keep_every,
             cleanup_tmp_directories=True,
-            # Created asynchronously, a folder that cannot be made keeps the process alive for 20 minutes.
+            # With asynchronous creation, a folder that cannot be created keeps the process alive for 20
+            # minutes.
             async_options=ocp.AsyncOptions(
                 create_directories_asynchronously=False,
                 barrier_sync_fn=_barrier,
@@ -87,16 +94,19 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        # After an error in one process the others may never reach Orbax's barrier, so `close` could wait for
+        # ever. A save that all processes have reached ends within the limit.
         if kind and jax.process_count() > 1:
             latest = time.monotonic() + SAVE_SECONDS
             while self._manager.is_saving_in_progress():
                 if time.monotonic() > latest:
-                    # The process ends, and the others with it; the save is lost, as after a kill.
+                    # This process ends, and the other processes with it. The save is lost, as after a kill.
                     return
                 time.sleep(0.05)
         self.close()
 
     def close(self) -> None:
+        """Wait for the last save, and free the resources of Orbax."""
         with self._writing():
             self._manager.close()
 
@@ -108,12 +118,20 @@ class Checkpoints:
     def save(
         self, step: int, state: State, data: Mapping[str, Any], config: Mapping[str, Any]
     ) -> None:
-        """Start to write; return once the arrays are copied, so that the next step may reuse them."""
+        """Start to write a checkpoint; return when the arrays are copied and the next step may reuse them.
+
+        A step that is already saved stays as it is.
+
+        Args:
+            data: the position in the stream of batches, a JSON object.
+            config: the resolved config, a JSON object.
+        """
         if step in self._manager.all_steps():
             return
         meta = {"config": config, "versions": versions()}
         with self._writing():
             self._manager.wait_until_finished()
+            # The previous save must have ended, because its callback reads these two attributes.
             self._sums, self._data_sum = start_sums(state), text_sum(data)
             self._manager.save(
                 step,
@@ -125,10 +143,12 @@ class Checkpoints:
             )
 
     def _before_it_is_complete(self) -> None:
-        """Check what a save has written, and add its checksums, before Orbax calls the checkpoint complete.
+        """Check what a save has written and add its checksums, before Orbax completes the checkpoint.
 
-        Orbax calls it in the thread of the save of the first process; an error leaves the folder unnamed.
+        Orbax calls this method in the first process, in the thread of the save. After an error the folder
+        keeps its temporary name.
         """
+        # A process that lost the lease while it wrote must not complete a checkpoint of another run.
         check_lease(self._workdir)
         assert self._sums is not None
         arrays = self._sums.fetch()
@@ -137,14 +157,14 @@ class Checkpoints:
             write_json(folder / SUMS_FILE, {"arrays": arrays, "data": self._data_sum})
 
     def wait(self) -> None:
-        """Return when all that was saved is on disk."""
+        """Wait until everything that was saved is on disk."""
         with self._writing():
             self._manager.wait_until_finished()
 
     def restore(self, abstract_state: State) -> tuple[State, dict[str, Any]]:
-        """Read state and data position of the latest step, each array onto the sharding asked for.
+        """Read state and data position of the latest step, each array in the dtype and sharding asked for.
 
-        Raises UserError if it is damaged or of another model or optimizer.
+        Raises UserError if the checkpoint is damaged or belongs to another model or optimizer.
         """
         step, folder = self.latest, self._workdir / "checkpoints" / str(self.latest)
         with _reading_step(self._workdir, step):
@@ -162,12 +182,12 @@ class Checkpoints:
         return state, data
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
-        # Orbax and TensorStore raise many types for a full disk or lost rights, some from a thread.
+        # For a full disk or lost permissions, Orbax and TensorStore raise many types, some from a thread.
         return workdir_errors(self._workdir, Exception)
 
 
 def _check_names(folder: Path) -> None:
-    """Raise UserError at a folder that Orbax takes for a step and `complete_steps` does not: old_4."""
+    """Raise UserError at a folder that Orbax takes for a step and `complete_steps` does not, as 'old_4'."""
     for found in sorted(folder.glob("*")):
         ends_in_a_number = found.name.rpartition("_")[2].isdigit()
         if found.is_dir() and ends_in_a_number and not STEP.fullmatch(found.name):
@@ -178,10 +198,10 @@ def _check_names(folder: Path) -> None:
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Orbax's barrier among processes, but none of its threads waits there with an error to report.
+    """Wait at Orbax's barrier, unless a thread of Orbax has an error to report.
 
-    A process whose save has failed would wait for 20 minutes: the others are at another barrier, and leave
-    it when this process ends.
+    A process whose save has failed would wait there for 20 minutes. The other processes wait at another
+    barrier, which they leave when this process ends.
     """
     of_orbax = threading.current_thread() is not threading.main_thread()
     if of_orbax and (error := sys.exception()):
@@ -192,11 +212,14 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
 def restore_params(
     workdir: Path, abstract_params: Mapping[str, Any], step: int | None = None
 ) -> tuple[int, Any]:
-    """Read the trainable parameters of a checkpoint; return its step, the latest if none is given, and them.
+    """Read the trainable parameters of a checkpoint; return the step and the parameters.
 
-    Writes nothing, unlike `Checkpoints`, which clears away what is not complete: the run may be training.
+    Nothing is written, because the run may be training. `Checkpoints` would remove incomplete folders.
 
-    Raises UserError if there is no such checkpoint, or if it is damaged or of another model.
+    Args:
+        step: the step of the checkpoint; None is the latest.
+
+    Raises UserError if there is no such checkpoint, or if it is damaged or belongs to another model.
     """
     steps = complete_steps(workdir)
     if not steps:
@@ -221,7 +244,7 @@ def restore_params(
 
 
 def save_frozen(workdir: Path, frozen: Mapping[str, Any]) -> None:
-    """Write the locked parameters of a run; those of an earlier start from step 0 are replaced."""
+    """Write the locked parameters of a run, and replace those of an earlier start at step 0."""
     if not frozen:
         return
     sums = start_sums(frozen, with_rounded=True)
@@ -235,7 +258,7 @@ def save_frozen(workdir: Path, frozen: Mapping[str, Any]) -> None:
 def restore_frozen(workdir: Path, abstract_frozen: Mapping[str, Any]) -> Any:
     """Read the locked parameters in the dtype and sharding of `abstract_frozen`.
 
-    Raises UserError if they are missing, damaged or of another model.
+    Raises UserError if the parameters are missing, damaged or those of another model.
     """
     if not abstract_frozen:
         return {}
@@ -249,9 +272,9 @@ def restore_frozen(workdir: Path, abstract_frozen: Mapping[str, Any]) -> Any:
 
 
 def _check_arrays(folder: Path, leaves: int) -> None:
-    """Raise OSError unless a folder of Orbax lists so many arrays.
+    """Raise OSError unless a folder of Orbax lists `leaves` arrays.
 
-    Orbax itself only warns where it does not find the parts that the processes have written.
+    Orbax itself only warns if it does not find the parts that the processes have written.
     """
     base = f"file://{folder.resolve()}/"
     listed = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
@@ -263,10 +286,10 @@ def _check_arrays(folder: Path, leaves: int) -> None:
 def _check_shapes(folder: Path, wanted: Any, part: str | None = None) -> None:
     """Raise ValueError at the first array of `folder` (of one `part`) that differs in name or shape.
 
-    Orbax would find the difference, too, but reads all arrays at once: those that it then gives up complain
-    one by one, each when its coroutine is collected.
+    Orbax would find the difference, too. But it reads all arrays at once and then abandons the rest, and each
+    abandoned coroutine prints a warning when it is collected.
     """
-    # Orbax asks for its own kind of path, and takes this one.
+    # The annotation asks for Orbax's own kind of path, but a pathlib.Path works.
     resolved: Any = folder.resolve()
     saved = ocp.PyTreeCheckpointHandler().metadata(resolved).tree
     there, here = (
@@ -285,7 +308,7 @@ def _check_shapes(folder: Path, wanted: Any, part: str | None = None) -> None:
 
 
 def _check_step_sums(folder: Path, arrays: Any, data: Any = None) -> None:
-    """Raise DamagedError where what was read of a checkpoint differs from the checksums in it."""
+    """Raise DamagedError if arrays or data of a checkpoint differ from the checksums in its folder."""
     stored = _stored_sums(folder / SUMS_FILE)
     _compare(arrays, stored and stored["arrays"])
     if stored and data is not None and stored["data"] != text_sum(data):
@@ -293,7 +316,7 @@ def _check_step_sums(folder: Path, arrays: Any, data: Any = None) -> None:
 
 
 def _compare(arrays: Any, stored: Any) -> None:
-    # All processes compute sums over what each of them has, and the first knows what they should be.
+    # All processes take part in computing the checksums. Only the first one has read the stored ones.
     check_sums(arrays, stored if is_primary() else None)
 
 
@@ -312,7 +335,7 @@ def _reading(folder: Path, what_then: str, repair: str) -> Iterator[None]:
         yield
     except DamagedError as error:
         raise UserError(f"{folder} is damaged: {error}; {repair}.") from error
-    # Orbax and TensorStore raise many types for content that is not as it was saved.
+    # For damaged content, Orbax and TensorStore raise many types.
     except Exception as error:
         raise UserError(
             f"{folder} is damaged, or of another model or optimizer than this config ({reason(error)}); "

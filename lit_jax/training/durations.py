@@ -1,4 +1,4 @@
-"""The durations of a config, counted in steps."""
+"""The durations of a config, converted to steps."""
 
 import dataclasses
 import functools
@@ -11,29 +11,31 @@ from lit_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Durations:
-    """The last step of a run, and the steps between two saves, two rows of the log and two evaluations."""
+    """The last step of a run, and the steps between saves, rows of the log, evaluations and callbacks."""
 
     total: int
     save_every: int
     keep_every: int | None
     log_every: int
-    # By name, of the evaluations that are repeated.
+    # The steps between two runs of each repeated evaluation, by name.
     eval_every: Mapping[str, int]
-    # In the order of the callbacks.
+    # The steps between two calls of each callback, in their order.
     callback_every: Sequence[int] = ()
 
     @classmethod
     def of(cls, config: Config, examples: int, callbacks: Sequence[str] = ()) -> "Durations":
-        """Count with `examples` in an epoch.
+        """Return the durations of `config` in steps.
 
         Args:
-            callbacks: the durations between the calls of each.
+            examples: the number of examples in an epoch.
+            callbacks: the duration between two calls of each callback.
 
-        Raises UserError at a duration of less than one step, and where the run has too many.
+        Raises UserError for a duration of less than one step, and for a run with too many steps.
         """
         count = functools.partial(_at_least_one, config, examples)
         keep_every = config.checkpoint.keep_every
         total = count("duration", config.duration)
+        # The step is an int32 on the device.
         if total >= MOST:
             raise UserError(
                 f"config.duration={config.duration!r} is more than {MOST - 1} steps; make it shorter."
@@ -55,12 +57,12 @@ class Durations:
         )
 
     def saves_at(self, step: int) -> bool:
-        """Return whether the state is saved after this step."""
+        """Return whether the run saves its state after this step; the last step is always saved."""
         is_kept = self.keep_every is not None and step % self.keep_every == 0
         return step == self.total or step % self.save_every == 0 or is_kept
 
     def evals_due(self, evals: Mapping[str, EvalConfig], step: int) -> list[str]:
-        """Return the names of the evaluations to be made when `step` steps have been taken."""
+        """Return the names of the evaluations that are due after `step` steps."""
         return [
             name
             for name, config in evals.items()
@@ -71,7 +73,7 @@ class Durations:
 
 
 def steps_of(config: Config, examples: int, duration: str) -> int:
-    """Return the steps of a duration in a run whose epoch has so many examples, rounded down."""
+    """Return the number of steps of a duration, rounded down, where an epoch has `examples` examples."""
     return steps(duration, batch_size=config.batch_size, examples_per_epoch=examples)
 
 

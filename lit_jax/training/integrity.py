@@ -1,6 +1,6 @@
-"""Checksums of the arrays in a run folder: stored when it is written, compared when it is read.
+"""Checksums of the arrays in a run folder: stored when arrays are written, compared when they are read.
 
-They are computed on the devices that have the arrays, and are the same on any mesh.
+The checksums are computed on the devices that hold the arrays, and are the same on any mesh.
 """
 
 import dataclasses
@@ -19,19 +19,25 @@ Sums = dict[str, dict[str, Any]]
 
 
 class DamagedError(ValueError):
-    """An error about content of a run folder that is not as it was saved."""
+    """An error that says that content of a run folder is not as it was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PendingSums:
-    """Checksums by the path of each array, which the devices may still be computing."""
+    """The checksums of arrays by path, which the devices may still be computing.
+
+    Attributes:
+        dtypes: the name of each array's dtype.
+        exact: the checksum of each array.
+        rounded: the checksum of each float32 array after rounding to bfloat16, if asked for.
+    """
 
     dtypes: Mapping[str, str]
     exact: Mapping[str, jax.Array]
     rounded: Mapping[str, jax.Array]
 
     def fetch(self) -> Sums:
-        """Return dtype and checksum of each array; any thread may wait here for the devices."""
+        """Wait for the devices, in any thread; return dtype and checksum of each array."""
         exact, halves = _fetched(self.exact), _fetched(self.rounded)
         return {
             path: {"dtype": dtype, "sum": exact[path]}
@@ -41,13 +47,13 @@ class PendingSums:
 
 
 def start_sums(tree: Any, *, with_rounded: bool = False) -> PendingSums:
-    """Start to compute the checksum of each array of a tree; all processes must call it.
+    """Start to compute the checksum of each array of a tree; all processes must call this function.
 
-    The next step may reuse the arrays at once.
+    The next step may reuse the arrays at once, because devices run programs in the order of their dispatch.
 
     Args:
-        with_rounded: whether those of float32 also get the checksum of their bfloat16, as which they may be
-            read back.
+        with_rounded: whether float32 arrays also get the checksum of their bfloat16 form, in which they may
+            be read back.
     """
     leaves = _by_path(tree)
     floats = {path: leaf for path, leaf in leaves.items() if leaf.dtype == np.float32}
@@ -59,10 +65,10 @@ def start_sums(tree: Any, *, with_rounded: bool = False) -> PendingSums:
 
 
 def check_sums(tree: Any, stored: Mapping[str, Mapping[str, Any]] | None) -> None:
-    """Raise DamagedError at the first array of `tree` whose checksum is not the stored one.
+    """Raise DamagedError at the first array of `tree` whose checksum differs from the stored one.
 
-    An array that --allow_changes lets be read in a dtype for which none was stored is not compared.
-    All processes must call it; those with `stored` compare.
+    --allow_changes may permit another dtype, for which no checksum was stored. Such an array is not compared.
+    All processes must call this function; the processes that pass `stored` compare.
     """
     leaves = _by_path(tree)
     halves = {path: leaf for path, leaf in leaves.items() if leaf.dtype.name == "bfloat16"}
@@ -83,7 +89,7 @@ def check_sums(tree: Any, stored: Mapping[str, Mapping[str, Any]] | None) -> Non
 
 
 def text_sum(value: Any) -> int:
-    """Return a checksum of a value that JSON can write."""
+    """Return a checksum (CRC-32) of a JSON value."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 

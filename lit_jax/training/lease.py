@@ -1,11 +1,11 @@
-"""The lease of a run folder: one process at a time writes there.
+"""The lease of a run folder: only one process at a time may write there.
 
-The holder keeps a file `.lease.N` in the folder, locked by flock and written anew every few seconds. If
-both processes see the same locks, the kernel tells whether the holder lives, and frees the lock however it
-ends. Elsewhere, and on file systems without flock, a lease whose content has not changed for a minute may be
-taken over: by making `.lease.N+1`, which the file system lets one process do, and removing `.lease.N`.
-Clocks, host names and process numbers decide nothing: they differ between machines, or are the same in two
-containers. Readers take no lease.
+The holder keeps a file `.lease.N` in the folder, locks it by flock and rewrites it every few seconds. If two
+processes see the same locks, the kernel tells whether the holder lives, and frees the lock however the holder
+ends. On other machines, and on file systems without flock, a process may take over a lease whose content has
+not changed for a minute. It creates `.lease.N+1`, which the file system allows to one process only, and
+removes `.lease.N`. Clocks, host names and process ids decide nothing: they differ between machines, or are
+the same in two containers. Readers take no lease.
 """
 
 import contextlib
@@ -31,26 +31,27 @@ from lit_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 RENEW_SECONDS = 10.0
-# Without a change, as the waiting process sees it: clocks of machines differ.
+# The time without a change, measured by the waiting process, because the clocks of machines differ.
 STALE_SECONDS = 60.0
-# The time that a killed process may take to end, and that a lease which was taken over is left alone: its
-# former holder may be in the middle of a write.
+# A killed process may take this long to end. A process that takes a lease over waits as long before it
+# writes, because the former holder may be in the middle of a write.
 GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 _PREFIX = ".lease."
-# Bytes of a lease.
+# The most bytes that are read of a lease.
 _LONGEST = 4096
 
+# `check_lease` is called from many places and threads, which know the folder but not the lease.
 _held: dict[Path, "_Lease"] = {}
 
 
 @contextlib.contextmanager
 def holding(workdir: Path) -> Iterator[None]:
-    """Keep a run folder, which is made, for the processes of this run; the first one holds it for all.
+    """Create a run folder and hold it for the processes of this run; the first process holds it for all.
 
-    A folder that is still empty in the end is removed again.
+    A folder that is still empty at the end is removed again.
 
-    Raises UserError if another run has it, and OSError if it cannot be written.
+    Raises UserError if another run has the folder, and OSError if the folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
         if is_primary():
@@ -62,7 +63,7 @@ def holding(workdir: Path) -> Iterator[None]:
 
 
 def check_lease(workdir: Path) -> None:
-    """Raise UserError if this process held the run folder and has lost it; to call before each write."""
+    """Raise UserError if this process has lost the run folder; call this function before each write."""
     if lease := _held.get(workdir.resolve()):
         lease.check()
 
@@ -74,33 +75,33 @@ def _made(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # A folder with content stays.
+        # rmdir fails for a folder with content, which stays.
         with contextlib.suppress(OSError):
             for path in missing:
                 path.rmdir()
 
 
 def _lock_domain(file: int) -> str:
-    """Return a name of the processes that see the same locks of a file.
+    """Return a name for the group of processes that see the same locks on a file.
 
-    It names a running kernel and a mounted file system. Containers on one machine may mount one folder twice,
-    each with locks of its own.
+    The name identifies a running kernel and a mounted file system. Containers on one machine may mount one
+    folder twice, and each mount has locks of its own.
     """
     try:
         kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        # Not Linux.
+        # Only Linux has a boot id.
         kernel = platform.node()
     return f"{kernel}/{os.fstat(file).st_dev}"
 
 
 def _now() -> float:
-    """Return seconds that also pass while the machine sleeps, if it can count them."""
+    """Return seconds of a clock that also runs while the machine sleeps, where there is such a clock."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class _Lease:
-    """The lease of one folder while in `with`; a thread renews it."""
+    """A context manager that holds the lease of one folder; a thread renews the lease."""
 
     def __init__(self, workdir: Path):
         self._workdir = workdir
@@ -137,11 +138,13 @@ class _Lease:
     def check(self) -> None:
         """Raise UserError if another process has taken the lease over, or may have.
 
-        The folder is looked at each time: where a whole machine was paused, its clocks do not tell.
+        Each call looks into the folder, because the clocks of a machine that was paused do not show it.
         """
         try:
             self._look()
         except OSError as error:
+            # A short failure of the file system is no loss. The limit lies two renewals before STALE_SECONDS,
+            # so that this process stops before another process may take over.
             silent = _now() - self._found
             if silent > STALE_SECONDS - 2 * RENEW_SECONDS:
                 raise UserError(
@@ -155,18 +158,18 @@ class _Lease:
             )
 
     def forget(self) -> None:
-        """Close the file in a forked process, which would else keep the lock when this one is gone."""
+        """Close the file in a forked process, which would otherwise keep the lock after the parent ends."""
         os.close(self._file)
 
     def _keep(self) -> None:
         while not self._ended.wait(RENEW_SECONDS) and not self._lost:
-            # An error that lasts is reported by `check`.
+            # `check` reports an error that lasts.
             with contextlib.suppress(OSError), self._lock:
                 if not self._ended.is_set() and self._look():
                     self._write()
 
     def _look(self) -> bool:
-        """Return whether the lease is still this process's, and keep the reason if it is not."""
+        """Return whether this process still has the lease, and store the reason if it has not."""
         if self._is_mine():
             self._found = _now()
         elif newest := _newest(self._workdir):
@@ -192,16 +195,17 @@ class _Lease:
             "pid": os.getpid(),
             "locks": _lock_domain(self._file) if self._is_locked else None,
         }
-        # The number has a fixed width, so that each content takes the place of the one before.
+        # The beat has a fixed width, so that each content overwrites the previous content completely.
         text = json.dumps(holder | {"token": self._token, "beat": f"{self._beat:012}"})
         os.pwrite(self._file, text.encode(), 0)
-        # Other machines see what has left this one; some file systems cannot be asked to send it.
+        # Other machines see only content that has left this machine. Some file systems do not support fsync.
         with contextlib.suppress(OSError):
             os.fsync(self._file)
 
     def _create(self, number: int) -> bool:
-        """Make the lease of that number, unless another process has; True if it is now this process's."""
+        """Create the lease with this number; return False if another process has created it."""
         self._number = number
+        # O_EXCL lets exactly one process create the file, on network file systems, too.
         try:
             self._file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
         except FileExistsError:
@@ -215,13 +219,14 @@ class _Lease:
         return True
 
     def _drop(self) -> None:
+        # The path may belong to another process's file by now, which must stay.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(self._file), self._path.stat()):
                 self._path.unlink()
         os.close(self._file)
 
     def _acquire(self, wait: "_Wait") -> bool:
-        """Make the next lease if no other process may have the folder; True if it is now this process's."""
+        """Create the next lease if no other process may have the folder; return whether this succeeded."""
         newest, found = _newest(self._workdir), None
         if newest is not None:
             found = _observe(newest[1])
@@ -229,13 +234,14 @@ class _Lease:
                 return False
         if not self._create(newest[0] + 1 if newest else 1):
             return False
-        # First: a holder that wakes up finds its lease gone, though its machine may keep an old listing.
+        # Old leases go at once, so that a holder that wakes up misses its file even if its machine still has
+        # an old listing of the folder.
         for number, path in _leases(self._workdir):
             if number < self._number:
                 path.unlink(missing_ok=True)
         if found is not None and found.is_alive is None:
             time.sleep(GRACE_SECONDS)
-        # The listing may have missed a lease that took the place of another one meanwhile.
+        # The first listing may have missed a lease that was created meanwhile, so this process looks again.
         if self._is_mine():
             return True
         self._drop()
@@ -244,7 +250,12 @@ class _Lease:
 
 @dataclasses.dataclass(frozen=True)
 class _Observed:
-    """A lease of another process. `is_alive` says whether its holder lives, None where locks do not tell."""
+    """A lease of another process as this process sees it.
+
+    Attributes:
+        content: the bytes of the file, which change with every renewal.
+        is_alive: whether the holder lives; None where locks do not tell.
+    """
 
     content: bytes
     is_alive: bool | None
@@ -264,7 +275,8 @@ class _Wait:
         if found.content != self._content:
             is_renewed, self._since = self._content is not None, now
             self._content = found.content
-            # A process of this machine is given time to end; nobody can wait for one elsewhere.
+            # A renewal proves that a holder on another machine lives. A holder on this machine may be about
+            # to end, so it gets GRACE_SECONDS below.
             if is_renewed and found.is_alive is None:
                 raise self._refusal()
             if not is_renewed and found.is_alive is not False:
@@ -291,7 +303,7 @@ class _Wait:
 
 
 def _leases(workdir: Path) -> list[tuple[int, Path]]:
-    """Return the leases in a folder with their numbers."""
+    """Return the leases in a folder as (number, path)."""
     numbers = [
         name.removeprefix(_PREFIX) for name in os.listdir(workdir) if name.startswith(_PREFIX)
     ]
@@ -303,7 +315,7 @@ def _leases(workdir: Path) -> list[tuple[int, Path]]:
 
 
 def _newest(workdir: Path) -> tuple[int, Path] | None:
-    """Return the lease of the highest number in a folder."""
+    """Return the lease with the highest number in a folder, None without a lease."""
     return max(_leases(workdir), default=None)
 
 
@@ -325,14 +337,14 @@ def _parsed(content: bytes | None) -> dict[str, Any]:
     try:
         return dict(json.loads(content or b""))
     except (ValueError, TypeError):
-        # The file is just being made, or damaged.
+        # The file is damaged, or its creator has not written it yet.
         return {}
 
 
 def _lock(file: int) -> bool:
-    """Lock a new file. Return False where the file system has no locks."""
+    """Lock a new file. Return False if the file system has no locks."""
     try:
-        # Not at once: a process that looks whether the file is locked has a lock itself for a moment.
+        # The call waits, because another process that tests for a lock holds one itself for a moment.
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         return False
@@ -340,13 +352,14 @@ def _lock(file: int) -> bool:
 
 
 def _observe(path: Path) -> _Observed | None:
-    """Return the state of a lease as another process sees it, None if there is none."""
+    """Return the state of a lease of another process, None if the lease is gone."""
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:
-        # Before the lock: the holder has the lock when it writes.
+        # The content is read before the lock is tested. A holder takes the lock before it writes, so content
+        # in the file means that the lock tells the truth.
         content = os.read(file, _LONGEST)
         is_free = None
         if _parsed(content).get("locks") == _lock_domain(file):
@@ -357,9 +370,9 @@ def _observe(path: Path) -> _Observed | None:
 
 
 def _try_lock(file: int) -> bool | None:
-    """Return whether a file can be locked, None where that cannot be known."""
+    """Return whether a file can be locked, None if the file system does not tell."""
     try:
-        # Shared: several that look at once do not take each other for the holder.
+        # The lock is shared, so that several processes that test at once do not block each other.
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
