@@ -1,4 +1,4 @@
-"""Checks before the first step of a run: keys and data that do not fit each other."""
+"""The checks before the first step of a run: keys and data that do not fit each other."""
 
 import logging
 import re
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def check_teacher(config: Config) -> None:
-    """Raise UserError where keys do not fit a text teacher, or the lack of one."""
+    """Raise UserError if keys do not fit a text teacher, or the absence of one."""
     if config.losses and config.model.teacher:
         raise UserError(
             "config.losses is for contrastive training; leave it empty with config.model.teacher."
@@ -39,7 +39,7 @@ def check_teacher(config: Config) -> None:
 
 
 def check_own_towers(config: Config, towers: OwnTowers) -> None:
-    """Raise UserError where towers that are passed do not fit the keys that name towers, or the lock."""
+    """Raise UserError if passed towers do not fit the keys that name towers, or the lock."""
     if towers and (config.model.dual_encoder or config.model.teacher):
         raise UserError(
             "Towers are passed, so config.model.dual_encoder and config.model.teacher must be empty."
@@ -59,7 +59,7 @@ def check_own_towers(config: Config, towers: OwnTowers) -> None:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int) -> None:
-    """Raise UserError, with the next size that fits, if devices and micro-batches do not divide a batch."""
+    """Raise UserError, with the next valid size, if devices and micro-batches do not divide a batch."""
     unit = mesh.size * accumulate
     if batch_size % unit:
         times = "" if accumulate == 1 else f" times config.accumulate={accumulate}"
@@ -70,7 +70,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int) -> None:
 
 
 def check_accumulation(micro_batches: int, policy: Policy) -> None:
-    """Raise UserError if a tower that trains normalises by the batch, which no micro-batch knows."""
+    """Raise UserError for micro-batches if a tower that trains normalises by the whole batch."""
     if micro_batches > 1 and (towers := normalized_by_batch(policy)):
         raise UserError(
             f"config.accumulate={micro_batches}: {towers[0]} trains with batch normalisation, over the whole "
@@ -81,12 +81,13 @@ def check_accumulation(micro_batches: int, policy: Policy) -> None:
 def normalized_by_batch(policy: Policy) -> list[str]:
     """Return the names of the towers that train with batch normalisation."""
     towers = {path.split("/")[0] for path, trains in policy.trainable.items() if trains}
+    # Only BatchNorm has running statistics among its parameters.
     statistics = [path for path in policy.trainable if re.fullmatch(r".*/(mean|var)", path)]
     return sorted(towers & {path.split("/")[0] for path in statistics})
 
 
 def check_logit_scale_max(maximum: float | None, policy: Policy) -> None:
-    """Raise UserError if the scale of the logits is to be limited, but does not train."""
+    """Raise UserError if config.model.logit_scale_max limits a scale that does not train."""
     if maximum is not None and not any(
         policy.trainable.get(name) for name in ("logit_scale", "temperature")
     ):
@@ -97,7 +98,7 @@ def check_logit_scale_max(maximum: float | None, policy: Policy) -> None:
 
 
 def check_locked(model: Model, side: Side, what_for: str) -> None:
-    """Raise UserError, in the name of `what_for`, if a tower is not locked or there is a teacher."""
+    """Raise UserError, which names `what_for`, if the tower of `side` trains or there is a teacher."""
     if model.teacher is not None:
         raise UserError(
             f"{what_for} is for contrastive training; leave it out with config.model.teacher."
@@ -112,7 +113,7 @@ def check_locked(model: Model, side: Side, what_for: str) -> None:
 
 
 def check_captions(tokenizer: PreTrainedTokenizerBase, source: Source, teacher: Any = None) -> None:
-    """Log the share of unknown tokens in the captions, for the run's tokenizer and its teacher's.
+    """Log the share of unknown tokens in the captions, for the run's tokenizer and the teacher's.
 
     Raises UserError if all tokens are unknown.
     """
@@ -123,9 +124,9 @@ def check_captions(tokenizer: PreTrainedTokenizerBase, source: Source, teacher: 
 
 
 def check_negatives(config: Config, source: Source) -> None:
-    """Warn if a contrastive loss has few negatives, or has copies of an image among its negatives.
+    """Warn if a contrastive loss has few negatives or has copies of an image among its negatives.
 
-    Raises UserError if nothing can be learned.
+    Raises UserError if the run cannot learn anything.
     """
     if config.loss == "mse":
         return
@@ -144,6 +145,7 @@ def check_negatives(config: Config, source: Source) -> None:
             "With config.batch_size=1 no pair has a negative, so that all embeddings become the same; "
             "make config.batch_size larger."
         )
+    # A batch larger than its source repeats images, and a copy of an image is no negative for it.
     for key, size, taken in _parts(config, source):
         if taken > size:
             log.warning(
@@ -174,7 +176,7 @@ def _parts(config: Config, source: Source) -> list[tuple[str, int, int]]:
 
 
 def warn_of_export(model: Model) -> None:
-    """Warn before the training if only lit_jax will be able to read the export."""
+    """Warn, before the training, if only lit_jax can read the model's export."""
     is_joined = model.hf_config["model_type"] in ("vision-text-dual-encoder", OWN_TYPE)
     if is_joined and (reason := why_not_exportable(model.module)):
         log.warning(

@@ -1,4 +1,4 @@
-"""The identity of a run's data, which a resumed run compares, so that it goes on with the same ones."""
+"""The identity of a run's data, which a resumed run compares with the data that it finds."""
 
 import dataclasses
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 DATA_FILE = "data.json"
 # The value of --allow_changes that lets a run go on with other data under the same config.
 ALLOWED = "data"
-# Keys whose change, where it is permitted, means other data.
+# A permitted change of one of these keys permits other data, too.
 _NAMES_DATA = re.compile(r"data\.(train|mixture)\b|model\.teacher$")
 
 
@@ -30,9 +30,10 @@ class TrainingData:
     """The data of a run.
 
     Attributes:
-        source: empty if they cannot be read and the run, which is finished, does not need them.
-        examples: their number, now or when the run was started.
-        identity: their length and fingerprint, in the first process alone; None also without a source.
+        source: the examples; empty if a finished run goes without data that cannot be read.
+        examples: the number of examples, now or at the start of the run.
+        identity: length and fingerprint of the data; None in all processes but the first, and for an empty
+            source.
     """
 
     source: Source
@@ -41,7 +42,7 @@ class TrainingData:
 
 
 def may_differ(changes: Collection[str], allowed_changes: Collection[str]) -> bool:
-    """Return whether a run may go on with other data, given the keys of the config that have changed."""
+    """Return whether a run may continue with other data, given the keys of the config that have changed."""
     return ALLOWED in allowed_changes or any(map(_NAMES_DATA.match, changes))
 
 
@@ -53,17 +54,19 @@ def open_data(
     may_differ: bool,
     passed: Source | None = None,
 ) -> TrainingData:
-    """Open the data that `config` names; a finished run goes without those that are gone.
+    """Open the data that `config` names. A finished run may go without data that cannot be opened.
 
     Args:
-        passed: a source that takes their place.
-        trained: the step of the latest checkpoint in `workdir`.
+        trained: the step of the latest checkpoint in `workdir`, None without one.
+        may_differ: whether a run with a checkpoint may continue with other data.
+        passed: a source that replaces the data of the config.
 
-    Raises UserError if a run that has a checkpoint was trained on other data, unless they `may_differ`.
+    Raises UserError if the data cannot be opened, or differ from those of the run so far.
     """
     try:
         source = _open(config, passed)
     except UserError as error:
+        # A finished run may still have evaluations to repeat, which need the model but not the data.
         known = _read(workdir) if trained is not None else None
         if known is None or trained != steps_of(config, known["examples"], config.duration):
             raise
@@ -89,6 +92,7 @@ def _open(config: Config, passed: Source | None) -> Source:
 
 
 def _identify(source: Source) -> dict[str, Any] | None:
+    # Hundreds of examples are read for this, and one process is enough.
     if not is_primary():
         return None
     sample = sampled_at_start(source)
@@ -111,7 +115,7 @@ def _check_same_data(workdir: Path, found: dict[str, Any]) -> None:
 
 
 def save_identity(workdir: Path, identity: dict[str, Any] | None) -> None:
-    """Write the identity of the data of a run, in the process that has it."""
+    """Write the identity of a run's data, in the process that has it; do nothing for None."""
     if identity is not None:
         write_json(workdir / DATA_FILE, identity)
 

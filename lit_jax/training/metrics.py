@@ -27,14 +27,26 @@ log = logging.getLogger(__name__)
 
 
 def usual_scale(config: Config) -> float:
-    """Return the largest scale of the logits without a warning: CLIP's limit, and more than SigLIP's 118."""
+    """Return the largest scale of the logits that is usual; a larger one causes a warning."""
+    # CLIP limits the scale to 100. SigLIP's released models reach 118.
     if config.model.logit_scale_max is not None:
         return math.inf
     return 200.0 if "sigmoid" in loss_kinds(config) else 100.0
 
 
 class Reporter:
-    """The reporter of a run: it reads the metrics of a step one step late, when the device need not wait."""
+    """The reporter of a run, which reads the metrics of a step one step late.
+
+    By then the next step is dispatched, so the device does not idle while the host waits for the metrics.
+
+    Args:
+        every: the steps between two rows of the log.
+        start: the step that the run continues from.
+        total: the last step of the run.
+        scale_limit: the largest scale of the logits without a warning.
+        last_saved: returns the step of the latest checkpoint.
+        locked_not_finite: returns the names of locked parameters that are not finite.
+    """
 
     def __init__(
         self,
@@ -74,10 +86,10 @@ class Reporter:
             self._writer.close()
 
     def add(self, step: int, metrics: Metrics, *, bad_samples: Mapping[str, int]) -> None:
-        """Report the step before this one, and keep the metrics of this one, which are still being computed.
+        """Report the previous step, and keep the metrics of this step, which the device still computes.
 
         Args:
-            bad_samples: their number by kind, since the start of the run.
+            bad_samples: the number of bad samples by kind, since the start of the run.
         """
         self.flush()
         kinds = {f"bad_samples/{kind}": count for kind, count in bad_samples.items() if count}
@@ -94,11 +106,12 @@ class Reporter:
                 self._scale_limit,
                 self._scale_limit,
             )
+            # One warning is enough.
             self._scale_limit = math.inf
 
     @contextlib.contextmanager
     def evaluating(self, step: int) -> Iterator[dict[str, float]]:
-        """Yield a dict for the metrics of evaluations after `step`; their time does not count as training."""
+        """Yield a dict for the metrics of evaluations after `step`; their time is not training time."""
         self.flush()
         metrics, start = {}, time.perf_counter()
         yield metrics
@@ -108,7 +121,7 @@ class Reporter:
             self._writer.write(step, metrics)
 
     def flush(self) -> None:
-        """Report the step that `add` kept. Raise UserError if a value is not finite."""
+        """Report the step that `add` has kept. Raise UserError if one of its metrics is not finite."""
         if self._pending is None:
             return
         step, metrics, bad_samples = self._pending
@@ -129,7 +142,8 @@ class Reporter:
 class MetricsWriter:
     """A writer of rows {"step": n, name: number, ...} to metrics.jsonl, TensorBoard and Weights & Biases.
 
-    Rows after `start`, which a killed run left behind, are dropped first: the resumed run writes them again.
+    Rows after `start`, which a killed run has left behind, are removed first, because the resumed run writes
+    them again.
 
     Raises UserError if the folder cannot be written.
     """
@@ -145,13 +159,14 @@ class MetricsWriter:
         kept = [line for line, row in _read_rows(workdir) if row["step"] <= start]
         with workdir_errors(workdir):
             atomic_write(path, b"".join(kept))
+            # Line buffering keeps every row but the last safe from a kill.
             self._file = self._open.enter_context(path.open("a", buffering=1))
             if config.tensorboard:
                 self._tensorboard = _TensorBoard(workdir / "tensorboard", start)
                 self._open.callback(self._tensorboard.close)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the metrics of a step everywhere."""
+        """Write the metrics of a step to all readers."""
         with workdir_errors(self._workdir):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             values = {printable(name): value for name, value in values.items()}
@@ -163,26 +178,26 @@ class MetricsWriter:
     def close(self) -> None:
         """Close all files."""
         with workdir_errors(self._workdir):
-            # All of them are closed, also after an error of one.
+            # The stack closes all writers, even after an error of one.
             self._open.close()
 
 
 class _TensorBoard:
-    """One events file, to which each step is written at once.
+    """A TensorBoard events file, to which each step is written at once.
 
-    tensorboardX's own SummaryWriter leaves the writing to a thread; when a full disk ends the thread,
-    training waits for ever.
+    tensorboardX's own SummaryWriter writes in a thread. When a full disk ends that thread, training waits for
+    ever.
     """
 
     def __init__(self, folder: Path, start: int):
-        # Imported here, because it takes more than a second.
+        # The import takes more than a second, so runs without TensorBoard skip it.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 
         folder.mkdir(exist_ok=True)
         self._events = EventsWriter(str(folder / "events"))
         self._event: Any = event_pb2
-        # Hides what an earlier file of the run has after `start`.
+        # A START event hides what an earlier file of the run has after `start`.
         self._write(step=start + 1, session_log={"status": self._event.SessionLog.START})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -198,15 +213,15 @@ class _TensorBoard:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl: the finite numbers of each, 'step' among them.
+    """Return the rows of metrics.jsonl: the finite numbers of each row, including 'step'.
 
-    A last line cut by a kill is left out. Another line that is no row is left out with a warning.
+    A last line that a kill has cut is left out. Any other line that is no row is left out with a warning.
     """
     return [row for _, row in _read_rows(workdir)]
 
 
 def _read_rows(workdir: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Return each row of metrics.jsonl as bytes of the file and as `read_metrics` returns it."""
+    """Return each row of metrics.jsonl as (bytes of the line, row as in `read_metrics`)."""
     path = workdir / "metrics.jsonl"
     try:
         content = path.read_bytes()
@@ -217,6 +232,7 @@ def _read_rows(workdir: Path) -> list[tuple[bytes, dict[str, Any]]]:
     rows: list[tuple[bytes, dict[str, Any]]] = []
     damaged: list[str] = []
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        # Only the last line can lack its end: a kill has cut it.
         if not line.endswith(b"\n"):
             break
         try:
@@ -237,10 +253,11 @@ def _row(value: Any) -> dict[str, Any]:
     """Return the finite numbers of a line. Raise ValueError if the line is no row of a step."""
     if not isinstance(value, dict):
         raise ValueError(f"it is of type {type(value).__name__}")
+    # Types are compared, because isinstance would accept True as a number.
     if type(value.get("step")) is not int or not 0 <= value["step"] <= MOST:
         raise ValueError('"step" is no number of a step')
     numbers = {name: n for name, n in value.items() if type(n) in (int, float)}
-    # False for NaN.
+    # The comparison is False for NaN.
     return {name: n for name, n in numbers.items() if abs(n) <= LARGEST_FLOAT}
 
 
@@ -253,8 +270,9 @@ def check_finite(
     """Raise UserError if a value is NaN or infinite.
 
     Args:
-        last_saved: the step of the latest checkpoint.
-        locked_not_finite: names the locked parameters that are NaN or infinite; called only on an error.
+        last_saved: the step of the latest checkpoint, None without one.
+        locked_not_finite: returns the names of locked parameters that are NaN or infinite; '' if there are
+            none. It is called only on an error.
     """
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if not bad:
@@ -279,7 +297,8 @@ def _wandb(workdir: Path, project: str) -> Any:
         raise UserError(
             "config.log.wandb_project is set but wandb is not installed; pip install wandb, or unset it."
         ) from None
-    # A resumed run goes on with the W&B run of this folder, not of any folder with the same name.
+    # The id includes the whole path, so that a resumed run continues the W&B run of this folder and not that
+    # of another folder with the same name.
     folder = zlib.crc32(os.fsencode(workdir.resolve()))
     name = f"{printable(workdir.resolve().name)}-{folder:08x}"
     try:
@@ -290,10 +309,10 @@ def _wandb(workdir: Path, project: str) -> Any:
             name=name,
             resume="allow",
             config=parse_json((workdir / "config.json").read_bytes()),
-            # A resumed run may change some keys.
+            # A resumed run may change some keys of the config.
             allow_val_change=True,
         )
-    # Not logged in, or no network.
+    # The usual causes are a missing login and a missing network.
     except wandb.Error as error:
         raise UserError(
             f"W&B cannot start ({error}); log in, set WANDB_MODE=offline, or unset config.log.wandb_project."

@@ -1,4 +1,4 @@
-"""From a config to a model on the mesh: towers, processors, policy, shardings, first parameters."""
+"""The model of a config on the mesh: towers, processors, policy, shardings, first parameters."""
 
 import dataclasses
 import logging
@@ -39,23 +39,24 @@ log = logging.getLogger(__name__)
 
 DEFAULT_TEXT_LENGTH = 32
 
-# Towers of a user's own by their side, each with its pretrained parameters, or None.
+# The towers that a user passes, by side, each with its pretrained parameters or None.
 OwnTowers = Mapping[Side, tuple[Tower, Tree | None]]
 _NO_TOWERS: OwnTowers = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A dual encoder as a run trains it, without the values of its parameters.
+    """A dual encoder in the form that a run trains, without the values of its parameters.
 
     Attributes:
-        config: that of the run.
-        paths: the folders that its towers come from.
-        processors: for images and texts, those of the teacher among them.
+        config: the config of the run.
+        paths: the folders that the towers come from.
+        module: the dual encoder, whose towers compute only their features.
+        processors: the preprocessing of images and texts, including the teacher's tokenizer.
         policy: which parameters train, and how fast.
         abstract: shapes, dtypes and shardings of all parameters, a nested dict.
-        teacher: the text tower that another one learns from; None in contrastive training.
-        own_towers: those that a user has passed in the place of towers of the config.
+        teacher: the text tower that the student learns from; None in contrastive training.
+        own_towers: the towers that a user has passed instead of towers of the config.
     """
 
     config: Config
@@ -70,25 +71,25 @@ class Model:
 
     @property
     def hf_config(self) -> dict[str, Any]:
-        """The content of config.json in the format of transformers."""
+        """The content of the model's config.json in the format of transformers."""
         return self.paths.hf_config
 
     @property
     def abstract_trainable(self) -> Tree:
-        """Shapes, dtypes and shardings of the parameters that train."""
+        """The shapes, dtypes and shardings of the trainable parameters."""
         return self.policy.split(self.abstract)[0]
 
     @property
     def abstract_frozen(self) -> Tree:
-        """Shapes, dtypes and shardings of the locked parameters."""
+        """The shapes, dtypes and shardings of the locked parameters."""
         return self.policy.split(self.abstract)[1]
 
     def forward(
         self, variables: Mapping[str, Any], batch: Mapping[str, Any], **options: Any
     ) -> Any:
-        """Compute the arguments of the loss for a batch, by the rules of linen's `Module.apply`.
+        """Compute the arguments of the loss for a batch; the signature is that of linen's `Module.apply`.
 
-        They are the embeddings of a `DualEncoderOutput`, or with a teacher a `DistillationOutput`.
+        The result is a `DualEncoderOutput`, or a `DistillationOutput` with a teacher.
         """
         module = self.module
         if self.teacher is not None:
@@ -98,7 +99,12 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainedModel:
-    """A model with the parameters of one step of its run: the whole tree of the dual encoder, on the mesh."""
+    """A model with the parameters of one step of its run.
+
+    Attributes:
+        params: the whole tree of the dual encoder, on the mesh.
+        step: the number of steps that `params` have trained.
+    """
 
     model: Model
     params: Mapping[str, Any]
@@ -106,9 +112,9 @@ class TrainedModel:
 
     @classmethod
     def merged(cls, model: Model, trainable: Tree, frozen: Tree, step: int) -> "TrainedModel":
-        """Put trainable and locked parameters together."""
+        """Return a trained model from trainable and locked parameters."""
         params = merge(trainable, frozen)
-        # The teacher has taught, and is no part of the result.
+        # The teacher is only needed for training and is no part of the result.
         params.pop(TEACHER, None)
         return cls(model=model, params=params, step=step)
 
@@ -124,11 +130,11 @@ def build_model(
     paths: TowerPaths | None = None,
     own_towers: OwnTowers = _NO_TOWERS,
 ) -> Model:
-    """Build module, processors, policy and shardings; compute and read no parameter.
+    """Build module, processors, policy and shardings, without computing or reading any parameter.
 
     Args:
-        paths: the folders of the towers; those that `config.model` names if not given.
-        own_towers: towers in the place of those in the folders, which still have the processors.
+        paths: the folders of the towers; None finds those that `config.model` names.
+        own_towers: towers that replace those of the folders. The processors still come from the folders.
 
     Raises UserError if the parts do not fit each other.
     """
@@ -148,7 +154,8 @@ def build_model(
         teacher, teacher_tokenizer = load_teacher(paths.teacher, config.model.dtype, length)
     processors = Processors(image_transform, tokenizer, teacher_tokenizer)
     example, has_teacher = example_batch(processors), teacher is not None
-    # Trainable and locked parameters cannot share an array, so the rules say where stacks of blocks are cut.
+    # Trainable and locked parameters cannot share an array, so the rules decide where stacks are cut. They
+    # are applied to uncut towers first, and the cuts change the shapes.
     cuts = find_cuts(config.policy, parameter_shapes(module, example), has_teacher=has_teacher)
     module = module.with_cuts(cuts)
     shapes = parameter_shapes(module, example)
@@ -203,9 +210,9 @@ def _image_transform(config: DataConfig, folder: Path) -> ImageTransform:
 def _open_tokenizer(
     folder: Path, tower: Tower, config: DataConfig, *, pretrained: bool
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in a folder; its `model_max_length` is `_text_length`.
+    """Load the tokenizer in a folder, and set its `model_max_length` to `_text_length`.
 
-    Raises UserError if there is none, or if it does not fit the tower.
+    Raises UserError if the folder has no tokenizer, or if the tokenizer does not fit the tower.
     """
     tokenizer = load_tokenizer(
         folder,
@@ -218,9 +225,9 @@ def _open_tokenizer(
 
 
 def _text_length(tower: Tower, asked: int | None, *, pretrained: bool) -> int:
-    """Return the number of tokens that texts are cut to and padded to: `asked`, or what suits the tower.
+    """Return the number of tokens that texts are cut and padded to: `asked`, or a default for the tower.
 
-    Raises UserError if the tower has fewer positions, or was trained with another length and depends on it.
+    Raises UserError if the tower has fewer positions, or depends on another length by its training.
     """
     positions = tower.config.embedding.max_length
     if asked is None:
@@ -241,7 +248,7 @@ def _text_length(tower: Tower, asked: int | None, *, pretrained: bool) -> int:
 
 
 def example_batch(processors: Processors) -> dict[str, jax.Array]:
-    """Return the smallest batch: enough to shape the parameters."""
+    """Return the smallest batch, which is enough to initialise parameters."""
     pixels = np.zeros((1, *processors.image_transform.output_shape), np.uint8)
     batch = {"pixel_values": pixels, **tokenize(processors.tokenizer, ["a"])}
     return {name: jnp.asarray(array) for name, array in batch.items()}
@@ -252,8 +259,8 @@ def _abstract(shapes: Tree, policy: Policy, config: Config, mesh: Mesh) -> Tree:
     towers = {*map(tower_name, TOWERS), TEACHER}
 
     def dtype(path: str) -> Any:
-        # Trainable parameters are float32 masters. Locked ones are stored in the dtype of the computation,
-        # which is float32 outside the towers.
+        # Trainable parameters are float32 masters, so that small updates are not rounded away. Locked
+        # parameters have the dtype of the computation, which is float32 outside the towers.
         in_tower = path.partition("/")[0] in towers
         return config.model.dtype if in_tower and not policy.trainable[path] else jnp.float32
 
@@ -266,9 +273,9 @@ def _abstract(shapes: Tree, policy: Policy, config: Config, mesh: Mesh) -> Tree:
 
 
 def named_key(seed: int, name: str, step: int | jax.Array) -> jax.Array:
-    """Return the random key of one use at one step.
+    """Return the random key of one use (`name`) at one step.
 
-    No key is ever stored: a resumed run computes the same ones.
+    Keys are never stored, because a resumed run computes the same keys again.
     """
     return jax.random.fold_in(
         jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), step
@@ -276,15 +283,17 @@ def named_key(seed: int, name: str, step: int | jax.Array) -> jax.Array:
 
 
 def first_parameters(model: Model) -> tuple[Tree, Tree]:
-    """Return the parameters of step 0, (trainable, frozen), float32 on the mesh.
+    """Return the parameters of step 0 as (trainable, frozen), float32, on the mesh.
 
-    Pretrained towers are read from their folders; the rest is drawn by the run's seed.
+    Pretrained towers are read from their folders. All other parameters are drawn by the run's seed.
     """
     shardings = {path: leaf.sharding for path, leaf in flatten(model.abstract).items()}
     pretrained = restack(_pretrained_parameters(model), model.abstract)
     read = {path: _place(array, shardings[path]) for path, array in flatten(pretrained).items()}
     batch = example_batch(model.processors)
 
+    # The compiler removes the draws of parameters that are read, and makes each device draw only its own
+    # part.
     def init() -> dict[str, jax.Array]:
         params = model.module.init(named_key(model.config.seed, "init", 0), batch)["params"]
         return {path: leaf for path, leaf in flatten(params).items() if path not in read}
@@ -297,7 +306,7 @@ def first_parameters(model: Model) -> tuple[Tree, Tree]:
 def _pretrained_parameters(model: Model) -> dict[str, Any]:
     """Read the towers that the lock calls pretrained.
 
-    A dual encoder also brings its projections, but these fit only the two towers it was trained with.
+    A dual encoder also brings its projections, which fit only both of its own towers together.
     """
     config, paths = model.config, model.paths
     image, text = is_pretrained(config.policy.lock)
@@ -329,6 +338,7 @@ def _whole_dual_encoder(model: Model) -> dict[str, Any]:
         folder, dtype=config.model.dtype, hf_config=model.hf_config
     )
     log.info("%s", report)
+    # The weights may belong to other towers than the config describes, if the folder's two configs differ.
     as_trained = module.with_remat(config.remat).features_only()
     if as_trained.towers != model.module.with_cuts({}).towers:
         raise UserError(

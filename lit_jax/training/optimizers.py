@@ -1,4 +1,4 @@
-"""Schedules and optimizers. Everything here sees the trainable parameters alone."""
+"""Schedules and optimizers. All functions here see the trainable parameters alone."""
 
 import functools
 from collections.abc import Callable
@@ -14,15 +14,18 @@ from lit_jax.models.ops import clip_by_global_norm
 from lit_jax.training.policy import Policy
 from lit_jax.trees import STACK, flatten, unflatten
 
-# A function from a duration such as "2 epochs" to its steps.
+# Converts a duration such as "2 epochs" to steps.
 Steps = Callable[[str], int]
 
 
 def make_schedule(config: ScheduleConfig, *, total: int, steps: Steps) -> optax.Schedule:
     """Return the learning rate by step: linear warm-up from 0, the named curve, linear cool-down to 0.
 
-    'cosine' and 'linear' end at 0 after `total` steps; 'rsqrt' is sqrt(timescale / (timescale + step)),
-    an inverse square root (Zhai et al., Scaling Vision Transformers, 2106.04560, section 3.4).
+    'cosine' and 'linear' end at 0 after `total` steps. 'rsqrt' is sqrt(timescale / (timescale + step)), an
+    inverse square root (Zhai et al., Scaling Vision Transformers, 2106.04560, section 3.4). Curves count
+    their steps from the end of the warm-up.
+
+    Raises UserError if warm-up and cool-down are longer than the run.
     """
     warmup, cooldown = steps(config.warmup), steps(config.cooldown)
     if warmup + cooldown > total:
@@ -55,8 +58,8 @@ def make_optimizer(
     """Chain clipping by the global norm, the optimizer's direction, decoupled weight decay, learning rate.
 
     A step subtracts rate * lr_multiplier * (direction + weight_decay * wd_multiplier * parameter), where
-    rate is that of the schedule. LAMB (You et al., 1904.00962, algorithm 2) is Adam with what is in the
-    parentheses scaled, for each parameter, to the length of that parameter.
+    `rate` comes from the schedule. LAMB (You et al., 1904.00962, algorithm 2) is Adam whose sum in the
+    parentheses is scaled, for each parameter, to the length of the parameter.
     """
     return optax.chain(
         optax.identity() if config.clip_norm is None else _clip(config.clip_norm),
@@ -81,10 +84,11 @@ def _lion(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Return Adafactor for vision (2106.04560, section 3.4; big_vision's settings).
+    """Return Adafactor for vision (2106.04560, section 3.4) with big_vision's settings.
 
-    The second moment of matrices is factored and its decay 1 - t^-0.8 is capped at b2; no update clipping and
-    no scaling by the parameter; momentum b1 is added, without bias correction, in `momentum_dtype`.
+    The second moment of matrices is factored, and its decay 1 - t^-0.8 is capped at b2. There is no clipping
+    of updates and no scaling by the parameter. Momentum b1 has no bias correction and is kept in
+    `momentum_dtype`.
     """
 
     def decay_rate(step: Any, exponent: Any) -> Any:
@@ -102,7 +106,7 @@ def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
             {p: (bool(STACK.fullmatch(p)) and x.ndim == 2) == wanted for p, x in flat.items()}
         )
 
-    # Optax would take the vectors of a stack of 32 layers for a matrix.
+    # Optax would factor the vectors of a stack of 32 or more layers, because the stack has two axes.
     return optax.chain(
         optax.masked(second_moment(factored=False), functools.partial(are_vectors, wanted=True)),
         optax.masked(second_moment(factored=True), functools.partial(are_vectors, wanted=False)),
@@ -114,6 +118,7 @@ _DIRECTIONS = {"adamw": _adam, "adafactor": _adafactor, "lion": _lion, "lamb": _
 
 
 def _add_weight_decay(weight_decay: float, policy: Policy) -> optax.GradientTransformation:
+    # optax.add_decayed_weights knows a mask only, and a policy has a multiplier for each parameter.
     rates = unflatten(policy.weight_decay)
 
     def update(updates: Any, params: Any) -> Any:
@@ -123,9 +128,9 @@ def _add_weight_decay(weight_decay: float, policy: Policy) -> optax.GradientTran
 
 
 def _scale_to_parameter(updates: Any, params: Any) -> Any:
-    """Scale each update to the length of its parameter, LAMB's trust ratio, each layer of a stack alone.
+    """Scale each update to the length of its parameter (LAMB's trust ratio), layer by layer in a stack.
 
-    An update stays as it is if its own length or that of the parameter is zero.
+    An update stays as it is if its length or the length of the parameter is zero.
     """
 
     def scaled(path: str, update: jax.Array, param: jax.Array) -> jax.Array:
@@ -144,6 +149,6 @@ def _scale_to_parameter(updates: Any, params: Any) -> Any:
 
 
 def scale_by_multipliers(policy: Policy) -> optax.GradientTransformation:
-    """Return what multiplies updates by config.policy.learning_rate."""
+    """Return the transformation that multiplies updates by the policy's learning-rate multipliers."""
     rates = unflatten(policy.learning_rate)
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, rates))

@@ -1,4 +1,4 @@
-"""Objects that a user passes into a run, in the place of those of the config, and their descriptions."""
+"""The objects that a user passes into a run instead of configuring them, and their descriptions."""
 
 import dataclasses
 import functools
@@ -15,20 +15,21 @@ from lit_jax.data.example import Source
 from lit_jax.training.losses import Objective
 from lit_jax.training.model_factory import OwnTowers, TrainedModel
 
-# Called with the model after some steps. Returns metrics to be reported, by flat names, or None.
+# A function that is called with the model after some steps. It returns metrics to report, by flat names, or
+# None.
 Callback = Callable[[TrainedModel], Mapping[str, float] | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Passed:
-    """Objects of a user's own.
+    """The objects that a user passes.
 
     Attributes:
-        source: training data, instead of those that config.data names.
-        loss: what the step minimises, instead of config.loss.
-        optimizer: instead of those of config.optimizer and config.schedule.
-        towers: linen towers instead of those in the folders of config.model, by their side.
-        callbacks: functions, each with the duration after which it is called again and again.
+        source: the training data, instead of the data that config.data names.
+        loss: the objective of the step, instead of config.loss.
+        optimizer: the optimizer, instead of config.optimizer and config.schedule.
+        towers: linen towers by their side, instead of those that config.model names.
+        callbacks: (duration between two calls, function) of each callback.
     """
 
     source: Source | None = None
@@ -40,8 +41,8 @@ class Passed:
     def described(self) -> dict[str, Any]:
         """Return a description of each object that changes the result, as config.json records it.
 
-        The content of a source is in its fingerprint, which data.json has; the parameters of a tower are in
-        frozen/ and checkpoints/.
+        The description leaves out the content of a source, whose fingerprint is in data.json, and the
+        parameters of a tower, which are in frozen/ and checkpoints/.
         """
         found = {name: describe(getattr(self, name)) for name in ("loss", "optimizer")}
         found["source"] = None if self.source is None else _named(type(self.source))
@@ -51,10 +52,11 @@ class Passed:
 
 
 def describe(value: Any) -> Any:
-    """Return a description that differs between objects that compute different things, for JSON.
+    """Return a JSON description that differs between objects that compute different things.
 
-    It has the module and the qualified name of its type or function, and the content: fields, arguments of
-    a partial, values that a closure has captured. Content that only code can reach is not seen.
+    The description has the module and the qualified name of the type or function, and the content: fields,
+    arguments of a partial, values that a closure has captured. Content that only code can reach is not seen,
+    such as globals.
     """
     return _describe(value, frozenset())
 
@@ -62,6 +64,7 @@ def describe(value: Any) -> Any:
 def _describe(value: Any, inside: frozenset[int]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    # An object may contain itself, as a bound method in a field does.
     if id(value) in inside:
         return "itself"
     inside |= {id(value)}
@@ -92,7 +95,7 @@ def _describe(value: Any, inside: frozenset[int]) -> Any:
     if isinstance(value, np.dtype):
         return value.name
     if dataclasses.is_dataclass(value):
-        # The parent of a linen module is where it is used, and no part of it.
+        # The parent of a linen module says where the module is used; it is no part of the module.
         names = [field.name for field in dataclasses.fields(value) if field.name != "parent"]
         fields = {name: getattr(value, name) for name in names}
     else:

@@ -1,9 +1,9 @@
-"""Which parameters train, and how fast: ordered regex rules over the names of parameters.
+"""The policy of a run: which parameters train and how fast, by ordered regex rules over their names.
 
-A name is the tree's keys joined by '/'. Each block has names of its own, whatever stack it is in:
-'vision_model/encoder/layer_3/mlp/fc2/kernel', which the rule 'vision_model/encoder/layer/.*' matches as well.
-In each list of rules the first whose regex matches the whole name wins. The result is one `Policy`: gradient,
-optimizer state, clipping and checkpoints see only what it calls trainable.
+A name is the keys of the tree joined by '/'. Each block has names of its own, whatever stack it is in. The
+rule 'vision_model/encoder/layer/.*' also matches 'vision_model/encoder/layer_3/mlp/fc2/kernel'. In each list
+of rules the first rule whose regex matches the whole name wins. The result is one `Policy`: gradient,
+optimizer state, clipping and checkpoints see only the parameters that are trainable by this policy.
 """
 
 import collections
@@ -26,7 +26,7 @@ _LOCK_IMAGE: Rules = ((r"vision_model/.*", False), (r".*", True))
 _LOCK_TEXT: Rules = ((r"text_model/.*", False), (r".*", True))
 _LOCK_NOTHING: Rules = ((r".*", True),)
 
-# LiT (2111.07991) section 3.2. Projections and the temperature train under every preset.
+# The presets are those of LiT (2111.07991) section 3.2. Projections and temperature train under all of them.
 LOCK_RULES: dict[str, Rules] = {
     "Lu": _LOCK_IMAGE,
     "LU": _LOCK_IMAGE,
@@ -36,28 +36,36 @@ LOCK_RULES: dict[str, Rules] = {
     "uL": _LOCK_TEXT,
     "UL": _LOCK_TEXT,
 }
-# With a teacher: all other parts are those that the teacher was trained with.
+# With a teacher only the text tower trains, because all other parts already fit the teacher.
 _ONLY_TEXT: Rules = ((r"text_model/.*", True), (r".*", False))
 IMAGE_TOWER = r"vision_model/.*"
 LEARNING_RATE_RULES: Rules = ((r".*", 1.0),)
 WEIGHT_DECAY_RULES: Rules = (
-    # Shifts and scales, and the running statistics of BatchNorm, which the step itself replaces.
-    # Learned tokens decay as the tables of embeddings do.
+    # Shifts and scales do not decay, nor do the running statistics of BatchNorm, which the step replaces.
+    # Learned tokens decay like the tables of embeddings.
     (r"logit_(scale|bias)|temperature|.*/(bias|scale|factor|grn/weight|mean|var)", 0.0),
     (r".*", 1.0),
 )
 
 
-# In a tower: what comes before its blocks, and what all of them use. All else comes after them.
+# The paths inside a tower that come before its blocks, and the paths that all blocks share. All other paths
+# outside the blocks come after them.
 _BEFORE = re.compile(r"(embeddings|pre_layrnorm)/.*")
 _SHARED = re.compile(r"position_bias_table|relative_attention_bias/.*")
 
-Rate = float | np.ndarray  # an array has one rate a block, and as many axes as the parameter
+# An array has one multiplier for each block of a stack, and as many axes as the parameter.
+Rate = float | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Per parameter, as flat dicts path -> value: does it train, and its two multipliers if so."""
+    """The policy of each parameter, as flat dicts path -> value.
+
+    Attributes:
+        trainable: whether the parameter trains.
+        learning_rate: the multiplier of the learning rate of each trainable parameter.
+        weight_decay: the multiplier of the weight decay of each trainable parameter.
+    """
 
     trainable: dict[str, bool]
     learning_rate: dict[str, Rate]
@@ -74,7 +82,7 @@ class Policy:
         return trainable, frozen
 
     def table(self, abstract: Tree) -> str:
-        """Return one line a parameter: name, shape, dtype, partition, and how it trains."""
+        """Return a table with a line for each parameter: name, shape, dtype, partition, multipliers."""
         lines = []
         for path, leaf in flatten(abstract).items():
             how = "locked"
@@ -88,14 +96,14 @@ class Policy:
 
 
 def _shown(rate: Rate) -> str:
-    """Return a multiplier for a line of the table, 'x1'; of blocks that differ the least and the largest."""
+    """Return a multiplier as text for the table, such as 'x1', or the range over blocks that differ."""
     if not isinstance(rate, np.ndarray):
         return f"x{rate:g}"
     return f"x{rate.min():.3g} to x{rate.max():.3g}"
 
 
 def _name_of_stack(path: str, shape: tuple[int, ...]) -> str:
-    """Return a path with the numbers of its blocks, '.../layer_0-10/...', by which rules find them."""
+    """Return a path with the numbers of its blocks, as '.../layer_0-10/...', by which rules find them."""
     first, last = block_paths(path, shape)[0], block_paths(path, shape)[-1]
     if first == last:
         return first
@@ -104,22 +112,23 @@ def _name_of_stack(path: str, shape: tuple[int, ...]) -> str:
 
 
 def merge(trainable: Tree, frozen: Tree) -> dict:
-    """Return the whole tree of which `Policy.split` made two."""
+    """Return the whole tree from the two parts that `Policy.split` returns."""
     return unflatten(flatten(trainable) | flatten(frozen))
 
 
 def is_pretrained(lock: str) -> tuple[bool, bool]:
-    """Return whether the image and the text tower start from pretrained weights: all but 'u' do."""
+    """Return whether the image and the text tower start from pretrained weights; only 'u' starts random."""
     image, text = lock
     return image != "u", text != "u"
 
 
 def resolve_policy(config: PolicyConfig, params: Tree, *, has_teacher: bool = False) -> Policy:
-    """Apply the rules of `config` to `params` (arrays, or their shapes), whose stacks `find_cuts` has cut.
+    """Apply the rules of `config` to `params` (arrays or shapes), whose stacks are cut as `find_cuts` says.
 
-    With a teacher nothing but the text tower trains.
-    Raises UserError on a rule that is no regular expression or matches nothing, if nothing would train,
-    and if a rule that does not name the projections locks one: a projection starts random.
+    With a teacher only the text tower trains.
+
+    Raises UserError for a rule that is no regular expression or matches nothing, and if nothing would train.
+    Raises it also if a rule that does not name the projections locks one, because projections start random.
     """
     names = _names(params)
     every = [name for of_path in names.values() for name in of_path]
@@ -151,10 +160,10 @@ def resolve_policy(config: PolicyConfig, params: Tree, *, has_teacher: bool = Fa
 def find_cuts(
     config: PolicyConfig, params: Tree, *, has_teacher: bool = False
 ) -> dict[str, tuple[str, ...]]:
-    """Return, for each tower that needs some, the blocks at which a new stack begins: `Tower.cuts`.
+    """Return the blocks at which a new stack begins (`Tower.cuts`), for each tower that needs cuts.
 
-    A stack is one array a parameter, so it trains as a whole or is locked as a whole. `params` are those of
-    towers that are not cut.
+    Each parameter of a stack is one array for all blocks, so a stack is either trainable or locked. `params`
+    are the parameters of uncut towers.
     """
     names = _names(params)
     trains = _trains(config, [name for of_path in names.values() for name in of_path], has_teacher)
@@ -168,7 +177,7 @@ def find_cuts(
 
 
 def _names(params: Tree) -> dict[str, list[str]]:
-    """Return the names of the blocks of each parameter by its path; one name if it is in no stack."""
+    """Return the names of each parameter, by its path: one for each block of a stack, else the path."""
     return {
         path: block_paths(path, leaf.shape) if STACK.fullmatch(path) else [path]
         for path, leaf in flatten(params).items()
@@ -176,6 +185,7 @@ def _names(params: Tree) -> dict[str, list[str]]:
 
 
 def _only(values: set[bool]) -> bool:
+    # `find_cuts` has cut stacks so that all blocks of a stack agree; another number of values is a bug.
     (value,) = values
     return value
 
@@ -187,21 +197,22 @@ def _along_depth(rates: list[float], leaf: Any) -> Rate:
 
 
 def _block(name: str) -> str:
-    """Return the name of the block that a parameter is in, '' if it is in none."""
-    # The layer that makes a map smaller at the start of a stage belongs to the first block of it.
+    """Return the name of the block that a parameter is in, '' if the parameter is in no block."""
+    # The downsampling layer at the start of a stage belongs to the first block of the stage.
     name = re.sub(r"(/stages_\d+)/downsampling_.*", r"\1/layer_0/", name)
     match = re.match(r".*\blayer_\d+(?=/)", name)
     return match[0] if match else ""
 
 
 def _blocks_of(tower: str, names: Iterable[str]) -> list[str]:
-    """Return the names of a tower's blocks from the first to the last, those of all its stages."""
+    """Return the names of a tower's blocks from the first to the last, over all stages."""
     found = {_block(name) for name in names if name.startswith(f"{tower}/")} - {""}
     return sorted(found, key=lambda block: [int(digits) for digits in re.findall(r"\d+", block)])
 
 
 def _trains(config: PolicyConfig, names: list[str], has_teacher: bool) -> dict[str, bool]:
-    """Return whether each parameter trains, by the name of its block."""
+    """Return whether each parameter trains, by its name."""
+    # The user's own rules come first, then unlock_last, then the preset, because the first match wins.
     preset = _ONLY_TEXT if has_teacher else LOCK_RULES[config.lock]
     return _apply_rules(
         "trainable", config.trainable, (*_unlocked(config, names, has_teacher), *preset), names
@@ -209,7 +220,10 @@ def _trains(config: PolicyConfig, names: list[str], has_teacher: bool) -> dict[s
 
 
 def _unlocked(config: PolicyConfig, names: list[str], has_teacher: bool) -> Rules:
-    """Return the rules for `config.unlock_last` (partial unlocking: open_clip's unlocked groups)."""
+    """Return the rules for `config.unlock_last`, which open_clip calls unlocked groups.
+
+    Raises UserError if no tower is locked or the tower has fewer blocks.
+    """
     count = config.unlock_last
     if not count:
         return ()
@@ -233,7 +247,7 @@ def _unlocked(config: PolicyConfig, names: list[str], has_teacher: bool) -> Rule
 
 
 def _after_blocks(tower: str, names: list[str]) -> Rules:
-    """Return rules that train what comes after the blocks: the last normalisation, a pooler."""
+    """Return rules that train the parts of a tower after its blocks: the last normalisation, the pooler."""
     inside = {name: name.removeprefix(f"{tower}/") for name in names if name.startswith(tower)}
     return tuple(
         (re.escape(name), True)
@@ -243,10 +257,10 @@ def _after_blocks(tower: str, names: list[str]) -> Rules:
 
 
 def _layer_decay(config: PolicyConfig, names: list[str], trained: list[str]) -> dict[str, float]:
-    """Return the factors of config.policy.layer_decay by name, as BEiT (2106.08254) is fine-tuned.
+    """Return the factors of config.policy.layer_decay by name, as in the fine-tuning of BEiT (2106.08254).
 
-    With N blocks and the decay d it is d^(N - i) for block i, counted from 0, d^(N + 1) for what comes before
-    the blocks, and 1 for what comes after them and what they share.
+    With N blocks and decay d, the factor of block i, counted from 0, is d^(N - i). Parts before the blocks
+    have d^(N + 1). Parts after the blocks and parts that blocks share have 1.
     """
     factors = {}
     for tower, decay in config.layer_decay.items():
@@ -266,10 +280,10 @@ def _layer_decay(config: PolicyConfig, names: list[str], trained: list[str]) -> 
 
 
 def warn_of_full_rate(config: PolicyConfig, policy: Policy, params: Tree) -> None:
-    """Warn if a pretrained image tower trains as fast as what starts random.
+    """Warn if a pretrained image tower trains at the full rate of parts that start random.
 
-    A high rate destroys what the tower has learned: SigLIP (2303.15343, section 4) trains it at a tenth of
-    the rate and without weight decay.
+    A high rate destroys what the tower has learned. SigLIP (2303.15343, section 4) trains such a tower at a
+    tenth of the rate and without weight decay.
     """
     image = [
         name
@@ -292,7 +306,7 @@ def warn_of_full_rate(config: PolicyConfig, policy: Policy, params: Tree) -> Non
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Return whether a rule is about a parameter of a block, which it may name without the block's number."""
+    """Return whether a rule matches a parameter; the rule may leave out the number of the block."""
     return any(re.fullmatch(pattern, form) for form in (name, BLOCK.sub("layer/", name)))
 
 

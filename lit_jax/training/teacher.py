@@ -1,8 +1,8 @@
-"""Stage one of AltCLIP (2211.06679, section 3.2): a text tower takes the place of a CLIP's own.
+"""Stage one of AltCLIP (2211.06679, section 3.2): a new text tower replaces the text tower of a CLIP.
 
-The student, an XLM-RoBERTa with a linear map on top, learns what the CLIP's text tower, the teacher, returns
-for the same sentence, before the projection. No image is needed, and the CLIP's images, projections and
-logit scale fit the student afterwards: all together is an AltCLIP.
+The student, an XLM-RoBERTa with a linear map on top, learns the output of the CLIP's text tower, the teacher,
+for the same sentence, before the projection. Training needs no images. The CLIP's image tower, projections
+and logit scale fit the student afterwards, and all parts together are an AltCLIP.
 """
 
 import dataclasses
@@ -30,14 +30,20 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherFolder:
-    """The folder of the teacher's tokenizer and weights, and its config; a run's own copy has no weights."""
+    """The folder of the teacher's tokenizer and weights, and the teacher's config.
+
+    A run folder's copy has no weights, because frozen/ has them.
+    """
 
     folder: Path
     hf_config: dict[str, Any]
 
 
 def find_teacher(model: str) -> tuple[TeacherFolder, dict[str, Any]]:
-    """Return the teacher that config.model.teacher names, and the config.json of the whole CLIP."""
+    """Return the teacher that config.model.teacher names, and the config.json of the whole CLIP.
+
+    Raises UserError if the model is not a CLIP.
+    """
     folder = local_folder(model, config_key=CONFIG_KEY)
     hf_config = read_config(folder)
     if hf_config["model_type"] != "clip":
@@ -48,12 +54,16 @@ def find_teacher(model: str) -> tuple[TeacherFolder, dict[str, Any]]:
 
 
 def altclip_config(clip: dict[str, Any], student: dict[str, Any]) -> dict[str, Any]:
-    """Return the config.json of the AltCLIP that a CLIP becomes with another text tower."""
+    """Return the config.json of the AltCLIP that a CLIP and a student form.
+
+    Raises UserError if the student's family has no place in an AltCLIP.
+    """
     if student["model_type"] not in STUDENTS:
         raise UserError(
             f"config.model.text.model is of model_type {student['model_type']}; with a teacher it must be "
             f"one of {', '.join(STUDENTS)}."
         )
+    # The student's linear map must reach the width of the teacher, so that the CLIP's projection fits.
     width = clip["text_config"]["hidden_size"]
     altclip = {"model_type": "altclip_text_model", "project_dim": width, "pooler_fn": "cls"}
     return {
@@ -68,10 +78,11 @@ def altclip_config(clip: dict[str, Any], student: dict[str, Any]) -> dict[str, A
 def load_teacher(
     teacher: TeacherFolder, dtype: Dtype, text_length: int
 ) -> tuple[Tower, PreTrainedTokenizerBase]:
-    """Build the module and load the tokenizer; read no weights.
+    """Build the teacher's module and load its tokenizer, without reading weights.
 
     Args:
-        text_length: the student's number of tokens, which the teacher shares as far as its positions go.
+        text_length: the student's number of tokens. The teacher uses the same number, up to the number of its
+            positions.
     """
     module = build_tower(teacher.hf_config, pooling="pooler", dtype=dtype)
     module = module.clone(all_tokens=False)
@@ -87,14 +98,15 @@ def pretrained_parameters(
     text_config: dict[str, Any],
     dtype: Dtype,
 ) -> dict[str, Any]:
-    """Read the CLIP, with its text tower as the teacher, and the student unless it starts from scratch.
+    """Read the CLIP, whose text tower is the teacher, and the student if it has a folder.
 
-    Returns the (partial) tree of parameters, float32.
+    Returns a partial tree of parameters, float32: a student without a folder starts random.
     """
     _, params, _, report = load_dual_encoder(clip, dtype=dtype)
     params[TEACHER] = params.pop("text_model")
     log.info("%s", report)
     if student is not None:
+        # The folder may be a plain XLM-RoBERTa, whose files lack the linear map of an AltCLIP.
         model_type = read_tower_config(student, "text")["model_type"]
         pooling = "pooler" if model_type == "altclip_text_model" else "cls"
         module = build_tower(

@@ -1,4 +1,4 @@
-"""A run folder that cannot be written: one sentence, whatever the libraries make of it."""
+"""The errors of a run folder that cannot be written, reported in one sentence whatever libraries print."""
 
 import contextlib
 import gc
@@ -14,15 +14,15 @@ from typing import Any
 from lit_jax.errors import UserError
 from lit_jax.training.lease import check_lease
 
-# Not str.isdigit, which is true of ², which int() does not read.
+# The name of a complete checkpoint's folder. str.isdigit would also accept '²', which int() rejects.
 STEP = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 @contextlib.contextmanager
 def workdir_errors(workdir: Path, failure: type[Exception] = OSError) -> Iterator[None]:
-    """Raise UserError where something that writes into a run folder raises `failure`.
+    """Turn `failure`, raised by a write into the run folder, into UserError.
 
-    Nothing is written by a process that has lost the folder to another run.
+    Raises UserError before any write if this process has lost the folder to another run.
     """
     check_lease(workdir)
     try:
@@ -39,14 +39,17 @@ def workdir_errors(workdir: Path, failure: type[Exception] = OSError) -> Iterato
 
 
 def complete_steps(workdir: Path) -> list[int]:
-    """Return the steps of the checkpoints in a run folder; Orbax names a complete one after its step."""
+    """Return the steps of the complete checkpoints in a run folder, in ascending order.
+
+    Orbax gives a folder its step as name only when the checkpoint is complete.
+    """
     names = [folder.name for folder in (workdir / "checkpoints").glob("*") if folder.is_dir()]
     return sorted(int(name) for name in names if STEP.fullmatch(name))
 
 
 def reason(error: Exception) -> str:
-    """Return what went wrong, short enough to stand in a sentence."""
-    # TensorStore's own text fills a page.
+    """Return the reason of an error, short enough for a sentence."""
+    # TensorStore's own message fills a page.
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code:
         return os.strerror(int(code[1]))
@@ -55,8 +58,8 @@ def reason(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:300]
 
 
-# Messages without news: of Orbax in each thread that the error of a write passes through, of asyncio for each
-# write that was under way, and of Orbax in each process when one of them gets a SIGTERM.
+# Log messages that repeat an error that is raised anyway: Orbax logs in each thread that the error of a write
+# passes through, asyncio logs for each write under way. Orbax also logs a SIGTERM in every process.
 _NO_NEWS = re.compile(
     r"_SignalingThread\.run\(\) raised|in background save thread|Save Finalize thread"
     r"|(never retrieved|destroyed but it is pending).*orbax"
@@ -64,14 +67,14 @@ _NO_NEWS = re.compile(
 )
 
 
-# Orbax closes its event loop at the first array that it cannot write or read, and gives the others up: they
-# then report to nobody.
+# Orbax closes its event loop at the first array that it cannot write or read, and abandons the other arrays.
+# Their errors, which nobody awaits, reach sys.unraisablehook.
 _GIVEN_UP = ("Event loop is closed", "Encountered error while reading array index")
 
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Keep Orbax from printing pages about a failed write or read, whose error it also raises."""
+    """Keep Orbax from printing pages about a failed write or read whose error it raises as well."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     hook = sys.unraisablehook
 
@@ -84,11 +87,11 @@ def quiet_orbax() -> Iterator[None]:
     sys.unraisablehook = print_unraisable
     try:
         with warnings.catch_warnings():
-            # Writes and reads that had not begun when the first one failed.
+            # Writes and reads that had not started when the first one failed cause these warnings.
             pattern = r"coroutine '.*(write|read).*' was never awaited"
             warnings.filterwarnings("ignore", pattern, RuntimeWarning)
             yield
-            # A coroutine warns when it is freed.
+            # A coroutine warns when it is freed, so it must be freed inside this block.
             gc.collect()
     finally:
         sys.unraisablehook = hook
