@@ -28,6 +28,7 @@ _THREADS = 16
 
 def fingerprint(value: Any) -> str:
     """Return a hash, 32 hexadecimal digits, of a JSON value that may also contain NumPy arrays and bytes."""
+    # Sorted keys make the hash independent of the order in which a dict was filled.
     text = json.dumps(value, sort_keys=True, default=_content)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -206,6 +206,7 @@ class Embeddings:
         with reading(self.folder / header.shard_name(index // header.shard_size)):
             record = self._records[index]
             if record[-1:] == BAD:
+                # The record is [kind, text], and the error takes (text, kind).
                 bad = BadSampleError(*reversed(parse_json(record[:-1])))
             else:
                 rows_KxP = np.frombuffer(record[:-1], self._dtype).reshape(-1, header.width)

@@ -89,6 +89,7 @@ def _outputs(
 
     The indices go through the devices like the rows, because a mesh may interleave the processes.
     """
+    # An input that the tokenizer does not make, such as token_type_ids, is None.
     inputs = [batch.get(name) for name in _INPUTS[side]]
     method = _METHODS[output].format(side)
     rows_BxE: Any = module.apply({"params": params}, *inputs, deterministic=True, method=method)

@@ -214,6 +214,7 @@ def _write_missing(writer: FeatureWriter, folder: Path, header: Header) -> None:
         # The view of the first process decides, because others may see an older listing of the folder.
         done = multihost_utils.broadcast_one_to_all(done).astype(bool)
     missing = np.flatnonzero(~done)
+    # Missing shards are dealt out in turn, so that all processes have about equally many.
     mine = [int(n) for n in missing[jax.process_index() :: jax.process_count()]]
     already = sum(len(header.shard(int(n))) for n in np.flatnonzero(done))
     bar = tqdm(
@@ -225,6 +226,8 @@ def _write_missing(writer: FeatureWriter, folder: Path, header: Header) -> None:
         disable=not is_primary(),
         mininterval=0.5,
     )
+    # Each process computes alone, so JAX's common stop of training does not apply; `_together` agrees on a
+    # stop.
     with StopSignal(alone=True) as stop, bar:
         for number in mine:
             _write_shard(
@@ -254,6 +257,7 @@ def _write_shard(
             bar.update(min(jax.process_count(), bar.total - bar.n))
         complete = True
     except jax.errors.JaxRuntimeError as error:
+        # XLA says only in the text of its error that memory was too small.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(

@@ -74,6 +74,7 @@ def _differentiable(
 
 
 _differentiable.defvjp(
+    # The residuals are the gradients themselves. The backward pass only scales them by the cotangent.
     lambda value_and_gradients, *args: value_and_gradients(*args),
     lambda _, gradients, cotangent: tuple(cotangent * gradient for gradient in gradients),
 )
@@ -153,6 +154,7 @@ def _softmax(
 
     def logits_of(image: _Rows, text: _Rows) -> Float[Array, "R R"]:
         logits_RxR = scale * exact_dot(image.z, text.z.T)
+        # The exponential of LOWEST is 0, so padding adds nothing to a sum.
         return jnp.where(_is_real(image, text), logits_RxR, LOWEST)
 
     def sums_of(image: _Rows, text: _Rows) -> tuple[_Carry, _Carry]:
@@ -167,6 +169,7 @@ def _softmax(
         by_image, by_text = image.log_sum, text.log_sum
         excess_RxR = by_image.probabilities(logits_RxR, 1) + by_text.probabilities(logits_RxR, 0)
         target_RxR = jnp.where(_is_pair(image, text), 1 - label_smoothing, 0.0)
+        # Both cross entropies have the gradient probability - target; the loss is their mean.
         gradient_RxR = excess_RxR / 2 - (target_RxR + label_smoothing / count)
         gradient_RxR = jnp.where(_is_real(image, text), gradient_RxR, 0.0)
         return exact_dot(gradient_RxR, text.z), exact_dot(gradient_RxR.T, image.z)
@@ -182,6 +185,8 @@ def _softmax(
         mean = scale * (zimg_BxD.mean(0) * ztxt_BxD.mean(0)).sum()
         losses_B += label_smoothing * (target_B - mean)
     gimg_BxD, gtxt_BxD = gimg_BxD * (scale / count), gtxt_BxD * (scale / count)
+    # Each logit is proportional to the scale, so its derivative by the logarithm of the scale is the logit
+    # itself, and the sum over all logits is zimg . gimg.
     return losses_B.mean(), (gimg_BxD, gtxt_BxD, (zimg_BxD * gimg_BxD).sum())
 
 
@@ -244,6 +249,7 @@ def _ring(
     if rest:
         raise ValueError(f"{mesh_size()} devices are not {slices} equal slices.")
     on_device = functools.partial(_ring_on_device, block_fn, slices=slices, ring=ring)
+    # Without a mesh there is one device, and no collective.
     if not mesh_shape():
         return on_device(images, texts)
     # check_vma is off, because the carry starts as constants, which the check takes for replicated values.
@@ -327,6 +333,7 @@ def _tiles(tree: _Rows) -> _Rows:
     """Return arrays b... as TxR..., where zeros fill up the last tile."""
 
     def cut(x: Array) -> Array:
+        # Tiles of equal size waste less than tiles of TILE rows: 2049 rows become two tiles of 1025.
         count = math.ceil(len(x) / TILE)
         size = math.ceil(len(x) / count)
         padded = jnp.pad(x, [(0, count * size - len(x))] + [(0, 0)] * (x.ndim - 1))

@@ -177,6 +177,7 @@ class Checkpoints:
             )
             state, data = restored["state"], restored["data"]
             _check_step_sums(folder, state, data)
+            # State and position must belong to the same step, or examples would be skipped or repeated.
             if data["next_batch"] != step:
                 raise DamagedError(f"its data are at step {data['next_batch']}")
         return state, data
@@ -236,6 +237,7 @@ def restore_params(
             args=ocp.args.PyTreeRestore(
                 item=wanted,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                # The state of the optimizer is not read.
                 partial_restore=True,
             ),
         )

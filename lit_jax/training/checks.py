@@ -60,6 +60,7 @@ def check_own_towers(config: Config, towers: OwnTowers) -> None:
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int) -> None:
     """Raise UserError, with the next valid size, if devices and micro-batches do not divide a batch."""
+    # Each device must get equally many rows of each micro-batch.
     unit = mesh.size * accumulate
     if batch_size % unit:
         times = "" if accumulate == 1 else f" times config.accumulate={accumulate}"
@@ -128,6 +129,7 @@ def check_negatives(config: Config, source: Source) -> None:
 
     Raises UserError if the run cannot learn anything.
     """
+    # The loss of a student has no negatives.
     if config.loss == "mse":
         return
     if len(source) == 1:
@@ -168,6 +170,7 @@ def _parts(config: Config, source: Source) -> list[tuple[str, int, int]]:
     """Return the config key of each source, its number of images, and how many a batch takes from it."""
     if not isinstance(source, Mixture):
         return [(_key(config), len(source), config.batch_size)]
+    # The numbers are rounded down, so that no warning is wrong.
     total = sum(source.weights.values())
     return [
         (f"{_key(config)}.{name}", len(part), int(config.batch_size * source.weights[name] / total))

@@ -68,6 +68,7 @@ def open_data(
     except UserError as error:
         # A finished run may still have evaluations to repeat, which need the model but not the data.
         known = _read(workdir) if trained is not None else None
+        # The run is finished if its latest checkpoint is at the last step of the duration.
         if known is None or trained != steps_of(config, known["examples"], config.duration):
             raise
         log.warning("This run is finished and goes without its data: %s", error)

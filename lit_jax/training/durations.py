@@ -58,6 +58,7 @@ class Durations:
 
     def saves_at(self, step: int) -> bool:
         """Return whether the run saves its state after this step; the last step is always saved."""
+        # A checkpoint to keep must be saved, even if it lies between two regular saves.
         is_kept = self.keep_every is not None and step % self.keep_every == 0
         return step == self.total or step % self.save_every == 0 or is_kept
 

@@ -40,6 +40,8 @@ def in_micro_batches(forward: Forward, micro_batches: int) -> Forward:
         # prevent_cse is not needed in a scan: the compiler cannot merge the two runs across two loops.
         @functools.partial(
             jax.checkpoint,
+            # Features are small. With them saved, the gradient of a locked tower's side starts at its
+            # projection.
             policy=jax.checkpoint_policies.save_only_these_names(*FEATURES.values()),
             prevent_cse=False,
         )
@@ -58,6 +60,7 @@ def in_micro_batches(forward: Forward, micro_batches: int) -> Forward:
 
 def cut(x_Bx: jax.Array, micro_batches: int) -> jax.Array:
     """Split B... into KxB/K.... Each micro-batch has rows of every device, so that no rows move."""
+    # The rows of a device are consecutive in the batch, so the axis of devices comes first.
     parts = x_Bx.reshape(mesh_size(), micro_batches, -1, *x_Bx.shape[1:])
     return _split_second(parts.swapaxes(0, 1).reshape(micro_batches, -1, *x_Bx.shape[1:]))
 

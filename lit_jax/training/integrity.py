@@ -71,11 +71,13 @@ def check_sums(tree: Any, stored: Mapping[str, Mapping[str, Any]] | None) -> Non
     All processes must call this function; the processes that pass `stored` compare.
     """
     leaves = _by_path(tree)
+    # Arrays that were saved as float32 may be read back as bfloat16.
     halves = {path: leaf for path, leaf in leaves.items() if leaf.dtype.name == "bfloat16"}
     found = {
         "sum": _fetched(_checksums(leaves)),
         "rounded": _fetched(_checksums(rounded(halves))),
     }
+    # All processes must compute the sums, because the computation is collective. Only then may some return.
     if stored is None:
         return
     for path, leaf in leaves.items():
@@ -90,6 +92,7 @@ def check_sums(tree: Any, stored: Mapping[str, Mapping[str, Any]] | None) -> Non
 
 def text_sum(value: Any) -> int:
     """Return a checksum (CRC-32) of a JSON value."""
+    # Sorted keys make the checksum independent of their order.
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
@@ -101,6 +104,7 @@ def _by_path(tree: Any) -> dict[str, jax.Array]:
 def _checksums(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     if not leaves:
         return {}
+    # Under the mesh of the arrays every process gets all sums.
     mesh: Any = getattr(next(iter(leaves.values())).sharding, "mesh", None)
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         return checksums(leaves)

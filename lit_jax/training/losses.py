@@ -83,6 +83,7 @@ def sigmoid_loss(
     """
     logits_BxB = similarity_logits(zimg_BxD, ztxt_BxD, logit_scale, logit_bias)
     sign_BxB = 2 * jnp.eye(logits_BxB.shape[0], dtype=logits_BxB.dtype) - 1
+    # log_sigmoid is finite for large logits, where the logarithm of the sigmoid would be -inf.
     return -jax.nn.log_sigmoid(sign_BxB * logits_BxB).sum() / logits_BxB.shape[0]
 
 
@@ -133,6 +134,7 @@ def make_loss(
                 f"config.loss_implementation is for contrastive losses; with {name!r} leave it 'auto'."
             )
         return mse_loss
+    # Only the softmax losses accept this argument.
     options = {"label_smoothing": label_smoothing} if label_smoothing else {}
 
     # The batch size is known only when the loss is traced.

@@ -115,6 +115,7 @@ class Reporter:
         self.flush()
         metrics, start = {}, time.perf_counter()
         yield metrics
+        # The last row moves by the time of the evaluations, so that the rate counts training alone.
         last_step, last_time = self._last_row
         self._last_row = last_step, last_time + time.perf_counter() - start
         if self._writer and metrics:
@@ -130,7 +131,9 @@ class Reporter:
         check_finite(values, step, self._last_saved(), self._locked_not_finite)
         self._check_scale(values.get("logit_scale", 0.0), step)
         self._bar.update(self._batch_size)
+        # tqdm refreshes the bar at its own interval.
         self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        # The first step is always logged, so that a user sees early that the run works.
         if self._writer and (step % self._every == 0 or step in (1, self._total)):
             last_step, last_time = self._last_row
             self._last_row = step, time.perf_counter()

@@ -141,6 +141,7 @@ def build_model(
     paths = paths or find_towers(config.model)
     module = _module(config, paths, own_towers)
     image_transform = _image_transform(config.data, paths.image_folder)
+    # Batches carry images as bytes, a quarter of float32, and the device normalises them.
     module = module.clone(normalization=image_transform.normalization)
     tokenizer = _open_tokenizer(
         paths.text_folder,
@@ -185,6 +186,7 @@ def _module(config: Config, paths: TowerPaths, own_towers: OwnTowers) -> DualEnc
         tower_name(side): tower.clone(dtype=jnp.dtype(config.model.dtype))
         for side, (tower, _) in own_towers.items()
     }
+    # Training needs only features, so the last block of a tower may be computed for one token.
     return module.clone(**own).with_remat(config.remat).features_only()
 
 
@@ -277,6 +279,7 @@ def named_key(seed: int, name: str, step: int | jax.Array) -> jax.Array:
 
     Keys are never stored, because a resumed run computes the same keys again.
     """
+    # Python's hash() of a text differs between processes; its CRC-32 does not.
     return jax.random.fold_in(
         jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), step
     )
@@ -288,6 +291,7 @@ def first_parameters(model: Model) -> tuple[Tree, Tree]:
     Pretrained towers are read from their folders. All other parameters are drawn by the run's seed.
     """
     shardings = {path: leaf.sharding for path, leaf in flatten(model.abstract).items()}
+    # The files' loader returns uncut stacks, but the policy may have cut those of the model.
     pretrained = restack(_pretrained_parameters(model), model.abstract)
     read = {path: _place(array, shardings[path]) for path, array in flatten(pretrained).items()}
     batch = example_batch(model.processors)
@@ -338,7 +342,8 @@ def _whole_dual_encoder(model: Model) -> dict[str, Any]:
         folder, dtype=config.model.dtype, hf_config=model.hf_config
     )
     log.info("%s", report)
-    # The weights may belong to other towers than the config describes, if the folder's two configs differ.
+    # If the weights were trained on after an export by lit_jax, loading falls back to the export's poolings
+    # and projections. The run's model has the original ones, which these weights do not fit.
     as_trained = module.with_remat(config.remat).features_only()
     if as_trained.towers != model.module.with_cuts({}).towers:
         raise UserError(
@@ -349,4 +354,5 @@ def _whole_dual_encoder(model: Model) -> dict[str, Any]:
 
 
 def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    # Each process copies only the parts that its own devices hold.
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -45,6 +45,7 @@ def make_schedule(config: ScheduleConfig, *, total: int, steps: Steps) -> optax.
 
     def schedule(step: Any) -> Any:
         step = jnp.asarray(step, jnp.float32)
+        # The step is traced, so each phase is a factor and not a branch.
         ramp_up = jnp.minimum(1.0, step / max(warmup, 1)) if warmup else 1.0
         ramp_down = jnp.clip((total - step) / cooldown, 0.0, 1.0) if cooldown else 1.0
         return config.learning_rate * ramp_up * ramp_down * curve(jnp.maximum(step - warmup, 0.0))
@@ -61,6 +62,8 @@ def make_optimizer(
     `rate` comes from the schedule. LAMB (You et al., 1904.00962, algorithm 2) is Adam whose sum in the
     parentheses is scaled, for each parameter, to the length of the parameter.
     """
+    # The order matters: clipping sees the raw gradient, weight decay is added after the direction (decoupled,
+    # 1711.05101), and LAMB's scaling includes the decay.
     return optax.chain(
         optax.identity() if config.clip_norm is None else _clip(config.clip_norm),
         _DIRECTIONS[config.name](config),

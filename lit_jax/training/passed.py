@@ -84,6 +84,7 @@ def _describe(value: Any, inside: frozenset[int]) -> Any:
             "arguments": _describe([*value.args], inside),
             "keywords": _describe(value.keywords, inside),
         }
+    # jax.jit and functools.wraps keep the function that computes in __wrapped__.
     function = inspect.unwrap(value)
     if inspect.isfunction(function):
         variables = inspect.getclosurevars(function).nonlocals

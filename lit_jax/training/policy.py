@@ -191,6 +191,7 @@ def _only(values: set[bool]) -> bool:
 
 
 def _along_depth(rates: list[float], leaf: Any) -> Rate:
+    # A number suits an array of any shape. Different rates need the axes of the parameter to broadcast.
     if len(set(rates)) == 1:
         return rates[0]
     return np.reshape(np.array(rates, np.float32), (-1,) + (1,) * (len(leaf.shape) - 1))
@@ -207,6 +208,7 @@ def _block(name: str) -> str:
 def _blocks_of(tower: str, names: Iterable[str]) -> list[str]:
     """Return the names of a tower's blocks from the first to the last, over all stages."""
     found = {_block(name) for name in names if name.startswith(f"{tower}/")} - {""}
+    # Numbers are compared as integers, because layer_10 follows layer_9.
     return sorted(found, key=lambda block: [int(digits) for digits in re.findall(r"\d+", block)])
 
 
@@ -311,6 +313,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def _apply_rules(key: str, own: Rules, default: Rules, names: list[str]) -> dict[str, Any]:
+    # A rule that matches nothing is a typing error. Without an error the wrong parameters would train.
     for pattern, _ in own:
         try:
             matches = any(_matches(pattern, name) for name in names)

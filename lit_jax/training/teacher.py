@@ -85,6 +85,7 @@ def load_teacher(
             positions.
     """
     module = build_tower(teacher.hf_config, pooling="pooler", dtype=dtype)
+    # Only the pooled output of the teacher is a target.
     module = module.clone(all_tokens=False)
     length = min(text_length, module.config.embedding.max_length)
     tokenizer = load_tokenizer(teacher.folder, max_length=length)
@@ -103,6 +104,7 @@ def pretrained_parameters(
     Returns a partial tree of parameters, float32: a student without a folder starts random.
     """
     _, params, _, report = load_dual_encoder(clip, dtype=dtype)
+    # The key of the text tower is now free for the student.
     params[TEACHER] = params.pop("text_model")
     log.info("%s", report)
     if student is not None:

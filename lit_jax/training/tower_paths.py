@@ -32,12 +32,14 @@ def find_towers(config: ModelConfig) -> TowerPaths:
 
     Raises UserError if a folder is not available, or if keys of `config` contradict each other.
     """
+    # The teacher comes first: `_find_student` rejects a config that also names a dual encoder.
     if config.teacher:
         return _find_student(config)
     if config.dual_encoder:
         return _find_dual_encoder(config)
     image = local_folder(config.image.model, config_key="config.model.image.model")
     text = local_folder(config.text.model, config_key="config.model.text.model")
+    # This is the config.json of transformers' VisionTextDualEncoder, so that the export needs no other.
     hf_config = {
         "model_type": "vision-text-dual-encoder",
         "projection_dim": config.projection_dim,
@@ -78,6 +80,7 @@ def _find_dual_encoder(config: ModelConfig) -> TowerPaths:
             f"{hf_config['model_type']}; it must be one of {', '.join(SYSTEMS)}."
         )
     sides: tuple[tuple[Side, TowerConfig], ...] = (("image", config.image), ("text", config.text))
+    # Everything but the overrides would be without effect, and would mislead a reader of the config.
     for side, tower in sides:
         if dataclasses.replace(tower, overrides={}) != TowerConfig():
             raise UserError(
@@ -92,6 +95,7 @@ def _find_dual_encoder(config: ModelConfig) -> TowerPaths:
 def _check_joint(config: ModelConfig, key: str) -> None:
     """Raise UserError for keys that have no effect together with `key`, which names a whole dual encoder."""
     names = ("projection_dim", "logit_scale_init", "logit_bias_init")
+    # A value equal to the default cannot be told from no value, and does no harm.
     without_effect = [
         f"config.model.{name}"
         for name in names

@@ -74,6 +74,7 @@ def train_step(
         output, updated = forward(
             {"params": merge(params, frozen)},
             batch,
+            # The trainable part has the key of a tower only if some of its parameters train.
             deterministic_image="vision_model" not in params,
             deterministic_text="text_model" not in params,
             rngs={"dropout": dropout_key},
@@ -87,6 +88,7 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     # Running statistics of BatchNorm get zero gradients. The forward pass has computed their new values.
     params = _replace(optax.apply_updates(state.params, updates), statistics)
+    # CLIP clips the scale after the update as well (2103.00020, section 2.5).
     params = limit_logit_scale(params, logit_scale_max)
     # The norm is reported before clipping.
     metrics["grad_norm"] = optax.tree.norm(grads)
@@ -98,6 +100,7 @@ def train_step(
 def _replace(params: Any, statistics: Tree) -> Tree:
     """Return the parameters with the new running statistics of BatchNorm, which have no gradient."""
     flat = flatten(params)
+    # A rule may lock the statistics of a tower that trains. These are not in `params` and stay as they are.
     new = {path: value for path, value in flatten(statistics).items() if path in flat}
     return unflatten(flat | new)
 
@@ -134,13 +137,14 @@ class TrainStep:
         check_logit_scale_max(config.model.logit_scale_max, model.policy)
         for side in embedding_folders(config.data):
             check_locked(model, side, f"config.data.{side}_embeddings")
+        # Only the devices know which of them share a fast network.
         slices = len(group_by_slice(list(model.mesh.devices.flat)))
         loss = passed.loss or make_objective(config, slices)
         if passed.optimizer is None:
             assert schedule is not None
             optimizer = make_optimizer(config.optimizer, schedule, model.policy)
             return cls(model=model, loss=loss, schedule=schedule, optimizer=optimizer)
-        # The rates of single parameters are still those of the policy; the rest is the optimizer's own.
+        # The policy's multipliers of the learning rate still apply. The user's optimizer decides the rest.
         optimizer = optax.chain(passed.optimizer, scale_by_multipliers(model.policy))
         return cls(model=model, loss=loss, schedule=None, optimizer=optimizer)
 
@@ -148,6 +152,7 @@ class TrainStep:
         """Return shapes, dtypes and shardings of the state."""
         params = self.model.abstract_trainable
         opt_state = jax.eval_shape(self.optimizer.init, params)
+        # eval_shape returns no shardings, so they are derived from those of the parameters.
         shardings = optimizer_shardings(opt_state, params, self.model.mesh)
         step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(self.model.mesh))
         return State(
@@ -164,6 +169,7 @@ class TrainStep:
 
     def abstract_batch(self, batch_size: int) -> AbstractBatch:
         """Return shapes, dtypes and shardings of a global batch, made by the run's own preprocessor."""
+        # A tiny image is enough, because the transform resizes every image to the size of the model.
         blank: Example = {
             "key": "",
             "image": np.zeros((8, 8, 3), np.uint8),
@@ -194,7 +200,9 @@ class TrainStep:
     def first_state(self, params: Tree) -> State:
         """Return the state of step 0 for trainable parameters on the mesh."""
         abstract = self.abstract_state()
+        # With out_shardings each device allocates only its own part of the moments.
         init = jax.jit(self.optimizer.init, out_shardings=shardings_of(abstract.opt_state))
+        # The callback also works on a mesh whose devices belong to several processes.
         step = jax.make_array_from_callback(
             (), abstract.step.sharding, lambda index: np.zeros((), np.int32)[index]
         )

@@ -230,7 +230,9 @@ class Trainer:
                     reporter=reporter,
                     stop=stop,
                 )
+                # A run that was killed after a checkpoint makes up its evaluations here.
                 loop.evaluate(start, state, self._missing_evals(start))
+                # A finished run opens no stream, because its data may be gone.
                 if start < total:
                     with self._open_stream(position) as stream:
                         state = loop.take_steps(start, state, stream)
@@ -247,6 +249,7 @@ class Trainer:
         recorded = [key for row in read_metrics(self.workdir) if row["step"] == step for key in row]
         starts = [f"{evals[name].kind}/{name}/" for name in due]
         absent = [not any(key.startswith(start) for key in recorded) for start in starts]
+        # The loop's transfer guard would forbid the transfers of the broadcast.
         if jax.process_count() > 1:
             with jax.transfer_guard("allow"):
                 absent = multihost_utils.broadcast_one_to_all(np.array(absent, bool))
@@ -311,6 +314,7 @@ class _Loop:
                 config = dataclasses.asdict(trainer.config)
                 self.checkpoints.save(step, state, stream.get_state(), config)
             if stopping and step < durations.total:
+                # The save is asynchronous, and the process ends after this error.
                 self.checkpoints.wait()
                 raise Preempted(
                     f"Stopped by SIGTERM after step {step} of {durations.total}, which is saved; run the "

@@ -84,6 +84,7 @@ def load_run(
     if dtype is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     own_towers: OwnTowers = {side: (tower, None) for side, tower in towers.items()}
+    # The mesh of the training may not fit this machine, so its devices form a mesh of the default shape.
     model = build_model(config, make_mesh(MeshConfig()), saved_towers(workdir), own_towers)
     step, trainable = restore_params(workdir, model.abstract_trainable, step)
     frozen = restore_frozen(workdir, model.abstract_frozen)
@@ -113,6 +114,7 @@ def save_model_files(workdir: Path, model: Model) -> None:
     folder, processors = model_folder(workdir), model.processors
     if not is_primary() or complete_steps(workdir):
         return
+    # Files of other towers must not mix with the new ones.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     save_tokenizer(processors.tokenizer, folder)
@@ -152,6 +154,7 @@ def read_config(workdir: Path) -> Config | None:
     content = _read_config_file(workdir)
     if content is None:
         return None
+    # Earlier versions have other names for some keys and values.
     config = {
         RENAMED.get(key, key): _RENAMED_VALUES.get(value, value) if key in RENAMED else value
         for key, value in content.items()
@@ -235,6 +238,7 @@ def check_passed(
     if content is None:
         return
     known = content.get("passed", {})
+    # Names on either side count, because an object may be passed now but not at the start, or the reverse.
     changed = {
         name
         for name in {*known, *passed} - {*allowed_changes}
@@ -271,6 +275,7 @@ def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, str]:
     changes = {}
     for field in dataclasses.fields(old):
         key, before, after = prefix + field.name, getattr(old, field.name), getattr(new, field.name)
+        # A resumed run may change keys that do not affect the result, such as those of the log.
         if not field.metadata.get("changes_result", True) or before == after:
             continue
         if dataclasses.is_dataclass(before):
