@@ -67,6 +67,7 @@ def attention_bias(
     With -inf the softmax of a text without any attended token would be NaN. With the lowest finite number
     such a text attends to all tokens.
     """
+    # One row of the bias serves all queries, unless the mask is causal.
     mask_Bx1xLxL = attended_BxL[:, None, None, :]
     if causal:
         mask_Bx1xLxL &= nn.make_causal_mask(attended_BxL, dtype=bool)

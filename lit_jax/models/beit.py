@@ -99,6 +99,7 @@ class Beit(ImageTransformer):
         *leading, rows, heads = value.shape
         tables_NxRxH = jnp.reshape(jnp.asarray(value), (-1, rows, heads))
         resized = [resize_table(table_RxH, own_grid, grid) for table_RxH in tables_NxRxH]
+        # A table for another size has another number of rows.
         return jnp.stack(resized).reshape(*leading, -1, heads)
 
     def attention_bias(self, grid: tuple[int, int]) -> Bias | BiasOfTable | None:
@@ -123,6 +124,7 @@ class MeanPooler(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B D"]:
+        # LayerNorm expects three axes.
         mean_Bx1xD = x_BxLxD[:, 1:].mean(1, keepdims=True)
         return LayerNorm(self.epsilon, self.dtype, name="layernorm")(mean_Bx1xD)[:, 0]
 
@@ -162,6 +164,7 @@ def _rows_of_pairs(rows: int, columns: int) -> np.ndarray:
     # An offset lies in -(rows - 1) .. rows - 1; the added term makes it an index from 0.
     down = row[:, None] - row[None] + rows - 1
     right = column[:, None] - column[None] + columns - 1
+    # Token 0 is CLS: its row is CLS to patch, its column patch to CLS, and the corner CLS to CLS.
     index_LxL = np.pad(down * (2 * columns - 1) + right, ((1, 0), (1, 0)))
     offsets = (2 * rows - 1) * (2 * columns - 1)
     index_LxL[0], index_LxL[1:, 0], index_LxL[0, 0] = offsets, offsets + 1, offsets + 2

@@ -207,6 +207,7 @@ def with_counted_positions(config: Any, params: Tree) -> tuple[Any, Tree]:
     counted = dataclasses.replace(config, position_ids="input_ids", max_position_embeddings=length)
     flat = flatten(params)
     table = np.asarray(flat[_POSITIONS])
+    # The added rows belong to ids up to the padding id, which no position reaches but that of padding itself.
     return counted, unflatten({**flat, _POSITIONS: np.pad(table, ((first, 0), (0, 0)))})
 
 
@@ -220,6 +221,7 @@ class Bert(TextTransformer):
 
     def pooler(self, token_BxD: Float[Array, "B D"]) -> Array:
         block = self.config.block
+        # BERT's pooler was trained by next-sentence prediction (1810.04805, section 3.1).
         head = DenseAct(block.width, "tanh", block.init_std, self.dtype, name="pooler")
         return head(token_BxD)
 
@@ -229,6 +231,7 @@ class AltCLIPText(Bert):
 
     def final_norm(self, x_BxLxD: Float[Array, "B Q D"]) -> Array:
         cfg = self.config
+        # AltCLIP normalises before its linear map; Hugging Face's names are kept in the tree.
         x_BxLxD = LayerNorm(cfg.layer_norm_eps, self.dtype, name="pre_LN")(x_BxLxD)
         std = cfg.initializer_range
         linear = dense(cfg.project_dim, name="transformation", init_std=std, dtype=self.dtype)

@@ -182,6 +182,7 @@ class CLIPVision(ImageTransformer):
 
     def pooler(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B D"]:
         norm = LayerNorm(self.config.layer_norm_eps, self.dtype, name="post_layernorm")
+        # LayerNorm expects three axes.
         return norm(x_BxLxD[:, :1])[:, 0]
 
 
@@ -251,6 +252,7 @@ class CLIPText(TextTransformer):
         end_B = jnp.argmax(is_end_BxL, axis=1)
 
         def select(x: Array, axis: int) -> Array:
+            # The index needs as many axes as `x`, which may be tokens or a bias of the attention.
             return jnp.take_along_axis(x, end_B.reshape(-1, *(1,) * (x.ndim - 1)), axis)
 
         return select

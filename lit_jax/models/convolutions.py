@@ -57,6 +57,7 @@ class DepthwiseConv(nn.Module):
     def __call__(self, x_BxYxXxC: Map) -> NewMap:
         init = nn.initializers.normal(self.init_std)
         shape = (self.kernel_size, self.kernel_size, 1, x_BxYxXxC.shape[-1])
+        # The axis of length 1 is the number of input channels of each group.
         kernel_KxKx1xC = self.param("kernel", init, shape).astype(self.dtype)
         y_BxYxXxC = ops.depthwise_conv(
             x_BxYxXxC.astype(self.dtype), kernel_KxKx1xC, self.stride, self.padding
@@ -90,6 +91,7 @@ class BatchNorm(nn.Module):
         scale_C = self.param("scale", ones, shape).astype(jnp.float32)
         bias_C = self.param("bias", zeros, shape).astype(jnp.float32)
         old = [self.param("mean", zeros, shape), self.param("var", ones, shape)]
+        # Running statistics are not trained, although they are in the tree of parameters.
         mean_C, var_C = (jax.lax.stop_gradient(leaf.astype(jnp.float32)) for leaf in old)
         x_BxYxXxC = x_BxYxXxC.astype(jnp.float32)
         if not deterministic:
@@ -157,6 +159,7 @@ def scan_blocks(
     def step(block: nn.Module, x_BxYxXxC: Array, rate: Array) -> tuple[Array, None]:
         return shard_batch(block(x_BxYxXxC, rate, deterministic)), None
 
+    # The rates are scanned along with the parameters, because all blocks share one compiled body.
     rate_N = jnp.asarray(rates_N, jnp.float32)
     for name, blocks in stacks(first, len(rates_N), cuts):
         scan = nn.scan(

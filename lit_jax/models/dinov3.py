@@ -71,6 +71,7 @@ class Dinov3Config:
             "key": self.key_bias,
             "value": self.value_bias,
             "output": self.proj_bias,
+            # The names of both forms of the MLP are listed; a block has only one form.
             **dict.fromkeys(("gate", "up", "down", "fc1", "fc2"), self.mlp_bias),
         }
         return BlockConfig(
@@ -108,8 +109,12 @@ class Dinov3(ImageTransformer):
         coordinates_Nx2 = centres(grid)
         if not deterministic:
             coordinates_Nx2 = self._moved(coordinates_Nx2)
+        # The wave lengths run from 1 to rope_theta, in units of half the image, and do not depend on its
+        # resolution.
         frequency_I = cfg.rope_theta ** -np.arange(0, 1, 4 / head_width)
         angle_Nx2xI = 2 * np.pi * coordinates_Nx2[:, :, None] * jnp.float32(frequency_I)[None, None]
+        # The row's angles come first, then the column's. The tile gives both halves of a head the same
+        # angles.
         angle_NxK = jnp.tile(angle_Nx2xI.reshape(len(coordinates_Nx2), -1), (1, 2))
         # CLS and register tokens have no position. An angle of 0 leaves them as they are.
         angle_LxK = jnp.pad(angle_NxK, ((cfg.embeddings.leading, 0), (0, 0)))

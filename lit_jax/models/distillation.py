@@ -43,9 +43,11 @@ class TextDistillation(nn.Module):
 
         The teacher is always deterministic: its outputs are the targets.
         """
+        # The train step calls every forward function with the same arguments.
         del deterministic_image
 
         def inputs(prefix: str) -> list[Array | None]:
+            # An input that a tokenizer does not make, such as token_type_ids, is None.
             return [batch.get(prefix + name) for name in TEXT_INPUTS]
 
         return DistillationOutput(

@@ -91,6 +91,8 @@ class DualEncoderModule(nn.Module):
     normalization: Normalization | None = None
 
     def setup(self):
+        # `setup` makes the parameters, because there are several entry points: `__call__`, `encode_image`,
+        # `encode_text`.
         self.image_head = self._make_head(self.image_projection, "visual_projection")
         self.text_head = self._make_head(self.text_projection, "text_projection")
         constant = nn.initializers.constant
@@ -124,6 +126,7 @@ class DualEncoderModule(nn.Module):
 
     def with_dtype(self, dtype: Any) -> "DualEncoderModule":
         """Return the module with towers that compute in `dtype`."""
+        # jnp.dtype makes 'bfloat16' and jnp.bfloat16 equal, and equal modules share compiled programs.
         image, text = (tower.clone(dtype=jnp.dtype(dtype)) for tower in self.towers.values())
         return self.clone(vision_model=image, text_model=text)
 
@@ -229,6 +232,7 @@ class DualEncoderModule(nn.Module):
     def _make_head(self, kind: Projection, name: str) -> Dense | None:
         if kind == "none":
             return None
+        # Hugging Face's FlaxVisionTextDualEncoderModel has the same initialisation.
         init, bias = nn.initializers.normal(0.02), kind == "linear_bias"
         return Dense(self.projection_dim, init, jnp.float32, bias, name=name)
 
@@ -262,6 +266,7 @@ def limit_logit_scale(params: Mapping[str, Any], maximum: float | None) -> dict[
         if maximum is None
         else {
             "logit_scale": lambda log_scale: jnp.minimum(log_scale, math.log(maximum)),
+            # The temperature is the inverse of the scale, so its limit is from below.
             "temperature": lambda temperature: jnp.maximum(temperature, 1 / maximum),
         }
     )

@@ -110,6 +110,7 @@ class EfficientNetConfig:
         """
         wanted, divisor = base * self.width_coefficient, self.depth_divisor
         rounded = max(divisor, int(wanted + divisor / 2) // divisor * divisor)
+        # Rounding must not remove more than 10 % of the channels, as in the reference code of EfficientNet.
         return rounded + divisor if rounded < 0.9 * wanted else rounded
 
     @property
@@ -235,6 +236,7 @@ class EfficientNetStages(nn.Module):
             x_BxYxXxC = rematerialized(call, self.remat, prevent_cse=True)(first, x_BxYxXxC)
             if depth > 1:
                 others = functools.partial(Bottleneck, cfg, config.following, self.dtype)
+                # The rate rises linearly with the number of the block, as in the reference code.
                 rates_N = cfg.drop_connect_rate * np.arange(n + 1, n + depth) / sum(cfg.depths)
                 x_BxYxXxC = scan_blocks(
                     others, x_BxYxXxC, rates_N, deterministic, self.remat, n + 1, self.cuts

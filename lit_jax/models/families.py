@@ -50,6 +50,7 @@ from lit_jax.models.vit import DeiTConfig, ViT, ViTConfig
 Families = Mapping[str, tuple[type[Any], type[Tower]]]
 VISION: Families = {
     "vit": (ViTConfig, ViT),
+    # DeiT differs from ViT in its embeddings alone, which its config describes.
     "deit": (DeiTConfig, ViT),
     "beit": (BeitConfig, Beit),
     "dinov2": (Dinov2Config, Dinov2),
@@ -95,6 +96,7 @@ def tower_config(hf: Mapping[str, Any], named: Named = in_config_json) -> Any:
         named: returns the name of a field in error messages.
     """
     config_class, _ = _family(hf)
+    # An ignored option would give wrong numbers without an error.
     for option, unused in _UNUSED_VALUE.items():
         if hf.get(option, unused) != unused:
             raise UserError(

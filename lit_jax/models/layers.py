@@ -30,6 +30,8 @@ def stacks(first: int, depth: int, cuts: tuple[int, ...]) -> list[tuple[str, sli
     starts = sorted({first, *(cut for cut in cuts if first < cut < first + depth)})
     ends = [*starts[1:], first + depth]
     return [
+        # A stack that begins at block 0 keeps the name `layer`, so that uncut towers have one and the same
+        # tree.
         (f"layer_from_{start}" if start else "layer", slice(start - first, end - first))
         for start, end in zip(starts, ends, strict=True)
         if start < end
@@ -50,6 +52,8 @@ def rematerialized(
     """
     if remat == "none":
         return call
+    # Outputs of matrix products with parameters are kept. Attention, whose products have batch axes, is
+    # recomputed.
     keep_matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     policy = keep_matmuls if remat == "matmuls" else None
     return nn.remat(call, policy=policy, prevent_cse=prevent_cse)
@@ -105,6 +109,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         width = x_BxLxD.shape[-1]
         scale_D = jnp.asarray(self.param("scale", nn.initializers.ones, (width,)), jnp.float32)
+
         y_BxLxD = ops.layer_norm(x_BxLxD, scale_D, self.epsilon)
         if self.use_bias:
             bias_D = jnp.asarray(self.param("bias", nn.initializers.zeros, (width,)), jnp.float32)
@@ -117,6 +122,7 @@ def mean_of_attended(
 ) -> Float[Array, "B D"]:
     """Return the mean over the attended tokens, computed in float32; 0 for a text without attended tokens."""
     weight_BxLx1 = attended_BxL[..., None].astype(jnp.float32)
+    # The maximum avoids 0 / 0.
     count_Bx1 = jnp.maximum(weight_BxLx1.sum(1), 1)
     return ((x_BxLxD.astype(jnp.float32) * weight_BxLx1).sum(1) / count_Bx1).astype(x_BxLxD.dtype)
 
@@ -128,6 +134,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*X"], *, deterministic: bool) -> Float[Array, "*X"]:
+        # A rate of 0 must not ask for an rng, which the caller then need not pass.
         if deterministic or not self.rate:
             return x
         return drop(x, jnp.float32(self.rate), self.make_rng("dropout"), x.shape)
@@ -173,6 +180,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*X"]) -> Float[Array, "*Y"]:
         shape = (*x.shape[-self.axes :], self.features)
+        # The cast comes before the gather, which then moves half as many bytes in bfloat16.
         kernel = jnp.asarray(self.param("kernel", self.kernel_init, shape), self.dtype)
         y = _dot_gathered(jnp.asarray(x, self.dtype), kernel, self.axes)
         if self.use_bias:

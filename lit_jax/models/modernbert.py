@@ -165,12 +165,14 @@ class ModernBert(TextTransformer):
         # block has fewer parameters than the others, so it cannot be in their scan.
         first_config = dataclasses.replace(cfg.block, norm_attention=False)
         first = Block(first_config, self.dtype, name="layer_0")
+        # The type of the first block is static, so its bias and angles are selected here and not in a scan.
         own = jax.tree.map(lambda x: x[layer_type], (bias, rotary))
 
         def call(block: nn.Module, x_BxLxD: Array) -> Array:
             return block(x_BxLxD, *own, jnp.zeros(()), deterministic)
 
         x_BxLxD = rematerialized(call, self.remat, prevent_cse=True)(first, x_BxLxD)
+        # The constraint on the first block matches that of `Encoder` on the others.
         x_BxLxD = shard_batch(x_BxLxD)
         if not other_types:
             return x_BxLxD
@@ -202,5 +204,6 @@ def _rotary(cfg: ModernBertConfig, position_ids_BxL: Int[Array, "#B L"]) -> Rota
     frequency_TxI = 1 / theta_Tx1 ** exponent_I[None]
     position_1xBxLx1 = position_ids_BxL[None, ..., None].astype(jnp.float32)
     angle_TxBxLxI = position_1xBxLx1 * jnp.asarray(frequency_TxI)[:, None, None]
+    # Features i and i + K/2 form a pair with one angle; see `transformer.Rotary`.
     angle_TxBxLxK = jnp.concatenate([angle_TxBxLxI, angle_TxBxLxI], axis=-1)
     return Rotary(jnp.cos(angle_TxBxLxK), jnp.sin(angle_TxBxLxK))

@@ -68,6 +68,7 @@ class MPNet(Bert):
             embedding_init=nn.initializers.normal(cfg.initializer_range),
             name="relative_attention_bias",
         )
+        # The buckets depend on the length alone, so NumPy computes them once, when the function is traced.
         learned_LxLxH = table(distance_buckets(length)).astype(jnp.float32)
         return super().attention_bias(attended_BxL) + learned_LxLxH.transpose(2, 0, 1)[None]
 
@@ -89,4 +90,5 @@ def distance_buckets(length: int) -> np.ndarray:
     share_LxL = np.log(ratio_LxL) / np.float32(np.log(_FARTHEST / exact))
     range_LxL = exact + (share_LxL * np.float32(half - exact)).astype(int)
     bucket_LxL = np.where(distance_LxL < exact, distance_LxL, np.minimum(range_LxL, half - 1))
+    # Rows of keys after q follow those of keys before q.
     return bucket_LxL + half * (ahead_LxL > 0)

@@ -22,6 +22,7 @@ class Normalization:
         cls, black_C: Float[np.ndarray, " C"], white_C: Float[np.ndarray, " C"]
     ) -> "Normalization":
         """Return the normalisation that maps 0 to `black_C` and 255 to `white_C`."""
+        # float64 keeps the rounding out of the two constants; the dataclass stays hashable with tuples.
         scale_C = (white_C.astype(np.float64) - black_C) / 255
         return cls(tuple(scale_C.tolist()), tuple(black_C.tolist()))
 
@@ -30,6 +31,7 @@ class Normalization:
 
         Worker processes of the loader have no JAX, so this method calls NumPy and the array's own operators.
         """
+        # Explicit axes satisfy a strict rank promotion of jax.numpy.
         ones = (1,) * (pixels.ndim - 1)
         scale, offset = (
             np.asarray(x, np.float32).reshape(*ones, -1) for x in (self.scale, self.offset)

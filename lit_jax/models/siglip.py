@@ -95,6 +95,7 @@ class SiglipVision(CLIPVision):
     poolings: ClassVar[tuple[Pooling, ...]] = ("pooler", "mean")
 
     def embed(self, pixel_values_BxHxWxC: Array, deterministic: bool) -> Float[Array, "B L D"]:
+        # A tower without a head is valid with another pooling, so only this combination is an error.
         if self.pooling == "pooler" and not self.config.vision_use_head:
             raise UserError(
                 "The model's config.json has vision_use_head=False, so it has no pooler; set the image "

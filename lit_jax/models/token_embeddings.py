@@ -84,6 +84,7 @@ class TokenEmbeddings(nn.Module):
 
         x_BxLxD = embed(cfg.word_name, cfg.vocab_size, input_ids_BxL)
         if cfg.token_types:
+            # Type 0 is not the absence of a type: its embedding is added, too.
             if token_type_ids_BxL is None:
                 token_type_ids_BxL = jnp.zeros_like(input_ids_BxL)
             x_BxLxD += embed("token_type_embeddings", cfg.token_types, token_type_ids_BxL)
@@ -112,6 +113,7 @@ def token_positions(input_ids_BxL: Int[Array, "B L"], padding_id: int | None) ->
     Padding tokens get the position `padding_id`. The token's id decides, not the attention mask, because
     fairseq, where RoBERTa comes from, has no mask.
     """
+    # One row of positions serves all texts.
     if padding_id is None:
         return jnp.arange(input_ids_BxL.shape[1])[None]
     counts_BxL = (input_ids_BxL != padding_id).astype(jnp.int32)
@@ -122,6 +124,7 @@ def _sinusoids(key: jax.Array, shape: tuple[int, int], dtype: Any) -> Array:
     """Return the sinusoidal position embeddings of https://arxiv.org/abs/1706.03762, section 3.5."""
     del key
     length, width = shape
+    # Features 2i and 2i + 1 are sine and cosine of one frequency.
     pairs_D = np.arange(width) // 2
     angle_LxD = np.arange(length)[:, None] / 10000 ** (2 * pairs_D / width)
     even_D = np.arange(width) % 2 == 0

@@ -140,6 +140,7 @@ class ImageTower(Tower):
 
     def at_size(self, path: str, value: Array | np.ndarray, image_size: int) -> Array | np.ndarray:
         """Return the parameter at `path` for images of `image_size`."""
+        # The prefix covers ViT's `position_embeddings` and CLIP's `position_embedding/embedding`.
         if not path.startswith("embeddings/position_embedding"):
             return value
         # Hugging Face's ViT has a leading axis of length 1.
@@ -180,6 +181,7 @@ class ImageTransformer(ImageTower):
         # Bias and angles depend on the size of these images, which may differ from the config's.
         bias, rotary = self.attention_bias(grid), self.rotary(grid, deterministic)
         x_BxLxD = self.encoder(self.config.block)(x_BxLxD, bias, deterministic, rotary)
+        # With `all_tokens` False the sequence may be the CLS token alone, which is the first one either way.
         x_BxLxD = self.final_norm(x_BxLxD)
         if self.pooling == "pooler":
             pooled_BxP = self.pooler(x_BxLxD)
@@ -307,6 +309,7 @@ class TextTransformer(Tower):
             # A look-up beyond the table of positions would give NaN instead of an error.
             check_length(input_ids_BxL.shape[1], embedding.max_length)
             position_ids_BxL = token_positions(input_ids_BxL, embedding.padding_id)
+        # A mean over all tokens needs no selector; `Encoder` then ignores the argument.
         select = self.token_selector(input_ids_BxL) if self.pools_one_token else first_token
         x_BxLxD = TokenEmbeddings(embedding, self.dtype, name="embeddings")(
             input_ids_BxL, token_type_ids_BxL, position_ids_BxL, deterministic

@@ -224,6 +224,7 @@ class Block(nn.Module):
             norm = LayerNorm(
                 cfg.norm_epsilon, self.dtype, "norm" not in cfg.without_bias, name=f"{name}_norm"
             )
+            # Only attention may go without a normalisation; see `BlockConfig.norm_attention`.
             norm_first = cfg.norm_first and (name != "attention" or cfg.norm_attention)
             h_BxLxD = norm(x_BxLxD) if norm_first else x_BxLxD
             if select is not None and name == "attention":

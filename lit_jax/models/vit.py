@@ -55,5 +55,6 @@ class ViT(ImageTransformer):
     def pooler(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B P"]:
         cfg = self.config
         width = cfg.pooler_output_size or cfg.hidden_size
+        # Hugging Face's pooler is BERT's; the paper's classification head is not part of the tower.
         head = DenseAct(width, cfg.pooler_act, cfg.initializer_range, self.dtype, name="pooler")
         return head(x_BxLxD[:, 0])
