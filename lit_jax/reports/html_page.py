@@ -1,7 +1,7 @@
 """The HTML page about evaluations: numbers, samples in both directions, confusions, similarities, curves.
 
-The page opens from disk without a network: its style, pictures and drawings are part of the file. Below the
-report stand the parts that any page is made of.
+The page needs no network: its style, pictures and drawings are part of the file. The functions from `page` on
+do not depend on evaluations.
 """
 
 import base64
@@ -34,20 +34,21 @@ from lit_jax.reports.matplotlib_figures import (
 )
 from lit_jax.reports.result_files import EvaluatedModel, Table, percent, tables
 
-# Images shown with their most probable classes, one a class.
+# The number of images that are shown with their most probable classes, one image for each class.
 PICTURES = 16
-# Other queries shown, evenly spaced in the data: they are not chosen for their looks.
+# The number of other queries, evenly spaced in the data, so that nobody can pick the good ones.
 SAMPLES = 8
-# Images shown for a text, texts shown for an image, classes shown for an image.
+# The number of images shown for a text, of texts shown for an image, and of classes shown for an image.
 ANSWERS, CAPTIONS, GUESSES = 8, 5, 3
+# The number of confused pairs in the table.
 CONFUSIONS = 12
-# Classes whose accuracy is shown; rows and columns of a similarity map.
+# The number of classes whose accuracy is shown, and of rows and columns of a similarity map.
 CLASSES, MAP = 100, 40
-# Embeddings whose scores are in memory at one time.
+# The number of embeddings whose scores are in memory at a time.
 BLOCK = 1 << 18
-# Pixels of a thumbnail's longer edge, twice what is shown: phones have fine screens.
+# The longer edge of a thumbnail in pixels, twice the displayed size for screens of high resolution.
 THUMBNAIL = 192
-# Up to so many pixels an image is enlarged without smoothing.
+# The longer edge in pixels up to which an image is enlarged without smoothing.
 PIXEL_ART = 64
 
 # (row of an image in the result, alternative text, CSS class) -> the picture in HTML.
@@ -124,12 +125,13 @@ def html_report(
     model: EvaluatedModel,
     metrics: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Return one self-contained page about `evaluations`, with samples of the first language of each.
+    """Return a self-contained HTML page about `evaluations`, with samples of the first language of each.
 
     Args:
         metrics: the rows of a run's metrics.jsonl, for the curves.
     """
     parts = ["<h2>Results</h2>", *map(table, tables(evaluations))]
+    # The languages of an evaluation usually share their images, so that samples in each would repeat them.
     seen = set()
     for evaluation in evaluations:
         if evaluation.prepared.key not in seen and evaluation.result is not None:
@@ -187,14 +189,17 @@ def _zero_shot(result: ZeroShotResult, classes: Classes, show: ShowImage) -> Ite
 def _accuracy(
     result: ZeroShotResult,
 ) -> tuple[Int[np.ndarray, " P"], Float[np.ndarray, " P"]]:
-    """Return the classes that have images, and the part of the images of each that its own name won."""
+    """Return the P classes that have images, and the accuracy of each.
+
+    `result.top` decides ties here, so a class with ties may differ from the expectation in the metrics.
+    """
     hit_N = result.top[:, 0] == result.label
     present, row_N = np.unique(result.label, return_inverse=True)
     return present, np.bincount(row_N, weights=hit_N) / np.bincount(row_N)
 
 
 def _lowest(accuracy_P: Float[np.ndarray, " P"], most: int) -> Int[np.ndarray, " S"]:
-    """Return the positions of the lowest accuracies, at most so many, in the order of the classes."""
+    """Return the positions of the `most` lowest accuracies, in the order of the classes."""
     return np.sort(np.argsort(accuracy_P, kind="stable")[:most])
 
 
@@ -240,6 +245,7 @@ def _confusions(result: ZeroShotResult, names: tuple[str, ...], show: ShowImage)
     of_class = np.bincount(result.label)
     rows = []
     for truth, guess, count in sorted(wrong, key=lambda row: -row[2])[:CONFUSIONS]:
+        # The first image of the pair in the data stands for all of them.
         example = int(np.flatnonzero((result.label == truth) & (result.top[:, 0] == guess))[0])
         alt = f"{names[truth]}, taken for {names[guess]}"
         rows.append(
@@ -300,7 +306,7 @@ def _spread(count: int, most: int = SAMPLES) -> Int[np.ndarray, " S"]:
 def _nearest(
     query_E: Float[np.ndarray, " E"], items_ME: Float[np.ndarray, "M E"], count: int
 ) -> Int[np.ndarray, " K"]:
-    """Return the rows with the largest inner products, the largest first; among equals the earlier row."""
+    """Return the rows with the largest inner products, the largest first; equal ones in the rows' order."""
     scores_M = np.concatenate(
         [items_ME[start : start + BLOCK] @ query_E for start in range(0, len(items_ME), BLOCK)]
     )
@@ -308,7 +314,7 @@ def _nearest(
 
 
 def page(title: str, subtitle: str, body: Iterable[str]) -> str:
-    """Return a whole HTML document. Only the title and the subtitle are escaped here: the body is HTML."""
+    """Return a whole HTML document. Title and subtitle are escaped here; `body` is HTML already."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -320,12 +326,12 @@ def page(title: str, subtitle: str, body: Iterable[str]) -> str:
 
 
 def text(value: str) -> str:
-    """Return a text as it stands in HTML: printable and escaped."""
+    """Return a text for HTML: printable and escaped."""
     return html.escape(printable(value))
 
 
 def table(content: Table) -> str:
-    """Return a table under its title."""
+    """Return a table in HTML, under its title."""
     rows = "\n".join(
         "<tr>" + "".join(f'<td dir="auto">{text(cell)}</td>' for cell in row) + "</tr>"
         for row in content.rows
@@ -334,7 +340,8 @@ def table(content: Table) -> str:
 
 
 def plain_table(columns: Sequence[str], rows: str, texts: int = 1) -> str:
-    """Return a table of rows that are HTML already; the first `texts` columns hold no numbers."""
+    """Return a table from rows that are HTML already; the first `texts` columns are aligned as text."""
+    # Non-breaking spaces keep a unit or an arrow on the line of its word.
     whole = [text(column).replace(" %", "&nbsp;%").replace(" →", "&nbsp;→") for column in columns]
     head = "".join(
         f'<th class="text">{column}</th>' if i < texts else f"<th>{column}</th>"
@@ -344,10 +351,11 @@ def plain_table(columns: Sequence[str], rows: str, texts: int = 1) -> str:
 
 
 def picture(image: ImageFile, alt: str, kind: str = "") -> str:
-    """Return a thumbnail of an image. Raise BadSampleError if it cannot be decoded."""
+    """Return an HTML thumbnail of an image. Raise BadSampleError if the image cannot be decoded."""
     thumbnail = decode(image)
     tiny = max(thumbnail.size) <= PIXEL_ART
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    # JPEG would blur the hard edges of a tiny image, which the browser enlarges pixel by pixel.
     content = io.BytesIO()
     thumbnail.save(content, **({"format": "PNG"} if tiny else {"format": "JPEG", "quality": 82}))
     mime = "image/png" if tiny else "image/jpeg"
@@ -356,11 +364,13 @@ def picture(image: ImageFile, alt: str, kind: str = "") -> str:
 
 
 def drawing(figure: Figure, alt: str) -> str:
-    """Return a figure as SVG, as wide as its size in inches says."""
+    """Return a figure as SVG in HTML, with a width proportional to its size in inches."""
     content = io.BytesIO()
-    # Texts stay texts, which the browser has the fonts for; with no date, equal numbers give equal files.
+    # Texts stay texts, because the browser has fonts for all scripts. A fixed salt and no date make the file
+    # reproducible.
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "lit_jax", "font.family": "sans-serif"}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # Matplotlib's own fonts lack many scripts, but they only measure the texts here.
         warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support")
         figure.savefig(content, format="svg", metadata={"Date": None}, bbox_inches="tight")
     image = _image("image/svg+xml", content.getvalue(), alt, "figure")

@@ -1,4 +1,4 @@
-"""The pictures of reports. Drawing only: plain data in, matplotlib figures out."""
+"""The figures of reports. This module only draws: plain data in, matplotlib figures out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,23 +9,25 @@ from matplotlib.figure import Figure
 
 from lit_jax.display import printable
 
-# From Okabe and Ito's palette, told apart with every kind of colour blindness.
+# Two colours of Okabe and Ito's palette, which are distinct with every kind of colour blindness.
 RIGHT, WRONG = "#0072B2", "#D55E00"
 INK, FAINT = "#222222", "#5F6770"
-# Behind black text.
+# A background for black text.
 PALE_BLUE = "#8FC1E3"
-# The curves of evaluations, from the same palette.
+# The colours of the evaluations' curves, from the same palette.
 CURVES = (RIGHT, WRONG, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK, FAINT)
 
 
 def heat_map_figure(similarity_CxC: Float[np.ndarray, "C C"], names: Sequence[str]) -> Figure:
-    """Draw the cosines of images (rows) and texts (columns); both are called by `names`."""
+    """Draw the cosines of images (rows) and texts (columns), with `names` on both axes."""
+    # In inches: the margin for labels, and a square for each class.
     size = 3.2 + 0.17 * len(names)
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(similarity_CxC, cmap="cividis", interpolation="nearest")
     shown = map(printable, names)
     short = [name if len(name) <= 24 else f"{name[:23]}…" for name in shown]
+    # Class names may contain dollar signs, which matplotlib would parse as math.
     axes.set_xticks(range(len(names)), short, size=7, rotation=90, parse_math=False)
     axes.set_yticks(range(len(names)), short, size=7, parse_math=False)
     axes.tick_params(length=0)
@@ -39,7 +41,11 @@ def heat_map_figure(similarity_CxC: Float[np.ndarray, "C C"], names: Sequence[st
 
 
 def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw loss, learning rate and, if there are some at several steps, evaluations over the steps."""
+    """Draw loss, learning rate and, if there are any at several steps, evaluations over the steps.
+
+    Args:
+        rows: the rows of metrics.jsonl, of which some have losses and others evaluations.
+    """
     losses = [row for row in rows if {"loss", "learning_rate"} <= row.keys()]
     headlines = _headlines(rows)
     figure = Figure(figsize=(10, 7 if headlines else 5), layout="constrained")
@@ -50,6 +56,7 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     panels[0].set_ylabel("loss")
     panels[1].plot(steps, [row["learning_rate"] for row in losses], color=WRONG, linewidth=1.8)
     panels[1].set_ylabel("learning rate")
+    # More curves than colours would not be readable: the rest is left out.
     for (name, points), color in zip(headlines.items(), CURVES, strict=False):
         panels[2].plot(
             *zip(*points, strict=True), color=color, marker="o", markersize=3, label=printable(name)
@@ -69,7 +76,7 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Return one metric of each evaluation that was made at several steps, as (step, percent)."""
+    """Return the main metrics of the evaluations at several steps: name -> list of (step, percent)."""
     ends = ("/top1", "/image_to_text_recall_at_1", "/text_to_image_recall_at_1")
     points: dict[str, list[tuple[int, float]]] = {}
     for row in rows:

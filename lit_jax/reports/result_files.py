@@ -1,4 +1,4 @@
-"""The files of results: CLIP_benchmark's JSON, confusions as CSV, and tables in Markdown."""
+"""Files with the results of evaluations: CLIP_benchmark's JSON, confusions as CSV, and Markdown tables."""
 
 import csv
 import dataclasses
@@ -14,23 +14,24 @@ from lit_jax.evals.runner import Evaluation, Metrics
 from lit_jax.evals.zero_shot import ZeroShotResult
 from lit_jax.files import atomic_write, write_json
 
+# The kind of an evaluation -> CLIP_benchmark's name of the task, which has none for few-shot learning.
 TASKS = {
     "zero_shot": "zeroshot_classification",
     "retrieval": "zeroshot_retrieval",
     "linear_probe": "linear_probe",
     "few_shot": "linear_probe",
 }
-# The first words of CLIP_benchmark's names of metrics; retrieval is named by what is found.
+# Our prefix of a metric -> CLIP_benchmark's, which names retrieval by the modality that is found.
 _STARTS = {"text_to_image_": "image_retrieval_", "image_to_text_": "text_retrieval_", "top": "acc"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluatedModel:
-    """The model that was evaluated, by CLIP_benchmark's two names."""
+    """The evaluated model, by CLIP_benchmark's two names."""
 
-    # A name or folder.
+    # The name of the model, or its folder.
     model: str
-    # The weights: "step 400".
+    # The name of the weights, such as "step 400".
     pretrained: str = ""
 
     def __str__(self) -> str:
@@ -39,13 +40,14 @@ class EvaluatedModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of texts. The first column names the rows, the others hold numbers."""
+    """A table of texts. The first column names the rows, the other columns are numbers."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
     def markdown(self) -> str:
+        """Return the table in Markdown, under its title."""
         aligned = [":--", *("--:" for _ in self.columns[1:])]
         rows = [self.columns, aligned, *self.rows]
         lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
@@ -57,12 +59,12 @@ def _cell(text: str) -> str:
 
 
 def write_results(folder: Path, evaluations: Sequence[Evaluation], model: EvaluatedModel) -> None:
-    """Write the files of all evaluations into `folder`, which is created.
+    """Write the files of all evaluations into `folder`, which is created if it is missing.
 
-    Each evaluation gets a JSON file in CLIP_benchmark's layout, a classification also a CSV file of its
-    confusions, and all of them are in table.md.
+    Each evaluation gets a JSON file in CLIP_benchmark's layout, and a zero-shot classification also a CSV
+    file of its confusions. table.md covers all evaluations.
 
-    Each file is there whole or not at all. Raises OSError if one cannot be written.
+    Each file is complete or does not exist. Raises OSError if a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for evaluation in evaluations:
@@ -78,9 +80,9 @@ def write_results(folder: Path, evaluations: Sequence[Evaluation], model: Evalua
 def clip_benchmark(
     evaluation: Evaluation, model: EvaluatedModel
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Return (end of the file's name, content) of result files as CLIP_benchmark writes and collects them.
+    """Return (end of the file's name, content) of each result file of an evaluation, as in CLIP_benchmark.
 
-    There is one for an evaluation, but for few_shot one for each number of shots.
+    An evaluation has one file, but few_shot has one file for each number of shots.
     """
     config = evaluation.prepared.config
     parts: list[tuple[str, Metrics]] = [("", evaluation.metrics)]
@@ -120,7 +122,7 @@ def _clip_benchmark_name(name: str) -> str:
 
 
 def confusion_csv(evaluation: Evaluation) -> str:
-    """Return a line for each pair that occurs: the class, the one it was taken for, and how often."""
+    """Return CSV with a line for each pair that occurs: class, predicted class, number of images."""
     assert isinstance(evaluation.result, ZeroShotResult)
     assert evaluation.prepared.classes is not None
     names = [printable(name) for name in evaluation.prepared.classes.names]
@@ -133,6 +135,7 @@ def confusion_csv(evaluation: Evaluation) -> str:
 
 
 def percent(value: float) -> str:
+    """Return a fraction as a percentage with one decimal, without the sign."""
     return f"{100 * value:.1f}"
 
 
@@ -140,6 +143,7 @@ def _plain(value: float) -> str:
     return f"{value:,.1f}".removesuffix(".0")
 
 
+# (title, name of the metric, format of a value).
 _Column = tuple[str, str, Callable[[float], str]]
 _CLASSIFIED: tuple[_Column, ...] = (
     ("top-1 %", "top1", percent),
@@ -175,7 +179,8 @@ _TITLES = {
 def tables(evaluations: Sequence[Evaluation]) -> list[Table]:
     """Return a table for each kind of evaluation, with a row for each evaluation.
 
-    An evaluation in several languages has a table of its own: a row a language, and one for their mean.
+    An evaluation in several languages has a table of its own, with a row for each language and a row for
+    their mean.
     """
     found = []
     for kind, title in _TITLES.items():
@@ -198,6 +203,7 @@ def _table(title: str, what: str, names: Sequence[str], evaluations: Sequence[Ev
         cells = [[_shot_cell(e.metrics, k) for k in shots] for e in evaluations]
     else:
         known = _COLUMNS[evaluations[0].prepared.config.kind]
+        # A column that no evaluation has is left out, such as top-5 for data with few classes.
         known = [column for column in known if any(column[1] in e.metrics for e in evaluations)]
         columns = tuple(title for title, _, _ in known)
         metrics = [e.metrics for e in evaluations]
