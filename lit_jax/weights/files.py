@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder as NumPy arrays, whichever of its file formats it uses."""
+"""Read the tensors of a Hugging Face folder as NumPy arrays, from any of the file formats."""
 
 import dataclasses
 import pathlib
@@ -22,8 +22,9 @@ class Tensors:
     """The tensors of a folder.
 
     Attributes:
-        values: by dotted name, in the dtypes of the file.
-        file: the file, or the index of a sharded one.
+        values: the tensors by dotted name, in the dtypes of the file.
+        layout: whose names and axes the tensors have, PyTorch's or Flax's.
+        file: the file, or the index of sharded files.
     """
 
     values: Mapping[str, np.ndarray]
@@ -33,14 +34,14 @@ class Tensors:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A file format, by the names of its files and the function that reads one."""
+    """A file format: the names of its files, and the function that reads a file."""
 
     stem: str
     suffix: str
     read: Callable[[pathlib.Path], dict[str, np.ndarray]]
 
     def file(self, variant: str | None = None) -> str:
-        """Return the file's name; a variant, such as 'fp16', stands in front of the suffix."""
+        """Return the file's name, with a variant such as 'fp16' in front of the suffix."""
         return f"{self._stem(variant)}{self.suffix}"
 
     def index(self, variant: str | None = None) -> str:
@@ -63,9 +64,9 @@ class Format:
 
 
 def read_tensors(folder: str | pathlib.Path, variant: str | None = None) -> Tensors:
-    """Read every tensor of the folder's weights: safetensors, else Flax msgpack, else torch's bin.
+    """Read all tensors of the folder's weights: safetensors, else Flax msgpack, else torch's bin.
 
-    Raise UserError if there is none of them, or if it is damaged or incomplete.
+    Raise UserError if there is no such file, or if the file is damaged or incomplete.
     """
     folder = pathlib.Path(folder)
     for format_ in FORMATS:
@@ -76,9 +77,10 @@ def read_tensors(folder: str | pathlib.Path, variant: str | None = None) -> Tens
             file, values = index, _read_shards(index, format_)
         else:
             continue
-        # A DINOv3 without registers has a tensor of them nonetheless, without elements.
+        # A DINOv3 without registers still has a tensor for them, with no elements.
         values = {name: array for name, array in values.items() if array.size}
-        # transformers' Flax classes wrote safetensors files too, with their own names and axes.
+        # The suffix does not tell the layout: transformers' Flax classes wrote safetensors files, too, with
+        # Flax names and axes.
         layout = "flax" if any(name.endswith(".kernel") for name in values) else "torch"
         return Tensors(values, layout, file)
     *others, last = (format_.file(variant) for format_ in FORMATS)
@@ -96,7 +98,7 @@ def read_tensors(folder: str | pathlib.Path, variant: str | None = None) -> Tens
 
 
 def weights_in(folder: pathlib.Path) -> dict[str, str | None]:
-    """Return the names of the files with weights, and the variant that each name has, such as 'fp16'."""
+    """Return the names of the files with weights -> their variant, such as 'fp16', or None."""
     found: dict[str, str | None] = {}
     for name in sorted(file.name for file in folder.iterdir()) if folder.is_dir() else ():
         for format_ in FORMATS:
@@ -106,10 +108,11 @@ def weights_in(folder: pathlib.Path) -> dict[str, str | None]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's class and text, short enough to stand in a sentence."""
+    """Return an error's class and text on one line, shortened for use in a sentence."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".: ")
 
 
+# The start of the text file that Git LFS leaves in the place of a large file.
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -118,9 +121,9 @@ def _parsed(file: pathlib.Path, parse: Callable[[pathlib.Path], dict[str, Any]])
         return parse(file)
     except UserError:
         raise
-    # A parser that meets arbitrary bytes may raise anything.
+    # A parser may raise any exception for arbitrary bytes.
     except Exception as error:
-        # A clone without Git LFS leaves a few lines of text in the place of each large file.
+        # A clone without Git LFS is the most common cause, so it gets its own message.
         with file.open("rb") as content:
             if content.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise UserError(
@@ -133,6 +136,7 @@ def _parsed(file: pathlib.Path, parse: Callable[[pathlib.Path], dict[str, Any]])
 
 
 def _read_shards(index: pathlib.Path, format_: Format) -> dict[str, np.ndarray]:
+    """Return the tensors of all shards. Raise UserError if a shard is missing or does not fit the index."""
     shard_of = _parsed(index, _read_index)
     values: dict[str, np.ndarray] = {}
     for shard in sorted(set(shard_of.values())):
@@ -152,10 +156,10 @@ def _read_shards(index: pathlib.Path, format_: Format) -> dict[str, np.ndarray]:
 
 
 def _read_index(index: pathlib.Path) -> dict[str, str]:
-    """Return the name of the file that holds each tensor."""
+    """Return tensor name -> file name, with dots in the names of Flax, which writes slashes."""
     shard_of = parse_json(index.read_bytes())["weight_map"]
     for shard in shard_of.values():
-        # A shard lies beside the index; a path that leads elsewhere may be an attack.
+        # Shards lie beside the index; a path that leads elsewhere may be an attack.
         if shard != pathlib.PurePath(shard).name:
             raise ValueError(f"{shard!r} is not the name of a file beside it")
     return {name.replace("/", "."): shard for name, shard in shard_of.items()}
@@ -163,7 +167,7 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
 
 def _read_msgpack(file: pathlib.Path) -> dict[str, np.ndarray]:
     tree: Any = serialization.msgpack_restore(file.read_bytes())
-    # Models with BatchNorm: {'params': ..., 'batch_stats': ...}.
+    # A model with BatchNorm has two collections: {'params': ..., 'batch_stats': ...}.
     if "params" in tree:
         return {name: array for part in tree.values() for name, array in _flatten(part).items()}
     return _flatten(tree)
@@ -182,6 +186,7 @@ def _flatten(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+    # Checked first, for an error that names the tensor and its dtype.
     with safetensors.safe_open(file, "np") as content:
         dtypes = {name: content.get_slice(name).get_dtype() for name in content.offset_keys()}
         for name, dtype in dtypes.items():
@@ -193,12 +198,13 @@ def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
     return safetensors.numpy.load_file(file)
 
 
-# The format's dtypes that are numbers of whole bytes, without the 8 bit floats.
+# The format's dtypes of whole bytes, without the 8 bit floats.
 _SAFETENSORS_DTYPES = {
     "BOOL",
     "BF16",
     *(f"{kind}{bits}" for kind in "IUF" for bits in (8, 16, 32, 64)),
 }
+# In the order of preference: safetensors loads fastest, and PyTorch's pickle is the least safe.
 FORMATS = (
     Format("model", ".safetensors", _read_safetensors),
     Format("flax_model", ".msgpack", _read_msgpack),

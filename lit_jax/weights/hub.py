@@ -1,4 +1,4 @@
-"""The files of a model: a local folder, or a copy of a Hugging Face Hub repository."""
+"""The files of a model, from a local folder or a Hugging Face Hub repository, and its config.json."""
 
 import contextlib
 import dataclasses
@@ -17,25 +17,25 @@ from lit_jax.models.families import TEXT, VISION, tower_config, tower_fields, un
 from lit_jax.weights.files import FORMATS, one_line
 from lit_jax.weights.other_libraries import explain_config, explain_folder
 
-# The model_type of a dual encoder of ours that transformers has no class for; else a VisionTextDualEncoder.
+# The model_type of our dual encoders for which transformers has no class; others are VisionTextDualEncoders.
 OWN_TYPE = "lit_jax"
-# FlaxHybridCLIP became VisionTextDualEncoder.
+# FlaxHybridCLIP was renamed to VisionTextDualEncoder.
 _FORMER_TYPES = {"hybrid-clip": "vision-text-dual-encoder"}
 _OWN_TYPES = {*VISION, *TEXT, *SYSTEMS, *_FORMER_TYPES}
-# Configs, tokenizers, image processors, indices of sharded weights.
+# Patterns of configs, tokenizers, image processors, and indices of sharded weights.
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.codes")
 _TIMEOUT_SECONDS = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HubOptions:
-    """The options that choose a copy of a model, named as those of transformers' from_pretrained.
+    """The options that choose a copy of a model, with the names of transformers' from_pretrained.
 
     Attributes:
-        revision: branch, tag or commit of the Hub repository.
-        token: of a private repository.
-        subfolder: of the repository or local folder.
-        variant: of the weights' files: 'fp16' means model.fp16.safetensors.
+        revision: the branch, tag or commit of the Hub repository.
+        token: the access token of a private repository.
+        subfolder: the folder within the repository or local folder.
+        variant: the variant of the weights' files: 'fp16' means model.fp16.safetensors.
     """
 
     revision: str | None = None
@@ -56,10 +56,10 @@ class HubOptions:
 def local_folder(
     model: str, *, config_key: str, options: HubOptions = HubOptions()
 ) -> pathlib.Path:
-    """Return the folder that `model` names, or that of a copy of the Hub repository it names.
+    """Return the local folder that `model` names, or the folder of a copy of the Hub repository `model`.
 
-    Files in the cache of huggingface_hub are not fetched again, and are taken as they are when the Hub cannot
-    be reached. Raise UserError, naming `config_key`, if `model` is neither or cannot be had.
+    Files in the cache of huggingface_hub are not downloaded again, and are used as they are if the Hub cannot
+    be reached. Raise UserError, which names `config_key`, if `model` is neither a folder nor available.
     """
     if not model:
         raise UserError(f"{config_key} is empty; give a local folder or the id of a Hub model.")
@@ -74,11 +74,12 @@ def local_folder(
 
 
 def _from_hub(model: str, config_key: str, options: HubOptions) -> pathlib.Path:
+    """Return the folder of an up-to-date copy, or else of a cached copy."""
     reason = None
     if not options.local_files_only:
         try:
             return _download(model, options)
-        # No network, no such model, no permission: every cause has a class of its own.
+        # No network, no such model, no permission: each cause has an exception class of its own.
         except Exception as error:
             reason = error
     cached = dataclasses.replace(options, local_files_only=True, force_download=False).download
@@ -86,7 +87,7 @@ def _from_hub(model: str, config_key: str, options: HubOptions) -> pathlib.Path:
         folder = huggingface_hub.snapshot_download(
             model, allow_patterns=list(_SMALL_FILES), **cached
         )
-    # OSError: not in the cache. ValueError: not the form of an id.
+    # An OSError means that the model is not in the cache, a ValueError that the name is not a valid id.
     except (OSError, ValueError) as error:
         raise UserError(
             f"{config_key} is {model!r}, which is not a folder here and cannot be downloaded from the "
@@ -97,7 +98,8 @@ def _from_hub(model: str, config_key: str, options: HubOptions) -> pathlib.Path:
 
 
 def _download(model: str, options: HubOptions) -> pathlib.Path:
-    """Fetch the small files and the weights in the first format that the repository has."""
+    """Download the small files, and the weights in the first of `FORMATS` that the repository has."""
+    # A repository often has the same weights in several formats; downloading one saves gigabytes.
     patterns = [*_SMALL_FILES]
     info = huggingface_hub.HfApi(token=options.token).model_info(
         model, revision=options.revision, timeout=_TIMEOUT_SECONDS
@@ -115,9 +117,9 @@ def _download(model: str, options: HubOptions) -> pathlib.Path:
 
 
 def upload(folder: str | pathlib.Path, repo_id: str, **options: Any) -> str:
-    """Upload a folder to a Hub repository, which is made if there is none, and return the commit's address.
+    """Upload a folder to a Hub repository, which is created if it is missing, and return the commit's URL.
 
-    `options` are those of push_to_hub of transformers: token, private, revision, commit_message ...
+    `options` are those of transformers' push_to_hub: token, private, revision, commit_message ...
     Raise UserError if the Hub refuses or cannot be reached.
     """
     token, private = options.pop("token", None), options.pop("private", None)
@@ -125,7 +127,7 @@ def upload(folder: str | pathlib.Path, repo_id: str, **options: Any) -> str:
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url
-    # No network, no permission, no such option: every cause has a class of its own.
+    # No network, no permission, no such option: each cause has an exception class of its own.
     except Exception as error:
         raise UserError(
             f"{repo_id!r} cannot be pushed to the Hugging Face Hub ({one_line(error)}); check the name, the "
@@ -136,8 +138,8 @@ def upload(folder: str | pathlib.Path, repo_id: str, **options: Any) -> str:
 def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
     """Return the content of config.json, completed with transformers' defaults for its `model_type`.
 
-    Raise UserError if there is none, if transformers does not understand it, or if lit_jax does not have that
-    kind of model.
+    Raise UserError if there is no config.json, if transformers does not understand it, or if lit_jax does not
+    have that kind of model.
     """
     file = pathlib.Path(folder) / "config.json"
     try:
@@ -151,7 +153,7 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _refusing(what: str) -> Iterator[None]:
-    """Raise UserError, which names `what`, for any error of transformers about a config."""
+    """Turn any error of transformers about a config into UserError, which names `what`."""
     try:
         yield
     except (UserError, FileNotFoundError):
@@ -165,10 +167,10 @@ def _refusing(what: str) -> Iterator[None]:
 
 
 def complete(content: Any, what: str = "The config") -> dict[str, Any]:
-    """Return the content of a config.json, called `what`, with transformers' defaults for its `model_type`.
+    """Return the content of a config.json, completed with transformers' defaults for its `model_type`.
 
-    Raise UserError if transformers does not understand it, or if lit_jax does not have that type or the one
-    of a tower in it.
+    `what` names the content in messages. Raise UserError if transformers does not understand it, or if
+    lit_jax does not have that type or the type of one of its towers.
     """
     if isinstance(content, Mapping) and not content.get("model_type"):
         raise UserError(f"{what} {explain_config(content)}.")
@@ -182,37 +184,38 @@ def _completed(content: dict[str, Any]) -> dict[str, Any]:
     for kind in (content.get("model_type"), *of_towers):
         if isinstance(kind, str) and kind not in _OWN_TYPES:
             raise UserError(f"{unknown(kind)}; its dual encoders are {', '.join(SYSTEMS)}.")
+    # Our own type has the fields of a VisionTextDualEncoder, so its class completes them.
     former: Any = content.pop("model_type")
     model_type = _FORMER_TYPES.get(former, former)
     config_type: Any = "vision-text-dual-encoder" if model_type == OWN_TYPE else model_type
-    # Not AutoConfig.from_pretrained: it might run code of the repository, and towers are ours.
+    # Not AutoConfig.from_pretrained, which might run code of the repository.
     content = AutoConfig.for_model(config_type, **content).to_dict()
-    # The path that it was read from is no part of the model.
+    # The path from which the config was read is not part of the model.
     content.pop("_name_or_path", None)
     for side, tower in TOWERS.items():
         part = f"{tower}_config"
-        # A tower's config in a VisionTextDualEncoder may be that of a whole CLIP.
+        # The config of a tower in a VisionTextDualEncoder may be the config of a whole CLIP.
         if part in content:
             content[part] = tower_part(content[part], side)
     if former != model_type and "position_ids" in tower_fields(content["text_config"]):
-        # Flax models of that type gave their text towers the positions 0, 1, 2, ...
+        # FlaxHybridCLIP trained its text towers with the positions 0, 1, 2, ...
         content["text_config"].setdefault("position_ids", "arange")
     return {**content, "model_type": model_type}
 
 
 def read_tower_config(folder: str | pathlib.Path, side: Side) -> dict[str, Any]:
-    """Return the config of a folder's tower: of the folder itself, or of its `side` if it is a dual encoder.
+    """Return the config of the tower in a folder, which holds the tower alone or a dual encoder.
 
-    Raise UserError as `read_config`.
+    Raise UserError in the cases of `read_config`.
     """
     return tower_part(read_config(folder), side)
 
 
 def override(hf: Mapping[str, Any], changes: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the config `hf` of a tower with `changes` of its fields, which messages call `prefix` and name.
+    """Return the config `hf` of a tower with `changes` of its fields.
 
-    Raise UserError for a field that neither this kind of tower nor transformers' config has, and for a value
-    that the field cannot have.
+    Messages call a field `prefix` + name. Raise UserError for a field that neither this kind of tower nor
+    transformers' config has, and for a value that the field cannot have.
     """
     known = {*hf, *tower_fields(hf)}
     for name in changes:
@@ -225,17 +228,18 @@ def override(hf: Mapping[str, Any], changes: Mapping[str, Any], prefix: str) -> 
         return prefix + name if name in changes else f"{name} in the model's config.json"
 
     config = tower_config({**hf, **changes}, named)
-    # An int where the field is a float: transformers does not take it.
+    # transformers refuses an int for a float field; our config has converted it.
     floats = {name: getattr(config, name, None) for name in changes}
     changes = {**changes, **{name: x for name, x in floats.items() if isinstance(x, float)}}
     for name, value in changes.items():
+        # Our config checks the fields that it has; transformers checks the others.
         if not hasattr(config, name):
             _check_type({**hf, name: value}, prefix + name)
     return {**hf, **changes}
 
 
 def _check_type(hf: dict[str, Any], named: str) -> None:
-    """Raise UserError if transformers' config does not take the value of the field that is called `named`."""
+    """Raise UserError, which calls the changed field `named`, if transformers' config refuses the values."""
     try:
         AutoConfig.for_model(hf.pop("model_type"), **hf)
     # Each of transformers' configs checks its fields in its own way.
@@ -247,6 +251,6 @@ def _check_type(hf: dict[str, Any], named: str) -> None:
 
 
 def tower_part(hf_config: dict[str, Any], side: Side) -> dict[str, Any]:
-    """Return one tower's config out of a dual encoder's; that of a tower as it is."""
+    """Return the config of one tower of a dual encoder, or the config itself if it is that of a tower."""
     part = f"{TOWERS[side]}_config"
     return tower_part(hf_config[part], side) if part in hf_config else hf_config

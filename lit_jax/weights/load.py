@@ -1,6 +1,6 @@
-"""Loads the parameters of a tower or a dual encoder from a Hugging Face folder, accounting for both sides.
+"""Load the parameters of a tower or a dual encoder from a Hugging Face folder.
 
-matching.py compares the parameters of the module with the tensors of the file.
+Every parameter of the module and every tensor of the file is accounted for, see matching.py.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from lit_jax.weights.vision_text_dual_encoder import Params
 
 log = logging.getLogger(__name__)
 
-# Tensors that turn pooled features into something else: an embedding, the logits of classes.
+# The names of heads, which turn pooled features into an embedding or into class logits.
 _HEAD = re.compile(r"(^|\.)((visual|text)_projection|\w*classifier)\.")
 
 
@@ -47,11 +47,10 @@ def tower_side(module: Tower) -> Side:
 def load_tower(
     folder: str | pathlib.Path, module: Tower, *, variant: str | None = None
 ) -> tuple[Params, LoadReport]:
-    """Load the parameters of a tower, float32, and report what was read.
+    """Load the parameters of a tower in float32, and a report of the load.
 
-    The folder holds a base model, a model with a head, or a dual encoder that has such a tower. Raise
-    UserError if it holds a model of another family, if its weights do not fit `module` one to one, or if they
-    cannot be read.
+    The folder holds a base model, a model with a head, or a dual encoder with such a tower. Raise UserError
+    if the model is of another family, or if its weights cannot be read or do not fit `module` one to one.
     """
     return _take_tower(_open_tower(folder, module, variant), module)
 
@@ -59,9 +58,9 @@ def load_tower(
 def load_tower_and_pooler(
     folder: str | pathlib.Path, module: Tower, *, variant: str | None = None
 ) -> tuple[Params, Params]:
-    """Load a tower as `load_tower` does, and the parameters of a pooler that `module` has no use for.
+    """Load a tower as `load_tower` does, and the parameters of a pooler that `module` does not use.
 
-    With the pooler, a tower that is written again is whole. The weights are read once.
+    Saving the pooler again keeps the tower complete for transformers. The weights are read once.
     """
     file = _open_tower(folder, module, variant)
     params, _ = _take_tower(file, module)
@@ -76,6 +75,7 @@ def load_tower_and_pooler(
     taken = matcher.take(pooler, file.family, prefix=file.prefix)
     if matcher.used == 0:
         return params, {}
+    # `close` still raises for a pooler that is incomplete or mismatched.
     matcher.ignore(matcher.remaining())
     matcher.close()
     return params, taken
@@ -86,7 +86,7 @@ class _TowerFile(NamedTuple):
 
     Attributes:
         architecture: the class that config.json names.
-        prefix: of the names of the tower's tensors in a dual encoder, else ''.
+        prefix: the prefix of the tower's tensors in a dual encoder, else ''.
     """
 
     tensors: files.Tensors
@@ -108,7 +108,7 @@ def _open_tower(
             f"{module.config.model_type}."
         )
     tensors = files.read_tensors(folder, variant)
-    # Flax text towers alone counted as PyTorch's.
+    # Only Flax dual encoders counted positions differently; Flax text towers alone counted like PyTorch.
     if hf_config["model_type"] in SYSTEMS:
         _warn_of_positions(module.config, tensors, hf_config, own_config)
     elif side == "text":
@@ -130,6 +130,7 @@ def _take_tower(file: _TowerFile, module: Tower) -> tuple[Params, LoadReport]:
         prefix=file.prefix,
         has_pooler=module.pooling == "pooler",
     )
+    # A missing pooler has a remedy of its own, so it is reported before `close` lists all differences.
     bare = [name.removeprefix(file.prefix) for name in matcher.missing]
     if pooler := [name for name in bare if re.match(file.family.pooler, name)]:
         poolings = " or ".join(repr(name) for name in module.poolings if name != "pooler")
@@ -159,11 +160,11 @@ def load_dual_encoder(
     hf_config: Mapping[str, Any] | None = None,
     variant: str | None = None,
 ) -> tuple[DualEncoderModule, Params, dict[str, Any], LoadReport]:
-    """Load a dual encoder: return its module, parameters, config and the report of what was read.
+    """Load a dual encoder: return its module, its float32 parameters, its config and a report of the load.
 
-    Poolings and projections that `save_dual_encoder` wrote as other weights come back bit by bit as they
-    were. The parameters are float32; `dtype` is that of the computation. `hf_config` takes the place of the
-    folder's config.json. Raise UserError if the folder holds another kind of model, or as `load_tower` does.
+    Poolings and projections that `save_dual_encoder` expressed by other weights are restored bit for bit.
+    `dtype` is the dtype of the computation. `hf_config` replaces the folder's config.json. Raise UserError if
+    the folder holds another kind of model, and in the cases of `load_tower`.
     """
     hf_config = dict(hub.read_config(folder) if hf_config is None else hf_config)
     if hf_config["model_type"] not in SYSTEMS:
@@ -182,6 +183,7 @@ def load_dual_encoder(
         plain = build_system(hf_config, dtype=dtype)
         as_written, report = _take_dual_encoder(plain, tensors, hf_config)
         settings = vtde.Settings.from_config(hf_config)
+        # None if another program has trained the export further, so that nothing can be undone.
         params = vtde.from_vision_text_dual_encoder(as_written, settings, module.projection_dim)
         if params is None:
             module, params = plain.clone(logit_bias_init=module.logit_bias_init), as_written
@@ -195,7 +197,7 @@ def load_dual_encoder(
 
 
 def _warn_of_pooling(folder: pathlib.Path, tower: Tower) -> None:
-    """Warn where a folder of sentence-transformers says another pooling than that of `tower`."""
+    """Warn if sentence-transformers pools the model in `folder` differently than `tower` does."""
     found = sentence_pooling(folder)
     if found is None or (found.modes == (tower.pooling,) and not found.layers):
         return
@@ -221,9 +223,9 @@ def _warn_of_pooling(folder: pathlib.Path, tower: Tower) -> None:
 def _warn_of_positions(
     tower: Any, tensors: files.Tensors, hf_config: Mapping[str, Any], text_config: Mapping[str, Any]
 ) -> None:
-    """Warn where a file does not say from where its text tower counted positions in training.
+    """Warn if a file does not show from which number its text tower counted positions in training.
 
-    `tower` is our config of that tower, `hf_config` that of the dual encoder.
+    `tower` is our config of the text tower, `hf_config` the config of the dual encoder.
     """
     is_flax = tensors.file.name.startswith("flax_model") and "lit_jax" not in hf_config
     counts = getattr(tower, "position_ids", None) == "input_ids"
@@ -239,7 +241,7 @@ def _warn_of_positions(
 
 
 def dual_encoder_module(hf_config: Mapping[str, Any], *, dtype: Any) -> DualEncoderModule:
-    """Return the module that `load_dual_encoder` returns, unless its export was trained on."""
+    """Return the module of `load_dual_encoder`, except for an export that was trained further."""
     if "lit_jax" not in hf_config:
         return build_system(hf_config, dtype=dtype)
     settings = vtde.Settings.from_config(hf_config)
@@ -262,9 +264,9 @@ def dual_encoder_module(hf_config: Mapping[str, Any], *, dtype: Any) -> DualEnco
 def _take_dual_encoder(
     module: DualEncoderModule, tensors: files.Tensors, hf_config: Mapping[str, Any]
 ) -> tuple[Params, LoadReport]:
-    """Return the parameters of both towers and of their joint, from names as 'text_model.pooler...'."""
+    """Return the parameters of both towers, of the projections and of the logits, and the report."""
     shapes = parameter_shapes(module, module.example_batch)
-    # An export has it in config.json, not among the tensors.
+    # An export keeps the bias in config.json instead of a tensor.
     if "logit_bias" in hf_config:
         shapes.pop("logit_bias", None)
     matcher = StateDictMatcher(tensors)
@@ -281,7 +283,7 @@ def _take_dual_encoder(
 
 
 def parameter_shapes(module: nn.Module, example: Any) -> dict[str, Any]:
-    """Return the tree of parameters as jax.ShapeDtypeStructs; nothing is computed.
+    """Return the tree of parameters as jax.ShapeDtypeStructs, without computing anything.
 
     Raise UserError if the numbers in config.json describe no model that can be computed.
     """
@@ -291,12 +293,12 @@ def parameter_shapes(module: nn.Module, example: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def config_errors() -> Iterator[None]:
-    """Raise UserError for any error in tracing a module, whose numbers then describe no model."""
+    """Turn any error in tracing a module into UserError: the config's numbers then describe no model."""
     try:
         yield
     except UserError:
         raise
-    # An attention without heads, a patch of 0 pixels ...
+    # The causes are as varied as an attention without heads or a patch of 0 pixels.
     except Exception as error:
         raise UserError(
             f"The config.json of a tower, with the overrides, describes no model ({files.one_line(error)}); "

@@ -1,7 +1,7 @@
-"""Takes the tensors of a file one by one, and accounts for all of them.
+"""Match the parameters of a module with the tensors of a file, and account for all of both.
 
-Every parameter that is asked for is filled, and every tensor of the file is used or is known to be of no use
-to a tower (heads, buffers). Otherwise the load fails and lists the differences.
+Every parameter is filled, and every tensor of the file is used or known to be useless for a tower (heads,
+buffers). Otherwise the load fails and lists the differences.
 """
 
 import collections
@@ -23,7 +23,7 @@ from lit_jax.weights.vision_text_dual_encoder import Params
 log = logging.getLogger(__name__)
 
 _FLOATS = {np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)}
-# Names that a message lists of every kind of difference.
+# The most names that a message lists for each kind of difference.
 _LISTED = 6
 
 
@@ -33,8 +33,9 @@ class LoadReport:
 
     Attributes:
         tensors: the number of tensors that were used.
-        dtypes: those in the file.
-        ignored: tensors of no use to a tower.
+        dtypes: the names of the dtypes in the file.
+        ignored: the names of tensors that a tower does not use.
+        note: a further remark for the log.
     """
 
     file: pathlib.Path
@@ -52,7 +53,7 @@ class LoadReport:
 
 
 class StateDictMatcher:
-    """The tensors of a folder, taken one by one; missing, mismatched or remaining ones are an error."""
+    """The tensors of a folder, taken one by one; missing, mismatched or remaining tensors are an error."""
 
     def __init__(self, tensors: files.Tensors):
         self._tensors = tensors
@@ -65,7 +66,7 @@ class StateDictMatcher:
 
     @property
     def file(self) -> pathlib.Path:
-        """The file, or the index of a sharded one."""
+        """The file, or the index of sharded files."""
         return self._tensors.file
 
     @property
@@ -78,7 +79,7 @@ class StateDictMatcher:
         return [name for name in self._remaining if name.startswith(prefix)]
 
     def ignore(self, names_: Iterable[str]) -> None:
-        """Put tensors aside that nobody needs."""
+        """Set tensors aside that no parameter needs."""
         self._ignored += names_
         self._remaining -= set(names_)
 
@@ -90,9 +91,10 @@ class StateDictMatcher:
         prefix: str = "",
         has_pooler: bool = True,
     ) -> Params:
-        """Return parameters of `shapes` from the remaining tensors with this prefix.
+        """Return parameters of `shapes`, in float32, from the remaining tensors with this prefix.
 
-        Their names without the prefix are those of `family`.
+        The names without the prefix are those of `family`. A missing tensor leaves zeros and is noted in
+        `missing`, so that `close` can report all differences at once.
         """
         layout, wanted = self._tensors.layout, flatten(shapes)
         self._check_size(sum(math.prod(leaf.shape) for leaf in wanted.values()))
@@ -116,7 +118,8 @@ class StateDictMatcher:
         return unflatten(params)
 
     def _check_size(self, wanted: int) -> None:
-        """Raise UserError, before memory is asked for it, for a model that the file cannot hold."""
+        """Raise UserError, before memory is allocated, for a model much larger than the file."""
+        # The bound is generous: it only has to stop an allocation that no such file could fill.
         there = sum(array.size for array in self._tensors.values.values())
         if wanted > 2 * there + 2**20:
             raise UserError(
@@ -125,7 +128,7 @@ class StateDictMatcher:
             )
 
     def _read(self, out: np.ndarray, path: str, slot: names.Slot, prefix: str, name: str) -> None:
-        """Fill the one row of `out` from the tensor `name`."""
+        """Fill `out`, of one row, from the tensor `name`; note a mismatch instead of raising."""
         layout, array = self._tensors.layout, self._tensors.values[name]
         self._remaining.discard(name)
         self._used.add(name)
@@ -143,7 +146,7 @@ class StateDictMatcher:
             self._mismatched.append(f"{prefix}{slot.name} is {found}, not float{[*wanted]}")
 
     def close(self) -> LoadReport:
-        """Return the report. Raise UserError if the tensors were not those that were asked for."""
+        """Return the report. Raise UserError if parameters and tensors do not match, with all differences."""
         found = {
             "it lacks": self.missing,
             "it has, beyond that,": self._remaining,
@@ -175,13 +178,14 @@ class StateDictMatcher:
 def _all_finite(values: np.ndarray) -> bool:
     """Return whether no value is NaN or infinite."""
     flat = values.reshape(-1)
-    # One product reads the values once and makes no array of truths; only an overflow is looked at again.
+    # The inner product is NaN or infinite if any value is; it reads the values once, without a boolean array.
+    # Large finite values can overflow the product, and only then are the values tested one by one.
     with np.errstate(all="ignore"):
         return bool(np.isfinite(np.vdot(flat, flat)) or np.isfinite(flat).all())
 
 
 def shortened_names(names_: Iterable[str]) -> str:
-    """Return at most a few names; the layers of a stack count as one."""
+    """Return a few of the names for a message; the layers of a stack count as one name."""
     groups = collections.Counter(re.sub(r"\.\d+\.", ".*.", name) for name in sorted(names_))
     return _shortened([f"{name} ({n} times)" if n > 1 else name for name, n in groups.items()])
 

@@ -1,17 +1,17 @@
-"""The names of each family's parameters in Hugging Face's files, as data that names.py reads."""
+"""The names of each family's parameters in Hugging Face's files, as tables for names.py."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
-# (regex, replacement), each tried once in this order.
+# Pairs (regex, replacement), each applied once, in this order.
 Renames = tuple[tuple[str, str], ...]
 
 
 class FusedWeight(NamedTuple):
-    """Parameters that a file has as one tensor, side by side along their output features.
+    """Parameters that a file stores as one tensor, concatenated along their output features.
 
-    `pattern` matches the name that a parameter would have in the file; its one group is the member.
+    `pattern` matches the name that a parameter would have in the file; its single group is the member.
     """
 
     pattern: str
@@ -21,21 +21,22 @@ class FusedWeight(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """The names of a tower, or of the part that joins two towers, in a file.
+    """The names in a file of a tower, or of the part that joins two towers.
 
     Attributes:
-        architecture: the torch class that has these names.
+        architecture: the torch class with these names.
         in_flax: whether transformers 4 had a Flax class for a dual encoder.
-        holds_any_tower: whether a dual encoder's towers are models of their own, with the names of those.
-        prefix: of every name of the tower in a file that has a head as well.
-        modules: from our names, dotted, to those of the file.
-        aliases: from other spellings in files to those of `modules`.
-        pooler: regex of the names that only pooling='pooler' has a use for.
-        vectors: scalars that the file has as vectors of one element.
+        holds_any_tower: whether a dual encoder's towers are models of their own, with their own names.
+        prefix: the prefix of the tower's names in a file that also has a head.
+        modules: replacements from our dotted names to those of the file.
+        fused: the parameters that the file stores as one tensor.
+        aliases: replacements from other spellings in files to those of `modules`.
+        pooler: a regex of the names that only pooling='pooler' uses.
+        vectors: scalars that the file stores as vectors of one element.
         placeholders: tensors of size 0 that the file format requires when the tower lacks the parameter, as
             (name, name of the tensor whose other dimensions they copy).
-        ignore: regexes of names, without prefix, that no tower has a use for.
-        extra_head_names: regex of a head's names without prefix that a tower has, too.
+        ignore: regexes of names, without prefix, that no tower uses.
+        extra_head_names: a regex of a head's names without prefix that a tower has, too.
     """
 
     architecture: str
@@ -52,9 +53,9 @@ class Family:
     extra_head_names: str = r"(?!)"
 
 
-# Our query, key and value, whose first letter is the name in some files.
+# Matches our query, key and value, of which some files use only the first letter.
 _QKV = "(q|k|v)(?:uery|ey|alue)"
-# transformers 5, save_pretrained(save_original_format=False).
+# The names of save_pretrained(save_original_format=False) in transformers 5.
 _PROJ_ALIASES = (
     (r"\.attention\.q_proj\.", ".attention.attention.query."),
     (r"\.attention\.k_proj\.", ".attention.attention.key."),
@@ -96,7 +97,7 @@ _BERT = Family(
         (r"\.mlp\.fc2\.", ".output.dense."),
         (r"\.mlp_norm\.", ".output.LayerNorm."),
     ),
-    # Checkpoints that were converted from TensorFlow in 2018.
+    # Checkpoints that were converted from TensorFlow in 2018 have TensorFlow's names.
     aliases=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
     pooler=r"pooler\.",
     ignore=(
@@ -168,8 +169,8 @@ _CONVNEXT = Family(
     ignore=(r"classifier\.", r"hidden_states_norms\."),
 )
 
-# As transformers 5 saves the towers of CLIP and SigLIP: without `prefix`, which transformers 4 has and every
-# model with a projection, a classifier or the other tower.
+# The towers of CLIP and SigLIP as transformers 5 saves them. The `prefix` is only in files of transformers 4,
+# and of models with a projection, a classifier or the other tower.
 _CLIP_VISION = Family(
     architecture="CLIPVisionModel",
     prefix="vision_model.",
@@ -182,7 +183,7 @@ _CLIP_VISION = Family(
         (r"\.mlp_norm\.", ".layer_norm2."),
         (r"\.(self_attn|attention)\.output\.", r".\1.out_proj."),
     ),
-    # AltCLIP as transformers 5 saves it.
+    # transformers 5 saves AltCLIP so.
     aliases=((r"^encoder\.layer\.", "encoder.layers."),),
     pooler=r"post_layernorm\.",
     ignore=(
@@ -200,7 +201,7 @@ _CLIP_TEXT = dataclasses.replace(
     _CLIP_VISION, architecture="CLIPTextModel", prefix="text_model.", pooler=r"(?!)"
 )
 
-# By the `model_type` of config.json.
+# `model_type` in config.json -> names of the tower.
 FAMILIES: Mapping[str, Family] = {
     "vit": _VIT,
     "deit": dataclasses.replace(
@@ -259,7 +260,7 @@ FAMILIES: Mapping[str, Family] = {
             r".*\.relative_position_index$",
             r"(classifier|lm_head|decode_head|auxiliary_head|fpn\d?)\.",
         ),
-        # The head that predicts masked patches has a norm of that name.
+        # The head for masked patches has a norm of the same name.
         extra_head_names=r"layernorm\.",
     ),
     "dinov2": _DINOV2,
@@ -308,7 +309,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "bert": _BERT,
     "roberta": _ROBERTA,
-    # The prefix of these is that of RoBERTa, too.
+    # Both also have the prefix of RoBERTa.
     "xlm-roberta": dataclasses.replace(_ROBERTA, architecture="XLMRobertaModel"),
     "camembert": dataclasses.replace(_ROBERTA, architecture="CamembertModel"),
     "distilbert": Family(
@@ -367,7 +368,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "altclip_text_model": Family(
         architecture="AltCLIPTextModel",
-        # A text tower alone: transformers 5 does not read 'layer', and 4 reads nothing else.
+        # For a text tower alone transformers 5 reads only 'layers', and transformers 4 only 'layer'.
         modules=(
             *_BERT.modules,
             (r"^embeddings\.", "roberta.embeddings."),
@@ -378,7 +379,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 
-# The part that joins two towers, by the `model_type` of the whole.
+# `model_type` of a dual encoder -> names of the part that joins its towers.
 SYSTEMS: Mapping[str, Family] = {
     "vision-text-dual-encoder": Family(
         architecture="VisionTextDualEncoderModel", in_flax=True, holds_any_tower=True
@@ -387,7 +388,7 @@ SYSTEMS: Mapping[str, Family] = {
     "clip": Family(architecture="CLIPModel", in_flax=True),
     "altclip": Family(
         architecture="AltCLIPModel",
-        # As both transformers 4 and 5 read it.
+        # Within a dual encoder both transformers 4 and 5 read 'layer'.
         modules=(
             (r"^text_model\.roberta\.encoder\.layers\.", "text_model.roberta.encoder.layer."),
         ),

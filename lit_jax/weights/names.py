@@ -1,8 +1,8 @@
-"""From our names of parameters to those in Hugging Face's files, and back, by the tables of name_tables.py.
+"""Translate our parameter names to those in Hugging Face's files, and back, by the tables of name_tables.py.
 
-One kernel has three names. `encoder/layer/mlp/fc2/kernel` in lit_jax holds the layers of any transformer (the
-last one may be a parameter of its own). Its slice [3] is, for a BERT, `encoder.layer.3.output.dense.kernel`
-in a Flax file and `encoder.layer.3.output.dense.weight`, transposed, in a torch file.
+The same kernel has three names. `encoder/layer/mlp/fc2/kernel` in lit_jax stacks the layers of a transformer
+(the last layer may be a parameter of its own). In files of a BERT its slice [3] is
+`encoder.layer.3.output.dense.kernel` (Flax) or `encoder.layer.3.output.dense.weight`, transposed (torch).
 """
 
 import collections
@@ -26,12 +26,16 @@ _TORCH_LEAF = {
     "mean": "running_mean",
     "var": "running_var",
 }
-# Axes of a torch weight in the order of a kernel: Linear is (out, in), Conv2d (out, in, height, width).
+# The axes of a torch weight in the order of a Flax kernel, by number of dimensions: torch's Linear is
+# (out, in), its Conv2d (out, in, height, width).
 _KERNEL_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}
 
 
 class Slot(NamedTuple):
-    """The place of a parameter, or of one layer of it, in a file: part `index` of `count` of a tensor."""
+    """The place of a parameter, or of one layer of it, in a file: part `index` of `count` of a tensor.
+
+    `count` is above 1 for a fused weight, such as query, key and value in one tensor.
+    """
 
     name: str
     index: int = 0
@@ -43,7 +47,7 @@ def target_slots(
 ) -> tuple[list[Slot], tuple[int, ...]]:
     """Return the slots that hold the parameter at `path` of a tower, and the shape of each part.
 
-    A stack of layers has one slot a layer, any other parameter has one.
+    A stack of layers has one slot for each layer, any other parameter has one slot.
     """
     slots = [_slot(name, family, layout) for name in block_paths(path, shape)]
     return slots, shape[1:] if STACK.fullmatch(path) else shape
@@ -64,14 +68,15 @@ def _slot(path: str, family: Family, layout: Layout) -> Slot:
 
 
 def renamed(name: str, renames: Renames) -> str:
-    """Return the name after each replacement in its order."""
+    """Return the name after all replacements, in order."""
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def shape_in_file(path: str, shape: tuple[int, ...], slot: Slot, layout: Layout) -> tuple[int, ...]:
-    """Return the shape of the tensor in `slot`; one layer of the parameter at `path` has `shape`."""
+    """Return the shape of the tensor in `slot`, where one layer of the parameter at `path` has `shape`."""
+    # `broadcast_to` makes a view without memory: only its shape is needed.
     if slot.count > 1:
         shape = (*shape[:-1], shape[-1] * slot.count)
     return to_file(path, np.broadcast_to(0, shape), layout).shape
@@ -98,7 +103,8 @@ def _kernel_axes(path: str, ndim: int, layout: Layout) -> tuple[int, ...] | None
 def to_tensors(
     params: Mapping[str, np.ndarray], family: Family, layout: Layout
 ) -> dict[str, np.ndarray]:
-    """Return the tensors of a file, by name, that hold the parameters of a tower, by path."""
+    """Return the tensors of a file by name, from the parameters of a tower by path."""
+    # Members of a fused weight come from several parameters, so all are collected before they are joined.
     tensors: dict[str, np.ndarray] = {}
     parts: dict[str, list[tuple[int, str, np.ndarray]]] = collections.defaultdict(list)
     for path, array in sorted(params.items()):
@@ -111,7 +117,7 @@ def to_tensors(
         tensor = to_file(paths[0], np.asarray(fused), layout)
         tensors[name] = tensor.reshape(1) if name in family.vectors else tensor
         if name.endswith(".running_var"):
-            # Torch counts batches; nothing reads the number, but a file without it counts as incomplete.
+            # Torch counts the batches. Nothing reads the number, but transformers reports a missing tensor.
             counter = name.replace("running_var", "num_batches_tracked")
             tensors[counter] = np.zeros((), np.int64)
     for name, like in family.placeholders:
@@ -120,7 +126,10 @@ def to_tensors(
 
 
 def fused_as_in(names: Iterable[str], family: Family) -> Family:
-    """Return `family` with those weights fused that are fused in the file of these (usual) names."""
+    """Return `family` without the fused weights that are separate tensors in a file with these usual names.
+
+    transformers 5 can save some models with separate tensors.
+    """
     names = list(names)
 
     def is_split(fused: FusedWeight) -> bool:
@@ -136,8 +145,8 @@ class Recognised(NamedTuple):
     """The names of a tower's file.
 
     Attributes:
-        names: the name in the file by its usual spelling.
-        ignored: names in the file that a tower has no use for.
+        names: usual spelling -> name in the file.
+        ignored: the names in the file that a tower does not use.
     """
 
     names: dict[str, str]
@@ -145,7 +154,7 @@ class Recognised(NamedTuple):
 
 
 def recognise(names: Iterable[str], family: Family, *, has_pooler: bool = True) -> Recognised:
-    """Return the names of a tower's file without prefixes and other spellings, and those it ignores.
+    """Return the names of a tower's file by their usual spelling, and the names that a tower ignores.
 
     Raise UserError if the file has one parameter under two names.
     """
@@ -156,6 +165,7 @@ def recognise(names: Iterable[str], family: Family, *, has_pooler: bool = True) 
     result = Recognised({}, [])
     for name in names:
         usual = renamed(name.removeprefix(prefix), family.aliases)
+        # Only names without the prefix belong to a head; with the prefix the same name is the tower's.
         is_of_head = not name.startswith(prefix) and re.match(family.extra_head_names, name)
         if is_of_head or ignore.match(usual):
             result.ignored.append(name)

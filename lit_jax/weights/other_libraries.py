@@ -1,4 +1,4 @@
-"""Folders of other libraries: which one wrote a folder, and the pooling of sentence-transformers."""
+"""Recognise the folders of other libraries, and read the pooling of sentence-transformers."""
 
 import pathlib
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from lit_jax.files import parse_json
 
 _CONVERT = "take a copy of the model that transformers wrote"
-# (library, remedy) by a file that only the folders of that library have.
+# A file that only one library writes -> (the library, the remedy).
 _MARKS: Mapping[str, tuple[str, str]] = {
     "open_clip_config.json": ("open_clip", _CONVERT),
     "adapter_config.json": (
@@ -20,6 +20,7 @@ _MARKS: Mapping[str, tuple[str, str]] = {
         "give the folder in it that has the transformer, such as 0_Transformer",
     ),
 }
+# The boolean keys of sentence-transformers' pooling config -> mode. Newer versions write one key instead.
 _POOLINGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -31,7 +32,7 @@ _POOLINGS = {
 
 
 def explain_folder(folder: pathlib.Path) -> str:
-    """Return the kind of a folder without transformers' config.json, and the remedy, or ''."""
+    """Return a clause about the library that wrote a folder without config.json, and the remedy, or ''."""
     for mark, (library, remedy) in _MARKS.items():
         if (folder / mark).is_file():
             return f"{mark} says that it is of {library}; {remedy}"
@@ -39,18 +40,18 @@ def explain_folder(folder: pathlib.Path) -> str:
 
 
 def explain_config(content: Mapping[str, Any]) -> str:
-    """Return the fault of a config.json without model_type, and the remedy."""
-    # A config.json of timm names an architecture instead.
+    """Return a clause about a config.json without model_type, and the remedy."""
+    # timm's config.json names an architecture instead.
     names_timm = isinstance(content.get("architecture"), str)
     return f"has no model_type{', so timm wrote it' if names_timm else ''}; {_CONVERT}"
 
 
 class SentencePooling(NamedTuple):
-    """The pooling of a model of sentence-transformers, which makes one vector of the tokens.
+    """The pooling of a sentence-transformers model.
 
     Attributes:
-        modes: 'mean', 'cls' ...; several are joined to one long vector.
-        layers: the kinds of layers with weights behind the pooling.
+        modes: 'mean', 'cls' ...; the vectors of several modes are concatenated.
+        layers: the class names of layers with weights behind the pooling.
     """
 
     modes: tuple[str, ...]
@@ -58,13 +59,15 @@ class SentencePooling(NamedTuple):
 
 
 def sentence_pooling(folder: pathlib.Path) -> SentencePooling | None:
-    """Return how sentence-transformers pools the transformer in `folder`; None if it is not one of theirs."""
+    """Return the pooling of the transformer in `folder`, or None if it is not of sentence-transformers."""
+    # modules.json lies beside the transformer's files, or above its folder (0_Transformer).
     for root in (folder, folder.parent):
         modules = _read(root / "modules.json")
         if not isinstance(modules, list) or not all(isinstance(m, dict) for m in modules):
             continue
         if not modules or root / str(modules[0].get("path", "")) != folder:
             continue
+        # A type is a dotted path, whose package changes between versions: only the class name is compared.
         kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
         if "Pooling" not in kinds:
             return None

@@ -1,9 +1,9 @@
-"""Writes a tower or a dual encoder as a Hugging Face folder.
+"""Write a tower or a dual encoder as a Hugging Face folder.
 
-The folder is written under another name and then renamed, so that a folder with the right name is complete. A
-former export is replaced; any other folder that is not empty is left alone. With `beside_others` the files go
-one by one into a folder that may hold others, as in transformers; a model there is replaced if it is of the
-same class, or an export.
+The folder is written under a temporary name and then renamed, so that a folder with the right name is
+complete. An earlier export is replaced; any other folder that is not empty is left alone. With
+`beside_others` the files are moved one by one into a folder that may hold other files, as in transformers; a
+model there is replaced only if it is of the same class, or an earlier export.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from lit_jax.weights.vision_text_dual_encoder import Params
 
 log = logging.getLogger(__name__)
 
-# transformers reads the first key; the second says that the file may be replaced.
+# transformers requires the first key; the second one marks a file that a later export may replace.
 _METADATA = {"format": "pt", "maker": "lit_jax"}
 
 
@@ -43,7 +43,9 @@ _METADATA = {"format": "pt", "maker": "lit_jax"}
 class Saveable(Protocol):
     """A transformers processor, tokenizer or image processor."""
 
-    def save_pretrained(self, save_directory: str) -> Any: ...
+    def save_pretrained(self, save_directory: str) -> Any:
+        """Write the files into a folder."""
+        ...
 
 
 def save_tower(
@@ -56,11 +58,11 @@ def save_tower(
     *,
     beside_others: bool = False,
 ) -> None:
-    """Write config.json, model.safetensors with torch's names, and the processor's files, of one tower.
+    """Write a tower: config.json, model.safetensors with torch's names, and the processor's files.
 
-    `pooler` comes from `load_tower_and_pooler`, as `params` do. A tower without pooler is written without
-    one: most of torch's classes load it with add_pooling_layer=False, and a warning says so. Raise UserError
-    if `folder` cannot be written or holds something else.
+    `params` and `pooler` come from `load_tower_and_pooler`. A tower without a pooler is written without one,
+    with a warning: most of transformers' classes load it with add_pooling_layer=False. Raise UserError if
+    `folder` cannot be written or holds something else.
     """
     family = name_tables.FAMILIES[module.config.model_type]
     hf_config, params = _as_pytorch_counts(hf_config, module, {**params, **(pooler or {})})
@@ -70,7 +72,7 @@ def save_tower(
         "dtype": "float32",
         "lit_jax": {"pooling": module.pooling},
     }
-    # SigLIP's config says there whether the tower has a pooler.
+    # SigLIP's config can tell transformers that the tower has no pooler; the other families need a warning.
     if hasattr(module.config, "vision_use_head"):
         config["vision_use_head"] = "head" in params
     elif lacking := _lacking(module, params, family):
@@ -90,7 +92,7 @@ def save_tower(
 
 
 def _lacking(module: Tower, params: Params, family: name_tables.Family) -> list[str]:
-    """Return the names of a pooler's tensors that a tower of that family has and `params` lacks."""
+    """Return the names of the pooler's tensors that the family has and `params` lacks."""
     if family.pooler == name_tables.Family.pooler:
         return []
     whole = load.parameter_shapes(module.clone(pooling="pooler"), module.example_input)
@@ -111,13 +113,13 @@ def save_dual_encoder(
     *,
     beside_others: bool = False,
 ) -> None:
-    """Write a folder that the class of transformers for `hf_config['model_type']` loads.
+    """Write a dual encoder that transformers' class for `hf_config['model_type']` loads.
 
-    config.json, model.safetensors (torch's names), flax_model.msgpack where transformers 4 has a Flax class,
-    and the files of the processor. `hf_config` is as from `load_dual_encoder`. A model that
-    VisionTextDualEncoder cannot compute (`why_not_exportable`) is written for lit_jax alone, with a
-    model_type that transformers refuses, and a warning that says why. Raise UserError if `folder` cannot be
-    written or holds something else.
+    The files are config.json, model.safetensors with torch's names, flax_model.msgpack if transformers 4 has
+    a Flax class, and those of the processor. `hf_config` has the form that `load_dual_encoder` returns. A
+    model that VisionTextDualEncoder cannot compute (`why_not_exportable`) is written for lit_jax alone, with
+    a model_type that transformers refuses, and a warning gives the reason. Raise UserError if `folder` cannot
+    be written or holds something else.
     """
     params, config = _float32(params), dict(hf_config)
     config["text_config"], params["text_model"] = _as_pytorch_counts(
@@ -127,7 +129,7 @@ def save_dual_encoder(
         config = _vision_text_config(config, module, params)
         if reason := vtde.why_not_exportable(module):
             config["model_type"] = OWN_TYPE
-            # config.json has it.
+            # The bias is in config.json.
             params.pop("logit_bias", None)
             log.warning(
                 "Only lit_jax will read %s: VisionTextDualEncoder of transformers cannot be this model; %s.",
@@ -152,9 +154,10 @@ def save_dual_encoder(
 def _vision_text_config(
     hf_config: Mapping[str, Any], module: DualEncoderModule, params: Params
 ) -> dict[str, Any]:
+    """Return the config of a VisionTextDualEncoder, with our settings under 'lit_jax'."""
     settings = vtde.Settings.from_module(module)
     vision_config = {**hf_config["vision_config"], "dtype": "float32"}
-    # The pooler that stands in for CLS pooling needs the tanh.
+    # The pooler that replaces CLS pooling is scaled for tanh, whatever activation the tower had.
     if settings.image_pooling == "cls" and "pooler_act" in vision_config:
         vision_config["pooler_act"] = "tanh"
         vision_config["pooler_output_size"] = vision_config["hidden_size"]
@@ -167,7 +170,7 @@ def _vision_text_config(
         "lit_jax": dataclasses.asdict(settings),
     }
     config.pop("logit_bias", None)
-    # transformers has none: it moves every logit by as much.
+    # transformers' class has no bias, which shifts all logits equally and changes no ranking.
     if "logit_bias" in params:
         config["logit_bias"] = float(params["logit_bias"])
     return config
@@ -176,7 +179,7 @@ def _vision_text_config(
 def _as_pytorch_counts(
     hf_config: Mapping[str, Any], tower: Tower, params: Params
 ) -> tuple[dict[str, Any], Params]:
-    """Return the config and parameters of a tower whose positions are those that PyTorch computes."""
+    """Return the config and parameters of the same tower with positions counted as in PyTorch."""
     counted, moved = with_counted_positions(tower.config, params)
     if counted is tower.config:
         return dict(hf_config), params
@@ -203,15 +206,15 @@ def _dual_encoder_tensors(
 
 
 def _inner(family: name_tables.Family) -> str:
-    """Return the prefix of every name in a file of such a tower alone, for transformers 4."""
+    """Return the prefix that transformers 4 expects in a file of a CLIP or SigLIP tower alone, else ''."""
     return family.prefix if family.prefix in ("vision_model.", "text_model.") else ""
 
 
 def _write_torch(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-    # safetensors writes the memory of an array as it lies, so a transposed view must be copied.
+    # safetensors writes an array's memory as it lies, so a transposed view must be copied.
     whole = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     safetensors.numpy.save_file(whole, folder / "model.safetensors", _METADATA)
-    # safetensors makes a file that only its owner may read.
+    # safetensors creates a file that only its owner may read, against the umask.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
@@ -226,12 +229,12 @@ def _write_json(file: pathlib.Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def _new_folder(target: pathlib.Path, beside_others: bool) -> Iterator[pathlib.Path]:
-    """Yield a folder that takes the place of `target` when the block ends well, and else is removed.
+    """Yield a new folder that replaces `target` when the block succeeds, and is removed when it fails.
 
-    With `beside_others`, or where `target` is empty, its files are moved into `target`, which may be a mount
-    and thus have no place for another folder beside it.
+    With `beside_others`, or if `target` is empty, the files are moved into `target` instead: `target` may be
+    a mount point, which cannot be renamed.
     """
-    # '.' has no name, and a link stays a link.
+    # Resolved, because '.' has no name to build on, and a symbolic link has to stay a link.
     target = target.resolve()
     name = f".{target.name}-{uuid.uuid4().hex}"
     new, old = target.with_name(name), target.with_name(f"{name}.old")
@@ -244,6 +247,7 @@ def _new_folder(target: pathlib.Path, beside_others: bool) -> Iterator[pathlib.P
         if stays:
             _move_into(target, new)
             return
+        # The old export is renamed first: `rename` does not replace a folder that is not empty.
         if target.exists():
             _check_replaceable(target, new)
             target.rename(old)
@@ -258,14 +262,14 @@ def _new_folder(target: pathlib.Path, beside_others: bool) -> Iterator[pathlib.P
 
 
 def _move_into(target: pathlib.Path, new: pathlib.Path) -> None:
-    """Move the files of `new` into `target`, each whole, and then remove the weights that were there before.
+    """Move the files of `new` into `target` one by one, and then remove the earlier weights.
 
     Raise UserError if `target` holds another kind of model.
     """
     weights = files.weights_in(target)
     if weights or (target / "config.json").exists():
         _check_same_class(target, new)
-    # config.json last: a folder without it is not taken for a model.
+    # config.json comes last, because a new folder without it is not taken for a model.
     moved = sorted(new.iterdir(), key=lambda file: file.name == "config.json")
     for file in moved:
         file.replace(target / file.name)
@@ -278,15 +282,15 @@ def _move_into(target: pathlib.Path, new: pathlib.Path) -> None:
             ", ".join(variants),
             weights[variants[0]],
         )
-    # An index before its shards, so that the rest of a sharded model is never taken for a whole one.
+    # An index is removed before its shards, so that an incomplete model is never taken for a whole one.
     for name in sorted(before - {*variants}, key=lambda name: not name.endswith(".json")):
         (target / name).unlink()
 
 
 def _check_same_class(target: pathlib.Path, new: pathlib.Path) -> None:
-    """Raise UserError unless `target` holds an export, or a model of the class of the one in `new`.
+    """Raise UserError unless `target` holds an export, or a model of the same class as `new`.
 
-    A model with a head would lose it to a tower.
+    Otherwise a tower could replace a model with a head, whose weights would be lost.
     """
     if _is_export(target):
         return
@@ -299,7 +303,7 @@ def _check_same_class(target: pathlib.Path, new: pathlib.Path) -> None:
 
 
 def _read_class(folder: pathlib.Path) -> tuple[str, str]:
-    """Return the model_type of a config.json and its class in PyTorch, empty where it does not say."""
+    """Return the model_type and the PyTorch class in a folder's config.json, each '' if it is missing."""
     try:
         config = parse_json((folder / "config.json").read_bytes())
         model_type, names_ = str(config.get("model_type", "")), config.get("architectures")
@@ -309,7 +313,7 @@ def _read_class(folder: pathlib.Path) -> tuple[str, str]:
 
 
 def _check_replaceable(target: pathlib.Path, new: pathlib.Path) -> None:
-    """Raise UserError unless `target` is empty, or an export with no file that `new` has not."""
+    """Raise UserError unless `target` is empty, or an export whose files `new` all has."""
     present = {file.name for file in target.iterdir()}
     foreign = sorted(present - {file.name for file in new.iterdir()})
     if present and (foreign or not _is_export(target)):
@@ -320,6 +324,7 @@ def _check_replaceable(target: pathlib.Path, new: pathlib.Path) -> None:
 
 
 def _is_export(folder: pathlib.Path) -> bool:
+    # The mark in config.json covers an export whose weights are missing.
     try:
         with safetensors.safe_open(folder / "model.safetensors", "np") as content:
             if (content.metadata() or {}).get("maker") == _METADATA["maker"]:

@@ -1,9 +1,9 @@
-"""Reads a zip-format `pytorch_model.bin` without torch and without running what the pickle asks for.
+"""Read a zip-format `pytorch_model.bin` without torch, and without running code from the pickle.
 
 A pickle is a program. This reader provides the few functions that a dictionary of tensors needs, and refuses
-all others (https://docs.python.org/3/library/pickle.html#restricting-globals). It follows the instructions
-that torch.save writes, and none of them costs more memory or time than the file has bytes: Python's own C
-implementation reserves memory for any number that a memo instruction names.
+all others (https://docs.python.org/3/library/pickle.html#restricting-globals). It executes only the opcodes
+that torch.save writes, and bounds their memory and time by the size of the file. Python's C implementation
+cannot be used, because it allocates memory for any index that a memo opcode names.
 """
 
 import collections
@@ -31,9 +31,9 @@ _STORAGE_DTYPES = {
     "LongStorage": np.dtype("<i8"),
     "ShortStorage": np.dtype("<i2"),
 }
-# The number that files of torch.save before version 1.6 begin with, pickled.
+# The pickled number at the start of files that torch.save wrote before version 1.6.
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
-# A tensor takes about 150 bytes of the pickle, so this is enough for 25,000 of them.
+# The largest pickle that is read: a tensor takes about 150 bytes, so this is enough for 25,000 tensors.
 _LONGEST_PROGRAM = 2**22
 _SAFE = "save the model as safetensors with PyTorch"
 
@@ -41,8 +41,8 @@ _SAFE = "save the model as safetensors with PyTorch"
 def read(file: pathlib.Path) -> dict[str, np.ndarray]:
     """Return the tensors of a state dict that torch.save wrote, as read-only arrays.
 
-    Raise UserError for the format of torch before 1.6 and for a file that asks for more than
-    tensors, and other exceptions for damaged files.
+    Raise UserError for the format of torch before 1.6 and for a file that contains more than tensors, and
+    other exceptions for damaged files.
     """
     with file.open("rb") as stream:
         if stream.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
@@ -68,7 +68,10 @@ def read(file: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _check_sizes(archive: zipfile.ZipFile, file: pathlib.Path) -> None:
-    """Raise UserError for an archive that unpacks to more bytes than it has: torch.save never compresses."""
+    """Raise UserError for a compressed archive, or one that claims more bytes than the file has.
+
+    torch.save never compresses, so such an archive is an attack (a zip bomb) or damaged.
+    """
     members = archive.infolist()
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise UserError(
@@ -82,7 +85,7 @@ def _check_sizes(archive: zipfile.ZipFile, file: pathlib.Path) -> None:
 
 
 class _Instructions(dict[int, Callable[..., None]]):
-    """The instructions of a pickle that are followed, by their code."""
+    """The table of opcodes that are executed; any other opcode is an error."""
 
     def __missing__(self, code: int) -> Callable[..., None]:
         raise ValueError(
@@ -91,10 +94,10 @@ class _Instructions(dict[int, Callable[..., None]]):
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's own implementation, with the instructions of a dictionary of tensors alone."""
+    """Python's pure implementation of unpickling, restricted to the opcodes of a dictionary of tensors."""
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = _Instructions()
-    # The base class has these two.
+    # The base class sets these two, but its type stubs do not declare them.
     stack: list[Any]
     pop_mark: Callable[[], list[Any]]
 
@@ -108,12 +111,12 @@ class _Unpickler(pickle._Unpickler):
         self._archive = archive
         self._folder = program.removesuffix("data.pkl") + "data/"
         self._file = file
-        # Tied weights share a storage.
+        # Tied weights share a storage, which is read once.
         self._storages: dict[str, np.ndarray] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGE_DTYPES:
-            # persistent_load gets the name back; a string cannot be called or changed.
+            # `persistent_load` gets this name back. A string is harmless: it cannot be called or changed.
             return name
         known = {
             "collections.OrderedDict": self._new_dictionary,
@@ -136,22 +139,22 @@ class _Unpickler(pickle._Unpickler):
         return self._storages[key]
 
     def set_item(self) -> None:
-        """Put the topmost value into the dictionary below it."""
+        """Pop a value and a key, and set the item of the dictionary below them."""
         value, key = self.stack.pop(), self.stack.pop()
         self._set(self.stack[-1], key, value)
 
     def set_items(self) -> None:
-        """Put all pairs above the mark into the dictionary below it."""
+        """Pop all pairs above the mark, and set the items of the dictionary below it."""
         items = self.pop_mark()
         for key, value in zip(items[::2], items[1::2], strict=True):
             self._set(self.stack[-1], key, value)
 
     def build(self) -> None:
-        """Leave an object as it is: a state dict's own attributes tell about versions of its layers."""
+        """Drop the state of an object: a state dict's attributes are only the versions of its layers."""
         self.stack.pop()
 
     def _set(self, dictionary: Any, key: Any, value: Any) -> None:
-        # To hash a tuple of tuples of ... may take for ever.
+        # Hashing a deeply nested tuple as a key could take exponential time.
         if not isinstance(dictionary, dict) or not isinstance(key, str | int):
             raise UserError(
                 f"{self._file} is not a dictionary of tensors, it has a {type(key).__name__} as key; {_SAFE}."
@@ -169,7 +172,10 @@ class _Unpickler(pickle._Unpickler):
         strides: Sequence[int],
         *_: Any,
     ) -> np.ndarray:
-        """Return a view of a storage; offset and strides count elements."""
+        """Return a view of a storage; offset and strides count elements.
+
+        Raise ValueError if the view would reach beyond the storage: `as_strided` itself does not check.
+        """
         if min((offset, *shape, *strides)) < 0 or len(shape) != len(strides):
             raise ValueError(f"a tensor has offset {offset}, shape {shape} and strides {strides}")
         if 0 in shape:
@@ -186,7 +192,7 @@ class _Unpickler(pickle._Unpickler):
         return tensor
 
 
-# The instructions that torch.save writes with the protocols 2 to 4, but for those with a method above.
+# The opcodes that torch.save writes with the protocols 2 to 4, except those with a method above.
 _INSTRUCTIONS = (
     *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK),
     *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),

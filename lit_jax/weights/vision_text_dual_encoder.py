@@ -1,9 +1,9 @@
-"""Other models as a VisionTextDualEncoder that computes the same, and back.
+"""Convert other models into a VisionTextDualEncoder that computes the same function, and back.
 
 transformers' VisionTextDualEncoder always computes projection(tanh(pooler(first token))), with no bias in the
-projection. lit_jax also trains towers without a pooler, and other projections. If other weights compute the
-same function, `to_vision_text_dual_encoder` finds them and `from_vision_text_dual_encoder` undoes it;
-otherwise `why_not_exportable` says why.
+projection. lit_jax also trains towers without a pooler, and other projections. If weights exist that compute
+the same function, `to_vision_text_dual_encoder` finds them and `from_vision_text_dual_encoder` undoes this;
+otherwise `why_not_exportable` returns the reason.
 
 A tower without a pooler (pooling 'cls') gets the pooler z * 2^-14 and a projection that is 2^14 times
 as large. tanh(x) = x (1 - x^2 / 3 + ...), so for |z| < 8 the tanh between them is nothing that float32
@@ -31,7 +31,7 @@ _SCALE = np.float32(2.0**-14)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings that config.json keeps under 'lit_jax'; the defaults are a VisionTextDualEncoder's."""
+    """The settings under 'lit_jax' in config.json; the defaults are those of a VisionTextDualEncoder."""
 
     image_pooling: Pooling = "pooler"
     image_projection: Projection = "linear"
@@ -50,7 +50,7 @@ class Settings:
 
     @classmethod
     def from_config(cls, hf_config: Mapping[str, Any]) -> "Settings":
-        """Return the settings in a config.json. Raise UserError if they are not of this version."""
+        """Return the settings in a config.json. Raise UserError if this version does not know them."""
         given = hf_config.get("lit_jax", {})
         hints = get_type_hints(cls)
         if not isinstance(given, Mapping) or not all(
@@ -63,7 +63,7 @@ class Settings:
         return cls(**given)
 
 
-# The kind of pooler of each tower that VisionTextDualEncoder takes, by model_type.
+# model_type -> the kind of pooler, for each tower that VisionTextDualEncoder accepts.
 _POOLERS: Mapping[str, Literal["head on the first token", "first token", "own"]] = {
     **dict.fromkeys(
         ("vit", "deit", "bert", "roberta", "xlm-roberta", "camembert", "mpnet"),
@@ -81,12 +81,13 @@ _POOLERS: Mapping[str, Literal["head on the first token", "first token", "own"]]
 
 
 def _pooling(tower: Tower) -> Pooling:
+    # The `pooler_output` of such a tower is its first token, so CLS pooling needs no conversion.
     is_pooler = tower.pooling == "cls" and _POOLERS.get(tower.config.model_type) == "first token"
     return "pooler" if is_pooler else tower.pooling
 
 
 def why_not_exportable(module: DualEncoderModule) -> str | None:
-    """Return why VisionTextDualEncoder cannot compute what `module` does, and what to train, or None."""
+    """Return why VisionTextDualEncoder cannot compute the same function, with a remedy, or None."""
     settings = Settings.from_module(module)
     for side, tower in (("image", module.vision_model), ("text", module.text_model)):
         key, kind = f"config.model.{side}", tower.config.model_type
@@ -136,8 +137,8 @@ _SIDES = (
 def to_vision_text_dual_encoder(params: Params, settings: Settings, projection_dim: int) -> Params:
     """Return the parameters of the VisionTextDualEncoder that computes the same embeddings.
 
-    `params` and the result are NumPy trees of a model that is exportable; the result has what the towers
-    need for 'pooler', and two projections without bias.
+    `params` and the result are NumPy trees of an exportable model. In the result both towers have poolers,
+    and both projections are without bias.
     """
     result = {"logit_scale": params["logit_scale"]}
     for side in _SIDES:
@@ -154,9 +155,9 @@ def to_vision_text_dual_encoder(params: Params, settings: Settings, projection_d
 def from_vision_text_dual_encoder(
     params: Params, settings: Settings, projection_dim: int
 ) -> Params | None:
-    """Return the parameters from which `to_vision_text_dual_encoder` made these, bit by bit.
+    """Return the parameters from which `to_vision_text_dual_encoder` made these, bit for bit.
 
-    Return None if it cannot have made them: the model was trained on after the export.
+    Return None if it cannot have made them, because the model was trained further after the export.
     """
     result = {"logit_scale": params["logit_scale"]}
     for side in _SIDES:
@@ -168,6 +169,7 @@ def from_vision_text_dual_encoder(
         elif getattr(settings, f"{side.name}_projection") == "none":
             head = None
         result |= {side.tower: tower} | ({} if head is None else {side.head: head})
+    # Converting the result again proves that nothing was lost.
     if not jax.tree.all(
         jax.tree.map(
             np.array_equal, to_vision_text_dual_encoder(result, settings, projection_dim), params
@@ -178,9 +180,9 @@ def from_vision_text_dual_encoder(
 
 
 def _pooler_and_kernel(head: Params | None, projection_dim: int) -> tuple[Params, np.ndarray]:
-    """Return the pooler and the projection, without bias, that do what `head` does to a CLS token."""
+    """Return a pooler and a projection without bias that together compute `head` of a CLS token."""
     if head and "bias" in head:
-        # The pooler projects, the rest of its width stays zero, and the projection cuts that off.
+        # The pooler, which has a bias, projects; the rest of its width is zero, and the projection drops it.
         width = head["kernel"].shape[0]
         dense = {
             "kernel": _padded(head["kernel"], (width, width)),
