@@ -49,6 +49,7 @@ class PlainConfig:
 
     @property
     def block(self) -> BlockConfig:
+        """The description of the blocks."""
         return BlockConfig(
             depth=self.num_hidden_layers,
             width=self.hidden_size,
@@ -65,6 +66,7 @@ class PlainConfig:
 
     @property
     def embedding(self) -> TokenEmbeddingConfig:
+        """The description of the token embeddings."""
         return TokenEmbeddingConfig(
             width=self.hidden_size,
             vocab_size=self.vocab_size,

@@ -49,6 +49,7 @@ class BlockFields:
 
     @property
     def block(self) -> BlockConfig:
+        """The description of the blocks."""
         return BlockConfig(
             depth=self.num_hidden_layers,
             width=self.hidden_size,
@@ -142,6 +143,7 @@ class CLIPTextConfig(CLIPFields):
 
     @property
     def embedding(self) -> TokenEmbeddingConfig:
+        """The description of the token embeddings."""
         return clip_embedding(self, self.initializer_factor * 0.02)
 
 

@@ -56,7 +56,7 @@ class ConvNextFields:
 
     @property
     def response_norm(self) -> bool:
-        """Whether the blocks have global response normalisation."""
+        """True if the blocks have global response normalisation."""
         return False
 
 
@@ -102,10 +102,12 @@ class Dinov3ConvNextConfig(ConvNextFields):
 
     @property
     def patch_size(self) -> Size:
+        """The size of a patch in pixels, which is the same in all models of the family."""
         return 4
 
     @property
     def num_stages(self) -> int:
+        """The number of stages."""
         return len(self.hidden_sizes)
 
     @property

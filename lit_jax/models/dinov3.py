@@ -53,6 +53,7 @@ class Dinov3Config:
 
     @property
     def embeddings(self) -> ImageEmbeddingConfig:
+        """The description of the image embeddings."""
         return ImageEmbeddingConfig(
             width=self.hidden_size,
             image_size=self.image_size,
@@ -66,6 +67,7 @@ class Dinov3Config:
 
     @property
     def block(self) -> BlockConfig:
+        """The description of the blocks."""
         biases = {
             "query": self.query_bias,
             "key": self.key_bias,

@@ -32,6 +32,7 @@ class DistilBertConfig:
 
     @property
     def block(self) -> BlockConfig:
+        """The description of the blocks."""
         return BlockConfig(
             depth=self.n_layers,
             width=self.dim,
@@ -50,6 +51,7 @@ class DistilBertConfig:
 
     @property
     def embedding(self) -> TokenEmbeddingConfig:
+        """The description of the token embeddings."""
         return TokenEmbeddingConfig(
             width=self.dim,
             vocab_size=self.vocab_size,

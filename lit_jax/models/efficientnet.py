@@ -99,7 +99,7 @@ class EfficientNetConfig:
 
     @property
     def has_top(self) -> bool:
-        """Whether a last convolution widens the map."""
+        """True if a last convolution widens the map."""
         return True
 
     def channels(self, base: int) -> int:

@@ -63,6 +63,7 @@ class ModernBertConfig:
 
     @property
     def block(self) -> BlockConfig:
+        """The description of the blocks."""
         biases = {
             ("query", "key", "value", "output"): self.attention_bias,
             ("gate", "up", "down"): self.mlp_bias,
@@ -91,6 +92,7 @@ class ModernBertConfig:
 
     @property
     def embedding(self) -> TokenEmbeddingConfig:
+        """The description of the token embeddings."""
         return TokenEmbeddingConfig(
             width=self.hidden_size,
             vocab_size=self.vocab_size,

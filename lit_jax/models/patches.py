@@ -47,7 +47,7 @@ class ImageEmbeddingConfig:
     # The number of register tokens, which follow `tokens` and have no positions (2309.16588).
     registers: int = 0
     positions: bool = True
-    # Whether positions are interpolated with antialiasing.
+    # True interpolates positions with antialiasing.
     antialias: bool = False
     # Tokens and positions start as zeros.
     zero_init: bool = False

@@ -59,11 +59,13 @@ class SiglipVisionConfig(SiglipFields):
 
     @property
     def patch_init_std(self) -> float:
+        """The standard deviation of the kernel of the patch embeddings."""
         height, width = pair(self.patch_size)
         return (height * width * self.num_channels) ** -0.5
 
     @property
     def position_init_std(self) -> float:
+        """The standard deviation of the position embeddings."""
         return self.hidden_size**-0.5
 
     @property
@@ -83,6 +85,7 @@ class SiglipTextConfig(SiglipFields):
 
     @property
     def embedding(self) -> TokenEmbeddingConfig:
+        """The description of the token embeddings."""
         return clip_embedding(self, self.hidden_size**-0.5)
 
 

@@ -89,7 +89,7 @@ class Tower(nn.Module):
 
     @property
     def pools_one_token(self) -> bool:
-        """Whether the pooled output depends on one token of the last hidden state alone."""
+        """True if the pooled output depends on one token of the last hidden state alone."""
         return "cls" in self.poolings and self.pooling != "mean"
 
     @property
@@ -120,6 +120,7 @@ class ImageTower(Tower):
 
     @property
     def example_input(self) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of one image of the config's size, float32."""
         shape = (1, *pair(self.config.image_size), self.config.num_channels)
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -244,6 +245,7 @@ class ViTFields:
 
     @property
     def embeddings(self) -> ImageEmbeddingConfig:
+        """The description of the image embeddings."""
         return ImageEmbeddingConfig(
             width=self.hidden_size,
             image_size=self.image_size,
@@ -260,6 +262,7 @@ class ViTFields:
 
     @property
     def block(self) -> BlockConfig:
+        """The description of the blocks."""
         return BlockConfig(
             depth=self.num_hidden_layers,
             width=self.hidden_size,
@@ -282,7 +285,7 @@ class TextTransformer(Tower):
     output. `config.embedding` and `config.block` describe the embeddings and the blocks.
     """
 
-    # Whether a token attends to itself and to earlier tokens only.
+    # True means that a token attends to itself and to earlier tokens only.
     is_causal: ClassVar[bool] = False
 
     @nn.compact
@@ -326,6 +329,7 @@ class TextTransformer(Tower):
 
     @property
     def example_input(self) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of one text of one token, int32."""
         return jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
     @property

@@ -253,6 +253,7 @@ class PooledImages(Pooled):
     views: int
 
     def sample(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
+        """Return one row (width,) of an image. Raise BadSampleError if the image has none."""
         # The draw comes before the read that may raise BadSampleError. Without precomputed features the order
         # is the same, so a run consumes the same random numbers either way.
         view = int(rng.integers(self.views))
@@ -266,5 +267,6 @@ class PooledTexts(Pooled):
     embeddings: Embeddings
 
     def sample(self, index: int, example: Example, rng: np.random.Generator) -> np.ndarray:
+        """Return the row (width,) of one caption. Raise BadSampleError if the example has none."""
         caption = sample_caption_index(example, rng)
         return self.embeddings[index][caption]
