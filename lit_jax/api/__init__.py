@@ -1,9 +1,9 @@
-"""Dual encoders and towers as Python objects: read, embed, compare, write.
+"""Dual encoders and towers as Python objects: load, embed, compare, save.
 
-The documentation of transformers shows the same for VisionTextDualEncoderModel, CLIPModel, SiglipModel,
-AlignModel and AltCLIPModel. Here it is in JAX: `module` is a linen module and `params` a tree that can be
-given call by call, so that a call can be differentiated (in reverse), vmapped, compiled and sharded as any
-function of JAX.
+The interface is that of transformers' VisionTextDualEncoderModel, CLIPModel, SiglipModel, AlignModel and
+AltCLIPModel, in JAX: `module` is a linen module, and each call accepts the tree `params` as an argument. A
+call is therefore a function of JAX that can be differentiated (in reverse mode), vmapped, compiled and
+sharded.
 """
 
 from lit_jax.api.dual_encoder import DualEncoder

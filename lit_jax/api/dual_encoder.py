@@ -1,4 +1,4 @@
-"""Two towers that embed into one space, as a Python object.
+"""The dual encoder as a Python object: two towers that embed into one space.
 
 Dims: B images, T texts, L tokens, C channels, HxW pixels, E embedding.
 """
@@ -57,13 +57,13 @@ class DualEncoder(Model):
         dtype: Dtype = "float32",
         **options: Any,
     ) -> "DualEncoder":
-        """Read the dual encoder of a local folder or Hub id; lit_jax.models.dual_encoder has its `SYSTEMS`.
+        """Load a dual encoder, of a type in `lit_jax.models.dual_encoder.SYSTEMS`, from a folder or Hub id.
 
-        `config` takes the place of the model's config.json. `vision_config` and `text_config` change fields
-        of the towers' configs, as in text_config={"position_ids": "arange"}. `options` choose a
-        copy: revision, subfolder, token, variant, cache_dir, force_download, local_files_only.
+        `config` replaces the model's config.json. `vision_config` and `text_config` change fields of the
+        towers' configs, as in text_config={"position_ids": "arange"}. `options` choose a copy: revision,
+        subfolder, token, variant, cache_dir, force_download, local_files_only.
 
-        Raise UserError if the model cannot be had or is not what its config.json says.
+        Raise UserError if the model is not available, or if its weights do not fit its config.json.
         """
         which, rest = split_options(options)
         refuse_unknown(rest, ("config", "vision_config", "text_config", "dtype"))
@@ -82,7 +82,7 @@ class DualEncoder(Model):
     def from_config(
         cls, config: PreTrainedConfig, *, seed: int = 0, dtype: Dtype = "float32"
     ) -> "DualEncoder":
-        """Make random weights for a CLIPConfig, SiglipConfig, AlignConfig, AltCLIPConfig ..."""
+        """Create a model with random weights from a CLIPConfig, SiglipConfig, AlignConfig ..."""
         module = build_system(hub.complete(config.to_dict()), dtype=as_dtype(dtype))
         return cls(
             config=config, module=module, params=init_params(module, module.example_batch, seed)
@@ -99,7 +99,7 @@ class DualEncoder(Model):
         seed: int = 0,
         dtype: Dtype = "float32",
     ) -> "DualEncoder":
-        """Make a VisionTextDualEncoder of two towers with random weights."""
+        """Create a VisionTextDualEncoder with random weights from the configs of two towers."""
         hf = _vision_text_config(
             vision_config.to_dict(), text_config.to_dict(), projection_dim, logit_scale_init_value
         )
@@ -121,12 +121,13 @@ class DualEncoder(Model):
         dtype: Dtype = "float32",
         **options: Any,
     ) -> "DualEncoder":
-        """Make a VisionTextDualEncoder of two pretrained towers; its projections are random, so train them.
+        """Create a VisionTextDualEncoder from two pretrained towers, with random projections to be trained.
 
-        A tower is the name of one that `VisionModel` or `TextModel` reads, or such an object, given as
-        `vision_model` or `text_model`. `options` that start with `vision_` or `text_` are those of its
-        from_pretrained.
+        A tower is given by a name that `VisionModel` or `TextModel` reads, or as such an object in
+        `vision_model` or `text_model`. `options` that start with `vision_` or `text_` are passed without that
+        prefix to the tower's from_pretrained.
         """
+        # transformers has the same prefixes for the arguments of the two towers.
         own = {
             side: {
                 name.removeprefix(f"{side}_"): options.pop(name)
@@ -174,10 +175,10 @@ class DualEncoder(Model):
     ) -> Any:
         """Compare every image BxCxHxW with every text TxL, as their processor makes them.
 
-        `return_loss` is for pairs, B = T: the loss that the kind of model was trained with, over this
-        batch. With `dropout_rng` both towers compute as in training, unless `train` is False. `return_dict`
-        False returns a tuple in the place of a `DualEncoderOutput`. Raise UserError, when traced, for the
-        loss of inputs that are no pairs.
+        `return_loss` needs pairs, B = T, and adds the loss with which this type of model was trained, over
+        this batch. With `dropout_rng` both towers compute as in training, unless `train` is False.
+        `return_dict` False returns a tuple instead of a `DualEncoderOutput`. Raise UserError, at tracing
+        time, for the loss of inputs that are not pairs.
         """
         call = Call(
             params, dropout_rng, train, output_hidden_states, output_attentions, return_dict
@@ -219,7 +220,7 @@ class DualEncoder(Model):
         dropout_rng: Any = None,
         train: bool | None = None,
     ) -> Float[Array, "B E"]:
-        """Return the embeddings of images BxCxHxW: projected, not normalised."""
+        """Return the embeddings of images BxCxHxW: projected, but not normalised."""
         call = Call(params, dropout_rng, train)
         return self._run(call, DualEncoderModule.encode_image, image_inputs(pixel_values))[0]
 
@@ -234,7 +235,7 @@ class DualEncoder(Model):
         dropout_rng: Any = None,
         train: bool | None = None,
     ) -> Float[Array, "T E"]:
-        """Return the embeddings of texts TxL: projected, not normalised."""
+        """Return the embeddings of texts TxL: projected, but not normalised."""
         call = Call(params, dropout_rng, train)
         texts = self._text_inputs(
             input_ids, attention_mask, token_type_ids, position_ids, further=further
@@ -263,7 +264,11 @@ class DualEncoder(Model):
 def _encode(
     module: DualEncoderModule, images_BxHxWxC: Array, *texts: Array | None, deterministic: bool
 ) -> tuple[TowerOutput, TowerOutput, tuple[Array | None, ...]]:
-    """Return the outputs of both towers, and both embeddings of length 1, scale and bias."""
+    """Return the outputs of both towers, and (image embeddings, text embeddings, scale, bias).
+
+    The embeddings have length 1.
+    """
+    # The towers are called directly, because `encode_image` would not return their last hidden states.
     image = module.vision_model(images_BxHxWxC, deterministic=deterministic)
     text = module.text_model(*texts, deterministic=deterministic)
     zimg_BxE = normalize(module.project_image(image.pooled))
@@ -278,9 +283,10 @@ def _tower(
     form: dict[str, Any],
     options: dict[str, Any],
 ) -> Any:
-    """Return the tower that is given as an object, or the one of that name.
+    """Return the tower that is given as an object, or load the tower called `name`.
 
-    `form` are the pooling and the dtype, `options` the caller's own of from_pretrained.
+    `form` holds the pooling and the dtype, `options` the caller's further options of from_pretrained. Raise
+    UserError if there is neither, or if options would not change the given object.
     """
     side = TOWERS[kind.side]
     if isinstance(given, kind):

@@ -1,4 +1,4 @@
-"""The arguments of the Python interface, checked and in the form that the towers take.
+"""Check the arguments of the Python interface, and convert them into the towers' inputs.
 
 Dims: B images, T texts, L tokens, C channels, HxW pixels.
 """
@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import TEXT_INPUTS
 
-# An array of JAX or NumPy, or lists and tensors of PyTorch, of which NumPy makes an array.
+# An array of JAX or NumPy, or anything that NumPy converts, such as lists and tensors of PyTorch.
 Given = Any
 
-# Token inputs that are looked up in a table: (name of its rows, remedy for a number beyond them).
+# Inputs that index an embedding table -> (what its rows are, remedy for an index out of range).
 _ROWS: Mapping[str, tuple[str, str]] = {
     "input_ids": ("tokens", "use the model's own tokenizer"),
     "token_type_ids": ("token types", "use the model's own tokenizer, or give none"),
@@ -28,9 +28,9 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def as_dtype(dtype: Any) -> Any:
-    """Return the dtype of a computation, given by name or as JAX's.
+    """Return the dtype of a computation, given by its name or as JAX's dtype.
 
-    Raise UserError if no tower computes in it.
+    Raise UserError if no tower computes in this dtype.
     """
     name = getattr(dtype, "name", getattr(dtype, "__name__", dtype))
     if name not in _DTYPES:
@@ -41,8 +41,8 @@ def as_dtype(dtype: Any) -> Any:
 def _refuse_positional(further: tuple[Any, ...]) -> None:
     """Raise UserError for positional arguments after attention_mask.
 
-    In transformers the next one is position_ids in some models and token_type_ids in others: no order is
-    right for the code of both.
+    The next argument is position_ids in some models of transformers and token_type_ids in others, so no order
+    fits the code written for both.
     """
     if further:
         raise UserError(
@@ -53,7 +53,7 @@ def _refuse_positional(further: tuple[Any, ...]) -> None:
 
 
 def is_deterministic(train: bool | None, dropout_rng: Any) -> bool:
-    """Return whether a call computes without dropout: `train` decides, and else whether there is a key."""
+    """Return whether a call computes without dropout: `train` decides or, if it is None, a missing key."""
     if train and dropout_rng is None:
         raise UserError(
             "train=True needs random numbers for dropout; give dropout_rng=jax.random.key(...), too."
@@ -62,9 +62,10 @@ def is_deterministic(train: bool | None, dropout_rng: Any) -> bool:
 
 
 def image_inputs(pixel_values_BxCxHxW: Given) -> Float[Array, "B H W C"]:
-    """Return images with their channels last; integers, of a processor that does not normalise, as float32.
+    """Return images with the channels last, and integers as float32.
 
-    Raise UserError for anything but a batch of images.
+    Integers come from a processor that does not normalise. Raise UserError unless the argument is a batch of
+    images.
     """
     pixels = _array("pixel_values", pixel_values_BxCxHxW)
     if pixels.ndim != 4 or 0 in pixels.shape:
@@ -80,11 +81,11 @@ def image_inputs(pixel_values_BxCxHxW: Given) -> Float[Array, "B H W C"]:
 def text_inputs(
     rows: Mapping[str, int], *inputs: Given | None, further: tuple[Any, ...] = ()
 ) -> tuple[Any, ...]:
-    """Return `TEXT_INPUTS` in their order as int32; a single row is used for all texts.
+    """Return `TEXT_INPUTS` in order as int32 TxL, None for those not given; a single row serves all texts.
 
-    `rows` is the `rows` of the tower's config, `further` the positional arguments after the mask.
-    Raise UserError for inputs that do not belong together or to the tower: JAX itself has no error for an
-    index that is out of range.
+    `rows` holds the sizes of the tower's embedding tables, `further` the positional arguments after the mask.
+    Raise UserError for inputs that do not fit together or do not fit the tower: JAX itself raises no error
+    for an index that is out of range.
     """
     _refuse_positional(further)
     named = dict(zip(TEXT_INPUTS, inputs, strict=True))
@@ -111,7 +112,7 @@ def text_inputs(
 
 
 def _array(name: str, x: Given) -> Array | np.ndarray:
-    """Return `x` as an array of numbers. Raise UserError if it is not one."""
+    """Return `x` as an array of numbers. Raise UserError if it cannot become one."""
     if x is None:
         raise UserError(f"{name} is missing; give the output of the model's processor.")
     if isinstance(x, jax.Array | np.ndarray):
@@ -119,7 +120,7 @@ def _array(name: str, x: Given) -> Array | np.ndarray:
     else:
         try:
             array = np.asarray(x)
-        # NumPy refuses ragged lists; the class of `x` may raise anything.
+        # NumPy refuses ragged lists, and the class of `x` may raise any exception in its conversion.
         except Exception as error:
             remedy = "give an array of NumPy"
             if isinstance(x, list | tuple):
@@ -141,11 +142,11 @@ def _shortened(error: Exception) -> str:
 
 
 def _check_numbers(name: str, x: Array | np.ndarray, size: int | None) -> None:
-    """Raise UserError for a token input of another dtype, or with numbers that mean something else."""
+    """Raise UserError for a token input of a wrong dtype, or with values out of its range."""
     is_known = _is_known(x)
     numbers = np.asarray(jax.device_get(x)) if is_known else None
     if name == "attention_mask":
-        # A float may be a bias of the attention logits, and only its numbers tell.
+        # A float mask may be 0 and 1, which is fine, or a bias of the attention logits: only values tell.
         odd = not _is_whole(x) if numbers is None else not np.isin(numbers, (0, 1)).all()
         if odd:
             found = f"dtype {x.dtype}" if numbers is None else f"numbers {_extent(numbers)}"
@@ -164,7 +165,7 @@ def _is_whole(x: Array | np.ndarray) -> bool:
 
 
 def _is_known(x: Any) -> bool:
-    """Return whether this process can look at the numbers: not while it traces, nor at those of others."""
+    """Return whether this process can read the values: not of a tracer, nor of other processes' shards."""
     is_traced = isinstance(x, core.Tracer)
     return not is_traced and (not isinstance(x, jax.Array) or x.is_fully_addressable)
 

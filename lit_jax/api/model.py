@@ -1,4 +1,4 @@
-"""The common part of the dual encoder and the towers in Python: calls, files, the Hub."""
+"""The common base of the dual encoder and the towers: calls, saving, and uploads to the Hub."""
 
 import dataclasses
 import tempfile
@@ -19,10 +19,10 @@ from lit_jax.errors import UserError
 from lit_jax.models.tower import TowerOutput
 from lit_jax.weights import hub, load, save
 
-# "float32", "bfloat16" or "float16", or jnp.bfloat16 ...
+# "float32", "bfloat16" or "float16", or JAX's dtypes such as jnp.bfloat16.
 Dtype = str | type | np.dtype
 Params = Mapping[str, Any]
-# A config, or a folder or Hub id that has one.
+# A config, or a folder or Hub id with a config.json.
 Config = PreTrainedConfig | str | Path
 
 _OPTIONS = [field.name for field in dataclasses.fields(hub.HubOptions)]
@@ -38,7 +38,7 @@ _PUSH_OPTIONS = (
 
 
 class Call(NamedTuple):
-    """The arguments that calls of all models have, in the order of the signatures."""
+    """The arguments that the calls of all models share, in the order of the signatures."""
 
     params: Params | None = None
     dropout_rng: Any = None
@@ -53,7 +53,7 @@ class Call(NamedTuple):
         return bool(self.output_hidden_states or self.output_attentions)
 
     def model_output(self, output: TowerOutput, recorded: Mapping[str, Any]) -> ModelOutput:
-        """Return the output of a tower with those recorded values that are asked for."""
+        """Return the output of a tower with the requested hidden states and attentions."""
         return model_output(
             output,
             recorded,
@@ -62,23 +62,24 @@ class Call(NamedTuple):
         )
 
     def returned(self, output: Output) -> Any:
-        """Return the output, as a tuple if that is asked for."""
+        """Return the output, or a tuple of it if `return_dict` is False."""
         return output.to_tuple() if self.return_dict is False else output
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model with its parameters. `config` is transformers' own; a call may bring other `params`."""
+    """A model with its parameters. `config` is transformers' own; a call may use other `params`."""
 
     config: PreTrainedConfig
     module: Any
-    # A notebook would print millions of numbers.
+    # Not in the repr, because a notebook would print millions of numbers.
     params: Params = dataclasses.field(repr=False)
 
     def _run(
         self, call: Call, method: Callable[..., Any] | None, *inputs: Any
     ) -> tuple[Any, Mapping[str, Any]]:
         """Return the result of a method of the module (None: its __call__), and the blocks' records."""
+        # Blocks record with `sow`, which does nothing unless the collection is mutable.
         output, state = self.module.apply(
             {"params": self.params if call.params is None else call.params},
             *inputs,
@@ -101,12 +102,13 @@ class Model:
     ) -> None:
         """Write a folder that transformers loads, with the files of the processor if one is given.
 
-        Other files in the folder stay, such as those of a processor that was saved before. A model there is
-        replaced if it is of the same class, or an earlier one of lit_jax. `params` are written in the place
-        of the model's own.
+        Other files in the folder stay, such as those of a processor that was saved before. A model in the
+        folder is replaced if it is of the same class, or was written by lit_jax. `params` replace the model's
+        own parameters.
 
-        With `push_to_hub` the folder is uploaded, too; `repo_id` is the folder's name if it is not given, and
-        `options` are those of `push_to_hub`.
+        With `push_to_hub` the folder is uploaded, too. The default of `repo_id` is the folder's name;
+        `options` are those of `push_to_hub`. Raise UserError for bad arguments, and if the folder cannot be
+        written.
         """
         if processor is not None and not isinstance(processor, save.Saveable):
             raise UserError(
@@ -133,7 +135,7 @@ class Model:
     def push_to_hub(
         self, repo_id: str, processor: Any = None, *, params: Params | None = None, **options: Any
     ) -> str:
-        """Upload the files of `save_pretrained` to a Hub repository, and return the commit's address.
+        """Upload the files of `save_pretrained` to a Hub repository, and return the commit's URL.
 
         `options` are those of transformers: token, private, revision, commit_message, create_pr ...
         Raise UserError if the Hub refuses or cannot be reached.
@@ -147,7 +149,7 @@ class Model:
 
 
 def _check_params(given: Params, own: Params) -> None:
-    """Raise UserError unless a tree of parameters has the names and shapes of the model's own."""
+    """Raise UserError unless a tree of parameters has the names and shapes of the model's own tree."""
     shapes, expected = (
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf)
@@ -166,7 +168,8 @@ def _check_params(given: Params, own: Params) -> None:
 
 
 def split_options(given: Mapping[str, Any]) -> tuple[hub.HubOptions, dict[str, Any]]:
-    """Return the options of from_pretrained that choose a copy of the model, and all others."""
+    """Return the options of from_pretrained that choose a copy of the model, and all other options."""
+    # Code for transformers may pass subfolder=None.
     options = {name: value for name, value in given.items() if name in _OPTIONS}
     if options.get("subfolder") is None:
         options.pop("subfolder", None)
@@ -181,17 +184,17 @@ def refuse_unknown(rest: Mapping[str, Any], known: tuple[str, ...]) -> None:
 
 
 def read_given(config: Config | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of the config that a caller gives in the place of the model's config.json."""
+    """Return the content of a config that a caller passes instead of the model's config.json."""
     if isinstance(config, str | Path):
         return hub.read_config(hub.local_folder(str(config), config_key="config"))
     return hub.complete(config if isinstance(config, Mapping) else config.to_dict())
 
 
 def as_config(hf: Mapping[str, Any]) -> PreTrainedConfig:
-    """Return transformers' config of the content of a config.json."""
+    """Return transformers' config object for the content of a config.json."""
     content = dict(hf)
     model_type = content.pop("model_type")
-    # transformers has no class for such a dual encoder; this config has all the fields that ours needs.
+    # transformers has no class for our own type; this class has all the fields that our type needs.
     if model_type == hub.OWN_TYPE:
         model_type = "vision-text-dual-encoder"
     return AutoConfig.for_model(model_type, **content)
@@ -200,15 +203,16 @@ def as_config(hf: Mapping[str, Any]) -> PreTrainedConfig:
 def init_params(
     module: Any, example: Any, seed: int, given: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """Return the parameters of a module: the `given` ones, by their topmost name, and random ones."""
+    """Return the parameters of a module: those in `given`, by their topmost name, and random ones."""
 
     def draw(key: jax.Array) -> dict[str, Any]:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
         params = module.init(key, zeros)["params"]
-        # The compiler leaves out the parameters that are not returned.
+        # The compiler does not compute the parameters that are not returned.
         return {name: part for name, part in params.items() if name not in given}
 
     key = jax.random.key(seed)
+    # Only tracing is inside the context: an error of the device, such as out of memory, is not the config's.
     with load.config_errors():
         lowered = jax.jit(draw).lower(key)
     return {**lowered.compile()(key), **given}

@@ -1,6 +1,6 @@
-"""The outputs of the Python interface: those of a tower, with what its blocks recorded, and of two.
+"""The outputs of the Python interface: of a tower, with the records of its blocks, and of a dual encoder.
 
-Dims: B inputs, of two towers images; T texts, L tokens, N heads, D width, P pooled width, E embedding.
+Dims: B inputs (images in a dual encoder), T texts, L tokens, N heads, D width, P pooled width, E embedding.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from lit_jax.models.tower import TowerOutput
 from lit_jax.trees import flatten
 
-# The path of a block's records: all equal blocks are 'layer', those from the Nth on 'layer_from_N', each with
-# a leading depth axis; a single one is 'layer_N', and ConvNeXt has 'stages_N'.
+# The path of a block's records. A stack of equal blocks is 'layer', or 'layer_from_N' if it starts at block
+# N, and has a leading depth axis. A single block is 'layer_N'; ConvNeXt has 'stages_N'.
 _BLOCK = re.compile(r"(?:encoder/)?(?:layer|stages)_?(?P<from>from_)?(?P<index>\d*)/(?P<name>.*)")
 
 
@@ -23,14 +23,14 @@ T = TypeVar("T")
 
 
 class Output(Mapping[str, Any]):
-    """A frozen dataclass that is read as transformers' outputs are: by attribute, key or index.
+    """A base of frozen dataclasses that are read like transformers' outputs: by attribute, key or index.
 
-    As there, a field that is None has no key and no index, and iteration goes over keys. To JAX it is a
-    pytree.
+    As in transformers, a field that is None has no key and no index, and iteration yields keys. JAX treats
+    an output as a pytree.
     """
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """Return all fields that are not None, in order; an output in it as a tuple, too."""
+        """Return all fields that are not None, in order; an output among them becomes a tuple, too."""
         values = (self[key] for key in self)
         return tuple(x.to_tuple() if isinstance(x, Output) else x for x in values)
 
@@ -60,7 +60,7 @@ def _as_pytree(class_: type[T]) -> type[T]:
         return [(jax.tree_util.GetAttrKey(name), getattr(output, name)) for name in names], None
 
     def unflatten(_: None, values: Iterable[Any]) -> Any:
-        # Not by __init__: JAX puts things other than arrays, or of other shapes, in the places of leaves.
+        # Not by __init__, which may check types: JAX also builds trees with other leaves than arrays.
         output = object.__new__(class_)
         for name, value in zip(names, values, strict=True):
             object.__setattr__(output, name, value)
@@ -77,16 +77,17 @@ class ModelOutput(Output):
 
     last_hidden_state: Float[Array, "B L D"]
     pooler_output: Float[Array, "B P"]
-    # BxLxD: the input of the blocks, the output of each; of a ConvNeXt, of each stage, with other L and D.
+    # BxLxD: the input of the first block and the output of each block. A ConvNeXt has one for each stage,
+    # with different L and D.
     hidden_states: tuple[Array, ...] | None = None
-    # BxNxLxL: the probabilities of each block.
+    # BxNxLxL: the attention probabilities of each block.
     attentions: tuple[Array, ...] | None = None
 
 
 @_as_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class DualEncoderOutput(Output):
-    """The output of a dual encoder; its embeddings have length 1."""
+    """The output of a dual encoder; the embeddings have length 1."""
 
     loss: Float[Array, ""] | None
     logits_per_image: Float[Array, "B T"]
@@ -103,6 +104,7 @@ def model_output(
     """Return the output with the records of the tower's blocks; convolutions have no attentions."""
     if not recorded:
         return ModelOutput(*output)
+    # `sow` stores each record in a tuple. The encoder may be a module of its own or the tower itself.
     (first,) = recorded.get("input") or recorded["encoder"]["input"]
     states = [first, *_block_records(recorded, "hidden_state")]
     probabilities = _block_records(recorded, "attention/probability")
@@ -124,5 +126,5 @@ def _block_records(recorded: Mapping[str, Any], name: str) -> list[Array]:
 
 
 def _sequence(state: Array) -> Float[Array, "B L D"]:
-    """Return tokens as they are, the positions of a map row by row."""
+    """Return tokens as they are, and the positions of a feature map BxHxWxD row by row."""
     return state.reshape(len(state), -1, state.shape[-1])

@@ -1,4 +1,4 @@
-"""An image tower or a text tower alone, as a Python object.
+"""An image tower or a text tower on its own, as a Python object.
 
 Dims: B images, T texts, L tokens, C channels, HxW pixels.
 """
@@ -32,10 +32,10 @@ from lit_jax.weights import hub, load, save
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _TowerModel(Model):
-    """A tower alone.
+    """A tower on its own.
 
     Attributes:
-        pooler: the checkpoint's, where `module` has no use for it; it is written again.
+        pooler: the checkpoint's pooler if `module` does not use it, kept so that saving writes it again.
     """
 
     module: Tower
@@ -52,7 +52,7 @@ class _TowerModel(Model):
         seed: int = 0,
         dtype: Dtype = "float32",
     ):
-        """Make a tower of random weights."""
+        """Create a tower with random weights. Raise UserError for a config of the other side."""
         check_side(cls.side, config.to_dict(), "The config")
         module = build_tower(config.to_dict(), pooling=pooling, dtype=as_dtype(dtype))
         return cls(
@@ -69,13 +69,13 @@ class _TowerModel(Model):
         dtype: Dtype = "float32",
         **options: Any,
     ):
-        """Read the tower of a local folder or Hub id, which may hold a head or a whole dual encoder, too.
+        """Load a tower from a local folder or Hub id, which may also hold a head or a whole dual encoder.
 
-        `config` takes the place of the model's config.json. `options` choose a copy (revision, subfolder,
-        token, variant, cache_dir, force_download, local_files_only); all others change fields of the config,
+        `config` replaces the model's config.json. `options` choose a copy (revision, subfolder, token,
+        variant, cache_dir, force_download, local_files_only); all other options change fields of the config,
         such as hidden_dropout_prob=0.0 or position_ids="arange".
 
-        Raise UserError if the tower cannot be had or is not what its config.json says.
+        Raise UserError if the tower is not available, or if its weights do not fit its config.json.
         """
         which, changes = split_options(options)
         folder = hub.local_folder(str(model), config_key="model", options=which)
@@ -102,7 +102,7 @@ class _TowerModel(Model):
 
 
 class VisionModel(_TowerModel):
-    """An image tower alone: AlignVisionModel, AltCLIPVisionModel, CLIPVisionModel, ViTModel ..."""
+    """An image tower on its own: AlignVisionModel, AltCLIPVisionModel, CLIPVisionModel, ViTModel ..."""
 
     side = "image"
 
@@ -117,10 +117,10 @@ class VisionModel(_TowerModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """Encode images BxCxHxW as their processor makes them; with `dropout_rng` as in training.
+        """Encode images BxCxHxW as their processor makes them.
 
-        `train` False leaves dropout out all the same. `return_dict` False returns a tuple, and
-        not a `ModelOutput`.
+        With `dropout_rng` the tower computes as in training, unless `train` is False. `return_dict` False
+        returns a tuple instead of a `ModelOutput`.
         """
         call = Call(
             params, dropout_rng, train, output_hidden_states, output_attentions, return_dict
@@ -129,7 +129,7 @@ class VisionModel(_TowerModel):
 
 
 class TextModel(_TowerModel):
-    """A text tower alone: AlignTextModel, AltCLIPTextModel, CLIPTextModel, BertModel ..."""
+    """A text tower on its own: AlignTextModel, AltCLIPTextModel, CLIPTextModel, BertModel ..."""
 
     side = "text"
 
@@ -147,10 +147,10 @@ class TextModel(_TowerModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """Encode texts TxL as their tokenizer makes them; with `dropout_rng` as in training.
+        """Encode texts TxL as their tokenizer makes them.
 
-        `train` False leaves dropout out all the same. `return_dict` False returns a tuple, and
-        not a `ModelOutput`.
+        With `dropout_rng` the tower computes as in training, unless `train` is False. `return_dict` False
+        returns a tuple instead of a `ModelOutput`.
         """
         call = Call(
             params, dropout_rng, train, output_hidden_states, output_attentions, return_dict
