@@ -1,4 +1,4 @@
-"""Advice for a step that does not fit: the config keys that make it smaller."""
+"""Advice for a train step that does not fit: the config keys that reduce its memory."""
 
 from collections.abc import Mapping
 
@@ -11,6 +11,7 @@ from lit_jax.precomputed.match import embedding_folders
 from lit_jax.training.checks import normalized_by_batch
 from lit_jax.training.train_step import TrainStep
 
+# Pairs (whether the advice applies, sentence).
 _Advice = tuple[tuple[bool, str], ...]
 
 
@@ -21,9 +22,9 @@ def advise(
     hbm: int,
     largest_batch: int | None,
 ) -> tuple[str, ...]:
-    """Return sentences on what makes a step smaller, the cheapest first.
+    """Return sentences about ways to reduce a step's memory, the cheapest first.
 
-    `resident` and `hbm` are bytes of one chip.
+    `resident` (by kind) and `hbm` are bytes of one chip. `largest_batch` is the largest batch that fits.
     """
     known: _Advice = (
         *_about_towers(config, step),
@@ -35,7 +36,7 @@ def advise(
 
 
 def _about_towers(config: Config, step: TrainStep) -> _Advice:
-    """Return (whether it helps here, sentence) for each key that changes what towers keep in memory."""
+    """Return (whether it helps here, sentence) for each key that changes the memory of the towers."""
     policy = step.model.policy
     trained = {path.split("/")[0] for path, trains in policy.trainable.items() if trains}
     trains_a_tower = bool(trained & {"vision_model", "text_model"})
@@ -60,6 +61,7 @@ def _about_towers(config: Config, step: TrainStep) -> _Advice:
             for side in TOWERS
         ),
         (
+            # Not with BatchNorm, whose statistics would be those of a micro-batch.
             config.batch_size % (2 * config.accumulate * step.model.mesh.size) == 0
             and trains_a_tower
             and not normalized_by_batch(policy),
@@ -70,7 +72,7 @@ def _about_towers(config: Config, step: TrainStep) -> _Advice:
 
 
 def _about_state(config: Config, step: TrainStep, resident: Mapping[str, int], hbm: int) -> _Advice:
-    """Return (whether it helps here, sentence) for each key that changes parameters or optimizer state."""
+    """Return (whether it helps here, sentence) for each key about parameters or optimizer state."""
     mesh = step.model.mesh
     state = resident["parameters"] + resident["optimizer"] + resident["frozen"]
     return (
@@ -87,7 +89,8 @@ def _about_state(config: Config, step: TrainStep, resident: Mapping[str, int], h
 
 
 def _next_fsdp(mesh: Mesh) -> int:
-    """Return the next size that `make_mesh` takes, at least four times as large, or all devices."""
+    """Return the next fsdp size that `make_mesh` accepts: at least four times as large, or all devices."""
+    # The axis has to lie inside a slice, or to span whole slices.
     now, of_slice = mesh.shape["fsdp"], mesh.size // len(group_by_slice(list(mesh.devices.flat)))
     sizes = (
         size

@@ -1,4 +1,4 @@
-"""TPU chips: their published figures, and topologies to compile for without having them."""
+"""TPU chips: their published figures, and topologies to compile for without having the hardware."""
 
 import dataclasses
 import importlib.util
@@ -16,17 +16,18 @@ from lit_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """A kind of TPU chip. Peak figures are published ones; a program reaches less.
+    """A generation of TPU chips. The figures are published peaks; a program reaches less.
 
     Attributes:
-        flops: bfloat16 FLOPs a second.
-        hbm_bandwidth: bytes a second.
-        ici_bandwidth: bytes a second that a chip sends to its neighbours, over all links.
-        dcn_bandwidth: bytes a second, the chip's part of its host's network; None where not published.
-        shapes: common ones of a slice.
-        largest: the chips of the largest slice.
-        longest: the longest side of a slice; None for any.
-        options: for the compiler.
+        flops: bfloat16 FLOPs per second.
+        hbm_gib: the memory in GiB.
+        hbm_bandwidth: bytes per second.
+        ici_bandwidth: bytes per second that a chip sends to its neighbours, over all links.
+        dcn_bandwidth: bytes per second, the chip's share of its host's network; None if not published.
+        shapes: common shapes of a slice.
+        largest: the number of chips in the largest slice.
+        longest: the longest side of a slice; None for no limit.
+        options: options for the compiler.
     """
 
     flops: float
@@ -43,11 +44,12 @@ class Chip:
 _PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SPACE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x4", "8x8x8", "8x8x16")
 
-# Sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "Key specifications". There the bandwidth between chips
-# is that of both directions, here of one. For v4 it is six links of 50 GB/s (Jouppi et al., 2304.01433).
-# Data-centre network: the same pages say 6.4 Tbps a pod of 256 v5e (two cards of 100 Gbps a host of eight),
-# 25.6 Tbps a pod of 256 v6e (four of 200), 50 Gbps a chip of v5p, nothing of v4; "How to Scale Your Model",
-# part 2 (jax-ml.github.io/scaling-book/tpus), has the same figures as what a chip sends.
+# Sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "Key specifications". Those pages give the bandwidth
+# between chips for both directions together, this table for one. v4 has six links of 50 GB/s (Jouppi et al.,
+# 2304.01433). Data-centre network: the same pages give 6.4 Tbps for a pod of 256 v5e (two cards of 100 Gbps
+# for a host of eight), 25.6 Tbps for a pod of 256 v6e (four of 200), 50 Gbps for a chip of v5p, and nothing
+# for v4; "How to Scale Your Model", part 2 (jax-ml.github.io/scaling-book/tpus), has the same figures per
+# direction.
 CHIPS: Mapping[str, Chip] = {
     "v4": Chip(
         flops=275e12,
@@ -57,7 +59,7 @@ CHIPS: Mapping[str, Chip] = {
         dcn_bandwidth=None,
         shapes=_SPACE,
         largest=4096,
-        # Else each of its two cores is a device.
+        # Without this option each of the chip's two cores is a device.
         options={"chip_config_name": "megacore"},
     ),
     "v5e": Chip(
@@ -94,7 +96,7 @@ CHIPS: Mapping[str, Chip] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Devices to compile for; they cannot compute."""
+    """Devices to compile for, which cannot run a program."""
 
     name: str
     chip: Chip
@@ -104,11 +106,12 @@ class Topology:
 def open_topology(name: str, *, slices: int = 1) -> Topology:
     """Return `slices` slices of the topology `name`, such as 'v5e:4x4', joined by the data-centre network.
 
-    Raise UserError if libtpu, the TPU compiler, is not installed, and for a topology that it does not know.
+    Raise UserError if libtpu, the TPU compiler, is not installed, or does not know the topology.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
     if match is None or match[1] not in CHIPS:
         raise UserError(_unknown(name))
+
     chip, sides = CHIPS[match[1]], [int(side) for side in match[2].split("x")]
     if (
         len(sides) != chip.shapes[0].count("x") + 1
@@ -124,7 +127,7 @@ def open_topology(name: str, *, slices: int = 1) -> Topology:
         )
     _compile_only()
     options: dict[str, Any] = dict(chip.options)
-    # Else libtpu takes a host to have four chips.
+    # By default libtpu assumes four chips for each host, which a single chip cannot fill.
     if math.prod(sides) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if slices > 1:
@@ -144,7 +147,7 @@ def _unknown(name: str) -> str:
 
 
 def _compile_only() -> None:
-    """Keep libtpu from looking for a TPU here, from locking out other processes, and from chatting."""
+    """Keep libtpu from searching for a TPU, from locking out other processes, and from logging."""
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-1",

@@ -1,7 +1,7 @@
-"""The bytes that a compiled program communicates between the chips of a slice, read from its HLO text.
+"""Count the bytes that a compiled program communicates between the chips of a slice, from its HLO text.
 
-A computation counts as often as it runs: the body of a loop once for each turn. network.py counts the bytes
-that go to other slices.
+A computation counts as often as it runs: the body of a loop counts once for each iteration. network.py counts
+the bytes that go to other slices.
 """
 
 import itertools
@@ -11,8 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-# The bytes that one chip of a group of g sends for an operand of one byte, by the algorithms that reach the
-# bound.
+# The bytes that one chip in a group of g chips sends for an operand of one byte, by bandwidth-optimal
+# algorithms.
 SENT: dict[str, Callable[[int], float]] = {
     "all-gather": lambda g: g - 1,
     "all-reduce": lambda g: 2 * (g - 1) / g,
@@ -21,6 +21,7 @@ SENT: dict[str, Callable[[int], float]] = {
     "collective-permute": lambda g: 1,
 }
 KINDS = tuple(SENT)
+# The opcodes that keep the chip busy; others only move or rename data.
 _COMPUTES = ("convolution", "custom-call", "dot", "fusion", "while")
 
 _BITS = re.compile(r"[a-z]+(\d+)")
@@ -38,7 +39,7 @@ class Instruction(NamedTuple):
     """A line of HLO.
 
     Attributes:
-        operands: their names; the text of a constant or parameter.
+        operands: the names of the operands, or the text of a constant or parameter.
         rest: the attributes, as text.
     """
 
@@ -53,11 +54,11 @@ Computation = dict[str, Instruction]
 
 
 class Traffic(NamedTuple):
-    """The bytes that one chip sends in a run of the program, by kind of collective; all `KINDS` are there.
+    """The bytes that one chip sends in a run of the program, for each of `KINDS`.
 
     Attributes:
-        communicated: all of them.
-        exposed: the part that is sent while the chip computes nothing.
+        communicated: all bytes.
+        exposed: the bytes that are sent while the chip computes nothing.
     """
 
     communicated: dict[str, int]
@@ -69,7 +70,7 @@ def traffic(hlo: str, devices: int) -> Traffic:
 
     Args:
         hlo: the text of the compiled, scheduled program.
-        devices: the number of chips of the slice, the size of a group that the text does not write out.
+        devices: the number of chips in the slice, the default size of a group that the text does not give.
     """
     computations, entry = parse(hlo)
     communicated, exposed = (Counter(dict.fromkeys(KINDS, 0)) for _ in range(2))
@@ -79,7 +80,7 @@ def traffic(hlo: str, devices: int) -> Traffic:
             kind = instruction.opcode.removesuffix("-start")
             if kind not in SENT or _is_seen(instruction, seen):
                 continue
-            # A fusion of a sum with a slice of it.
+            # TPU compilers fuse an all-reduce with the slice of its result, which is a reduce-scatter.
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             group = _group_size(instruction.rest, devices)
@@ -92,8 +93,8 @@ def traffic(hlo: str, devices: int) -> Traffic:
 
 def _is_overlapped(collective: Instruction, inside: Computation) -> bool:
     """Return whether the chip computes during a collective of a scheduled program."""
-    # Either the collective is part of a chain of fusions with products, or something is computed between its
-    # start and its end.
+    # The collective either belongs to a chain of fusions with matrix products, or is split into a start and
+    # an end, with computation in between.
     if "chain_id=" in collective.rest:
         return True
     if not collective.opcode.endswith("-start"):
@@ -104,14 +105,14 @@ def _is_overlapped(collective: Instruction, inside: Computation) -> bool:
 def computes_until(
     end: Callable[[Instruction], bool], start: Instruction, inside: Computation
 ) -> bool:
-    """Return whether anything is computed between `start` and the next instruction that is the `end`."""
+    """Return whether anything is computed between `start` and the next instruction that satisfies `end`."""
     between = itertools.dropwhile(lambda i: i.name != start.name, inside.values())
     return any(i.opcode in _COMPUTES for i in itertools.takewhile(lambda i: not end(i), between))
 
 
 def _is_seen(instruction: Instruction, seen: set[str]) -> bool:
-    """Return whether a part of the same collective was counted, and remember this one."""
-    # TPU programs split a collective that runs beside computations into a chain of parts with one id.
+    """Return whether a part of the same collective has been counted, and remember this part."""
+    # TPU programs split a collective that overlaps with computation into a chain of parts with one id.
     channel = re.search(r"channel_id=(\d+)", instruction.rest)
     if channel is None or "chain_id=" not in instruction.rest:
         return False
@@ -121,7 +122,7 @@ def _is_seen(instruction: Instruction, seen: set[str]) -> bool:
 
 
 def parse(hlo: str) -> tuple[dict[str, Computation], str]:
-    """Return the computations of a module by name, and the name of the one it begins with."""
+    """Return the computations of a module by name, and the name of the entry computation."""
     computations: dict[str, Computation] = {}
     entry, current = "", {}
     for line in hlo.splitlines():
@@ -134,6 +135,7 @@ def parse(hlo: str) -> tuple[dict[str, Computation], str]:
 
 
 def _instruction(name: str, text: str) -> Instruction:
+    # The shape of a tuple is in parentheses and may contain blanks and further tuples.
     shape = text[: _closing(text)] if text.startswith("(") else text.split(" ", 1)[0]
     call = text[len(shape) :].lstrip()
     opcode = call.split("(", 1)[0]
@@ -144,7 +146,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Return the position after the end of the parenthesis that `text` begins with."""
+    """Return the position behind the parenthesis that closes the one at the start of `text`."""
     depth = 0
     for position, character in enumerate(text):
         depth += {"(": 1, ")": -1}.get(character, 0)
@@ -154,7 +156,7 @@ def _closing(text: str) -> int:
 
 
 def runs(computations: dict[str, Computation], entry: str) -> dict[str, int]:
-    """Return the number of times that each computation runs, those that only say how to reduce included."""
+    """Return how often each computation runs, including the small ones that only define a reduction."""
     counts: defaultdict[str, int] = defaultdict(int)
 
     def visit(name: str, times: int) -> None:
@@ -177,13 +179,13 @@ def _called(instruction: Instruction) -> Iterator[str]:
 
 
 def trip_count(loop: Instruction, computations: dict[str, Computation], inside: str) -> int:
-    """Return the number of turns of a while loop.
+    """Return the number of iterations of a while loop.
 
-    Raise ValueError where the program does not say it.
+    Raise ValueError if the program does not contain this number.
     """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
-    # Else the counter goes from its first value up to the limit.
+    # Without the compiler's annotation, the loop has to count from its first value to a limit.
     condition, body = (
         computations[name]
         for key in ("condition", "body")
@@ -206,7 +208,7 @@ def _element(computation: Computation, loop: Instruction, index: int) -> str:
 
 
 def _constant(computation: Computation, name: str, depth: int = 4) -> int:
-    """Return the constant that a name is, or that is added to it; 0 if there is none near."""
+    """Return the constant that a name stands for, or that is added to it, or 0 if none is found nearby."""
     instruction = computation.get(name)
     if instruction is None or depth == 0:
         return 0
@@ -218,7 +220,7 @@ def _constant(computation: Computation, name: str, depth: int = 4) -> int:
 
 
 def _group_size(attributes: str, devices: int) -> int:
-    """Return the number of chips of a group; HLO writes groups in three ways."""
+    """Return the number of chips in a group. HLO writes groups by mesh axes, as an iota, or as lists."""
     if match := re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\}", attributes
     ):
@@ -232,7 +234,7 @@ def _group_size(attributes: str, devices: int) -> int:
 
 
 def shape_bytes(shape: str) -> int:
-    """Return the bytes of an array, or of a tuple of arrays."""
+    """Return the bytes of an array, or of a tuple of arrays, given as HLO text such as f32[8,128]{1,0}."""
     total = 0
     for dtype, dims in _ARRAY.findall(shape):
         bits = _BITS.match(dtype)

@@ -1,6 +1,6 @@
-"""The FLOPs of a program's matrix products and convolutions.
+"""Count the FLOPs of a program's matrix products and convolutions.
 
-They are counted in the traced program: the compiler's own count takes the body of a loop once.
+The traced program is counted, because the compiler's own analysis counts the body of a loop only once.
 """
 
 import math
@@ -13,11 +13,11 @@ Jaxpr = Any  # core.Jaxpr or core.ClosedJaxpr
 
 
 def matmul_flops(jaxpr: Jaxpr) -> int:
-    """Return the FLOPs over all devices, two for each multiplication and addition.
+    """Return the FLOPs over all devices, where a multiply-add counts as two.
 
-    Recomputation counts again; a conditional counts its most expensive branch.
+    Recomputation counts again, and a conditional counts as its most expensive branch.
 
-    Raise ValueError for a product in a loop whose number of turns only the run knows.
+    Raise ValueError for a product in a loop whose number of iterations is known only at run time.
     """
     inner: core.Jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     return sum(_flops(equation) for equation in inner.eqns)
@@ -36,7 +36,7 @@ def _flops(equation: Any) -> int:
     inside = sum(map(matmul_flops, _jaxprs(params)))
     if name == "while" and inside:
         raise ValueError("A matrix product in a loop of unknown length cannot be counted.")
-    # The body of a shard_map is the work of one device.
+    # The body of a shard_map is the work of one device along the manual axes.
     if name == "shard_map":
         return inside * math.prod(
             params["mesh"].shape[axis] for axis in params["newly_manual_axes"]
@@ -45,8 +45,8 @@ def _flops(equation: Any) -> int:
 
 
 def _dot_flops(equation: Any) -> int:
-    """Return the FLOPs of a product of matrices, 0 for a product with a vector."""
-    # The compiler makes a sum of a product with a vector, in which the matrix unit has no part.
+    """Return the FLOPs of a product of matrices, or 0 for a product with a vector."""
+    # The compiler turns a product with a vector into a multiplication and a sum, without the matrix unit.
     contracted, batch = equation.params["dimension_numbers"]
     sides = [variable.aval for variable in equation.invars]
     if any(
@@ -59,14 +59,15 @@ def _dot_flops(equation: Any) -> int:
 
 
 def _convolution_flops(equation: Any) -> int:
-    """Return the FLOPs of the whole kernel at each output position; zeros in a gradient's count, too."""
+    """Return the FLOPs of the whole kernel at each output position, inserted zeros included."""
     kernel, (out,) = equation.invars[1].aval, equation.outvars
     spec = equation.params["dimension_numbers"].rhs_spec
-    # The axis of output features is not summed over; that of input features is per group already.
+    # The kernel's output features are not summed over; its input features are already those of one group.
     return 2 * out.aval.size * kernel.size // kernel.shape[spec[0]]
 
 
 def _jaxprs(params: Any) -> Iterator[Jaxpr]:
+    """Yield the programs inside an equation, such as those of pjit, remat, custom_vjp and shard_map."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, core.Jaxpr | core.ClosedJaxpr):

@@ -1,20 +1,22 @@
-"""The bytes that a program for several slices sends through the data-centre network (DCN), read from its HLO.
+"""Count the bytes that a program sends between slices, through the data-centre network (DCN), from its HLO.
 
-libtpu compiles one program for all slices. Its collectives stay inside a slice. Data for other slices go to
-the host and come back from there: a `send` and a `recv` name the same rendezvous, the kind, and the devices
-that take part. libtpu 0.0.42.1 writes (slices count from 1; device i of slice s is 100000 s + i):
+libtpu compiles one program for all slices. Its collectives stay inside a slice. Data for other slices go
+through the host: a `send` and a `recv` name the same rendezvous, the kind, and the participating devices.
+libtpu 0.0.42.1 writes (slices count from 1; device i of slice s is 100000 s + i):
 
     _xla_megascale_transfer_type="ALL_REDUCE", _xla_megascale_target="{1,2}x{0:15}"
-        each chip with those of the same number in the other slices; so ALL_GATHER and REDUCE_SCATTER
+        each chip with the chips of the same number in the other slices; also ALL_GATHER and REDUCE_SCATTER
     _xla_megascale_transfer_type="ALL_TO_ALL", _xla_megascale_target={{100000,100001,200000,200001}}
     _xla_megascale_transfer_type="ONE_TO_ONE", _xla_megascale_target={{100003->200000},{200003->100000}}
 
-Large sums are hierarchical: summed inside each slice, a part by each chip over the slices, then gathered.
+Large sums are hierarchical: a reduce-scatter inside each slice, an all-reduce of each chip's part over the
+slices, and an all-gather inside each slice.
 
-The model: in a group over n slices a chip sends what it would in a group of n chips, by the algorithms that
-reach the bound (`collectives.SENT`): 2 (n - 1) / n of what it sums, n - 1 times what others gather. A
+The cost model: in a group over n slices a chip sends as much as in a group of n chips, by bandwidth-optimal
+algorithms (`collectives.SENT`): 2 (n - 1) / n of its operand in a sum, n - 1 times its operand in a gather. A
 permutation lists only the pairs between slices, and only their sources send. The chips of a host share its
-network cards, so the host that sends most counts. A test with the real compiler guards every form.
+network cards, so the host that sends most determines the time. A test with the real compiler guards every
+form.
 """
 
 import itertools
@@ -40,7 +42,8 @@ _PRODUCT = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}x\{([\d,:]+)\}"')
 _GROUPS = re.compile(r"_xla_megascale_target=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}")
 _PAIRS = re.compile(r"\{(\d+)->(\d+)\}")
 _RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]+)"')
-_OF_SLICE = 100_000  # device numbers of a slice
+# The difference between the device numbers of consecutive slices.
+_OF_SLICE = 100_000
 
 
 class _Transfer(NamedTuple):
@@ -48,7 +51,7 @@ class _Transfer(NamedTuple):
 
     Attributes:
         kind: one of `KINDS`.
-        senders: the devices that send, as the program numbers them.
+        senders: the sending devices, by the program's numbers.
         slices: the number of slices in a group.
     """
 
@@ -58,13 +61,14 @@ class _Transfer(NamedTuple):
 
 
 def network_traffic(hlo: str, devices: Sequence[Any]) -> Traffic:
-    """Return the traffic to other slices of the host that sends most, divided by its chips.
-
-    Raise ValueError for a transfer in none of the forms above.
+    """Return the traffic to other slices of the host that sends most, divided by its number of chips.
 
     Args:
-        devices: all that the program runs on; their `id` is the one in the program, their `process_index`
-            tells the hosts apart.
+        hlo: the text of the compiled, scheduled program.
+        devices: all devices of the program. Their `id` is the number in the program, and their
+            `process_index` identifies the host.
+
+    Raise ValueError for a transfer in none of the forms above.
     """
     hosts = {device.id: device.process_index for device in devices}
     chips = Counter(hosts.values())
@@ -103,7 +107,7 @@ def _transfer(send: Instruction) -> _Transfer:
 
 
 def _groups(attributes: str) -> list[list[int]]:
-    """Return the groups of devices that exchange data; empty where the attributes do not say."""
+    """Return the groups of devices that exchange data, or [] if the attributes do not give them."""
     if product := _PRODUCT.search(attributes):
         slices, numbers = (list(_numbers(text)) for text in product.groups())
         return [[_OF_SLICE * s + number for s in slices] for number in numbers]
@@ -112,14 +116,14 @@ def _groups(attributes: str) -> list[list[int]]:
 
 
 def _numbers(text: str) -> Iterator[int]:
-    """Yield the numbers of a text such as '1,2', or '0:15' with both ends included."""
+    """Yield the numbers in a text such as '1,2', or '0:15' with both ends included."""
     for part in text.split(","):
         first, _, last = part.partition(":")
         yield from range(int(first), int(last or first) + 1)
 
 
 def _is_overlapped(send: Instruction, inside: Computation) -> bool:
-    """Return whether the chip computes between a send and the end of the recv of the same rendezvous."""
+    """Return whether the chip computes between a send and the end of the matching recv."""
     name = _RENDEZVOUS.search(send.rest)
     received = {
         i.name for i in inside.values() if i.opcode == "recv" and name and name[0] in i.rest

@@ -1,4 +1,4 @@
-"""Plan a train step on a TPU topology: whether it fits, and what bounds its speed."""
+"""Plan a train step on a TPU topology: whether the step fits, and which resource bounds its speed."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from lit_jax.training.checks import check_batch_size, check_teacher
 from lit_jax.training.model_factory import build_model
 from lit_jax.training.train_step import AbstractBatch, TrainStep
 
-# The compiler's two messages, depending on where it finds out. The second leaves out the arguments.
+# The compiler's two messages, which depend on the pass that fails. The second does not count the arguments.
 _OUT_OF_MEMORY = (
     re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE),
     re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
@@ -30,14 +30,15 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """The compiler's answer for one batch size, in bytes of one chip; where it does not fit, most are None.
+    """The compiler's result for one batch size, in bytes of one chip. If it does not fit, most are None.
 
     Attributes:
-        total: the program's memory, its own code included.
-        limit: the chip's memory; the compiler says it only where the program does not fit.
+        total: the program's memory, including its code.
+        limit: the chip's memory, which the compiler reports only if the program does not fit.
+        temporaries: the peak of the memory beyond the arguments.
         code: the program itself, and the padding of arrays by the chip's layout.
-        traffic: inside a slice.
-        network: between slices; None where there is one.
+        traffic: the communication inside a slice.
+        network: the communication between slices; None for one slice.
     """
 
     fits: bool
@@ -51,19 +52,21 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """`lit_jax.plan`'s answer. Bytes, FLOPs and seconds are those of one chip in one step.
+    """The result of `lit_jax.plan`. Bytes, FLOPs and seconds are those of one chip in one step.
 
     Attributes:
-        inputs: the shapes of the arrays in a row of the batch.
+        inputs: the shapes of the arrays in one row of the batch.
         hbm: the chip's memory.
-        limit: the part of it that the compiler leaves to programs; None where it does not say so.
-        bytes: by kind; temporaries and code are None where the step does not fit.
-        communicated: inside a slice, by kind of collective.
+        limit: the part of `hbm` that the compiler leaves to programs; None if it is not reported.
+        bytes: the memory by kind; temporaries and code are None if the step does not fit.
+        communicated: the bytes sent inside a slice, by kind of collective.
         exposed: the part of `communicated` that is sent while nothing is computed.
-        network_communicated: to other slices; None where there is one slice.
+        network_communicated, network_exposed: the same for bytes to other slices; None for one slice.
         bound: the least seconds for compute, memory, interconnect, network (of several slices, if its speed
             is published), exposed communication, and the whole step.
-        largest_batch: the largest that was seen to fit; None where none did, or none was searched.
+        largest_batch: the largest batch that fits among those compiled; None if none fits or none was tried.
+        smallest_too_large: the smallest batch that does not fit among those compiled, or None.
+        compilations: the number of batches compiled.
     """
 
     topology: str
@@ -90,14 +93,15 @@ class Plan:
 
 
 def abstract_step(config: Config, devices: Sequence[Any]) -> TrainStep:
-    """Return the train step of a config on devices that need not be there.
+    """Return the train step of a config on devices that need not exist.
 
-    Configs and tokenizers are read, weights are not. Raise UserError on bad input, as training does.
+    Configs and tokenizers are read, but no weights. Raise UserError for bad input, as training does.
     """
     check_teacher(config)
     mesh = make_mesh(config.mesh, devices)
     check_batch_size(config.batch_size, mesh, config.accumulate)
-    # The real schedule depends on the number of examples, and is a handful of scalar operations.
+    # The real schedule depends on the number of examples, which is unknown here, and is only a handful of
+    # scalar operations.
     schedule = optax.constant_schedule(config.schedule.learning_rate)
     return TrainStep.build(build_model(config, mesh), schedule)
 
@@ -107,7 +111,7 @@ def make_plan(
 ) -> Plan:
     """Compile the step for the config's batch, then for others to find the largest batch that fits.
 
-    `compilations` is the number of all of them.
+    `compilations` is the largest total number of compilations.
     """
     step = abstract_step(config, topology.devices)
     batch = step.abstract_batch(config.batch_size)
@@ -154,7 +158,7 @@ def make_plan(
 
 
 def compile_step(step: TrainStep, batch: AbstractBatch) -> Compiled:
-    """Compile the step for the program's mesh; a step too large for the chip is an answer, no error."""
+    """Compile the step for the program's mesh; a step too large for the chip is a result, not an error."""
     mesh = step.model.mesh
     with jax.set_mesh(mesh):
         lowered: Any = traced(step, batch).lower()
@@ -163,7 +167,7 @@ def compile_step(step: TrainStep, batch: AbstractBatch) -> Compiled:
         except jax.errors.JaxRuntimeError as error:
             return _too_large(error, step, batch)
     memory = compiled.memory_analysis()
-    # The peak, not the size of all temporaries: several of them may share a place.
+    # The peak instead of the sum of all temporaries, because several of them may share memory.
     total = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     temporaries = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
     hlo, devices = compiled.as_text(), list(mesh.devices.flat)
@@ -180,7 +184,7 @@ def compile_step(step: TrainStep, batch: AbstractBatch) -> Compiled:
 
 
 def _too_large(error: Exception, step: TrainStep, batch: AbstractBatch) -> Compiled:
-    """Return the memory that the compiler's error tells; raise any other error again."""
+    """Return the memory that the compiler's out-of-memory error reports; raise any other error again."""
     whole, of_temporaries = (pattern.search(str(error)) for pattern in _OUT_OF_MEMORY)
     match = whole or of_temporaries
     if match is None:
@@ -198,18 +202,18 @@ def _too_large(error: Exception, step: TrainStep, batch: AbstractBatch) -> Compi
 def step_flops(step: TrainStep, batch: AbstractBatch) -> int:
     """Return the FLOPs of the matrix products of a step on one chip."""
     with jax.set_mesh(step.model.mesh):
-        # The batch is split evenly.
+        # The batch, and with it the work, is split evenly among the devices.
         return matmul_flops(traced(step, batch).jaxpr) // step.model.mesh.size
 
 
 def traced(step: TrainStep, batch: AbstractBatch) -> Any:
-    """Return the step for a batch, before it is lowered and compiled; call it under the program's mesh."""
+    """Return the traced step for a batch, before lowering and compilation. Call it under the step's mesh."""
     compiled: Any = step.compiled()
     return compiled.trace(step.abstract_state(), step.abstract_frozen(batch), batch)
 
 
 def resident_bytes(step: TrainStep, batch: AbstractBatch) -> dict[str, int]:
-    """Return the bytes that are resident on one chip before a step begins, by kind."""
+    """Return the bytes that are resident on one chip before a step starts, by kind."""
     state = step.abstract_state()
     return {
         "parameters": shard_bytes(state.params),
@@ -220,7 +224,7 @@ def resident_bytes(step: TrainStep, batch: AbstractBatch) -> dict[str, int]:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Return the bytes of one device's part of a tree of shapes with shardings."""
+    """Return the bytes of one device's shard of a tree of abstract arrays with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -228,9 +232,10 @@ def shard_bytes(tree: Any) -> int:
 
 
 def next_batch(tried: Mapping[int, Compiled], fixed: int, hbm: int, unit: int) -> int | None:
-    """Return the batch size to compile next on the way to the largest that fits, None if near enough.
+    """Return the batch size to compile next in the search for the largest that fits, or None at the end.
 
-    The bytes of a chip, but for `fixed`, grow nearly in proportion to the batch, a multiple of `unit`.
+    The search interpolates: a chip's bytes apart from `fixed` grow nearly in proportion to the batch. Batches
+    are multiples of `unit`.
     """
     fits = max((size for size, compiled in tried.items() if compiled.fits), default=0)
     too_large = min((size for size, c in tried.items() if not c.fits), default=None)
@@ -241,7 +246,7 @@ def next_batch(tried: Mapping[int, Compiled], fixed: int, hbm: int, unit: int) -
     if too_large is not None:
         if too_large - fits <= max(unit, too_large // 32):
             return None
-        # Stay away from both known sizes, so that each compilation narrows the range.
+        # The guess keeps away from both known sizes, so that each compilation narrows the range.
         margin = (too_large - fits) / 8
         guess = min(max(guess, fits + margin), too_large - margin)
     else:
@@ -254,12 +259,12 @@ def next_batch(tried: Mapping[int, Compiled], fixed: int, hbm: int, unit: int) -
 
 
 def _bound(compiled: Compiled, flops: int, topology: Topology) -> dict[str, float]:
-    """Return the least seconds that each resource allows, and those of a step.
+    """Return the least seconds for each resource, and for the whole step.
 
-    All FLOPs run at the bfloat16 peak; the chip's memory is read once, its temporaries written and read once;
-    communication takes all links, and between slices the chip's part of its host's network. Exposed is the
-    part of both during which nothing is computed, as the program is scheduled. A step takes at least the
-    longest of them, and at least computation and exposed communication together.
+    All FLOPs run at the bfloat16 peak. The program's memory is read once, and its temporaries are written and
+    read once. Communication uses all links or, between slices, the chip's share of its host's network.
+    Exposed communication is the part during which the scheduled program computes nothing. A step takes at
+    least as long as each resource, and at least as long as compute and exposed communication together.
     """
     chip, moved = topology.chip, compiled.total + (compiled.temporaries or 0)
     ways = {"interconnect": (compiled.traffic, chip.ici_bandwidth)}

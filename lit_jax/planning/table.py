@@ -8,7 +8,7 @@ _GIB = 2**30
 
 
 def table(plan: Plan) -> str:
-    """Return a plan as text."""
+    """Return a plan as a text of several lines."""
     return "\n".join(_lines(plan))
 
 
