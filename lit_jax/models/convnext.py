@@ -268,6 +268,7 @@ class ConvNextBlock(nn.Module):
     def __call__(self, x_BxYxXxC: Map, rate: Float[Array, ""], deterministic: bool) -> Map:
         cfg, std, dtype = self.config, self.config.initializer_range, self.dtype
         border = (_KERNEL_SIZE // 2, _KERNEL_SIZE // 2)
+        # The MLP works on a sequence of positions, where LayerNorm and dense layers need no map.
         h_BxLxC = positions(
             DepthwiseConv(_KERNEL_SIZE, 1, border, std, dtype, use_bias=True, name="dwconv")(
                 x_BxYxXxC

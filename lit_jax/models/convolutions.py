@@ -107,6 +107,7 @@ class BatchNorm(nn.Module):
         return normed_BxYxXxC.astype(self.dtype)
 
     def _put_statistics(self, old: dict[str, Array], of_batch: dict[str, Array]) -> None:
+        # `init` and plain calls of the module do not ask for new statistics.
         if self.is_mutable_collection("batch_stats"):
             for name, value in of_batch.items():
                 new = (1 - self.momentum) * old[name] + self.momentum * value

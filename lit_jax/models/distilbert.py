@@ -24,6 +24,7 @@ class DistilBertConfig:
     n_layers: int = 6
     n_heads: int = 12
     dim: int = 768
+    # The width inside the MLP.
     hidden_dim: int = 4 * 768
     dropout: float = 0.1
     attention_dropout: float = 0.1

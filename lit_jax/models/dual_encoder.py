@@ -133,6 +133,7 @@ class DualEncoderModule(nn.Module):
     @property
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes and dtypes of the smallest batch, to initialise with."""
+        # The shapes of parameters do not depend on the number of rows or tokens.
         tokens = self.text_model.example_input
         return {
             "pixel_values": self.vision_model.example_input,
@@ -239,6 +240,7 @@ class DualEncoderModule(nn.Module):
     def _project(
         self, pooled_BxP: Float[Array, "B P"], head: Dense | None, side: Side
     ) -> Float[Array, "B E"]:
+        # The tower may compute in bfloat16; see the docstring of the class.
         embeds_BxE = pooled_BxP.astype(jnp.float32)
         if head is not None:
             embeds_BxE = head(embeds_BxE)
@@ -331,6 +333,7 @@ SYSTEMS: Mapping[str, System] = {
     "lit_jax": System(),
     "clip": System(),
     "altclip": System(),
+    # Chinese CLIP projects the first token of its text tower, which has no pooler.
     "chinese_clip": System(text_pooling="cls"),
     "siglip": System(
         image_projection="none", text_projection="none", has_logit_bias=True, loss="sigmoid"
@@ -369,6 +372,7 @@ def build_system(hf_config: Mapping[str, Any], *, dtype: Any) -> DualEncoderModu
         image_projection=system.image_projection,
         text_projection=system.text_projection,
         text_first_token=system.text_first_token,
+        # SigLIP's config.json has no initial scale. Its weights bring the scale and the bias.
         logit_scale_init=hf_config.get("logit_scale_init_value", 0.0),
         temperature_init=hf_config["temperature_init_value"] if system.has_temperature else None,
         logit_bias_init=0.0 if system.has_logit_bias else None,

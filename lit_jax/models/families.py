@@ -103,6 +103,7 @@ def tower_config(hf: Mapping[str, Any], named: Named = in_config_json) -> Any:
                 f"{named(option)} is {hf[option]!r}, which lit_jax does not implement; choose a model with "
                 f"{option}={unused!r}."
             )
+    # Fields that config.json lacks keep Hugging Face's defaults, as transformers itself reads the file.
     config = config_class(**read_fields(config_class, hf, named))
     check_sizes(config, named)
     return config
@@ -124,6 +125,7 @@ def build_tower(hf: Mapping[str, Any], *, pooling: Pooling, dtype: Any) -> Tower
             f"A model of type {hf['model_type']} has no pooling {pooling!r}; set the tower's pooling to "
             f"{' or '.join(map(repr, module_class.poolings))}."
         )
+    # jnp.dtype makes 'bfloat16' and jnp.bfloat16 equal, and equal modules share compiled programs.
     return module_class(tower_config(hf), pooling=pooling, dtype=jnp.dtype(dtype))
 
 

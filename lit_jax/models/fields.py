@@ -21,6 +21,7 @@ Named = Callable[[str], str]
 # may be 0.
 _TOKENS = ("pad_token_id", "eos_token_id")
 _FROM_ZERO = ("type_vocab_size", "num_register_tokens", "depthwise_padding")
+# The names of fields whose value is a probability or a share, from 0 to 1.
 _PROBABILITY = re.compile(r".*(dropout|dropout_prob|drop_path_rate|drop_connect_rate|momentum)")
 # (width, count that must divide the width), by the names that the transformers' configs use.
 _DIVIDED = (("hidden_size", "num_attention_heads"), ("dim", "n_heads"))
@@ -73,6 +74,7 @@ def check_sizes(config: Any, named: Named) -> None:
                 f"{', '.join(map(named, lengths))} have {', '.join(map(str, lengths.values()))} entries; "
                 "give each of them one entry for each stage."
             )
+    # RoBERTa's positions start after the padding id, so a short table may have no position left.
     embedding = getattr(config, "embedding", None)
     if embedding is not None and embedding.max_length < 1:
         raise UserError(
@@ -114,6 +116,7 @@ def _typed(value: Any, hint: Any) -> Any:
     if origin is Literal and isinstance(value, str) and value in args:
         return value
     if origin in (types.UnionType, typing.Union):
+        # The arms of a union do not overlap, so their order does not matter.
         for arm in args:
             try:
                 return _typed(value, arm)
@@ -142,6 +145,7 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_hashable, value))
     if isinstance(value, Mapping):
+        # Sorted keys make equal dicts equal tuples.
         return tuple((str(key), _hashable(value[key])) for key in sorted(value, key=str))
     return value
 

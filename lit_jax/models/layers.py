@@ -109,7 +109,6 @@ class LayerNorm(nn.Module):
     def __call__(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         width = x_BxLxD.shape[-1]
         scale_D = jnp.asarray(self.param("scale", nn.initializers.ones, (width,)), jnp.float32)
-
         y_BxLxD = ops.layer_norm(x_BxLxD, scale_D, self.epsilon)
         if self.use_bias:
             bias_D = jnp.asarray(self.param("bias", nn.initializers.zeros, (width,)), jnp.float32)

@@ -148,6 +148,8 @@ class PatchEmbeddings(nn.Module):
                 f"{patch_height}x{patch_width}; make them larger (config.data.image_size)."
             )
         whole = pixel_values_BxHxWxC[:, : rows * patch_height, : columns * patch_width]
+        # The dense layer contracts (patch_height, patch_width, channels), the axes of a convolution's kernel
+        # in the checkpoints.
         patches = whole.reshape(batch, rows, patch_height, columns, patch_width, channels)
         # On CPU the gradient of a matrix product is three times as fast as that of a convolution.
         init = nn.initializers.normal(self.init_std)

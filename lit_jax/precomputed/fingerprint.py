@@ -102,11 +102,12 @@ def data_fingerprint(source: Source, sample: Sequence[Example], *sides: str) -> 
     """Return a hash of the number of examples and of the sampled keys, captions and images.
 
     Args:
-        sides: "text" includes the captions, "image" the images that are bytes or arrays. An image file is
-            represented by the key of its example.
+        sides: "text" includes the captions, "image" the images that are bytes or arrays. Image files are not
+            read.
     """
     parts: list[Any] = [len(source)]
     for example in sample:
+        # Keys stand for the examples and their order, even where contents are not read.
         parts.append(example["key"])
         image = example["image"]
         if "text" in sides:

@@ -70,6 +70,7 @@ class Header:
         """Raise ValueError for a value that no command writes."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            # Texts have 0 views.
             least = 0 if field.name == "views" else 1
             # isinstance would accept True as an int.
             if type(value) is not field.type or (field.type is int and value < least):
@@ -179,6 +180,7 @@ class Embeddings:
                 "which goes on where it stopped."
             )
         with reading(folder / MANIFEST):
+            # The manifest is the header and the counts in one object.
             manifest = parse_json((folder / MANIFEST).read_bytes())
             names = {field.name for field in dataclasses.fields(Header)}
             self.header = Header(**{name: manifest.pop(name) for name in names})

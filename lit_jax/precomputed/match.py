@@ -117,6 +117,7 @@ class Precomputed:
         All processes must call this method, under `jax.set_mesh`.
         """
         for side, embeddings in self.folders.items():
+            # The parameters come last in the start of a run, so this check is apart from those of `_open`.
             if embeddings.header.tower != tower_fingerprint(module, side, frozen):
                 raise _differs(side, embeddings.folder, f"another {side} tower")
 

@@ -93,6 +93,7 @@ def _outputs(
     inputs = [batch.get(name) for name in _INPUTS[side]]
     method = _METHODS[output].format(side)
     rows_BxE: Any = module.apply({"params": params}, *inputs, deterministic=True, method=method)
+    # `encode_image` and `encode_text` project without normalising.
     if output == "embeddings":
         rows_BxE = normalize(rows_BxE)
     finite_B = jnp.isfinite(rows_BxE).all(axis=1)

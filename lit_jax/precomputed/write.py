@@ -182,12 +182,15 @@ def _close_folder(folder: Path, header: Header, max_bad_fraction: float) -> Coun
 
     Raises UserError if too many samples are bad.
     """
+    # The counts come from the shards themselves, because other processes and earlier commands wrote most of
+    # them.
     counts = sum((shard_counts(folder, header, n) for n in range(header.shards)), Counts())
     if (fraction := counts.bad / header.examples) > max_bad_fraction:
         raise UserError(
             f"{counts.bad} of {header.examples} samples are bad ({fraction:.1%}); fix the data and choose "
             "another --output, or raise config.data.max_bad_fraction."
         )
+    # The manifest comes last, because it marks the folder as complete.
     if is_primary():
         manifest = dataclasses.asdict(header) | dataclasses.asdict(counts)
         with output_errors(folder):

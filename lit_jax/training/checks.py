@@ -31,6 +31,7 @@ def check_teacher(config: Config) -> None:
         raise UserError(
             "config.loss='mse' and config.model.teacher belong together; set both or neither of them."
         )
+    # The first letter locks the image tower. The second says whether the student starts pretrained.
     if config.model.teacher and config.policy.lock not in ("LU", "Lu"):
         raise UserError(
             f"With config.model.teacher the text tower learns and the rest stays as it is: "
@@ -44,6 +45,7 @@ def check_own_towers(config: Config, towers: OwnTowers) -> None:
         raise UserError(
             "Towers are passed, so config.model.dual_encoder and config.model.teacher must be empty."
         )
+    # TOWERS and `is_pretrained` both have the image first.
     pretrained = dict(zip(TOWERS, is_pretrained(config.policy.lock), strict=True))
     for side, (_, params) in towers.items():
         if pretrained[side] and params is None:
@@ -180,6 +182,7 @@ def _parts(config: Config, source: Source) -> list[tuple[str, int, int]]:
 
 def warn_of_export(model: Model) -> None:
     """Warn, before the training, if only lit_jax can read the model's export."""
+    # Other types, such as CLIP, have classes of their own in transformers.
     is_joined = model.hf_config["model_type"] in ("vision-text-dual-encoder", OWN_TYPE)
     if is_joined and (reason := why_not_exportable(model.module)):
         log.warning(

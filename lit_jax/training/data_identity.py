@@ -104,6 +104,7 @@ def _identify(source: Source) -> dict[str, Any] | None:
 def _check_same_data(workdir: Path, found: dict[str, Any]) -> None:
     known = _read(workdir)
     if known is None:
+        # The folder is of an earlier version, or a user has removed data.json.
         log.warning("%s does not say which data it was trained on: they are not compared.", workdir)
     elif known != found:
         counts = f"{known['examples']} examples then and {found['examples']} now"

@@ -168,6 +168,7 @@ def make_objective(config: Config, slices: int = 1) -> Objective:
     Raises UserError as `make_loss` does, and if both keys are set.
     """
     make = functools.partial(make_loss, implementation=config.loss_implementation, slices=slices)
+    # A value equal to the default cannot be told from no value, and does no harm.
     if config.losses and (config.loss != Config.loss or config.label_smoothing):
         raise UserError(
             "config.losses takes the place of config.loss and config.label_smoothing; leave these two as by "
@@ -181,6 +182,7 @@ def make_objective(config: Config, slices: int = 1) -> Objective:
     }
 
     def weighted_sum(output: Any, batch: Any) -> tuple[Scalar, dict[str, Scalar]]:
+        # A user's objective may need the batch; contrastive losses do not.
         del batch
         values = {name: loss(*output) for name, (_, loss) in terms.items()}
         total = sum(weight * values[name] for name, (weight, _) in terms.items())

@@ -233,6 +233,7 @@ def _text_length(tower: Tower, asked: int | None, *, pretrained: bool) -> int:
     """
     positions = tower.config.embedding.max_length
     if asked is None:
+        # A tower without a mask must get the length of its training. A random one has no such length yet.
         is_given = tower.fixed_length and pretrained
         return positions if is_given else min(DEFAULT_TEXT_LENGTH, positions)
     if asked > positions:

@@ -33,6 +33,7 @@ def make_schedule(config: ScheduleConfig, *, total: int, steps: Steps) -> optax.
             f"config.schedule.warmup and cooldown take {warmup + cooldown} steps of the run's {total}; "
             "shorten them or lengthen config.duration."
         )
+    # A run may consist of warm-up alone; a curve still needs a positive length.
     decay = max(total - warmup, 1)
     timescale = max(steps(config.timescale), 1)
     curves = {
@@ -136,6 +137,7 @@ def _scale_to_parameter(updates: Any, params: Any) -> Any:
     An update stays as it is if its length or the length of the parameter is zero.
     """
 
+    # LAMB's ratio belongs to the matrix of one layer, so a stack has a ratio for each entry of its depth.
     def scaled(path: str, update: jax.Array, param: jax.Array) -> jax.Array:
         if STACK.fullmatch(path):
             return jax.vmap(scale)(update, param)

@@ -70,6 +70,7 @@ def _describe(value: Any, inside: frozenset[int]) -> Any:
     inside |= {id(value)}
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         array = np.asarray(value)
+        # An array may be large, and config.json is read by people.
         digest = hashlib.sha256(array.tobytes()).hexdigest()[:32]
         return {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": digest}
     if isinstance(value, Mapping):

@@ -141,6 +141,7 @@ def resolve_policy(config: PolicyConfig, params: Tree, *, has_teacher: bool = Fa
             _check_projection_rule(name, config.trainable)
     rates = _apply_rules("learning_rate", config.learning_rate, LEARNING_RATE_RULES, trained)
     decays = _apply_rules("weight_decay", config.weight_decay, WEIGHT_DECAY_RULES, trained)
+    # The decay multiplies the rules' rates, so that a rule keeps its meaning relative to its neighbours.
     factors = _layer_decay(config, every, trained)
     rates = {name: rate * factors.get(name, 1.0) for name, rate in rates.items()}
     flat = flatten(params)
@@ -170,6 +171,7 @@ def find_cuts(
     cuts: dict[str, set[str]] = collections.defaultdict(set)
     for of_path in names.values():
         for before, name in itertools.pairwise(of_path):
+            # A cut lies between two neighbours of which only one trains.
             if trains[before] != trains[name]:
                 tower, _, block = _block(name).partition("/")
                 cuts[tower].add(block)
@@ -244,6 +246,7 @@ def _unlocked(config: PolicyConfig, names: list[str], has_teacher: bool) -> Rule
             f"config.policy.unlock_last is {count} and {tower} has {len(blocks)} blocks; set it to at most "
             f"that, or unlock all of the tower with config.policy.lock."
         )
+    # A trained block changes what later parts get as input, so these train as well.
     unlocked = [f"{block}/.*" for block in blocks[-count:]]
     return (*((pattern, True) for pattern in unlocked), *_after_blocks(tower, names))
 
@@ -274,6 +277,7 @@ def _layer_decay(config: PolicyConfig, names: list[str], trained: list[str]) -> 
             )
         number = {block: i for i, block in enumerate(blocks)}
         for name in trained:
+            # `trained` has the names of both towers, and `number` the blocks of this one.
             if block := _block(name):
                 factors |= {name: decay ** (len(blocks) - number[block])} if block in number else {}
             elif _BEFORE.fullmatch(name.removeprefix(f"{tower}/")):
@@ -293,6 +297,7 @@ def warn_of_full_rate(config: PolicyConfig, policy: Policy, params: Tree) -> Non
         if path.startswith("vision_model/") and policy.trainable[path]
         for name in names
     ]
+    # A user who has set any rate for the tower has made the choice that the warning is about.
     covered = "vision_model" in config.layer_decay or any(
         _matches(pattern, name) for pattern, _ in config.learning_rate for name in image
     )

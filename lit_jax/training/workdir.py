@@ -215,6 +215,7 @@ def check_workdir(
 def _check_format(workdir: Path) -> None:
     """Raise UserError if another version must finish the run in `workdir`, because its defaults differ."""
     content = _read_config_file(workdir) or {}
+    # A folder without a format number has format 1.
     if (found := content.get("format", 1)) == FORMAT:
         return
     version = content.get("version", _WITHOUT_FORMAT)
