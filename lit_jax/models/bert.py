@@ -200,6 +200,7 @@ def with_counted_positions(config: Any, params: Tree) -> tuple[Any, Tree]:
     towers differ only for texts with padding on the left, which 'arange' counts. A tower that counts already,
     that has no padding id or whose family lacks the option stays as it is.
     """
+    # Configs of families without the option lack the field.
     if getattr(config, "position_ids", None) != "arange":
         return config, params
     if config.padding_id is None:

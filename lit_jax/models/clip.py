@@ -84,6 +84,7 @@ class CLIPFields(BlockFields):
         return (
             *((name, narrow) for name in ("query", "key", "value", "fc2")),
             ("output", std),
+            # This deviation is (2 * hidden_size) ** -0.5.
             ("fc1", std * 2**-0.5),
         )
 

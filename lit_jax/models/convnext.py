@@ -217,6 +217,7 @@ class ConvNextStages(nn.Module):
         # The rate of drop path rises linearly over the blocks of all stages (1603.09382, section 3).
         rates = np.linspace(0, cfg.drop_path_rate, sum(cfg.depths))
         rates_of_stage = np.split(rates, np.cumsum(cfg.depths[:-1]))
+        # transformers builds `num_stages` stages, even if config.json describes more.
         for i, rates_N in enumerate(rates_of_stage[: cfg.num_stages]):
             cuts = cuts_under(f"encoder/stages_{i}", self.cuts)
             width, name = cfg.hidden_sizes[i], f"stages_{i}"

@@ -168,6 +168,7 @@ def scan_blocks(
             # the original.
             rematerialized(step, remat, prevent_cse=False),
             variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},
+            # Each block of a stack draws its own parameters and its own dropout.
             split_rngs={"params": True, "dropout": True},
             length=blocks.stop - blocks.start,
         )

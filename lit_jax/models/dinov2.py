@@ -61,6 +61,7 @@ class Dinov2Config(Dinov2Fields):
     @property
     def embeddings(self) -> ImageEmbeddingConfig:
         embeddings = super().embeddings
+        # Files of the family have the token only if the config says so.
         mask_token = embeddings.mask_token if self.use_mask_token else None
         return dataclasses.replace(embeddings, mask_token=mask_token)
 

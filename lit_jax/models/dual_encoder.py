@@ -359,6 +359,7 @@ def build_system(hf_config: Mapping[str, Any], *, dtype: Any) -> DualEncoderModu
             f"{', '.join(SYSTEMS)}."
         )
     system = SYSTEMS[hf_config["model_type"]]
+    # `read_fields` checks the fields of the towers, but not those of the whole model.
     if (width := hf_config.get("projection_dim")) is not None and width < 1:
         raise UserError(f"projection_dim is {width}; it must be at least 1.")
     vision, text = hf_config["vision_config"], hf_config["text_config"]

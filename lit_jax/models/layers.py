@@ -108,6 +108,7 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         width = x_BxLxD.shape[-1]
+        # A locked tower's parameters may be bfloat16, but normalisation is float32.
         scale_D = jnp.asarray(self.param("scale", nn.initializers.ones, (width,)), jnp.float32)
         y_BxLxD = ops.layer_norm(x_BxLxD, scale_D, self.epsilon)
         if self.use_bias:

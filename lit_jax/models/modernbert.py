@@ -113,7 +113,9 @@ class ModernBertConfig:
         """The index in `_LAYER_TYPES` of each block's type. Raises UserError for unknown or missing types."""
         depth = self.num_hidden_layers
         types = self.layer_types or [
-            "sliding_attention" if i % 3 else "full_attention" for i in range(depth)
+            # Every third block is global (2412.13663, section 2.1.2).
+            "sliding_attention" if i % 3 else "full_attention"
+            for i in range(depth)
         ]
         if len(types) != depth or not set(types) <= set(_LAYER_TYPES):
             raise UserError(

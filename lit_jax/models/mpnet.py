@@ -62,6 +62,7 @@ class MPNet(Bert):
                 "The model's config.json has relative_attention_num_buckets="
                 f"{cfg.relative_attention_num_buckets}, but MPNet needs {_BUCKETS}; correct it."
             )
+        # The table is a parameter of the tower, because all blocks share it.
         table = nn.Embed(
             cfg.relative_attention_num_buckets,
             cfg.num_attention_heads,

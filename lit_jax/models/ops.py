@@ -342,6 +342,7 @@ def _(size: int, batched: list[Any], arrays: Any) -> tuple[Any, Any]:
 
 
 def _cudnn(*qkv_BxHxLxK: Array, length_B: Array | None = None) -> Array:
+    # JAX's function expects BxLxHxK.
     context_BxLxHxK = jax.nn.dot_product_attention(
         *(x_BxHxLxK.swapaxes(1, 2) for x_BxHxLxK in qkv_BxHxLxK),
         query_seq_lengths=length_B,

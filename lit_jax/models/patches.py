@@ -192,6 +192,7 @@ def _interpolation_matrix(
     size: int, new_size: int, kernel: Callable[[np.ndarray], np.ndarray], reach: int
 ) -> np.ndarray:
     """Return the matrix whose weights are the `kernel` of the distance to each old pixel, below `reach`."""
+    # The centres of the new pixels, in coordinates of the old ones. Corners are not aligned.
     source = (np.arange(new_size) + 0.5) * (size / new_size) - 0.5
     matrix = np.zeros((new_size, size))
     for tap in range(1 - reach, 1 + reach):

@@ -128,6 +128,7 @@ class AttentionPooling(nn.Module):
         own_init_std = [(name, (2 * width) ** -0.5) for name in ("query", "key", "value")]
         attention = dataclasses.replace(
             cfg.block,
+            # The head has no dropout in transformers.
             attention_dropout=0.0,
             # Later entries win.
             own_init_std=(*cfg.block.own_init_std, *own_init_std),

@@ -116,6 +116,7 @@ def token_positions(input_ids_BxL: Int[Array, "B L"], padding_id: int | None) ->
     # One row of positions serves all texts.
     if padding_id is None:
         return jnp.arange(input_ids_BxL.shape[1])[None]
+    # The count stands still at padding, and the product moves padding back to `padding_id`.
     counts_BxL = (input_ids_BxL != padding_id).astype(jnp.int32)
     return jnp.cumsum(counts_BxL, axis=1) * counts_BxL + padding_id
 

@@ -189,6 +189,7 @@ class ImageTransformer(ImageTower):
         elif self.pooling == "cls":
             pooled_BxP = x_BxLxD[:, 0]
         else:
+            # The mean leaves out CLS and register tokens.
             pooled_BxP = x_BxLxD[:, self.leading :].mean(1)
         return TowerOutput(x_BxLxD, pooled_BxP)
 

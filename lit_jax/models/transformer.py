@@ -154,6 +154,7 @@ class Encoder(nn.Module):
             scan = nn.scan(
                 rematerialized(step, self.remat, prevent_cse=False),
                 variable_axes={"params": 0, "intermediates": 0},
+                # Each block of a stack draws its own parameters and its own dropout.
                 split_rngs={"params": True, "dropout": True},
                 length=blocks.stop - blocks.start,
             )

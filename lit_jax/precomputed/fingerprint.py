@@ -87,6 +87,7 @@ def sampled_at_start(source: Source) -> list[Example]:
 
 def _read(source: Source, positions: np.ndarray) -> list[Example]:
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        # `map` keeps the order of the positions.
         return list(pool.map(functools.partial(_sample, source), positions.astype(int).tolist()))
 
 

@@ -212,6 +212,7 @@ class Embeddings:
                 bad = BadSampleError(*reversed(parse_json(record[:-1])))
             else:
                 rows_KxP = np.frombuffer(record[:-1], self._dtype).reshape(-1, header.width)
+                # Texts, with views 0, have as many rows as captions.
                 if header.views not in (0, len(rows_KxP)):
                     raise ValueError(f"{len(rows_KxP)} views of an image, not {header.views}")
                 return rows_KxP

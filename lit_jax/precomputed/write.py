@@ -171,6 +171,7 @@ def _open_folder(folder: Path, header: Header) -> None:
                 )
     # Every process must look before the first process writes the header, or the look would prove nothing.
     _together()
+    # The header comes before any shard, so that every later start can tell what the shards are.
     with output_errors(folder):
         if is_primary() and not started.exists():
             folder.mkdir(parents=True, exist_ok=True)

@@ -123,6 +123,7 @@ class _LogSum(NamedTuple):
 
     def plus(self, other: "_LogSum") -> "_LogSum":
         """Return the log-sum of both sets of logits."""
+        # Both sums are rescaled to the common largest exponent, so no exponential overflows.
         largest_R = jnp.maximum(self.largest, other.largest)
         ours_R, theirs_R = (x.relative * jnp.exp(x.largest - largest_R) for x in (self, other))
         return _LogSum(largest_R, ours_R + theirs_R)
@@ -134,6 +135,7 @@ class _LogSum(NamedTuple):
     def probabilities(self, logits_RxR: Float[Array, "R R"], axis: int) -> Float[Array, "R R"]:
         """Return the softmax probabilities whose log-normaliser along `axis` is `self`."""
         largest, relative = (jnp.expand_dims(x, axis) for x in self)
+        # There is one division for each row instead of one for each logit.
         return jnp.exp(logits_RxR - largest) * (1 / relative)
 
 

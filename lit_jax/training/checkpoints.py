@@ -73,6 +73,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last,
             keep_period=keep_every,
+            # A killed run leaves incomplete folders behind.
             cleanup_tmp_directories=True,
             # With asynchronous creation, a folder that cannot be created keeps the process alive for 20
             # minutes.
@@ -278,6 +279,7 @@ def _check_arrays(folder: Path, leaves: int) -> None:
 
     Orbax itself only warns if it does not find the parts that the processes have written.
     """
+    # OCDBT merges the parts of all processes into one store, whose listing shows what a reader will find.
     base = f"file://{folder.resolve()}/"
     listed = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
     arrays = {key.rpartition(b"/")[0] for key in listed if key.endswith(b"/.zarray")}

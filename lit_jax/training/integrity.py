@@ -83,6 +83,7 @@ def check_sums(tree: Any, stored: Mapping[str, Mapping[str, Any]] | None) -> Non
     for path, leaf in leaves.items():
         try:
             saved = stored[path]
+            # An array that is read in another dtype can only match the rounded checksum.
             kind = "sum" if saved["dtype"] == leaf.dtype.name else "rounded"
             if kind in saved and path in found[kind] and saved[kind] != found[kind][path]:
                 raise DamagedError(f"{path} is not as it was saved")

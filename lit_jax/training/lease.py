@@ -120,10 +120,12 @@ class _Lease:
         while not self._acquire(wait):
             time.sleep(_POLL_SECONDS)
         _held[self._workdir.resolve()] = self
+        # A daemon thread does not keep the process alive after an error in the main thread.
         threading.Thread(target=self._keep, daemon=True, name="lease").start()
 
     def __exit__(self, *_: Any) -> None:
         self._ended.set()
+        # The lock keeps the renewing thread from writing into a closed file.
         with self._lock:
             del _held[self._workdir.resolve()]
             with contextlib.suppress(OSError):

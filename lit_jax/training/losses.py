@@ -65,6 +65,7 @@ def softmax_loss(
     def cross_entropy(axis: int) -> Scalar:
         target_B = own_B
         if label_smoothing:
+            # The uniform part of the target adds the mean of the logits.
             target_B = (1 - label_smoothing) * own_B + label_smoothing * logits_BxB.mean(axis)
         return (jax.nn.logsumexp(logits_BxB, axis=axis) - target_B).mean()
 
@@ -157,6 +158,7 @@ def prefers_blockwise(batch: int) -> bool:
     measurement.
     """
     devices = mesh_size()
+    # shard_map needs parts of equal size.
     return batch % devices == 0 and batch * (batch // devices) >= TILE**2
 
 

@@ -128,6 +128,7 @@ class Reporter:
         step, metrics, bad_samples = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        # A row with a value that is not finite is never written.
         check_finite(values, step, self._last_saved(), self._locked_not_finite)
         self._check_scale(values.get("logit_scale", 0.0), step)
         self._bar.update(self._batch_size)
@@ -155,6 +156,7 @@ class MetricsWriter:
         self._workdir = workdir
         self._tensorboard = self._wandb = None
         self._open = contextlib.ExitStack()
+        # W&B may fail for lack of a login, so it starts before metrics.jsonl is rewritten.
         if config.wandb_project:
             self._wandb = _wandb(workdir, config.wandb_project)
             self._open.callback(self._wandb.finish)

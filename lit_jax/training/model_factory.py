@@ -191,6 +191,7 @@ def _module(config: Config, paths: TowerPaths, own_towers: OwnTowers) -> DualEnc
 
 
 def _image_transform(config: DataConfig, folder: Path) -> ImageTransform:
+    # Size, mean and deviation of the pixels come from the tower's folder, because its training fixed them.
     transform = load_image_transform(
         folder,
         image_size=config.image_size,

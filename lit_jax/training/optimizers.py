@@ -96,6 +96,7 @@ def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
     """
 
     def decay_rate(step: Any, exponent: Any) -> Any:
+        # Optax counts steps from 0, the formula from 1.
         t = jnp.asarray(step, jnp.float32) + 1.0
         return jnp.minimum(config.b2, 1.0 - t ** (-exponent))
 

@@ -27,6 +27,7 @@ _LOCK_TEXT: Rules = ((r"text_model/.*", False), (r".*", True))
 _LOCK_NOTHING: Rules = ((r".*", True),)
 
 # The presets are those of LiT (2111.07991) section 3.2. Projections and temperature train under all of them.
+# "U" and "u" differ in the initial values (pretrained or random), not in what trains.
 LOCK_RULES: dict[str, Rules] = {
     "Lu": _LOCK_IMAGE,
     "LU": _LOCK_IMAGE,
@@ -340,6 +341,7 @@ def _apply_rules(key: str, own: Rules, default: Rules, names: list[str]) -> dict
 
 def _check_projection_rule(name: str, rules: Rules) -> None:
     pattern = next(pattern for pattern, _ in rules if _matches(pattern, name))
+    # A rule that names the projections is taken as deliberate.
     if "projection" not in pattern:
         raise UserError(
             f"config.policy.trainable: the rule {pattern!r} would lock {name}, which starts random; "

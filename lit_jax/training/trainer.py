@@ -103,6 +103,7 @@ def train(
         trainer = Trainer.prepare(
             config, workdir, evaluations, passed=passed, allowed_changes=allowed_changes
         )
+        # These checks tokenise captions, and still come before the first compilation.
         processors = trainer.model.processors
         if trainer.data.source:
             check_captions(processors.tokenizer, trainer.data.source, processors.teacher_tokenizer)
@@ -300,6 +301,7 @@ class _Loop:
     def take_steps(self, start: int, state: State, stream: TrainStream) -> State:
         """Return the state after the last step. Raise Preempted after SIGTERM, once the state is saved."""
         trainer, durations = self.trainer, self.trainer.durations
+        # A tower whose features come from disk is no input of the step.
         frozen = trainer.precomputed.needed(self.locked)
         step_fn = trainer.step.compiled()
         for step in range(start + 1, durations.total + 1):
@@ -307,6 +309,7 @@ class _Loop:
             batch = global_batch(next(stream), trainer.model.mesh)
             state, metrics = step_fn(state, frozen, batch)
             self.reporter.add(step, metrics, bad_samples=stream.bad_samples)
+            # Every process must ask in every step, because the answer comes from a collective.
             stopping = self.stop.requested(step)
             if stopping or durations.saves_at(step):
                 # flush raises if a metric is not finite, so a broken state never replaces a good checkpoint.

@@ -76,6 +76,7 @@ def load_run(
         raise UserError(f"{workdir} is not a run folder: it has no config.json.")
     passed = (_read_config_file(workdir) or {}).get("passed", {})
     missing = {*passed.get("towers", ())} - {*towers}
+    # config.json has only the description of a passed tower, from which no module can be built.
     for side in sorted(missing):
         raise UserError(
             f"{workdir} was trained with a {side} tower that was passed to lit_jax.fit, and only Python code "
