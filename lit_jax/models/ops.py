@@ -98,8 +98,8 @@ def _layer_norm_backward(
 
 
 def _mean_of_product(x_BxLxD: Array, y_D: Array) -> Float[Array, "B L 1"]:
-    # On CPU a product with a vector reads its input once. XLA turns the product into a sum on TPU, where
-    # HIGHEST keeps float32.
+    # On CPU a product with a vector reads its input once. XLA turns the product into a sum on TPU. HIGHEST
+    # keeps GPU and TPU from rounding the inputs to fewer bits.
     precision = jax.lax.Precision.HIGHEST
     return jnp.einsum("bld,d->bl", x_BxLxD, y_D, precision=precision)[..., None] / len(y_D)
 

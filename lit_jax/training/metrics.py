@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 
 def usual_scale(config: Config) -> float:
     """Return the largest scale of the logits that is usual; a larger one causes a warning."""
-    # CLIP limits the scale to 100. SigLIP's released models reach 118.
     if config.model.logit_scale_max is not None:
         return math.inf
+    # CLIP limits the scale to 100. SigLIP's released models reach 118.
     return 200.0 if "sigmoid" in loss_kinds(config) else 100.0
 
 

@@ -142,7 +142,6 @@ def resolve_policy(config: PolicyConfig, params: Tree, *, has_teacher: bool = Fa
             _check_projection_rule(name, config.trainable)
     rates = _apply_rules("learning_rate", config.learning_rate, LEARNING_RATE_RULES, trained)
     decays = _apply_rules("weight_decay", config.weight_decay, WEIGHT_DECAY_RULES, trained)
-    # The decay multiplies the rules' rates, so that a rule keeps its meaning relative to its neighbours.
     factors = _layer_decay(config, every, trained)
     rates = {name: rate * factors.get(name, 1.0) for name, rate in rates.items()}
     flat = flatten(params)
