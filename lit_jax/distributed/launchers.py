@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-# JAX's detection of TPU slices and Kubernetes is private, and we do not want to repeat it.
+# JAX's detection of TPU slices and Kubernetes has no public name, and a copy of it would age.
 from jax._src import clusters
 
 from lit_jax.errors import UserError

@@ -211,9 +211,8 @@ class Trainer:
             Checkpoints(self.workdir, keep_last, keep_every) as checkpoints,
         ):
             state, locked, position = first_or_latest_state(self.step, self.workdir, checkpoints)
-            # config.json is written only now, when nothing can stop the start any more. Until then a retry
-            # with another config is free.
             self.precomputed.check_towers(self.model.module, locked)
+            # All checks have passed. Before config.json exists, a retry with another config is free.
             with workdir_errors(self.workdir):
                 save_config(self.workdir, config, self.passed.described())
                 save_identity(self.workdir, self.data.identity)
