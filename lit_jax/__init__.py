@@ -6,11 +6,12 @@ from typing import Any
 
 __version__ = "0.2.0"
 
-# transformers says at import that PyTorch is missing; nothing here needs it.
+# transformers warns at import that PyTorch is missing, which lit_jax does not need.
 logging.getLogger("transformers").addFilter(
     lambda record: not record.getMessage().startswith("PyTorch was not found")
 )
 
+# Public name -> the module that defines it.
 _PUBLIC = {
     "DualEncoder": "lit_jax.api",
     "TextModel": "lit_jax.api",
@@ -21,7 +22,7 @@ _PUBLIC = {
 
 
 def __getattr__(name: str) -> Any:
-    # Looked up when asked for: the processes that decode images should not have to import JAX.
+    # Imported on first access, so that worker processes, which decode images, do not import JAX.
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'lit_jax' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""All commands as one: `lit-jax train --config=vit_bert --workdir=runs/demo`.
+"""All commands in one: `lit-jax train --config=vit_bert --workdir=runs/demo`.
 
 `python -m lit_jax train ...` is the same, and so is `python -m lit_jax.train ...`.
 """
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         remedy = f"did you mean {near[0]!r}?" if near else f"write one of {', '.join(COMMANDS)}."
         print(f"error: {name} is not a command; {remedy}", file=sys.stderr)
         return 2
-    # Imported only now: `lit-jax --help` should not have to wait for JAX.
+    # Imported only here, so that `lit-jax --help` does not wait for JAX.
     return importlib.import_module(COMMANDS[name]).main(rest)
 
 

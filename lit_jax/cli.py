@@ -1,4 +1,4 @@
-"""The commands: their flags, their exit codes, and one line for each mistake."""
+"""The common part of the commands: flags, exit codes, and one line of text for each mistake."""
 
 import argparse
 import ast
@@ -39,7 +39,7 @@ class KeyFlags(NamedTuple):
     root: type
 
     def split(self, words: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
-        """Return (key, text) of each --NAME.KEY=TEXT, and the other words."""
+        """Return (key, text) of each --NAME.KEY=TEXT, and the other words. Raise UserError for no value."""
         prefix, pairs, others = f"--{self.name}.", [], []
         for word in words:
             key, equals, text = word.removeprefix(prefix).partition("=")
@@ -59,8 +59,8 @@ class Parser(argparse.ArgumentParser):
     """A parser of flags that raises UserError instead of printing its usage.
 
     Args:
-        module: the word after `python -m`.
-        text: the help, the module's docstring.
+        module: the name of the module after `python -m`.
+        text: the help text, which is the module's docstring.
     """
 
     def __init__(self, module: str, text: str | None):
@@ -78,10 +78,10 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str] | None, keys: KeyFlags | None = None) -> argparse.Namespace:
         """Return the values of the flags. Raise UserError for a flag that the command does not have.
 
-        With `keys` the message also names the key that a mistyped flag stands for.
+        With `keys` the message also suggests the key that a mistyped flag means.
         """
         words = get_words(argv)
-        # Before argparse, which would only miss the flag that a mistyped one stands for.
+        # Checked before argparse, which would only report that the intended flag is missing.
         for word in words:
             if word.startswith("--") and word.partition("=")[0] not in self.flags:
                 raise UserError(unknown_flag(word, self.flags, keys))
@@ -98,22 +98,23 @@ class Parser(argparse.ArgumentParser):
         return self.parse(words, keys), pairs
 
     def parse_known(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-        """Return the values of the flags, and all words that are not flags of this parser."""
+        """Return the values of the flags, and all words that this parser does not know."""
         return super().parse_known_args(get_words(argv))
 
     @property
     def flags(self) -> list[str]:
-        """The flags, each with its two dashes."""
+        """The long flags, each with its two dashes."""
         return [flag for flag in self._option_string_actions if flag.startswith("--")]
 
 
 def add_path(parser: argparse._ActionsContainer, flag: str, **options: Any) -> None:
-    """Add a flag for a run folder, or for a file or folder to write; see `output_path`."""
+    """Add a flag for a run folder, or for a file or folder to write, which `output_path` checks."""
     parser.add_argument(flag, type=functools.partial(output_path, flag), **options)
 
 
 def get_words(argv: Sequence[str] | None) -> Sequence[str]:
-    """Return the command line. Raise UserError for a word that is not text."""
+    """Return the words of the command line. Raise UserError for a word that is not valid text."""
+    # Python turns undecodable bytes into half surrogates, which would fail later, when they are written.
     words = sys.argv[1:] if argv is None else argv
     for word in words:
         try:
@@ -125,6 +126,7 @@ def get_words(argv: Sequence[str] | None) -> Sequence[str]:
 
 
 def _remedy(word: str) -> str:
+    # If the bytes are valid UTF-8, the word is fine and the locale is wrong.
     encoding = sys.getfilesystemencoding()
     try:
         os.fsencode(word).decode()
@@ -134,13 +136,13 @@ def _remedy(word: str) -> str:
 
 
 def unknown_flag(word: str, flags: Sequence[str], keys: KeyFlags | None = None) -> str:
-    """Return the sentence about a word that is not a flag."""
+    """Return the message about a word that is not a flag, with the most likely correction."""
     name = word.lstrip("-").partition("=")[0].replace("-", "_")
     sentence = f"{word} is not a flag of this command"
     if not word.startswith("-"):
         return f"{sentence}; write a flag and its value as --FLAG=VALUE, without a blank."
     flag = f"--{name}"
-    # As in train_split, which is the key train.split.
+    # An underscore may stand for a dot: train_split means the key train.split.
     spellings = (name, name.replace("_", "."))
     found = (
         [path for key in spellings for path in namesakes(keys.root, key, keys.name)] if keys else []
@@ -158,7 +160,10 @@ def unknown_flag(word: str, flags: Sequence[str], keys: KeyFlags | None = None) 
 
 
 def set_key(raw: dict[str, Any], keys: KeyFlags, key: str, text: str) -> None:
-    """Set the value at a key; members of dicts are added, all other keys must exist."""
+    """Set the value of a key in the nested dict `raw`, from its text on the command line.
+
+    Members of dicts are added; all other keys must exist. Raise UserError for an unknown key.
+    """
     path = key.split(".")
     try:
         kind = key_type(keys.root, path, keys.name)
@@ -173,7 +178,7 @@ def set_key(raw: dict[str, Any], keys: KeyFlags, key: str, text: str) -> None:
 
 
 def _read_value(kind: Any, text: str) -> Any:
-    """Return the Python value of `text`; whoever parses the config checks its type afterwards."""
+    """Return the Python value of `text`. Its type is checked later, when the config is parsed."""
     options = (
         typing.get_args(kind)
         if typing.get_origin(kind) in (types.UnionType, typing.Union)
@@ -181,9 +186,10 @@ def _read_value(kind: Any, text: str) -> Any:
     )
     if text == "None" and types.NoneType in options:
         return None
+    # A text stays as it is: 'true' or '1e3' may be the name of a folder.
     if str in options or any(typing.get_origin(option) is typing.Literal for option in options):
         return text
-    # Texts or numbers, but not pairs, may also be joined by commas: en,de and 1,4,16.
+    # A list of texts or numbers, but not of pairs, may be written with commas: en,de or 1,4,16.
     is_list = (
         typing.get_origin(kind) is tuple
         and typing.get_origin(typing.get_args(kind)[0]) is not tuple
@@ -198,10 +204,11 @@ def _read_value(kind: Any, text: str) -> Any:
 def command(main: Callable[..., None]) -> Callable[..., int]:
     """Return `main` as a function that returns an exit code.
 
-    It is 0, 2 after a UserError (one line on stderr), 75 after Preempted, 76 where another process never
-    came, 130 after Ctrl-C. An OSError about a path is the user's, too: every path comes from the flags or the
-    config. LIT_JAX_TRACEBACK=1 in the environment shows the traceback of both. A process that fails ends at
-    once; JAX aborts the others of its run, which the scripts in launch/ turn into 76.
+    The code is 0 for success, 2 after a UserError (one line on stderr), 75 after Preempted, 76 if another
+    process never connected, and 130 after Ctrl-C. An OSError about a path counts as a UserError, because
+    every path comes from the flags or the config. LIT_JAX_TRACEBACK=1 in the environment adds the traceback.
+    A process that fails exits at once; JAX then aborts the other processes of the run, which the scripts in
+    launch/ turn into 76.
     """
 
     @functools.wraps(main)
@@ -209,7 +216,7 @@ def command(main: Callable[..., None]) -> Callable[..., int]:
         with shown_streams(process.number) as stdout:
             code = _exit_code(lambda: main(*args, **kwargs))
             stdout.flush()
-            # Whoever closes a pipe has seen enough; but a disk that is full has lost what this says.
+            # A closed pipe (EPIPE) or terminal (EIO) is no error: its reader has seen enough. A full disk is.
             lost = stdout.error
             if code == DONE and lost is not None and lost.errno not in (errno.EPIPE, errno.EIO):
                 _say(
@@ -222,6 +229,7 @@ def command(main: Callable[..., None]) -> Callable[..., int]:
 
 
 def _exit_code(main: Callable[[], None]) -> int:
+    """Run `main`, print its error if there is one, and return the exit code."""
     try:
         main()
     except Preempted as stop:
@@ -234,12 +242,13 @@ def _exit_code(main: Callable[[], None]) -> int:
         print("Interrupted.", file=sys.stderr, flush=True)
         process.leave(INTERRUPTED)
         return INTERRUPTED
-    # argparse exits after --help.
+    # argparse raises SystemExit after --help.
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else DONE
     except Exception as error:
         sentence = _sentence(error)
         if sentence is None:
+            # A single process shows Python's traceback of an unexpected error.
             if process.number() is None:
                 raise
             _fail_among_others(error)
@@ -254,7 +263,10 @@ def _exit_code(main: Callable[[], None]) -> int:
 
 
 def _fail_among_others(error: Exception) -> None:
-    """End one of several processes after an unexpected error, unless JAX ends it because another is gone."""
+    """End one of several processes after an unexpected error, unless JAX ends it first.
+
+    The error may only follow from the loss of another process, which JAX reports within a minute.
+    """
     reason = hide_keys(" ".join(f"{type(error).__name__}: {error}".split()))
     _say(f"{reason[:300]}; JAX tells within a minute whether another process of the run is gone.")
     process.await_verdict()
@@ -262,7 +274,7 @@ def _fail_among_others(error: Exception) -> None:
     process.leave(FAILED)
 
 
-# The errors of a path that the user can fix by giving another one.
+# The errors of a path that the user can fix by giving another path.
 _ABOUT_PATHS = {
     errno.ENAMETOOLONG,
     errno.ELOOP,
@@ -276,7 +288,7 @@ _ABOUT_PATHS = {
 
 
 def _sentence(error: Exception) -> str | None:
-    """Return what to tell the user; None for an error that is not the user's."""
+    """Return the message for an error that the user can fix, or None for any other error."""
     if isinstance(error, UserError):
         return str(error)
     if not isinstance(error, OSError):

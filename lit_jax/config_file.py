@@ -1,4 +1,4 @@
-"""From the command line to a `Config`, as in --config=configs/vit_bert.py:base --config.batch_size=1024."""
+"""Make a `Config` from flags such as --config=configs/vit_bert.py:base --config.batch_size=1024."""
 
 import os
 import re
@@ -15,15 +15,15 @@ from lit_jax.config import Config, parse
 from lit_jax.config_schema import namesakes
 from lit_jax.errors import UserError
 
-# The recipes that come with the package, which are found by name.
+# The folder of the recipes in the package, which are found by name.
 RECIPES = Path(__file__).parent / "configs"
 
 
 def load_config(spec: str, overrides: Iterable[tuple[str, str]]) -> Config:
-    """Return the config that `get_config(arg)` of the file in `spec` makes, with changes.
+    """Return the config from `get_config(arg)` of a file, with the (key, text) pairs of `overrides` applied.
 
-    `spec` is "file.py" or "file.py:arg". Raise UserError if there is no such file or function, if it fails,
-    and on a key or value that does not fit.
+    `spec` is "file.py", "file.py:arg", or the name of a recipe in the place of the file. Raise UserError if
+    the file or the function is missing, if the function fails, and for a key or value that does not fit.
     """
     path, arg = _split(spec)
     config = _run(path, arg)
@@ -38,7 +38,8 @@ def load_config(spec: str, overrides: Iterable[tuple[str, str]]) -> Config:
 
 
 def _split(spec: str) -> tuple[Path, str]:
-    """Return file and argument. A colon may also be part of a folder's name."""
+    """Return the file and the argument. Raise UserError if there is no such file."""
+    # The first ".py" ends the path, because a colon may be part of a folder's name.
     file = re.match(r"(.*?\.py)(?::(.*))?$", spec, re.DOTALL)
     path, arg = (file[1], file[2] or "") if file else spec.partition(":")[::2]
     packaged = RECIPES / f"{path}.py"
@@ -55,8 +56,8 @@ def _split(spec: str) -> tuple[Path, str]:
 
 
 def _run(path: Path, arg: str) -> Any:
-    """Return the result of get_config(arg) of the file. Raise UserError for any error in it."""
-    # One config file may start from another in its folder: `from my_configs import base`.
+    """Return the result of get_config(arg) of the file. Raise UserError for any error in the file."""
+    # A config file may start from another file in its folder: `from my_configs import base`.
     folder = str(path.resolve().parent.parent)
     sys.path.insert(0, folder)
     try:
@@ -66,7 +67,7 @@ def _run(path: Path, arg: str) -> Any:
         return get_config(arg)
     except UserError:
         raise
-    # A user's file may raise anything.
+    # A user's file may raise any exception.
     except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, SystemExit):
@@ -79,7 +80,7 @@ def _run(path: Path, arg: str) -> Any:
 
 
 def _hint(error: BaseException) -> str:
-    """Return the nearest key if the error is about one that a ConfigDict does not have."""
+    """Return a suggestion if the error is about a key that a ConfigDict does not have, else ''."""
     key = re.search(r"['\"](\w+)['\"]", str(error))
     if not isinstance(error, AttributeError | KeyError) or key is None:
         return ""
@@ -90,9 +91,10 @@ def _hint(error: BaseException) -> str:
 def parse_arg(
     arg: str, *, variants: tuple[str, ...], options: Mapping[str, type]
 ) -> tuple[str, dict[str, Any]]:
-    """Return the variant and the options in the argument of --config=file.py:base,batch=1024.
+    """Return the variant and the options in a config's argument, as in --config=file.py:base,batch=1024.
 
-    The first of `variants` is the default. Raise UserError on anything else.
+    The first of `variants` is the default; `options` maps each name to its type. Raise UserError for anything
+    else in the argument.
     """
     variant, given = None, {}
     for part in filter(None, arg.split(",")):

@@ -1,4 +1,4 @@
-"""The schema of the config: the types and limits of values, the names of keys, and the conversion by both.
+"""The schema of the config: types and limits of values, names of keys, and the conversion of raw values.
 
 `convert` turns the content of a ConfigDict or config.json into the frozen dataclasses of config.py.
 """
@@ -16,7 +16,7 @@ from lit_jax.errors import UserError
 
 
 class Range(NamedTuple):
-    """The values that a number may have, both ends included."""
+    """The range of a number, both ends included."""
 
     least: int | float
     most: int | float = math.inf
@@ -31,10 +31,11 @@ Count = Annotated[int, Range(1, MOST)]
 NotNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(1e-6)]
 Fraction = Annotated[float, Range(0, 1)]
-# A moment with a decay of 1 never moves. Adafactor, whose b2 is a cap, is below this one for 3e7 steps.
+# A moment with a decay of 1 never changes, so the limit is slightly lower. Adafactor, for which b2 is a cap,
+# stays below this limit for 3e7 steps.
 Decay = Annotated[float, Range(0, 0.999999)]
 _DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]{1,2})?)\s+(step|epoch|example)s?\s*")
-# "300 steps", "2.5 epochs" or "9e8 examples"; see `steps`.
+# A text such as "300 steps", "2.5 epochs" or "9e8 examples"; see `steps`.
 Duration = Annotated[str, _DURATION]
 
 
@@ -46,14 +47,14 @@ class UnknownKeyError(Exception):
         self.group, self.key = group, key
 
     def as_user_error(self, root: Any) -> UserError:
-        """Return the error that names the nearest key of the whole config, the dataclass `root`."""
+        """Return an error that suggests the nearest key of the whole config, the dataclass `root`."""
         return UserError(f"{self} is not a config key; {_nearest_key(root, self.group, self.key)}.")
 
 
 def key_type(root: Any, keys: Sequence[str], name: str = "config") -> Any:
-    """Return the type of the key at a path below the dataclass `root`, Any below a value without a type.
+    """Return the type of the key at a path below the dataclass `root`, or Any below an untyped value.
 
-    `name` is how messages call the root. Raise UnknownKeyError for a name that a group lacks.
+    `name` is the root's name in messages. Raise UnknownKeyError for a key that a group lacks.
     """
     kind = root
     for depth, key in enumerate(keys):
@@ -67,35 +68,35 @@ def key_type(root: Any, keys: Sequence[str], name: str = "config") -> Any:
     return kind
 
 
-# Keys of earlier versions, by their former name.
+# Former name of a key -> its present name.
 RENAMED = {"loss_form": "loss_implementation"}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return "did you mean 'x'" for a mistyped name, or the list of all known ones."""
+    """Return "did you mean 'x'" for a mistyped name, or the list of all known names."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}" if close else f"known are {', '.join(known)}"
 
 
 def namesakes(root: Any, key: str, name: str = "config") -> list[str]:
-    """Return the paths of at most three keys that have this name, or that end with these names."""
+    """Return the paths of at most three keys whose path ends with `key`, which may contain dots."""
     paths = dict(_key_types(root, name))
     found = [path for path in paths if path.endswith(f".{key}")]
-    # Numbers and texts before lists of rules, which name the same thing for single parameters; then the
-    # highest ones.
+    # Numbers and texts come before lists of rules, which set the same for single parameters; then the keys
+    # nearest to the root.
     return sorted(found, key=lambda path: (get_origin(paths[path]) is tuple, path.count(".")))[:3]
 
 
 def _nearest_key(root: Any, group: str, key: str) -> str:
-    """Return "did you mean 'x'" for a key that a group lacks, or the list of the keys that it has.
+    """Return "did you mean 'x'" for a key that a group lacks, or the list of the group's keys.
 
-    Keys of other groups count, too: the learning rate is a key of `schedule`, not of `optimizer`.
+    Keys of other groups are suggested, too: the learning rate is a key of `schedule`, not of `optimizer`.
 
     Args:
         root: the dataclass of the whole config.
         group: the path of the group, such as 'config.optimizer'.
-        key: the unknown name in it, with those below it if there are any.
+        key: the unknown key in the group, with the keys below it if there are any.
     """
     if key in RENAMED:
         return f"it is {RENAMED[key]!r} now"
@@ -105,7 +106,7 @@ def _nearest_key(root: Any, group: str, key: str) -> str:
     key = key.partition(".")[0]
     own = get_type_hints(key_type(root, group.split(".")[1:]))
     if not difflib.get_close_matches(key, own, n=1):
-        # Among so many names one is always a little similar: 'eps' is no mistyped 'steps'.
+        # The cutoff is high, because among so many names one is always similar: 'eps' does not mean 'steps'.
         names = {path.rpartition(".")[2] for path, _ in _key_types(root, name)}
         if close := difflib.get_close_matches(key, names, n=1, cutoff=0.8):
             return "did you mean " + " or ".join(map(repr, namesakes(root, close[0], name)))
@@ -117,7 +118,7 @@ def _key_types(kind: Any, group: str) -> Iterator[tuple[str, Any]]:
     for key, hint in get_type_hints(kind).items():
         path = f"{group}.{key}"
         yield path, hint
-        # The user names the members of a dict.
+        # The members of a dict have names chosen by the user.
         if get_origin(hint) is dict:
             path, hint = f"{path}.NAME", get_args(hint)[1]
         if dataclasses.is_dataclass(hint):
@@ -125,16 +126,16 @@ def _key_types(kind: Any, group: str) -> Iterator[tuple[str, Any]]:
 
 
 def convert(kind: Any, value: Any, where: str) -> Any:
-    """Return `value` as the annotated type `kind`; `where` names it in messages.
+    """Return `value` converted to the annotated type `kind`; `where` names the value in messages.
 
-    Raise UserError for another type or a number out of its range, UnknownKeyError for a key that a dataclass
-    lacks.
+    Raise UserError for another type or a number out of its range, and UnknownKeyError for a key that a
+    dataclass lacks.
     """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _convert_dataclass(kind, value, where)
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
-        # JSON knows no tuples, and the value has to be the same when it comes back from config.json.
+        # JSON has no tuples, and a config has to equal itself after a round trip through config.json.
         return list(value) if isinstance(value, tuple) else value
     if origin is Annotated:
         converted, limit = convert(args[0], value, where), args[1]
@@ -159,6 +160,7 @@ def convert(kind: Any, value: Any, where: str) -> Any:
             return tuple(convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
         if len(args) == len(value):
             return tuple(convert(t, v, where) for t, v in zip(args, value, strict=True))
+    # In Python a bool is an int, too, but True as a learning rate is a mistake.
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         if -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
             return float(value)
@@ -169,11 +171,11 @@ def convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """Return the value as it would be written, cut where it would fill the terminal."""
+    """Return the value as Python code, shortened for a message."""
     try:
         text = repr(value)
     except ValueError:
-        # Python writes no integer of more than 4,300 digits.
+        # Python refuses to format an integer of more than 4,300 digits.
         text = "too long a number"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -214,10 +216,11 @@ def _convert_dataclass(kind: type, value: Any, where: str) -> Any:
 
 
 def steps(duration: str, *, batch_size: int, examples_per_epoch: int) -> int:
-    """Return the number of steps of a `Duration`, rounded down; `MOST` stands for that many and for more."""
+    """Return the number of steps of a `Duration`, rounded down, and at most `MOST`."""
     match = _DURATION.fullmatch(duration)
-    # `convert` has checked the form.
+    # `convert` has checked the format.
     assert match, duration
     amount, unit = float(match[1]), match[2]
+    # The small addend keeps a product such as 0.29 * 100 from being rounded down to one step less.
     examples = {"step": batch_size, "epoch": examples_per_epoch, "example": 1}[unit]
     return int(min(amount * examples / batch_size + 1e-9, MOST))

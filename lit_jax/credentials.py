@@ -1,7 +1,7 @@
-"""Secret keys in addresses, which serve this process and are neither stored nor shown.
+"""Secret keys in addresses: used by this process, but neither stored nor shown.
 
-`s3://KEY:SECRET@bucket/data` and `s3://bucket/data?secret_key=...` are read as `s3://bucket/data`. The keys
-go into this process's environment, where its worker processes find them.
+`s3://KEY:SECRET@bucket/data` and `s3://bucket/data?secret_key=...` become `s3://bucket/data`. The keys go
+into this process's environment, where its worker processes find them.
 """
 
 import json
@@ -14,14 +14,16 @@ from urllib.parse import quote
 
 log = logging.getLogger(__name__)
 
+# The environment variable with the keys, as JSON: address or bucket -> [user, options].
 _VARIABLE = "LIT_JAX_ADDRESS_KEYS"
 _HIDDEN = "***"
-# The user that reads public files without a key.
+# The user name for public files that need no key.
 _NOBODY = "anonymous"
 _SCHEME = r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://"
-# A key with its secret, which may have slashes that should have been %2F; or a token alone.
+# A key with its secret, or a token alone. The secret may contain slashes, which should have been %2F.
 _USER = r"(?P<user>[^\s/?#@:'\"]*:[^\s?#'\"]*?(?=@)|[^\s/?#'\"]+(?=@))@"
 _ADDRESS = re.compile(_SCHEME + _USER)
+# Options whose name suggests a secret, such as secret_key, access_token, or the signature of a presigned URL.
 _OPTION = re.compile(
     r"(?P<name>[?&](?:sig|[\w.-]*(?:key|secret|token|passw|credential|signature)[\w.-]*)=)"
     r"(?P<value>[^\s&#'\"]+)",
@@ -37,7 +39,7 @@ class Keys(NamedTuple):
 
 
 def hide_keys(text: str) -> str:
-    """Return a text, such as a message, with *** for the keys in all its addresses."""
+    """Return a text, such as a message, with *** in the place of all keys in its addresses."""
     text = _ADDRESS.sub(_hidden_user, text)
     return _OPTION.sub(lambda match: f"{match['name']}{_HIDDEN}", text)
 
@@ -50,6 +52,7 @@ def split_keys(address: str) -> tuple[str, Keys]:
     """Return an address without its keys, and the keys."""
     user = ""
     if (match := _ADDRESS.match(address)) and match["user"] != _NOBODY:
+        # Arrow parses the address as a URI, in which a slash in the secret has to be escaped.
         user = ":".join(quote(part, safe="%") for part in match["user"].split(":", 1))
         address = f"{match['scheme']}://{address[match.end() :]}"
     place, mark, options = address.partition("?")
@@ -60,7 +63,10 @@ def split_keys(address: str) -> tuple[str, Keys]:
 
 
 def take_keys(value: Any) -> Any:
-    """Return texts, alone or in dicts, lists and tuples, without their keys, which `get_keys` then knows."""
+    """Return a value without the keys in its texts, and remember the keys for `get_keys`.
+
+    The value is a text, or a nested dict, list or tuple of texts. The first keys are reported in a warning.
+    """
     if isinstance(value, Mapping):
         return {key: take_keys(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -78,13 +84,14 @@ def take_keys(value: Any) -> Any:
             "GOOGLE_APPLICATION_CREDENTIALS).",
             address,
         )
+    # The bucket's entry serves the files that a list in the same bucket names.
     known |= {_bucket(address): list(keys), address: list(keys)}
     os.environ[_VARIABLE] = json.dumps(known)
     return address
 
 
 def get_keys(address: str) -> Keys:
-    """Return the keys that were given with this address, or last with one of the same bucket."""
+    """Return the keys that were given with this address, else the last keys for its bucket, else none."""
     known = _known()
     return Keys(*known.get(address, known.get(_bucket(address), ())))
 

@@ -1,4 +1,4 @@
-"""Text that is shown: made printable, on streams that may be closed, full or of ASCII, and as log records."""
+"""Show text: make it printable, write it to streams that may be closed, full or ASCII, and log it."""
 
 import contextlib
 import functools
@@ -13,18 +13,18 @@ import absl.logging
 from lit_jax.credentials import hide_keys
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# White space among the control characters, and the two separators that end a line as they do.
+# The white space among the control characters, and Unicode's two separators that also end a line.
 _SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"
-# Control characters, and the two code points beside surrogates that XML, and so SVG, does not allow.
+# Control characters, and two code points that XML, and so SVG, does not allow, apart from surrogates.
 _NOT_PRINTABLE = [*range(0x20), *range(0x7F, 0xA0), 0xFFFE, 0xFFFF]
 _TABLE = dict.fromkeys(_NOT_PRINTABLE, _REPLACEMENT) | dict.fromkeys(map(ord, _SPACES), " ")
 
 
 def valid_unicode(text: str) -> str:
-    """Return the text with U+FFFD for each half of a surrogate pair, which UTF-8 cannot hold.
+    """Return the text with U+FFFD for each half of a surrogate pair, which UTF-8 cannot encode.
 
-    A cut through an emoji leaves such a half in JSON, and so does a file name that is not UTF-8. Two halves
-    that stand together become their character.
+    Cutting an emoji leaves such a half in JSON, and so does a file name that is not UTF-8. Two adjacent
+    halves become their character.
     """
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -32,17 +32,18 @@ def valid_unicode(text: str) -> str:
 def printable(text: str) -> str:
     """Return the text as one line that UTF-8, XML and a terminal can show.
 
-    White space that ends a line becomes a space, every other control character and each half of a surrogate
-    pair U+FFFD. All else stays, also characters without width or that turn the direction of writing.
+    White space among the control characters becomes a space; every other control character, and each half of
+    a surrogate pair, becomes U+FFFD. Everything else stays, including characters without width and those that
+    change the direction of writing.
     """
     return valid_unicode(text).translate(_TABLE)
 
 
 class Stream:
-    """A text stream that never fails: a training does not end because nobody reads what it prints.
+    """A text stream that never fails: a training run must not end because its output cannot be written.
 
     Attributes:
-        error: the first error of the stream below, which gets nothing more from then on.
+        error: the first error of the underlying stream, which gets no more output after the error.
     """
 
     def __init__(self, stream: Any):
@@ -67,13 +68,13 @@ class Stream:
             self._give_up(error)
 
     def __getattr__(self, name: str) -> Any:
-        # encoding, isatty, fileno, buffer ... are those of the stream below.
+        # The underlying stream provides encoding, isatty, fileno, buffer and the rest.
         return getattr(self._stream, name)
 
     def _give_up(self, error: OSError) -> None:
         self.error = self.error or error
-        # The rest of the buffer would fail again, at the latest when Python ends, with exit code 120. C++
-        # libraries write to the same descriptor.
+        # The rest of the buffer would fail again, at the latest when Python exits, with code 120. The
+        # descriptor is redirected, because C++ libraries write to it, too.
         with contextlib.suppress(OSError, ValueError):
             descriptor = self._stream.fileno()
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -85,10 +86,10 @@ class Stream:
 def shown_streams(number: Callable[[], int | None]) -> Iterator[Stream]:
     """Set up streams and logging for a command, and yield its stdout; restore them at the end.
 
-    `number` returns this process's number among several, None if it is the only one.
+    `number` returns this process's number among several, or None for a single process.
     """
     _open_closed_descriptors()
-    # A stream that was closed is replaced by one to nowhere.
+    # sys.stdout and sys.stderr are None if the shell has closed them.
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         output = Stream(sys.stdout or nowhere)
         errors = Stream(sys.stderr or nowhere)
@@ -105,19 +106,19 @@ def shown_streams(number: Callable[[], int | None]) -> Iterator[Stream]:
 
 
 def _open_closed_descriptors() -> None:
-    """Let no file that is opened later become stdout or stderr, to which libraries write as they like."""
+    """Open closed standard descriptors, so that no file gets their numbers, to which libraries print."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # It gets the lowest number that is free.
+            # The system assigns the lowest free number, which is this descriptor.
             os.open(os.devnull, os.O_RDWR)
 
 
 @contextlib.contextmanager
 def _encodable(stream: Any) -> Iterator[None]:
-    r"""Let a stream show characters that its encoding lacks by their number: \xe9 for é in ASCII."""
-    # A notebook's stream cannot be changed.
+    r"""Let a stream escape the characters that its encoding lacks: \xe9 for é in ASCII."""
+    # A notebook's stream cannot be reconfigured.
     reconfigure = getattr(stream, "reconfigure", None)
     if reconfigure is None:
         yield
@@ -127,7 +128,7 @@ def _encodable(stream: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        # ValueError: the stream was closed meanwhile.
+        # A ValueError means that the stream has been closed meanwhile.
         with contextlib.suppress(ValueError):
             reconfigure(errors=before)
 
@@ -144,7 +145,7 @@ def _logging(number: Callable[[], int | None]) -> Iterator[None]:
     handler.setFormatter(_PrintableFormatter())
     own.setLevel(logging.INFO)
     own.propagate, own.handlers = False, [handler]
-    # lit_jax checks configs itself; transformers' warnings are about generating text, or about types of ours.
+    # lit_jax checks configs itself; transformers only warns about text generation, or about our own types.
     configs.setLevel(logging.ERROR)
     try:
         yield
@@ -156,16 +157,16 @@ def _logging(number: Callable[[], int | None]) -> Iterator[None]:
 
 
 class _PrintableFormatter(logging.Formatter):
-    """A formatter that lets no key and no control character of a text reach the terminal."""
+    """A formatter that keeps secret keys and control characters from the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(map(printable, hide_keys(super().format(record)).split("\n")))
 
 
 def _primary_only(number: Callable[[], int | None], record: logging.LogRecord) -> bool:
-    """Return whether to show a record: the first process shows all, any other only its warnings.
+    """Return whether to show a record: the first process shows all records, the others only warnings.
 
-    A warning of one among several processes gets its number.
+    A warning gets the number of its process if there are several.
     """
     index = number()
     if index is not None and record.levelno >= logging.WARNING:

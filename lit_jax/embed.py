@@ -2,14 +2,14 @@
 
     python -m lit_jax.embed --config=FILE --output=DIR
 
-    --config, --config.KEY=VALUE    those of the training that is to follow
-    --side=text                     the text tower, if that is the locked one
+    --config, --config.KEY=VALUE    the config of the training run that follows
+    --side=text                     embed texts, if the text tower is the locked one
     --views=K                       K augmented views of each image; sets config.data.views
 
-Train from it with --config.data.image_embeddings=DIR (text_embeddings), and the same --config.data.views=K.
-Given again, the command goes on after the last whole shard, on any devices and any number of processes.
-Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM, 76 another process of the same run is gone; after
-the last two run it again to go on.
+Train from DIR with --config.data.image_embeddings=DIR (text_embeddings), and the same --config.data.views=K.
+To resume an interrupted command, run it again: it continues after the last complete shard, on any devices and
+any number of processes. Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM, 76 another process of the
+same run is gone; after 75 or 76 run the same command again.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ from lit_jax.training.model_factory import Model, build_model, first_parameters
 from lit_jax.training.policy import merge
 from lit_jax.trees import Tree
 
+# The default batch size of a device.
 ROWS_PER_DEVICE = 64
 
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--views", type=int, help="of each image; config.data.views if not given")
     parser.add_argument("--batch_size", type=int, help="rows a step of a process; 64 a device")
     args, overrides = parser.parse_with_keys(argv)
-    # First: a config file may ask JAX for its devices.
+    # First, because a config file may ask JAX for its devices.
     process.initialize()
     config = load_config(args.config, overrides)
     if args.views is not None:
@@ -71,20 +72,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def embed(config: Config, folder: Path, side: Side, *, batch_size: int | None = None) -> Counts:
-    """Embed the training data with the locked tower of that side into `folder`, or go on there.
+    """Embed the training data with the locked tower of that side into `folder`, or resume there.
 
-    All processes work on shards of their own, with a copy of the tower each: no process waits for another
-    one's images, and any number of them may go on.
+    Each process works on shards of its own, with its own copy of the tower: no process waits for the images
+    of another, and a resumed command may have any number of processes.
 
     Args:
-        batch_size: rows a step of this process; 64 for each of its devices if not given.
+        batch_size: the rows of a step in this process, by default 64 for each of its devices.
 
-    Raises UserError on bad input, also where too many samples are bad, and Preempted after SIGTERM; shards
-    that are not whole are then lost.
+    Returns the numbers of rows and of bad examples. Raises UserError for bad input, including too many bad
+    samples, and Preempted after SIGTERM; incomplete shards are then lost.
     """
-    # Before the weights are read: this error should not take minutes.
+    # Checked before the weights are read, so that this error does not take minutes.
     check_free(folder)
-    # Only the tower's own axis is asked for, as far as it fits into this process.
+    # Only devices of this process; parameters are sharded over as much of the config's axis as these allow.
     devices = jax.local_devices()
     fsdp = math.gcd(config.mesh.fsdp, len(devices))
     mesh = make_mesh(dataclasses.replace(config.mesh, data=-1, fsdp=fsdp), devices)
@@ -116,9 +117,9 @@ def embed(config: Config, folder: Path, side: Side, *, batch_size: int | None = 
 
 
 def _tower_parameters(model: Model, side: Side) -> Tree:
-    """Return the tower's parameters in the dtype in which the train step has them, and the scalars.
+    """Return the tower's parameters in the dtypes of the train step, and the scalar parameters.
 
-    Flax asks for the scalars whatever is computed.
+    Flax requires the scalars in every call, whatever is computed.
     """
     params = merge(*first_parameters(model))
     needed = {k: v for k, v in params.items() if k == tower_name(side) or isinstance(v, jax.Array)}

@@ -3,22 +3,23 @@
 DONE = 0
 # Python's own code after a traceback.
 FAILED = 1
+# argparse's own code after a wrong flag.
 BAD_INPUT = 2
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again.
+# EX_TEMPFAIL of sysexits.h: nothing is wrong; the same command resumes the run.
 PREEMPTED = 75
-# Another process of the run is gone, or never came: run the same command again.
+# Another process of the run is gone, or never connected; the same command resumes the run.
 GONE = 76
-# The shells' code after Ctrl-C.
+# The code of shells after Ctrl-C: 128 plus the number of SIGINT.
 INTERRUPTED = 130
 
 
 class UserError(Exception):
-    """A mistake that the user can fix. Its text is one sentence that says what to do."""
+    """A mistake that the user can fix. The text is one sentence that says what is wrong and what to do."""
 
 
 class Preempted(Exception):  # noqa: N818  nothing went wrong
-    """The stop of a run that was asked to stop, and has saved all its work."""
+    """The end of a run that was asked to stop and has saved all its work."""
 
 
 class GoneError(Exception):
-    """The absence of another process of the run. Its text is one sentence that names it."""
+    """The loss of another process of the run. The text is one sentence that names the process."""

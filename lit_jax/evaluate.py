@@ -2,17 +2,17 @@
 
     python -m lit_jax.evaluate --workdir=DIR, or --model=FOLDER_OR_HUB_ID
 
-    --workdir=DIR                       the evaluations of the run's own config, at its latest checkpoint
-                                        or that of --step=N
+    --workdir=DIR                       the evaluations in the run's own config, at its latest checkpoint
+                                        or at the checkpoint of --step=N
     --data=FOLDER --classes=FILE.json   zero-shot classification of other data, with either model
     --data=FOLDER                       the same if the data has a classnames.txt, else image-text retrieval
     --data=FOLDER --train_data=FOLDER   linear probe on other data; with --eval.shots=1,4,16 few-shot
     --eval.KEY=VALUE                    any key of an evaluation: --eval.templates=FILE.json,
                                         --eval.languages=en,de, --eval.data.caption_key=text ...
 
-Prints a table, and writes the numbers to --output as flat JSON, to --results in CLIP_benchmark's layout and
-as Markdown, and to --report as a page for a browser. A run's own evaluations at its latest checkpoint go into
-its results.json and evals/ if not told otherwise. --cache keeps embeddings for the next time.
+The command prints a table, and writes the numbers to --output as flat JSON, to --results in CLIP_benchmark's
+layout and as Markdown, and to --report as an HTML page. By default a run's own evaluations at its latest
+checkpoint are written to its results.json and evals/. --cache=FOLDER keeps embeddings for later commands.
 Exit codes: 0 done, 2 bad input, 76 another process of the same run is gone.
 """
 
@@ -55,14 +55,14 @@ log = logging.getLogger(__name__)
 
 
 EVAL = KeyFlags("eval", EvalConfig)
-# Short forms of keys.
+# Flag -> the key of an evaluation that it abbreviates.
 SHORT = {
     "data": "data.path",
     "split": "data.split",
     "classes": "classes",
     "train_data": "train.path",
 }
-# The kinds that a key is for, where it is not for all.
+# Key -> the kinds of evaluation that use it; other keys are for all kinds.
 _KINDS_OF = {
     "classes": ("zero_shot",),
     "templates": ("zero_shot",),
@@ -71,6 +71,7 @@ _KINDS_OF = {
     "shots": ("few_shot",),
     "draws": ("few_shot",),
 }
+# The keys that matter only during training.
 _IN_TRAINING = ("every", "at_start", "at_end")
 
 
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evals = _evals_of_run(args.workdir)
         if given:
             evals = {name: dataclasses.replace(task, **given) for name, task in evals.items()}
-    # Before the weights: its errors should not take minutes.
+    # Opened before the weights are loaded, so that its errors do not take minutes.
     prepared = open_evals(evals)
     encoder, params, model = _load(args)
     check_tokens(prepared, encoder.tokenizer)
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Return the values of the flags, and those of the keys, in groups as in EvalConfig."""
+    """Return the values of the flags, and the values of the keys, nested as in EvalConfig."""
     parser = Parser("lit_jax.evaluate", __doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     add_path(model, "--workdir", help="folder of a training run")
@@ -120,7 +121,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, An
     given: dict[str, Any] = {}
     for key, text in [*short, *pairs]:
         set_key(given, EVAL, key, text)
-    # For its messages: they should not take minutes.
+    # Parsed only for its errors, which would otherwise come after the devices are set up.
     parse_as(EvalConfig, given, EVAL.name)
     _check(args, given)
     if args.workdir and not given and args.step is None:
@@ -134,8 +135,8 @@ def _names_data(given: Mapping[str, Any]) -> bool:
 
 
 def _check(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
-    """Raise UserError where flags that are right one by one do not fit each other."""
-    # The run's own evaluations may be made with other batches, which changes no result.
+    """Raise UserError if flags that are valid on their own do not fit together."""
+    # The batch size does not change a result, so it may be given for a run's own evaluations, too.
     about_data = [f"--eval.{key}" for key in given if key != "batch_size"]
     if about_data and not _names_data(given):
         raise UserError(
@@ -163,7 +164,7 @@ def _evals_of_flags(given: Mapping[str, Any]) -> dict[str, EvalConfig]:
     """Return the evaluation that the flags describe, by the name of its data."""
     raw = dict(given)
     if "train" in raw:
-        # The training images of a probe are read as the others are.
+        # The training data of a probe are read with the same keys as the test data.
         raw["train"] = raw["data"] | raw["train"]
     if "kind" not in raw:
         probe = "few_shot" if "shots" in raw else "linear_probe"
@@ -185,7 +186,7 @@ def _evals_of_flags(given: Mapping[str, Any]) -> dict[str, EvalConfig]:
 
 
 def _name(config: EvalConfig) -> str:
-    """Return the data set's name for results, by default the last part of its path that says something."""
+    """Return the data set's name in results, by default the last part of its path without a placeholder."""
     path = config.data.path
     path = split_keys(path)[0].partition("?")[0] if "://" in path else str(Path(path).absolute())
     parts = [part for part in path.split("/") if part and "{" not in part]
@@ -214,7 +215,7 @@ def _load(args: argparse.Namespace) -> tuple[Encoder, Params, EvaluatedModel]:
 def load_folder(model: str, position_ids: PositionIds | None = None) -> tuple[Encoder, Params]:
     """Load a dual encoder from a folder or the Hub onto all devices.
 
-    `position_ids` takes the place of the field in its text tower's config.
+    `position_ids` replaces the field in the config of the text tower.
     """
     folder = local_folder(model, config_key="--model")
     hf_config = read_hf_config(folder)
@@ -238,11 +239,11 @@ def load_folder(model: str, position_ids: PositionIds | None = None) -> tuple[En
 
 
 def _text_length(folder: Path, module: DualEncoderModule) -> int:
-    """Return the length that the tokenizer was saved with, at most the positions of the text model."""
+    """Return the length with which the tokenizer was saved, at most the positions of the text model."""
     positions = module.text_model.config.embedding.max_length
     try:
         saved = parse_json((folder / "tokenizer_config.json").read_bytes())["model_max_length"]
-    # load_tokenizer says what is broken.
+    # `load_tokenizer` raises a better error about a broken file.
     except (OSError, ValueError, LookupError, TypeError):
         return positions
     return min(positions, saved or positions)

@@ -25,7 +25,7 @@ from lit_jax.training.workdir import load_run, model_folder
 from lit_jax.training.workdir_errors import quiet_orbax
 from lit_jax.weights.save import save_dual_encoder
 
-# The class for a kind of dual encoder, by model_type; all others have VisionTextDualEncoderProcessor.
+# model_type -> the class of the processor; all other types have VisionTextDualEncoderProcessor.
 PROCESSORS = {
     "clip": transformers.CLIPProcessor,
     "siglip": transformers.SiglipProcessor,
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=int, help="of the checkpoint; the latest if not given")
     args = parser.parse(argv)
     process.open_devices()
-    # Locked parameters are on disk as they were read; float32 exports them unrounded.
+    # The run folder keeps locked parameters as they were read, so float32 exports them without rounding.
     run = load_run(args.workdir, step=args.step, dtype="float32")
     model_type = run.model.hf_config["model_type"]
     processor = Processor(model_folder(args.workdir), run.model.processors.tokenizer, model_type)
@@ -61,11 +61,12 @@ def at_image_size(
     params: dict[str, Any],
     transform: ImageTransform,
 ) -> tuple[DualEncoderModule, dict[str, Any], dict[str, Any]]:
-    """Return module, config and parameters with an image tower for the images that `transform` makes.
+    """Return module, config and parameters with an image tower for the size of `transform`'s images.
 
-    Images that are not square change nothing: not every config of transformers can hold their size.
+    Images that are not square change nothing, because not every config of transformers can describe them.
     """
-    # PyTorch's tower interpolates its positions for images of another size only if a call asks for it.
+    # PyTorch's tower interpolates its position embeddings only if a call asks for it, so the export has
+    # interpolated ones.
     height, width, _ = transform.output_shape
     if height != width or pair(module.vision_model.config.image_size) == (height, width):
         return module, hf_config, params
@@ -79,18 +80,20 @@ def at_image_size(
 
 
 class Processor:
-    """Both halves of the processor of a kind of dual encoder, as transformers 5 and as 4 read them."""
+    """The image processor and the tokenizer of a dual encoder, saved for transformers 4 and 5."""
 
     def __init__(self, folder: Path, tokenizer: Any, model_type: str):
         self._image_processor, self._tokenizer = load_processor(folder), tokenizer
         self._class = PROCESSORS.get(model_type, transformers.VisionTextDualEncoderProcessor)
 
     def save_pretrained(self, save_directory: str) -> None:
+        """Write the files of both. Raise UserError if transformers does not read the tokenizer back."""
         tokenizer = without_state(self._tokenizer)
         both = self._class(image_processor=self._image_processor, tokenizer=tokenizer)
         both.save_pretrained(save_directory)
         finish_saving(self._tokenizer, Path(save_directory))
         check_saved(self._tokenizer, Path(save_directory))
+        # transformers 5 writes a joint processor_config.json; version 4 reads preprocessor_config.json.
         self._image_processor.save_pretrained(save_directory)
 
 

@@ -1,4 +1,4 @@
-"""Paths to write, files that are written as a whole or not at all, and JSON from elsewhere."""
+"""Checked paths, atomic writes, and JSON."""
 
 import contextlib
 import json
@@ -14,17 +14,18 @@ from lit_jax.credentials import hide_keys
 from lit_jax.errors import UserError
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
-# Bytes of a name on Linux and macOS.
+# The most bytes of a file name on Linux and macOS.
 _LONGEST_NAME = 255
-# Orbax lists the parts of a checkpoint by a pattern that begins with the folder's own path. TensorStore
-# takes a backslash for a slash, so that it would look for a checkpoint in another folder.
+# Orbax lists the parts of a checkpoint by a glob pattern that begins with the folder's own path. TensorStore
+# reads a backslash as a slash, so that it would look for a checkpoint in another folder.
 _PATTERN = re.compile(r"[\[\]*?\\]")
 
 
 def local_path(name: str, text: str) -> Path:
-    """Return the path on this machine that the flag or key `name` gives; a leading `~` is the home folder.
+    """Return the local path in the flag or key `name`; a leading `~` is the home folder.
 
-    Raise UserError for an empty text, as of an unset variable, and for an address such as gs://bucket/run.
+    Raise UserError for an empty text, as from an unset variable, for an address such as gs://bucket/run, and
+    for a path that no file system accepts.
     """
     if not text:
         raise UserError(f"{name} is empty; give a path.")
@@ -46,7 +47,7 @@ def local_path(name: str, text: str) -> Path:
 def expand_home(path: str, subject: str) -> Path:
     """Return the path with a leading `~` replaced by the home folder; `subject` begins the error message.
 
-    Raise UserError if there is no such user, or no such folder is known.
+    Raise UserError if the user or the user's home folder is unknown.
     """
     try:
         return Path(path).expanduser()
@@ -55,9 +56,9 @@ def expand_home(path: str, subject: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return lit_jax's folder among the user's caches, which need not exist.
+    """Return lit_jax's folder among the user's caches, which may not exist yet.
 
-    A user without a home folder, as in some containers, has one among the temporary files.
+    A user without a home folder, as in some containers, gets a folder among the temporary files.
     """
     given = os.environ.get("XDG_CACHE_HOME")
     try:
@@ -67,14 +68,14 @@ def cache_folder() -> Path:
 
 
 def output_path(name: str, text: str) -> Path:
-    """Return the path to write that the flag or key `name` gives.
+    """Return the path to write in the flag or key `name`.
 
-    Raise UserError as `local_path`, and if a library would take the path for a pattern of paths.
+    Raise UserError in the cases of `local_path`, and if a library would read the path as a glob pattern.
     """
     path = local_path(name, text)
     try:
         resolved = str(path.resolve())
-    # A loop of links, about which the first write raises an error.
+    # The links form a loop, about which the first write raises an error.
     except (OSError, RuntimeError):
         resolved = str(path.absolute())
     if found := _PATTERN.search(resolved):
@@ -90,9 +91,9 @@ def output_path(name: str, text: str) -> Path:
 def io_errors(
     remedy: str, path: Path | None = None, also: type[Exception] = OSError
 ) -> Iterator[None]:
-    """Turn an error of writing `path`, or the file that the error names, into a UserError with a remedy.
+    """Turn an error of writing `path` into a UserError with a remedy.
 
-    `also` is a class of errors that count beside OSError.
+    Without `path` the error itself names the file. `also` is a class of errors to turn besides OSError.
     """
     try:
         yield
@@ -105,9 +106,9 @@ def io_errors(
 
 
 def output_errors(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Turn an error of writing the --output of a command that resumes into a UserError.
+    """Turn an error of writing the --output of a resumable command into a UserError.
 
-    Nothing may run on a device in this context: JAX raises RuntimeError, as ArrayRecord does.
+    Nothing may run on a device in this context: JAX raises RuntimeError, like ArrayRecord.
     """
     remedy = "fix that and run the same command again, which resumes, or choose another --output"
     return io_errors(remedy, folder, RuntimeError)
@@ -115,18 +116,18 @@ def output_errors(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a new path to write, whose file takes the place of `path` when the block ends without an error.
+    """Yield a temporary path, whose file replaces `path` when the block ends without an error.
 
-    The new path belongs to this attempt alone: several processes may write the same file at the same time.
-    The file that a killed process leaves behind is hidden and ends in .new.
+    The temporary path is unique, so that several processes may write the same file at the same time. A killed
+    process leaves a hidden file that ends in .new.
     """
-    # Cut, so that a name as long as a file system takes still has room for the rest.
+    # The name is cut, so that even the longest one leaves room for the rest.
     new = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}.new")
     try:
         yield new
         new.replace(path)
     except OSError as error:
-        # The user knows the file, not the new path beside it.
+        # The message should name the user's file instead of the temporary one.
         if error.filename in (None, str(new)):
             error.filename = str(path)
         raise
@@ -135,20 +136,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Write a file (a text in UTF-8) as a whole or not at all."""
+    """Write a file completely or not at all; a text is encoded in UTF-8."""
     with atomic_path(path) as new:
         new.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def parse_json(content: str | bytes) -> Any:
-    """Return the value of a JSON text. Raise ValueError if it has none, also where it is nested too deep."""
+    """Return the value of a JSON text. Raise ValueError if it is invalid or nested too deeply."""
     try:
         return json.loads(content)
-    # A few bytes a level are enough for it.
+    # A hostile file needs only a byte for each level.
     except RecursionError:
         raise ValueError("its brackets are nested too deep") from None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file as a whole or not at all."""
+    """Write a JSON file completely or not at all."""
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Plan a run: compile the train step of a config for TPUs that need not be there.
+"""Plan a run: compile the train step of a config for TPUs that you need not have.
 
     python -m lit_jax.plan --config=configs/vit_bert.py:base --topology=v5e:4x4
 
@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.output.parent.is_dir() or args.output.is_dir():
         raise UserError(f"--output={args.output} must name a file in a folder that exists.")
     set_flags()
-    # First: it keeps JAX to the CPU, whatever JAX_PLATFORMS says; a config file may ask JAX for its devices.
+    # First, because it restricts JAX to the CPU, whatever JAX_PLATFORMS says, and a config file may ask JAX
+    # for its devices.
     topology = open_topology(args.topology, slices=args.slices)
     config = load_config(args.config, overrides)
     plan = make_plan(config, topology, slices=args.slices, compilations=args.compilations)

@@ -3,9 +3,9 @@
     python -m lit_jax.train --config=configs/vit_bert.py --workdir=DIR
 
 --config takes a file and its argument (configs/vit_bert.py:base,batch=1024); each key of the config can
-be overridden (--config.schedule.learning_rate=3e-4). Given again, the command goes on from the latest
-checkpoint. Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM with all saved, 76 another process of
-the run is gone (run it again to go on).
+be overridden (--config.schedule.learning_rate=3e-4). To resume an interrupted run from its latest
+checkpoint, run the same command again. Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM with all work
+saved, 76 another process of the run is gone; after 75 or 76 run the same command again.
 """
 
 import sys
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="config keys, joined by commas, that may differ from those the run was started with",
     )
     args, overrides = parser.parse_with_keys(argv)
-    process.initialize()  # first: a config file may ask JAX for its devices
+    # First, because a config file may ask JAX for its devices.
+    process.initialize()
     config = load_config(args.config, overrides)
     fit(config, args.workdir, allowed_changes=args.allow_changes.split(","))
 
@@ -66,37 +67,37 @@ def fit(
     callbacks: Sequence[tuple[str, Callback]] = (),
     allowed_changes: Collection[str] = (),
 ) -> TrainedModel:
-    """Train a model as the command does, or go on from the latest checkpoint in `workdir`.
+    """Train a model as the command does, or resume from the latest checkpoint in `workdir`.
 
-    Objects that are passed are described in config.json, by module, qualified name and fields: a run goes
-    on only with the same objects.
+    Passed objects are described in config.json by module, qualified name and fields, and a run resumes only
+    with the same objects.
 
     Args:
-        config: of the run; the ConfigDict of a recipe is parsed.
-        source: training data in the place of config.data.train and config.data.mixture: anything with
+        config: the config of the run; the ConfigDict of a recipe is parsed.
+        source: training data that replace config.data.train and config.data.mixture: anything with
             `len(source)` and `source[i]`, which returns an `Example` (lit_jax.data.example).
-        loss: takes the output of the model (`DualEncoderOutput`) and the batch, and returns the value to
-            minimise, a float32 scalar, and a dict of metrics. It sees the whole batch of all devices.
-        optimizer: of optax, in the place of config.optimizer and config.schedule: clipping, weight decay and
-            learning rate are its own. config.policy.learning_rate still multiplies its updates.
-        towers: by their side, "image" or "text": modules of a subclass of lit_jax.models.tower.Tower, in the
-            place of those in the folders of config.model, which still have the processors. A pretrained one
-            comes as (module, parameters). Such a model cannot be exported, and only `lit_jax.load_run` with
+        loss: a function of the model's output (`DualEncoderOutput`) and the batch over all devices. It
+            returns the value to minimise, a float32 scalar, and a dict of metrics.
+        optimizer: an optax optimizer that replaces config.optimizer and config.schedule, and does its own
+            clipping, weight decay and learning rate. config.policy.learning_rate still scales its updates.
+        towers: modules by side, "image" or "text", of a subclass of lit_jax.models.tower.Tower. They replace
+            the towers in the folders of config.model, which still provide the processors. A pretrained tower
+            is a pair (module, parameters). Such a model cannot be exported, and only `lit_jax.load_run` with
             the same towers reads it.
-        callbacks: pairs of a duration such as "1000 steps" and a function, which is called with the
-            `TrainedModel` each time that many steps have been taken, on all processes. Its result, a
-            dict of numbers or None, is reported with the metrics. If the run is stopped between a checkpoint
-            and a call, the resumed run does not make the call.
-        allowed_changes: keys of the config that may differ from those the run was started with; also
-            "source", "loss", "optimizer" and "towers", and "data" for other examples.
+        callbacks: pairs of a duration such as "1000 steps" and a function that is called with the
+            `TrainedModel` after every such number of steps, on all processes. Its result, a dict of numbers
+            or None, is reported with the metrics. If the run stops between a checkpoint and a call, the
+            resumed run does not make that call.
+        allowed_changes: config keys that may differ from those with which the run was started; also "source",
+            "loss", "optimizer" and "towers", and "data" for other examples.
 
-    Returns the trained model. Raises UserError on bad input, and Preempted after SIGTERM, once a checkpoint
+    Returns the trained model. Raises UserError for bad input, and Preempted after SIGTERM, when a checkpoint
     of the last step is on disk.
     """
     if not isinstance(config, Config):
         config = parse(config)
     make_missing(sources_of(config))
-    # Opened before training: a mistake in an evaluation should not cost a run.
+    # Opened before training, so that a mistake in an evaluation does not cost a run.
     evaluations = ConfiguredEvaluations(config, Path(workdir), runner.open_evals(config.evals))
     own: OwnTowers = {
         side: tower if isinstance(tower, tuple) else (tower, None) for side, tower in towers.items()
@@ -108,7 +109,7 @@ def fit(
 
 
 class ConfiguredEvaluations(Evaluations):
-    """The evaluations of a config; those of the last step are kept, since the end needs them again."""
+    """The evaluations of a config. The latest results are kept, because the end of a run needs them again."""
 
     def __init__(self, config: Config, workdir: Path, prepared: Sequence[runner.PreparedEval]):
         self._config, self._workdir = config, workdir
@@ -117,17 +118,20 @@ class ConfiguredEvaluations(Evaluations):
         self._step = -1
 
     def check(self, tokenizer: Any) -> None:
+        """Check the texts of all evaluations with the run's tokenizer; see `runner.check_tokens`."""
         runner.check_tokens(self._prepared, tokenizer)
 
     def measure(self, trained: TrainedModel, names: Collection[str]) -> runner.Metrics:
+        """Run the evaluations with these keys of config.evals, and return their metrics under flat names."""
         chosen = [task for task in self._prepared if task.key in names]
         return runner.flatten_metrics(self._evaluate(trained, chosen))
 
     def finish(self, trained: TrainedModel) -> None:
+        """Run the evaluations for the end of the run, and write all results."""
         finish(self._config, self._workdir, trained, self._finally(trained))
 
     def _finally(self, trained: TrainedModel) -> list[runner.Evaluation]:
-        """Return the evaluations at the end of a run, of which only those that are not done yet are run."""
+        """Return the evaluations for the end of a run; those done at this step already are not repeated."""
         chosen = [task for task in self._prepared if task.config.at_end]
         done = self._done if self._step == trained.step else {}
         self._evaluate(trained, [task for task in chosen if task.name not in done])
@@ -143,7 +147,7 @@ class ConfiguredEvaluations(Evaluations):
 
 
 def encoder_of(trained: TrainedModel) -> Encoder:
-    """Return the encoder that evaluates a trained model."""
+    """Return the encoder for the evaluations of a trained model."""
     model = trained.model
     return Encoder.from_processors(model.module, model.mesh, model.processors)
 
@@ -151,7 +155,7 @@ def encoder_of(trained: TrainedModel) -> Encoder:
 def finish(
     config: Config, workdir: Path, trained: TrainedModel, evaluations: Sequence[runner.Evaluation]
 ) -> None:
-    """Write results.json, evals/ and the report, and print what the user sees last."""
+    """Write results.json, evals/ and the report, and print the metrics and the paths of the results."""
     if not process.is_primary():
         return
     results = runner.flatten_metrics(evaluations)

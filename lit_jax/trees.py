@@ -1,8 +1,8 @@
 """Nested dicts of parameters by path: 'vision_model/encoder/layer/mlp/fc2/kernel'.
 
-Equal blocks are stacked: below `layer/` a parameter has a leading depth axis. The blocks of it count from 0,
-those of `layer_from_7/`, a stack behind another one, from 7. Block 11, if it is in no stack, is `layer_11/`.
-A tower may be cut into stacks anywhere; rules and files know a block by its number alone.
+Equal blocks are stacked: below `layer/` a parameter has a leading depth axis. The blocks of `layer/` count
+from 0, and those of `layer_from_7/`, a stack behind another one, from 7. Block 11 on its own is `layer_11/`.
+A tower may be split into stacks anywhere; rules and files identify a block by its number alone.
 """
 
 import re
@@ -19,19 +19,19 @@ BLOCK = re.compile(r"\blayer_(\d+)/")
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Return the leaves by their paths, in the tree's order."""
+    """Return the leaves by path, in the order of the tree."""
     return traverse_util.flatten_dict(tree, sep="/")  # pyright: ignore[reportReturnType]
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the nested dict that `flatten` flattened."""
+    """Return the nested dict from leaves by path; the inverse of `flatten`."""
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def block_paths(path: str, shape: tuple[int, ...]) -> list[str]:
     """Return the path of each block's part of a parameter, such as '.../layer_3/mlp/fc2/kernel'.
 
-    A parameter that is in no stack has one part, itself.
+    A parameter outside a stack has a single part, the parameter itself.
     """
     if not (stack := STACK.fullmatch(path)):
         return [path]
@@ -40,16 +40,17 @@ def block_paths(path: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def is_in_block(path: str) -> bool:
-    """Return whether a parameter is one of a block, which may be in a stack or by itself."""
+    """Return whether a parameter belongs to a block, in a stack or on its own."""
     return bool(STACK.fullmatch(path) or BLOCK.search(path))
 
 
 def restack(params: Tree, shapes: Tree) -> dict[str, Any]:
-    """Return the parameters of a tower that is cut into stacks as `shapes`, which may have more leaves.
+    """Return the parameters of a tower, split into stacks as in `shapes`, which may have more leaves.
 
-    A parameter that lies alike in both is passed on as it is; others are copied.
+    A parameter with the same path and shape in both is passed on as it is; others are copied.
     """
     flat, wanted = flatten(params), flatten(shapes)
+    # Only the blocks whose stacks differ are taken apart: stacking copies gigabytes.
     blocks: dict[str, Any] = {}
     for path, leaf in flat.items():
         if path not in wanted or wanted[path].shape != leaf.shape:

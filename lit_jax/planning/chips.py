@@ -44,7 +44,7 @@ class Chip:
 _PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SPACE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x4", "8x8x8", "8x8x16")
 
-# Sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "Key specifications". Those pages give the bandwidth
+# Sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "Key specifications". These pages give the bandwidth
 # between chips for both directions together, this table for one. v4 has six links of 50 GB/s (Jouppi et al.,
 # 2304.01433). Data-centre network: the same pages give 6.4 Tbps for a pod of 256 v5e (two cards of 100 Gbps
 # for a host of eight), 25.6 Tbps for a pod of 256 v6e (four of 200), 50 Gbps for a chip of v5p, and nothing
