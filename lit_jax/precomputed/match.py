@@ -180,8 +180,8 @@ def _open(
             f"config.data.views is None, so each image is augmented anew each time; set it to {found.views} "
             f"or fewer, the views in {folder}, or train without config.data.image_embeddings."
         )
-    # The number of examples comes first: its message is clearer than that of another fingerprint.
     wanted = describe_wanted()
+    # The number of examples comes first: its message is clearer than that of another fingerprint.
     if found.examples != wanted.examples:
         counts = f"{found.examples} examples, where this config's data are {wanted.examples}"
         raise _differs(side, folder, counts)

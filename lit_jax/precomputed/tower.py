@@ -71,7 +71,7 @@ def _start(
     output: Output,
 ) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
     for batch in batches:
-        # The mesh is set inside the loop: around it, the generator would leave the mesh set in its caller.
+        # The mesh is set anew for each batch. It stays set while the generator is suspended at this yield.
         with jax.set_mesh(mesh):
             yield _outputs(params, global_batch(batch, mesh), module, side, output)
 
