@@ -118,6 +118,7 @@ def _usable(folder: Path) -> Iterator[None]:
 def _geometry(processor: Any, folder: Path) -> dict[str, Any]:
     """Return height, width, resize and center_crop of the transform. Raise UserError if the size varies."""
     size = dict(processor.size or {})
+    # transformers describes a size either by the shorter edge or by both edges.
     resize = size.get("shortest_edge") or (size.get("height"), size.get("width"))
     resize = resize if processor.do_resize else None
     crop = dict(processor.crop_size) if processor.do_center_crop else None

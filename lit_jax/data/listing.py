@@ -78,6 +78,7 @@ def walk(folder: File) -> Iterator[str]:
     seen, again = set(), []
     while todo:
         inside, real_paths = todo.pop()
+        # The same folder under several links is allowed, but reported: its files count several times.
         if real_paths[-1] in seen:
             again.append(inside)
         seen.add(real_paths[-1])
@@ -101,6 +102,7 @@ def walk(folder: File) -> Iterator[str]:
 
 def _real_path(folder: os.DirEntry[str], parents: Sequence[str]) -> str:
     """Return the real path of a folder. Raise UserError if the path contains one of the folder's parents."""
+    # Only a link needs `realpath`, which asks the file system about every part of a path.
     if not folder.is_symlink():
         return os.path.join(parents[-1], folder.name)
     real = os.path.realpath(folder.path)

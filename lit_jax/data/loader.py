@@ -247,6 +247,7 @@ class TrainStream:
 
         A checkpoint holds the position of the first process, whose counts all processes continue.
         """
+        # Threads and workers have prefetched batches of the old position.
         self.close()
         self._open(state["next_batch"])
         self._samples_read, self.bad_samples = state["samples_read"], dict(state["bad_samples"])
@@ -263,6 +264,7 @@ class TrainStream:
         threads = grain.ReadOptions(
             num_threads=self._config.threads, prefetch_buffer_size=self._config.threads
         )
+        # To resume is to slice, because the order depends on the position alone.
         batches = self._batches.slice(slice(start, None)).to_iter_dataset(threads)
         workers = grain.multiprocessing.MultiprocessingOptions(num_workers=self._config.workers)
         self._iterator = iter(batches.mp_prefetch(workers, _start_worker))

@@ -71,9 +71,11 @@ def _folder(script: str) -> Path:
 
 
 def _make(script: str, folder: Path) -> None:
+    # Beside the final folder, so that the rename stays within one file system.
     new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.new")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        # The same interpreter, so that the script finds the packages of this environment.
         command = [sys.executable, expand_home(script, script), new]
         code = subprocess.run(command, check=False).returncode
         if code or not new.is_dir():

@@ -68,6 +68,7 @@ class Mixture:
         span = self.span(index)
         name = list(self.parts)[bisect.bisect_right(self._ends, index)]
         example = self.parts[name][index - span.start]
+        # Two sources may have the same keys, so the key names the source, too.
         return {**example, "key": f"{name}/{example['key']}"}
 
     def span(self, index: int) -> range:
@@ -91,6 +92,7 @@ def training_order(source: Source, seed: int) -> grain.MapDataset[int]:
         parts.append(_shuffled(range(start, start + len(part)), seed ^ zlib.crc32(name.encode())))
         start += len(part)
     mixed = grain.MapDataset.select_from_datasets(parts, Interleave(tuple(source.weights.values())))
+    # The seed of the random maps behind the mixture.
     return mixed.seed(seed)
 
 

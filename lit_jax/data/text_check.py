@@ -109,9 +109,11 @@ def text_statistics(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) ->
     room = tokenizer.model_max_length - special
     found = token_ids(tokenizer, texts)
     is_cut_left = tokenizer.truncation_side == "left"
+    # A tokenizer may cut texts at either end.
     kept = [tuple(ids[-room:] if is_cut_left else ids[:room]) for ids in found]
     unknown, blank = _unknown_id(tokenizer), _blank_id(tokenizer)
     tokens = sum(len(ids) - ids.count(blank) for ids in kept)
+    # Different texts with the same kept ids look alike to the text tower.
     said: dict[tuple[int, ...], set[str]] = defaultdict(set)
     for ids, text in zip(kept, texts, strict=True):
         said[ids].add(_plain(text))
@@ -172,6 +174,7 @@ def _positions(source: Source) -> list[int]:
     positions, start = [], 0
     for part in parts:
         count = min(len(part), max(SAMPLED // len(parts), NEIGHBOURS))
+        # The blocks are evenly spaced and do not overlap: the gaps between them share the remaining examples.
         blocks = -(-count // NEIGHBOURS)
         for block in range(blocks):
             first = start + block * (len(part) - count) // max(blocks - 1, 1) + block * NEIGHBOURS

@@ -59,6 +59,7 @@ class DelimitedSource:
         if not len(self):
             raise UserError(f"{file} has the names of its columns, and no line after them.")
         check_names(self._names, [config.image_key, config.caption_key, config.label_key], file)
+        # Decided once for the whole table, since a single row does not show how pandas wrote the column.
         labels = {label for row in first_rows(self) if (label := row.get(config.label_key))}
         labels = {label for label in labels if not _NAN.fullmatch(label)}
         self._whole_labels = bool(labels) and all(map(_WHOLE.fullmatch, labels))
@@ -67,6 +68,7 @@ class DelimitedSource:
         """Return the fields of the first line, and set whether blanks around fields are stripped."""
         try:
             first = self._fields(self._lines[0])
+            # `_blanks` changes the way `_fields` splits a line, so the line is split again.
             self._blanks = first != [*map(str.strip, first)]
             return self._fields(self._lines[0])
         except UnicodeDecodeError as error:
@@ -87,6 +89,7 @@ class DelimitedSource:
         image = self._text_only or config.image_key in first
         if image and {config.caption_key, config.label_key, "captions"} & set(first):
             return True
+        # Conceptual Captions has no names of columns: its first line is a caption and an image.
         pair = not self._comma and len(first) == 2
         if pair and self._is_image(first[1]):
             return False
@@ -121,6 +124,7 @@ class DelimitedSource:
         try:
             return find(self._lines.file.parent / field).is_file()
         except OSError as error:
+            # The field is a long caption instead of a path.
             if error.errno == errno.ENAMETOOLONG:
                 return False
             raise

@@ -56,6 +56,7 @@ def open_flickr(file: File) -> ListedSource:
 
 def _rows(text: str) -> Iterator[tuple[str, tuple[str, str] | None]]:
     """Yield each line with (image, caption), or None if the line has another form."""
+    # Not `splitlines`, which would also split captions at separators such as U+2028.
     lines = [*filter(str.strip, text.split("\n"))]
     first = lines[0] if lines else ""
     if "\t" in first or "|" in first:

@@ -55,6 +55,7 @@ class ListedSource:
         self._captions, self._problems = None, {}
         if captions is not None:
             texts = [[text for text in of_one if text is not None] for of_one in captions]
+            # Raised on access, so that one bad caption does not prevent the data set from being opened.
             self._problems = {
                 i: text for i, of_one in enumerate(texts) for text in map(_problem, of_one) if text
             }
@@ -152,6 +153,7 @@ def open_coco(file: File, split: str | None) -> ListedSource:
     with parsing(file):
         content = parse_json(read_text(file))
         captions = collections.defaultdict(list)
+        # COCO lists captions apart from the images, and joins them by the image's id.
         for annotation in content["annotations"]:
             captions[annotation["image_id"]].append(annotation["caption"])
         pairs = [(image["file_name"], image["id"]) for image in content["images"]]
@@ -232,6 +234,7 @@ def folder_of_images(file: File, names: Sequence[str], split: str | None = None)
 
     Raises UserError if no folder contains an image.
     """
+    # Annotations often have a folder of their own beside the images, so the folder above is tried, too.
     bases = [
         base / name for base in (file.parent, file.parent.parent) for name in (".", *IMAGE_FOLDERS)
     ]

@@ -35,6 +35,7 @@ def with_names_of(file: File, config: SourceConfig) -> SourceConfig:
     for key, others in _OTHER_NAMES.items():
         default = getattr(SourceConfig, key)
         found = next((name for name in others if name in names), None)
+        # A key that the user has set, or a column of the default name, takes precedence.
         if getattr(config, key) == default and default not in names and found:
             changed[key] = found
     return dataclasses.replace(config, **changed)

@@ -139,6 +139,7 @@ def open_pairs(
     # Each folder's batch has dictionaries of its own, and chunks can be combined only with the same ones.
     table = table.unify_dictionaries().combine_chunks()
     source = PairSource(folder, table, config, text_only=text_only)
+    # The table shows labels in cls files; labels in json need a look into some samples.
     labels_missing = table["cls"].null_count == len(table) and not _has_label(source)
     if text_only or not labels_missing or not _may_be_classes(paths):
         return source

@@ -45,6 +45,7 @@ def example_of(
     if content is None and not text_only:
         raise BadSampleError(f'"{config.image_key}" is missing', "missing")
     if isinstance(content, str):
+        # A text tower needs no image, so the image may stay on the web.
         unused = text_only and content.startswith(WEB)
         image = None if unused else _located(content, config.image_key, folder)
     else:
@@ -199,6 +200,7 @@ def resolve(path: str, folder: File) -> str | None:
     return os.path.realpath(f"{real}/{name}") if name in links else f"{real}/{name}"
 
 
+# Cached, because the many images of a table lie in few folders.
 @functools.lru_cache(maxsize=1 << 16)
 def _real(folder: str) -> tuple[str, frozenset[str]]:
     """Return the real path of a folder, and the names of the links in the folder."""

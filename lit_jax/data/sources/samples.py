@@ -177,6 +177,7 @@ def _listed(counts: Counts) -> str:
 
 
 def _count(counts: Counts, what: str, names: Sequence[str], number: int = 1) -> None:
+    # Data with a different ending for each file would otherwise make an endless message.
     if what not in counts and len(counts) >= _KINDS:
         what = "other"
     known, examples = counts.get(what, (0, []))
@@ -195,10 +196,12 @@ def _read(
     images = described = surplus = 0
     for key, group in _groups(members, last_dot, place, unread):
         chosen = {field: _choose(field, found) for field, found in group.items()}
+        # Files without a required field are no sample; they are counted as unread.
         if not any(field in group for field in at_least):
             for member in [m for found in group.values() for m in found.values()]:
                 _count(unread, f".{_suffix(member)}", [place + member.folder + member.name])
             continue
+        # One unusable member makes the whole sample unusable.
         flaw = next((m.flaw for found in chosen.values() for m in found if m.flaw), "")
         if "image" not in chosen:
             problems.add((place + key, "no image"))
@@ -238,6 +241,7 @@ def _groups(
             _count(unread, what, [place + member.folder + member.name])
             continue
         key, ending = member.folder + stem, ending.lower()
+        # As in WebDataset, a repeated ending starts a new sample, even under the same key.
         if key != current or ending in group.get(field, ()):
             if current is not None:
                 yield current, group

@@ -46,6 +46,7 @@ def among_classes(names: Collection[str], *, nested: bool) -> list[str]:
             may contain pictures of trains.
     """
     found = sorted(filter(is_split, names))
+    # A folder "train" beside a folder "test" means splits, whatever other folders there are.
     exact = [
         [name for name in names if re.fullmatch(kind, name, re.IGNORECASE)]
         for kind in (_TRAIN, _OTHER)

@@ -97,8 +97,10 @@ def open_index(files: Sequence[File]) -> TarIndex:
     if found := cache.load():
         return TarIndex(found)
     log.info("The samples of %d tar files are being indexed.", len(files))
+    # Threads overlap the waiting for a network disk or an object store.
     with ThreadPoolExecutor(16) as pool:
         scanned = list(pool.map(_scan, range(len(files)), files))
+    # One decision for all files, because a single shard may not show at which dot the names end.
     readings = samples.decide([readings for readings, _ in scanned])
     broken = [f"{file.name} {end}" for file, (_, end) in zip(files, scanned, strict=True) if end]
     said = samples.remarks(readings) | ({"broken": "; ".join(broken)} if broken else {})

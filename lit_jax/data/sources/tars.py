@@ -32,6 +32,7 @@ class TarSource:
         self._text_only = text_only
         self._index = open_index(self._files)
         place = files[0] if len(files) == 1 else files[0].parent
+        # The remarks are cached with the index, so that every start shows them and not only the first.
         for problem, remark in self._index.remarks.items():
             if not (text_only and problem == "no image"):
                 log.warning("%s: %s.", place, remark)
@@ -53,6 +54,7 @@ class TarSource:
             for (field, start, stop), content in zip(
                 entry.members, _contents(file, entry), strict=True
             ):
+                # The file may have been truncated after it was indexed.
                 if len(content) < stop - start:
                     raise BadSampleError(f"{file} ends within it; get the file again")
                 parts.setdefault(field, []).append(content)

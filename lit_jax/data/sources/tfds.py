@@ -42,6 +42,7 @@ class TfdsSource:
         features = builder.info.features
         leaves = dict(_leaves(features))
         has_image = isinstance(dict(features.items()).get(config.image_key), tfds.features.Image)
+        # A key may name a feature inside a group, such as "captions/text".
         named = {config.caption_key.partition("/")[0], config.label_key.partition("/")[0]}
         if not has_image or not named & {*features}:
             raise UserError(
@@ -159,6 +160,7 @@ def _leaves(feature: Any, path: str = "", rank: int = 0) -> Iterator[tuple[str, 
     import tensorflow_datasets as tfds
 
     if isinstance(feature, tfds.features.Sequence):
+        # A sequence adds a dimension to each feature inside.
         yield from _leaves(feature.feature, path, rank + 1)
     elif isinstance(feature, tfds.features.FeaturesDict):
         for name, part in feature.items():
