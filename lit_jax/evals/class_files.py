@@ -87,6 +87,7 @@ def classes_in(config: SourceConfig, language: str = "en") -> File | None:
     try:
         place = locate(paths[0])
         folder = place.parent if place.suffix.lower() == ".tar" else place
+        # In CLIP_benchmark's layout the files lie beside the folders of the splits, one level above the data.
         is_split = folder.name in {*_SPLITS, config.split}
         for home in (folder, folder.parent) if is_split else (folder,):
             if (home / CLASS_NAMES).is_file():

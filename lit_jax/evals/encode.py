@@ -172,6 +172,7 @@ class Encoder:
             return embed()
 
         def name() -> str:
+            # The checksums of the parameters are computed on the devices.
             with jax.set_mesh(self.mesh):
                 return fingerprint([_CACHE_FORMAT, repr(self.module), *parts()])
 
@@ -180,6 +181,7 @@ class Encoder:
     def _text_batches(self, tokens: Batch) -> Iterator[Batch]:
         count = len(tokens["input_ids"])
         share = self.rows // jax.process_count()
+        # Every process takes its share of each global batch, so the last batch is padded.
         index = np.full(-(-count // self.rows) * self.rows, -1, np.int32)
         index[:count] = np.arange(count)
         for rows in index.reshape(-1, jax.process_count(), share)[:, jax.process_index()]:

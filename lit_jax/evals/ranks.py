@@ -98,6 +98,7 @@ def _own_scores(
 @functools.partial(jax.jit, static_argnames=("mesh", "block"))
 def _diagonal(images_CxE, texts_CxE, *, mesh: Mesh, block: int):
     def local(images_CxE, texts_CxE):
+        # A whole block is multiplied for its diagonal: only the same product gives bit-equal scores.
         pairs = _blocks(images_CxE, block), _blocks(texts_CxE, block)
         return jax.lax.map(lambda pair: jnp.diagonal(_scores(*pair)), pairs).reshape(-1)
 

@@ -38,6 +38,7 @@ def captions_of(source: Source, language: str = "") -> list[tuple[str, ...]]:
         captions.append(texts)
     if any(captions):
         return captions
+    # The remedy depends on the cause: an unwanted language, unreadable examples, or a wrong key.
     if languages:
         asked = f"the language {language!r}" if language else "a language that is asked for"
         raise UserError(
@@ -97,6 +98,7 @@ def evaluate_retrieval(
         raise UserError(
             "No image with a caption can be decoded; retrieval has nothing to look for."
         )
+    # The texts of all images are in one flat list, and this index maps each text to its image.
     image_of_text_M = np.repeat(np.arange(len(kept)), [len(captions[i]) for i in kept.tolist()])
     embeds = image_embeds_NxE[kept], encoder.texts(params, texts)
     return RetrievalResult(

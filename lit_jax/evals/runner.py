@@ -84,6 +84,7 @@ def open_evals(evals: Mapping[str, EvalConfig]) -> list[PreparedEval]:
     for key, config in evals.items():
         _check(key, config)
         for language in config.languages or (DEFAULT_LANGUAGE,):
+            # The language is part of the name only if there are several.
             parts = [config.kind, key, *([language] if len(config.languages) > 1 else [])]
             captions = config.kind == "retrieval" and bool(config.languages)
             labelled = config.kind != "retrieval"

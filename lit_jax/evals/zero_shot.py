@@ -92,6 +92,7 @@ def embed_classes(encoder: Encoder, params: Params, classes: Classes) -> Float[n
     embeds_CTxE = encoder.texts(params, [text for of_class in texts for text in of_class])
     starts_C = np.cumsum([0, *map(len, texts[:-1])])
     count_Cx1 = np.array([[len(of_class)] for of_class in texts], np.float32)
+    # The texts of all classes are embedded in one list; `reduceat` sums the rows of each class.
     embeds_CxE = np.add.reduceat(embeds_CTxE, starts_C, axis=0) / count_Cx1
     length_Cx1 = np.linalg.norm(embeds_CxE, axis=1, keepdims=True)
     # The bound keeps zero embeddings zero instead of NaN.
