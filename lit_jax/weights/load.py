@@ -64,6 +64,7 @@ def load_tower_and_pooler(
     """
     file = _open_tower(folder, module, variant)
     params, _ = _take_tower(file, module)
+    # SigLIP's config can say that the checkpoint has no pooler.
     has_none = "pooler" not in module.poolings or not getattr(
         module.config, "vision_use_head", True
     )

@@ -266,6 +266,7 @@ def _move_into(target: pathlib.Path, new: pathlib.Path) -> None:
 
     Raise UserError if `target` holds another kind of model.
     """
+    # Listed before the move, which makes new and old weights indistinguishable.
     weights = files.weights_in(target)
     if weights or (target / "config.json").exists():
         _check_same_class(target, new)

@@ -52,6 +52,7 @@ def read(file: pathlib.Path) -> dict[str, np.ndarray]:
             )
     with zipfile.ZipFile(file) as archive:
         _check_sizes(archive, file)
+        # torch.save names the topmost folder after the saved file, so only the end of the path is known.
         (program,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         state = _Unpickler(archive, program, file).load()
     if not isinstance(state, dict):
