@@ -84,6 +84,7 @@ def network_traffic(hlo: str, devices: Sequence[Any]) -> Traffic:
             size = times * shape_bytes(array.shape) * SENT[transfer.kind](transfer.slices)
             is_overlapped = _is_overlapped(instruction, inside)
             for host, senders in Counter(hosts[device] for device in transfer.senders).items():
+                # All chips of a host share its network, including those that send nothing.
                 of_chip = size * senders / chips[host]
                 communicated[host, transfer.kind] += of_chip
                 exposed[host, transfer.kind] += 0 if is_overlapped else of_chip

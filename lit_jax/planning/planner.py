@@ -121,6 +121,7 @@ def make_plan(
     fixed = sum(resident[kind] for kind in ("parameters", "optimizer", "frozen"))
     hbm = first.limit or int(topology.chip.hbm_gib * 2**30)
     chips = step.model.mesh.size
+    # The batch has to be divisible among the devices and the micro-batches.
     unit = chips * config.accumulate
     while len(tried) < compilations:
         candidate = next_batch(tried, fixed, hbm, unit)
@@ -250,6 +251,7 @@ def next_batch(tried: Mapping[int, Compiled], fixed: int, hbm: int, unit: int) -
         margin = (too_large - fits) / 8
         guess = min(max(guess, fits + margin), too_large - margin)
     else:
+        # A far extrapolation is unreliable, so the batch grows at most 8 times at once.
         guess = min(max(guess, 1.05 * fits), 8 * fits)
     candidate = int(guess) // unit * unit
     candidate = max(candidate, fits + unit)
