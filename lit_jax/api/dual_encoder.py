@@ -149,6 +149,7 @@ class DualEncoder(Model):
         module = DualEncoderModule(
             image.module, text.module, projection_dim, logit_scale_init=logit_scale_init_value
         )
+        # Only the projections and the scalars of the logits are drawn at random.
         towers = {"vision_model": image.params, "text_model": text.params}
         params = init_params(module, module.example_batch, seed, given=towers)
         return cls(config=as_config(hf), module=module, params=params)
@@ -209,6 +210,7 @@ class DualEncoder(Model):
         return text_inputs(self.module.text_model.config.embedding.rows, *given, further=further)
 
     def _loss(self, *embedded: Array | None) -> Array:
+        # The table has the loss with which each type of model was trained.
         system = SYSTEMS[self.config.model_type]
         return make_loss(system.loss, label_smoothing=system.label_smoothing)(*embedded)
 

@@ -83,6 +83,7 @@ class _TowerModel(Model):
             hf = hub.read_tower_config(folder, cls.side)
         else:
             hf = hub.tower_part(read_given(config), cls.side)
+        # Checked before the tower is built, for a clear error about a model of the other side.
         check_side(cls.side, hf, str(folder))
         hf = hub.override(hf, changes, "")
         module = build_tower(hf, pooling=pooling, dtype=as_dtype(dtype))
