@@ -89,6 +89,7 @@ def clip_benchmark(
     if config.kind == "few_shot":
         parts = [(f"_{k}_shot", _metrics_of_shots(evaluation.metrics, k)) for k in config.shots]
     elif config.kind == "linear_probe":
+        # -1 is CLIP_benchmark's number of shots for a probe on all images.
         parts = [("", evaluation.metrics | {"fewshot_k": -1})]
     head = {
         "dataset": printable(config.dataset or evaluation.prepared.key),
