@@ -73,6 +73,7 @@ class EmbeddingCache:
                 arrays = tuple(np.zeros(shape, dtype) for shape, dtype in shapes)
             found = tuple(map(np.asarray, multihost_utils.broadcast_one_to_all(arrays)))
             arrays = complete(found)
+            # Nothing was added, so the file stays.
             if arrays is found:
                 return found
         else:

@@ -131,6 +131,7 @@ class Encoder:
             if not len(bad):
                 return found
             more = embed(bad.tolist())
+            # The same object tells the cache that nothing has to be written.
             if not more[1].any():
                 return found
             embeds_NxE, valid_N = (array.copy() for array in found)
@@ -193,6 +194,7 @@ class Encoder:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows (count, E) of one tower in float32, and which rows were computed (count)."""
         embeds_NxE, valid_N = np.zeros((count, 0), np.float32), np.zeros(count, bool)
+        # The device normalises the uint8 pixels, with the normalization of the images' own processor.
         module = self.module.clone(normalization=self.image_transform.normalization)
         for z_RxE, index_R in run_tower(
             module, params, self.mesh, batches, side=side, output=output

@@ -66,6 +66,7 @@ class Labels:
                 continue
             self.of_example[i] = example["key"], label
             self.are_folders |= example.get("label_is_folder", False)
+        # Without a usable label the first problem is the best hint.
         if problems and not self.of_example:
             rest = f", and the others have no label ({_KEY})" if self._without else ""
             raise UserError(
@@ -188,6 +189,7 @@ def _given(found: Collection[str], classes: Classes) -> Sequence[str]:
         # If neither fits, the labels are used, and the error names one that is missing there.
         if are_labels or not are_names:
             return classes.labels
+    # Labels that are numbers, but no names of classes, are positions in the class file.
     if not are_names and all(integer(label) is not None for label in found):
         return [str(i) for i in range(len(classes.names))]
     name, times = collections.Counter(classes.names).most_common(1)[0]

@@ -46,6 +46,7 @@ def class_ids(train: Labels, test: Labels) -> tuple[Int[np.ndarray, " N"], Int[n
 
     Raises UserError if `test` has a class that `train` lacks.
     """
+    # "7" in one data set and "07" in the other are the same class.
     same = one_spelling(train.found | test.found)
     known = sorted({same[label] for label in _classes(train.found)})
 
@@ -139,6 +140,7 @@ def few_shot(
     for k in shots:
         top1 = []
         for draw in range(draws):
+            # Seeded by the draw, so that models are compared on the same images.
             rng = np.random.default_rng((k, draw))
             chosen = [
                 rng.choice(np.flatnonzero(train.label == label), k, replace=False)

@@ -163,6 +163,7 @@ def run(
     embedded = EmbeddingCache(cache)
     done = []
     for task in prepared:
+        # The copy shares the module and with it the compiled programs.
         own = dataclasses.replace(encoder, batch_size=task.config.batch_size, cache=embedded)
         metrics, result = task.measure(own, params)
         done.append(Evaluation(prepared=task, metrics=metrics, result=result))
