@@ -173,6 +173,7 @@ def load_dual_encoder(
             f"{folder} holds a model of type {hf_config['model_type']}, which is not a dual encoder; lit_jax "
             f"knows {', '.join(SYSTEMS)}."
         )
+    # The module is built first: a broken config is reported before gigabytes are read.
     module, tensors = (
         dual_encoder_module(hf_config, dtype=dtype),
         files.read_tensors(folder, variant),
@@ -251,6 +252,7 @@ def dual_encoder_module(hf_config: Mapping[str, Any], *, dtype: Any) -> DualEnco
         raise UserError(
             f"logit_bias in the model's config.json is {bias!r}; it must be of type float."
         )
+    # The settings of an export are those of a recipe, so the same builder makes the module.
     config = ModelConfig(
         image=TowerConfig(pooling=settings.image_pooling, projection=settings.image_projection),
         text=TowerConfig(pooling=settings.text_pooling, projection=settings.text_projection),

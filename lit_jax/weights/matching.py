@@ -152,6 +152,7 @@ class StateDictMatcher:
             "it has, beyond that,": self._remaining,
             "of another kind": self._mismatched,
         }
+        # All differences in one message: a wrong config usually causes many.
         texts = [f"{what} {shortened_names(names_)}" for what, names_ in found.items() if names_]
         if texts:
             raise UserError(

@@ -49,12 +49,14 @@ def target_slots(
 
     A stack of layers has one slot for each layer, any other parameter has one slot.
     """
+    # Files have one tensor for each layer, whatever the stacks of the tower.
     slots = [_slot(name, family, layout) for name in block_paths(path, shape)]
     return slots, shape[1:] if STACK.fullmatch(path) else shape
 
 
 def _slot(path: str, family: Family, layout: Layout) -> Slot:
     name = BLOCK.sub(r"layer/\1/", path).replace("/", ".")
+    # torch calls kernels, scales and embeddings "weight"; Flax files have our own leaf names.
     if layout == "torch":
         module, dot, leaf = name.rpartition(".")
         name = module + dot + (_TORCH_LEAF.get(leaf, leaf) if module else leaf)
@@ -113,6 +115,7 @@ def to_tensors(
             parts[slot.name].append((slot.index, path, value))
     for name, members in parts.items():
         _, paths, values = zip(*sorted(members, key=lambda member: member[0]), strict=True)
+        # Kernels of our layout have their output features last, so members are joined along the last axis.
         fused = values[0] if len(values) == 1 else np.concatenate(values, axis=-1)
         tensor = to_file(paths[0], np.asarray(fused), layout)
         tensors[name] = tensor.reshape(1) if name in family.vectors else tensor
@@ -159,7 +162,9 @@ def recognise(names: Iterable[str], family: Family, *, has_pooler: bool = True) 
     Raise UserError if the file has one parameter under two names.
     """
     names = sorted(names)
+    # A file of the base model alone has no prefix.
     prefix = family.prefix if any(name.startswith(family.prefix) for name in names) else ""
+    # A tower without a pooler ignores the file's pooler instead of failing on it.
     useless = family.ignore if has_pooler else (*family.ignore, family.pooler)
     ignore = re.compile("|".join(useless) or r"(?!)")
     result = Recognised({}, [])

@@ -199,6 +199,7 @@ def _dual_encoder_tensors(
     for part, tower in module.towers.items():
         family = name_tables.FAMILIES[tower.config.model_type]
         of_tower = names.to_tensors(flatten(heads.pop(part)), family, layout)
+        # The towers of a VisionTextDualEncoder are whole models, with the prefixes of such a model's file.
         prefix = f"{part}." + (_inner(family) if system.holds_any_tower else "")
         for name, array in of_tower.items():
             tensors[names.renamed(prefix + name, system.modules)] = array
@@ -239,6 +240,7 @@ def _new_folder(target: pathlib.Path, beside_others: bool) -> Iterator[pathlib.P
     name = f".{target.name}-{uuid.uuid4().hex}"
     new, old = target.with_name(name), target.with_name(f"{name}.old")
     try:
+        # An empty folder is filled instead of replaced: it may be a mount point.
         stays = target.is_dir() and (beside_others or not any(target.iterdir()))
         if stays:
             new = target / name

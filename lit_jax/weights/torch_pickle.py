@@ -59,6 +59,7 @@ def read(file: pathlib.Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"{file} is not a dictionary of tensors, but a {type(state).__name__}; {_SAFE}."
         )
+    # A training checkpoint, with an optimizer's state beside the weights, is refused here.
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, np.ndarray):
             raise UserError(
@@ -184,6 +185,7 @@ class _Unpickler(pickle._Unpickler):
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         if last >= storage.size:
             raise ValueError(f"a tensor ends at {last} in a storage of {storage.size} elements")
+        # NumPy counts strides in bytes, torch in elements.
         byte_strides = [stride * storage.itemsize for stride in strides]
         return np.lib.stride_tricks.as_strided(
             storage[offset:], shape, byte_strides, writeable=False

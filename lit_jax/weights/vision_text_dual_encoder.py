@@ -53,6 +53,7 @@ class Settings:
         """Return the settings in a config.json. Raise UserError if this version does not know them."""
         given = hf_config.get("lit_jax", {})
         hints = get_type_hints(cls)
+        # A later version may have settings that change the function, so an unknown one is an error.
         if not isinstance(given, Mapping) or not all(
             name in hints and value in get_args(hints[name]) for name, value in given.items()
         ):
@@ -106,6 +107,7 @@ def why_not_exportable(module: DualEncoderModule) -> str | None:
         if pooling == "pooler" and has_bias:
             return f"it has no bias in its projections; train with {key}.projection='linear'"
         width = tower.config.block.width
+        # transformers' projection is as wide as the tower, even if the pooler is not.
         pooled_width = getattr(tower.config, "pooler_output_size", None) or width
         if pooling == "pooler" and pooled_width != width:
             return (
