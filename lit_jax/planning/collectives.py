@@ -84,6 +84,7 @@ def traffic(hlo: str, devices: int) -> Traffic:
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             group = _group_size(instruction.rest, devices)
+            # The operands are sent, whose shapes are in the instructions that compute them.
             size = sum(shape_bytes(computations[name][o].shape) for o in instruction.operands)
             size = round(times * size * SENT[kind](group))
             communicated[kind] += size
@@ -238,6 +239,7 @@ def shape_bytes(shape: str) -> int:
     total = 0
     for dtype, dims in _ARRAY.findall(shape):
         bits = _BITS.match(dtype)
+        # A boolean takes a byte, and types such as bf16 and f8e4m3 have their bits in the name.
         width = 8 if dtype == "pred" or bits is None else int(bits[1])
         total += math.prod(int(d) for d in dims.split(",") if d) * width // 8
     return total

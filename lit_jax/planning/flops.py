@@ -29,6 +29,7 @@ def _flops(equation: Any) -> int:
         return _dot_flops(equation)
     if name == "conv_general_dilated":
         return _convolution_flops(equation)
+    # The body of a scan runs `length` times; its equations appear only once.
     if name == "scan":
         return params["length"] * matmul_flops(params["jaxpr"])
     if name == "cond":
@@ -49,6 +50,7 @@ def _dot_flops(equation: Any) -> int:
     # The compiler turns a product with a vector into a multiplication and a sum, without the matrix unit.
     contracted, batch = equation.params["dimension_numbers"]
     sides = [variable.aval for variable in equation.invars]
+    # A side without free axes is a vector, or a batch of vectors.
     if any(
         side.ndim == len(axes) + len(batch_axes)
         for side, axes, batch_axes in zip(sides, contracted, batch, strict=True)

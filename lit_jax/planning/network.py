@@ -77,6 +77,7 @@ def network_traffic(hlo: str, devices: Sequence[Any]) -> Traffic:
     for name, times in runs(computations, entry).items():
         inside = computations[name]
         for instruction in inside.values():
+            # Only data for other slices go through the host.
             if instruction.opcode != "send" or "is_host_transfer=true" not in instruction.rest:
                 continue
             transfer = _transfer(instruction)

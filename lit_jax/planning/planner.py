@@ -194,6 +194,7 @@ def _too_large(error: Exception, step: TrainStep, batch: AbstractBatch) -> Compi
         int(float(amount) * _UNITS[unit.upper()])
         for amount, unit in (match.group(1, 2), match.group(3, 4))
     )
+    # The first message already counts the arguments.
     if whole:
         return Compiled(fits=False, total=needed, limit=limit)
     total = needed + sum(resident_bytes(step, batch).values())
@@ -276,6 +277,7 @@ def _bound(compiled: Compiled, flops: int, topology: Topology) -> dict[str, floa
     for way, (sent, bandwidth) in ways.items():
         if sent is not None and bandwidth is not None:
             seconds[way] = sum(sent.communicated.values()) / bandwidth
+            # Only communication without computation beside it adds to the time of a step.
             exposed += sum(sent.exposed.values()) / bandwidth
     step = max(*seconds.values(), seconds["compute"] + exposed)
     return seconds | {"exposed": exposed, "step": step}

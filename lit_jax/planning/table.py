@@ -33,6 +33,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     if plan.bound is not None:
         yield "Milliseconds that a step takes at least, at the published peak of (and exposed communication)"
         for resource, seconds in plan.bound.items():
+            # The time of the whole step follows as a rate.
             if resource != "step":
                 yield f"  {resource:24} {1e3 * seconds:10.2f}"
         if plan.network_communicated is not None and "network" not in plan.bound:
