@@ -194,6 +194,7 @@ class DualEncoder(Model):
                 f"{len(images_BxHxWxC)} images."
             )
         (image, text, embedded), recorded = self._run(call, _encode, images_BxHxWxC, *texts)
+        # One product serves both directions.
         logits_BxT = similarity_logits(*embedded)
         output = DualEncoderOutput(
             loss=self._loss(*embedded) if return_loss else None,
@@ -294,6 +295,7 @@ def _tower(
     if isinstance(given, kind):
         unused = [f"{side}_{option}" for option in options]
         unused += [] if name is None else [f"{side}_model_name_or_path"]
+        # Only a pooling that was set to another value than the default can be meant for the object.
         unused += (
             [] if form["pooling"] in ("pooler", given.module.pooling) else [f"{kind.side}_pooling"]
         )

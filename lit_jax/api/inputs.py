@@ -99,12 +99,14 @@ def text_inputs(
             "padding=True, [texts, tokens]."
         )
     for name, x in given.items():
+        # A single row, such as the positions of all texts, may stand for every text.
         if x.shape not in (shape, (1, shape[1])):
             raise UserError(
                 f"{name} has the shape {[*x.shape]} and input_ids {[*shape]}; give both as the "
                 "tokenizer makes them."
             )
         _check_numbers(name, x, rows.get(name))
+    # One dtype for the output of every tokenizer, so that a compiled call serves all of them.
     texts = {name: jnp.asarray(x).astype(jnp.int32) for name, x in given.items()}
     return tuple(
         jnp.broadcast_to(texts[name], shape) if name in texts else None for name in TEXT_INPUTS

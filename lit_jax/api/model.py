@@ -128,6 +128,7 @@ class Model:
         if params is not None:
             _check_params(params, self.params)
         self._write(str(folder), self.params if params is None else params, processor)
+        # Uploaded from the written folder, with the files that were there before.
         if push_to_hub:
             written = Path(folder).expanduser().resolve()
             hub.upload(written, repo_id or written.name, **options)
@@ -140,6 +141,7 @@ class Model:
         `options` are those of transformers: token, private, revision, commit_message, create_pr ...
         Raise UserError if the Hub refuses or cannot be reached.
         """
+        # The upload holds only these files, unlike an upload from a folder of the user.
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, processor, params=params)
             return hub.upload(folder, repo_id, **options)

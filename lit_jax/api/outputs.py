@@ -120,6 +120,7 @@ def _block_records(recorded: Mapping[str, Any], name: str) -> list[Array]:
     found: list[tuple[int, list[Array]]] = []
     for path, (value,) in flatten(recorded).items():
         if (block := _BLOCK.fullmatch(path)) and block["name"] == name:
+            # A stack's record has a leading depth axis, which is split into the blocks.
             is_stack = block["from"] or not block["index"]
             found.append((int(block["index"] or 0), list(value) if is_stack else [value]))
     return [value for _, values in sorted(found, key=lambda item: item[0]) for value in values]

@@ -87,6 +87,7 @@ class _TowerModel(Model):
         check_side(cls.side, hf, str(folder))
         hf = hub.override(hf, changes, "")
         module = build_tower(hf, pooling=pooling, dtype=as_dtype(dtype))
+        # The pooler is read, too, so that a saved tower is complete for transformers.
         params, pooler = load.load_tower_and_pooler(folder, module, variant=which.variant)
         params = jax.tree.map(jnp.asarray, params)
         return cls(config=as_config(hf), module=module, params=params, pooler=pooler)
