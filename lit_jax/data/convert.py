@@ -130,6 +130,7 @@ def _enter(folder: Path, plan: Plan) -> None:
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write(file, wanted)
+    # Shards of two different plans would mix two data sets, or repeat examples.
     elif file.read_text(encoding="utf-8") != wanted:
         raise UserError(
             f"{folder} was begun with another source or shard size, see {file}; give the same again, or "
@@ -179,10 +180,12 @@ def _self_contained(example: Example) -> Example:
         if not any(map(str.strip, example["captions"])):
             raise BadSampleError("neither an image nor a caption", "missing")
         return example
+    # Pixels come without a file, and PNG stores them without loss.
     if isinstance(image, np.ndarray):
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG")
         return {**example, "image": buffer.getvalue()}
+    # A JPEG keeps its bytes: encoding it again would lose quality and time.
     content = image if isinstance(image, bytes) else file_content(image)
     # The pixels are thrown away: an image that cannot be decoded must not reach the shard.
     decode(content)
@@ -241,6 +244,7 @@ def _finish(plan: Plan, folder: Path) -> str:
     """Write bad.jsonl and the manifest, remove temporary files, and return a summary for the user."""
     files = [folder / plan.shard_name(shard) for shard in range(plan.shards)]
     shards = [records.Shard(file.name, _count(file)) for file in files]
+    # Each shard has a list of its own, since the shards are written by different processes.
     reports = [file for file in map(_bad_file, files) if file.exists()]
     bad = [line for file in reports for line in file.read_text(encoding="utf-8").splitlines()]
     good = sum(shard.count for shard in shards)

@@ -103,6 +103,7 @@ class ImageTransform:
     def eval(self, image: ImageFile) -> UInt8[np.ndarray, "H W 3"]:
         """Return the pixels without augmentations. Raise BadSampleError if the image cannot be used."""
         picture = decode(image)
+        # Evaluation resizes the whole picture and crops afterwards, as the processor does.
         target = None if self.resize is None else _target(self.resize, picture.size)
         width, height = map(float, picture.size)
         return np.asarray(self._resized(picture, target, (0.0, 0.0, width, height)))

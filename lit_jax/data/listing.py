@@ -134,6 +134,7 @@ def expand(path: str) -> list[str]:
 
     Raises UserError if the braces do not match, name nothing, or stand for more than `MAX_NAMES`.
     """
+    # A real file with braces in its name takes precedence over the expansion.
     if not {"{", "}"} & {*path} or os.path.lexists(os.path.expanduser(path)):
         return [path]
     if path.count("{") > MAX_BRACES:

@@ -205,6 +205,7 @@ class TrainStream:
         rows = local_rows(batch_size, process_count)
         self.bad_samples: dict[str, int] = dict.fromkeys(BAD_KINDS, 0)
         self._config = config
+        # A small source is judged after one epoch.
         self._judge_after = min(JUDGE_AFTER, len(source))
         self._samples_read = 0
         self._reasons: dict[str, str] = {}
@@ -330,6 +331,7 @@ class _Read:
                 # From the same source, so that bad samples do not change the shares of a mixture.
                 part = part_of(self.source, index)
                 index = int(rng.integers(part.start, part.stop))
+        # The first sample is named, because the others were drawn at random in its place.
         key, _, reason = skipped[0]
         raise UserError(
             f"{MAX_TRIES} samples in a row are bad, the first is {key}: {reason}; fix the data set."

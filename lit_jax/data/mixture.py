@@ -40,6 +40,7 @@ def open_training_data(config: DataConfig, *, text_only: bool = False) -> Source
                 f"config.data.mixture.{name}.weight is 0; make it larger, or leave this source out."
             )
     parts = {name: _open(part, text_only) for name, part in config.mixture.items()}
+    # A source without a weight keeps the default of `Mixture`, the number of its examples.
     weights = {name: part.weight for name, part in config.mixture.items() if part.weight}
     return Mixture(parts, weights)
 

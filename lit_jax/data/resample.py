@@ -71,6 +71,7 @@ def enlarge_window(
     kind = FILTERS[Image.Resampling(resample)]
     left, top, right, bottom = window
     result_HxWx3 = np.zeros((bottom - top, right - left, 3), np.uint8)
+    # Only the part of the window that lies inside the result is computed.
     columns = range(max(left, 0), min(right, size[0]))
     rows = range(max(top, 0), min(bottom, size[1]))
     if columns and rows:

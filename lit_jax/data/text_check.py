@@ -86,6 +86,7 @@ def check_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: 
         )
         if share > TOO_MANY
     ]
+    # Only the start of a long text is tokenized, so a larger number is a lower bound.
     more = "at least " if found.longest > found.limit + BEYOND else ""
     log.log(
         logging.WARNING if advice else logging.INFO,

@@ -205,10 +205,12 @@ def _open(
     if folder and listed and listed[0].suffix.lower() == ".parquet" and _is_record(listed[0]):
         listed, kind = [], None
     found = listed
+    # A format that lists its splits chooses the files itself.
     if kind and not kind.knows_splits and config.split:
         found = splits.files_of(found, config.split)
     if kind and found:
         require_regular(found)
+        # Several tables in one folder may be splits or unrelated data, so nothing is guessed.
         if len(found) > 1 and not kind.several:
             raise UserError(
                 f"{found[0].parent} has {', '.join(file.name for file in found)}; "

@@ -40,6 +40,7 @@ def check_first_rows(table: HasRows, config: SourceConfig, *, text_only: bool) -
     rows = first_rows(table)
     images = [row.get(config.image_key) for row in rows]
     on_web = [isinstance(image, str) and image.startswith(WEB) for image in images]
+    # Some addresses among files are bad samples; if all are addresses, nothing would be left.
     if all(on_web) and on_web and not text_only:
         raise UserError(
             f"The images of {config.path} are addresses on the web ({images[0]}); {DOWNLOAD}, and give its "

@@ -87,6 +87,7 @@ def _bounds(text: str) -> np.ndarray:
         place = _after_space(text, stop)
         is_open = text[place : place + 1] == ","
         place = _after_space(text, place + 1) if is_open else place
+    # Trailing text usually means a truncated or concatenated file.
     if text[place:].strip() != "]":
         raise ValueError(f"neither a comma nor the end after item {len(ends) // 2 - 1}")
     # The decoder counts characters, and a file is read by bytes.

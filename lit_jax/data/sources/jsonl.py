@@ -85,6 +85,7 @@ class JsonlSource:
                 yield _row(line)
 
     def identities(self, *, by_label: bool) -> Iterator[list[str | None]]:
+        # A line that cannot be read stays alone here, and becomes a bad sample on access.
         def name(line: bytes) -> str | None:
             try:
                 return identity(_row(line), self._config, self._folder, by_label=by_label)

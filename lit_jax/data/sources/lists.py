@@ -109,6 +109,7 @@ def image_folder(folder: File, found: Sequence[str]) -> ListedSource | None:
     images = sorted(name for name in kept if name.lower().endswith(IMAGE_SUFFIXES))
     names = [name for name in images if "/" in name]
     classes = {name.split("/", 1)[0] for name in names}
+    # Folders called train and test would otherwise become two classes.
     splits.require_named(folder, names)
     if not names:
         return None

@@ -121,6 +121,7 @@ def open_pairs(
     paths = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
     if not described:
         return None
+    # A few texts among many images, such as a readme, do not make a data set of captions.
     if 2 * described < images and any("/" in path for path in paths):
         log.warning(
             "%s: only %d of %d images have files of captions or json beside them: these are not read, and "

@@ -57,6 +57,7 @@ def decode(record: bytes) -> Example:
     """Return the example in a record. Raise BadSampleError if the bytes are no valid record."""
     try:
         row: Any = msgpack.unpackb(record, unicode_errors="surrogatepass", use_list=False)
+        # Fields that were None are not in the record.
         required = {"key": row["key"], "captions": row["captions"], "image": None, "label": None}
         example = Example(**required | row)
     # msgpack's exceptions have no common base class.

@@ -42,6 +42,7 @@ def example_of(
     missing.
     """
     content = _content(row, config.image_key)
+    # A missing image is a bad sample of a kind of its own in the counts.
     if content is None and not text_only:
         raise BadSampleError(f'"{config.image_key}" is missing', "missing")
     if isinstance(content, str):
