@@ -163,6 +163,7 @@ def _zero_shot(result: ZeroShotResult, classes: Classes, show: ShowImage) -> Ite
     yield from _pictures(result, names, show)
     yield "<h3>Which pictures fit the words?</h3>"
     yield '<p class="note">The nearest images to the texts of a class; those of the class are framed.</p>'
+    # Classes without an image in the data could show only wrong answers.
     for label in present[_spread(len(present))]:
         nearest = _nearest(result.class_embeds[label], result.image_embeds, ANSWERS)
         yield f'<div class="row"><p dir="auto">{text(names[label])}</p><div class="strip">'
@@ -279,6 +280,7 @@ def _retrieval(result: RetrievalResult, show: ShowImage) -> Iterator[str]:
     yield "<h3>Similarity</h3>"
     yield '<p class="note">Cosine of images (rows) and one text of each (columns), evenly spaced in the '
     yield "data. A bright diagonal: each finds its own.</p>"
+    # The first text of each image, so that the diagonal pairs an image with its own text.
     own = np.unique(result.image_of_text, return_index=True)[1]
     chosen = own[_spread(len(own), MAP)]
     images = result.image_embeds[result.image_of_text[chosen]]
