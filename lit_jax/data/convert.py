@@ -68,6 +68,7 @@ class Plan:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with these arguments, by default those of the process."""
     parser = Parser("lit_jax.data.convert", __doc__)
     add_path(parser, "--output", required=True, help="folder to write")
     parser.add_argument(

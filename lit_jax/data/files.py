@@ -72,6 +72,7 @@ class ObjectPath:
 
     @property
     def filesystem(self) -> fs.FileSystem:
+        """Arrow's client of the store, shared by all paths with the same bucket, user and options."""
         return _filesystem(self.scheme, self.user, self.path.parts[0], self.options)
 
     def info(self) -> fs.FileInfo:
@@ -92,6 +93,7 @@ class ObjectPath:
             yield dataclasses.replace(self, path=PurePosixPath(info.path))
 
     def open(self, mode: str = "rb") -> Any:
+        """Return a seekable binary file of Arrow. Only reading is possible."""
         assert mode == "rb"
         return self.filesystem.open_input_file(str(self.path))
 

@@ -146,6 +146,7 @@ class ImageTransform:
         size = picture.size if target is None else (target[1], target[0])
         window = self._window(size, rng)
         if target is not None:
+            # The result is the same bit for bit; only the memory differs.
             if window and _is_too_long(picture.size, size):
                 return self._enlarged(picture, size, window)
             picture = picture.resize(size, self.resample, box=box)

@@ -143,6 +143,7 @@ class DelimitedSource:
 
     @property
     def files(self) -> list[File]:
+        """The file, in a list, as `grouping.Table` needs it."""
         return [self._lines.file]
 
     def rows(self) -> Iterator[Mapping[str, str | None]]:
@@ -152,6 +153,7 @@ class DelimitedSource:
                 yield self._row(line)
 
     def identities(self, *, by_label: bool) -> Iterator[list[str | None]]:
+        """Yield `rows.identity` of each row, in order and in batches."""
         folder = self._lines.file.parent
 
         def name(line: bytes) -> str | None:
@@ -170,6 +172,7 @@ class DelimitedSource:
     def _row(self, line: bytes) -> dict[str, str | None]:
         """Return the fields of a line by name. Raise ValueError if their number is wrong."""
         values = self._fields(line)
+        # A wrong number of fields would shift captions and paths against each other.
         if len(values) != len(self._names):
             quote = "; a comma within a field needs double quotes around it" if self._comma else ""
             raise ValueError(f"{len(values)} fields for {len(self._names)} columns{quote}")

@@ -37,6 +37,7 @@ def open_flickr(file: File) -> ListedSource:
     with parsing(file):
         text = read_text(file).replace("\r\n", "\n")
         for line, found in _rows(text):
+            # A few broken lines are normal in distributed copies, so they are counted and not fatal.
             if found:
                 name, caption = found
                 listed[name].append(caption)

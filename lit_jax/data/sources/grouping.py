@@ -37,7 +37,9 @@ class Table(Protocol):
     """A source whose examples are the rows of files."""
 
     @property
-    def files(self) -> Sequence[File]: ...
+    def files(self) -> Sequence[File]:
+        """The files that hold the rows, whose signatures are part of a cached grouping's key."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -76,6 +76,7 @@ class JsonlSource:
 
     @property
     def files(self) -> list[File]:
+        """The file, in a list, as `grouping.Table` needs it."""
         return [self._lines.file]
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
@@ -85,6 +86,8 @@ class JsonlSource:
                 yield _row(line)
 
     def identities(self, *, by_label: bool) -> Iterator[list[str | None]]:
+        """Yield `rows.identity` of each row, in order and in batches."""
+
         # A line that cannot be read stays alone here, and becomes a bad sample on access.
         def name(line: bytes) -> str | None:
             try:

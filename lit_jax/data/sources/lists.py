@@ -177,6 +177,7 @@ def open_karpathy(file: File, split: str | None) -> ListedSource:
         wanted = set(split.split("+")) if split else known
         listed = _by_name(
             (
+                # The COCO version names the folder of each image (val2014), the Flickr version does not.
                 f"{row['filepath']}/{row['filename']}" if row.get("filepath") else row["filename"],
                 [sentence["raw"] for sentence in row["sentences"]],
             )

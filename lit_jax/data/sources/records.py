@@ -96,6 +96,7 @@ def read_manifest(folder: Path) -> tuple[Shard, ...]:
         raise UserError(
             f"{file} is of version {version}, this lit_jax reads {VERSION}; convert the data again."
         )
+    # An empty source could never yield a batch.
     if not sum(shard.count for shard in shards):
         raise UserError(f"{file} lists no records; convert a data set that has some.")
     return shards
