@@ -266,6 +266,7 @@ def _refusal(key: str, label: str, labels: Labels, known: Sequence[str], classes
     count = len(classes.names)
     counted = without_minus_one(labels.found)
     numbers = {number for text in counted if (number := integer(text)) is not None}
+    # Sorting can map labels to classes only if there are equally many.
     if len(numbers) != count:
         remedy = (
             "correct the data or the class file, or list in the class file the label of each class, as "

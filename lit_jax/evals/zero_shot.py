@@ -66,6 +66,7 @@ def zero_shot(
     Raises UserError if there is no such image, or if the logit scale is not finite and positive.
     """
     scale = _scale(params)
+    # The classes first: a mistake there should not wait for the images.
     class_embeds_CxE = embed_classes(encoder, params, classes)
     image_embeds_NxE, valid_N = encoder.images(params, source)
     valid_N = valid_N & (label_N >= 0)
