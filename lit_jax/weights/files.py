@@ -145,6 +145,7 @@ def _read_shards(index: pathlib.Path, format_: Format) -> dict[str, np.ndarray]:
             raise UserError(f"{file} is missing, which {index.name} names; download it again.")
         tensors = _parsed(file, format_.read)
         belonging = {name for name, its_shard in shard_of.items() if its_shard == shard}
+        # An interrupted update of a folder may mix shards of two versions.
         if belonging != set(tensors):
             odd = sorted(belonging ^ set(tensors))
             raise UserError(

@@ -230,6 +230,7 @@ def _warn_of_positions(
     `tower` is our config of the text tower, `hf_config` the config of the dual encoder.
     """
     is_flax = tensors.file.name.startswith("flax_model") and "lit_jax" not in hf_config
+    # Only towers that count from the padding id are affected.
     counts = getattr(tower, "position_ids", None) == "input_ids"
     if is_flax and counts and "position_ids" not in text_config:
         log.warning(

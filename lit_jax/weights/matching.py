@@ -104,10 +104,12 @@ class StateDictMatcher:
             has_pooler=has_pooler,
         )
         self.ignore([prefix + name for name in ignored])
+        # The file itself shows whether query, key and value are one tensor or three.
         family = names.fused_as_in(known, family)
         params: dict[str, np.ndarray] = {}
         for path, leaf in wanted.items():
             slots, shape = names.target_slots(path, leaf.shape, family, layout)
+            # Allocated once for the whole stack and filled layer by layer, without a copy for stacking.
             value = np.zeros((len(slots), *shape), np.float32)
             for i, slot in enumerate(slots):
                 if slot.name in known:
