@@ -73,6 +73,7 @@ def image_inputs(pixel_values_BxCxHxW: Given) -> Float[Array, "B H W C"]:
             f"pixel_values has the shape {[*pixels.shape]}; give images as their processor makes them, "
             "[images, channels, height, width]."
         )
+    # Processors of transformers put channels first, and Flax's convolutions take channels last.
     images_BxHxWxC = jnp.moveaxis(jnp.asarray(pixels), 1, -1)
     is_float = jnp.issubdtype(images_BxHxWxC.dtype, jnp.floating)
     return images_BxHxWxC if is_float else images_BxHxWxC.astype(jnp.float32)

@@ -152,6 +152,7 @@ class Model:
 
 def _check_params(given: Params, own: Params) -> None:
     """Raise UserError unless a tree of parameters has the names and shapes of the model's own tree."""
+    # Compared by path, so that the error names the first parameter that differs.
     shapes, expected = (
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf)
