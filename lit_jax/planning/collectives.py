@@ -163,6 +163,7 @@ def runs(computations: dict[str, Computation], entry: str) -> dict[str, int]:
     def visit(name: str, times: int) -> None:
         counts[name] += times
         for instruction in computations[name].values():
+            # A loop multiplies the runs of everything that it calls, also of loops inside.
             turns = (
                 trip_count(instruction, computations, name) if instruction.opcode == "while" else 1
             )
