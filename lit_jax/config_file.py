@@ -32,6 +32,7 @@ def load_config(spec: str, overrides: Iterable[tuple[str, str]]) -> Config:
             f"get_config of {path} returns no ConfigDict; start from lit_jax.config.default()."
         )
     raw = config.to_dict()
+    # Set before parsing, so that a flag may also repair a value of the file.
     for key, text in overrides:
         set_key(raw, CONFIG, key, text)
     return parse(raw)

@@ -51,6 +51,7 @@ class Stream:
         self.error: OSError | None = None
 
     def write(self, text: str, /) -> int:
+        """Write a text, with escapes for characters that the encoding lacks; return its length."""
         try:
             self._stream.write(text)
         except UnicodeEncodeError as error:
@@ -62,6 +63,7 @@ class Stream:
         return len(text)
 
     def flush(self) -> None:
+        """Flush the underlying stream, and note an error instead of raising it."""
         try:
             self._stream.flush()
         except OSError as error:

@@ -38,6 +38,7 @@ PROCESSORS = {
 @quiet_orbax()
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with these arguments, by default those of the process."""
     parser = Parser("lit_jax.export", __doc__)
     add_path(parser, "--workdir", required=True, help="folder of a training run")
     add_path(parser, "--output", required=True, help="folder to write")

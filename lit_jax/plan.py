@@ -25,6 +25,7 @@ from lit_jax.planning.table import table
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with these arguments, by default those of the process."""
     parser = Parser("lit_jax.plan", __doc__)
     parser.add_argument("--config", required=True, help="file.py or file.py:argument")
     parser.add_argument("--topology", required=True, help="such as v5e:16x16")

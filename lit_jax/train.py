@@ -41,6 +41,7 @@ from lit_jax.trees import Tree
 @quiet_orbax()
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with these arguments, by default those of the process."""
     parser = Parser("lit_jax.train", __doc__)
     parser.add_argument("--config", required=True, help="file.py or file.py:argument")
     add_path(parser, "--workdir", required=True, help="run folder")
@@ -160,6 +161,7 @@ def finish(
         return
     results = runner.flatten_metrics(evaluations)
     model = EvaluatedModel(model=workdir.absolute().name, pretrained=f"step {trained.step}")
+    # results.json comes first, because the report reads images again and takes longest.
     with workdir_errors(workdir):
         write_json(workdir / "results.json", results)
         if evaluations:
