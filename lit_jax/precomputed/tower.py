@@ -71,9 +71,10 @@ def _start(
     output: Output,
 ) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
     for batch in batches:
-        # The mesh is set anew for each batch. It stays set while the generator is suspended at this yield.
         with jax.set_mesh(mesh):
-            yield _outputs(params, global_batch(batch, mesh), module, side, output)
+            outputs = _outputs(params, global_batch(batch, mesh), module, side, output)
+        # Outside of the mesh, which would else stay set in the caller while the generator is suspended.
+        yield outputs
 
 
 # The module is a static argument, so all callers with an equal module share one compiled program.
