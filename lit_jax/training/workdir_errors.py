@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lit_jax.distributed import process
 from lit_jax.errors import UserError
 from lit_jax.training.lease import check_lease
 
@@ -30,6 +31,10 @@ def workdir_errors(workdir: Path, failure: type[Exception] = OSError) -> Iterato
     except UserError:
         raise
     except failure as error:
+        # A save fails for another reason than the disk where a process of the run is gone. JAX then ends this
+        # process with the code that launchers take for it, and not with that of bad input.
+        if not _is_of_disk(error):
+            process.await_verdict()
         what_then = "fix that or choose another --workdir"
         if steps := complete_steps(workdir):
             what_then = f"fix that and run the same command again: it goes on from step {steps[-1]}"
@@ -47,10 +52,17 @@ def complete_steps(workdir: Path) -> list[int]:
     return sorted(int(name) for name in names if STEP.fullmatch(name))
 
 
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
+
+
+def _is_of_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) or bool(_OS_ERROR.search(str(error)))
+
+
 def reason(error: Exception) -> str:
     """Return the reason of an error, short enough for a sentence."""
     # TensorStore's own message fills a page.
-    code = re.search(r"os_error_code='(\d+)'", str(error))
+    code = _OS_ERROR.search(str(error))
     if code:
         return os.strerror(int(code[1]))
     if isinstance(error, OSError) and error.strerror:

@@ -60,7 +60,7 @@ def configs(draw):
         "norm_bias": draw(st.booleans()),
         "attention_bias": draw(st.booleans()),
         "mlp_bias": draw(st.booleans()),
-        "local_attention": draw(st.integers(0, 20)),
+        "local_attention": draw(st.integers(1, 20)),
         "layer_types": draw(
             st.lists(st.sampled_from([LOCAL, GLOBAL]), min_size=depth, max_size=depth)
         ),

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_jax.errors import BAD_INPUT
-from lit_jax.training.workdir_errors import complete_steps
+from lit_jax.distributed import process
+from lit_jax.errors import BAD_INPUT, UserError
+from lit_jax.training.workdir_errors import complete_steps, workdir_errors
 
 ROOT = Path(__file__).parents[2]
 FULL = (
@@ -42,3 +43,18 @@ def test_a_save_that_one_process_cannot_write_holds_up_nobody(tmp_path, full, ho
     assert complete_steps(tmp_path / "run") == [1]
     assert sentence.format(tmp_path / "run") in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_save_that_fails_but_not_by_the_disk_waits_for_the_verdict_on_the_others(
+    tmp_path, monkeypatch
+):
+    waited = []
+    monkeypatch.setattr(process, "await_verdict", lambda: waited.append(True))
+    full = "write failed [os_error_code='28']"
+    for error in (OSError(28, "No space left on device"), ValueError(full)):
+        with pytest.raises(UserError, match="No space left"), workdir_errors(tmp_path, Exception):
+            raise error
+    assert not waited
+    with pytest.raises(UserError, match="Barrier"), workdir_errors(tmp_path, Exception):
+        raise RuntimeError("Barrier timed out")
+    assert waited == [True]

@@ -291,7 +291,7 @@ def test_the_death_of_one_process_ends_the_other_and_they_go_on(command, tmp_pat
         survivor = process_number(1 - killed, launcher)
         os.kill(process_number(killed, launcher), signal.SIGKILL)
         _, errors = launcher.communicate(timeout=60)
-        assert launcher.returncode == GONE
+        assert launcher.returncode == GONE, errors
         assert not Path(f"/proc/{survivor}").exists()
         last = errors.splitlines()[-1]
         assert last.startswith("error: ")
