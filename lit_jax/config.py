@@ -44,7 +44,7 @@ def _free(default: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """One tower: its source, its pooling and its projection."""
+    """A tower: its source, its pooling and its projection."""
 
     # Hub id or local folder with config.json, weights, and a tokenizer or an image processor.
     model: str = ""
@@ -152,7 +152,7 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One data set."""
+    """A data set."""
 
     # A folder or file in one of the formats of docs/data.md, or a Python script that makes such a folder.
     path: str = ""
@@ -277,7 +277,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """One evaluation for each of `languages`; '{language}' in a path stands for the language."""
+    """An evaluation for each of `languages`; '{language}' in a path stands for the language."""
 
     # The task.
     kind: Literal["zero_shot", "retrieval", "linear_probe", "few_shot"] = "zero_shot"
@@ -315,7 +315,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """One of several losses."""
+    """A loss among several."""
 
     # The kind of loss.
     kind: Literal["softmax", "sigmoid"] = "softmax"

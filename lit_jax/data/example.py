@@ -33,7 +33,7 @@ BAD_KINDS: tuple[BadKind, ...] = get_args(BadKind)
 
 
 class Example(TypedDict):
-    """One image with what is known about it, or captions alone."""
+    """An image with all that is known about it, or captions alone."""
 
     # Names the example in messages and reports.
     key: str

@@ -45,7 +45,7 @@ def _any_file(file: File, image_key: str) -> bool:
 
 
 class Format(NamedTuple):
-    """One row of `FORMATS`: files whose names match one of `patterns` are read by `open`."""
+    """A row of `FORMATS`: files whose names match one of `patterns` are read by `open`."""
 
     patterns: tuple[str, ...]
     open: Opener

@@ -35,7 +35,7 @@ WRITER_OPTIONS = "group_size:1"
 
 
 class Shard(NamedTuple):
-    """One file of converted data."""
+    """A file of converted data."""
 
     # The file's name in the folder.
     name: str
