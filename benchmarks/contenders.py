@@ -165,9 +165,10 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
     import jax.numpy as jnp
     import optax
 
-    from lit_jax.config import MeshConfig, ModelConfig, OptimizerConfig, PolicyConfig, TowerConfig
+    from lit_jax.config import MeshConfig, ModelConfig, PolicyConfig, TowerConfig
     from lit_jax.distributed.mesh import make_mesh, replicated
     from lit_jax.models.dual_encoder import FEATURES, build_dual_encoder
+    from lit_jax.optimizer_config import AdamW
     from lit_jax.training.losses import objective, softmax_loss
     from lit_jax.training.optimizers import make_optimizer
     from lit_jax.training.policy import resolve_policy
@@ -190,7 +191,7 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
     trainable, frozen = policy.split(params)
     frozen = jax.tree.map(lambda leaf: leaf.astype(dtype), frozen)
     schedule = optax.constant_schedule(LEARNING_RATE)
-    optimizer_config = OptimizerConfig(clip_norm=CLIP_NORM, weight_decay=WEIGHT_DECAY)
+    optimizer_config = AdamW(clip_norm=CLIP_NORM, weight_decay=WEIGHT_DECAY)
     optimizer = make_optimizer(optimizer_config, schedule, policy)
     state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
     # Sharded as steps return it, or the second step compiles again.

@@ -39,7 +39,6 @@ def base() -> ConfigDict:
     config.model.image.overrides = {"batch_norm_momentum": 0.01}
     config.model.dtype = "bfloat16"
     config.optimizer.name = "lamb"
-    config.optimizer.eps = 1e-6
     config.optimizer.weight_decay = 1e-5
     config.schedule.name = "linear"
     config.schedule.learning_rate = 1e-3

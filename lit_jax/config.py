@@ -1,6 +1,6 @@
 """The config of a run: frozen dataclasses, and the function that makes them from a ConfigDict.
 
-`configs/*.py` start from `default()`, a ConfigDict with every key, change some values and return it.
+`configs/*.py` start from `default()`, a ConfigDict with the keys, change some values and return it.
 `parse()` turns the ConfigDict into a `Config`, which is all that the rest of the code sees.
 """
 
@@ -12,7 +12,6 @@ from ml_collections import config_dict
 
 from lit_jax.config_schema import (
     Count,
-    Decay,
     Duration,
     Fraction,
     NotNegative,
@@ -22,6 +21,7 @@ from lit_jax.config_schema import (
     convert,
 )
 from lit_jax.credentials import take_keys
+from lit_jax.optimizer_config import AdamW, OptimizerConfig
 
 Side = Literal["image", "text"]
 Pooling = Literal["pooler", "cls", "mean"]
@@ -112,26 +112,6 @@ class PolicyConfig:
     layer_decay: dict[str, Annotated[float, Range(1e-6, 1)]] = dataclasses.field(
         default_factory=dict
     )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """The optimizer of the trainable parameters."""
-
-    # The update rule.
-    name: Literal["adamw", "adafactor", "lion", "lamb"] = "adamw"
-    # The decay per step of the first moment (momentum).
-    b1: Decay = 0.9
-    # The decay per step of the second moment; for Adafactor the cap of the decay.
-    b2: Decay = 0.999
-    # The number that is added to the root of the second moment.
-    eps: NotNegative = 1e-8
-    # The dtype of the stored first moment.
-    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Decoupled weight decay: each step subtracts learning_rate * weight_decay * parameter.
-    weight_decay: NotNegative = 0.0
-    # The norm to which the gradient of all trainable parameters is clipped. None: no clipping.
-    clip_norm: Positive | None = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -350,8 +330,8 @@ class Config:
     model: ModelConfig = ModelConfig()
     # The parameters that train.
     policy: PolicyConfig = PolicyConfig()
-    # The optimizer.
-    optimizer: OptimizerConfig = OptimizerConfig()
+    # The optimizer, by its name, with the fields of that optimizer.
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=AdamW)
     # The learning rate over the steps.
     schedule: ScheduleConfig = ScheduleConfig()
     # The training data.
@@ -379,8 +359,12 @@ def loss_kinds(config: Config) -> set[str]:
 
 
 def default() -> config_dict.ConfigDict:
-    """Return a ConfigDict with every key of `Config` at its default."""
-    return config_dict.ConfigDict(dataclasses.asdict(Config()))
+    """Return a ConfigDict with every key of `Config` at its default, and of the optimizer the name alone.
+
+    The optimizer's other fields and their defaults depend on its name; a recipe sets those that it changes.
+    """
+    raw = dataclasses.asdict(Config())
+    return config_dict.ConfigDict(raw | {"optimizer": {"name": raw["optimizer"]["name"]}})
 
 
 def parse(raw: Mapping[str, Any] | config_dict.ConfigDict) -> Config:

@@ -40,15 +40,32 @@ Duration = Annotated[str, _DURATION]
 
 
 class UnknownKeyError(Exception):
-    """A group of the config has no such key."""
+    """A group of the config has no such key.
 
-    def __init__(self, group: str, key: str):
+    Args:
+        chosen: the dataclass that `name` has chosen for the group, if the group has a choice.
+    """
+
+    def __init__(self, group: str, key: str, chosen: Any = None):
         super().__init__(f"{group}.{key}")
-        self.group, self.key = group, key
+        self.group, self.key, self.chosen = group, key, chosen
 
     def as_user_error(self, root: Any) -> UserError:
         """Return an error that suggests the nearest key of the whole config, the dataclass `root`."""
-        return UserError(f"{self} is not a config key; {_nearest_key(root, self.group, self.key)}.")
+        if self.chosen is None:
+            nearest_key = _nearest_key(root, self.group, self.key)
+            return UserError(f"{self} is not a config key; {nearest_key}.")
+        own = sorted(get_type_hints(self.chosen).keys() - {"name"})
+        others = [
+            path
+            for path in namesakes(root, self.key, self.group.partition(".")[0])
+            if path != str(self)
+        ]
+        hint = f" (did you mean {' or '.join(map(repr, others))}?)" if others else ""
+        return UserError(
+            f"{self} is not a key of {self.group}.name={self.chosen.name!r}, which has "
+            f"{', '.join(own)}{hint}; leave it out, or choose another name."
+        )
 
 
 def key_type(root: Any, keys: Sequence[str], name: str = "config") -> Any:
@@ -58,14 +75,29 @@ def key_type(root: Any, keys: Sequence[str], name: str = "config") -> Any:
     """
     kind = root
     for depth, key in enumerate(keys):
-        if dataclasses.is_dataclass(kind):
-            hints = get_type_hints(kind)
+        if choices := _choices(kind):
+            hints = _hints(choices)
             if key not in hints:
                 raise UnknownKeyError(".".join((name, *keys[:depth])), ".".join(keys[depth:]))
             kind = hints[key]
         else:
             kind = get_args(kind)[1] if get_origin(kind) is dict else Any
     return kind
+
+
+def _choices(kind: Any) -> tuple[type, ...]:
+    """Return the dataclasses of a group: one, or several of which the key `name` chooses; else ()."""
+    kinds = get_args(kind) if get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    return kinds if all(map(dataclasses.is_dataclass, kinds)) else ()
+
+
+def _hints(choices: Iterable[type]) -> dict[str, Any]:
+    """Return the types of all keys of a group, whichever of its dataclasses is chosen."""
+    hints: dict[str, Any] = {}
+    for choice in choices:
+        for key, hint in get_type_hints(choice).items():
+            hints[key] = hints[key] | hint if key in hints else hint
+    return hints
 
 
 # Former name of a key -> its present name.
@@ -104,7 +136,7 @@ def _nearest_key(root: Any, group: str, key: str) -> str:
     if elsewhere := namesakes(root, key, name):
         return "did you mean " + " or ".join(map(repr, elsewhere))
     key = key.partition(".")[0]
-    own = get_type_hints(key_type(root, group.split(".")[1:]))
+    own = _hints(_choices(key_type(root, group.split(".")[1:])))
     if not difflib.get_close_matches(key, own, n=1):
         # The cutoff is high, because among so many names one is always similar: 'eps' does not mean 'steps'.
         names = {path.rpartition(".")[2] for path, _ in _key_types(root, name)}
@@ -114,15 +146,14 @@ def _nearest_key(root: Any, group: str, key: str) -> str:
 
 
 def _key_types(kind: Any, group: str) -> Iterator[tuple[str, Any]]:
-    """Yield the path and the type of each key and group below a dataclass."""
-    for key, hint in get_type_hints(kind).items():
+    """Yield the path and the type of each key and group below a dataclass, or a choice of dataclasses."""
+    for key, hint in _hints(_choices(kind)).items():
         path = f"{group}.{key}"
         yield path, hint
         # The members of a dict have names chosen by the user.
         if get_origin(hint) is dict:
             path, hint = f"{path}.NAME", get_args(hint)[1]
-        if dataclasses.is_dataclass(hint):
-            yield from _key_types(hint, path)
+        yield from _key_types(hint, path)
 
 
 def convert(kind: Any, value: Any, where: str) -> Any:
@@ -131,8 +162,8 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     Raise UserError for another type or a number out of its range, and UnknownKeyError for a key that a
     dataclass lacks.
     """
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return _convert_dataclass(kind, value, where)
+    if choices := _choices(kind):
+        return _convert_dataclass(choices, value, where)
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
         # JSON has no tuples, and a config has to equal itself after a round trip through config.json.
@@ -205,14 +236,22 @@ def _duration(text: str, where: str) -> str:
     )
 
 
-def _convert_dataclass(kind: type, value: Any, where: str) -> Any:
+def _convert_dataclass(choices: tuple[type, ...], value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise UserError(f"{where} is {value!r}; it must be a group of keys.")
+    kind = choices[0] if len(choices) == 1 else _chosen(choices, value, where)
     hints = get_type_hints(kind, include_extras=True)
     for key in value:
         if key not in hints:
-            raise UnknownKeyError(where, key)
+            raise UnknownKeyError(where, key, kind if len(choices) > 1 else None)
     return kind(**{key: convert(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+
+
+def _chosen(choices: tuple[Any, ...], value: Mapping[str, Any], where: str) -> type:
+    """Return the dataclass that `value["name"]` chooses, by default the first."""
+    by_name = {choice.name: choice for choice in choices}
+    name = value.get("name", choices[0].name)
+    return by_name[convert(Literal[tuple(by_name)], name, f"{where}.name")]
 
 
 def steps(duration: str, *, batch_size: int, examples_per_epoch: int) -> int:

@@ -4,16 +4,19 @@ import inspect
 import json
 import math
 
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_jax import config as config_module
+from lit_jax import optimizer_config
 from lit_jax.config import Config, EvalConfig, ModelConfig, TowerConfig, default, parse
 from lit_jax.config_file import parse_arg
 from lit_jax.config_schema import steps
 from lit_jax.configs.vit_bert import get_config
 from lit_jax.errors import UserError
+from lit_jax.optimizer_config import Adafactor, AdamW, Lamb, Lion
 
 
 def test_default_is_the_default_config_and_every_key_can_be_overridden():
@@ -83,6 +86,47 @@ def test_mistakes_are_named(raw, message):
         parse(raw)
 
 
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({}, AdamW()),
+        ({"b1": 0.5}, AdamW(b1=0.5)),
+        ({"name": "lion", "weight_decay": 1}, Lion(weight_decay=1.0)),
+        ({"name": "adafactor", "momentum_dtype": "float32"}, Adafactor(momentum_dtype="float32")),
+        ({"name": "lamb", "clip_norm": None}, Lamb(clip_norm=None)),
+    ],
+)
+def test_the_name_chooses_the_optimizer_and_its_defaults(raw, expected):
+    assert parse({"optimizer": raw}).optimizer == expected
+    assert parse(dataclasses.asdict(parse({"optimizer": raw}))).optimizer == expected
+
+
+def test_a_field_of_another_optimizer_is_refused_with_those_that_there_are():
+    for name, kind in {"lion": Lion, "adafactor": Adafactor}.items():
+        with pytest.raises(UserError, match=r"config\.optimizer\.eps is not a key") as refused:
+            parse({"optimizer": {"name": name, "eps": 1e-8}})
+        own = {field.name for field in dataclasses.fields(kind)} - {"name"}
+        listed = str(refused.value).partition("which has ")[2].partition(";")[0].split(", ")
+        assert set(listed) == own
+        assert repr(name) in str(refused.value)
+    # The other groups' keys are still suggested, and a flag is read by the type of any optimizer's field.
+    with pytest.raises(UserError, match=r"did you mean 'config\.schedule\.learning_rate'"):
+        parse({"optimizer": {"name": "lion", "learning_rate": 1e-3}})
+    with pytest.raises(
+        UserError, match=r"config\.optimizer\.name is 'sgd'.* 'adamw', 'adafactor', 'lion'"
+    ):
+        parse({"optimizer": {"name": "sgd", "b1": 0.9}})
+
+
+def test_defaults_of_optimizers_are_those_of_their_sources():
+    for kind, source in ((AdamW, optax.adamw), (Lion, optax.lion), (Lamb, optax.lamb)):
+        usual = inspect.signature(source).parameters
+        for name in {"b1", "b2", "eps"} & {field.name for field in dataclasses.fields(kind)}:
+            assert getattr(kind(), name) == usual[name].default, (kind, name)
+    # As in big_vision's scale_by_adafactor, which optax does not have.
+    assert (Adafactor().b1, Adafactor().b2, Adafactor().momentum_dtype) == (0.9, 0.999, "bfloat16")
+
+
 @pytest.mark.parametrize("arg", ["", "demo", "base", "large"])
 def test_every_variant_parses(arg):
     assert parse(get_config(arg)).model.image.model
@@ -145,14 +189,13 @@ def test_any_other_text_is_no_duration(text):
 
 def test_every_key_has_a_comment_above_it():
     """The documentation's list of keys is made of these comments."""
-    source = inspect.getsource(config_module)
-    lines = source.splitlines()
-    groups = [
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
-    ]
-    keys = [line for group in groups for line in group.body if isinstance(line, ast.AnnAssign)]
-    assert len(keys) > 90
-    bare = [ast.unparse(key) for key in keys if not lines[key.lineno - 2].lstrip().startswith("# ")]
-    assert bare == []
+    found = 0
+    for module in (config_module, optimizer_config):
+        source = inspect.getsource(module)
+        lines = source.splitlines()
+        groups = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+        keys = [line for group in groups for line in group.body if isinstance(line, ast.AnnAssign)]
+        above = {ast.unparse(key): lines[key.lineno - 2].lstrip() for key in keys}
+        assert [key for key, comment in above.items() if not comment.startswith("# ")] == []
+        found += len(keys)
+    assert found > 100

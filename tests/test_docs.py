@@ -58,12 +58,38 @@ def test_a_run_with_source_loss_optimizer_and_callback_of_the_page(tmp_path, mon
     assert all("hardest_negative" in row for row in steps)
 
 
+def changed_package(folder: Path, file: str) -> Path:
+    """Return a clone of the repository with the change of the page to a file of this name."""
+    package = folder / "package"
+    subprocess.run(["git", "clone", "--quiet", ROOT, package], check=True)
+    (diff,) = (diff for diff in blocks("diff") if file in diff)
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=package)
+    return package
+
+
+def test_the_optimizer_of_the_page_is_chosen_by_name_and_takes_a_step(tmp_path):
+    program = """
+import jax.numpy as jnp, optax
+from lit_jax.config import PolicyConfig, parse
+from lit_jax.training.optimizers import make_optimizer
+from lit_jax.training.policy import resolve_policy
+config = parse({"optimizer": {"name": "sgd", "momentum": 0.5, "clip_norm": None}}).optimizer
+params = {"text_model": {"kernel": jnp.full((2, 2), 1.0)}}
+policy = resolve_policy(PolicyConfig(lock="uu"), params)
+optimizer = make_optimizer(config, optax.constant_schedule(0.1), policy)
+updates, _ = optimizer.update(params, optimizer.init(params), params)
+# The first step of Nesterov's momentum is the gradient times 1 + momentum.
+print(round(float(updates["text_model"]["kernel"][0, 0]), 6))
+"""
+    package = changed_package(tmp_path, "optimizer_config.py")
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False)
+    assert result.stdout == "-0.15\n", result.stderr
+
+
 @pytest.mark.oracle
 def test_the_family_of_the_page_equals_pytorch(tmp_path):
-    package = tmp_path / "package"
-    subprocess.run(["git", "clone", "--quiet", ROOT, package], check=True)
-    (diff,) = blocks("diff")
-    subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=package)
+    package = changed_package(tmp_path, "ijepa.py")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "oracle", "tests/models/test_ijepa.py"]
     result = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout

@@ -33,8 +33,9 @@ class ConfigKeys(Directive):
         root = getattr(importlib.import_module(module), name)
         found: list[nodes.Node] = []
         for prefix, group in groups(root, self.arguments[1], set()):
-            section = nodes.section(ids=[nodes.make_id(prefix)])
-            section += nodes.title(text=prefix)
+            title = _title(prefix, group)
+            section = nodes.section(ids=[nodes.make_id(title)])
+            section += nodes.title(text=title)
             self.parse(inspect.cleandoc(group.__doc__ or ""), section)
             for key in keys(group):
                 self.parse(
@@ -46,6 +47,12 @@ class ConfigKeys(Directive):
     def parse(self, text: str, parent: nodes.Element) -> None:
         """Add Markdown to a node."""
         self.state.nested_parse(StringList(text.splitlines(), self.arguments[0]), 0, parent)
+
+
+def _title(prefix: str, group: type) -> str:
+    """Return the prefix of a group's keys, with the name that chooses the group where there is a choice."""
+    names = typing.get_args(typing.get_type_hints(group).get("name"))
+    return f"{prefix} ({prefix}.name={names[0]})" if len(names) == 1 else prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +78,13 @@ def groups(group: type, prefix: str, seen: set[type]) -> Iterator[tuple[str, typ
 
 
 def keys(group: type) -> list[Key]:
-    """Return the keys of a config dataclass that are no dataclasses themselves."""
+    """Return the keys of a config dataclass, also inherited ones, that are no dataclasses themselves."""
+    classes = [kind for kind in reversed(group.__mro__) if dataclasses.is_dataclass(kind)]
+    # A key that a subclass declares again stays where it was.
+    return list({key.name: key for kind in classes for key in _own_keys(kind)}.values())
+
+
+def _own_keys(group: type) -> list[Key]:
     lines = textwrap.dedent(inspect.getsource(group)).splitlines()
     (body,) = ast.parse("\n".join(lines)).body
     assert isinstance(body, ast.ClassDef)

@@ -82,7 +82,9 @@ def _about_state(config: Config, step: TrainStep, resident: Mapping[str, int], h
             f"state, now {state / 2**30:.1f} GiB a chip, over more chips.",
         ),
         (
-            config.optimizer.momentum_dtype == "float32" and resident["optimizer"] > hbm / 10,
+            # Not every optimizer has a momentum.
+            getattr(config.optimizer, "momentum_dtype", None) == "float32"
+            and resident["optimizer"] > hbm / 10,
             "--config.optimizer.momentum_dtype=bfloat16 makes the optimizer's state smaller.",
         ),
     )

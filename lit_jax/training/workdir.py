@@ -46,6 +46,9 @@ _WITHOUT_FORMAT = "0.1.0"
 # The keys of config.json that do not belong to the config. "passed" describes objects passed to `fit`.
 _NOT_CONFIG = ("format", "version", "passed")
 
+# The fields of optimizers that config.json had once, though these optimizers did not use them.
+_UNUSED_FIELDS = {"lion": ("eps",), "adafactor": ("eps",)}
+
 # Values of renamed keys, by their former name.
 _RENAMED_VALUES = {"global": "dense", "lean": "blockwise"}
 
@@ -161,6 +164,9 @@ def read_config(workdir: Path) -> Config | None:
         for key, value in content.items()
         if key not in _NOT_CONFIG
     }
+    if isinstance(optimizer := config.get("optimizer"), dict):
+        unused = _UNUSED_FIELDS.get(optimizer.get("name"), ())
+        config["optimizer"] = {k: v for k, v in optimizer.items() if k not in unused}
     try:
         return parse(config)
     except UserError as error:
@@ -276,6 +282,9 @@ def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, str]:
     """Return the differing keys that change the result, as dotted key -> "key: old -> new"."""
     changes = {}
     for field in dataclasses.fields(old):
+        # Where an optimizer of another name lacks the field, the name says what differs.
+        if not hasattr(new, field.name):
+            continue
         key, before, after = prefix + field.name, getattr(old, field.name), getattr(new, field.name)
         # A resumed run may change keys that do not affect the result, such as those of the log.
         if not field.metadata.get("changes_result", True) or before == after:

@@ -16,11 +16,12 @@ import optax
 import pytest
 from PIL import Image
 
-from lit_jax.config import OptimizerConfig, PolicyConfig
+from lit_jax.config import PolicyConfig
 from lit_jax.configs.demo.make_digits import draw_number
 from lit_jax.data.text import load_tokenizer, tokenize
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.models.families import TEXT, VISION
+from lit_jax.optimizer_config import AdamW
 from lit_jax.training.losses import make_loss, objective
 from lit_jax.training.optimizers import make_optimizer
 from lit_jax.training.policy import resolve_policy
@@ -98,7 +99,7 @@ def check_step(module, params, batch, lock):
     assert ("vision_model" in frozen) == (lock == "LU")
     before = jax.tree.map(np.array, frozen)
     schedule = optax.constant_schedule(0.01)
-    optimizer = make_optimizer(OptimizerConfig(name="adamw"), schedule, policy)
+    optimizer = make_optimizer(AdamW(), schedule, policy)
     state = State(jnp.int32(0), trainable, optimizer.init(trainable))
     with jax.numpy_dtype_promotion("standard"):  # Optax itself mixes dtypes
         new, metrics = train_step(

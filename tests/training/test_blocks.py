@@ -11,9 +11,10 @@ import pytest
 import safetensors.numpy
 
 from lit_jax import export
-from lit_jax.config import OptimizerConfig, PolicyConfig
+from lit_jax.config import PolicyConfig
 from lit_jax.errors import Preempted, UserError
 from lit_jax.models.families import build_tower
+from lit_jax.optimizer_config import AdamW
 from lit_jax.training.optimizers import make_optimizer
 from lit_jax.training.policy import find_cuts, resolve_policy, warn_of_full_rate
 from lit_jax.training.workdir import load_run
@@ -210,7 +211,7 @@ def test_each_block_moves_at_its_own_rate():
         weight_decay=((r"text_model/layer_2/.*", 0.0),),
     )
     optimizer = make_optimizer(
-        OptimizerConfig(weight_decay=0.5, clip_norm=None),
+        AdamW(weight_decay=0.5, clip_norm=None),
         lambda _: 0.1,
         resolve_policy(config, params),
     )

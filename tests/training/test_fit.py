@@ -15,6 +15,7 @@ import lit_jax
 from lit_jax.config import parse
 from lit_jax.errors import Preempted, UserError
 from lit_jax.models.tower import ImageTower, TowerOutput
+from lit_jax.optimizer_config import Lion
 from lit_jax.training.losses import make_objective, sigmoid_loss, softmax_loss
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.passed import describe
@@ -217,6 +218,17 @@ def test_a_description_tells_objects_apart_and_is_the_same_in_another_process():
     for value in (one, Noise(1), functools.partial(weighted, temperature=1.0), np.arange(3)):
         text = json.dumps(describe(value))
         assert " at 0x" not in text
+
+
+def test_a_run_folder_of_before_optimizers_had_fields_of_their_own_is_read(tmp_path):
+    common = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "momentum_dtype": "float32", "clip_norm": 1.0}
+    for name in ("adamw", "lion"):
+        raw = {"optimizer": {"name": name, "weight_decay": 0.1, **common}}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        optimizer = read_config(tmp_path).optimizer
+        assert dataclasses.asdict(optimizer).items() <= raw["optimizer"].items()
+    # Lion never used the eps, and everything else is the default of today.
+    assert optimizer == Lion(weight_decay=0.1)
 
 
 def test_a_run_folder_of_before_the_renaming_is_read(tmp_path):

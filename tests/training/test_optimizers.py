@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from lit_jax.config import OptimizerConfig, PolicyConfig, ScheduleConfig
+from lit_jax.config import PolicyConfig, ScheduleConfig
 from lit_jax.config_schema import steps
 from lit_jax.errors import UserError
+from lit_jax.optimizer_config import Adafactor, AdamW, Lamb, Lion
 from lit_jax.training.optimizers import make_optimizer, make_schedule
 from lit_jax.training.policy import resolve_policy
 
@@ -60,14 +61,14 @@ def one_step(config, *, rate=0.1, **rules):
 
 
 def test_adamw_decays_kernels_and_not_biases():
-    step = one_step(OptimizerConfig(name="adamw", weight_decay=0.5, clip_norm=None))
+    step = one_step(AdamW(weight_decay=0.5, clip_norm=None))
     # The first Adam direction is the gradient's sign.
     np.testing.assert_allclose(step["kernel"], -0.1 * (1 + 0.5 * 2.0), rtol=1e-5)
     np.testing.assert_allclose(step["bias"], 0.1, rtol=1e-5)
 
 
 def test_lion():
-    step = one_step(OptimizerConfig(name="lion", b1=0.9, b2=0.99, weight_decay=0.5))
+    step = one_step(Lion(b1=0.9, b2=0.99, weight_decay=0.5))
     np.testing.assert_allclose([step["kernel"], step["bias"]], [-0.2, 0.1], rtol=1e-5)
 
 
@@ -91,7 +92,7 @@ def test_lamb_is_that_of_optax_layer_by_layer():
             params = optax.apply_updates(params, updates)
         return params
 
-    config = OptimizerConfig(name="lamb", eps=1e-6, weight_decay=0.1, clip_norm=None)
+    config = Lamb(eps=1e-6, weight_decay=0.1, clip_norm=None)
     policy = resolve_policy(PolicyConfig(lock="uu"), tree(stacked))
     ours = run(
         tree(stacked),
@@ -108,7 +109,7 @@ def test_lamb_is_that_of_optax_layer_by_layer():
 
 def test_multipliers_apply_to_the_whole_step():
     step = one_step(
-        OptimizerConfig(weight_decay=0.5, clip_norm=None),
+        AdamW(weight_decay=0.5, clip_norm=None),
         learning_rate=((".*/kernel", 0.1),),
         weight_decay=((".*/bias", 1.0),),
     )
@@ -136,7 +137,7 @@ def test_adafactor_equals_numpy_over_several_steps():
     params = {"w": {"kernel": jnp.asarray(rng.normal(size=(32, 40)), jnp.float32)}}
     grads = rng.normal(size=(4, 32, 40)).astype(np.float32)
     policy = resolve_policy(PolicyConfig(lock="uu"), params)
-    config = OptimizerConfig(name="adafactor", clip_norm=None)
+    config = Adafactor(clip_norm=None, momentum_dtype="float32")
     optimizer = make_optimizer(config, optax.constant_schedule(0.1), policy)
     expected = numpy_adafactor(np.asarray(params["w"]["kernel"], np.float64), grads)
     state = optimizer.init(params)
@@ -158,7 +159,7 @@ def test_adafactor_factors_no_vectors_of_a_deep_stack():
 
     def run(params, grads):
         policy = resolve_policy(PolicyConfig(lock="uu"), params)
-        config = OptimizerConfig(name="adafactor", clip_norm=None, weight_decay=0.0)
+        config = Adafactor(clip_norm=None, momentum_dtype="float32")
         optimizer = make_optimizer(config, optax.constant_schedule(0.1), policy)
         state = optimizer.init(params)
         for grad in grads:
@@ -180,7 +181,7 @@ def test_adafactor_factors_no_vectors_of_a_deep_stack():
 def test_adafactor_keeps_no_second_moment_of_the_size_of_a_matrix():
     params = {"w": {"kernel": jnp.zeros((64, 48))}}
     policy = resolve_policy(PolicyConfig(lock="uu"), params)
-    config = OptimizerConfig(name="adafactor", momentum_dtype="bfloat16")
+    config = Adafactor()
     state = make_optimizer(config, optax.constant_schedule(0.1), policy).init(params)
     full = [leaf for leaf in jax.tree.leaves(state) if leaf.size == 64 * 48]
     assert [leaf.dtype for leaf in full] == [jnp.bfloat16]  # the momentum
@@ -190,7 +191,7 @@ def test_clipping_uses_the_norm_of_the_whole_gradient():
     policy = resolve_policy(PolicyConfig(lock="uu"), PARAMS)
     norm = float(optax.tree.norm(GRADS))
     for clip, expected in ((norm / 2, 0.5), (norm * 2, 1.0)):
-        config = OptimizerConfig(name="adamw", b1=0.0, b2=0.0, eps=1e6, clip_norm=clip)
+        config = AdamW(b1=0.0, b2=0.0, eps=1e6, clip_norm=clip)
         # With so large an eps the direction is proportional to the clipped gradient.
         optimizer = make_optimizer(config, optax.constant_schedule(1e6), policy)
         updates, _ = optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)

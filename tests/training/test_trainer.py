@@ -328,19 +328,19 @@ def test_a_file_among_the_checkpoints_is_none(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    "changes",
     [
-        ("optimizer.name", "lion"),
-        pytest.param("policy.lock", "UU", marks=pytest.mark.long),
-        pytest.param("model.projection_dim", 4, marks=pytest.mark.long),
+        {"optimizer.name": "lion", "optimizer.b2": 0.9},
+        pytest.param({"policy.lock": "UU"}, marks=pytest.mark.long),
+        pytest.param({"model.projection_dim": 4}, marks=pytest.mark.long),
     ],
 )
 def test_an_allowed_change_that_no_checkpoint_fits_leaves_the_run_as_it_was(
-    finished, tiny, train, tmp_path, key, value
+    finished, tiny, train, tmp_path, changes
 ):
     workdir = shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(UserError, match=r"of another model or optimizer .*take back"):
-        train(tiny(**{key: value}), workdir, allowed_changes=[key])
+        train(tiny(**changes), workdir, allowed_changes=[*changes])
     assert train(tiny(), workdir).step == 6
 
 
