@@ -165,7 +165,7 @@ def read_config(workdir: Path) -> Config | None:
         if key not in _NOT_CONFIG
     }
     if isinstance(optimizer := config.get("optimizer"), dict):
-        unused = _UNUSED_FIELDS.get(optimizer.get("name"), ())
+        unused = _UNUSED_FIELDS.get(str(optimizer.get("name")), ())
         config["optimizer"] = {k: v for k, v in optimizer.items() if k not in unused}
     try:
         return parse(config)
@@ -282,7 +282,7 @@ def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, str]:
     """Return the differing keys that change the result, as dotted key -> "key: old -> new"."""
     changes = {}
     for field in dataclasses.fields(old):
-        # Where an optimizer of another name lacks the field, the name says what differs.
+        # An optimizer of another name may lack the field; then the name says what differs.
         if not hasattr(new, field.name):
             continue
         key, before, after = prefix + field.name, getattr(old, field.name), getattr(new, field.name)
