@@ -27,7 +27,6 @@ from lit_jax.evals import runner
 from lit_jax.evals.encode import Encoder
 from lit_jax.files import atomic_write, write_json
 from lit_jax.models.tower import Tower
-from lit_jax.reports.html_page import html_report
 from lit_jax.reports.result_files import EvaluatedModel, write_results
 from lit_jax.training.losses import Objective
 from lit_jax.training.metrics import read_metrics
@@ -167,6 +166,9 @@ def finish(
         if evaluations:
             write_results(workdir / "evals", evaluations, model)
         if config.report != "none":
+            # Imported here, because matplotlib would delay the start of every run.
+            from lit_jax.reports.html_page import html_report
+
             (workdir / "report").mkdir(exist_ok=True)
             page = html_report(evaluations, model, read_metrics(workdir))
             atomic_write(workdir / "report" / "index.html", page)

@@ -210,8 +210,7 @@ def step_flops(step: TrainStep, batch: AbstractBatch) -> int:
 
 def traced(step: TrainStep, batch: AbstractBatch) -> Any:
     """Return the traced step for a batch, before lowering and compilation. Call it under the step's mesh."""
-    compiled: Any = step.compiled()
-    return compiled.trace(step.abstract_state(), step.abstract_frozen(batch), batch)
+    return step.trace(batch)
 
 
 def resident_bytes(step: TrainStep, batch: AbstractBatch) -> dict[str, int]:

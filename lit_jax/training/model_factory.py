@@ -157,9 +157,11 @@ def build_model(
     example, has_teacher = example_batch(processors), teacher is not None
     # Trainable and locked parameters cannot share an array, so the rules decide where stacks are cut. They
     # are applied to uncut towers first, and the cuts change the shapes.
-    cuts = find_cuts(config.policy, parameter_shapes(module, example), has_teacher=has_teacher)
-    module = module.with_cuts(cuts)
     shapes = parameter_shapes(module, example)
+    cuts = find_cuts(config.policy, shapes, has_teacher=has_teacher)
+    if cuts:
+        module = module.with_cuts(cuts)
+        shapes = parameter_shapes(module, example)
     if teacher:
         shapes[TEACHER] = parameter_shapes(teacher, teacher.example_input)
     policy = resolve_policy(config.policy, shapes, has_teacher=has_teacher)

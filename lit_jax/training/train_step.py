@@ -208,7 +208,11 @@ class TrainStep:
         )
         return State(step, params, init(params))
 
-    def compiled(self) -> Callable[[State, Tree, Batch], tuple[State, Metrics]]:
+    def trace(self, batch: AbstractBatch) -> jax.stages.Traced:
+        """Return the traced step for a batch, before lowering and compilation; call under the mesh."""
+        return self.jitted().trace(self.abstract_state(), self.abstract_frozen(batch), batch)
+
+    def jitted(self) -> jax.stages.Wrapped:
         """Return the jitted step, which compiles at the first call."""
         config = self.model.config
         step: Any = functools.partial(
@@ -225,7 +229,7 @@ class TrainStep:
 
 def jit_train_step(
     step: Callable[[State, Tree, Batch], tuple[State, Metrics]], state_shardings: State
-) -> Callable[[State, Tree, Batch], tuple[State, Metrics]]:
+) -> jax.stages.Wrapped:
     """Return the jitted step; this function is the only place that compiles the step.
 
     The new state reuses the buffers of the old state (donation) and keeps its shardings. The inputs carry

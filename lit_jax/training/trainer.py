@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from lit_jax.config import Config, parse
 from lit_jax.data.loader import TrainStream, make_preprocessor
+from lit_jax.distributed.compilation_cache import compilation_cache
 from lit_jax.distributed.finite import not_finite
 from lit_jax.distributed.mesh import global_batch, make_mesh
 from lit_jax.distributed.preemption import StopSignal
@@ -100,6 +102,7 @@ def train(
         # The lease comes first: two commands that prepare at once would both see an empty folder.
         with workdir_errors(workdir):
             stack.enter_context(holding(workdir))
+        stack.enter_context(compilation_cache(workdir / "compilation_cache"))
         trainer = Trainer.prepare(
             config, workdir, evaluations, passed=passed, allowed_changes=allowed_changes
         )
@@ -209,6 +212,7 @@ class Trainer:
             jax.set_mesh(self.model.mesh),
             StopSignal() as stop,
             Checkpoints(self.workdir, keep_last, keep_every) as checkpoints,
+            self._compiling(checkpoints.latest or 0) as step_fn,
         ):
             state, locked, position = first_or_latest_state(self.step, self.workdir, checkpoints)
             self.precomputed.check_towers(self.model.module, locked)
@@ -235,8 +239,20 @@ class Trainer:
                 # A finished run opens no stream, because its data may be gone.
                 if start < total:
                     with self._open_stream(position) as stream:
-                        state = loop.take_steps(start, state, stream)
+                        state = loop.take_steps(start, state, stream, step_fn.result())
         return TrainedModel.merged(self.model, state.params, locked, total)
+
+    @contextlib.contextmanager
+    def _compiling(self, start: int) -> Iterator[Future[Callable[..., Any]]]:
+        """Yield the compiled step, which is compiled while weights are read and written."""
+        # A finished run takes no step.
+        if start >= self.durations.total:
+            yield Future()
+            return
+        # Only the compilation has a thread of its own: tracing depends on settings of the caller's thread.
+        lowered = self.step.trace(self.step.abstract_batch(self.config.batch_size)).lower()
+        with ThreadPoolExecutor(1) as pool:
+            yield pool.submit(lowered.compile)
 
     def _missing_evals(self, step: int) -> list[str]:
         """Return the evaluations due at `step` that metrics.jsonl lacks, because the run was stopped before.
@@ -297,12 +313,13 @@ class _Loop:
     reporter: Reporter
     stop: StopSignal
 
-    def take_steps(self, start: int, state: State, stream: TrainStream) -> State:
+    def take_steps(
+        self, start: int, state: State, stream: TrainStream, step_fn: Callable[..., Any]
+    ) -> State:
         """Return the state after the last step. Raise Preempted after SIGTERM, once the state is saved."""
         trainer, durations = self.trainer, self.trainer.durations
         # A tower whose features come from disk is no input of the step.
         frozen = trainer.precomputed.needed(self.locked)
-        step_fn = trainer.step.compiled()
         for step in range(start + 1, durations.total + 1):
             # The stream advances only here, so that a save below records the position after `step` batches.
             batch = global_batch(next(stream), trainer.model.mesh)

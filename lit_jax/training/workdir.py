@@ -7,6 +7,7 @@ parameters.txt         which parameters train, how fast, and how they are split 
 frozen/, checkpoints/  see checkpoints.py
 metrics.jsonl, tensorboard/  the metrics of steps and evaluations
 results.json, evals/, report/  the final evaluations and their figures
+compilation_cache/     see distributed/compilation_cache.py
 """
 
 import dataclasses

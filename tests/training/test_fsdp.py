@@ -64,7 +64,7 @@ def _two_steps(tiny, fsdp, changes):
         }
         rows["pixel_values"] = rng.integers(0, 256, rows["pixel_values"].shape, np.uint8)
         batch = global_batch(rows, mesh)
-        state, train_step, reports = step.first_state(params), step.compiled(), []
+        state, train_step, reports = step.first_state(params), step.jitted(), []
         for _ in range(2):
             state, metrics = train_step(state, frozen, batch)
             reports.append(jax.device_get(metrics))

@@ -220,7 +220,7 @@ def test_a_start_without_checkpoint_takes_nothing_from_the_one_before(
     hf = json.loads((other / "config.json").read_text()) | {"hidden_act": "relu"}
     (other / "config.json").write_text(json.dumps(hf))
     with monkeypatch.context() as patch:
-        patch.setattr(TrainStep, "compiled", lambda _: 1 / 0)
+        patch.setattr(jax.stages.Lowered, "compile", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(tiny(**{"model.image.model": str(other)}), tmp_path / "run")
         assert (tmp_path / "run" / "frozen").exists()
