@@ -8,6 +8,8 @@ checkpoint, run the same command again. Exit codes: 0 done, 2 bad input, 75 stop
 saved, 76 another process of the run is gone; after 75 or 76 run the same command again.
 """
 
+import dataclasses
+import logging
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +37,8 @@ from lit_jax.training.passed import Callback, Passed
 from lit_jax.training.trainer import Evaluations, train
 from lit_jax.training.workdir_errors import quiet_orbax, workdir_errors
 from lit_jax.trees import Tree
+
+log = logging.getLogger(__name__)
 
 
 @quiet_orbax()
@@ -74,7 +78,7 @@ def fit(
 
     Args:
         config: the config of the run; the ConfigDict of a recipe is parsed.
-        source: training data that replace config.data.train and config.data.mixture: anything with
+        source: training data that take the place of config.data.train and config.data.mixture: anything with
             `len(source)` and `source[i]`, which returns an `Example` (lit_jax.data.example).
         loss: a function of the model's output (`DualEncoderOutput`) and the batch over all devices. It
             returns the value to minimise, a float32 scalar, and a dict of metrics.
@@ -96,6 +100,8 @@ def fit(
     """
     if not isinstance(config, Config):
         config = parse(config)
+    if source is not None:
+        config = _without_training_data(config)
     make_missing(sources_of(config))
     # Opened before training, so that a mistake in an evaluation does not cost a run.
     evaluations = ConfiguredEvaluations(config, Path(workdir), runner.open_evals(config.evals))
@@ -106,6 +112,20 @@ def fit(
         source=source, loss=loss, optimizer=optimizer, towers=own, callbacks=tuple(callbacks)
     )
     return train(config, Path(workdir), evaluations, passed=passed, allowed_changes=allowed_changes)
+
+
+def _without_training_data(config: Config) -> Config:
+    """Return the config without the training data that it names, which a passed source replaces."""
+    data = config.data
+    # config.json must not name data that the run never reads, nor may a script make them.
+    named = [data.train.path, *(part.path for part in data.mixture.values())]
+    if any(named):
+        log.info(
+            "The source that is passed takes the place of the config's data: %s.",
+            ", ".join(filter(None, named)),
+        )
+    train_data = dataclasses.replace(data.train, path="")
+    return dataclasses.replace(config, data=dataclasses.replace(data, train=train_data, mixture={}))
 
 
 class ConfiguredEvaluations(Evaluations):

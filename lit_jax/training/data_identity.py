@@ -82,11 +82,6 @@ def open_data(
 def _open(config: Config, passed: Source | None) -> Source:
     if passed is None:
         return open_training_data(config.data, text_only=bool(config.model.teacher))
-    for key, is_set in (("train.path", config.data.train.path), ("mixture", config.data.mixture)):
-        if is_set:
-            raise UserError(
-                f"config.data.{key} is set, and a source is passed in its place; leave one of them out."
-            )
     if not len(passed):
         raise UserError(f"The source that is passed, a {type(passed).__name__}, has no example.")
     return passed

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -164,7 +165,8 @@ class Trainer:
             may_differ=may_differ(changes, allowed_changes),
             passed=passed.source,
         )
-        if data.source:
+        # A loss that is passed may have no negatives; only its author knows.
+        if data.source and passed.loss is None:
             check_negatives(config, data.source)
         callbacks = [every for every, _ in passed.callbacks]
         durations = Durations.of(config, data.examples, callbacks)
@@ -297,7 +299,8 @@ class Trainer:
             batch_size=self.config.batch_size,
             start=start,
             total=self.durations.total,
-            scale_limit=usual_scale(self.config),
+            # No scale is usual for a loss that is passed.
+            scale_limit=math.inf if self.passed.loss else usual_scale(self.config),
             last_saved=lambda: checkpoints.latest,
             locked_not_finite=functools.partial(not_finite, self.precomputed.needed(locked)),
         )

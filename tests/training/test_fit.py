@@ -52,6 +52,10 @@ def weighted(output, batch, *, temperature):
     return value, {"words": batch["attention_mask"].sum().astype(jnp.float32)}
 
 
+def steep(output, batch):
+    return softmax_loss(output.image_embeds, output.text_embeds, output.logit_scale), {}
+
+
 @pytest.fixture
 def own(tiny):
     """A config without data of its own, and the objects that are passed."""
@@ -120,13 +124,29 @@ def test_callbacks_are_called_each_so_many_steps_and_report(tiny, tmp_path, one_
         lit_jax.fit(tiny(), tmp_path / "other", callbacks=[("8 examples", silent)])
 
 
-def test_a_source_beside_data_of_the_config_is_refused(tiny, tmp_path, one_device):
-    with pytest.raises(UserError, match=r"config.data.train.path is set.*leave one of them out"):
-        lit_jax.fit(tiny(), tmp_path / "run", source=Noise())
-    config = tiny(**{"data.train.path": "", "data.train.split": None})
-    with pytest.raises(UserError, match="Noise, has no example"):
-        lit_jax.fit(config, tmp_path / "run", source=Noise(count=0))
+def test_a_source_takes_the_place_of_the_data_of_the_config(tiny, tmp_path, one_device, caplog):
+    for data in (
+        {"data.train.path": "/no/such"},
+        {"data.mixture": {"a": {"path": "/no/such"}}, "data.train.path": ""},
+    ):
+        caplog.clear()
+        caplog.set_level("INFO", "lit_jax")
+        with pytest.raises(UserError, match="Noise, has no example"):
+            lit_jax.fit(tiny(**data), tmp_path / "run", source=Noise(count=0))
+        assert "takes the place of the config's data: /no/such." in caplog.text
     assert not (tmp_path / "run").exists()
+
+
+def test_warnings_about_negatives_and_the_scale_are_not_for_a_passed_loss(
+    tiny, tmp_path, one_device, caplog
+):
+    # Every image of the source is in a batch more than once, and the scale is far above the usual one.
+    config = tiny(**{"duration": "2 steps", "model.logit_scale_init": 6.0})
+    lit_jax.fit(config, tmp_path / "own", source=Noise(count=12), loss=steep)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    lit_jax.fit(config, tmp_path / "configured", source=Noise(count=12))
+    assert "config.data.train has 12 images" in caplog.text
+    assert "scale" in caplog.text
 
 
 @dataclasses.dataclass(frozen=True)
