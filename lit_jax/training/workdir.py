@@ -14,6 +14,7 @@ import dataclasses
 import logging
 import math
 import shutil
+import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -43,6 +44,9 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 # The last version that wrote config.json without a format. Only this version can continue such a run.
 _WITHOUT_FORMAT = "0.1.0"
+
+# The checksums of the other files in the model's folder.
+MODEL_SUMS = "sums.json"
 
 # The keys of config.json that do not belong to the config. "passed" describes objects passed to `fit`.
 _NOT_CONFIG = ("format", "version", "passed")
@@ -102,8 +106,12 @@ def model_folder(workdir: Path) -> Path:
 
 
 def saved_towers(workdir: Path) -> TowerPaths:
-    """Return the towers of a run from its own folder, without the Hub."""
+    """Return the towers of a run from its own folder, without the Hub.
+
+    Raises UserError if a file of the model's folder is not as the run has written it.
+    """
     folder = model_folder(workdir)
+    _check_model_files(folder)
     hf_config = read_hf_config(folder)
     teacher = None
     if (folder / TEACHER).is_dir():
@@ -132,6 +140,38 @@ def save_model_files(workdir: Path, model: Model) -> None:
     write_json(folder / "config.json", model.hf_config)
     # The check follows config.json, because transformers chooses the tokenizer's class by it.
     check_saved(processors.tokenizer, folder)
+    write_json(folder / MODEL_SUMS, _file_sums(folder))
+
+
+def _file_sums(folder: Path) -> dict[str, int]:
+    """Return the checksum (CRC-32) of each file below a folder, by its path there."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {
+        file.relative_to(folder).as_posix(): zlib.crc32(file.read_bytes())
+        for file in files
+        if file != folder / MODEL_SUMS
+    }
+
+
+def _check_model_files(folder: Path) -> None:
+    """Raise UserError if a file of the model's folder differs from its checksum, or is missing."""
+    file = folder / MODEL_SUMS
+    if not file.exists():
+        log.warning(
+            "%s is missing, so the other files there are not compared with checksums.", file
+        )
+        return
+    try:
+        stored, found = dict(parse_json(file.read_bytes())), _file_sums(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}); put it back, or remove it.") from error
+    # A file that was added changes nothing that the run has written.
+    changed = [name for name, checksum in stored.items() if found.get(name) != checksum]
+    if changed:
+        raise UserError(
+            f"{folder / changed[0]} is not as the run has written it; put it back, or remove {file} to go on "
+            "with the files as they are."
+        )
 
 
 def save_parameter_table(workdir: Path, model: Model) -> None:

@@ -243,12 +243,27 @@ def damage_checkpoint(workdir):
     shutil.rmtree(workdir / "checkpoints" / "6" / "state")
 
 
+def change_model(workdir):
+    file = workdir / "model" / "config.json"
+    file.write_text(file.read_text().replace('"gelu"', '"relu"'))
+
+
+def remove_tokenizer(workdir):
+    (workdir / "model" / "tokenizer_config.json").unlink()
+
+
 def damage_model(workdir):
     (workdir / "model" / "config.json").write_text('{"vision_config": ')
+    (workdir / "model" / "sums.json").unlink()
 
 
 def empty_model(workdir):
     (workdir / "model" / "config.json").write_text("{}")
+    (workdir / "model" / "sums.json").unlink()
+
+
+def damage_sums(workdir):
+    (workdir / "model" / "sums.json").write_text("[1")
 
 
 def damage_config(workdir):
@@ -271,6 +286,9 @@ def put_another_config(workdir):
             r"/frozen is damaged.*; put them back, or start again in another --workdir\.$",
         ),
         (damage_checkpoint, r"/checkpoints/6 is damaged.*, or remove .* to go on from step 4\.$"),
+        (change_model, r"model/config\.json is not as the run has written it; .*sums\.json"),
+        (remove_tokenizer, r"model/tokenizer_config\.json is not as the run has written it"),
+        (damage_sums, r"model/sums\.json is damaged"),
         (damage_model, r"model/config\.json is not a config.json that transformers understands"),
         (empty_model, r"model/config\.json .*model_type"),
         (damage_config, r"run/config\.json is damaged \(.*; restore it, or choose another"),
