@@ -114,14 +114,16 @@ def linear_probe(train: Features, test: Features) -> dict[str, float]:
 
     def measure(l2: float) -> float:
         if l2 not in accuracy:
-            accuracy[l2] = _test(_fit(learn, l2), validate)["top1"]
+            accuracy[l2] = _test(_fit(learn, l2)[0], validate)["top1"]
         return accuracy[l2]
 
     # `max` returns the first of equal values, so the order is reversed: the strongest penalty overfits least.
     best, step = max(reversed(COARSE_L2), key=measure), 2.0
     while (step := step / 2) >= FINEST:
         best = max((best, best * 10**-step, best * 10**step), key=measure)
-    return {**_test(_fit(train, best), test), "l2": best}
+    classifier, is_converged = _fit(train, best)
+    _tell_not_converged(int(not is_converged), 1, len(train.label))
+    return {**_test(classifier, test), "l2": best}
 
 
 def few_shot(
@@ -136,7 +138,7 @@ def few_shot(
     """
     check_counts(train.label, shots)
     of_class = np.bincount(train.label)
-    metrics = {}
+    metrics, not_converged = {}, 0
     for k in shots:
         top1 = []
         for draw in range(draws):
@@ -146,9 +148,12 @@ def few_shot(
                 rng.choice(np.flatnonzero(train.label == label), k, replace=False)
                 for label in range(len(of_class))
             ]
-            top1.append(_test(_fit(train[np.concatenate(chosen)], FEW_SHOT_L2), test)["top1"])
+            classifier, is_converged = _fit(train[np.concatenate(chosen)], FEW_SHOT_L2)
+            not_converged += not is_converged
+            top1.append(_test(classifier, test)["top1"])
         metrics[f"top1_{k}_shot"] = float(np.mean(top1))
         metrics[f"top1_{k}_shot_std"] = float(np.std(top1))
+    _tell_not_converged(not_converged, len(shots) * draws, max(shots) * len(of_class))
     return {**metrics, "n": float(len(test.label))}
 
 
@@ -162,18 +167,36 @@ def _each_of(n: int, label_N: np.ndarray) -> np.ndarray:
     return place_N % n == n - 1
 
 
-def _fit(train: Features, l2: float) -> Any:
-    """Fit scikit-learn's classifier, which minimises the sum of cross entropies + l2 / 2 * |weights|^2."""
+def _tell_not_converged(count: int, fits: int, images: int) -> None:
+    """Warn if final classifiers have not converged, so that their accuracy may be too low."""
+    if count:
+        log.warning(
+            "%d of the %d final classifiers of a probe, on up to %d images, had not converged after %d "
+            "iterations; the accuracy may be lower than that of the features.",
+            count,
+            fits,
+            images,
+            MAX_ITERATIONS,
+        )
+
+
+def _fit(train: Features, l2: float) -> tuple[Any, bool]:
+    """Fit scikit-learn's classifier; return it, and whether the fit has converged.
+
+    The classifier minimises the sum of cross entropies + l2 / 2 * |weights|^2.
+    """
     # Imported here, because the import takes a second and only probes need it.
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     classifier = LogisticRegression(C=1 / l2, max_iter=MAX_ITERATIONS)
-    with warnings.catch_warnings():
-        # A fit with a weak penalty can be compared without having converged.
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    # A fit with a weak penalty can be compared without having converged, so scikit-learn's warning about each
+    # fit is only noted.
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
         warnings.simplefilter("ignore", RuntimeWarning)
-        return classifier.fit(train.rows, train.label)
+        classifier.fit(train.rows, train.label)
+    return classifier, not any(issubclass(one.category, ConvergenceWarning) for one in caught)
 
 
 def _test(classifier: Any, test: Features) -> dict[str, float]:

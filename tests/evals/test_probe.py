@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -44,6 +45,26 @@ def test_more_shots_are_better_and_draws_are_always_the_same(digits):
     assert metrics["top1_1_shot_std"] > 0
     again = few_shot(train, test, shots=(1, 8), draws=2)
     assert again == {name: metrics[name] for name in again}
+
+
+def test_final_classifiers_that_have_not_converged_are_told_once(digits, caplog, monkeypatch):
+    train, test = digits
+    for fit, told in (
+        (
+            lambda: linear_probe(train, test),
+            "1 of the 1 final classifiers of a probe, on up to 500 ",
+        ),
+        (lambda: few_shot(train, test, shots=(2, 8), draws=2), "4 of the 4 .* up to 80 images"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr("lit_jax.evals.probe.MAX_ITERATIONS", 2)
+            fit()
+        (record,) = caplog.records
+        assert re.search(told, record.getMessage())
+        assert "after 2 iterations" in record.getMessage()
+        caplog.clear()
+    few_shot(train, test, shots=(2,), draws=1)
+    assert not caplog.records
 
 
 def test_two_classes_have_one_score(digits):
