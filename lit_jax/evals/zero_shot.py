@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from lit_jax.data.example import Source
 from lit_jax.errors import UserError
@@ -28,6 +28,8 @@ class ZeroShotResult:
         label: the class of each image, as a row of `class_embeds`.
         top: the predicted classes, the most probable first. The order of equally probable classes is
             arbitrary here; the metrics use the expectation over all orders.
+        hit: the probability that the image's own class is first, if ties are random; see `expected_hits`.
+        is_tied: whether several classes are the most probable.
         probability: the softmax probabilities of the classes in `top`, over all classes.
         image_embeds, class_embeds: unit vectors, float32.
     """
@@ -36,16 +38,22 @@ class ZeroShotResult:
     index: Int[np.ndarray, " N"]
     label: Int[np.ndarray, " N"]
     top: Int[np.ndarray, "N K"]
+    hit: Float[np.ndarray, " N"]
+    is_tied: Bool[np.ndarray, " N"]
     probability: Float[np.ndarray, "N K"]
     image_embeds: Float[np.ndarray, "N E"]
     class_embeds: Float[np.ndarray, "C E"]
 
-    def confusion(self) -> Int[np.ndarray, "P 3"]:
+    def confusion(self, counted_N: Bool[np.ndarray, " N"] | None = None) -> Int[np.ndarray, "P 3"]:
         """Return rows (class, predicted class, number of images) for all P pairs that occur.
 
         The pairs are sorted by class and include the correct predictions.
+
+        Args:
+            counted_N: the images that count; None counts all.
         """
         pairs_Nx2 = np.stack([self.label, self.top[:, 0]], axis=1)
+        pairs_Nx2 = pairs_Nx2 if counted_N is None else pairs_Nx2[counted_N]
         pairs_Px2, count_P = np.unique(pairs_Nx2, axis=0, return_counts=True)
         return np.concatenate([pairs_Px2, count_P[:, None]], axis=1)
 
@@ -73,7 +81,7 @@ def zero_shot(
     if not valid_N.any():
         raise UserError("No image with a label can be decoded; there is nothing to classify.")
     image_embeds_NxE, label_N = image_embeds_NxE[valid_N], label_N[valid_N]
-    top_NxK, probability_NxK, hit_Nx2 = _classify(
+    top_NxK, probability_NxK, hit_Nx2, is_tied_N = _classify(
         image_embeds_NxE, class_embeds_CxE, scale, label_N
     )
     return ZeroShotResult(
@@ -81,6 +89,8 @@ def zero_shot(
         index=np.flatnonzero(valid_N),
         label=label_N,
         top=top_NxK,
+        hit=hit_Nx2[:, 0],
+        is_tied=is_tied_N,
         probability=probability_NxK,
         image_embeds=image_embeds_NxE,
         class_embeds=class_embeds_CxE,
@@ -115,21 +125,28 @@ def _scale(params: Params) -> np.float32:
 
 def _classify(
     images_NxE: np.ndarray, classes_CxE: np.ndarray, scale: np.float32, label_N: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the most probable classes of each image, their probabilities, and `expected_hits`."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return, for each image, its most probable classes, their probabilities, `expected_hits`, and ties."""
     # Classes with equal embeddings are computed once, because a matrix product may round two equal columns
     # differently, which would break their tie.
     classes_UxE, place_C = np.unique(classes_CxE, axis=0, return_inverse=True)
-    top, probability, hits = [], [], []
+    top, probability, hits, ties = [], [], [], []
     for start in range(0, len(images_NxE), BLOCK):
         block = slice(start, start + BLOCK)
         logits_bxC = (scale * (images_NxE[block] @ classes_UxE.T))[:, place_C]
-        exp_bxC = np.exp(logits_bxC - logits_bxC.max(axis=1, keepdims=True))
+        highest_bx1 = logits_bxC.max(axis=1, keepdims=True)
+        ties.append((logits_bxC == highest_bx1).sum(axis=1) > 1)
+        exp_bxC = np.exp(logits_bxC - highest_bx1)
         top.append(top_classes(logits_bxC))
         exp_sum_bx1 = exp_bxC.sum(axis=1, keepdims=True)
         probability.append(np.take_along_axis(exp_bxC, top[-1], axis=1) / exp_sum_bx1)
         hits.append(expected_hits(logits_bxC, label_N[block]))
-    return np.concatenate(top), np.concatenate(probability), np.concatenate(hits)
+    return (
+        np.concatenate(top),
+        np.concatenate(probability),
+        np.concatenate(hits),
+        np.concatenate(ties),
+    )
 
 
 def top_classes(logits_bxC: Float[np.ndarray, "b C"]) -> Int[np.ndarray, "b K"]:

@@ -190,13 +190,9 @@ def _zero_shot(result: ZeroShotResult, classes: Classes, show: ShowImage) -> Ite
 def _accuracy(
     result: ZeroShotResult,
 ) -> tuple[Int[np.ndarray, " P"], Float[np.ndarray, " P"]]:
-    """Return the P classes that have images, and the accuracy of each.
-
-    `result.top` decides ties here, so a class with ties may differ from the expectation in the metrics.
-    """
-    hit_N = result.top[:, 0] == result.label
+    """Return the P classes that have images, and the accuracy of each: the expectation if ties are random."""
     present, row_N = np.unique(result.label, return_inverse=True)
-    return present, np.bincount(row_N, weights=hit_N) / np.bincount(row_N)
+    return present, np.bincount(row_N, weights=result.hit) / np.bincount(row_N)
 
 
 def _lowest(accuracy_P: Float[np.ndarray, " P"], most: int) -> Int[np.ndarray, " S"]:
@@ -211,9 +207,12 @@ def _pictures(result: ZeroShotResult, names: tuple[str, ...], show: ShowImage) -
     yield '<div class="cards">'
     for row in first_P[_spread(len(first_P), PICTURES)]:
         truth = names[result.label[row]]
-        right = result.top[row, 0] == result.label[row]
+        # A tie for the first place is neither right nor wrong.
+        mark = {1.0: "✓", 0.0: "✗"}.get(
+            float(result.hit[row]), f"tied, right in {result.hit[row]:.0%}"
+        )
         yield f'<div class="card">{show(row, truth, "")}'
-        yield f'<strong dir="auto">{text(truth)} {"✓" if right else "✗"}</strong>'
+        yield f'<strong dir="auto">{text(truth)} {mark}</strong>'
         for guess, probability in zip(
             result.top[row, :GUESSES], result.probability[row], strict=False
         ):
@@ -238,16 +237,21 @@ def _class_accuracies(names: list[str], accuracy_P: np.ndarray) -> Iterator[str]
 
 
 def _confusions(result: ZeroShotResult, names: tuple[str, ...], show: ShowImage) -> Iterator[str]:
-    wrong = [row for row in result.confusion().tolist() if row[0] != row[1]]
+    # The first of several equally probable classes is no guess of the model.
+    decided = ~result.is_tied
+    wrong = [row for row in result.confusion(decided).tolist() if row[0] != row[1]]
     yield "<h3>Worst confusions</h3>"
+    if tied := int(result.is_tied.sum()):
+        yield f'<p class="note">Without {tied:,} images whose most probable classes are tied.</p>'
     if not wrong:
-        yield "<p>None: every image gets its own class.</p>"
+        yield f"<p>None: every {'other ' if tied else ''}image gets its own class.</p>"
         return
     of_class = np.bincount(result.label)
     rows = []
     for truth, guess, count in sorted(wrong, key=lambda row: -row[2])[:CONFUSIONS]:
         # The first image of the pair in the data stands for all of them.
-        example = int(np.flatnonzero((result.label == truth) & (result.top[:, 0] == guess))[0])
+        pair = (result.label == truth) & (result.top[:, 0] == guess)
+        example = int(np.flatnonzero(pair & decided)[0])
         alt = f"{names[truth]}, taken for {names[guess]}"
         rows.append(
             f'<tr><td class="text">{show(example, alt, "small")}</td>'

@@ -14,7 +14,8 @@ RIGHT, WRONG = "#0072B2", "#D55E00"
 INK, FAINT = "#222222", "#5F6770"
 # A background for black text.
 PALE_BLUE = "#8FC1E3"
-# The colours of the evaluations' curves, from the same palette.
+# The colours and, beyond these, the dashes of the evaluations' curves. The colours are from the same palette.
+DASHES = ("-", "--", ":", "-.")
 CURVES = (RIGHT, WRONG, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK, FAINT)
 
 
@@ -56,11 +57,11 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     panels[0].set_ylabel("loss")
     panels[1].plot(steps, [row["learning_rate"] for row in losses], color=WRONG, linewidth=1.8)
     panels[1].set_ylabel("learning rate")
-    # More curves than colours would not be readable: the rest is left out.
-    for (name, points), color in zip(headlines.items(), CURVES, strict=False):
-        panels[2].plot(
-            *zip(*points, strict=True), color=color, marker="o", markersize=3, label=printable(name)
-        )
+    for i, (name, points) in enumerate(headlines.items()):
+        # More curves than colours differ in their dashes.
+        color, dashes = CURVES[i % len(CURVES)], DASHES[i // len(CURVES) % len(DASHES)]
+        style: Any = {"color": color, "linestyle": dashes, "marker": "o", "markersize": 3}
+        panels[2].plot(*zip(*points, strict=True), **style, label=printable(name))
     if headlines:
         panels[2].set_ylabel("evaluations, %")
         for label in panels[2].legend(frameon=False, fontsize=8, loc="best").get_texts():

@@ -86,6 +86,8 @@ def test_metrics_by_hand(encoder, params, pictures):
     assert result.metrics["top1"] == pytest.approx(2 / 5)
     assert result.metrics["mean_per_class_recall"] == pytest.approx((2 / 3 + 0 + 0) / 3)
     assert result.confusion().tolist() == [[0, 0, 2], [0, 1, 1], [1, 0, 1], [5, 0, 1]]
+    assert result.hit.tolist() == [1, 0, 0, 1, 0]
+    assert not result.is_tied.any()
 
 
 def test_a_perfect_model_is_always_right(encoder, params, pictures):

@@ -15,8 +15,11 @@ import pytest
 from PIL import Image
 
 from lit_jax.config import EvalConfig, SourceConfig
+from lit_jax.evals.classes import Classes
 from lit_jax.evals.runner import open_evals, run
-from lit_jax.reports.html_page import html_report
+from lit_jax.evals.zero_shot import zero_shot
+from lit_jax.reports.html_page import _accuracy, _zero_shot, html_report
+from lit_jax.reports.matplotlib_figures import curves_figure
 from lit_jax.reports.result_files import EvaluatedModel, write_results
 
 NAMES = ["<b>a</b>", "b & 猫 \ud83d\x00", "קוף" + "x" * 300]
@@ -130,6 +133,33 @@ def test_it_has_all_that_is_promised(page):
         assert re.search(rf"<h[23]>{re.escape(heading)}</h[23]>", page), heading
     assert page.count("<h3>Similarity</h3>") == 2
     assert "The loss is 3.000 after 2 steps." in page
+
+
+def test_ties_are_shown_as_the_numbers_count_them(encoder, params, pictures):
+    """Two of three classes have the same texts, so that their images are right in half of all orders."""
+    classes = Classes(names=("x", "y", "z"), prompts=(("two",), ("two",), ("one",)))
+    label_N = np.arange(len(pictures), dtype=np.int32) % 2
+    result = zero_shot(encoder, params, pictures, classes, label_N)
+    tied = result.is_tied.sum()
+    assert tied
+    np.testing.assert_array_equal(result.hit, 0.5 * result.is_tied)
+    present, accuracy = _accuracy(result)
+    assert present.tolist() == [0, 1]
+    expected = [result.hit[label_N == label].mean() for label in (0, 1)]
+    np.testing.assert_allclose(accuracy, expected)
+    assert result.metrics["mean_per_class_recall"] == pytest.approx(accuracy.mean())
+    shown = "".join(_zero_shot(result, classes, lambda *_: ""))
+    assert ("tied, right in 50%" in shown) == result.is_tied[:2].any()
+    assert f"Without {tied} images whose most probable classes are tied" in shown
+
+
+def test_no_curve_is_left_out():
+    names = [f"zero_shot/{n}/top1" for n in range(20)]
+    rows = [{"step": step, "loss": 1.0, "learning_rate": 0.1} for step in (1, 2)]
+    rows += [{"step": step, **dict.fromkeys(names, 0.1 * step)} for step in (1, 2)]
+    lines = curves_figure(rows).axes[2].get_lines()
+    assert [line.get_label() for line in lines] == names
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 20
 
 
 @pytest.mark.long
