@@ -650,6 +650,16 @@ def test_two_towers_are_joined_with_arguments_of_their_own(model, tmp_path):
         join(tmp_path / "vision")
     with pytest.raises(UserError, match=r"text_model is a VisionModel; give a lit_jax\.TextModel"):
         join(tmp_path / "vision", text_model=model.vision_model)
+    with pytest.raises(UserError, match="image_pooling='pooler' and vision_pooling='cls'"):
+        join(tmp_path / "vision", tmp_path / "text", image_pooling="pooler", vision_pooling="cls")
+    # Options that the objects have already change nothing and are no mistake.
+    join(
+        vision_model=model.vision_model,
+        text_model=model.text_model,
+        text_pooling="pooler",
+        dtype=jnp.float32,
+        projection_dim=4,
+    )
     with pytest.raises(UserError, match=r"projection_dims .* did you mean 'projection_dim'"):
         join(tmp_path / "vision", tmp_path / "text", projection_dims=4)
 
@@ -659,7 +669,8 @@ def test_two_towers_are_joined_with_arguments_of_their_own(model, tmp_path):
     [
         ({"text_hidden_dropout_prob": 0.5}, "text_hidden_dropout_prob"),
         ({"vision_model_name_or_path": "somewhere"}, "vision_model_name_or_path"),
-        ({"text_pooling": "mean"}, "text_pooling"),
+        ({"text_pooling": "mean"}, "text_pooling='mean'"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16'"),
     ],
 )
 def test_what_does_not_change_a_tower_that_is_an_object_is_refused(model, given, unused):

@@ -113,19 +113,21 @@ class DualEncoder(Model):
         *,
         vision_model: Any = None,
         text_model: Any = None,
-        image_pooling: Pooling = "pooler",
-        text_pooling: Pooling = "pooler",
+        image_pooling: Pooling | None = None,
+        text_pooling: Pooling | None = None,
         projection_dim: int = 512,
         logit_scale_init_value: float = 2.6592,
         seed: int = 0,
-        dtype: Dtype = "float32",
+        dtype: Dtype | None = None,
         **options: Any,
     ) -> "DualEncoder":
         """Create a VisionTextDualEncoder from two pretrained towers, with random projections to be trained.
 
         A tower is given by a name that `VisionModel` or `TextModel` reads, or as such an object in
         `vision_model` or `text_model`. `options` that start with `vision_` or `text_` are passed without that
-        prefix to the tower's from_pretrained.
+        prefix to the tower's from_pretrained. A pooling of None is "pooler", and a dtype of None "float32".
+
+        Raise UserError for an option that is given twice, or that would not change an object.
         """
         # transformers has the same prefixes for the arguments of the two towers.
         own = {
@@ -137,8 +139,13 @@ class DualEncoder(Model):
             for side in TOWERS.values()
         }
         refuse_unknown(options, ("projection_dim", "logit_scale_init_value", "seed", "dtype"))
-        image_form = {"pooling": image_pooling, "dtype": dtype}
-        text_form = {"pooling": text_pooling, "dtype": dtype}
+        if image_pooling is not None and "pooling" in own["vision"]:
+            raise UserError(
+                f"image_pooling={image_pooling!r} and vision_pooling={own['vision']['pooling']!r} are two "
+                "names of one option; give one of them."
+            )
+        image_form = _given(pooling=image_pooling, dtype=dtype)
+        text_form = _given(pooling=text_pooling, dtype=dtype)
         image = _tower(
             VisionModel, vision_model, vision_model_name_or_path, image_form, own["vision"]
         )
@@ -279,6 +286,10 @@ def _encode(
     return image, text, (zimg_BxE, ztxt_TxE, *module.logit_parameters())
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _tower(
     kind: type[VisionModel] | type[TextModel],
     given: Any,
@@ -288,17 +299,18 @@ def _tower(
 ) -> Any:
     """Return the tower that is given as an object, or load the tower called `name`.
 
-    `form` holds the pooling and the dtype, `options` the caller's further options of from_pretrained. Raise
-    UserError if there is neither, or if options would not change the given object.
+    `form` holds the pooling and the dtype if they are given, `options` the caller's further options of
+    from_pretrained. Raise UserError if there is neither, or if options would not change the given object.
     """
     side = TOWERS[kind.side]
     if isinstance(given, kind):
         unused = [f"{side}_{option}" for option in options]
         unused += [] if name is None else [f"{side}_model_name_or_path"]
-        # Only a pooling that was set to another value than the default can be meant for the object.
-        unused += (
-            [] if form["pooling"] in ("pooler", given.module.pooling) else [f"{kind.side}_pooling"]
-        )
+        # An option that the object has already is no mistake.
+        if form.get("pooling", given.module.pooling) != given.module.pooling:
+            unused.append(f"{kind.side}_pooling={form['pooling']!r}")
+        if as_dtype(form.get("dtype", given.module.dtype)) != given.module.dtype:
+            unused.append(f"dtype={form['dtype']!r}")
         if unused:
             raise UserError(
                 f"{side}_model is an object, which {' and '.join(unused)} would not change; leave it out, or "
