@@ -162,8 +162,11 @@ def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
                 good += 1
         writer.close()
         # The file is read back before it gets its name, so that a shard is never short of records.
-        if _count(new) != good:
-            raise RuntimeError("records are missing")
+        if (found := _count(new)) != good:
+            raise UserError(
+                f"{file} holds {found} of the {good} records that were written; check the disk of --output, "
+                "and run the same command again, which resumes."
+            )
         # An interrupted attempt may have left a list although the data have been repaired since.
         _bad_file(file).unlink(missing_ok=True)
         if bad:

@@ -83,6 +83,7 @@ def check_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: 
             ),
             (found.unknown, "choose a text tower whose tokenizer knows these texts"),
             (found.same, "the text tower cannot tell these texts apart"),
+            (_is_one_text(texts), f"all of them are one text, {printable(texts[0])[:60]!r}"),
         )
         if share > TOO_MANY
     ]
@@ -127,6 +128,10 @@ def text_statistics(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) ->
         unknown=sum(ids.count(unknown) for ids in kept) / max(tokens, 1),
         same=sum(len(said[ids]) > 1 for ids in kept) / len(texts),
     )
+
+
+def _is_one_text(texts: Sequence[str]) -> bool:
+    return len(texts) > 1 and len(set(map(_plain, texts))) == 1
 
 
 def _plain(text: str) -> str:

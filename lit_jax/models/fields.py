@@ -74,6 +74,12 @@ def check_sizes(config: Any, named: Named) -> None:
                 f"{', '.join(map(named, lengths))} have {', '.join(map(str, lengths.values()))} entries; "
                 "give each of them one entry for each stage."
             )
+    stages, depths = getattr(config, "num_stages", 0), getattr(config, "depths", ())
+    if stages > len(depths):
+        raise UserError(
+            f"{named('num_stages')} is {stages}, and {named('depths')} has {len(depths)} entries; give as "
+            "many entries as stages, or lower the number of stages."
+        )
     # RoBERTa's positions start after the padding id, so a short table may have no position left.
     embedding = getattr(config, "embedding", None)
     if embedding is not None and embedding.max_length < 1:

@@ -31,8 +31,10 @@ _STORAGE_DTYPES = {
     "LongStorage": np.dtype("<i8"),
     "ShortStorage": np.dtype("<i2"),
 }
-# The pickled number at the start of files that torch.save wrote before version 1.6.
-_LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+# The number, as pickled with any protocol, at the start of files that torch.save wrote before version 1.6.
+_LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2).removeprefix(b"\x80\x02")
+# The bytes from the start in which the number can lie, behind the pickle's protocol and frame.
+_LEGACY_HEAD = 32
 # The largest pickle that is read: a tensor takes about 150 bytes, so this is enough for 25,000 tensors.
 _LONGEST_PROGRAM = 2**22
 _SAFE = "save the model as safetensors with PyTorch"
@@ -45,10 +47,12 @@ def read(file: pathlib.Path) -> dict[str, np.ndarray]:
     other exceptions for damaged files.
     """
     with file.open("rb") as stream:
-        if stream.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
+        if _LEGACY_MAGIC in stream.read(_LEGACY_HEAD):
             raise UserError(
-                f"{file} has the format of torch before 1.6; load the model with PyTorch and save "
-                "it as safetensors with save_pretrained."
+                f"{file} is not damaged, but has the old format of torch.save before 1.6, which lit_jax does "
+                f"not read; convert it where PyTorch is installed, by torch.save(torch.load({file.name!r}, "
+                f"weights_only=True), {file.name!r}), or by save_pretrained of transformers, which writes "
+                "safetensors."
             )
     with zipfile.ZipFile(file) as archive:
         _check_sizes(archive, file)

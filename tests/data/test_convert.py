@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from array_record.python.array_record_module import ArrayRecordReader
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from lit_jax.config import SourceConfig
 from lit_jax.configs.vit_bert import DIGITS
@@ -191,6 +191,27 @@ def test_a_folder_that_cannot_be_written_is_refused(folder, tmp_path):
     plan = make_plan(SourceConfig(path=str(folder)), 10)
     with pytest.raises(UserError, match=r"no/such cannot be written .*--output"):
         convert_shard(plan, tmp_path / "no/such", 0)
+
+
+def test_a_shard_that_is_short_of_records_is_named_with_both_numbers(folder, tmp_path, monkeypatch):
+    from lit_jax.errors import UserError
+
+    class LosingWriter(ArrayRecordWriter):
+        """Loses the records of one image, as a faulty disk might."""
+
+        def write(self, record):
+            if records.decode(record)["key"] != "3.png":
+                super().write(record)
+
+    output = tmp_path / "out"
+    output.mkdir()
+    plan = make_plan(SourceConfig(path=str(folder)), 10)
+    monkeypatch.setattr("lit_jax.data.convert.ArrayRecordWriter", LosingWriter)
+    with pytest.raises(
+        UserError, match=r"00000-of-00003\.array_record holds 7 of the 8 .*--output"
+    ):
+        convert_shard(plan, output, 0)
+    assert not list(output.iterdir())
 
 
 def test_without_beam_a_runner_is_refused(folder, tmp_path, capsys):

@@ -364,6 +364,15 @@ def test_a_damaged_json_list_is_refused(tmp_path, end):
         opened(tmp_path)
 
 
+def test_an_item_that_is_nested_too_deep_is_named(tmp_path):
+    row = {"image": "a.png", "caption": "a"}
+    deep = json.dumps(row).replace('"a"}', "[" * 100_000 + "]" * 100_000 + "}")
+    text = f"[{json.dumps(row)}, {deep}, {json.dumps(row)}]"
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=rf"a\.json .*item 1, at character {text.index(deep)}, "):
+        opened(tmp_path)
+
+
 def test_other_json_files_beside_classes_are_no_data(tmp_path, encode, noise):
     for label in ("cat", "dog"):
         (tmp_path / label).mkdir()

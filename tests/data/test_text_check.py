@@ -88,6 +88,17 @@ def test_one_line_says_it_and_warns_above_five_percent(load, caplog):
     assert "9.1 % of the texts" in bad.getMessage()
 
 
+def test_captions_that_are_all_one_text_are_told(load, caplog):
+    tokenizer = load("bert")
+    for texts, is_told in ((["a photo", "A  photo"], True), (["a photo", "photo"], False)):
+        caplog.clear()
+        check_texts(tokenizer, texts, "config.data")
+        assert ("all of them are one text, 'a photo'" in caplog.text) == is_told
+    caplog.clear()
+    check_texts(tokenizer, ["a photo"], "config.data")
+    assert "one text" not in caplog.text
+
+
 class Captions:
     def __init__(self, count):
         self.count, self.read = count, []

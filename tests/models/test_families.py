@@ -113,6 +113,10 @@ def test_every_field_refuses_a_value_of_another_type_and_names_it(model_type):
         ({"model_type": "vit", "image_size": [224, 0]}, "^image_size .* is 0; .* at least 1"),
         ({"model_type": "vit", "image_size": 8}, "^image_size .* 8, less than patch_size .* 16"),
         ({"model_type": "convnext", "depths": [1, 2]}, "^hidden_sizes .*, depths .* 4, 2 entries"),
+        (
+            {"model_type": "convnext", "hidden_sizes": [4], "depths": [1], "num_stages": 2},
+            "^num_stages .* is 2, and depths .* has 1 entries",
+        ),
         ({"model_type": "efficientnet", "strides": [1]}, "strides .* entries"),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 
 from lit_jax.errors import UserError
 from lit_jax.weights import torch_pickle
+from lit_jax.weights.files import read_tensors
 
 
 def write(file, program: bytes, *, compression=zipfile.ZIP_STORED, **storages: bytes):
@@ -51,8 +52,17 @@ def test_views_dtypes_and_shared_storages_are_those_of_torch(golden):
 
 
 def test_the_old_format_is_refused_with_advice(golden):
-    with pytest.raises(UserError, match=r"torch before 1\.6; load the model .* safetensors"):
+    with pytest.raises(UserError, match=r"torch.save before 1\.6.*torch\.load\('legacy\.bin'"):
         torch_pickle.read(golden / "legacy.bin")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_the_old_format_is_known_with_any_protocol_of_pickle(tmp_path, protocol):
+    file = tmp_path / "pytorch_model.bin"
+    magic = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=protocol)
+    file.write_bytes(magic + pickle.dumps(1001, protocol=protocol) + b"more")
+    with pytest.raises(UserError, match=r"is not damaged.* before 1\.6.*'pytorch_model\.bin'"):
+        read_tensors(tmp_path)
 
 
 class Call:

@@ -44,8 +44,10 @@ class JsonItems:
         try:
             mark = read(file, 0, len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
             self._bounds_Nx2 = _bounds(read_text(file)) + mark * len(codecs.BOM_UTF8)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file} is no JSON list of rows ({error}); get it again.") from error
+        except ValueError as error:
+            raise UserError(
+                f"{file} is no JSON list of rows ({error}); correct it or get it again."
+            ) from error
         if not len(self):
             raise UserError(f"{file} is an empty list; it needs a row for each example.")
 
@@ -82,7 +84,12 @@ def _bounds(text: str) -> np.ndarray:
     place = _after_space(text, place + 1)
     is_open = text[place : place + 1] != "]"
     while is_open:
-        _, stop = decoder.raw_decode(text, place)
+        try:
+            _, stop = decoder.raw_decode(text, place)
+        except RecursionError:
+            raise ValueError(
+                f"the brackets of item {len(ends) // 2}, at character {place}, are nested too deep"
+            ) from None
         ends += [place, stop]
         place = _after_space(text, stop)
         is_open = text[place : place + 1] == ","
