@@ -32,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {name} is not a command; {remedy}", file=sys.stderr)
         return 2
     # Imported only here, so that `lit-jax --help` does not wait for JAX.
-    return importlib.import_module(COMMANDS[name]).main(rest)
+    command = importlib.import_module(COMMANDS[name])
+    if argv is None:
+        importlib.import_module("lit_jax.distributed.process").begin_command()
+    return command.main(rest)
 
 
 if __name__ == "__main__":

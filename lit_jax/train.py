@@ -199,4 +199,5 @@ def finish(
 
 
 if __name__ == "__main__":
+    process.begin_command()
     sys.exit(main())

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +32,24 @@ COMPILE_SECONDS = 1.0
 
 # `leave` and `await_verdict` need the index when the backend may hang, so jax.process_index() is no option.
 _number: int | None = None
+
+# The time.monotonic() at which this process began, if it is a command's own.
+_began: float | None = None
+
+
+def begin_command() -> None:
+    """Note that this process exists for one command, so that its start-up counts the imports, too."""
+    global _began
+    # Linux counts the start of a process in ticks since boot. Other systems do not count the imports.
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        _began = time.monotonic() - age
+
+
+def command_seconds() -> float:
+    """Return the seconds since the process of a command began; 0 in any other process, as of a notebook."""
+    return 0.0 if _began is None else time.monotonic() - _began
 
 
 def initialize() -> None:

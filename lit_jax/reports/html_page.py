@@ -301,7 +301,19 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     last = f"The loss is {losses[-1]['loss']:.3f} after {losses[-1]['step']:,} steps."
     figure = drawing(curves_figure(metrics), "Curves of loss, learning rate and evaluations")
-    return ["<h2>Training</h2>", f"<p>{last}</p>", figure]
+    return ["<h2>Training</h2>", f"<p>{last} {_wall_time(metrics[-1])}</p>", figure]
+
+
+def _wall_time(row: Mapping[str, Any]) -> str:
+    """Return a sentence about the seconds of a run by kind, which older runs do not have."""
+    prefix = "seconds/"
+    spent = {key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)}
+    if not spent:
+        return ""
+    whole = sum(spent.values())
+    kinds = sorted(spent, key=lambda kind: -spent[kind])
+    shares = (f"{kind.replace('_', ' ')} {percent(spent[kind] / whole)} %" for kind in kinds)
+    return f"It took {whole:,.0f} s: {', '.join(shares)}."
 
 
 def _spread(count: int, most: int = SAMPLES) -> Int[np.ndarray, " S"]:

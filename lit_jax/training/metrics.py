@@ -20,6 +20,7 @@ from lit_jax.display import printable
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import atomic_write, parse_json
+from lit_jax.training.goodput import Stopwatch
 from lit_jax.training.train_step import Metrics
 from lit_jax.training.workdir_errors import workdir_errors
 
@@ -52,6 +53,7 @@ class Reporter:
         self,
         workdir: Path,
         config: LogConfig,
+        stopwatch: Stopwatch,
         *,
         every: int,
         batch_size: int,
@@ -75,7 +77,8 @@ class Reporter:
             disable=not is_primary(),
             mininterval=0.5,
         )
-        self._last_row = (start, time.perf_counter())
+        self._stopwatch = stopwatch
+        self._last_row = (start, self._training_seconds())
 
     def __enter__(self) -> "Reporter":
         return self
@@ -111,18 +114,23 @@ class Reporter:
 
     @contextlib.contextmanager
     def evaluating(self, step: int) -> Iterator[dict[str, float]]:
-        """Yield a dict for the metrics of evaluations after `step`; their time is not training time."""
+        """Yield a dict for the metrics of evaluations after `step`."""
         self.flush()
-        metrics, start = {}, time.perf_counter()
-        yield metrics
-        # The last row moves by the time of the evaluations, so that the rate counts training alone.
-        last_step, last_time = self._last_row
-        self._last_row = last_step, last_time + time.perf_counter() - start
+        metrics = {}
+        with self._stopwatch.timing("evaluation"):
+            yield metrics
         if self._writer and metrics:
-            self._writer.write(step, metrics)
+            self._writer.write(step, metrics | self._stopwatch.metrics())
 
-    def flush(self) -> None:
-        """Report the step that `add` has kept. Raise UserError if one of its metrics is not finite."""
+    def _training_seconds(self) -> float:
+        return sum(self._stopwatch.seconds().values()) - self._stopwatch.seconds()["evaluation"]
+
+    def flush(self, *, as_row: bool = False) -> None:
+        """Report the step that `add` has kept. Raise UserError if one of its metrics is not finite.
+
+        Args:
+            as_row: whether to write a row of the log even if none is due.
+        """
         if self._pending is None:
             return
         step, metrics, bad_samples = self._pending
@@ -135,12 +143,12 @@ class Reporter:
         # tqdm refreshes the bar at its own interval.
         self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         # The first step is always logged, so that a user sees early that the run works.
-        if self._writer and (step % self._every == 0 or step in (1, self._total)):
+        if self._writer and (as_row or step % self._every == 0 or step in (1, self._total)):
             last_step, last_time = self._last_row
-            self._last_row = step, time.perf_counter()
+            self._last_row = step, self._training_seconds()
             rate = (step - last_step) * self._batch_size / (self._last_row[1] - last_time)
             row = {"examples": step * self._batch_size, "pairs_per_second": rate}
-            self._writer.write(step, values | row | bad_samples)
+            self._writer.write(step, values | row | bad_samples | self._stopwatch.metrics())
 
 
 class MetricsWriter:
@@ -173,7 +181,7 @@ class MetricsWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write the metrics of a step to all readers."""
         with workdir_errors(self._workdir):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(_line({"step": step, **values}))
             values = {printable(name): value for name, value in values.items()}
             if self._tensorboard:
                 self._tensorboard.write(step, values)
@@ -215,6 +223,20 @@ class _TensorBoard:
 
     def close(self) -> None:
         self._events.close()
+
+
+def update_last_row(workdir: Path, values: Mapping[str, float]) -> None:
+    """Replace values in the last row of metrics.jsonl after the end of training, in the first process."""
+    rows = _read_rows(workdir) if is_primary() else []
+    if rows:
+        *before, (_, last) = rows
+        content = b"".join(line for line, _ in before) + _line({**last, **values}).encode()
+        with workdir_errors(workdir):
+            atomic_write(workdir / "metrics.jsonl", content)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row) + "\n"
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

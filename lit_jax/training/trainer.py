@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import logging
 import math
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from lit_jax.distributed.compilation_cache import compilation_cache
 from lit_jax.distributed.finite import not_finite
 from lit_jax.distributed.mesh import global_batch, make_mesh
 from lit_jax.distributed.preemption import StopSignal
+from lit_jax.distributed.process import command_seconds
 from lit_jax.errors import Preempted, UserError
 from lit_jax.files import output_path
 from lit_jax.precomputed.match import Precomputed, open_precomputed
@@ -34,8 +36,9 @@ from lit_jax.training.checks import (
 )
 from lit_jax.training.data_identity import TrainingData, may_differ, open_data, save_identity
 from lit_jax.training.durations import Durations, steps_of
+from lit_jax.training.goodput import Stopwatch, resumed
 from lit_jax.training.lease import holding
-from lit_jax.training.metrics import Reporter, read_metrics, usual_scale
+from lit_jax.training.metrics import Reporter, read_metrics, update_last_row, usual_scale
 from lit_jax.training.model_factory import Model, TrainedModel, build_model, first_parameters
 from lit_jax.training.optimizers import make_schedule
 from lit_jax.training.passed import Passed
@@ -112,8 +115,10 @@ def train(
         if trainer.data.source:
             check_captions(processors.tokenizer, trainer.data.source, processors.teacher_tokenizer)
         evaluations.check(processors.tokenizer)
-        trained = trainer.train()
-        evaluations.finish(trained)
+        with trainer.reporting_seconds():
+            trained = trainer.train()
+            with trainer.stopwatch.timing("evaluation"):
+                evaluations.finish(trained)
     return trained
 
 
@@ -127,6 +132,7 @@ class Trainer:
         precomputed: the towers whose features are read from disk.
         durations: the steps at which the run saves, logs, evaluates and ends.
         passed: the user's own objects.
+        stopwatch: the time of all starts of the run; it has been running since the start of this one.
     """
 
     workdir: Path
@@ -136,6 +142,7 @@ class Trainer:
     durations: Durations
     evaluations: Evaluations
     passed: Passed
+    stopwatch: Stopwatch
 
     @classmethod
     def prepare(
@@ -148,6 +155,7 @@ class Trainer:
         allowed_changes: Collection[str] = (),
     ) -> "Trainer":
         """Build the parts of a run. Raise UserError on all bad input that can be known before a write."""
+        entered = time.monotonic()
         changes = check_workdir(workdir, config, allowed_changes)
         check_passed(workdir, passed.described(), allowed_changes)
         check_teacher(config)
@@ -188,6 +196,12 @@ class Trainer:
             durations=durations,
             evaluations=evaluations,
             passed=passed,
+            stopwatch=resumed(
+                read_metrics(workdir),
+                steps_done[-1] if steps_done else 0,
+                total=durations.total,
+                begun=command_seconds() or time.monotonic() - entered,
+            ),
         )
 
     @property
@@ -241,7 +255,12 @@ class Trainer:
                 # A finished run opens no stream, because its data may be gone.
                 if start < total:
                     with self._open_stream(position) as stream:
-                        state = loop.take_steps(start, state, stream, step_fn.result())
+                        with self.stopwatch.timing("compile"):
+                            compiled = step_fn.result()
+                        with self.stopwatch.timing("step"):
+                            state = loop.take_steps(start, state, stream, compiled)
+            with self.stopwatch.timing("checkpoint"):
+                checkpoints.wait()
         return TrainedModel.merged(self.model, state.params, locked, total)
 
     @contextlib.contextmanager
@@ -252,9 +271,22 @@ class Trainer:
             yield Future()
             return
         # Only the compilation has a thread of its own: tracing depends on settings of the caller's thread.
-        lowered = self.step.trace(self.step.abstract_batch(self.config.batch_size)).lower()
+        with self.stopwatch.timing("compile"):
+            lowered = self.step.trace(self.step.abstract_batch(self.config.batch_size)).lower()
         with ThreadPoolExecutor(1) as pool:
             yield pool.submit(lowered.compile)
+
+    @contextlib.contextmanager
+    def reporting_seconds(self) -> Iterator[None]:
+        """Bring the time in the last row up to date when the run ends or stops; that row came earlier."""
+        stop = None
+        try:
+            yield
+        except Preempted as signal:
+            stop = signal
+        update_last_row(self.workdir, self.stopwatch.metrics())
+        if stop:
+            raise stop
 
     def _missing_evals(self, step: int) -> list[str]:
         """Return the evaluations due at `step` that metrics.jsonl lacks, because the run was stopped before.
@@ -295,6 +327,7 @@ class Trainer:
         return Reporter(
             self.workdir,
             self.config.log,
+            self.stopwatch,
             every=self.durations.log_every,
             batch_size=self.config.batch_size,
             start=start,
@@ -321,20 +354,24 @@ class _Loop:
     ) -> State:
         """Return the state after the last step. Raise Preempted after SIGTERM, once the state is saved."""
         trainer, durations = self.trainer, self.trainer.durations
+        stopwatch = trainer.stopwatch
         # A tower whose features come from disk is no input of the step.
         frozen = trainer.precomputed.needed(self.locked)
         for step in range(start + 1, durations.total + 1):
             # The stream advances only here, so that a save below records the position after `step` batches.
-            batch = global_batch(next(stream), trainer.model.mesh)
+            with stopwatch.timing("data_wait"):
+                batch = global_batch(next(stream), trainer.model.mesh)
             state, metrics = step_fn(state, frozen, batch)
             self.reporter.add(step, metrics, bad_samples=stream.bad_samples)
             # Every process must ask in every step, because the answer comes from a collective.
             stopping = self.stop.requested(step)
             if stopping or durations.saves_at(step):
                 # flush raises if a metric is not finite, so a broken state never replaces a good checkpoint.
-                self.reporter.flush()
+                # The row tells a resumed run how much time was spent up to here.
+                self.reporter.flush(as_row=True)
                 config = dataclasses.asdict(trainer.config)
-                self.checkpoints.save(step, state, stream.get_state(), config)
+                with stopwatch.timing("checkpoint"):
+                    self.checkpoints.save(step, state, stream.get_state(), config)
             if stopping and step < durations.total:
                 # The save is asynchronous, and the process ends after this error.
                 self.checkpoints.wait()

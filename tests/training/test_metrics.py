@@ -7,6 +7,7 @@ import pytest
 
 from lit_jax.config import LogConfig
 from lit_jax.errors import UserError
+from lit_jax.training.goodput import Stopwatch
 from lit_jax.training.metrics import Reporter, check_finite, read_metrics
 
 
@@ -14,6 +15,7 @@ def report(workdir, steps, *, start=0, total=6, every=2, **config):
     with Reporter(
         workdir,
         LogConfig(**config),
+        Stopwatch({}),
         every=every,
         batch_size=4,
         start=start,
@@ -33,6 +35,7 @@ def test_a_large_scale_of_the_logits_is_told_once(tmp_path, caplog):
         with Reporter(
             tmp_path,
             LogConfig(),
+            Stopwatch({}),
             every=1,
             batch_size=4,
             start=0,

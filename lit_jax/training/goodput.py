@@ -1,0 +1,83 @@
+"""The wall time of a run over all of its starts, by what it was spent on; goodput is the share of the steps.
+
+The term is that of pod users: of the time that is paid for, the part that moves the model.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+# "lost" is the time from the latest checkpoint of a start that was killed to the next start.
+Kind = Literal["startup", "compile", "data_wait", "step", "checkpoint", "evaluation", "lost"]
+
+
+class Stopwatch:
+    """A stopwatch that attributes each moment to one kind. It starts with "startup".
+
+    Args:
+        spent: the seconds of earlier starts by kind.
+        begun: seconds of this start that have passed already.
+    """
+
+    def __init__(self, spent: Mapping[Kind, float], begun: float = 0.0):
+        self._spent: dict[Kind, float] = dict.fromkeys(get_args(Kind), 0.0) | dict(spent)
+        self._kind: Kind = "startup"
+        self._since = time.monotonic() - begun
+
+    def switch(self, kind: Kind) -> Kind:
+        """Attribute the time from now on to `kind`; return the kind before."""
+        now, before = time.monotonic(), self._kind
+        self._spent[before] += now - self._since
+        self._since, self._kind = now, kind
+        return before
+
+    @contextlib.contextmanager
+    def timing(self, kind: Kind) -> Iterator[None]:
+        """Attribute the time inside to `kind`."""
+        before = self.switch(kind)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def seconds(self) -> dict[Kind, float]:
+        """Return the seconds of each kind up to now, over all starts of the run."""
+        self.switch(self._kind)
+        return dict(self._spent)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the columns of a row of metrics: the seconds of each kind, goodput, and the present time."""
+        spent = self.seconds()
+        columns: dict[str, float] = {f"seconds/{kind}": value for kind, value in spent.items()}
+        return columns | {"goodput": spent["step"] / sum(spent.values()), "time": time.time()}
+
+
+def resumed(
+    rows: Sequence[Mapping[str, Any]], start: int, *, total: int, begun: float
+) -> Stopwatch:
+    """Return the stopwatch of a start that continues from step `start`.
+
+    Time after the last row up to that step is lost: the steps that followed are taken again, and nothing ran
+    between the two starts. A finished run loses nothing.
+
+    Args:
+        rows: the rows of metrics.jsonl.
+        total: the last step of the run.
+        begun: seconds of this start that have passed already.
+    """
+    rows = [row for row in rows if "time" in row]
+    before = [row for row in rows if row["step"] <= start]
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    spent: dict[Kind, float] = dict.fromkeys(kinds, 0.0)
+    since = None
+    if before:
+        spent = {kind: before[-1].get(f"seconds/{kind}", 0.0) for kind in kinds}
+        since = before[-1]["time"]
+    elif rows:
+        # The run broke off before its first checkpoint, so that all of its time is lost.
+        since = rows[0]["time"] - sum(rows[0].get(f"seconds/{kind}", 0.0) for kind in kinds)
+    if since is not None and start < total:
+        # Clocks of two machines may differ by more than the time between the starts.
+        spent["lost"] += max(0.0, time.time() - begun - since)
+    return Stopwatch(spent, begun)
