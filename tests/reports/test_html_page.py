@@ -28,7 +28,7 @@ METRICS = [
     {"step": 0, "zero_shot/few/top1": 0.2},
     {"step": 1, "loss": 4.0, "learning_rate": 1e-3},
     {"step": 2, "loss": 3.0, "learning_rate": 5e-4},
-    {"step": 2, "zero_shot/few/top1": 0.5},
+    {"step": 2, "zero_shot/few/top1": 0.5, "seconds/data_wait": 10.0, "seconds/step": 30.0},
 ]
 
 
@@ -132,7 +132,7 @@ def test_it_has_all_that_is_promised(page):
     ):
         assert re.search(rf"<h[23]>{re.escape(heading)}</h[23]>", page), heading
     assert page.count("<h3>Similarity</h3>") == 2
-    assert "The loss is 3.000 after 2 steps." in page
+    assert "The loss is 3.000 after 2 steps. It took 40 s: step 75.0 %, data wait 25.0 %." in page
 
 
 def test_ties_are_shown_as_the_numbers_count_them(encoder, params, pictures):
