@@ -454,7 +454,7 @@ EVALS = {
 
 def recorded(workdir):
     """Which evaluations are in metrics.jsonl at which step, in order."""
-    rows = [row for row in read_metrics(workdir) if "loss" not in row]
+    rows = [row for row in numbers(workdir) if "loss" not in row]
     return [(row["step"], sorted(key.split("/")[1] for key in row if "/" in key)) for row in rows]
 
 
