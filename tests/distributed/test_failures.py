@@ -36,7 +36,9 @@ def start(processes, name, *arguments):
 
 
 def run_bare(how, who, heartbeat_seconds, environments):
-    """Run one process for each environment; return their exit codes and the seconds until the last ended."""
+    """Run one process for each environment; return their exit codes, and the seconds in which the others
+    ended after `who` was dead or stopped.
+    """
     command = [*script("one_of_several_processes.py"), how, str(who), str(heartbeat_seconds)]
     processes = [
         subprocess.Popen(
@@ -46,8 +48,9 @@ def run_bare(how, who, heartbeat_seconds, environments):
         )
         for environment in environments
     ]
-    began = time.monotonic()
     try:
+        os.waitid(os.P_PID, processes[who].pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
+        began = time.monotonic()
         others = [process for index, process in enumerate(processes) if index != who]
         for other in others:
             other.wait(timeout=200)
@@ -84,7 +87,8 @@ def test_under_the_launcher_a_process_that_is_gone_is_one_last_sentence_and_76(h
     ],
 )
 def test_under_the_launcher_a_failure_of_one_process_is_that_of_all(how, who, code, said):
-    result = start(2, "one_of_several_processes.py", how, who, SOON)
+    # Nobody has to miss a heartbeat here, and on a busy machine one may be late.
+    result = start(2, "one_of_several_processes.py", how, who, process.HEARTBEAT_SECONDS)
     assert result.returncode == code, result.stderr
     own = [line for line in result.stderr.splitlines() if line.startswith(f"[{who}] ")]
     assert own[-1] == f"[{who}] {said}"
@@ -94,11 +98,10 @@ def test_under_the_launcher_a_failure_of_one_process_is_that_of_all(how, who, co
 @pytest.mark.parametrize("who", [0, 1])
 @pytest.mark.parametrize("how", ["kill", "stop"])
 def test_a_bare_command_ends_within_a_minute_after_its_peer(how, who):
-    seconds_to_start = 15
     codes, seconds = run_bare(how, who, process.HEARTBEAT_SECONDS, environments(2))
     assert codes[who] == -signal.SIGKILL
     assert codes[1 - who] == ABORTED
-    assert seconds < 60 + seconds_to_start
+    assert seconds < 60
 
 
 @pytest.mark.long
@@ -130,7 +133,7 @@ def test_where_another_process_never_comes_the_wait_has_an_end_and_a_sentence():
         )
         for index in (0, 1)
     ]
-    said = [process.communicate(timeout=60)[1] for process in alone]
+    said = [process.communicate(timeout=200)[1] for process in alone]
     assert [process.returncode for process in alone] == [GONE, GONE], said
     for errors, missing in zip(said, ("process 1 has not", "process 0 is not"), strict=True):
         assert missing in errors

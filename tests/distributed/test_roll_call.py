@@ -13,6 +13,9 @@ from lit_jax.distributed import roll_call
 from lit_jax.distributed.launchers import Place
 from lit_jax.errors import GoneError, UserError
 
+# Seconds after which a test has failed; none is expected to wait so long.
+LONG = 100
+
 
 @pytest.fixture
 def place():
@@ -22,21 +25,20 @@ def place():
 
 @pytest.fixture
 def soon(monkeypatch, caplog):
-    """Speak at once, give up after two seconds."""
-    monkeypatch.setattr(roll_call, "SAY_SECONDS", 0.5)
+    """Say at once who is missing, and give up on ports and names after a second."""
+    monkeypatch.setattr(roll_call, "SAY_SECONDS", 0)
     monkeypatch.setattr(roll_call, "_PORT_SECONDS", 0.5)
     monkeypatch.setattr(roll_call, "_NAME_SECONDS", 1)
-    monkeypatch.setattr(roll_call, "START_SECONDS", 2)
     monkeypatch.setattr(logging.getLogger("lit_jax"), "propagate", True)
     return caplog
 
 
 def connected(place):
     """A connection to process 0, as soon as it listens."""
-    latest = time.monotonic() + 20
+    latest = time.monotonic() + LONG
     while True:
         try:
-            return socket.create_connection(("localhost", int(place.address.split(":")[1])), 20)
+            return socket.create_connection(("localhost", int(place.address.split(":")[1])), LONG)
         except ConnectionRefusedError:
             assert time.monotonic() < latest
             time.sleep(0.02)
@@ -62,25 +64,30 @@ def test_all_go_on_when_the_last_has_come_in_any_order(place):
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
             started.append(pool.submit(roll_call.meet, place(1)))
             for one in started:
-                one.result(timeout=20)
+                one.result(timeout=LONG)
     # JAX's own service takes the port over.
     socket.create_server(("", int(place(0).address.split(":")[1]))).close()
 
 
-def test_it_is_said_who_is_missing_and_who_says_how_many(place, soon):
+def give_up(monkeypatch):
+    """Let who waits in `meet` give up when it looks at its clock next."""
+    monkeypatch.setattr(roll_call, "START_SECONDS", 0)
+
+
+def test_it_is_said_who_is_missing_and_who_says_how_many(place, soon, monkeypatch):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         first = pool.submit(roll_call.meet, place(0, 4))
-        with (
-            greeted(place(2, 4)),
-            pytest.raises(GoneError, match=r"processes 1, 3 have not come.*HOW_MANY says 4"),
-        ):
-            first.result(timeout=20)
+        with greeted(place(2, 4)):
+            give_up(monkeypatch)
+            with pytest.raises(GoneError, match=r"processes 1, 3 have not come.*HOW_MANY says 4"):
+                first.result(timeout=LONG)
     said = "\n".join(record.getMessage() for record in soon.records)
     assert "HOW_MANY says 4" in said
     assert "WHERE" in said
 
 
-def test_who_does_not_reach_process_0_says_so(place, soon):
+def test_who_does_not_reach_process_0_says_so(place, soon, monkeypatch):
+    monkeypatch.setattr(roll_call, "START_SECONDS", 2)
     with pytest.raises(GoneError, match=r"process 0 is not reached at localhost:.* refused"):
         roll_call.meet(place(1))
     assert "unset HOW_MANY" in soon.records[0].getMessage()
@@ -95,19 +102,22 @@ def test_two_of_one_number_and_another_count_are_turned_away(place):
                 with pytest.raises(UserError, match=reason):
                     roll_call.meet(stranger)
             third = pool.submit(roll_call.meet, place(2))
-            second.settimeout(20)
+            second.settimeout(LONG)
             assert second.recv(100) == b"go\n"
         for one in (first, third):
-            one.result(timeout=20)
+            one.result(timeout=LONG)
 
 
-def test_a_process_that_has_ended_is_missing_again(place, soon):
+def test_a_process_that_has_ended_is_missing_again(place, monkeypatch):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         first = pool.submit(roll_call.meet, place(0))
-        with greeted(place(1)):
-            pass
+        with greeted(place(1)) as peer:
+            peer.shutdown(socket.SHUT_WR)
+            # Process 0 closes its end when it has noticed.
+            assert peer.recv(1) == b""
+        give_up(monkeypatch)
         with pytest.raises(GoneError, match="processes 1, 2 have not come"):
-            first.result(timeout=20)
+            first.result(timeout=LONG)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from lit_jax.training.workdir_errors import quiet_orbax
 @quiet_orbax()  # as the command that trains
 @command
 def main(workdir: str, full: int, how: str) -> None:
-    checkpoints.SAVE_SECONDS = 2
     process.initialize()
     rows = {"step": np.zeros(1), "kernel": np.random.default_rng(0).normal(size=(1, 50_000))}
     arrays = global_batch(rows, make_mesh(MeshConfig()))
@@ -28,6 +27,7 @@ def main(workdir: str, full: int, how: str) -> None:
     with checkpoints.Checkpoints(Path(workdir), keep_last=1) as saved:
         saved.save(1, state, {}, {})
         saved.wait()
+        checkpoints.SAVE_SECONDS = 2
         if process.number() == full:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         saved.save(2, state, {}, {})

@@ -1,6 +1,7 @@
 """Whose a run folder is: real processes that start, are killed and are suspended."""
 
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -48,10 +49,11 @@ def foreign(workdir, number, beat=0, locks="another"):
     """A lease as another machine leaves it; its clock is an hour ahead."""
     workdir.mkdir(exist_ok=True)
     holder = {"host": "elsewhere", "pid": 7, "locks": locks, "token": "t", "beat": beat}
-    path = workdir / f".lease.{number}"
-    path.write_text(json.dumps(holder))
-    os.utime(path, (time.time() + 3600,) * 2)
-    return path
+    new, path = workdir.with_name(f"{workdir.name}.new"), workdir / f".lease.{number}"
+    new.write_text(json.dumps(holder))
+    os.utime(new, (time.time() + 3600,) * 2)
+    # Nobody reads half of it.
+    return new.replace(path)
 
 
 def test_two_runs_do_not_share_a_folder_and_a_killed_one_does_not_block_it(holder, tmp_path):
@@ -102,15 +104,27 @@ def test_a_lease_of_another_machine_is_waited_for_by_what_changes_and_not_by_clo
         assert "in use by process 7 on elsewhere; if that does not change" in caplog.text
         assert [path.name for path in tmp_path.iterdir()] == [".lease.4"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lease_of_another_machine_that_is_renewed_is_in_use(tmp_path):
+    ended = threading.Event()
+
+    def renew():
+        for beat in itertools.count():
+            foreign(tmp_path, 1, beat)
+            if ended.wait(0.3):
+                return
+
     foreign(tmp_path, 1)
-    renewal = threading.Timer(0.5, foreign, (tmp_path, 1, 1))
-    renewal.start()
+    renewing = threading.Thread(target=renew, daemon=True)
+    renewing.start()
     with (
         pytest.raises(UserError, match="is in use by process 7 on elsewhere"),
         lease.holding(tmp_path),
     ):
         pass
-    renewal.join()
+    ended.set()
+    renewing.join()
 
 
 @pytest.fixture
@@ -176,12 +190,13 @@ def test_a_lease_that_cannot_be_renewed_stops_the_writer_before_another_may_take
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
-    monkeypatch.setattr(lease, "STALE_SECONDS", 0.3)
     with lease.holding(tmp_path / "run"):
         monkeypatch.setattr(lease, "_newest", broken)
+        # Nobody takes it over before it is stale.
         with workdir_errors(tmp_path / "run"):
-            pass  # not yet
+            pass
         time.sleep(0.5)
+        monkeypatch.setattr(lease, "STALE_SECONDS", 0.3)
         with pytest.raises(UserError, match=r"could not be renewed for .*Input/output error"):
             lease.check_lease(tmp_path / "run")
 

@@ -290,7 +290,7 @@ def test_the_death_of_one_process_ends_the_other_and_they_go_on(command, tmp_pat
         wait_for_step(launcher, workdir, done + 3)
         survivor = process_number(1 - killed, launcher)
         os.kill(process_number(killed, launcher), signal.SIGKILL)
-        _, errors = launcher.communicate(timeout=60)
+        _, errors = launcher.communicate(timeout=200)
         assert launcher.returncode == GONE, errors
         assert not Path(f"/proc/{survivor}").exists()
         last = errors.splitlines()[-1]
