@@ -5,6 +5,8 @@
                                   meta (resolved config, library versions), sums.json (checksums of the first
                                   two)
 
+A stack of blocks has one name there, wherever a lock cuts it; see stack_names.py.
+
 Orbax writes into a temporary folder and renames the folder when everything is on disk. A process that is
 killed at any moment therefore leaves the previous checkpoint as the latest.
 """
@@ -34,6 +36,8 @@ from lit_jax.training.integrity import (
     text_sum,
 )
 from lit_jax.training.lease import check_lease
+from lit_jax.training.saved_arrays import as_saved, check_shapes
+from lit_jax.training.stack_names import UncutStacks, cut_stacks, join_stacks
 from lit_jax.training.train_step import State
 from lit_jax.training.workdir_errors import STEP, complete_steps, reason, workdir_errors
 
@@ -63,10 +67,17 @@ class Checkpoints:
     Args:
         keep_last: the number of newest checkpoints to keep.
         keep_every: checkpoints of steps that this number divides are kept for ever.
+        uncut: the stacks of the uncut model, by whose names arrays are saved.
     """
 
-    def __init__(self, workdir: Path, keep_last: int, keep_every: int | None = None):
-        self._workdir = workdir
+    def __init__(
+        self,
+        workdir: Path,
+        keep_last: int,
+        keep_every: int | None = None,
+        uncut: UncutStacks = (),
+    ):
+        self._workdir, self._uncut = workdir, uncut
         # The checksums of the save under way.
         self._sums: PendingSums | None = None
         self._data_sum = 0
@@ -130,6 +141,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         meta = {"config": config, "versions": versions()}
+        state = join_stacks(state, self._uncut)
         with self._writing():
             self._manager.wait_until_finished()
             # The previous save must have ended, because its callback reads these two attributes.
@@ -169,11 +181,12 @@ class Checkpoints:
         """
         step, folder = self.latest, self._workdir / "checkpoints" / str(self.latest)
         with _reading_step(self._workdir, step):
-            _check_shapes(folder / "state", abstract_state)
+            wanted = as_saved(folder / "state", abstract_state, self._uncut)
+            check_shapes(folder / "state", wanted)
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
+                    state=ocp.args.StandardRestore(wanted), data=ocp.args.JsonRestore()
                 ),
             )
             state, data = restored["state"], restored["data"]
@@ -181,7 +194,7 @@ class Checkpoints:
             # State and position must belong to the same step, or examples would be skipped or repeated.
             if data["next_batch"] != step:
                 raise DamagedError(f"its data are at step {data['next_batch']}")
-        return state, data
+            return cut_stacks(state, self._uncut, abstract_state), data
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
         # For a full disk or lost permissions, Orbax and TensorStore raise many types, some from a thread.
@@ -212,7 +225,10 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
 
 
 def restore_params(
-    workdir: Path, abstract_params: Mapping[str, Any], step: int | None = None
+    workdir: Path,
+    abstract_params: Mapping[str, Any],
+    step: int | None = None,
+    uncut: UncutStacks = (),
 ) -> tuple[int, Any]:
     """Read the trainable parameters of a checkpoint; return the step and the parameters.
 
@@ -220,6 +236,7 @@ def restore_params(
 
     Args:
         step: the step of the checkpoint; None is the latest.
+        uncut: the stacks of the uncut model.
 
     Raises UserError if there is no such checkpoint, or if it is damaged or belongs to another model.
     """
@@ -229,10 +246,10 @@ def restore_params(
     if step is not None and step not in steps:
         raise UserError(f"{workdir} has no checkpoint of step {step}; there are {steps}.")
     step = steps[-1] if step is None else step
-    wanted = {"params": abstract_params}
     folder = (workdir / "checkpoints" / str(step) / "state").resolve()
     with _reading_step(workdir, step), ocp.PyTreeCheckpointer() as reader:
-        _check_shapes(folder, wanted, part="params")
+        wanted = {"params": as_saved(folder, abstract_params, uncut, part="params")}
+        check_shapes(folder, wanted, part="params")
         restored = reader.restore(
             folder,
             args=ocp.args.PyTreeRestore(
@@ -243,13 +260,14 @@ def restore_params(
             ),
         )
         _check_step_sums(folder.parent, restored)
-    return step, restored["params"]
+        return step, cut_stacks(restored["params"], uncut, abstract_params)
 
 
-def save_frozen(workdir: Path, frozen: Mapping[str, Any]) -> None:
+def save_frozen(workdir: Path, frozen: Mapping[str, Any], uncut: UncutStacks = ()) -> None:
     """Write the locked parameters of a run, and replace those of an earlier start at step 0."""
     if not frozen:
         return
+    frozen = join_stacks(frozen, uncut)
     sums = start_sums(frozen, with_rounded=True)
     with workdir_errors(workdir, Exception), ocp.StandardCheckpointer() as writer:
         writer.save((workdir / "frozen").resolve(), frozen, force=True)
@@ -258,7 +276,9 @@ def save_frozen(workdir: Path, frozen: Mapping[str, Any]) -> None:
             write_json(workdir / "frozen" / SUMS_FILE, sums.fetch())
 
 
-def restore_frozen(workdir: Path, abstract_frozen: Mapping[str, Any]) -> Any:
+def restore_frozen(
+    workdir: Path, abstract_frozen: Mapping[str, Any], uncut: UncutStacks = ()
+) -> Any:
     """Read the locked parameters in the dtype and sharding of `abstract_frozen`.
 
     Raises UserError if the parameters are missing, damaged or those of another model.
@@ -268,10 +288,11 @@ def restore_frozen(workdir: Path, abstract_frozen: Mapping[str, Any]) -> Any:
     what_then = "put them back, or start again in another --workdir"
     folder = (workdir / "frozen").resolve()
     with _reading(workdir / "frozen", what_then, what_then), ocp.StandardCheckpointer() as reader:
-        _check_shapes(folder, abstract_frozen)
-        frozen = reader.restore(folder, abstract_frozen)
+        wanted = as_saved(folder, abstract_frozen, uncut)
+        check_shapes(folder, wanted)
+        frozen = reader.restore(folder, wanted)
         _compare(frozen, _stored_sums(folder / SUMS_FILE))
-        return frozen
+        return cut_stacks(frozen, uncut, abstract_frozen)
 
 
 def _check_arrays(folder: Path, leaves: int) -> None:
@@ -285,30 +306,6 @@ def _check_arrays(folder: Path, leaves: int) -> None:
     arrays = {key.rpartition(b"/")[0] for key in listed if key.endswith(b"/.zarray")}
     if len(arrays) != leaves:
         raise OSError(f"of {leaves} arrays {len(arrays)} can be read back from {folder}")
-
-
-def _check_shapes(folder: Path, wanted: Any, part: str | None = None) -> None:
-    """Raise ValueError at the first array of `folder` (of one `part`) that differs in name or shape.
-
-    Orbax would find the difference, too. But it reads all arrays at once and then abandons the rest, and each
-    abandoned coroutine prints a warning when it is collected.
-    """
-    # The annotation asks for Orbax's own kind of path, but a pathlib.Path works.
-    resolved: Any = folder.resolve()
-    saved = ocp.PyTreeCheckpointHandler().metadata(resolved).tree
-    there, here = (
-        {
-            key: leaf.shape
-            for key, leaf in ocp.tree.to_flat_dict(tree).items()
-            if part in (None, key[0])
-        }
-        for tree in (saved, wanted)
-    )
-    for key in there | here:
-        if there.get(key) != here.get(key):
-            raise ValueError(
-                f"{'/'.join(key)} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here"
-            )
 
 
 def _check_step_sums(folder: Path, arrays: Any, data: Any = None) -> None:

@@ -25,6 +25,7 @@ from lit_jax.models.distillation import TextDistillation
 from lit_jax.models.dual_encoder import TOWERS, DualEncoderModule, build_dual_encoder, tower_name
 from lit_jax.models.tower import Tower
 from lit_jax.training.policy import Policy, find_cuts, is_pretrained, merge, resolve_policy
+from lit_jax.training.stack_names import uncut_stacks
 from lit_jax.training.teacher import load_teacher, pretrained_parameters
 from lit_jax.training.tower_paths import TowerPaths, find_towers
 from lit_jax.trees import Tree, flatten, restack, unflatten
@@ -55,6 +56,7 @@ class Model:
         processors: the preprocessing of images and texts, including the teacher's tokenizer.
         policy: which parameters train, and how fast.
         abstract: shapes, dtypes and shardings of all parameters, a nested dict.
+        uncut: the stacks of blocks as they are without cuts; see `stack_names`.
         teacher: the text tower that the student learns from; None in contrastive training.
         own_towers: the towers that a user has passed instead of towers of the config.
     """
@@ -66,6 +68,7 @@ class Model:
     policy: Policy
     abstract: Tree
     mesh: Mesh
+    uncut: frozenset[str] = frozenset()
     teacher: Tower | None = None
     own_towers: OwnTowers = dataclasses.field(default_factory=dict)
 
@@ -158,6 +161,7 @@ def build_model(
     # Trainable and locked parameters cannot share an array, so the rules decide where stacks are cut. They
     # are applied to uncut towers first, and the cuts change the shapes.
     shapes = parameter_shapes(module, example)
+    uncut = uncut_stacks(shapes)
     cuts = find_cuts(config.policy, shapes, has_teacher=has_teacher)
     if cuts:
         module = module.with_cuts(cuts)
@@ -173,6 +177,7 @@ def build_model(
         policy=policy,
         abstract=_abstract(shapes, policy, config, mesh),
         mesh=mesh,
+        uncut=uncut,
         teacher=teacher,
         own_towers=own_towers,
     )

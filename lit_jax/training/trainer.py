@@ -227,7 +227,7 @@ class Trainer:
         with (
             jax.set_mesh(self.model.mesh),
             StopSignal() as stop,
-            Checkpoints(self.workdir, keep_last, keep_every) as checkpoints,
+            Checkpoints(self.workdir, keep_last, keep_every, self.model.uncut) as checkpoints,
             self._compiling(checkpoints.latest or 0) as step_fn,
         ):
             state, locked, position = first_or_latest_state(self.step, self.workdir, checkpoints)
@@ -422,9 +422,10 @@ def first_or_latest_state(
     """
     if checkpoints.latest is None:
         trainable, frozen = first_parameters(step.model)
-        save_frozen(workdir, frozen)
+        save_frozen(workdir, frozen, step.model.uncut)
         state, position = step.first_state(trainable), None
     else:
         state, position = checkpoints.restore(step.abstract_state())
         log.info("Going on from step %d of %s.", checkpoints.latest, workdir)
-    return state, restore_frozen(workdir, step.model.abstract_frozen), position
+    locked = restore_frozen(workdir, step.model.abstract_frozen, step.model.uncut)
+    return state, locked, position

@@ -95,8 +95,8 @@ def load_run(
     own_towers: OwnTowers = {side: (tower, None) for side, tower in towers.items()}
     # The mesh of the training may not fit this machine, so its devices form a mesh of the default shape.
     model = build_model(config, make_mesh(MeshConfig()), saved_towers(workdir), own_towers)
-    step, trainable = restore_params(workdir, model.abstract_trainable, step)
-    frozen = restore_frozen(workdir, model.abstract_frozen)
+    step, trainable = restore_params(workdir, model.abstract_trainable, step, model.uncut)
+    frozen = restore_frozen(workdir, model.abstract_frozen, model.uncut)
     return TrainedModel.merged(model, trainable, frozen, step)
 
 

@@ -341,6 +341,11 @@ def test_a_run_trains_the_last_block_alone_resumes_and_exports(
     train(config, tmp_path / "at_once")
     at_once = load_run(tmp_path / "at_once", dtype="float32").params
     jax.tree.map(np.testing.assert_array_equal, resumed, at_once)
+    fc1 = "vision_model/encoder/layer/mlp/fc1/kernel"
+    for folder, path in (("frozen", fc1), ("checkpoints/3", f"params/{fc1}")):
+        sums = (tmp_path / "run" / folder / "sums.json").read_text()
+        assert path in sums
+        assert "layer_from" not in sums
 
     folders = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'exported'}"]
     assert export.main(folders) == 0
