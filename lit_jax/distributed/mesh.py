@@ -112,3 +112,23 @@ def shard_batch(x: jax.Array) -> jax.Array:
     if not mesh_shape():
         return x
     return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def cut(x_Bx: jax.Array, parts: int) -> jax.Array:
+    """Split B... into KxB/K.... Each part has rows of every device, so that no rows move."""
+    # The rows of a device are consecutive in the batch, so the axis of devices comes first.
+    by_device = x_Bx.reshape(mesh_size(), parts, -1, *x_Bx.shape[1:])
+    return _split_second(by_device.swapaxes(0, 1).reshape(parts, -1, *x_Bx.shape[1:]))
+
+
+def join(parts_KxN: jax.Array) -> jax.Array:
+    """Return the array B... that `cut` has split into KxB/K..."""
+    count, _, *shape = parts_KxN.shape
+    rows = _split_second(parts_KxN).reshape(count, mesh_size(), -1, *shape)
+    return shard_batch(rows.swapaxes(0, 1).reshape(-1, *shape))
+
+
+def _split_second(x: jax.Array) -> jax.Array:
+    if not mesh_shape():
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(None, *BATCH))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lit_jax.models import ops
+from lit_jax.models import attention_kernels as kernels
 
 
 def attend(
@@ -34,8 +34,11 @@ def attend(
         bias: added to the logits.
         dropout: applied to the weights before they are divided by their sum.
     """
-    if bias is None and dropout is None and ops.has_cudnn_attention(q_BxHxQxK, k_BxHxSxK):
-        return ops.cudnn_attention(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK)
+    if bias is None and dropout is None:
+        if kernels.has_cudnn_attention(q_BxHxQxK, k_BxHxSxK):
+            return kernels.cudnn_attention(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK)
+        if kernels.has_tpu_attention(q_BxHxQxK, k_BxHxSxK):
+            return kernels.tpu_attention(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK)
     # The logits are scaled, not the queries. Scaled queries are one more array that a TPU keeps for the
     # gradient.
     logits_BxHxQxS = q_BxHxQxK.shape[-1] ** -0.5 * jnp.einsum(

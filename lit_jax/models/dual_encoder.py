@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from lit_jax.config import ModelConfig, Pooling, Remat, Side
 from lit_jax.distributed.mesh import shard_batch
 from lit_jax.errors import UserError
+from lit_jax.models.chunks import in_chunks
 from lit_jax.models.families import TEXT, VISION, build_tower
 from lit_jax.models.layers import Dense
 from lit_jax.models.normalization import Normalization
@@ -180,11 +181,20 @@ class DualEncoderModule(nn.Module):
         self, pixel_values: Images, *, deterministic: bool = True
     ) -> Float[Array, "B P"]:
         """Return the pooled image features, before the projection, in the tower's dtype."""
+        normalization = None
         if pixel_values.dtype == jnp.uint8:
             if self.normalization is None:
                 raise ValueError("Images given as bytes need a normalization.")
-            pixel_values = self.normalization(pixel_values)
-        return self.vision_model(pixel_values, deterministic=deterministic).pooled
+            normalization = self.normalization
+
+        def pooled(tower: Tower, pixels: Images) -> Float[Array, "B P"]:
+            pixels = pixels if normalization is None else normalization(pixels)
+            return tower(pixels, deterministic=deterministic).pooled
+
+        # A tower that trains is not deterministic. Chunks would gain it nothing.
+        if deterministic:
+            return in_chunks(pooled, self.vision_model, pixel_values)
+        return pooled(self.vision_model, pixel_values)
 
     def text_features(
         self,

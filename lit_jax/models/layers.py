@@ -20,6 +20,7 @@ from lit_jax.config_schema import nearest
 from lit_jax.distributed.sharding import all_gather_kernel, fsdp_size
 from lit_jax.errors import UserError
 from lit_jax.models import ops
+from lit_jax.models.layer_norm import layer_norm
 
 
 def stacks(first: int, depth: int, cuts: tuple[int, ...]) -> list[tuple[str, slice]]:
@@ -110,11 +111,10 @@ class LayerNorm(nn.Module):
         width = x_BxLxD.shape[-1]
         # A locked tower's parameters may be bfloat16, but normalisation is float32.
         scale_D = jnp.asarray(self.param("scale", nn.initializers.ones, (width,)), jnp.float32)
-        y_BxLxD = ops.layer_norm(x_BxLxD, scale_D, self.epsilon)
+        bias_D = None
         if self.use_bias:
             bias_D = jnp.asarray(self.param("bias", nn.initializers.zeros, (width,)), jnp.float32)
-            y_BxLxD += bias_D[None, None]
-        return y_BxLxD.astype(self.dtype)
+        return layer_norm(x_BxLxD, scale_D, bias_D, self.epsilon, self.dtype)
 
 
 def mean_of_attended(

@@ -1,16 +1,15 @@
-"""Operations that are written by hand, because the compiler's code for the plain form is slow on CPU or GPU.
+"""Operations that are written by hand, because the compiler's code for the plain form is slow somewhere.
 
 Next to each operation stands its plain form: the textbook formula with the gradient that JAX derives. Both
 give the same values and gradients up to rounding. LIT_JAX_PLAIN_OPS=1 in the environment selects the plain
-forms; benchmarks/layers.py measures the difference.
+forms; benchmarks/layers.py measures the difference. Operations that have kernels for accelerators have files
+of their own: layer_norm.py and attention_kernels.py.
 
-Dims: B batch, L tokens, D width, H heads, K width of a head (in convolutions, size of a kernel), YxX and VxU
-positions of a feature map, C channels.
+Dims: K size of a kernel, YxX and VxU positions of a feature map, C channels.
 """
 
 import functools
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, UInt32
 
-from lit_jax.distributed.mesh import device_kind, shard_batch
+from lit_jax.distributed.mesh import BATCH, REPLICATED, device_kind, mesh_shape
 
 Elementwise = Callable[[Array], Array]
 Map = Float[Array, "B Y X C"]
@@ -33,78 +32,26 @@ def use_plain_ops() -> bool:
     return os.environ.get("LIT_JAX_PLAIN_OPS") == "1"
 
 
-# ---- Layer normalisation: forward and backward pass are 1.7 times as fast on CPU, and x stays in its dtype.
+def use_tpu_forms() -> bool:
+    """Return whether the mesh of `jax.set_mesh` has TPUs, for which some operations have a form."""
+    # Kernels need the axes of the mesh: XLA would gather the operands of a kernel on every device.
+    return bool(mesh_shape()) and device_kind().startswith("TPU") and not use_plain_ops()
 
 
-def layer_norm(
-    x_BxLxD: Float[Array, "B L D"], scale_D: Float[Array, " D"], epsilon: float
-) -> Float[Array, "B L D"]:
-    """Return (x - mean) / deviation * scale over the last axis, computed and returned in float32."""
-    if use_plain_ops():
-        return plain_layer_norm(x_BxLxD, scale_D, epsilon)
-    return _layer_norm(epsilon, x_BxLxD, scale_D)
+def on_rows(kernel: Callable[..., Any], rows: int) -> Callable[..., Any]:
+    """Return a function that calls a kernel on each device of the mesh, for the device's own rows.
 
+    The first `rows` arguments and all results have a leading axis that the devices share out. The other
+    arguments are the same on all devices.
+    """
+    if not mesh_shape():
+        return kernel
 
-def plain_layer_norm(x_BxLxD: Array, scale_D: Array, epsilon: float) -> Array:
-    """Compute `layer_norm` by the textbook formula (1607.06450)."""
-    mean_BxLx1, inverse_BxLx1 = _row_statistics(x_BxLxD, epsilon)
-    return (x_BxLxD.astype(jnp.float32) - mean_BxLx1) * inverse_BxLx1 * scale_D[None, None]
+    def call(*arrays: Array) -> Any:
+        specs = tuple(BATCH if i < rows else REPLICATED for i in range(len(arrays)))
+        return jax.shard_map(kernel, in_specs=specs, out_specs=BATCH, check_vma=False)(*arrays)
 
-
-def _row_statistics(x_BxLxD: Array, epsilon: float) -> tuple[Array, Array]:
-    """Return the mean and the inverse standard deviation of each row, in float32."""
-    x32_BxLxD = x_BxLxD.astype(jnp.float32)
-    mean_BxLx1 = x32_BxLxD.mean(-1, keepdims=True)
-    # The squared differences are averaged, because E[x^2] - E[x]^2 cancels in float32.
-    variance_BxLx1 = jnp.square(x32_BxLxD - mean_BxLx1).mean(-1, keepdims=True)
-    return mean_BxLx1, jax.lax.rsqrt(variance_BxLx1 + epsilon)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _layer_norm(epsilon: float, x_BxLxD: Array, scale_D: Array) -> Array:
-    def on_cpu(x_BxLxD: Array, scale_D: Array) -> Array:
-        return _layer_norm_forward(epsilon, x_BxLxD, scale_D)[0]
-
-    # On GPU, XLA compiles the plain form into one kernel that reads x once, and the CPU form into five.
-    elsewhere = functools.partial(plain_layer_norm, epsilon=epsilon)
-    return jax.lax.platform_dependent(x_BxLxD, scale_D, cpu=on_cpu, default=elsewhere)
-
-
-def _layer_norm_forward(
-    epsilon: float, x_BxLxD: Array, scale_D: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    mean_BxLx1, inverse_BxLx1 = _row_statistics(x_BxLxD, epsilon)
-    # x - mean is not reused from `_row_statistics`: XLA would write a value that two results share to memory
-    # on CPU.
-    normed_BxLxD = x_BxLxD.astype(jnp.float32) * inverse_BxLx1 - mean_BxLx1 * inverse_BxLx1
-    # The backward pass keeps x in its own dtype, and no float32 array of that size.
-    return normed_BxLxD * scale_D[None, None], (x_BxLxD, mean_BxLx1, inverse_BxLx1, scale_D)
-
-
-def _layer_norm_backward(
-    epsilon: float, saved: tuple[Array, ...], grad_BxLxD: Array
-) -> tuple[Array, Array]:
-    x_BxLxD, mean_BxLx1, inverse_BxLx1, scale_D = saved
-    normed_BxLxD = x_BxLxD.astype(jnp.float32) * inverse_BxLx1 - mean_BxLx1 * inverse_BxLx1
-    product_BxLxD = grad_BxLxD * normed_BxLxD
-    # Normalisation removes the mean and the length of a row, so the gradient has no component along a
-    # constant vector or along the normalised row.
-    along_mean_BxLx1 = _mean_of_product(grad_BxLxD, scale_D)
-    along_normed_BxLx1 = _mean_of_product(product_BxLxD, scale_D)
-    grad_x_BxLxD = inverse_BxLx1 * (
-        grad_BxLxD * scale_D[None, None] - along_mean_BxLx1 - normed_BxLxD * along_normed_BxLx1
-    )
-    return grad_x_BxLxD.astype(x_BxLxD.dtype), product_BxLxD.sum((0, 1))
-
-
-def _mean_of_product(x_BxLxD: Array, y_D: Array) -> Float[Array, "B L 1"]:
-    # On CPU a product with a vector reads its input once. XLA turns the product into a sum on TPU. HIGHEST
-    # keeps GPU and TPU from rounding the inputs to fewer bits.
-    precision = jax.lax.Precision.HIGHEST
-    return jnp.einsum("bld,d->bl", x_BxLxD, y_D, precision=precision)[..., None] / len(y_D)
-
-
-_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+    return call
 
 
 # ---- Activations: the gradient keeps one array instead of several; exact GELU is 3 times as fast on CPU.
@@ -279,82 +226,3 @@ def clip_by_global_norm(updates: Any, max_norm: float) -> Any:
     # which keeps both in memory.
     scale = max_norm / jnp.maximum(optax.tree.norm(updates), max_norm)
     return jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates)
-
-
-# ---- Attention by cuDNN: one kernel on NVIDIA GPUs, as in FlashAttention (2205.14135). The plain form is the
-# rest of `attention.attend`. Training ViT-B/16 on an H100 needs 18 GiB of temporaries instead of 27.
-
-# JAX calls cuDNN on any GPU and fails on these, which are older than Ampere but have names like newer GPUs.
-_TOO_OLD = re.compile(r"NVIDIA (GeForce (GTX|MX|RTX 20)|TITAN|T\d)")
-
-
-def has_cudnn_attention(q_BxHxQxK: Array, k_BxHxSxK: Array) -> bool:
-    """Return whether cuDNN has a forward and a backward kernel for these arrays on the GPUs of the mesh."""
-    kind, width = device_kind(), q_BxHxQxK.shape[-1]
-    return (
-        not use_plain_ops()
-        and kind.startswith("NVIDIA")
-        and not _TOO_OLD.match(kind)
-        and q_BxHxQxK.dtype.itemsize == 2
-        and q_BxHxQxK.shape == k_BxHxSxK.shape
-        and width % 8 == 0
-        and width <= 128
-    )
-
-
-@jax.custom_vjp
-def cudnn_attention(*qkv_BxHxLxK: Array) -> Array:
-    """Return attention of (queries, keys, values), each BxHxLxK, without bias or dropout."""
-    return _cudnn(*_all_batched(qkv_BxHxLxK))
-
-
-def _cudnn_forward(*qkv_BxHxLxK: Array) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
-    batch, _, length, _ = qkv_BxHxLxK[0].shape
-    # The lengths get the sharding that all other inputs of the kernel have.
-    length_B = shard_batch(jnp.full(batch, length, jnp.int32))
-    *qkv, length_B = _all_batched((*qkv_BxHxLxK, length_B))
-    call = functools.partial(_cudnn_of_odd, length_B=length_B) if length % 2 else _cudnn
-    return jax.vjp(call, *qkv)
-
-
-def _cudnn_backward(
-    pull: Callable[[Array], tuple[Array, ...]], grad_BxHxLxK: Array
-) -> tuple[Array, ...]:
-    pull, grad_BxHxLxK = _all_batched((pull, grad_BxHxLxK))
-    return pull(grad_BxHxLxK)
-
-
-cudnn_attention.defvjp(_cudnn_forward, _cudnn_backward)
-
-
-@jax.custom_batching.custom_vmap
-def _all_batched(arrays: Any) -> Any:
-    """Return the arrays. Under `vmap` all of them become batched, as JAX's rules for cuDNN calls require."""
-    return arrays
-
-
-@_all_batched.def_vmap
-def _(size: int, batched: list[Any], arrays: Any) -> tuple[Any, Any]:
-    def with_axis(is_batched: bool, x: Array) -> Array:
-        return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-
-    return jax.tree.map(with_axis, batched[0], arrays), jax.tree.map(lambda _: True, arrays)
-
-
-def _cudnn(*qkv_BxHxLxK: Array, length_B: Array | None = None) -> Array:
-    # JAX's function expects BxLxHxK.
-    context_BxLxHxK = jax.nn.dot_product_attention(
-        *(x_BxHxLxK.swapaxes(1, 2) for x_BxHxLxK in qkv_BxHxLxK),
-        query_seq_lengths=length_B,
-        key_value_seq_lengths=length_B,
-        implementation="cudnn",
-    )
-    return context_BxLxHxK.swapaxes(1, 2)
-
-
-def _cudnn_of_odd(*qkv_BxHxLxK: Array, length_B: Array) -> Array:
-    # JAX's cuDNN gradient does not accept an odd number of tokens. One token is added, and `length_B` masks
-    # the added token.
-    length = qkv_BxHxLxK[0].shape[2]
-    even = (jnp.pad(x_BxHxLxK, ((0, 0), (0, 0), (0, 1), (0, 0))) for x_BxHxLxK in qkv_BxHxLxK)
-    return _cudnn(*even, length_B=length_B)[:, :, :length]

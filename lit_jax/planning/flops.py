@@ -34,6 +34,9 @@ def _flops(equation: Any) -> int:
         return params["length"] * matmul_flops(params["jaxpr"])
     if name == "cond":
         return max(map(matmul_flops, params["branches"]))
+    # The body of a kernel runs once for each block, and has its own form of the products.
+    if name == "pallas_call":
+        return params["cost_estimate"].flops
     inside = sum(map(matmul_flops, _jaxprs(params)))
     if name == "while" and inside:
         raise ValueError("A matrix product in a loop of unknown length cannot be counted.")

@@ -3,8 +3,6 @@
 The contrastive losses of micro-batches do not add up to the loss of the batch, where all other pairs are
 negatives. So the embeddings of the whole batch are computed first. When their gradient is known, the towers
 run again, micro-batch by micro-batch (gradient caching, 2101.06983, section 3).
-
-Dims: B batch, K micro-batches, D devices.
 """
 
 import functools
@@ -13,9 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from lit_jax.distributed.mesh import BATCH, mesh_shape, mesh_size, shard_batch
+from lit_jax.distributed.mesh import cut, join
 from lit_jax.models.dual_encoder import FEATURES
 
 Forward = Callable[..., tuple[Any, Mapping[str, Any]]]
@@ -56,23 +53,3 @@ def in_micro_batches(forward: Forward, micro_batches: int) -> Forward:
         return jax.tree.map(lambda x: join(x) if x.ndim > 1 else x[0], outputs), {}
 
     return forward_in_parts
-
-
-def cut(x_Bx: jax.Array, micro_batches: int) -> jax.Array:
-    """Split B... into KxB/K.... Each micro-batch has rows of every device, so that no rows move."""
-    # The rows of a device are consecutive in the batch, so the axis of devices comes first.
-    parts = x_Bx.reshape(mesh_size(), micro_batches, -1, *x_Bx.shape[1:])
-    return _split_second(parts.swapaxes(0, 1).reshape(micro_batches, -1, *x_Bx.shape[1:]))
-
-
-def join(parts_KxN: jax.Array) -> jax.Array:
-    """Return the array B... that `cut` has split into KxB/K..."""
-    count, _, *shape = parts_KxN.shape
-    rows = _split_second(parts_KxN).reshape(count, mesh_size(), -1, *shape)
-    return shard_batch(rows.swapaxes(0, 1).reshape(-1, *shape))
-
-
-def _split_second(x: jax.Array) -> jax.Array:
-    if not mesh_shape():
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(None, *BATCH))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lit_jax.models import ops
 from lit_jax.models.attention import attend
+from lit_jax.models.layer_norm import layer_norm
 from lit_jax.models.layers import activation
 from tests.models.test_towers import build, example
 
@@ -55,7 +56,10 @@ def clip(updates):
 
 
 OPERATIONS = {
-    "layer norm": (lambda x, scale: ops.layer_norm(x, scale, 1e-6), [(2, 3, 64), (64,)]),
+    "layer norm": (
+        lambda x, scale, bias: layer_norm(x, scale, bias, 1e-6),
+        [(2, 3, 64), (64,), (64,)],
+    ),
     **{
         name: (activation(name), [(40,)])
         for name in ("gelu", "gelu_10", "gelu_new", "quick_gelu", "silu", "mish")
@@ -96,7 +100,7 @@ def test_the_plain_forms_are_only_used_where_the_variable_says_so(monkeypatch):
         x, kernel = jnp.ones((1, 4, 8)), jnp.ones((3, 3, 1, 8))
 
         def function(x):
-            y = ops.layer_norm(ops.gelu(x), jnp.ones(8), 1e-6)
+            y = layer_norm(ops.gelu(x), jnp.ones(8), None, 1e-6)
             return ops.depthwise_conv(y[None], kernel, 1, (1, 1))
 
         return str(jax.make_jaxpr(lambda x: function(x))(x)).count("custom_")

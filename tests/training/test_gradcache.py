@@ -10,11 +10,11 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from lit_jax.config import MeshConfig
-from lit_jax.distributed.mesh import batch_sharding, make_mesh
+from lit_jax.distributed.mesh import batch_sharding, cut, join, make_mesh
 from lit_jax.errors import UserError
 from lit_jax.training import trainer
 from lit_jax.training.checks import check_accumulation
-from lit_jax.training.gradcache import cut, in_micro_batches, join
+from lit_jax.training.gradcache import in_micro_batches
 from lit_jax.training.losses import make_loss
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.model_factory import build_model, example_batch
@@ -188,7 +188,7 @@ def test_every_device_keeps_its_rows(sizes):
     mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1]))
     with jax.set_mesh(mesh):
         x_Bx3 = jax.device_put(jnp.arange(144.0).reshape(48, 3), batch_sharding(mesh))
-        split = jax.jit(functools.partial(cut, micro_batches=3)).lower(x_Bx3).compile()
+        split = jax.jit(functools.partial(cut, parts=3)).lower(x_Bx3).compile()
         parts = split(x_Bx3)
         joined = jax.jit(join).lower(parts).compile()
         np.testing.assert_array_equal(joined(parts), x_Bx3)

@@ -1,0 +1,248 @@
+"""Attention by kernels for GPUs and TPUs. The plain form is the rest of `attention.attend`.
+
+LIT_JAX_PLAIN_OPS=1 selects the plain form everywhere.
+
+Dims: B batch, H heads, L tokens, K width of a head, D = H * K, W width of a register of a TPU.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from lit_jax.distributed.mesh import device_kind, shard_batch
+from lit_jax.models.ops import on_rows, use_plain_ops, use_tpu_forms
+
+# ---- cuDNN: one kernel on NVIDIA GPUs, as in FlashAttention (2205.14135). Training
+# ViT-B/16 on an H100 needs 18 GiB of temporaries instead of 27.
+
+# JAX calls cuDNN on any GPU and fails on these, which are older than Ampere but have names like newer GPUs.
+_TOO_OLD = re.compile(r"NVIDIA (GeForce (GTX|MX|RTX 20)|TITAN|T\d)")
+
+
+def has_cudnn_attention(q_BxHxQxK: Array, k_BxHxSxK: Array) -> bool:
+    """Return whether cuDNN has a forward and a backward kernel for these arrays on the GPUs of the mesh."""
+    kind, width = device_kind(), q_BxHxQxK.shape[-1]
+    return (
+        not use_plain_ops()
+        and kind.startswith("NVIDIA")
+        and not _TOO_OLD.match(kind)
+        and q_BxHxQxK.dtype.itemsize == 2
+        and q_BxHxQxK.shape == k_BxHxSxK.shape
+        and width % 8 == 0
+        and width <= 128
+    )
+
+
+@jax.custom_vjp
+def cudnn_attention(*qkv_BxHxLxK: Array) -> Array:
+    """Return attention of (queries, keys, values), each BxHxLxK, without bias or dropout."""
+    return _cudnn(*_all_batched(qkv_BxHxLxK))
+
+
+def _cudnn_forward(*qkv_BxHxLxK: Array) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
+    batch, _, length, _ = qkv_BxHxLxK[0].shape
+    # The lengths get the sharding that all other inputs of the kernel have.
+    length_B = shard_batch(jnp.full(batch, length, jnp.int32))
+    *qkv, length_B = _all_batched((*qkv_BxHxLxK, length_B))
+    call = functools.partial(_cudnn_of_odd, length_B=length_B) if length % 2 else _cudnn
+    return jax.vjp(call, *qkv)
+
+
+def _cudnn_backward(
+    pull: Callable[[Array], tuple[Array, ...]], grad_BxHxLxK: Array
+) -> tuple[Array, ...]:
+    pull, grad_BxHxLxK = _all_batched((pull, grad_BxHxLxK))
+    return pull(grad_BxHxLxK)
+
+
+cudnn_attention.defvjp(_cudnn_forward, _cudnn_backward)
+
+
+@jax.custom_batching.custom_vmap
+def _all_batched(arrays: Any) -> Any:
+    """Return the arrays. Under `vmap` all of them become batched, as JAX's rules for cuDNN calls require."""
+    return arrays
+
+
+@_all_batched.def_vmap
+def _(size: int, batched: list[Any], arrays: Any) -> tuple[Any, Any]:
+    def with_axis(is_batched: bool, x: Array) -> Array:
+        return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+
+    return jax.tree.map(with_axis, batched[0], arrays), jax.tree.map(lambda _: True, arrays)
+
+
+def _cudnn(*qkv_BxHxLxK: Array, length_B: Array | None = None) -> Array:
+    # JAX's function expects BxLxHxK.
+    context_BxLxHxK = jax.nn.dot_product_attention(
+        *(x_BxHxLxK.swapaxes(1, 2) for x_BxHxLxK in qkv_BxHxLxK),
+        query_seq_lengths=length_B,
+        key_value_seq_lengths=length_B,
+        implementation="cudnn",
+    )
+    return context_BxLxHxK.swapaxes(1, 2)
+
+
+def _cudnn_of_odd(*qkv_BxHxLxK: Array, length_B: Array) -> Array:
+    # JAX's cuDNN gradient does not accept an odd number of tokens. One token is added, and `length_B` masks
+    # the added token.
+    length = qkv_BxHxLxK[0].shape[2]
+    even = (jnp.pad(x_BxHxLxK, ((0, 0), (0, 0), (0, 1), (0, 0))) for x_BxHxLxK in qkv_BxHxLxK)
+    return _cudnn(*even, length_B=length_B)[:, :, :length]
+
+
+# ---- Pallas: one kernel on TPUs, whose logits never leave the memory on chip. By the compiler's schedule the
+# forward pass takes 67k cycles of a v5e for 16 images of a ViT-B/16, whatever the batch. XLA's form takes 80k
+# to 280k, depending on the batch, and up to 16 times as much with a gradient.
+
+# The width of a register, and the most tokens whose logits of a few heads fit into the memory on chip.
+_LANES, _MAX_LENGTH = 128, 640
+
+
+def has_tpu_attention(q_BxHxQxK: Array, k_BxHxSxK: Array) -> bool:
+    """Return whether the kernel for TPUs takes these arrays: whole registers, few tokens, bfloat16."""
+    _, heads, length, width = q_BxHxQxK.shape
+    return (
+        use_tpu_forms()
+        and q_BxHxQxK.dtype == jnp.bfloat16
+        and q_BxHxQxK.shape == k_BxHxSxK.shape
+        and _LANES % width == 0
+        and heads * width % _LANES == 0
+        and 32 <= length <= _MAX_LENGTH
+    )
+
+
+@jax.custom_vjp
+def tpu_attention(*qkv_BxHxLxK: Array) -> Array:
+    """Return attention of (queries, keys, values), each BxHxLxK, without bias or dropout.
+
+    The kernel is interpreted where there is no TPU.
+    """
+    (context_BxHxLxK,) = _call_on_tpu(_forward_kernel, qkv_BxHxLxK, results=1, products=2)
+    return context_BxHxLxK
+
+
+def _tpu_forward(*qkv_BxHxLxK: Array) -> tuple[Array, tuple[Array, ...]]:
+    return tpu_attention(*qkv_BxHxLxK), qkv_BxHxLxK
+
+
+def _tpu_backward(qkv_BxHxLxK: tuple[Array, ...], grad_BxHxLxK: Array) -> tuple[Array, ...]:
+    inputs = (*qkv_BxHxLxK, grad_BxHxLxK)
+    # The plain gradient has four products as well; the kernel computes the logits once more.
+    return tuple(_call_on_tpu(_backward_kernel, inputs, results=3, products=4))
+
+
+tpu_attention.defvjp(_tpu_forward, _tpu_backward)
+
+
+def _call_on_tpu(
+    kernel: Callable[..., None], arrays: tuple[Array, ...], results: int, products: int
+) -> list[Array]:
+    """Call a kernel on arrays BxHxLxK and return its results, which have the same shape.
+
+    `products` is the number of products of LxK by KxL that the definition has for each head.
+    """
+    heads, _, width = arrays[0].shape[1:]
+
+    def call(*arrays_BxLxD: Array) -> tuple[Array, ...]:
+        batch, length, depth = arrays_BxLxD[0].shape
+        # A few examples at once give the scheduler independent work.
+        size = next(n for n in (4, 2, 1) if (batch % n == 0 and n * length <= 1024) or n == 1)
+        block = pl.BlockSpec((size, length, _LANES), lambda i, j: (i, 0, j))
+        return pl.pallas_call(
+            functools.partial(kernel, width),
+            grid=(batch // size, depth // _LANES),
+            in_specs=[block] * len(arrays_BxLxD),
+            out_specs=[block] * results,
+            out_shape=[arrays_BxLxD[0]] * results,
+            cost_estimate=pl.CostEstimate(
+                flops=products * 2 * batch * length**2 * depth,
+                transcendentals=batch * heads * length**2,
+                bytes_accessed=(len(arrays_BxLxD) + results) * arrays_BxLxD[0].nbytes,
+            ),
+            interpret=not use_tpu_forms(),
+            name=f"attention{kernel.__name__}",
+        )(*arrays_BxLxD)
+
+    # Heads side by side in a row are the layout of the dense layers before and after. XLA cancels the
+    # transposes here against those of the caller.
+    rows = (
+        x_BxHxLxK.swapaxes(1, 2).reshape(len(x_BxHxLxK), -1, heads * width) for x_BxHxLxK in arrays
+    )
+    return [
+        y_BxLxD.reshape(*y_BxLxD.shape[:2], heads, width).swapaxes(1, 2)
+        for y_BxLxD in on_rows(call, len(arrays))(*rows)
+    ]
+
+
+# Contracts the last axes, the last with the first, the first axes.
+_NT, _NN, _TN = ((1,), (1,)), ((1,), (0,)), ((0,), (0,))
+
+
+def _dot(a: Array, b: Array, contracted: tuple[tuple[int], tuple[int]]) -> Array:
+    # One pass is exact for products of bfloat16. A higher jax_default_matmul_precision would be an error.
+    exact = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    return jax.lax.dot_general(
+        a, b, (contracted, ((), ())), precision=exact, preferred_element_type=jnp.float32
+    )
+
+
+def _lanes_of_heads(width: int) -> list[Array]:
+    """Return for each head in a register which lanes are its own, 1xW."""
+    lane_1xW = jax.lax.broadcasted_iota(jnp.int32, (1, _LANES), 1)
+    return [(lane_1xW >= first) & (lane_1xW < first + width) for first in range(0, _LANES, width)]
+
+
+def _weights(q_LxW: Array, k_LxW: Array, own_1xW: Array, width: int) -> tuple[Array, Array]:
+    """Return the weights of attention for one head of a register, and the factor that normalises them."""
+    # The matrix unit sums over a whole register, so zeros in the lanes of the other heads cost nothing.
+    logits_LxL = _dot(jnp.where(own_1xW, q_LxW, 0), k_LxW, _NT)
+    weights_LxL = jnp.exp((logits_LxL - logits_LxL.max(-1, keepdims=True)) * width**-0.5)
+    return weights_LxL, 1 / weights_LxL.sum(-1, keepdims=True)
+
+
+def _forward_kernel(width: int, q_ref: Any, k_ref: Any, v_ref: Any, context_ref: Any) -> None:
+    for i in range(len(q_ref)):
+        context_LxW = jnp.zeros(q_ref.shape[1:], jnp.float32)
+        for own_1xW in _lanes_of_heads(width):
+            weights_LxL, factor_Lx1 = _weights(q_ref[i], k_ref[i], own_1xW, width)
+            of_head_LxW = _dot(weights_LxL.astype(v_ref.dtype), v_ref[i], _NN) * factor_Lx1
+            context_LxW = jnp.where(own_1xW, of_head_LxW, context_LxW)
+        context_ref[i] = context_LxW.astype(context_ref.dtype)
+
+
+def _backward_kernel(
+    width: int,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    grad_ref: Any,
+    grad_q_ref: Any,
+    grad_k_ref: Any,
+    grad_v_ref: Any,
+) -> None:
+    results = (grad_q_ref, grad_k_ref, grad_v_ref)
+    for i in range(len(q_ref)):
+        sums = [jnp.zeros(q_ref.shape[1:], jnp.float32)] * 3
+        for own_1xW in _lanes_of_heads(width):
+            weights_LxL, factor_Lx1 = _weights(q_ref[i], k_ref[i], own_1xW, width)
+            weights_LxL *= factor_Lx1
+            grad_weights_LxL = _dot(jnp.where(own_1xW, grad_ref[i], 0), v_ref[i], _NT)
+            # Softmax ignores a constant that all logits of a row share.
+            shared_Lx1 = (weights_LxL * grad_weights_LxL).sum(-1, keepdims=True)
+            grad_logits_LxL = weights_LxL * (grad_weights_LxL - shared_Lx1) * width**-0.5
+            grad_logits_LxL = grad_logits_LxL.astype(q_ref.dtype)
+            of_head = (
+                _dot(grad_logits_LxL, k_ref[i], _NN),
+                _dot(grad_logits_LxL, q_ref[i], _TN),
+                _dot(weights_LxL.astype(grad_ref.dtype), grad_ref[i], _TN),
+            )
+            sums = [jnp.where(own_1xW, new, old) for new, old in zip(of_head, sums, strict=True)]
+        for ref, sum_LxW in zip(results, sums, strict=True):
+            ref[i] = sum_LxW.astype(ref.dtype)

@@ -1,0 +1,211 @@
+"""The Pallas kernels for TPUs: interpreted against the plain forms, and as the TPU compiler writes them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lit_jax.config import MeshConfig
+from lit_jax.distributed.mesh import batch_sharding, make_mesh, replicated
+from lit_jax.models import ops
+from lit_jax.models.attention import attend
+from lit_jax.models.attention_kernels import has_tpu_attention, tpu_attention
+from lit_jax.models.layer_norm import (
+    has_tpu_layer_norm,
+    layer_norm,
+    plain_layer_norm,
+    tpu_layer_norm,
+)
+from lit_jax.planning.chips import open_topology
+
+TPU = "TPU v5 lite"
+# A topology of each generation.
+TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+
+
+def draw(*shape, dtype=jnp.float32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def value_and_gradients(function, arrays, grad):
+    value, pull = jax.vjp(function, *arrays)
+    return value, *pull(grad)
+
+
+def assert_close(ours, theirs, tolerance):
+    """Compare each array with the largest number of its expected values."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+@pytest.fixture
+def on_mesh():
+    """Calls a function with arrays whose rows eight devices share out."""
+
+    def call(function, arrays, rows):
+        mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+        with jax.set_mesh(mesh):
+            placed = [
+                jax.device_put(x, batch_sharding(mesh) if i < rows else replicated(mesh))
+                for i, x in enumerate(arrays)
+            ]
+            return jax.device_get(jax.jit(function)(*placed))
+
+    return call
+
+
+# Several heads in a register, one, and a number of tokens that is no multiple of 8.
+@pytest.mark.parametrize(("heads", "length", "width"), [(4, 37, 64), (8, 32, 32), (1, 40, 128)])
+def test_attention_is_the_plain_one(heads, length, width):
+    q, k, v, grad = (draw(6, heads, length, width, seed=i) for i in range(4))
+    actual = jax.jit(lambda *qkv: value_and_gradients(tpu_attention, qkv, grad))(q, k, v)
+    expected = jax.jit(lambda *qkv: value_and_gradients(attend, qkv, grad))(q, k, v)
+    assert_close(actual, expected, 1e-5)
+
+
+def test_attention_in_bfloat16_is_as_exact_as_the_plain_one():
+    *qkv, grad = (draw(2, 2, 50, 64, dtype=jnp.bfloat16, seed=i) for i in range(4))
+    wide = [x.astype(jnp.float32) for x in (*qkv, grad)]
+    exact = value_and_gradients(attend, wide[:3], wide[3])
+    for form in (tpu_attention, attend):
+        actual = value_and_gradients(form, qkv, grad)
+        assert [x.dtype for x in actual] == [jnp.bfloat16] * 4
+        assert_close([x.astype(jnp.float32) for x in actual], exact, 0.01)
+
+
+def test_attention_works_on_the_rows_of_each_device(on_mesh):
+    arrays = [draw(16, 2, 33, 64, seed=i) for i in range(4)]
+
+    def function(*arrays):
+        return value_and_gradients(tpu_attention, arrays[:3], arrays[3])
+
+    expected = value_and_gradients(attend, arrays[:3], arrays[3])
+    assert_close(on_mesh(function, arrays, 4), expected, 1e-5)
+
+
+def norm_arguments(x):
+    return x, 1 + draw(x.shape[-1], seed=1), draw(x.shape[-1], seed=2)
+
+
+def by_kernel(x, scale, bias):
+    return tpu_layer_norm(1e-6, x.dtype, x, scale, bias)
+
+
+def by_formula(x, scale, bias):
+    return (plain_layer_norm(x, scale, 1e-6) + bias[None, None]).astype(x.dtype)
+
+
+@pytest.mark.parametrize("shape", [(6, 37, 256), (1, 9, 128)])
+def test_layer_norm_is_the_plain_one(shape):
+    arrays, grad = norm_arguments(3 + draw(*shape)), draw(*shape, seed=3)
+    assert_close(
+        value_and_gradients(by_kernel, arrays, grad),
+        value_and_gradients(by_formula, arrays, grad),
+        1e-5,
+    )
+
+
+def test_layer_norm_adds_up_the_gradients_of_all_devices(on_mesh):
+    *arrays, grad = *norm_arguments(draw(16, 8, 128)), draw(16, 8, 128, seed=3)
+
+    def function(x, grad, scale, bias):
+        return value_and_gradients(by_kernel, (x, scale, bias), grad)
+
+    expected = value_and_gradients(by_formula, arrays, grad)
+    assert_close(on_mesh(function, (arrays[0], grad, *arrays[1:]), 2), expected, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("ratio", [0, 10, 100, "nearly constant"])
+def test_layer_norm_is_exact_for_any_mean(dtype, ratio):
+    """Against float64, also for rows whose mean is much larger than their deviation."""
+    x = np.random.default_rng(0).normal(size=(2, 8, 768)) + (
+        0 if ratio == "nearly constant" else ratio
+    )
+    if ratio == "nearly constant":
+        x = np.full_like(x, 100)
+        x[..., 5] = 100.5
+    x = jnp.asarray(x, dtype)
+    wide = np.asarray(x, np.float64)
+    centred = wide - wide.mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    actual = tpu_layer_norm(1e-6, jnp.float32, x, jnp.ones(768), jnp.zeros(768))
+    error, error_of_formula = (
+        np.abs(y - expected).max() for y in (actual, plain_layer_norm(x, jnp.ones(768), 1e-6))
+    )
+    # In float32 the mean of 100s has an error, which is large next to the deviation of a nearly constant row.
+    assert error <= 3e-5 if ratio != "nearly constant" else error <= 1.01 * error_of_formula
+
+
+def test_the_kernels_are_used_on_a_mesh_of_tpus_alone(monkeypatch):
+    q, x = jnp.ones((1, 2, 40, 64), jnp.bfloat16), jnp.ones((1, 40, 128))
+
+    def used():
+        return has_tpu_attention(q, q), has_tpu_layer_norm(x)
+
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        assert used() == (False, False)
+        monkeypatch.setattr(ops, "device_kind", lambda: TPU)
+        assert used() == (True, True)
+        monkeypatch.setenv("LIT_JAX_PLAIN_OPS", "1")
+        assert used() == (False, False)
+    monkeypatch.delenv("LIT_JAX_PLAIN_OPS")
+    assert used() == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "queries", "keys", "width"),
+    [
+        (jnp.float32, 2, 40, 40, 64),
+        (jnp.bfloat16, 1, 40, 40, 64),
+        (jnp.bfloat16, 2, 1, 40, 64),
+        (jnp.bfloat16, 2, 40, 40, 72),
+        (jnp.bfloat16, 2, 16, 16, 64),
+        (jnp.bfloat16, 2, 1025, 1025, 64),
+    ],
+)
+def test_attention_that_the_kernel_lacks_is_left_to_xla(
+    monkeypatch, dtype, heads, queries, keys, width
+):
+    monkeypatch.setattr(ops, "device_kind", lambda: TPU)
+    q, k = (jnp.ones((1, heads, length, width), dtype) for length in (queries, keys))
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        assert not has_tpu_attention(q, k)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_each_tpu_compiles_the_kernels_and_gathers_nothing(name):
+    """With gradients; the longest attention needs the most memory on chip."""
+    mesh = make_mesh(MeshConfig(), open_topology(name).devices)
+    rows = 2 * mesh.size
+
+    def abstract(shape, sharding):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+
+    def function(x, scale, grad):
+        y, pull_norm = jax.vjp(
+            lambda x, scale: layer_norm(x, scale, scale, 1e-6, x.dtype), x, scale
+        )
+        heads = y.reshape(rows, -1, 2, 64).swapaxes(1, 2)
+        context, pull = jax.vjp(attend, heads, heads, heads)
+        return context, pull(grad), pull_norm(y)
+
+    for length in (197, 640):
+        with jax.set_mesh(mesh):
+            x = abstract((rows, length, 128), batch_sharding(mesh))
+            grad = abstract((rows, 2, length, 64), batch_sharding(mesh))
+            scale = jax.ShapeDtypeStruct((128,), jnp.float32, sharding=replicated(mesh))
+            program = str(jax.jit(function).lower(x, scale, grad).compile().as_text())
+        kernels = set(re.findall(r'op_name="[^"]*/(\w+)/pallas_call"', program))
+        assert kernels == {
+            "layer_norm",
+            "layer_norm_gradient",
+            "attention_forward_kernel",
+            "attention_backward_kernel",
+        }
+        assert "all-gather" not in program
