@@ -6,7 +6,7 @@ A tower may be split into stacks anywhere; rules and files identify a block by i
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,10 +44,13 @@ def is_in_block(path: str) -> bool:
     return bool(STACK.fullmatch(path) or BLOCK.search(path))
 
 
-def restack(params: Tree, shapes: Tree) -> dict[str, Any]:
+def restack(
+    params: Tree, shapes: Tree, stack: Callable[[list[Any]], Any] = np.stack
+) -> dict[str, Any]:
     """Return the parameters of a tower, split into stacks as in `shapes`, which may have more leaves.
 
-    A parameter with the same path and shape in both is passed on as it is; others are copied.
+    A parameter with the same path and shape in both is passed on as it is; others are copied by `stack`.
+    Raises KeyError for a block that `params` lack.
     """
     flat, wanted = flatten(params), flatten(shapes)
     # Only the blocks whose stacks differ are taken apart: stacking copies gigabytes.
@@ -61,6 +64,6 @@ def restack(params: Tree, shapes: Tree) -> dict[str, Any]:
         names = block_paths(path, leaf.shape)
         if names[0] in blocks:
             parts = [blocks[name] for name in names]
-            cut[path] = np.stack(parts) if STACK.fullmatch(path) else parts[0]
+            cut[path] = stack(parts) if STACK.fullmatch(path) else parts[0]
     kept = {path: leaf for path, leaf in flat.items() if path in wanted and path not in cut}
     return unflatten(kept | cut)

@@ -1,6 +1,7 @@
 """The checkpoints of a run: asynchronous, and either complete or absent.
 
-    <workdir>/frozen/             the locked parameters, written once, and their checksums
+    <workdir>/frozen/             the locked parameters, written once, and their checksums; frozen_from_STEP/
+                                  those of later checkpoints, if the choice of what trains has changed there
     <workdir>/checkpoints/<step>/ state (trainable parameters, optimizer), data (position in the stream),
                                   meta (resolved config, library versions), sums.json (checksums of the first
                                   two)
@@ -14,6 +15,7 @@ killed at any moment therefore leaves the previous checkpoint as the latest.
 import contextlib
 import importlib.metadata
 import logging
+import re
 import sys
 import threading
 import time
@@ -180,7 +182,7 @@ class Checkpoints:
         Raises UserError if the checkpoint is damaged or belongs to another model or optimizer.
         """
         step, folder = self.latest, self._workdir / "checkpoints" / str(self.latest)
-        with _reading_step(self._workdir, step):
+        with reading_step(self._workdir, step):
             wanted = as_saved(folder / "state", abstract_state, self._uncut)
             check_shapes(folder / "state", wanted)
             restored = self._manager.restore(
@@ -247,7 +249,7 @@ def restore_params(
         raise UserError(f"{workdir} has no checkpoint of step {step}; there are {steps}.")
     step = steps[-1] if step is None else step
     folder = (workdir / "checkpoints" / str(step) / "state").resolve()
-    with _reading_step(workdir, step), ocp.PyTreeCheckpointer() as reader:
+    with reading_step(workdir, step), ocp.PyTreeCheckpointer() as reader:
         wanted = {"params": as_saved(folder, abstract_params, uncut, part="params")}
         check_shapes(folder, wanted, part="params")
         restored = reader.restore(
@@ -263,21 +265,46 @@ def restore_params(
         return step, cut_stacks(restored["params"], uncut, abstract_params)
 
 
-def save_frozen(workdir: Path, frozen: Mapping[str, Any], uncut: UncutStacks = ()) -> None:
-    """Write the locked parameters of a run, and replace those of an earlier start at step 0."""
+def saved_config(workdir: Path, step: int) -> dict[str, Any]:
+    """Return the resolved config, a JSON object, with which the checkpoint of a step was saved."""
+    file = workdir / "checkpoints" / str(step) / "meta" / "metadata"
+    return parse_json(file.read_bytes())["config"]
+
+
+def frozen_folder(workdir: Path, step: int = 0) -> Path:
+    """Return the folder of the locked parameters that belong to the checkpoint of a step.
+
+    It is `frozen`, or `frozen_from_STEP` of the last earlier step at which the choice of what trains changed.
+    """
+    earlier = [start for start in _frozen_starts(workdir) if start < step]
+    return workdir / (f"frozen_from_{max(earlier)}" if earlier else "frozen")
+
+
+def later_frozen_folders(workdir: Path, step: int) -> list[Path]:
+    """Return the folders of locked parameters that belong to checkpoints after a step alone."""
+    return [workdir / f"frozen_from_{start}" for start in _frozen_starts(workdir) if start >= step]
+
+
+def _frozen_starts(workdir: Path) -> list[int]:
+    found = (re.fullmatch(r"frozen_from_(\d+)", folder.name) for folder in workdir.glob("frozen_*"))
+    return [int(match[1]) for match in found if match]
+
+
+def save_frozen(folder: Path, frozen: Mapping[str, Any], uncut: UncutStacks = ()) -> None:
+    """Write the locked parameters of a run, and replace those that an earlier start has left there."""
     if not frozen:
         return
     frozen = join_stacks(frozen, uncut)
     sums = start_sums(frozen, with_rounded=True)
-    with workdir_errors(workdir, Exception), ocp.StandardCheckpointer() as writer:
-        writer.save((workdir / "frozen").resolve(), frozen, force=True)
+    with workdir_errors(folder.parent, Exception), ocp.StandardCheckpointer() as writer:
+        writer.save(folder.resolve(), frozen, force=True)
         writer.wait_until_finished()
         if is_primary():
-            write_json(workdir / "frozen" / SUMS_FILE, sums.fetch())
+            write_json(folder / SUMS_FILE, sums.fetch())
 
 
 def restore_frozen(
-    workdir: Path, abstract_frozen: Mapping[str, Any], uncut: UncutStacks = ()
+    folder: Path, abstract_frozen: Mapping[str, Any], uncut: UncutStacks = ()
 ) -> Any:
     """Read the locked parameters in the dtype and sharding of `abstract_frozen`.
 
@@ -286,11 +313,10 @@ def restore_frozen(
     if not abstract_frozen:
         return {}
     what_then = "put them back, or start again in another --workdir"
-    folder = (workdir / "frozen").resolve()
-    with _reading(workdir / "frozen", what_then, what_then), ocp.StandardCheckpointer() as reader:
+    with _reading(folder, what_then, what_then), ocp.StandardCheckpointer() as reader:
         wanted = as_saved(folder, abstract_frozen, uncut)
         check_shapes(folder, wanted)
-        frozen = reader.restore(folder, wanted)
+        frozen = reader.restore(folder.resolve(), wanted)
         _compare(frozen, _stored_sums(folder / SUMS_FILE))
         return cut_stacks(frozen, uncut, abstract_frozen)
 
@@ -344,7 +370,8 @@ def _reading(folder: Path, what_then: str, repair: str) -> Iterator[None]:
         ) from error
 
 
-def _reading_step(workdir: Path, step: int | None) -> contextlib.AbstractContextManager[None]:
+def reading_step(workdir: Path, step: int | None) -> contextlib.AbstractContextManager[None]:
+    """Turn any error of reading the checkpoint of a step into UserError."""
     earlier = [other for other in complete_steps(workdir) if other != step]
     remove = f"remove that folder to go on from step {earlier[-1]}" if earlier else ""
     what_then = ", or ".join(filter(None, ["take back what --allow_changes permits", remove]))

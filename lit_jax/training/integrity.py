@@ -55,7 +55,7 @@ def start_sums(tree: Any, *, with_rounded: bool = False) -> PendingSums:
         with_rounded: whether float32 arrays also get the checksum of their bfloat16 form, in which they may
             be read back.
     """
-    leaves = _by_path(tree)
+    leaves = by_path(tree)
     floats = {path: leaf for path, leaf in leaves.items() if leaf.dtype == np.float32}
     return PendingSums(
         dtypes={path: leaf.dtype.name for path, leaf in leaves.items()},
@@ -70,7 +70,7 @@ def check_sums(tree: Any, stored: Mapping[str, Mapping[str, Any]] | None) -> Non
     --allow_changes may permit another dtype, for which no checksum was stored. Such an array is not compared.
     All processes must call this function; the processes that pass `stored` compare.
     """
-    leaves = _by_path(tree)
+    leaves = by_path(tree)
     # Arrays that were saved as float32 may be read back as bfloat16.
     halves = {path: leaf for path, leaf in leaves.items() if leaf.dtype.name == "bfloat16"}
     found = {
@@ -97,7 +97,8 @@ def text_sum(value: Any) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
-def _by_path(tree: Any) -> dict[str, jax.Array]:
+def by_path(tree: Any) -> dict[str, Any]:
+    """Return the leaves of any tree by path, such as 'opt_state/1/mu/text_model/pooler/kernel'."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 

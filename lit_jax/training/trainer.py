@@ -25,7 +25,12 @@ from lit_jax.distributed.process import command_seconds
 from lit_jax.errors import Preempted, UserError
 from lit_jax.files import output_path
 from lit_jax.precomputed.match import Precomputed, open_precomputed
-from lit_jax.training.checkpoints import Checkpoints, restore_frozen, save_frozen
+from lit_jax.training.checkpoints import (
+    Checkpoints,
+    frozen_folder,
+    restore_frozen,
+    save_frozen,
+)
 from lit_jax.training.checks import (
     check_batch_size,
     check_captions,
@@ -43,6 +48,7 @@ from lit_jax.training.model_factory import Model, TrainedModel, build_model, fir
 from lit_jax.training.optimizers import make_schedule
 from lit_jax.training.passed import Passed
 from lit_jax.training.policy import warn_of_full_rate
+from lit_jax.training.policy_change import restore_latest
 from lit_jax.training.tower_paths import find_towers
 from lit_jax.training.train_step import State, TrainStep
 from lit_jax.training.workdir import (
@@ -420,12 +426,12 @@ def first_or_latest_state(
     The locked parameters always come from the run folder, so that a resumed run has the same ones, bit by
     bit.
     """
-    if checkpoints.latest is None:
-        trainable, frozen = first_parameters(step.model)
-        save_frozen(workdir, frozen, step.model.uncut)
-        state, position = step.first_state(trainable), None
-    else:
-        state, position = checkpoints.restore(step.abstract_state())
+    if checkpoints.latest is not None:
+        state, locked, position = restore_latest(step, workdir, checkpoints)
         log.info("Going on from step %d of %s.", checkpoints.latest, workdir)
-    locked = restore_frozen(workdir, step.model.abstract_frozen, step.model.uncut)
-    return state, locked, position
+        return state, locked, position
+    trainable, frozen = first_parameters(step.model)
+    folder = frozen_folder(workdir)
+    save_frozen(folder, frozen, step.model.uncut)
+    locked = restore_frozen(folder, step.model.abstract_frozen, step.model.uncut)
+    return step.first_state(trainable), locked, None

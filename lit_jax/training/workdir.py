@@ -30,8 +30,9 @@ from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import atomic_write, parse_json, write_json
 from lit_jax.models.tower import Tower
-from lit_jax.training.checkpoints import restore_frozen, restore_params
+from lit_jax.training.checkpoints import frozen_folder, restore_frozen, restore_params
 from lit_jax.training.model_factory import Model, OwnTowers, TrainedModel, build_model
+from lit_jax.training.policy_change import with_saved_policy
 from lit_jax.training.teacher import TeacherFolder
 from lit_jax.training.tower_paths import TowerPaths
 from lit_jax.training.workdir_errors import complete_steps
@@ -92,11 +93,15 @@ def load_run(
         )
     if dtype is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    # An earlier step may have been saved with another policy than that of config.json.
+    steps = complete_steps(workdir)
+    if steps and step in (None, *steps):
+        config = with_saved_policy(config, workdir, step or steps[-1])
     own_towers: OwnTowers = {side: (tower, None) for side, tower in towers.items()}
     # The mesh of the training may not fit this machine, so its devices form a mesh of the default shape.
     model = build_model(config, make_mesh(MeshConfig()), saved_towers(workdir), own_towers)
     step, trainable = restore_params(workdir, model.abstract_trainable, step, model.uncut)
-    frozen = restore_frozen(workdir, model.abstract_frozen, model.uncut)
+    frozen = restore_frozen(frozen_folder(workdir, step), model.abstract_frozen, model.uncut)
     return TrainedModel.merged(model, trainable, frozen, step)
 
 

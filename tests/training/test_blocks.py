@@ -15,6 +15,7 @@ from lit_jax.config import PolicyConfig
 from lit_jax.errors import Preempted, UserError
 from lit_jax.models.families import build_tower
 from lit_jax.optimizer_config import AdamW
+from lit_jax.training.checkpoints import Checkpoints
 from lit_jax.training.optimizers import make_optimizer
 from lit_jax.training.policy import find_cuts, resolve_policy, warn_of_full_rate
 from lit_jax.training.workdir import load_run
@@ -364,3 +365,58 @@ def test_a_run_trains_the_last_block_alone_resumes_and_exports(
     assert fc1["vision_model/encoder/layer_0/mlp/fc1/kernel"].endswith("locked")
     assert "lr x1" in fc1["vision_model/encoder/layer_1/mlp/fc1/kernel"]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["policy"]["unlock_last"] == 1
+
+
+@pytest.mark.long
+def test_a_run_goes_on_with_fewer_trained_blocks_and_not_with_more(
+    train, tiny, tmp_path, monkeypatch
+):
+    """The blocks that stop keep what they have learned; each step is read as it was trained."""
+    image = {"model.image.pooling": "mean", "checkpoint.keep_last": 9}
+    config = tiny(**image, **{"policy.unlock_last": 2, "duration": "4 steps"})
+    workdir = tmp_path / "run"
+    train(config, workdir)
+    before = {step: flatten(load_run(workdir, step=step).params) for step in (2, 4)}
+    fewer = tiny(**image, **{"policy.unlock_last": 1, "duration": "8 steps"})
+    allowed = ["policy.unlock_last", "duration"]
+    # Killed before the first save, and started again.
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(fewer, workdir, allowed_changes=allowed)
+    train(fewer, workdir, allowed_changes=allowed)
+    for step, expected in before.items():
+        found = flatten(load_run(workdir, step=step).params)
+        assert found.keys() == expected.keys()
+        for path, leaf in expected.items():
+            np.testing.assert_array_equal(found[path], leaf, err_msg=f"{step} {path}")
+    last = flatten(restack(load_run(workdir).params, unflatten(before[4])))
+    fc1 = "vision_model/encoder/layer/mlp/fc1/kernel"
+    assert (before[2][fc1][0] != before[4][fc1][0]).any()
+    np.testing.assert_array_equal(last[fc1][0], before[4][fc1][0])
+    assert (last[fc1][1] != before[4][fc1][1]).any()
+    sums = json.loads((workdir / "checkpoints" / "8" / "sums.json").read_text())["arrays"]
+    assert fc1 in json.loads((workdir / "frozen_from_4" / "sums.json").read_text())
+    assert f"params/{fc1}" in sums
+    # The blocks that begin to train have no moments, whichever the policy of now is.
+    for policy in ({"policy.unlock_last": 2}, {"policy.lock": "UU", "policy.unlock_last": 0}):
+        more = tiny(**image, **policy, duration="9 steps")
+        with pytest.raises(UserError, match=r"checkpoints/8 is .*another model.*take back"):
+            train(more, workdir, allowed_changes=[*policy, "policy.unlock_last", "duration"])
+    assert (
+        train(tiny(**image, **{"policy.unlock_last": 1, "duration": "8 steps"}), workdir).step == 8
+    )
+
+
+@pytest.mark.long
+def test_stacks_that_differ_in_their_blocks_alone_are_told_apart(train, tiny, tmp_path):
+    """Block 0 and block 1 have the same names and shapes in a checkpoint."""
+    rules = [((f"vision_model/encoder/layer_{n}/.*", True),) for n in (0, 1)]
+    options = {"model.image.pooling": "mean", "duration": "2 steps"}
+    train(tiny(**options, **{"policy.trainable": rules[0]}), tmp_path / "run")
+    with pytest.raises(UserError, match=r"checkpoints/2 is .*take back"):
+        train(
+            tiny(**options, **{"policy.trainable": rules[1]}),
+            tmp_path / "run",
+            allowed_changes=["policy.trainable"],
+        )

@@ -104,10 +104,10 @@ def test_float32_that_is_read_as_bfloat16_has_the_same_checksum(tmp_path):
     bits[6000:6002] = 0x7F800000, 0xFF800000
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     frozen = {"kernel": jax.device_put(bits.view(np.float32), replicated(mesh))}
-    save_frozen(tmp_path, frozen)
+    save_frozen(tmp_path / "frozen", frozen)
     for dtype in ("float32", "bfloat16"):
         wanted = jax.ShapeDtypeStruct(bits.shape, dtype, sharding=replicated(mesh))
-        assert restore_frozen(tmp_path, {"kernel": wanted})["kernel"].dtype == dtype
+        assert restore_frozen(tmp_path / "frozen", {"kernel": wanted})["kernel"].dtype == dtype
 
 
 @pytest.mark.long
@@ -117,7 +117,7 @@ def test_a_flipped_bit_in_any_file_is_found_or_changes_nothing(tmp_path):
     rng = np.random.default_rng(0)
     state = state_of(mesh, rng, ("float32", "bfloat16", "uint32"))
     frozen = {"kernel": jax.device_put(rng.normal(size=64).astype(np.float32), replicated(mesh))}
-    save_frozen(tmp_path / "run", frozen)
+    save_frozen(tmp_path / "run" / "frozen", frozen)
     save_once(tmp_path / "run", state)
     expected = read_all(tmp_path / "run", state, frozen)
     found = collections.Counter()
@@ -153,7 +153,8 @@ def read_all(workdir, state, frozen):
     with Checkpoints(workdir, keep_last=1) as checkpoints:
         restored = checkpoints.restore(abstract)
     restored_params = restore_params(workdir, abstract.params)
-    return jax.device_get((restored, restored_params, restore_frozen(workdir, abstract_frozen)))
+    restored_frozen = restore_frozen(workdir / "frozen", abstract_frozen)
+    return jax.device_get((restored, restored_params, restored_frozen))
 
 
 def test_a_checkpoint_under_another_step_is_refused_and_one_without_checksums_is_read(

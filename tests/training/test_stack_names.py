@@ -11,8 +11,10 @@ from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.sharding import optimizer_shardings, parameter_shardings
 from lit_jax.optimizer_config import Adafactor, AdamW, Lamb, Lion
 from lit_jax.training.checkpoints import Checkpoints, restore_params
+from lit_jax.training.integrity import by_path
 from lit_jax.training.optimizers import make_optimizer
 from lit_jax.training.policy import resolve_policy
+from lit_jax.training.policy_change import rearrange_state
 from lit_jax.training.stack_names import cut_stacks, join_stacks, uncut_stacks
 from lit_jax.training.train_step import State, shardings_of
 from lit_jax.trees import flatten, unflatten
@@ -50,8 +52,8 @@ JOINED = {
 }
 
 
-def params_on(mesh):
-    params = unflatten({path: RNG.normal(size=s).astype(np.float32) for path, s in SHAPES.items()})
+def params_on(mesh, shapes=SHAPES):
+    params = unflatten({path: RNG.normal(size=s).astype(np.float32) for path, s in shapes.items()})
     return jax.device_put(params, parameter_shardings(params, mesh))
 
 
@@ -117,8 +119,8 @@ OPTIMIZERS = {
 }
 
 
-def state_on(mesh, name):
-    params = params_on(mesh)
+def state_on(mesh, name, shapes=SHAPES):
+    params = params_on(mesh, shapes)
     optimizer = OPTIMIZERS[name]
     if not isinstance(optimizer, optax.GradientTransformation):
         policy = resolve_policy(PolicyConfig(lock="uu"), params)
@@ -171,3 +173,38 @@ def test_a_checkpoint_of_before_with_the_names_of_cut_stacks_is_read(tmp_path):
         assert_same(checkpoints.restore(abstract_of(state))[0], state)
     _, params = restore_params(tmp_path, abstract_of(state.params), uncut=UNCUT)
     assert_same(params, state.params)
+
+
+# Block 4 stops, and so does one of the two blocks of a stack.
+FEWER = {
+    **{path: shape for path, shape in SHAPES.items() if "/layer_from_" not in path},
+    "text_model/encoder/layer_from_7/mlp/kernel": (2, 36, 40),
+    "text_model/encoder/layer_from_7/mlp/bias": (2, 40),
+    "vision_model/encoder/layer_from_5/kernel": (1, 8),
+}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "labels"])
+def test_fewer_blocks_keep_their_part_of_the_state_sharded(name):
+    mesh = make_mesh(MeshConfig(fsdp=4), jax.devices()[:4])
+    state = state_on(mesh, name)
+    wanted = abstract_of(state_on(mesh, name, FEWER))
+    found = by_path(rearrange_state(state, wanted))
+    old = by_path(state)
+    for path, leaf in by_path(wanted).items():
+        assert found[path].sharding.is_equivalent_to(leaf.sharding, len(leaf.shape)), path
+        source = path.replace("layer_from_7", "layer_from_6").replace(
+            "layer_from_5", "layer_from_4"
+        )
+        expected = old[source][1:] if source != path else old[path]
+        np.testing.assert_array_equal(found[path], expected, err_msg=path)
+    with pytest.raises(ValueError, match=r"layer_from_\d/mlp/\w+ is .* absent there"):
+        rearrange_state(state_on(mesh, name, FEWER), abstract_of(state))
+
+
+def test_moments_that_are_not_of_single_blocks_are_refused():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    state = state_on(mesh, "adafactor")
+    with pytest.raises(ValueError, match="is not of single blocks"):
+        rearrange_state(state, abstract_of(state_on(mesh, "adafactor", FEWER)))
+    assert_same(rearrange_state(state, abstract_of(state)), state)

@@ -1,0 +1,129 @@
+"""A run that goes on with another choice of what trains, from a checkpoint saved with the former choice.
+
+Blocks that no longer train move from the state to the locked parameters, which are written once more, to
+`frozen_from_STEP/`. Blocks that begin to train are refused, because the optimizer has no state for them.
+"""
+
+import dataclasses
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lit_jax.config import Config, PolicyConfig, parse_as
+from lit_jax.distributed.process import is_primary
+from lit_jax.training.checkpoints import (
+    Checkpoints,
+    frozen_folder,
+    later_frozen_folders,
+    reading_step,
+    restore_frozen,
+    save_frozen,
+    saved_config,
+)
+from lit_jax.training.integrity import by_path
+from lit_jax.training.model_factory import build_model
+from lit_jax.training.train_step import State, TrainStep, shardings_of
+from lit_jax.trees import STACK, Tree, restack, unflatten
+
+log = logging.getLogger(__name__)
+
+
+def with_saved_policy(config: Config, workdir: Path, step: int) -> Config:
+    """Return the config with the policy with which the checkpoint of a step was saved.
+
+    The names in a checkpoint do not say which blocks of a stack they have; its policy does.
+    """
+    with reading_step(workdir, step):
+        saved = parse_as(PolicyConfig, saved_config(workdir, step)["policy"])
+    return dataclasses.replace(config, policy=saved)
+
+
+def restore_latest(
+    step: TrainStep, workdir: Path, checkpoints: Checkpoints
+) -> tuple[State, Tree, dict[str, Any]]:
+    """Return state, locked parameters and the stream's position of the latest checkpoint.
+
+    Raises UserError if the checkpoint is damaged, or lacks what the policy trains.
+    """
+    latest, model = checkpoints.latest, step.model
+    assert latest is not None
+    config = with_saved_policy(model.config, workdir, latest)
+    if is_primary():
+        # A run that went on from a later step, or was killed before its first save, has left these behind.
+        for folder in later_frozen_folders(workdir, latest):
+            shutil.rmtree(folder)
+    folder = frozen_folder(workdir, latest)
+    if _what_trains(config.policy) == _what_trains(model.config.policy):
+        state, position = checkpoints.restore(step.abstract_state())
+        return state, restore_frozen(folder, model.abstract_frozen, model.uncut), position
+    before = build_model(config, model.mesh, model.paths, model.own_towers)
+    # The state of the optimizer depends on its parameters alone, so the same optimizer describes both states.
+    abstract = dataclasses.replace(step, model=before).abstract_state()
+    saved, position = checkpoints.restore(abstract)
+    locked = restore_frozen(folder, _float32(before.abstract_frozen), model.uncut)
+    with reading_step(workdir, latest):
+        state = rearrange_state(saved, step.abstract_state())
+        known = by_path(locked) | by_path(saved.params)
+        locked = _restacked(known, _float32(model.abstract_frozen))
+    folder = workdir / f"frozen_from_{latest}"
+    save_frozen(folder, locked, model.uncut)
+    log.info("Another choice of parameters trains from step %d on.", latest)
+    return state, restore_frozen(folder, model.abstract_frozen, model.uncut), position
+
+
+def _what_trains(policy: PolicyConfig) -> tuple[Any, ...]:
+    return policy.lock, policy.unlock_last, policy.trainable
+
+
+def _float32(abstract: Tree) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), abstract
+    )
+
+
+def rearrange_state(saved: State, wanted: State) -> State:
+    """Return the part of a state that `wanted`, a state of shapes with shardings, has, cut as it is there.
+
+    Raises ValueError for a parameter that begins to train, and if the optimizer's state of a block cannot be
+    told from that of the others.
+    """
+    there, here = by_path(saved), by_path(wanted)
+    _check_moments(there, here)
+    _check_moments(here, there)
+    return _restacked(there, wanted)
+
+
+def _check_moments(state: dict[str, Any], other: dict[str, Any]) -> None:
+    """Raise ValueError for a leaf without an axis of blocks, of a parameter that is in another stack now."""
+    params = {name: leaf for name, leaf in state.items() if name.startswith("params/")}
+    for name, leaf in state.items():
+        # The path of a moment ends like that of its parameter.
+        of = [param for param in params if name.endswith(param.removeprefix("params"))]
+        if not (of and STACK.fullmatch(name)):
+            continue
+        (param,) = of
+        is_same = param in other and other[param].shape == params[param].shape
+        if not is_same and leaf.shape[:1] != params[param].shape[:1]:
+            raise ValueError(f"{name} is not of single blocks")
+
+
+def _restacked(arrays: dict[str, Any], wanted: Any) -> Any:
+    shapes = by_path(wanted)
+
+    def move(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        try:
+            return by_path(restack(unflatten(arrays), unflatten(shapes), jnp.stack))
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]} is absent there") from None
+
+    found = jax.eval_shape(move, arrays)
+    for name, leaf in shapes.items():
+        if name not in found or found[name].shape != leaf.shape:
+            raise ValueError(f"{name} is {leaf.shape} here and absent there")
+    # The result has the shardings of `wanted`, so that no device holds a whole array that is sharded.
+    moved = jax.jit(move, out_shardings=shardings_of(shapes))(arrays)
+    return jax.tree.unflatten(jax.tree.structure(wanted), [moved[name] for name in shapes])
