@@ -21,27 +21,27 @@ while (($#)); do
         ;;
     --spot) spot=1 ;;
     --dry-run) dry_run=1 ;;
-    *) fail "unknown flag $1; launch/gke.sh says at its top which there are" ;;
+    *) fail "unknown flag $1; the flags are listed at the top of launch/gke.sh" ;;
     esac
     shift
 done
 for key in name image claim accelerator nodes chips; do
     [[ ${!key} ]] || fail "--$key is missing"
 done
-[[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "--name='$name' must be of a-z, 0-9 and -, a letter first"
+[[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "--name='$name' must begin with a letter and have only a-z, 0-9 and -"
 for key in nodes chips slices; do
-    [[ ${!key} =~ ^[1-9][0-9]*$ ]] || fail "--$key='${!key}' is no number of $key"
+    [[ ${!key} =~ ^[1-9][0-9]*$ ]] || fail "--$key='${!key}' must be a whole number from 1"
 done
 if [[ $topology ]]; then
-    [[ $topology =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || fail "--topology='$topology' is none, such as 4x4"
+    [[ $topology =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || fail "--topology='$topology' must look like 4x4 or 4x4x4"
 elif [[ $accelerator == tpu* ]]; then
-    fail "$accelerator is a TPU; give its --topology, too"
+    fail "$accelerator is a TPU; also give its --topology"
 fi
 if ((slices > 1)); then
-    [[ $topology ]] || fail "--slices are of TPUs; give their --topology, too"
-    [[ $nodes != 1 ]] || fail "GKE joins no slices of a single node; give a larger --topology, and its --nodes"
+    [[ $topology ]] || fail "--slices=$slices is only for TPUs; also give their --topology"
+    [[ $nodes != 1 ]] || fail "GKE cannot join slices of a single node (--nodes=1); give a larger --topology, and its --nodes"
 fi
-(($#)) || fail "there is no command behind --"
+(($#)) || fail "there is no command after --"
 
 placement=''
 if [[ $topology ]]; then

@@ -22,15 +22,15 @@ while (($#)); do
     --dry-run) dry_run=1 ;;
     -*) usage "unknown flag $1" ;;
     *)
-        [[ ! $processes ]] || usage "there are two numbers of processes, $processes and $1"
+        [[ ! $processes ]] || usage "the number of processes is given twice, as $processes and as $1"
         processes=$1
         ;;
     esac
     shift
 done
-[[ $processes =~ ^[1-9][0-9]*$ ]] || usage "'$processes' is no number of processes"
-[[ $devices =~ ^([1-9][0-9]*)?$ ]] || usage "'$devices' is no number of devices"
-(($#)) || usage "there is no command behind --"
+[[ $processes =~ ^[1-9][0-9]*$ ]] || usage "N='$processes' must be a whole number from 1"
+[[ $devices =~ ^([1-9][0-9]*)?$ ]] || usage "--devices='$devices' must be a whole number from 1"
+(($#)) || usage "there is no command after --"
 
 free_port() {
     python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'

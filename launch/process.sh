@@ -10,7 +10,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/shared.sh"
 
 [[ ${1:-} == -- ]] && shift
-(($#)) || fail "there is no command behind --"
+(($#)) || fail "there is no command after --"
 
 set -m # else the command would not listen to Ctrl-C: a shell makes what runs in its background deaf to it
 "$@" &

@@ -16,7 +16,7 @@ while (($#)); do
     esac
     shift
 done
-(($#)) || fail "there is no command behind --"
+(($#)) || fail "there is no command after --"
 
 while true; do
     code=0

@@ -12,7 +12,7 @@ is_gone() { (($1 > 128 && $1 != 130 && $1 != 143)); }
 # Gives back the exit code of a process, or 76 and a sentence if it is gone.
 settle() {
     is_gone "$1" || return "$1"
-    echo "error: a process of the run is gone (exit code $1); run the same command again to go on from what is saved." >&2
+    echo "error: a process of the run is gone (exit code $1); run the same command again to resume from the last checkpoint." >&2
     return 76
 }
 

@@ -23,13 +23,13 @@ while (($#)); do
     --gpus=*) gpus=${1#*=} ;;
     --time=*) time=${1#*=} ;;
     --dry-run) dry_run=1 ;;
-    *) fail "unknown flag $1; launch/slurm.sh says at its top which there are" ;;
+    *) fail "unknown flag $1; the flags are listed at the top of launch/slurm.sh" ;;
     esac
     shift
 done
-[[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "--nodes='$nodes' is no number of nodes"
-[[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "--gpus='$gpus' is no number of GPUs of a node"
-(($#)) || fail "there is no command behind --"
+[[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "--nodes='$nodes' must be a whole number from 1"
+[[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "--gpus='$gpus' must be the number of GPUs of each node"
+(($#)) || fail "there is no command after --"
 
 # Each process sees all GPUs of its node, and JAX takes the one with its own number: no --gpus-per-task here.
 # A process that fails before it has met the others ends them after a minute; later they end by themselves.

@@ -33,7 +33,7 @@ while (($#)); do
     --project=*) project=${1#*=} ;;
     --spot) spot=1 ;;
     --dry-run) dry_run=1 ;;
-    *) fail "unknown flag $1; launch/tpu_vm.sh says at its top which there are" ;;
+    *) fail "unknown flag $1; the flags are listed at the top of launch/tpu_vm.sh" ;;
     esac
     shift
 done
@@ -66,19 +66,19 @@ state() {
 }
 
 request() {
-    [[ $type && $runtime ]] || fail "$action needs --type (as v5litepod-16) and --runtime (as v2-alpha-tpuv5-lite)"
+    [[ $type && $runtime ]] || fail "$action needs --type (such as v5litepod-16) and --runtime (such as v2-alpha-tpuv5-lite)"
     # With a count Google tells the machines of the other slices (MEGASCALE_...), which JAX reads.
     local asked=("--node-id=$name")
     ((slices == 1)) || asked=("--node-count=$slices" "--node-prefix=$name")
     tpus queued-resources create "$name" "${asked[@]}" "--accelerator-type=$type" \
-        "--runtime-version=$runtime" ${spot:+--spot} || fail "the slice cannot be asked for"
+        "--runtime-version=$runtime" ${spot:+--spot} || fail "gcloud did not accept the request for a slice; see its message above"
 }
 
 # The state, to begin with: a mistake in the flags, or no log-in, is said at once.
 first_state() {
     local now
     now=$(state)
-    [[ $now != UNKNOWN ]] || fail "gcloud does not say whether $name is there; see what it says above"
+    [[ $now != UNKNOWN ]] || fail "gcloud does not say whether $name exists; see its message above"
     echo "$now"
 }
 
@@ -91,7 +91,7 @@ create() {
     now=$(first_state)
     [[ $now != NONE ]] || request
     until [[ $now == ACTIVE ]]; do
-        [[ $now =~ FAILED|SUSPEND ]] && fail "the slice did not come; see gcloud compute tpus queued-resources \
+        [[ $now =~ FAILED|SUSPEND ]] && fail "the slice was not created; see gcloud compute tpus queued-resources \
 describe $name, give it back by launch/tpu_vm.sh delete, and ask again"
         sleep 30
         now=$(state)
@@ -101,7 +101,7 @@ describe $name, give it back by launch/tpu_vm.sh delete, and ask again"
 install() {
     # Named after the slice: another one may be installed at the same time.
     archive=${TMPDIR:-/tmp}/$name.tar.gz
-    step git archive "--output=$archive" HEAD || fail "this is no clone of the repository; run it in one"
+    step git archive "--output=$archive" HEAD || fail "this folder is not a clone of the repository; run the command in one"
     local node
     for node in "${nodes[@]}"; do
         tpus tpu-vm scp "$archive" "$node:lit_jax.tar.gz" --worker=all || return 1
@@ -115,7 +115,7 @@ python3 -m uv pip install --quiet --python=.venv/bin/python -c requirements.lock
 }
 
 run() {
-    ((${#command[@]})) || fail "there is no command behind --"
+    ((${#command[@]})) || fail "there is no command after --"
     # The lock: a second start beside a first that still runs is none; to look whether one does takes it for a moment.
     # The command finds lit_jax's own python first.
     everywhere "cd lit_jax && export PATH=\$PWD/.venv/bin:\$PATH && { flock -n ../run.lock rm -f ../run.exit || true; } && \
@@ -149,13 +149,13 @@ missing() {
 start() {
     until install && run; do
         [[ $(state) =~ ACTIVE|UNKNOWN ]] || return 0
-        echo "Not all machines could be reached and installed; see above. Trying again." >&2
+        echo "Some machines could not be reached or installed; see above. Trying again." >&2
         sleep 30
     done
 }
 
 keep() {
-    ((${#command[@]})) || fail "there is no command behind --"
+    ((${#command[@]})) || fail "there is no command after --"
     if [[ $dry_run ]]; then
         create && install && run
         return
@@ -168,14 +168,14 @@ keep() {
         ACTIVE)
             [[ $started ]] && code=$(left)
             if [[ $code ]]; then
-                echo "The command has ended with $code; launch/tpu_vm.sh delete gives the slice back." >&2
+                echo "The command ended with exit code $code. To give the slice back, run launch/tpu_vm.sh delete." >&2
                 exit "$code"
             fi
             if [[ ! $started ]] || missing; then start; fi
             started=1
             ;;
         *FAILED* | *SUSPEND*)
-            echo "A slice is gone; asking for new ones." >&2
+            echo "A slice is gone; requesting new ones." >&2
             delete || true
             ;;
         esac
@@ -185,10 +185,10 @@ keep() {
 
 case $action in
 create | install | run | logs | stop | delete | keep) ;;
-*) fail "'$action' is no action; known are create, install, run, logs, stop, delete, keep" ;;
+*) fail "'$action' is not an action; write one of create, install, run, logs, stop, delete, keep" ;;
 esac
 [[ $name && $zone ]] || fail "$action needs --name and --zone"
-[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices='$slices' is no number of slices"
+[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices='$slices' must be a whole number from 1"
 nodes=("$name") # Cloud TPU's word for a slice
 if ((slices > 1)); then
     nodes=()

@@ -48,7 +48,7 @@ class KeyFlags(NamedTuple):
             elif equals:
                 pairs.append((key, text))
             else:
-                raise UserError(f"{word} has no value; write {word}=VALUE, without a blank.")
+                raise UserError(f"{word} has no value; write {word}=VALUE, without spaces.")
         return pairs, others
 
 
@@ -140,7 +140,7 @@ def unknown_flag(word: str, flags: Sequence[str], keys: KeyFlags | None = None) 
     name = word.lstrip("-").partition("=")[0].replace("-", "_")
     sentence = f"{word} is not a flag of this command"
     if not word.startswith("-"):
-        return f"{sentence}; write a flag and its value as --FLAG=VALUE, without a blank."
+        return f"{sentence}; write a flag and its value as --FLAG=VALUE, without spaces."
     flag = f"--{name}"
     # An underscore may stand for a dot: train_split means the key train.split.
     spellings = (name, name.replace("_", "."))
@@ -173,7 +173,10 @@ def set_key(raw: dict[str, Any], keys: KeyFlags, key: str, text: str) -> None:
     for depth, name in enumerate(path[:-1], start=1):
         group = group.setdefault(name, {})
         if not isinstance(group, dict):
-            raise UserError(f"{keys.name}.{'.'.join(path[:depth])} has no keys of its own.")
+            raise UserError(
+                f"{keys.name}.{'.'.join(path[:depth])} has a value and no keys of its own; set "
+                f"{keys.name}.{'.'.join(path[:depth])} itself."
+            )
     group[path[-1]] = _read_value(kind, text)
 
 
@@ -220,7 +223,8 @@ def command(main: Callable[..., None]) -> Callable[..., int]:
             lost = stdout.error
             if code == DONE and lost is not None and lost.errno not in (errno.EPIPE, errno.EIO):
                 _say(
-                    f"stdout cannot be written ({lost.strerror}); what the command writes is complete."
+                    f"stdout cannot be written ({lost.strerror}); the files that the command writes are "
+                    "complete."
                 )
                 return BAD_INPUT
             return code

@@ -29,7 +29,7 @@ def load_config(spec: str, overrides: Iterable[tuple[str, str]]) -> Config:
     config = _run(path, arg)
     if not isinstance(config, config_dict.ConfigDict):
         raise UserError(
-            f"get_config of {path} returns no ConfigDict; start from lit_jax.config.default()."
+            f"get_config of {path} does not return a ConfigDict; start from lit_jax.config.default()."
         )
     raw = config.to_dict()
     # Set before parsing, so that a flag may also repair a value of the file.
@@ -103,7 +103,7 @@ def parse_arg(
         if not equals and key in variants:
             if variant is not None:
                 raise UserError(
-                    f"{variant!r} and {key!r} are two variants of this config; name one."
+                    f"{variant!r} and {key!r} are two variants of this config; give only one."
                 )
             variant = key
         elif equals and key in options:

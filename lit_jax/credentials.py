@@ -79,7 +79,7 @@ def take_keys(value: Any) -> Any:
     known = _known()
     if not known:
         log.warning(
-            "The keys in the address %s serve this process alone and are not stored; give them in the "
+            "The keys in the address %s are used in this process only and are not stored; set them in the "
             "environment instead (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
             "GOOGLE_APPLICATION_CREDENTIALS).",
             address,

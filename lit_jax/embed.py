@@ -49,20 +49,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="file.py or file.py:argument")
     add_path(parser, "--output", required=True, help="folder to write")
     parser.add_argument("--side", choices=("image", "text"), default="image")
-    parser.add_argument("--views", type=int, help="of each image; config.data.views if not given")
-    parser.add_argument("--batch_size", type=int, help="rows a step of a process; 64 a device")
+    parser.add_argument(
+        "--views", type=int, help="number of views of each image (default: config.data.views)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, help="rows in a step of a process (default: 64 for each device)"
+    )
     args, overrides = parser.parse_with_keys(argv)
     # First, because a config file may ask JAX for its devices.
     process.initialize()
     config = load_config(args.config, overrides)
     if args.views is not None:
         if args.side == "text":
-            raise UserError("--views is about images; leave it out with --side=text.")
+            raise UserError("--views applies only to images; leave it out with --side=text.")
         data = dataclasses.replace(config.data, views=args.views)
         config = dataclasses.replace(config, data=data)
     for flag in ("views", "batch_size"):
         if (value := getattr(args, flag)) is not None and value < 1:
-            raise UserError(f"--{flag}={value} is none; give 1 or more.")
+            raise UserError(f"--{flag}={value} is too small; give 1 or more.")
     make_missing(sources_of(config))
     counts = embed(config, args.output, args.side, batch_size=args.batch_size)
     if process.is_primary():
@@ -96,7 +100,7 @@ def embed(config: Config, folder: Path, side: Side, *, batch_size: int | None = 
         check_captions(model.processors.tokenizer, source)
     if side == "image" and config.data.views is None and model.processors.image_transform.is_random:
         raise UserError(
-            "The config augments the images; say with --views=K how many views of each are to be embedded."
+            "The config augments the images; set --views=K, the number of views of each image to embed."
         )
     header = describe(model.module, model.processors, source, side, config.data.views)
     with jax.set_mesh(mesh):

@@ -107,15 +107,16 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, An
     parser.add_argument(
         "--position_ids",
         choices=get_args(PositionIds),
-        help="from where --model counts positions, for a RoBERTa that was trained in Flax: arange",
+        help="how the text tower of --model counts positions; arange for a RoBERTa that was trained in "
+        "Flax",
     )
-    parser.add_argument("--step", type=int, help="of the checkpoint; the latest if not given")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
     for flag, key in SHORT.items():
         parser.add_argument(f"--{flag}", help=f"short for --{EVAL.name}.{key}")
-    add_path(parser, "--output", help="JSON file to write, flat")
+    add_path(parser, "--output", help="JSON file to write, one number for each name")
     add_path(parser, "--results", help="folder for CLIP_benchmark's JSON and a table")
     add_path(parser, "--report", help="HTML file to write")
-    add_path(parser, "--cache", help="folder that keeps embeddings")
+    add_path(parser, "--cache", help="folder that keeps embeddings for the next evaluation")
     args, pairs = parser.parse_with_keys(argv, EVAL)
     short = [(key, getattr(args, flag)) for flag, key in SHORT.items() if getattr(args, flag)]
     given: dict[str, Any] = {}
@@ -139,13 +140,9 @@ def _check(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
     # The batch size does not change a result, so it may be given for a run's own evaluations, too.
     about_data = [f"--eval.{key}" for key in given if key != "batch_size"]
     if about_data and not _names_data(given):
-        raise UserError(
-            f"{' and '.join(about_data)} tell about data, which are missing; give --data, too."
-        )
+        raise UserError(f"{' and '.join(about_data)} can only be used with data; also give --data.")
     if unused := [f"--eval.{key}" for key in _IN_TRAINING if key in given]:
-        raise UserError(
-            f"{' and '.join(unused)} are for evaluations during training; leave them out."
-        )
+        raise UserError(f"{' and '.join(unused)} can only be used during training; leave it out.")
     if args.model and args.step is not None:
         raise UserError("--step chooses a checkpoint of --workdir; leave it out with --model.")
     if args.workdir and args.position_ids:
@@ -153,11 +150,13 @@ def _check(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
             "--position_ids is for --model; a run has it in config.model.text.overrides.position_ids."
         )
     if args.model and not _names_data(given):
-        raise UserError("--model has no evaluations of its own; give --data (and --classes) too.")
+        raise UserError("--model has no evaluations of its own; also give --data (and --classes).")
     for flag in ("output", "report"):
         path = getattr(args, flag)
         if path and not path.parent.is_dir():
-            raise UserError(f"--{flag}={path}: there is no folder {path.parent}.")
+            raise UserError(
+                f"--{flag}={path}: there is no folder {path.parent}; create it, or give another path."
+            )
 
 
 def _evals_of_flags(given: Mapping[str, Any]) -> dict[str, EvalConfig]:
@@ -172,15 +171,15 @@ def _evals_of_flags(given: Mapping[str, Any]) -> dict[str, EvalConfig]:
     config = parse_as(EvalConfig, raw, EVAL.name)
     is_chosen = "kind" in given or config.kind != "retrieval"
     if not is_chosen and (file := classes_in(config.data, *config.languages[:1])):
-        log.info("%s lies in the data: this is zero-shot classification.", file)
+        log.info("%s is part of the data, so this is zero-shot classification.", file)
         config = dataclasses.replace(config, kind="zero_shot")
     for key in given:
         kinds = _KINDS_OF.get(key, (config.kind,))
         if config.kind not in kinds:
             raise UserError(
-                f"--eval.{key} is for {' and '.join(kinds)}, and this is {config.kind}; leave it out, or say "
-                "which you want: --classes makes it zero_shot, --train_data linear_probe, and few_shot with "
-                "--eval.shots."
+                f"--eval.{key} is for {' and '.join(kinds)}, and this is {config.kind}; leave it out, or "
+                "choose the kind: --classes makes it zero_shot, --train_data makes it linear_probe, and "
+                "few_shot with --eval.shots."
             )
     return {_name(config): config}
 

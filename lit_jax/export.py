@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("lit_jax.export", __doc__)
     add_path(parser, "--workdir", required=True, help="folder of a training run")
     add_path(parser, "--output", required=True, help="folder to write")
-    parser.add_argument("--step", type=int, help="of the checkpoint; the latest if not given")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
     args = parser.parse(argv)
     process.open_devices()
     # The run folder keeps locked parameters as they were read, so float32 exports them without rounding.

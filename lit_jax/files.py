@@ -31,12 +31,12 @@ def local_path(name: str, text: str) -> Path:
         raise UserError(f"{name} is empty; give a path.")
     if _ADDRESS.match(text):
         raise UserError(
-            f"{name}={hide_keys(text)} is an address, and this is read and written on local disks "
-            "alone; give a path on this machine, such as that of a mounted bucket."
+            f"{name}={hide_keys(text)} is an address, but this path must be on a local disk; give a path on "
+            "this machine, such as that of a mounted bucket."
         )
     if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(text).parts):
         raise UserError(
-            f"{name}={text} has a name of more than {_LONGEST_NAME} bytes, which no file system takes; give "
+            f"{name}={text} has a name of more than {_LONGEST_NAME} bytes, which no file system allows; give "
             "a shorter one."
         )
     if "\0" in text:
@@ -81,7 +81,7 @@ def output_path(name: str, text: str) -> Path:
     if found := _PATTERN.search(resolved):
         raise UserError(
             f"{name}={text}: the path {resolved} has the character {found[0]}, which the libraries that read "
-            "and write there take for part of a pattern, or for a slash; give a path without [, ], *, ? and "
+            "and write there interpret as a pattern or as a slash; give a path without [, ], *, ? and "
             "backslashes."
         )
     return path

@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--compilations",
         type=int,
         default=6,
-        help="at most so many; all but one search the largest batch that fits (default: 6)",
+        help="largest number of compilations; all but the first search for the largest batch that fits "
+        "(default: 6)",
     )
     add_path(
         parser,

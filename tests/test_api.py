@@ -444,7 +444,7 @@ def test_a_fourth_argument_by_position_is_refused(model, inputs, call):
     """It is position_ids for some models of transformers and token_type_ids for others."""
     ids, pixels, mask = inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"]
     positional = (ids, pixels, mask) if call == "__call__" else (ids, mask)
-    with pytest.raises(UserError, match=r"by name, token_type_ids=... or position_ids=..."):
+    with pytest.raises(UserError, match=r"token_type_ids=... .*position_ids=..."):
         getattr(model, call)(*positional, np.arange(7)[None])
 
 
@@ -516,7 +516,7 @@ def test_a_model_of_the_same_class_is_replaced_in_every_format(model, tmp_path, 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # a disk that is full
     try:
-        with pytest.raises(UserError, match="cannot be written"):
+        with pytest.raises(UserError, match=str(tmp_path)):
             again.save_pretrained(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -556,28 +556,28 @@ def test_shards_of_transformers_are_fine_tuned_in_place(tmp_path):
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({}, "holds a model"),
-        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "holds a BertForMaskedLM"),
-        ({"model_type": "clip"}, "holds a clip"),
+        ({}, "model"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, r"BertForMaskedLM"),
+        ({"model_type": "clip"}, r"clip"),
     ],
 )
 def test_a_model_of_another_class_is_not_overwritten(model, tmp_path, config, named):
     """A head, or a second tower, would be lost."""
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=rf"{named} that lit_jax did not write, .* is a BertModel"):
+    with pytest.raises(UserError, match=rf"{named} .*lit_jax .*BertModel"):
         model.text_model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == config
-    with pytest.raises(UserError, match=r"processor is a dict.*params="):
+    with pytest.raises(UserError, match=r"dict.*params="):
         model.save_pretrained(tmp_path / "new", dict(model.params))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"params": {"params": {}}}, r"logit_scale is missing, .* without \{'params'"),
-        ({"params": {"logit_scale": np.zeros(3)}}, r"logit_scale is \[3\], the model has \[\]"),
-        ({"params": {"more": np.zeros(())}}, "more is .* no such parameter"),
-        ({"safe_serialization": True}, "safe_serialization is not an argument of save_pretrained"),
+        ({"params": {"params": {}}}, r"logit_scale .*\{'params'"),
+        ({"params": {"logit_scale": np.zeros(3)}}, r"logit_scale .*\[3\], .*\[\]"),
+        ({"params": {"more": np.zeros(())}}, r"params .*\(more "),
+        ({"safe_serialization": True}, r"safe_serialization .*save_pretrained"),
         ({"commit_message": "epoch 1"}, "commit_message .* push_to_hub=True"),
     ],
 )
@@ -617,15 +617,15 @@ def test_from_pretrained_takes_the_options_of_transformers(model, tmp_path):
     tower = lit_jax.TextModel.from_pretrained(folder, variant="fp16", hidden_dropout_prob=0.5)
     assert tower.config.hidden_dropout_prob == 0.5
     for options, message in (
-        ({}, "weights of the variant 'fp16' alone; give variant='fp16'"),
-        ({"variant": "fp32"}, "of the variant 'fp32'; it must hold model.fp32.safetensors"),
-        ({"subfolder": "outer"}, "no folder 'outer'"),
-        ({"revison": "main"}, "revison .*did you mean 'revision'"),
+        ({}, r"'fp16' .*variant='fp16'"),
+        ({"variant": "fp32"}, r"'fp32'; .*model.fp32.safetensors"),
+        ({"subfolder": "outer"}, r"'outer'"),
+        ({"revison": "main"}, r"'revision'"),
         (
             {"text_config": {"hiden_size": 3}},
-            "text_config.hiden_size .* did you mean 'hidden_size'",
+            r"text_config.hiden_size .*'hidden_size'",
         ),
-        ({"text_config": {"is_decoder": "no"}}, "text_config.is_decoder is 'no'; .* bool"),
+        ({"text_config": {"is_decoder": "no"}}, r"text_config.is_decoder .*'no'; .* bool"),
     ):
         with pytest.raises(UserError, match=message):
             read(folder, **options)
@@ -646,11 +646,11 @@ def test_two_towers_are_joined_with_arguments_of_their_own(model, tmp_path):
     assert pair.module.text_model.config.hidden_dropout_prob == 0.5
     objects = join(vision_model=model.vision_model, text_model=model.text_model, projection_dim=4)
     assert_same_params(objects.params, pair.params)
-    with pytest.raises(UserError, match="no text tower; give text_model_name_or_path"):
+    with pytest.raises(UserError, match=r"text_model_name_or_path"):
         join(tmp_path / "vision")
-    with pytest.raises(UserError, match=r"text_model is a VisionModel; give a lit_jax\.TextModel"):
+    with pytest.raises(UserError, match=r"text_model .*VisionModel; .*lit_jax\.TextModel"):
         join(tmp_path / "vision", text_model=model.vision_model)
-    with pytest.raises(UserError, match="image_pooling='pooler' and vision_pooling='cls'"):
+    with pytest.raises(UserError, match="image_pooling='pooler' .*vision_pooling='cls'"):
         join(tmp_path / "vision", tmp_path / "text", image_pooling="pooler", vision_pooling="cls")
     # Options that the objects have already change nothing and are no mistake.
     join(
@@ -660,7 +660,7 @@ def test_two_towers_are_joined_with_arguments_of_their_own(model, tmp_path):
         dtype=jnp.float32,
         projection_dim=4,
     )
-    with pytest.raises(UserError, match=r"projection_dims .* did you mean 'projection_dim'"):
+    with pytest.raises(UserError, match=r"projection_dims .*'projection_dim'"):
         join(tmp_path / "vision", tmp_path / "text", projection_dims=4)
 
 
@@ -675,7 +675,7 @@ def test_two_towers_are_joined_with_arguments_of_their_own(model, tmp_path):
 )
 def test_what_does_not_change_a_tower_that_is_an_object_is_refused(model, given, unused):
     towers = {"vision_model": model.vision_model, "text_model": model.text_model}
-    with pytest.raises(UserError, match=f"_model is an object, which {unused} would not change"):
+    with pytest.raises(UserError, match=rf"_model .*{unused}"):
         lit_jax.DualEncoder.from_vision_text_pretrained(**towers, **given)
 
 
@@ -694,38 +694,34 @@ def test_its_own_export_is_read_also_where_transformers_has_no_class_for_it(mode
 
 
 def test_what_is_no_model_is_refused(model, inputs, tmp_path):
-    with pytest.raises(UserError, match=r"config\.json is missing"):
+    with pytest.raises(UserError, match=r"config\.json"):
         lit_jax.DualEncoder.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match="model is 'no/such'"):
+    with pytest.raises(UserError, match=r"'no/such'"):
         lit_jax.TextModel.from_pretrained("no/such")
     model.text_model.save_pretrained(tmp_path / "text")
-    with pytest.raises(
-        UserError, match="text is of model_type 'bert'; as image tower lit_jax has vit"
-    ):
+    with pytest.raises(UserError, match=r"model_type 'bert'; .*lit_jax .*vit"):
         lit_jax.VisionModel.from_pretrained(tmp_path / "text")
-    with pytest.raises(
-        UserError, match="config is of model_type 'vit'; as text tower lit_jax has bert"
-    ):
+    with pytest.raises(UserError, match=r"model_type 'vit'; .*lit_jax .*bert"):
         lit_jax.TextModel.from_config(model.config.vision_config)
-    with pytest.raises(UserError, match="A model of type bert is not a dual encoder"):
+    with pytest.raises(UserError, match=r"type bert\b"):
         lit_jax.DualEncoder.from_config(model.config.text_config)
     towers = model.config.vision_config, model.config.text_config
-    with pytest.raises(UserError, match="projection_dim is 0"):
+    with pytest.raises(UserError, match=r"projection_dim .*0"):
         lit_jax.DualEncoder.from_vision_text_configs(*towers, projection_dim=0)
     with pytest.raises(UserError, match=r"\[0, 7\]; give texts"):
         model.get_text_features(inputs["input_ids"][:0])
     with pytest.raises(UserError, match=r"\[0, 3, 16, 16\]; give images"):
         model.get_image_features(inputs["pixel_values"][:0])
     assert len(repr(model)) < 10_000
-    with pytest.raises(UserError, match="not 1 texts for 2 images"):
+    with pytest.raises(UserError, match=r"1 texts .*2 images"):
         model(inputs["input_ids"][:1], inputs["pixel_values"], return_loss=True)
-    with pytest.raises(UserError, match="only 40 tokens; use the model's own tokenizer"):
+    with pytest.raises(UserError, match=r"input_ids .*40"):
         model.get_text_features(np.array([[1, 40]]))
-    with pytest.raises(UserError, match="only 2 token types"):
+    with pytest.raises(UserError, match=r"token_type_ids .*2"):
         model(**inputs, token_type_ids=np.full((2, 7), 2))
-    with pytest.raises(UserError, match="only 20 positions"):
+    with pytest.raises(UserError, match=r"position_ids .*20"):
         model.text_model(inputs["input_ids"], position_ids=np.full((2, 7), 20))
-    with pytest.raises(UserError, match="dtype is 'int8'"):
+    with pytest.raises(UserError, match=r"dtype .*'int8'"):
         lit_jax.TextModel.from_pretrained(tmp_path / "text", dtype="int8")
-    with pytest.raises(AttributeError, match="no attribute 'Dual'"):
+    with pytest.raises(AttributeError, match=r"'Dual'"):
         lit_jax.Dual  # noqa: B018

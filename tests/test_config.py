@@ -41,44 +41,44 @@ def test_config_survives_json():
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"batchsize": 4}, "config.batchsize is not a config key; did you mean 'batch_size'"),
-        ({"batch_size": "4"}, "config.batch_size is '4'; it must be of type int"),
-        ({"batch_size": True}, "must be of type int"),
-        ({"seed": None}, "must be of type int"),
-        ({"loss": "hinge"}, "must be one of 'softmax', 'sigmoid'"),
-        ({"schedule": 3}, "must be a group of keys"),
-        ({"policy": {"lock": "ll"}}, "config.policy.lock is 'll'"),
-        ({"policy": {"trainable": ["x"]}}, r"config.policy.trainable\[0\] is 'x'"),
-        ({"policy": {"trainable": [["x", 0]]}}, r"config.policy.trainable\[0\] is 0; .* type bool"),
-        ({"policy": {"learning_rate": [["x", "1"]]}}, r"learning_rate\[0\] is '1'; .* type float"),
-        ({"policy": {"weight_decay": [["x", -1]]}}, r"weight_decay\[0\] is -1.0; .* at least 0"),
-        ({"model": {"image": {"overrides": {1: 2}}}}, r"overrides is {1: 2}; .* type dict\[str"),
+        ({"batchsize": 4}, r"config.batchsize .*'batch_size'"),
+        ({"batch_size": "4"}, r"config.batch_size .*'4'; .*int"),
+        ({"batch_size": True}, r"config.batch_size .*True; .*int"),
+        ({"seed": None}, r"config.seed .*None; .*int"),
+        ({"loss": "hinge"}, r"config.loss .*'hinge'; .*'softmax', 'sigmoid'"),
+        ({"schedule": 3}, "config.schedule .*3"),
+        ({"policy": {"lock": "ll"}}, r"config.policy.lock .*'ll'"),
+        ({"policy": {"trainable": ["x"]}}, r"config.policy.trainable\[0\] .*'x'"),
+        ({"policy": {"trainable": [["x", 0]]}}, r"config.policy.trainable\[0\] .*0; .*bool"),
+        ({"policy": {"learning_rate": [["x", "1"]]}}, r"learning_rate\[0\] .*'1'; .*float"),
+        ({"policy": {"weight_decay": [["x", -1]]}}, r"weight_decay\[0\] .*-1.0; .*0"),
+        ({"model": {"image": {"overrides": {1: 2}}}}, r"{1: 2}; .*dict\[str"),
         (
             {"policy": {"learning_rate": "x"}},
-            r"must be of type tuple\[tuple\[str, float\], ...\]\.$",
+            r"tuple\[tuple\[str, float\], ...\]\.$",
         ),
-        ({"evals": 3}, r"config.evals is 3; it must be of type dict\[str, EvalConfig\]\.$"),
-        ({"seed": -1}, "config.seed is -1; it must be at least 0 and at most 4294967295"),
-        ({"optimizer": {"clip_norm": -1.0}}, "clip_norm is -1.0; it must be at least 1e-06"),
-        ({"mesh": {"fsdp": 0}}, "config.mesh.fsdp is 0; it must be at least 1"),
+        ({"evals": 3}, r"config.evals .*3; .*dict\[str, EvalConfig\]\.$"),
+        ({"seed": -1}, r"config.seed .*-1; .*0 .*4294967295"),
+        ({"optimizer": {"clip_norm": -1.0}}, r"clip_norm .*-1.0; .*1e-06"),
+        ({"mesh": {"fsdp": 0}}, r"config.mesh.fsdp .*0; .*1"),
         (
             {"model": {"logit_scale_init": 100}},
-            "logit_scale_init is 100.0; it must be at least -87",
+            r"logit_scale_init .*100.0; .*-87",
         ),
-        ({"label_smoothing": 2}, "label_smoothing is 2.0; it must be at least 0 and at most 1"),
-        ({"optimizer": {"b1": 1.0}}, "b1 is 1.0; it must be at least 0 and at most 0.999999"),
-        ({"evals": {"a": {"batch_size": 0}}}, "config.evals.a.batch_size is 0; .* at least 1"),
-        ({"evals": {"a": {"kinds": "x"}}}, "config.evals.a.kinds .* did you mean 'kind'"),
+        ({"label_smoothing": 2}, r"label_smoothing .*2.0; .*0 .*1"),
+        ({"optimizer": {"b1": 1.0}}, r"b1 is 1.0; .*0 and .*0.999999"),
+        ({"evals": {"a": {"batch_size": 0}}}, r"config.evals.a.batch_size .*0; .*1"),
+        ({"evals": {"a": {"kinds": "x"}}}, r"config.evals.a.kinds .*'kind'"),
         ({"optimizer": {"warmup": 1}}, "config.optimizer.warmup .* 'config.schedule.warmup'"),
-        ({"rand_augment": {}}, "did you mean 'config.data.rand_augment'"),
-        ({"steps": 3}, "config.steps is not a config key; known are .* duration,"),
-        ({"learning_rat": 1}, "did you mean 'config.schedule.learning_rate'"),
-        ({"batch_size": 2**31}, "config.batch_size is 2147483648; .* at most 2147483647"),
-        ({"batch_size": 10**5000}, "config.batch_size is too long a number"),
-        ({"schedule": {"learning_rate": math.inf}}, "config.schedule.learning_rate is inf"),
-        ({"model": {"logit_scale_init": math.nan}}, "config.model.logit_scale_init is nan"),
-        ({"data": {"crop_min_area": -math.inf}}, "config.data.crop_min_area is -inf"),
-        ({"optimizer": {"eps": 1e39}}, "config.optimizer.eps is 1e.39; .* float32"),
+        ({"rand_augment": {}}, r"'config.data.rand_augment'"),
+        ({"steps": 3}, r"config.steps .*duration,"),
+        ({"learning_rat": 1}, r"'config.schedule.learning_rate'"),
+        ({"batch_size": 2**31}, r"config.batch_size .*2147483648; .*2147483647"),
+        ({"batch_size": 10**5000}, r"config.batch_size"),
+        ({"schedule": {"learning_rate": math.inf}}, r"config.schedule.learning_rate .*inf"),
+        ({"model": {"logit_scale_init": math.nan}}, r"config.model.logit_scale_init .*nan"),
+        ({"data": {"crop_min_area": -math.inf}}, r"config.data.crop_min_area .*-inf"),
+        ({"optimizer": {"eps": 1e39}}, r"config.optimizer.eps .*1e.39; .* float32"),
     ],
 )
 def test_mistakes_are_named(raw, message):
@@ -143,11 +143,11 @@ def test_arguments_of_the_recipe():
 @pytest.mark.parametrize(
     ("arg", "message"),
     [
-        ("bas", "known are demo, base, large, data="),
-        ("base,batch=many", "batch must be of type int"),
-        ("batch", "'batch' .*known are demo"),
-        ("base,size=3", "'size=3' .*known are demo"),
-        ("base,large", "'base' and 'large' are two variants"),
+        ("bas", r"demo, base, large, data="),
+        ("base,batch=many", "'batch=many': batch .*int"),
+        ("batch", r"'batch' .*demo"),
+        ("base,size=3", r"'size=3' .*demo"),
+        ("base,large", r"'base' .*'large'"),
     ],
 )
 def test_arguments_are_parsed_strictly(arg, message):
@@ -177,7 +177,7 @@ def test_durations(duration, expected):
 
 @pytest.mark.parametrize("text", ["1.2.3 steps", ". steps", "1e400 steps", "5", "-1 steps"])
 def test_a_number_that_is_none_is_no_duration(text):
-    with pytest.raises(UserError, match=rf"^config\.schedule\.warmup='{text}' "):
+    with pytest.raises(UserError, match=rf"^config\.schedule\.warmup='{text}'"):
         parse({"schedule": {"warmup": text}})
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -102,7 +103,7 @@ def test_any_checkpoint_of_a_run_is_measured(run, capsys):
     assert capsys.readouterr().out != latest
     assert (workdir / "results.json").read_text() == results
     assert main([f"--workdir={workdir}", "--step=3"]) == BAD_INPUT
-    assert "has no checkpoint of step 3; there are [1, 2]." in capsys.readouterr().err
+    assert re.search(rf"{workdir} .*\b3\b.*\[1, 2\]", capsys.readouterr().err)
 
 
 def test_results_that_cannot_be_written_are_printed_still(run, capsys):
@@ -110,8 +111,7 @@ def test_results_that_cannot_be_written_are_printed_still(run, capsys):
     assert main([f"--workdir={workdir}", "--output=/proc/results.json"]) == BAD_INPUT
     printed = capsys.readouterr()
     assert "zero_shot/unseen/top1" in printed.out
-    assert "/proc/results.json cannot be written (" in printed.err
-    assert printed.err.endswith("; give another --output, --results or --report.\n")
+    assert re.search(r"/proc/results\.json .*\(.*--output, --results \w+ --report", printed.err)
 
 
 def test_results_on_a_full_disk_are_printed_still(run, capsys, tmp_path):
@@ -124,7 +124,7 @@ def test_results_on_a_full_disk_are_printed_still(run, capsys, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     printed = capsys.readouterr()
     assert "zero_shot/unseen/top1" in printed.out
-    assert f"{tmp_path / 'all.json'} cannot be written (File too large)" in printed.err
+    assert re.search(rf"{tmp_path}/all\.json .*\(File too large\)", printed.err)
     assert not list(tmp_path.iterdir())
 
 
@@ -204,7 +204,7 @@ def test_class_names_in_the_data_make_it_zero_shot_classification(exported, tmp_
     assert outputs[0] == outputs[1]
     (tmp_path / "dataset_type.txt").write_text("retrieval")
     assert main([*flags, "--eval.labels=sorted"]) == BAD_INPUT
-    assert "--eval.labels is for zero_shot, and this is retrieval" in capsys.readouterr().err
+    assert re.search("--eval.labels .*zero_shot, .*retrieval", capsys.readouterr().err)
 
 
 def test_results_report_and_cache_are_written(run, tmp_path):
@@ -340,7 +340,7 @@ def test_search_finds_a_picture_by_words(exported, tmp_path, capsys):
     assert search(flags) == 0
     assert capsys.readouterr().out == printed
     assert search([*flags[:1], f"--images={tmp_path / 'cache'}", *flags[2:]]) == BAD_INPUT
-    assert "There is no picture in" in capsys.readouterr().err
+    assert str(tmp_path / "cache") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_max_length": null}'])
@@ -348,41 +348,50 @@ def test_a_folder_whose_tokenizer_config_is_damaged(exported, tmp_path, content,
     folder = shutil.copytree(exported, tmp_path / "model")
     (folder / "tokenizer_config.json").write_text(content)
     assert main([f"--model={folder}", *UNSEEN, CLASSES]) == BAD_INPUT
-    assert f"error: The tokenizer in {folder} " in capsys.readouterr().err
+    assert f" {folder} " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model=x"], "--model has no evaluations of its own; give --data"),
-        (["--model=x", "--step=1", *UNSEEN], "--step chooses a checkpoint of --workdir"),
-        (["--model=x", "--split=test"], "--eval.data tell about data"),
+        (["--model=x"], "--model .*--data"),
+        (["--model=x", "--step=1", *UNSEEN], "--step .*--workdir"),
+        (["--model=x", "--split=test"], "--eval.data .*--data"),
         (
             ["--model=x", "--split=a", "--classes=b"],
-            "--eval.data and --eval.classes tell about data",
+            "--eval.data .*--eval.classes .*--data",
         ),
-        (["--model=x", *UNSEEN, "--eval.batch_size=0"], "eval.batch_size is 0"),
-        (["--model=x", *UNSEEN, "--eval.every=1 step"], "--eval.every are for"),
-        (["--model=x", *UNSEEN, "--output=/nowhere/a.json"], "there is no folder /nowhere"),
+        (["--model=x", *UNSEEN, "--eval.batch_size=0"], r"eval\.batch_size .*\b0\b"),
+        (["--model=x", *UNSEEN, "--eval.every=1 step"], "--eval.every"),
+        (
+            ["--model=x", *UNSEEN, "--output=/nowhere/a.json"],
+            "--output=/nowhere/a.json: .*/nowhere[;.]",
+        ),
         (["--model=x", "--data=/nowhere"], "/nowhere"),
-        (["--model=x", *UNSEEN, CLASSES, "--train_data=x"], "--eval.classes is for zero_shot"),
-        (["--model=x", *UNSEEN, "--eval.shots=1"], "--eval.shots is for few_shot"),
+        (
+            ["--model=x", *UNSEEN, CLASSES, "--train_data=x"],
+            "--eval.classes .*zero_shot, .*linear_probe",
+        ),
+        (["--model=x", *UNSEEN, "--eval.shots=1"], "--eval.shots .*few_shot, .*zero_shot"),
         (
             ["--model=x", *UNSEEN, f"--train_data={DIGITS}", "--eval.shots=a"],
-            "eval.shots[0] is 'a'",
+            r"eval\.shots\[0\] .*'a'",
         ),
-        (["--model=x", *UNSEEN, CLASSES, "--eval.labels=x"], "labels is 'x'; it must be one of"),
-        (["--model=x", *UNSEEN, "--report=/nowhere/a.html"], "there is no folder /nowhere"),
-        (["--model=x", *UNSEEN, "--classes=/nowhere.json"], "/nowhere.json cannot be read"),
+        (["--model=x", *UNSEEN, CLASSES, "--eval.labels=x"], r"eval\.labels .*'x'"),
+        (
+            ["--model=x", *UNSEEN, "--report=/nowhere/a.html"],
+            "--report=/nowhere/a.html: .*/nowhere[;.]",
+        ),
+        (["--model=x", *UNSEEN, "--classes=/nowhere.json"], "/nowhere.json"),
         (["--model=/nowhere", *UNSEEN, CLASSES], "--model"),
-        (["--workdir=/nowhere"], "/nowhere is not a run folder"),
+        (["--workdir=/nowhere"], "/nowhere .*config.json"),
     ],
 )
 def test_bad_input_is_one_sentence(flags, message, capsys):
     assert main(flags) == BAD_INPUT
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert message in error
+    assert re.search(message, error)
     assert error.count("\n") == 1
 
 
@@ -391,12 +400,12 @@ def test_a_run_without_evaluations_says_so(run, tmp_path, capsys):
     config = dataclasses.asdict(dataclasses.replace(trained.model.config, evals={}))
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main([f"--workdir={tmp_path}"]) == BAD_INPUT
-    assert "has no evaluations; give --data" in capsys.readouterr().err
+    assert re.search(rf"{tmp_path} .*--data", capsys.readouterr().err)
 
 
 def test_one_of_the_two_models_is_required(capsys):
     assert main([]) == BAD_INPUT
-    assert "--workdir --model is required" in capsys.readouterr().err
+    assert "--workdir --model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

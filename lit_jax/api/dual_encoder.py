@@ -197,8 +197,8 @@ class DualEncoder(Model):
         images_BxHxWxC = image_inputs(pixel_values)
         if return_loss and len(texts[0]) != len(images_BxHxWxC):
             raise UserError(
-                f"return_loss wants a text for each image, not {len(texts[0])} texts for "
-                f"{len(images_BxHxWxC)} images."
+                f"return_loss=True needs one text for each image, but there are {len(texts[0])} texts and "
+                f"{len(images_BxHxWxC)} images; give as many texts as images."
             )
         (image, text, embedded), recorded = self._run(call, _encode, images_BxHxWxC, *texts)
         # One product serves both directions.
@@ -313,18 +313,19 @@ def _tower(
             unused.append(f"dtype={form['dtype']!r}")
         if unused:
             raise UserError(
-                f"{side}_model is an object, which {' and '.join(unused)} would not change; leave it out, or "
-                f"read the tower with such options by lit_jax.{kind.__name__}.from_pretrained."
+                f"{side}_model is an object, so {' and '.join(unused)} would have no effect; leave out one "
+                "or the other, or load the tower with these options, by "
+                f"lit_jax.{kind.__name__}.from_pretrained."
             )
         return given
     if given is not None:
         raise UserError(
             f"{side}_model is a {type(given).__name__}; give a lit_jax.{kind.__name__}, or the folder of a "
-            f"model of PyTorch as {side}_model_name_or_path."
+            f"PyTorch model as {side}_model_name_or_path."
         )
     if name is None:
         raise UserError(
-            f"There is no {side} tower; give {side}_model_name_or_path, or {side}_model with an object."
+            f"There is no {side} tower; give {side}_model_name_or_path, or an object as {side}_model."
         )
     return kind.from_pretrained(name, **(form | options))
 

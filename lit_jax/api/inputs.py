@@ -21,8 +21,8 @@ Given = Any
 # Inputs that index an embedding table -> (what its rows are, remedy for an index out of range).
 _ROWS: Mapping[str, tuple[str, str]] = {
     "input_ids": ("tokens", "use the model's own tokenizer"),
-    "token_type_ids": ("token types", "use the model's own tokenizer, or give none"),
-    "position_ids": ("positions", "give smaller ones, or none"),
+    "token_type_ids": ("token types", "use the model's own tokenizer, or leave it out"),
+    "position_ids": ("positions", "give smaller values, or leave it out"),
 }
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -46,8 +46,8 @@ def _refuse_positional(further: tuple[Any, ...]) -> None:
     """
     if further:
         raise UserError(
-            f"{len(further)} positional arguments stand after attention_mask, where models of transformers "
-            "differ in their order; write them by name, token_type_ids=... or position_ids=... (and "
+            f"{len(further)} positional arguments follow attention_mask, and the models of transformers "
+            "differ in their order; pass them by name, as token_type_ids=... or position_ids=... (and "
             "return_loss=...)."
         )
 
@@ -56,7 +56,7 @@ def is_deterministic(train: bool | None, dropout_rng: Any) -> bool:
     """Return whether a call computes without dropout: `train` decides or, if it is None, a missing key."""
     if train and dropout_rng is None:
         raise UserError(
-            "train=True needs random numbers for dropout; give dropout_rng=jax.random.key(...), too."
+            "train=True needs random numbers for dropout; also give dropout_rng=jax.random.key(...)."
         )
     return dropout_rng is None if train is None else not train
 
@@ -70,7 +70,7 @@ def image_inputs(pixel_values_BxCxHxW: Given) -> Float[Array, "B H W C"]:
     pixels = _array("pixel_values", pixel_values_BxCxHxW)
     if pixels.ndim != 4 or 0 in pixels.shape:
         raise UserError(
-            f"pixel_values has the shape {[*pixels.shape]}; give images as their processor makes them, "
+            f"pixel_values has the shape {[*pixels.shape]}; give it as the image processor returns it, "
             "[images, channels, height, width]."
         )
     # Processors of transformers put channels first, and Flax's convolutions take channels last.
@@ -92,19 +92,19 @@ def text_inputs(
     named = dict(zip(TEXT_INPUTS, inputs, strict=True))
     given = {name: _array(name, x) for name, x in named.items() if x is not None}
     if "input_ids" not in given:
-        raise UserError("input_ids is missing; give texts as their tokenizer makes them.")
+        raise UserError("input_ids is missing; give it as the tokenizer returns it.")
     shape = given["input_ids"].shape
     if len(shape) != 2 or 0 in shape:
         raise UserError(
-            f"input_ids has the shape {[*shape]}; give texts as their tokenizer makes them with "
-            "padding=True, [texts, tokens]."
+            f"input_ids has the shape {[*shape]}; give it as the tokenizer returns it with padding=True, "
+            "[texts, tokens]."
         )
     for name, x in given.items():
         # A single row, such as the positions of all texts, may stand for every text.
         if x.shape not in (shape, (1, shape[1])):
             raise UserError(
-                f"{name} has the shape {[*x.shape]} and input_ids {[*shape]}; give both as the "
-                "tokenizer makes them."
+                f"{name} has the shape {[*x.shape]} and input_ids {[*shape]}; give both as the tokenizer "
+                "returns them."
             )
         _check_numbers(name, x, rows.get(name))
     # One dtype for the output of every tokenizer, so that a compiled call serves all of them.
@@ -117,7 +117,7 @@ def text_inputs(
 def _array(name: str, x: Given) -> Array | np.ndarray:
     """Return `x` as an array of numbers. Raise UserError if it cannot become one."""
     if x is None:
-        raise UserError(f"{name} is missing; give the output of the model's processor.")
+        raise UserError(f"{name} is missing; give it as the model's processor returns it.")
     if isinstance(x, jax.Array | np.ndarray):
         array = x
     else:
@@ -125,17 +125,17 @@ def _array(name: str, x: Given) -> Array | np.ndarray:
             array = np.asarray(x)
         # NumPy refuses ragged lists, and the class of `x` may raise any exception in its conversion.
         except Exception as error:
-            remedy = "give an array of NumPy"
+            remedy = "give a NumPy array"
             if isinstance(x, list | tuple):
                 remedy = "give rows of equal length"
             raise UserError(
-                f"{name} cannot become an array ({_shortened(error)}); {remedy}, as the processor makes it "
-                "with padding=True and return_tensors='np'."
+                f"{name} cannot be converted to an array ({_shortened(error)}); {remedy}, as the processor "
+                "returns it with padding=True and return_tensors='np'."
             ) from error
     if array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number):
         return array
     raise UserError(
-        f"{name} holds values of dtype {array.dtype}; give numbers, as the processor makes them with "
+        f"{name} has the dtype {array.dtype}; give numbers, as the processor returns them with "
         "return_tensors='np'."
     )
 
@@ -154,8 +154,8 @@ def _check_numbers(name: str, x: Array | np.ndarray, size: int | None) -> None:
         if odd:
             found = f"dtype {x.dtype}" if numbers is None else f"numbers {_extent(numbers)}"
             raise UserError(
-                f"attention_mask has {found}; give an integer 1 for each token that is attended to and 0 for "
-                "padding, not a bias of the attention logits."
+                f"attention_mask has {found}; give the integer 1 for each token to attend to and 0 for "
+                "padding, not a bias for the attention logits."
             )
     elif not _is_whole(x):
         raise UserError(f"{name} has the dtype {x.dtype}; give integers.")
@@ -181,5 +181,5 @@ def _check_range(name: str, x: np.ndarray, size: int) -> None:
     if x.size and (x.min() < 0 or x.max() >= size):
         what, remedy = _ROWS[name]
         raise UserError(
-            f"{name} has numbers {_extent(x)}, but the text tower has only {size} {what}; {remedy}."
+            f"{name} has values {_extent(x)}, but the text tower has only {size} {what}; {remedy}."
         )

@@ -112,8 +112,8 @@ class Model:
         """
         if processor is not None and not isinstance(processor, save.Saveable):
             raise UserError(
-                f"processor is a {type(processor).__name__}, which has no save_pretrained; parameters are "
-                "given by name, params=..."
+                f"processor is a {type(processor).__name__}, which has no save_pretrained; give parameters "
+                "by name, as params=..."
             )
         for name in options:
             if name not in _PUSH_OPTIONS:
@@ -123,7 +123,8 @@ class Model:
                 )
             if not push_to_hub:
                 raise UserError(
-                    f"{name} of save_pretrained is about an upload; add push_to_hub=True or leave it out."
+                    f"{name} of save_pretrained has no effect without an upload; add push_to_hub=True, or "
+                    "leave it out."
                 )
         if params is not None:
             _check_params(params, self.params)
@@ -165,8 +166,8 @@ def _check_params(given: Params, own: Params) -> None:
             found = f"{[*shapes[name]]}" if name in shapes else "missing"
             wanted = f"{[*expected[name]]}" if name in expected else "no such parameter"
             raise UserError(
-                f"params are not those of this model ({name} is {found}, the model has {wanted}); give a "
-                "tree like model.params, without {'params': ...} around it."
+                f"params does not fit this model ({name} is {found}, the model has {wanted}); give a tree "
+                "like model.params, without {'params': ...} around it."
             )
 
 
@@ -183,7 +184,9 @@ def split_options(given: Mapping[str, Any]) -> tuple[hub.HubOptions, dict[str, A
 def refuse_unknown(rest: Mapping[str, Any], known: tuple[str, ...]) -> None:
     """Raise UserError for a keyword argument that from_pretrained does not have."""
     for name in rest:
-        raise UserError(f"{name} is not an argument here; {nearest(name, [*known, *_OPTIONS])}.")
+        raise UserError(
+            f"{name} is not an argument of this call; {nearest(name, [*known, *_OPTIONS])}."
+        )
 
 
 def read_given(config: Config | Mapping[str, Any]) -> dict[str, Any]:

@@ -74,10 +74,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--text_only", action="store_true", help="texts for teacher learning, without images"
     )
-    parser.add_argument("--shard_size", type=int, default=10_000, help="examples a file")
+    parser.add_argument(
+        "--shard_size", type=int, default=10_000, help="examples per file (default: 10000)"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument(
-        "--runner", help="of Apache Beam, in the place of workers; other flags are passed on to it"
+        "--runner",
+        help="runner of Apache Beam, used instead of --workers; it gets the flags that are "
+        "not listed here",
     )
     pairs, words = SOURCE.split(get_words(argv))
     args, beam_flags = parser.parse_known(words)
@@ -91,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_key(raw, SOURCE, key, text)
     source = parse_as(SourceConfig, raw, SOURCE.name)
     if source.weight is not None:
-        raise UserError("source.weight is about mixtures; leave it out here.")
+        raise UserError("source.weight has a meaning only in a mixture; leave it out.")
     make_missing([source])
     plan = make_plan(source, args.shard_size, text_only=args.text_only)
     _enter(args.output, plan)
@@ -127,15 +131,17 @@ def _enter(folder: Path, plan: Plan) -> None:
     wanted = json.dumps(dataclasses.asdict(plan), indent=1)
     if not file.exists():
         if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder} holds something else already; give an empty --output.")
+            raise UserError(
+                f"{folder} already holds other files; give an empty folder as --output."
+            )
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write(file, wanted)
     # Shards of two different plans would mix two data sets, or repeat examples.
     elif file.read_text(encoding="utf-8") != wanted:
         raise UserError(
-            f"{folder} was begun with another source or shard size, see {file}; give the same again, or "
-            "another --output."
+            f"{folder} was started with another source or shard size (see {file}); give the same again, or "
+            "choose another --output."
         )
 
 
@@ -236,7 +242,8 @@ def _run_beam(
         from apache_beam.options import pipeline_options  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise UserError(
-            "--runner needs Apache Beam; install requirements-beam.txt (in an environment of its own)."
+            "--runner needs Apache Beam; run pip install -r requirements-beam.txt in a separate "
+            "environment."
         ) from error
     with beam.Pipeline(runner, pipeline_options.PipelineOptions(list(flags))) as pipeline:
         # The reshuffle keeps Beam from fusing both steps, which would put all shards on one machine.
@@ -255,7 +262,7 @@ def _finish(plan: Plan, folder: Path) -> str:
     atomic_write(folder / BAD_FILE, "".join(f"{line}\n" for line in bad))
     if not good:
         raise UserError(
-            f"None of the {plan.examples} examples can be used; {folder / BAD_FILE} says why."
+            f"None of the {plan.examples} examples can be used; see {folder / BAD_FILE} for the reasons."
         )
     # The manifest comes last among the outputs: a folder with a manifest is a complete source.
     records.write_manifest(folder, shards)

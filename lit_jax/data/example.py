@@ -125,12 +125,12 @@ def select_examples(source: Source, config: SourceConfig) -> Source:
     for template in config.templates:
         if "{}" not in template:
             raise UserError(
-                f"The template {template!r} has no place for the label; write {{}} where it is to stand."
+                f"The template {template!r} has no place for the label; write {{}} where the label belongs."
             )
     if config.languages and not any(config.languages.values()):
         raise UserError(
-            f"The languages {', '.join(config.languages)} all have the weight 0, so there would be no "
-            "caption; give those that you want a number above 0."
+            f"All languages of a source ({', '.join(config.languages)}) have the weight 0, so no caption "
+            "would be used; set languages of this source to a weight above 0 for at least one of them."
         )
     if config.max_examples is None and not config.languages and not config.templates:
         return source
@@ -176,8 +176,8 @@ def _in_languages(example: Example, wanted: Mapping[str, float]) -> Example:
         if not example["captions"]:
             return example
         raise UserError(
-            f"Nothing says in which language the captions of {example['key']} are; leave out the languages "
-            'of this source (--eval.languages), or give captions as {"en": [...], "de": [...]}.'
+            f"The captions of {example['key']} do not say which language they are in; leave languages of "
+            'this source empty (--eval.languages), or write captions as {"en": [...], "de": [...]}.'
         )
     kept = [
         (text, language)

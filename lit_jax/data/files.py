@@ -141,8 +141,8 @@ def locate(path: str, beside: File | None = None) -> File:
     nobody, _, bucket = bucket.rpartition("@")
     if scheme not in ("s3", "gs") or not bucket:
         raise UserError(
-            f"{hide_keys(path)} is no address that can be read; it is s3://BUCKET/PATH, gs://BUCKET/PATH, or "
-            "a path on this machine."
+            f"{hide_keys(path)} is not an address that lit_jax can read; give s3://BUCKET/PATH, "
+            "gs://BUCKET/PATH, or a path on this machine."
         )
     user = keys.user or nobody
     options = "&".join(filter(None, (options, keys.options)))
@@ -159,7 +159,7 @@ def local(location: File, what: str) -> Path:
     """Return `location` as a local path. Raise UserError, which names `what`, if it is in an object store."""
     if isinstance(location, Path):
         return location
-    raise UserError(f"{what} is read from local disks alone; copy {location} to one.")
+    raise UserError(f"{what} can be read only from a local disk; copy {location} to one.")
 
 
 def require_regular(files: Iterable[File]) -> None:
@@ -172,7 +172,7 @@ def require_regular(files: Iterable[File]) -> None:
             continue
         if not stat.S_ISREG(mode):
             raise UserError(
-                f"{file} is a pipe, a device or a folder; give a file, or the folder that it lies in."
+                f"{file} is a pipe, a device or a folder; give a regular file, or the folder that holds it."
             )
 
 
@@ -271,8 +271,8 @@ def line_offsets(file: File, *, quoted: bool = False, block_bytes: int = 1 << 24
                 fields_Fx2, is_open = _quoted_fields(text)
                 if is_open and (is_last or len(text) - fields_Fx2[-1, 0] > MAX_FIELD_BYTES):
                     raise UserError(
-                        f"{file} has a quoted field without an end at byte {position + fields_Fx2[-1, 0]}; "
-                        "close its double quotes."
+                        f"{file} has a quoted field that is never closed, at byte "
+                        f"{position + fields_Fx2[-1, 0]}; add its closing double quote."
                     )
                 # A line break lies outside quotes if as many fields have ended before it as have begun.
                 begun, ended = (np.searchsorted(side, ends, side="right") for side in fields_Fx2.T)
@@ -318,7 +318,7 @@ _OTHER_FILES = {
     b"\xff\xfe\0\0": "is in UTF-32",
     b"\xff\xfe": "is in UTF-16",
     b"\xfe\xff": "is in UTF-16",
-    b"PK\x03\x04": "is a ZIP archive, as Excel writes it,",
+    b"PK\x03\x04": "is a ZIP archive, as Excel writes it",
     b"\x1f\x8b": "is compressed with gzip",
     b"PAR1": "is a Parquet file",
 }
@@ -331,9 +331,9 @@ def check_text(file: File) -> None:
     if found is None and b"\0" in start:
         # UTF-16 without a mark: every Latin letter has a zero byte beside it, all of the same parity.
         zeros = [start[parity::2].count(0) > len(start) // 4 for parity in (0, 1)]
-        found = "is in UTF-16, without a byte order mark," if any(zeros) else "holds null bytes"
+        found = "is in UTF-16 without a byte order mark" if any(zeros) else "holds null bytes"
     if found:
-        raise UserError(f"{file} {found} and not a text in UTF-8; save it as a text in UTF-8.")
+        raise UserError(f"{file} {found}, not text in UTF-8; save it as text in UTF-8.")
 
 
 def encoding_problem(error: UnicodeDecodeError) -> str:
@@ -356,7 +356,7 @@ class Lines:
         check_text(file)
         self._offsets = line_offsets(file, quoted=quoted)
         if not len(self):
-            raise UserError(f"{file} is empty; it needs a line for each example.")
+            raise UserError(f"{file} is empty; write a line for each example.")
 
     def __len__(self) -> int:
         return len(self._offsets) - 1

@@ -159,7 +159,8 @@ class ImageTransform:
         if self.resample not in FILTERS:
             name = Image.Resampling(self.resample).name
             raise BadSampleError(
-                f"{picture.width}x{picture.height} pixels, which resizing ({name}) makes {size[0]}x{size[1]}",
+                f"{picture.width}x{picture.height} pixels, which resizing ({name}) would make "
+                f"{size[0]}x{size[1]}",
                 "too_large",
             )
         return enlarge_window(picture, size, window, self.resample)
@@ -310,7 +311,7 @@ def _other_file(content: bytes) -> str:
         # A format's test may fail if the content is shorter than its magic number.
         with contextlib.suppress(Exception):
             if name not in FORMATS and accepts and accepts(content[:16]):
-                return f"an image in {name} format, and only {', '.join(FORMATS)} are read"
+                return f"an image in {name} format; only {', '.join(FORMATS)} are read"
     return "not an image"
 
 

@@ -55,8 +55,9 @@ def load_image_transform(
         _check(transform, table_3x256, processor, folder)
     if random_crop and (not transform.center_crop or crop_min_area is not None):
         raise UserError(
-            "config.data.random_crop moves the crop of the image processor: it needs a processor that "
-            f"crops ({folder} has {'one' if transform.center_crop else 'none'}), and no crop_min_area."
+            "config.data.random_crop moves the crop of the image processor, so it needs a processor that "
+            f"crops ({folder} has {'one' if transform.center_crop else 'none'}) and "
+            "config.data.crop_min_area=None; set it to False otherwise."
         )
     return transform
 
@@ -130,8 +131,8 @@ def _geometry(processor: Any, folder: Path) -> dict[str, Any]:
     result = (crop["height"], crop["width"]) if crop else resize
     if not isinstance(result, tuple) or None in result:
         raise UserError(
-            f"The image processor in {folder} gives images of different sizes; "
-            "set config.data.image_size to the height and width that the model is to get."
+            f"The image processor in {folder} returns images of different sizes; set config.data.image_size "
+            "to the height and width that the model needs."
         )
     height, width = result
     return {"height": height, "width": width, "resize": resize, "center_crop": crop is not None}
@@ -170,6 +171,6 @@ def _check(
         channels = [table_3x256[c].take(pixels_HxWx3[..., c]) for c in range(3)]
         if not (is_affine and np.array_equal(np.stack(channels), expected)):
             raise UserError(
-                f"The image processor in {folder} ({type(processor).__name__}) does more than to resize, "
-                "crop, rescale and normalise; use the preprocessor_config.json of a ViT or CLIP processor."
+                f"The image processor in {folder} ({type(processor).__name__}) does more than resize, crop, "
+                "rescale and normalise; use the preprocessor_config.json of a ViT or CLIP processor."
             )

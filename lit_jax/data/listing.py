@@ -93,7 +93,8 @@ def walk(folder: File) -> Iterator[str]:
                     todo.append((name, (*real_paths, _real_path(entry, real_paths))))
     if again:
         log.warning(
-            "%d folders in %s are there under another path, too, by links; their files count each time: %s.",
+            "%d folders in %s are also found under another path, through links, and their files count each "
+            "time: %s.",
             len(again),
             folder,
             shown(again),
@@ -108,8 +109,8 @@ def _real_path(folder: os.DirEntry[str], parents: Sequence[str]) -> str:
     real = os.path.realpath(folder.path)
     if any(os.path.commonpath((real, parent)) == real for parent in parents):
         raise UserError(
-            f"{folder.path} is a link to {real}, a folder that it lies in, so its files would have no end; "
-            "remove the link."
+            f"{folder.path} is a link to {real}, a folder that contains the link, so the list of files would "
+            "never end; remove the link."
         )
     return real
 
@@ -138,7 +139,7 @@ def expand(path: str) -> list[str]:
     if not {"{", "}"} & {*path} or os.path.lexists(os.path.expanduser(path)):
         return [path]
     if path.count("{") > MAX_BRACES:
-        raise UserError(f"{_braces(path)} are more than {MAX_BRACES}; name a folder.")
+        raise UserError(f"{_braces(path)} are more than {MAX_BRACES}; give the folder instead.")
     return _expanded(path)
 
 
@@ -195,7 +196,7 @@ def _check_count(path: str, count: int) -> None:
     if count > MAX_NAMES:
         raise UserError(
             f"{_braces(path)} stand for {count:,} names, more than {MAX_NAMES:,}; write a smaller range, or "
-            "name a folder."
+            "give the folder instead."
         )
 
 

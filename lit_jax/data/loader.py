@@ -304,8 +304,8 @@ def local_rows(batch_size: int, process_count: int) -> int:
     """Return the number of rows that each process reads. Raise UserError if they do not divide evenly."""
     if batch_size % process_count:
         raise UserError(
-            f"A batch size of {batch_size} does not divide by {process_count} processes; "
-            "make it a multiple of the number of processes."
+            f"A batch size of {batch_size} cannot be divided evenly among {process_count} processes; set "
+            f"config.batch_size (or batch_size of the evaluation) to a multiple of {process_count}."
         )
     return batch_size // process_count
 
@@ -334,7 +334,8 @@ class _Read:
         # The first sample is named, because the others were drawn at random in its place.
         key, _, reason = skipped[0]
         raise UserError(
-            f"{MAX_TRIES} samples in a row are bad, the first is {key}: {reason}; fix the data set."
+            f"{MAX_TRIES} samples in a row are bad, the first of them is {key} ({reason}); fix the data, or "
+            "set the path of this source (config.data.train.path) to other data."
         )
 
 

@@ -34,7 +34,7 @@ def made_by(script: str) -> Path:
     folder = _folder(script)
     if not folder.is_dir():
         raise UserError(
-            f"The data of {script} are not made yet; run: {sys.executable} {script} {folder}"
+            f"The data of {script} have not been made yet; run: {sys.executable} {script} {folder}"
         )
     return folder
 
@@ -57,7 +57,7 @@ def make_missing(sources: Iterable[SourceConfig]) -> None:
     for script in dict.fromkeys(source.path for source in sources if is_maker(source.path)):
         folder = _folder(script)
         if not folder.is_dir():
-            log.info("%s makes %s.", script, folder)
+            log.info("Running %s, which makes the data in %s.", script, folder)
             _make(script, folder)
 
 
@@ -80,11 +80,12 @@ def _make(script: str, folder: Path) -> None:
         code = subprocess.run(command, check=False).returncode
         if code or not new.is_dir():
             problem = f"ended with exit code {code}" if code else "made no folder"
-            raise UserError(f"{script}, which makes data, {problem}; see above what it printed.")
+            raise UserError(f"The data script {script} {problem}; see its output above.")
         _move(new, folder)
     except OSError as error:
         raise UserError(
-            f"{error.filename} cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can."
+            f"{error.filename} cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can "
+            "be written."
         ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)

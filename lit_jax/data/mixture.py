@@ -31,13 +31,13 @@ def open_training_data(config: DataConfig, *, text_only: bool = False) -> Source
         return _open(config.train, text_only)
     if config.train.path:
         raise UserError(
-            "config.data.train.path and config.data.mixture are both set; move the first into the mixture, "
-            "or set it to ''."
+            "config.data.train.path and config.data.mixture are both set; set the first to '', and add its "
+            "data to the mixture if you want to train on them, too."
         )
     for name, part in config.mixture.items():
         if part.weight == 0:
             raise UserError(
-                f"config.data.mixture.{name}.weight is 0; make it larger, or leave this source out."
+                f"config.data.mixture.{name}.weight is 0; set it above 0, or leave this source out."
             )
     parts = {name: _open(part, text_only) for name, part in config.mixture.items()}
     # A source without a weight keeps the default of `Mixture`, the number of its examples.

@@ -55,8 +55,8 @@ def _asks_for_code(auto_class: Any, folder: Path) -> bool:
 
 def _is_code(what: str) -> UserError:
     return UserError(
-        f"{what} is Python code of its own (auto_map), which lit_jax never runs; use one of a class that "
-        "transformers has."
+        f"{what} needs Python code from its own folder (auto_map), which lit_jax never runs; use one whose "
+        "class is part of transformers."
     )
 
 

@@ -82,7 +82,8 @@ def _check(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int) ->
     names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if not any((folder / name).is_file() for name in names):
         raise UserError(
-            f"{folder} has no tokenizer; put the text model's there ({', '.join(sorted(names))})."
+            f"{folder} has no tokenizer; put the text model's tokenizer files there "
+            f"({', '.join(sorted(names))})."
         )
     if tokenizer.pad_token is None:
         raise UserError(
@@ -91,7 +92,8 @@ def _check(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int) ->
     # BERTweet's tokenizer replaces emojis by words, but keeps them silently if this package is missing.
     if getattr(tokenizer, "normalization", False) and getattr(tokenizer, "demojizer", True) is None:
         log.warning(
-            "The tokenizer in %s needs the package emoji where texts have emojis; pip install emoji==0.6.0.",
+            "The tokenizer in %s needs the package emoji for texts with emojis; run pip install "
+            "emoji==0.6.0.",
             folder,
         )
     special = tokenizer.num_special_tokens_to_add()
@@ -130,9 +132,9 @@ def _lowercased(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedT
     """
     if not tokenizer.is_fast:
         raise UserError(
-            f"The tokenizer in {folder} exists only in Python ({type(tokenizer).__name__}), so nothing can "
-            "be put in front of it that an export would carry; leave config.data.lowercase at None, and "
-            "write the captions in lower-case letters."
+            f"The tokenizer in {folder} exists only in Python ({type(tokenizer).__name__}), so an export "
+            "could not contain the step that lower-cases texts; set config.data.lowercase to None, and "
+            "lower-case the captions in the data."
         )
     backend = copy.deepcopy(_backend(tokenizer))
     own = [backend.normalizer] if backend.normalizer is not None else []
@@ -199,8 +201,8 @@ def check_saved(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     ours, theirs = tokenize(tokenizer, _PROBES), tokenize(again, _PROBES)
     if ours.keys() != theirs.keys() or any((ours[key] != theirs[key]).any() for key in ours):
         raise UserError(
-            f"{type(tokenizer).__name__} of transformers does not read back what it has saved: some texts "
-            f"get other tokens ({folder}); use a tokenizer of another class."
+            f"{type(tokenizer).__name__} of transformers cannot read back what it saves: some texts get "
+            f"other tokens afterwards ({folder}); use a tokenizer of another class."
         )
 
 
@@ -283,6 +285,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, config
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise UserError(
-            f"The tokenizer makes token ids up to {largest} but the text model knows only {vocab_size} "
-            f"tokens; point {config_key} to a folder whose tokenizer and weights belong together."
+            f"The tokenizer returns token ids up to {largest}, but the text model has only {vocab_size} "
+            f"tokens; set {config_key} to a folder whose tokenizer and weights belong together."
         )

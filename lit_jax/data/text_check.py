@@ -79,7 +79,7 @@ def check_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: 
         for share, text in (
             (
                 found.cut,
-                "where the text tower has more positions, train with a larger config.data.max_text_length",
+                "if the text tower has more positions, raise config.data.max_text_length",
             ),
             (found.unknown, "choose a text tower whose tokenizer knows these texts"),
             (found.same, "the text tower cannot tell these texts apart"),
@@ -92,7 +92,7 @@ def check_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: 
     log.log(
         logging.WARNING if advice else logging.INFO,
         "%d texts of %s: %.1f %% are cut at %d tokens (the longest has %s%d), %.1f %% of the tokens are "
-        "unknown, %.1f %% of the texts have the same tokens as a different one%s.",
+        "unknown, %.1f %% of the texts have the same tokens as another text%s.",
         found.texts,
         what,
         100 * found.cut,

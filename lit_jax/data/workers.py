@@ -46,7 +46,8 @@ def worker_errors() -> Iterator[None]:
         advice = {
             "SIGBUS": "enlarge /dev/shm, through which batches come (docker run --shm-size=8g)",
             "SIGKILL": "lower config.data.workers if memory ran out",
-        }.get(name, "see what it printed above")
+        }.get(name, "see its output above")
         raise UserError(
-            f"A worker process of the data was killed ({name}); {advice}, and run the same command again."
+            f"A worker process of config.data.workers was killed ({name}); {advice}, and run the same "
+            "command again."
         ) from error

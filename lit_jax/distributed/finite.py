@@ -45,7 +45,7 @@ def check_rows(finite_B: Bool[np.ndarray, " B"], side: str, params: Tree) -> Non
         return
     # Bad parameters and an overflow need different remedies, so the message says which of them it is.
     if found := not_finite(params):
-        reason = f"its parameters have NaN or infinite values: {found}; load others"
+        reason = f"its parameters have NaN or infinite values: {found}; load other weights"
     else:
         reason = "its parameters are finite, so its computation overflows; load other weights"
     bad = len(finite_B) - int(finite_B.sum())

@@ -94,7 +94,8 @@ def find_place(environment: Environment = os.environ) -> Place | None:
     devices = environment.get("JAX_LOCAL_DEVICE_IDS", "")
     if not re.fullmatch(r"([0-9]{1,4}(,[0-9]{1,4})*)?", devices):
         raise UserError(
-            f"JAX_LOCAL_DEVICE_IDS={devices!r} must be numbers joined by commas; correct it."
+            f"JAX_LOCAL_DEVICE_IDS={devices!r} is not a list of numbers joined by commas; write for example "
+            "0,1,2,3."
         )
     return place
 
@@ -105,8 +106,8 @@ def idle_tasks(environment: Environment = os.environ) -> str:
     if not environment.get("SLURM_JOB_ID") or not tasks.isdecimal() or int(tasks) < 2:
         return ""
     return (
-        f"SLURM_NTASKS={tasks}, but this process is not one of several tasks of srun; it runs alone. To "
-        "start all of them, put srun in front of the command."
+        f"SLURM_NTASKS={tasks}, but srun did not start this process as one of several tasks, so it runs "
+        "alone; to start all tasks, put srun in front of the command."
     )
 
 
@@ -116,10 +117,12 @@ def split_address(name: str, text: str) -> tuple[str, int]:
     in_brackets = host.startswith("[") and host.endswith("]")
     reasons = {
         "it starts with a protocol": "://" in text,
-        "it has blanks": bool(re.search(r"\s", text)),
+        "it contains spaces": bool(re.search(r"\s", text)),
         "it has no port": not host,
-        "an IPv6 address stands in brackets": ":" in host and not in_brackets,
-        "the host has a character that cannot be": not re.fullmatch(r"\[[\w:.%]+\]|[\w.-]+", host),
+        "an IPv6 address needs brackets": ":" in host and not in_brackets,
+        "the host has a character that is not allowed": not re.fullmatch(
+            r"\[[\w:.%]+\]|[\w.-]+", host
+        ),
         "the port is not a number from 1 to 65535": not re.fullmatch(r"[0-9]{1,5}", port)
         or not 1 <= int(port) <= 65535,
     }
@@ -268,7 +271,7 @@ def _from_jax(environment: Environment) -> Place | None:
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"JAX cannot read this process's place from {source} ({reason[:300]}); {_INSTEAD}."
+                f"JAX cannot tell from {source} which of the processes this is ({reason[:300]}); {_INSTEAD}."
             ) from error
     return None
 

@@ -32,16 +32,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     data = len(devices) // fsdp if config.data == -1 else config.data
     if data * fsdp != len(devices):
         raise UserError(
-            f"A mesh of data={config.data} x fsdp={fsdp} does not match {len(devices)} devices; "
-            "set config.mesh.data=-1 and let config.mesh.fsdp divide the number of devices."
+            f"A mesh of data={config.data} x fsdp={fsdp} does not match {len(devices)} devices; set "
+            f"config.mesh.data=-1 and config.mesh.fsdp to a divisor of {len(devices)}."
         )
     slices = group_by_slice(devices)
     of_slice = len(devices) // len(slices)
     inside = min(fsdp, of_slice)
     if of_slice % inside or fsdp % inside:
         raise UserError(
-            f"config.mesh.fsdp={fsdp} and the {of_slice} devices of each of the {len(slices)} slices do not "
-            "divide; set it to a divisor of them or to a multiple."
+            f"config.mesh.fsdp={fsdp} is neither a divisor nor a multiple of {of_slice}, the number of "
+            f"devices in each of the {len(slices)} slices; set it to one of these."
         )
     # jax.make_mesh rejects devices of several slices, so each slice first gets a mesh of its own, ordered by
     # its physical topology. The axis type is Auto, because the default, Explicit, rejects stock layers

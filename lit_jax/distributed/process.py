@@ -69,8 +69,8 @@ def initialize() -> None:
     is_used = xla_bridge.backends_are_initialized()
     if place and is_used:
         raise UserError(
-            f"{place.count_from} says {place.count} processes, which must come together before anything uses "
-            "JAX; start the command in a process of its own."
+            f"{place.count_from} asks for {place.count} processes, which must connect before anything uses "
+            "JAX; run the command in a new process."
         )
     # XLA reads the flags once, when the first backend starts; later changes have no effect.
     if not is_used:

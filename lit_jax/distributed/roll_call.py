@@ -63,16 +63,17 @@ class _Clock:
     def tick(self, missing: Callable[[], str]) -> None:
         """Log the missing processes when a warning is due. Raise GoneError after `START_SECONDS`."""
         place = self._place
-        says = f"{place.count_from} says {place.count} processes"
+        says = f"{place.count_from} asks for {place.count} processes"
         if self.seconds >= START_SECONDS:
             raise GoneError(
-                f"The processes of this run have not come together in {START_SECONDS} s: "
-                f"{missing()} ({says}). See what the others say, and run the same command again."
+                f"The processes of this run have not all connected within {START_SECONDS} s: {missing()} "
+                f"({says}); see the messages of the others, and run the same command again."
             )
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + _AGAIN_SECONDS
             log.warning(
-                "Process %d waits: %s (%s). It waits for %d s in all; for a single process unset %s.",
+                "Process %d is waiting: %s (%s). It gives up after %d s in total; to run a single process, "
+                "unset %s.",
                 place.index,
                 missing(),
                 says,
@@ -86,10 +87,13 @@ def _check_name(host: str, place: Place, clock: _Clock) -> None:
     while (problem := _unknown(host)) is not None:
         if clock.seconds >= _NAME_SECONDS:
             raise UserError(
-                f"{place.address_from} puts process 0 on {host}, which is not known here ({problem}); "
-                f"correct it, or unset {place.address_from} and {place.count_from} if they are left over."
+                f"{place.address_from} names the host {host} for process 0, which this machine cannot find "
+                f"({problem}); correct it, or unset {place.address_from} and {place.count_from} if they are "
+                "left over."
             )
-        clock.tick(lambda: f"{host}, named by {place.address_from}, is not known ({problem})")
+        clock.tick(
+            lambda: f"this machine cannot find {host}, named by {place.address_from} ({problem})"
+        )
         time.sleep(0.5)
 
 
@@ -155,11 +159,11 @@ def _welcome(
     # A wrong count or a double index means a wrong launch, so that process gets the reason and ends.
     reason = ""
     if count != place.count:
-        reason = f"process {index} on {address} is one of {count} processes, process 0 one of {place.count}"
+        reason = f"process {index} on {address} is one of {count} processes, process 0 of {place.count}"
     elif index in there:
         reason = f"two processes have the number {index}, one of them on {address}"
     if reason:
-        log.warning("A process was turned away: %s.", reason)
+        log.warning("A process was refused: %s.", reason)
         with contextlib.suppress(OSError):
             peer.sendall(_NO + f"{reason}\n".encode())
         peer.close()
@@ -174,7 +178,7 @@ def _missing(there: Iterable[int], place: Place) -> str:
     host = split_address(place.address_from, place.address)[0]
     elsewhere = "" if _is_here(host) else f"; {host} is not an address of this machine"
     which = f"process {shown} has" if len(numbers) == 1 else f"processes {shown} have"
-    return f"{which} not come to {place.address}, named by {place.address_from}{elsewhere}"
+    return f"{which} not connected to {place.address}, named by {place.address_from}{elsewhere}"
 
 
 def _is_here(host: str) -> bool:
@@ -207,8 +211,8 @@ def _listen(port: int, place: Place) -> socket.socket:
             reason = os.strerror(error.errno) if error.errno else str(error)
             chosen = f"{place.address_from}={place.address}"
             raise UserError(
-                f"Process 0 cannot listen at port {port} ({reason}; {chosen}); choose another port there, or "
-                "by JAX_COORDINATOR_PORT where the launcher chooses it."
+                f"Process 0 cannot listen on port {port} ({reason}; {chosen}); choose another port there, or "
+                "set JAX_COORDINATOR_PORT if the launcher chose it."
             ) from error
 
 
@@ -218,9 +222,9 @@ def _follow(host: str, port: int, place: Place, clock: _Clock) -> None:
 
     def missing() -> str:
         where = f"{place.address}, named by {place.address_from}"
-        return (
-            f"process 0 is not reached at {where} ({problem})" if problem else "others are missing"
-        )
+        if not problem:
+            return "other processes are missing"
+        return f"process 0 cannot be reached at {where} ({problem})"
 
     while True:
         clock.tick(missing)
@@ -264,5 +268,6 @@ def _wait_for_word(peer: socket.socket, clock: _Clock, missing: Callable[[], str
 def _refuse(said: bytes) -> NoReturn:
     reason = said.removeprefix(_NO).decode(errors="replace").strip()
     raise UserError(
-        f"Process 0 turns this one away: {reason}; give each process its own number and all the same count."
+        f"Process 0 refuses this process: {reason}; give each process its own number, and all of them the "
+        "same count."
     )

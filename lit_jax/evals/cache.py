@@ -96,7 +96,7 @@ class EmbeddingCache:
             return None
         except Exception as error:
             # NumPy raises exceptions of many types for a damaged file.
-            log.warning("%s is damaged (%s); it is made anew.", file, error)
+            log.warning("%s is damaged (%s); it is computed again.", file, error)
             return None
 
 

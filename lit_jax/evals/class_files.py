@@ -50,8 +50,8 @@ def load_classes(config: EvalConfig, name: str, language: str = "en") -> Classes
         file = classes_in(config.data, language)
         if file is None:
             raise UserError(
-                f"config.evals.{name}.classes is missing, and its data has no {CLASS_NAMES}; give the path "
-                "of a class file."
+                f"config.evals.{name}.classes is missing, and its data has no {CLASS_NAMES}; set it to the "
+                "path of a class file."
             )
         template_file = template_file or _if_there(file.parent / TEMPLATES)
     dataset = config.dataset or name
@@ -64,7 +64,7 @@ def load_classes(config: EvalConfig, name: str, language: str = "en") -> Classes
     if isinstance(given, Mapping):
         if missing := [name for name in found.names if name not in given]:
             raise UserError(
-                f"{templates_from} has no sentences for the class {missing[0]!r} of {file}; give it some."
+                f"{templates_from} has no sentences for the class {missing[0]!r} of {file}; add some."
             )
         prompts = tuple(_strings(given[name], name, templates_from) for name in found.names)
         return Classes(names=found.names, labels=found.labels, prompts=prompts)
@@ -103,7 +103,8 @@ def _task(home: File) -> str:
     task = " ".join(_lines(file)).lower() if file.is_file() else ""
     if task == "multilabel":
         raise UserError(
-            f"{file} says that an image has several classes; lit_jax evaluates data with one class an image."
+            f"{file} says that an image has several classes, but lit_jax evaluates only data with one class "
+            "for each image; choose other data."
         )
     return task
 
@@ -177,13 +178,15 @@ def _own_form(content: Mapping[str, Any], file: File) -> _ClassFile:
         labels = _strings(listed, "labels", file)
     if labels and len(labels) != len(names):
         raise UserError(
-            f"{file} has {len(names)} classnames but {len(labels)} labels; give one each."
+            f"{file} has {len(names)} classnames but {len(labels)} labels; give one label for each name."
         )
     # Two classes may share a name if labels tell them apart, as "crane" does in ImageNet.
     key = "labels" if labels else "classnames"
     value, times = collections.Counter(labels or names).most_common(1)[0]
     if times > 1:
-        raise UserError(f"{value!r} is {times} times among the {key} of {file}; each must differ.")
+        raise UserError(
+            f"{value!r} appears {times} times in the {key} of {file}; make them all different."
+        )
     return _ClassFile(names=names, labels=labels, templates=templates)
 
 
@@ -225,11 +228,11 @@ def _template_file(content: Any, dataset: str, file: File) -> tuple[str, ...] | 
 
 
 def _form(file: File, key: str = "") -> str:
-    lacks = f", and {key!r} a list of one text or more" if key else ""
+    lacks = f", and {key!r} a list of at least one text" if key else ""
     return (
-        f"The class file {file} must be a text file with a name a line, or JSON: a list of names, "
-        '{"classnames": [...], "templates": [...]}, a list for each data set, or {"id2label": {"0": ...}}'
-        f"{lacks}."
+        f"The class file {file} must be a text file with one name on each line, or JSON: a list of names, "
+        '{"classnames": [...], "templates": [...]}, a list for each data set, or {"id2label": {"0": '
+        f"...}}}}{lacks}."
     )
 
 
@@ -249,5 +252,6 @@ def _dataset(content: Mapping[str, Any], name: str, file: File, default: str = "
         if key in content:
             return key
     raise UserError(
-        f"{file} has no data set {name!r}; set dataset to one of it ({nearest(name, content)})."
+        f"{file} has no data set {name!r}; set dataset of the evaluation to one that the file has "
+        f"({nearest(name, content)})."
     )

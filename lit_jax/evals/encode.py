@@ -149,8 +149,8 @@ class Encoder:
         )
         if not valid_N.any():
             raise UserError(
-                f"None of the {len(source)} images of an evaluation can be read (each warning above has a "
-                "reason); fix the data, or give the path of others."
+                f"None of the {len(source)} images of an evaluation can be read (see the warnings above); "
+                "fix the data, or set data.path of the evaluation (--data) to other data."
             )
         return embeds_NxE, valid_N
 
@@ -213,8 +213,8 @@ def _warn_if_all_the_same(embeds_NxE: np.ndarray, side: Side) -> None:
     count = len(embeds_NxE)
     if count > 1 and np.ptp(embeds_NxE, axis=0).max() <= SAME * np.abs(embeds_NxE).max():
         log.warning(
-            "The %s tower gives all %d %ss the same embedding, so that the model tells none of them apart; "
-            "see whether its weights are those that you want.",
+            "The %s tower gives all %d %ss the same embedding, so the model cannot tell them apart; check "
+            "its weights.",
             side,
             count,
             side,

@@ -123,7 +123,7 @@ class Labels:
     def _unlabelled(self) -> UserError:
         return UserError(
             f"None of the {self._size} examples of an evaluation has a label, and classification needs one; "
-            f"give {_KEY}."
+            f"set {_KEY}."
         )
 
 
@@ -195,9 +195,9 @@ def _given(found: Collection[str], classes: Classes) -> Sequence[str]:
     name, times = collections.Counter(classes.names).most_common(1)[0]
     if times > 1:
         raise UserError(
-            f"{name!r} is {times} times among the classes, and the data's labels are names; "
-            'say which is which by "labels" in the class file, or by --eval.labels=sorted (labels="sorted" '
-            "in a config)."
+            f"{name!r} is the name of {times} classes, and the labels of the data are names; tell these "
+            'classes apart with "labels" in the class file, or set --eval.labels=sorted (labels="sorted" in '
+            "a config)."
         )
     return classes.names
 
@@ -217,8 +217,8 @@ def _sorted(
         if len(ranked) == count:
             return ranked
     raise UserError(
-        f"The data has {len(ranked)} different labels but the class file {count} "
-        "classes; to put them in order by sorting, there must be equally many."
+        f"The data has {len(ranked)} different labels, but the class file has {count} classes; give a "
+        "class file with one class for each label, or set --eval.labels=given (labels in a config)."
     )
 
 
@@ -230,7 +230,8 @@ def _ranked(found: Collection[str], order: str, *, are_folders: bool) -> Sequenc
     if order == AS_NUMBERS and not all_numbers:
         (odd, *_) = (label for label in as_text if label not in numbers)
         raise UserError(
-            f"The label {odd!r} is no whole number, so labels cannot be {AS_NUMBERS!r}; take {AS_TEXT!r}."
+            f"The label {odd!r} is not a whole number, so labels cannot be {AS_NUMBERS!r}; set it to "
+            f"{AS_TEXT!r}."
         )
     if not all_numbers or order == AS_TEXT:
         return as_text
@@ -246,8 +247,8 @@ def _two_orders(folders: Collection[str]) -> str:
     if as_text == as_numbers:
         return ""
     return (
-        f"The class folders are {_few(as_numbers)} in the order of their numbers, and {_few(as_text)} in "
-        "that of text, which torchvision's ImageFolder takes; say which is that of the classes by "
+        f"The class folders are {_few(as_numbers)} in the order of their numbers, but {_few(as_text)} in the "
+        "order of text, which torchvision's ImageFolder uses; choose the order of the classes with "
         f"--eval.labels={AS_NUMBERS} or --eval.labels={AS_TEXT}"
     )
 
@@ -269,15 +270,15 @@ def _refusal(key: str, label: str, labels: Labels, known: Sequence[str], classes
     # Sorting can map labels to classes only if there are equally many.
     if len(numbers) != count:
         remedy = (
-            "correct the data or the class file, or list in the class file the label of each class, as "
-            '"labels"'
+            'correct the data or the class file, or list the label of each class as "labels" in the class '
+            "file"
         )
     elif labels.are_folders and (two := _two_orders(labels.found)):
         remedy = two[0].lower() + two[1:]
     else:
         remedy = (
             f"give --eval.labels={SORTED} (labels={SORTED!r} in a config) if the labels {min(numbers)} to "
-            f"{max(numbers)}, in their order, are the classes"
+            f"{max(numbers)} stand for the classes in this order"
         )
     return (
         f"The example {key} has the label {label}, out of the range of the {count} classes, 0 to "

@@ -72,16 +72,19 @@ def check_counts(label_N: Int[np.ndarray, " N"], shots: Sequence[int] = ()) -> N
     """Raise UserError if there are too few training images for `few_shot` (with shots) or `linear_probe`."""
     of_class = np.bincount(label_N[label_N >= 0])
     if (of_class > 0).sum() < 2:
-        raise UserError("The training data of a probe has one class alone; give it two or more.")
+        raise UserError(
+            "The training data of a probe has only one class; set train of the evaluation (--train_data) "
+            "to data with two or more."
+        )
     if shots and max(shots) > of_class.min():
         raise UserError(
-            f"A class has {of_class.min()} training images, fewer than the {max(shots)} of shots; "
-            "lower shots, or give more images."
+            f"A class has {of_class.min()} training images, but shots asks for {max(shots)}; lower shots, or "
+            "give more images."
         )
     if not shots and of_class.max() < VALIDATION:
         raise UserError(
-            f"No class of a linear probe has {VALIDATION} training images, of which one chooses the penalty; "
-            "give more, or take the kind few_shot."
+            f"No class of a linear probe has {VALIDATION} training images, one of which is needed to choose "
+            "the penalty; give more images, or set kind to few_shot."
         )
 
 
@@ -95,7 +98,8 @@ def features(
     rows, valid_N = encoder.features(params, source)
     valid_N = valid_N & (label_N >= 0)
     if not valid_N.any():
-        raise UserError("No image with a label can be decoded; there is nothing to classify.")
+        raise UserError("No image with a label can be decoded; fix the data, or set data.path of the "
+                        "evaluation (--data) to other data.")
     return Features(rows=rows, label=label_N)[valid_N]
 
 

@@ -40,10 +40,10 @@ def captions_of(source: Source, language: str = "") -> list[tuple[str, ...]]:
         return captions
     # The remedy depends on the cause: an unwanted language, unreadable examples, or a wrong key.
     if languages:
-        asked = f"the language {language!r}" if language else "a language that is asked for"
+        asked = f"the language {language!r}" if language else "any of the languages"
         raise UserError(
-            f"No caption is in {asked}, the data has {', '.join(sorted(languages))}; name one of these as "
-            "languages (--eval.languages)."
+            f"No caption is in {asked}; set languages (--eval.languages) to some of those in the data: "
+            f"{', '.join(sorted(languages))}."
         )
     if problems:
         without = len(source) - len(problems)
@@ -53,8 +53,8 @@ def captions_of(source: Source, language: str = "") -> list[tuple[str, ...]]:
             f"{rest}; the first: {problems[0]}."
         )
     raise UserError(
-        "Retrieval needs captions, and no example has one; name what holds them with caption_key "
-        "(--eval.data.caption_key), or give a class file for zero-shot classification (--classes)."
+        "Retrieval needs captions, and no example has one; set caption_key (--eval.data.caption_key) to the "
+        "field that holds them, or give a class file for zero-shot classification (--classes)."
     )
 
 
@@ -95,9 +95,8 @@ def evaluate_retrieval(
     kept = np.flatnonzero(valid_N)
     texts = [text for i in kept.tolist() for text in captions[i]]
     if not texts:
-        raise UserError(
-            "No image with a caption can be decoded; retrieval has nothing to look for."
-        )
+        raise UserError("No image with a caption can be decoded; fix the data, or set data.path of the "
+                        "evaluation (--data) to other data.")
     # The texts of all images are in one flat list, and this index maps each text to its image.
     image_of_text_M = np.repeat(np.arange(len(kept)), [len(captions[i]) for i in kept.tolist()])
     embeds = image_embeds_NxE[kept], encoder.texts(params, texts)

@@ -121,7 +121,7 @@ def _check(key: str, config: EvalConfig) -> None:
     """Raise UserError if keys that are valid on their own do not fit together."""
     name, languages = f"config.evals.{key}", config.languages
     if config.kind == "few_shot" and not config.shots:
-        raise UserError(f"{name} has an empty list of shots; fill it.")
+        raise UserError(f"{name} has shots=(); give at least one number.")
     if not all(languages) or len(set(languages)) < len(languages):
         raise UserError(
             f"{name}.languages is {','.join(languages)!r}; name each language once, as in 'en,de'."
@@ -130,8 +130,8 @@ def _check(key: str, config: EvalConfig) -> None:
     named = any("{language}" in (path or "") for path in paths)
     if len(languages) > 1 and config.kind != "retrieval" and not named:
         raise UserError(
-            f"{name} has the languages {', '.join(languages)}, but nothing that differs between them; write "
-            "{language} where it stands in the path of the class file, the templates or the data."
+            f"{name} has the languages {', '.join(languages)}, but nothing differs between them; write "
+            "{language} for the language in the path of the class file, the templates or the data."
         )
 
 

@@ -79,7 +79,8 @@ def zero_shot(
     image_embeds_NxE, valid_N = encoder.images(params, source)
     valid_N = valid_N & (label_N >= 0)
     if not valid_N.any():
-        raise UserError("No image with a label can be decoded; there is nothing to classify.")
+        raise UserError("No image with a label can be decoded; fix the data, or set data.path of the "
+                        "evaluation (--data) to other data.")
     image_embeds_NxE, label_N = image_embeds_NxE[valid_N], label_N[valid_N]
     top_NxK, probability_NxK, hit_Nx2, is_tied_N = _classify(
         image_embeds_NxE, class_embeds_CxE, scale, label_N
@@ -117,8 +118,8 @@ def _scale(params: Params) -> np.float32:
         scale = np.exp(np.float32(log_scale))
     if not 0 < scale < np.inf:
         raise UserError(
-            f"The logit scale of the model is exp({log_scale}), which tells no classes apart; load other "
-            "weights or another checkpoint."
+            f"The logit scale of the model is exp({log_scale}), which makes all classes equally probable; "
+            "load other weights or another checkpoint."
         )
     return scale
 

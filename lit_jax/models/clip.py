@@ -245,8 +245,8 @@ class CLIPText(TextTransformer):
         eos = self.config.eos_token_id
         if not isinstance(eos, int):
             raise UserError(
-                f"The model's config.json has eos_token_id={eos!r}, and CLIP's pooler looks for one "
-                "token; set it to the one that ends the texts, or the tower's pooling to 'mean'."
+                f"The model's config.json has eos_token_id={eos!r}, but CLIP's pooler needs a single token; "
+                "set it to the token that ends the texts, or set the tower's pooling to 'mean'."
             )
         # Before July 2023 config.json said 2, whatever the token was. The tokenizers of that time had the
         # token that ends a text at the end of the vocabulary, so the largest id marks it.

@@ -125,8 +125,8 @@ def _unbiased(count: int) -> float:
     """
     if count < 2:
         raise UserError(
-            "Batch normalisation cannot train on a feature map of one position of one image; set "
-            "config.batch_size or config.data.image_size higher."
+            "Batch normalisation cannot train on a feature map of one position of one image; raise "
+            "config.batch_size or config.data.image_size."
         )
     return count / (count - 1)
 

@@ -106,7 +106,7 @@ class Dinov3(ImageTransformer):
         if head_width % 4:
             raise UserError(
                 f"The model's config.json has hidden_size {cfg.hidden_size} with num_attention_heads "
-                f"{cfg.num_attention_heads}, and a DINOv3 wants a multiple of 4 for each head; correct it."
+                f"{cfg.num_attention_heads}, but DINOv3 needs a multiple of 4 for each head; correct it."
             )
         coordinates_Nx2 = centres(grid)
         if not deterministic:

@@ -256,9 +256,9 @@ class DualEncoderModule(nn.Module):
             embeds_BxE = head(embeds_BxE)
         elif pooled_BxP.shape[1] != self.projection_dim:
             raise UserError(
-                f"config.model.{side}.projection is 'none', but the tower is "
-                f"{pooled_BxP.shape[1]} wide and config.model.projection_dim is "
-                f"{self.projection_dim}; make the two equal or choose the projection 'linear'."
+                f"config.model.{side}.projection is 'none', but the tower is {pooled_BxP.shape[1]} wide and "
+                f"config.model.projection_dim is {self.projection_dim}; make the two equal, or set the "
+                "projection to 'linear'."
             )
         return shard_batch(embeds_BxE)
 
@@ -297,7 +297,7 @@ def check_side(side: Side, hf: Mapping[str, Any], what: str) -> None:
     families = VISION if side == "image" else TEXT
     if hf.get("model_type") not in families:
         raise UserError(
-            f"{what} is of model_type {hf.get('model_type')!r}; as {side} tower lit_jax has "
+            f"{what} is of model_type {hf.get('model_type')!r}; choose one of lit_jax's {side} towers: "
             f"{', '.join(families)}."
         )
 
@@ -365,7 +365,7 @@ def build_system(hf_config: Mapping[str, Any], *, dtype: Any) -> DualEncoderModu
     """
     if hf_config["model_type"] not in SYSTEMS:
         raise UserError(
-            f"A model of type {hf_config['model_type']} is not a dual encoder; lit_jax knows "
+            f"A model of type {hf_config['model_type']} is not a dual encoder; lit_jax has "
             f"{', '.join(SYSTEMS)}."
         )
     system = SYSTEMS[hf_config["model_type"]]

@@ -85,7 +85,7 @@ def check_sizes(config: Any, named: Named) -> None:
     if embedding is not None and embedding.max_length < 1:
         raise UserError(
             f"{named('max_position_embeddings')} is {config.max_position_embeddings}, which leaves no "
-            f"position behind {named('pad_token_id')}, {config.pad_token_id}; make it larger."
+            f"position after {named('pad_token_id')}, {config.pad_token_id}; make it larger."
         )
     _check_patches(config, named)
 
@@ -94,8 +94,8 @@ def _check_patches(config: Any, named: Named) -> None:
     image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     if image is not None and patch is not None and 0 in patch_grid(image, patch):
         raise UserError(
-            f"{named('image_size')} is {image}, less than {named('patch_size')}, {patch}; an image needs one "
-            "patch at least."
+            f"{named('image_size')} is {image}, less than {named('patch_size')}, {patch}; make the image at "
+            "least as large as a patch."
         )
 
 

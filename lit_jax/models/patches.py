@@ -121,8 +121,8 @@ def check_channels(pixel_values_BxHxWxC: Float[Array, "B H W C"], num_channels: 
     channels = pixel_values_BxHxWxC.shape[-1]
     if channels != num_channels:
         raise UserError(
-            f"The images have {channels} channels and the image tower's config.json says "
-            f"num_channels {num_channels}; convert the images."
+            f"The images have {channels} channels, but the image tower's config.json has "
+            f"num_channels={num_channels}; convert the images."
         )
 
 
@@ -145,7 +145,7 @@ class PatchEmbeddings(nn.Module):
         if not rows or not columns:
             raise UserError(
                 f"Images of {height}x{width} pixels are smaller than one patch of the image tower, "
-                f"{patch_height}x{patch_width}; make them larger (config.data.image_size)."
+                f"{patch_height}x{patch_width}; make the images larger (config.data.image_size)."
             )
         whole = pixel_values_BxHxWxC[:, : rows * patch_height, : columns * patch_width]
         # The dense layer contracts (patch_height, patch_width, channels), the axes of a convolution's kernel

@@ -102,8 +102,8 @@ def check_length(length: int, max_length: int) -> None:
     """Raise UserError for texts that are longer than a tower's config allows."""
     if length > max_length:
         raise UserError(
-            f"The texts are {length} tokens long and the text tower has only positions for "
-            f"{max_length}; make them shorter (config.data.max_text_length)."
+            f"The texts are {length} tokens long, but the text tower has positions for only {max_length}; "
+            "make the texts shorter (config.data.max_text_length)."
         )
 
 

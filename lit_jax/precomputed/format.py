@@ -177,7 +177,7 @@ class Embeddings:
         if not (folder / MANIFEST).is_file():
             raise UserError(
                 f"{folder} holds no complete embeddings; run python -m lit_jax.embed with --output={folder}, "
-                "which goes on where it stopped."
+                "which continues where it stopped."
             )
         with reading(folder / MANIFEST):
             # The manifest is the header and the counts in one object.
@@ -228,8 +228,8 @@ def reading(path: Path) -> Iterator[None]:
     except Exception as error:
         reason = textwrap.shorten(str(error), 150)
         raise UserError(
-            f"The embeddings in {path} are damaged ({reason}); remove that and run python -m lit_jax.embed "
-            "again."
+            f"The embeddings in {path} are damaged ({reason}); remove this path and run python -m "
+            "lit_jax.embed again."
         ) from error
 
 

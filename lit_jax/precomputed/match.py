@@ -183,7 +183,7 @@ def _open(
     wanted = describe_wanted()
     # The number of examples comes first: its message is clearer than that of another fingerprint.
     if found.examples != wanted.examples:
-        counts = f"{found.examples} examples, where this config's data are {wanted.examples}"
+        counts = f"{found.examples} examples, but the data of this config have {wanted.examples}"
         raise _differs(side, folder, counts)
     for name, difference in _DIFFERENCES.items():
         if getattr(found, name) != getattr(wanted, name):
@@ -207,5 +207,5 @@ _DIFFERENCES = {
 def _differs(side: Side, folder: Path, what: str) -> UserError:
     return UserError(
         f"config.data.{side}_embeddings: {folder} was made with {what}; run python -m lit_jax.embed with "
-        "this config and another --output, or take back what has changed."
+        "this config and another --output, or undo that change."
     )

@@ -149,7 +149,7 @@ def check_free(folder: Path) -> None:
     """Raise UserError if a folder holds anything else than precomputed features."""
     with output_errors(folder):
         if folder.exists() and any(folder.iterdir()) and not (folder / STARTED).exists():
-            raise UserError(f"{folder} holds something else; choose another --output.")
+            raise UserError(f"{folder} already holds other files; choose another --output.")
 
 
 def _open_folder(folder: Path, header: Header) -> None:
@@ -161,13 +161,14 @@ def _open_folder(folder: Path, header: Header) -> None:
                 found = dict(parse_json(started.read_bytes()))
             except (ValueError, TypeError) as error:
                 raise UserError(
-                    f"{started} is damaged ({error}), and nothing else says what {folder} holds; remove the "
+                    f"{started} is damaged ({error}), so it is unknown what {folder} holds; remove the "
                     "folder or choose another --output."
                 ) from error
             changed = [k for k, v in dataclasses.asdict(header).items() if found.get(k) != v]
             if changed:
                 raise UserError(
-                    f"{folder} holds embeddings that differ in {', '.join(changed)}; choose another --output."
+                    f"{folder} holds embeddings that were made with another {', '.join(changed)}; choose "
+                    "another --output."
                 )
     # Every process must look before the first process writes the header, or the look would prove nothing.
     _together()
@@ -265,7 +266,7 @@ def _write_shard(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            f"The devices have too little memory for {writer.rows} rows at once; give a smaller --batch_size."
+            f"The devices have too little memory for {writer.rows} rows at once; lower --batch_size."
         ) from error
     finally:
         with output_errors(path.parent):
@@ -275,5 +276,5 @@ def _write_shard(
 def _raise_if(stopped: bool) -> None:
     if stopped:
         raise Preempted(
-            "Stopped by SIGTERM; whole shards are saved, run the same command again to go on."
+            "Stopped by SIGTERM; complete shards are saved. To resume, run the same command again."
         )

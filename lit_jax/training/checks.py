@@ -34,8 +34,8 @@ def check_teacher(config: Config) -> None:
     # The first letter locks the image tower. The second says whether the student starts pretrained.
     if config.model.teacher and config.policy.lock not in ("LU", "Lu"):
         raise UserError(
-            f"With config.model.teacher the text tower learns and the rest stays as it is: "
-            f"config.policy.lock={config.policy.lock!r} must be 'LU' or 'Lu'."
+            f"config.policy.lock is {config.policy.lock!r}, but with config.model.teacher only the text "
+            "tower trains; set it to 'LU' or 'Lu'."
         )
 
 
@@ -50,7 +50,7 @@ def check_own_towers(config: Config, towers: OwnTowers) -> None:
     for side, (_, params) in towers.items():
         if pretrained[side] and params is None:
             raise UserError(
-                f"config.policy.lock={config.policy.lock!r} wants a pretrained {side} tower; pass the tower "
+                f"config.policy.lock={config.policy.lock!r} needs a pretrained {side} tower; pass the tower "
                 "as (module, params), or choose a lock with 'u' for it."
             )
         if not pretrained[side] and params is not None:
@@ -67,8 +67,8 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int) -> None:
     if batch_size % unit:
         times = "" if accumulate == 1 else f" times config.accumulate={accumulate}"
         raise UserError(
-            f"config.batch_size={batch_size} does not divide by the {mesh.size} devices of the mesh{times}; "
-            f"the next that does is {-(-batch_size // unit) * unit}."
+            f"config.batch_size={batch_size} cannot be divided evenly among the {mesh.size} devices of the "
+            f"mesh{times}; set it to a multiple of {unit}, such as {-(-batch_size // unit) * unit}."
         )
 
 
@@ -76,8 +76,8 @@ def check_accumulation(micro_batches: int, policy: Policy) -> None:
     """Raise UserError for micro-batches if a tower that trains normalises by the whole batch."""
     if micro_batches > 1 and (towers := normalized_by_batch(policy)):
         raise UserError(
-            f"config.accumulate={micro_batches}: {towers[0]} trains with batch normalisation, over the whole "
-            "batch, which no micro-batch knows; set it to 1, or lock the tower."
+            f"config.accumulate={micro_batches}, but {towers[0]} trains with batch normalisation, which "
+            "needs the whole batch at once; set it to 1, or lock the tower."
         )
 
 
@@ -95,8 +95,8 @@ def check_logit_scale_max(maximum: float | None, policy: Policy) -> None:
         policy.trainable.get(name) for name in ("logit_scale", "temperature")
     ):
         raise UserError(
-            f"config.model.logit_scale_max={maximum:g} has no effect, because the logits' scale does not "
-            "train; set it to None."
+            f"config.model.logit_scale_max={maximum:g} has no effect, because the scale of the logits does "
+            "not train; set it to None."
         )
 
 
@@ -136,25 +136,25 @@ def check_negatives(config: Config, source: Source) -> None:
         return
     if len(source) == 1:
         raise UserError(
-            f"The training data ({_key(config)}) has one image, so that no pair has a negative and nothing "
-            "can be learned; use data with more images."
+            f"The training data ({_key(config)}) has one image, so no pair has a negative, and nothing can "
+            "be learned; use data with more images."
         )
     if config.batch_size == 1 and loss_kinds(config) == {"softmax"}:
         raise UserError(
             "With config.batch_size=1 and config.loss='softmax' no pair has a negative: the loss is 0, and "
-            "nothing can be learned; make config.batch_size larger, or set config.loss='sigmoid'."
+            "nothing can be learned; raise config.batch_size, or set config.loss='sigmoid'."
         )
     if config.batch_size == 1:
         log.warning(
-            "With config.batch_size=1 no pair has a negative, so that all embeddings become the same; "
-            "make config.batch_size larger."
+            "With config.batch_size=1 no pair has a negative, so all embeddings become the same; raise "
+            "config.batch_size."
         )
     # A batch larger than its source repeats images, and a copy of an image is no negative for it.
     for key, size, taken in _parts(config, source):
         if taken > size:
             log.warning(
                 "%s has %d images, and a batch takes %d from it (config.batch_size=%d): at least %d of them "
-                "are there more than once and are their own negatives; make config.batch_size smaller, or "
+                "repeat another image of the batch and count as its negatives; lower config.batch_size, or "
                 "use more data.",
                 key,
                 size,
@@ -186,7 +186,7 @@ def warn_of_export(model: Model) -> None:
     is_joined = model.hf_config["model_type"] in ("vision-text-dual-encoder", OWN_TYPE)
     if is_joined and (reason := why_not_exportable(model.module)):
         log.warning(
-            "The export will be readable by lit_jax only, because VisionTextDualEncoder of transformers "
-            "cannot be this model: %s.",
+            "Only lit_jax will be able to read an export, because transformers' VisionTextDualEncoder "
+            "cannot represent this model: %s.",
             reason,
         )

@@ -71,7 +71,7 @@ def open_data(
         # The run is finished if its latest checkpoint is at the last step of the duration.
         if known is None or trained != steps_of(config, known["examples"], config.duration):
             raise
-        log.warning("This run is finished and goes without its data: %s", error)
+        log.warning("This run is finished, so it does without its data: %s", error)
         return TrainingData(source=(), examples=known["examples"], identity=None)
     identity = _identify(source)
     if identity is not None and trained is not None and not may_differ:
@@ -83,7 +83,10 @@ def _open(config: Config, passed: Source | None) -> Source:
     if passed is None:
         return open_training_data(config.data, text_only=bool(config.model.teacher))
     if not len(passed):
-        raise UserError(f"The source that is passed, a {type(passed).__name__}, has no example.")
+        raise UserError(
+            f"The source that was passed to fit, a {type(passed).__name__}, has no examples; pass one that "
+            "has."
+        )
     return passed
 
 
@@ -100,14 +103,14 @@ def _check_same_data(workdir: Path, found: dict[str, Any]) -> None:
     known = _read(workdir)
     if known is None:
         # The folder is of an earlier version, or a user has removed data.json.
-        log.warning("%s does not say which data it was trained on: they are not compared.", workdir)
+        log.warning("%s does not record its training data, so the data are not compared.", workdir)
     elif known != found:
         counts = f"{known['examples']} examples then and {found['examples']} now"
         if known["examples"] == found["examples"]:
             counts += ", in another order or with another content"
         raise UserError(
-            f"{workdir} was trained on other data than config.data names now ({counts}); give it the former "
-            f"data, choose another --workdir, or go on with these by --allow_changes={ALLOWED}."
+            f"{workdir} was trained on other data than config.data names now ({counts}); give the original "
+            f"data, choose another --workdir, or continue with the new data by --allow_changes={ALLOWED}."
         )
 
 
@@ -126,5 +129,5 @@ def _read(workdir: Path) -> dict[str, Any] | None:
         return {"examples": int(content["examples"]), "fingerprint": content["fingerprint"]}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged ({error}); put it back, or remove it if the data are the same as before."
+            f"{path} is damaged ({error}); restore it, or remove it if the data have not changed."
         ) from error

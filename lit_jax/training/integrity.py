@@ -88,7 +88,7 @@ def check_sums(tree: Any, stored: Mapping[str, Mapping[str, Any]] | None) -> Non
             if kind in saved and path in found[kind] and saved[kind] != found[kind][path]:
                 raise DamagedError(f"{path} is not as it was saved")
         except (LookupError, TypeError) as error:
-            raise DamagedError(f"the checksums have no such entry for {path}") from error
+            raise DamagedError(f"the checksum of {path} is missing or unreadable") from error
 
 
 def text_sum(value: Any) -> int:

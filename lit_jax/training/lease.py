@@ -151,8 +151,8 @@ class _Lease:
             if silent > STALE_SECONDS - 2 * RENEW_SECONDS:
                 raise UserError(
                     f"The lease of the run folder {self._workdir} could not be renewed for {silent:.0f} s "
-                    f"({error.strerror}), so that another run may have it; run the same command again to go "
-                    "on from what is saved."
+                    f"({error.strerror}), so another run may have taken it; run the same command again to "
+                    "resume from the last checkpoint."
                 ) from error
         if self._lost:
             raise UserError(
@@ -181,7 +181,7 @@ class _Lease:
             )
         else:
             self._lost = (
-                "has no lease any more: another run had it and has ended, or a person removed it"
+                "has no lease any more: another run had it and has ended, or someone removed it"
             )
         return not self._lost
 
@@ -294,7 +294,9 @@ class _Wait:
             text = "%s is in use by %s; waiting %.0f s for it to end."
             log.info(text, self._workdir, holder, GRACE_SECONDS)
         else:
-            text = "%s was in use by %s; if that does not change, this run goes on after %.0f s."
+            text = (
+                "%s was in use by %s; if that run stays silent, this one takes over after %.0f s."
+            )
             log.warning(text, self._workdir, holder, STALE_SECONDS)
 
     def _refusal(self) -> UserError:

@@ -102,8 +102,8 @@ class Reporter:
         """Warn once when the logits' scale gets unusually large."""
         if scale > self._scale_limit:
             log.warning(
-                "The logits' scale is %.4g at step %d, above %g: few pairs decide the loss then, and "
-                "training may become unstable; config.model.logit_scale_max=%g limits it.",
+                "The scale of the logits is %.4g at step %d, above %g, where few pairs decide the loss and "
+                "training may become unstable; to limit it, set config.model.logit_scale_max=%g.",
                 scale,
                 step,
                 self._scale_limit,
@@ -268,7 +268,7 @@ def _read_rows(workdir: Path) -> list[tuple[bytes, dict[str, Any]]]:
             damaged.append(f"line {number}: {error}")
     if damaged:
         log.warning(
-            "%d lines of %s are no rows and are left out, the first is %s.",
+            "%d lines of %s are not rows of metrics and are left out; the first is %s.",
             len(damaged),
             path,
             damaged[0],
@@ -282,7 +282,7 @@ def _row(value: Any) -> dict[str, Any]:
         raise ValueError(f"it is of type {type(value).__name__}")
     # Types are compared, because isinstance would accept True as a number.
     if type(value.get("step")) is not int or not 0 <= value["step"] <= MOST:
-        raise ValueError('"step" is no number of a step')
+        raise ValueError('"step" is not the number of a step')
     numbers = {name: n for name, n in value.items() if type(n) in (int, float)}
     # The comparison is False for NaN.
     return {name: n for name, n in numbers.items() if abs(n) <= LARGEST_FLOAT}
@@ -312,8 +312,8 @@ def check_finite(
         )
     saved = "no checkpoint" if last_saved is None else f"the checkpoint of step {last_saved}"
     raise UserError(
-        f"{what} ({saved} is there to go on from); lower config.schedule.learning_rate, lengthen its warmup, "
-        "or look at the data around that step."
+        f"{what} ({saved} is there to resume from); lower config.schedule.learning_rate, lengthen "
+        "config.schedule.warmup, or check the data around that step."
     )
 
 
@@ -322,7 +322,8 @@ def _wandb(workdir: Path, project: str) -> Any:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
-            "config.log.wandb_project is set but wandb is not installed; pip install wandb, or unset it."
+            "config.log.wandb_project is set but wandb is not installed; run pip install wandb, or set the "
+            "key to None."
         ) from None
     # The id includes the whole path, so that a resumed run continues the W&B run of this folder and not that
     # of another folder with the same name.
@@ -342,5 +343,6 @@ def _wandb(workdir: Path, project: str) -> Any:
     # The usual causes are a missing login and a missing network.
     except wandb.Error as error:
         raise UserError(
-            f"W&B cannot start ({error}); log in, set WANDB_MODE=offline, or unset config.log.wandb_project."
+            f"W&B cannot start ({error}); log in, set WANDB_MODE=offline, or set config.log.wandb_project to "
+            "None."
         ) from error

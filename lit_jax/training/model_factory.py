@@ -212,7 +212,8 @@ def _image_transform(config: DataConfig, folder: Path) -> ImageTransform:
     if (config.views or 1) > 1 and not transform.is_random:
         raise UserError(
             f"config.data.views={config.views}, but without an augmentation all views of an image are the "
-            "same; leave it out, or set config.data.crop_min_area, flip or another augmentation."
+            "same; set it to None, or set config.data.crop_min_area, config.data.flip or another "
+            "augmentation."
         )
     return transform
 
@@ -252,8 +253,8 @@ def _text_length(tower: Tower, asked: int | None, *, pretrained: bool) -> int:
     if tower.fixed_length and pretrained and asked != positions:
         raise UserError(
             f"config.data.max_text_length={asked}, but a pretrained {tower.config.model_type} has no mask "
-            f"and pools the last of {positions} tokens, be it padding, so that texts of another length get "
-            "other embeddings; set it to None."
+            f"and pools the last of {positions} tokens, even if it is padding, so texts of another length "
+            "would get other embeddings; set it to None."
         )
     return asked
 
@@ -357,7 +358,7 @@ def _whole_dual_encoder(model: Model) -> dict[str, Any]:
     if as_trained.towers != model.module.with_cuts({}).towers:
         raise UserError(
             f"config.model.dual_encoder: {folder} was exported by lit_jax and then trained on with "
-            "transformers; save it with transformers once more without the key 'lit_jax' in its config.json."
+            "transformers; save it with transformers again, without the key 'lit_jax' in its config.json."
         )
     return params
 

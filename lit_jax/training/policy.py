@@ -237,14 +237,14 @@ def _unlocked(config: PolicyConfig, names: list[str], has_teacher: bool) -> Rule
             "config.model.teacher is set" if has_teacher else f"config.policy.lock={config.lock!r}"
         )
         raise UserError(
-            f"config.policy.unlock_last={count} unlocks blocks of a locked tower, and there is none, because "
+            f"config.policy.unlock_last={count} unlocks blocks of a locked tower, but there is none, because "
             f"{why}; set it to 0, or lock a tower (such as config.policy.lock='LU')."
         )
     blocks = _blocks_of(tower, names)
     if count > len(blocks):
         raise UserError(
-            f"config.policy.unlock_last is {count} and {tower} has {len(blocks)} blocks; set it to at most "
-            f"that, or unlock all of the tower with config.policy.lock."
+            f"config.policy.unlock_last is {count}, but {tower} has {len(blocks)} blocks; set it to at most "
+            f"{len(blocks)}, or unlock the whole tower with config.policy.lock."
         )
     # A trained block changes what later parts get as input, so these train as well.
     unlocked = [f"{block}/.*" for block in blocks[-count:]]
@@ -305,7 +305,7 @@ def warn_of_full_rate(config: PolicyConfig, policy: Policy, params: Tree) -> Non
         log.warning(
             "config.policy.lock=%r trains the pretrained image tower at the full learning rate, which can "
             "destroy what it has learned; set config.policy.learning_rate=%r and "
-            "config.policy.weight_decay=%r, or 1.0 in the first to keep the full rate.",
+            "config.policy.weight_decay=%r, or use 1.0 in the first to keep the full rate.",
             config.lock,
             ((IMAGE_TOWER, 0.1),),
             ((IMAGE_TOWER, 0.0),),
@@ -343,6 +343,6 @@ def _check_projection_rule(name: str, rules: Rules) -> None:
     # A rule that names the projections is taken as deliberate.
     if "projection" not in pattern:
         raise UserError(
-            f"config.policy.trainable: the rule {pattern!r} would lock {name}, which starts random; "
-            "put a rule with True for it in front, or one that names it with False."
+            f"config.policy.trainable: the rule {pattern!r} would lock {name}, which starts random; add a "
+            "rule before this one that names it, with True to train it or False to lock it."
         )

@@ -55,7 +55,7 @@ def _find_student(config: ModelConfig) -> TowerPaths:
     if config.dual_encoder or config.image != TowerConfig():
         raise UserError(
             "config.model.teacher names the CLIP whose image tower is kept; leave config.model.dual_encoder "
-            "and config.model.image as they are by default."
+            "and config.model.image at the defaults."
         )
     _check_joint(config, "teacher")
     teacher, clip = find_teacher(config.teacher)
@@ -84,8 +84,8 @@ def _find_dual_encoder(config: ModelConfig) -> TowerPaths:
     for side, tower in sides:
         if dataclasses.replace(tower, overrides={}) != TowerConfig():
             raise UserError(
-                f"config.model.dual_encoder names both towers and their projections; beside it, only the "
-                f"overrides of config.model.{side} can be set."
+                f"config.model.dual_encoder names both towers and their projections; of config.model.{side}, "
+                "leave all but overrides at the defaults."
             )
         part = f"{TOWERS[side]}_config"
         hf_config[part] = _override(hf_config[part], tower, side)
@@ -103,8 +103,8 @@ def _check_joint(config: ModelConfig, key: str) -> None:
     ]
     if without_effect:
         raise UserError(
-            f"config.model.{key} brings what joins the two towers; leave {' and '.join(without_effect)} as "
-            "by default."
+            f"config.model.{key} also gives the projections and the scale; leave "
+            f"{' and '.join(without_effect)} at the default."
         )
 
 

@@ -382,8 +382,8 @@ class _Loop:
                 # The save is asynchronous, and the process ends after this error.
                 self.checkpoints.wait()
                 raise Preempted(
-                    f"Stopped by SIGTERM after step {step} of {durations.total}, which is saved; run the "
-                    "same command again to go on."
+                    f"Stopped by SIGTERM after step {step} of {durations.total}, which is saved. To resume, "
+                    "run the same command again."
                 )
             # Evaluations follow the checkpoint: a run that is killed here resumes at this step and makes the
             # missing evaluations.
@@ -413,7 +413,7 @@ def _check_duration(workdir: Path, steps_done: Sequence[int], total: int) -> Non
     """Raise UserError if a run has taken more steps already than it is to take."""
     if steps_done and steps_done[-1] > total:
         raise UserError(
-            f"{workdir} has trained {steps_done[-1]} steps already, more than the {total} of "
+            f"{workdir} has already trained {steps_done[-1]} steps, more than the {total} of "
             "config.duration; make it longer, or choose another --workdir."
         )
 
@@ -428,7 +428,7 @@ def first_or_latest_state(
     """
     if checkpoints.latest is not None:
         state, locked, position = restore_latest(step, workdir, checkpoints)
-        log.info("Going on from step %d of %s.", checkpoints.latest, workdir)
+        log.info("Resuming from step %d of %s.", checkpoints.latest, workdir)
         return state, locked, position
     trainable, frozen = first_parameters(step.model)
     folder = frozen_folder(workdir)

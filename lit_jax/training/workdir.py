@@ -88,8 +88,8 @@ def load_run(
     # config.json has only the description of a passed tower, from which no module can be built.
     for side in sorted(missing):
         raise UserError(
-            f"{workdir} was trained with a {side} tower that was passed to lit_jax.fit, and only Python code "
-            "can pass it again: lit_jax.load_run(workdir, towers=...)."
+            f"{workdir} was trained with a {side} tower that was passed to lit_jax.fit; load the run in "
+            "Python, with lit_jax.load_run(workdir, towers=...)."
         )
     if dtype is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
@@ -218,7 +218,8 @@ def read_config(workdir: Path) -> Config | None:
     except UserError as error:
         text = str(error).removesuffix(".")
         raise UserError(
-            f"{workdir / 'config.json'} is not of a run of this version ({text}); choose another --workdir."
+            f"{workdir / 'config.json'} does not fit this version of lit_jax ({text}); choose another "
+            "--workdir."
         ) from error
 
 
@@ -254,11 +255,12 @@ def check_workdir(
     if refused:
         raise UserError(
             f"{workdir} holds a run with another config ({'; '.join(refused.values())}); choose another "
-            f"--workdir, or go on with the change by --allow_changes={','.join(refused)}."
+            f"--workdir, or continue with the change by --allow_changes={','.join(refused)}."
         )
     if complete_steps(workdir) and (moved := changes.keys() & TOWER_KEYS):
         log.warning(
-            "%s holds the run's own towers, and it goes on with those; %s is only noted.",
+            "%s holds a copy of the run's towers, and training continues with that copy; the new %s is only "
+            "recorded.",
             workdir,
             " and ".join(sorted(moved)),
         )
@@ -301,8 +303,9 @@ def check_passed(
     for name in sorted(changed):
         before, now = (_name(one.get(name)) for one in (known, passed))
         raise UserError(
-            f"{workdir} was started with another {name} ({before}) than that of now ({now}); pass the former "
-            f"one, choose another --workdir, or go on with this one by --allow_changes={name}."
+            f"{workdir} was started with another value of {name} ({before}) than the present one ({now}); "
+            "pass the original one, choose another --workdir, or continue with the present one by "
+            f"--allow_changes={name}."
         )
 
 

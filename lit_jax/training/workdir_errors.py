@@ -37,7 +37,7 @@ def workdir_errors(workdir: Path, failure: type[Exception] = OSError) -> Iterato
             process.await_verdict()
         what_then = "fix that or choose another --workdir"
         if steps := complete_steps(workdir):
-            what_then = f"fix that and run the same command again: it goes on from step {steps[-1]}"
+            what_then = f"fix that and run the same command again: it resumes from step {steps[-1]}"
         raise UserError(
             f"The run folder {workdir} cannot be written ({reason(error)}); {what_then}."
         ) from error

@@ -87,8 +87,8 @@ def read_tensors(folder: str | pathlib.Path, variant: str | None = None) -> Tens
     variants = sorted({name for name in weights_in(folder).values() if name})
     if variants and not variant:
         raise UserError(
-            f"{folder} has weights of the variant {' and '.join(map(repr, variants))} alone; give variant="
-            f"{variants[0]!r} in Python, or rename the files without it."
+            f"{folder} has only weights of the variant {' and '.join(map(repr, variants))}; give "
+            f"variant={variants[0]!r} in Python, or rename the files without it."
         )
     raise UserError(
         f"{folder} has no weights{f' of the variant {variant!r}' if variant else ''}; it must hold "
@@ -127,8 +127,7 @@ def _parsed(file: pathlib.Path, parse: Callable[[pathlib.Path], dict[str, Any]])
         with file.open("rb") as content:
             if content.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise UserError(
-                    f"{file} is a pointer of Git LFS and holds no weights; run `git lfs pull` in "
-                    f"{file.parent}."
+                    f"{file} is a Git LFS pointer without the weights; run `git lfs pull` in {file.parent}."
                 ) from error
         raise UserError(
             f"{file} is damaged or not what its name says ({one_line(error)}); download it again."
@@ -142,15 +141,15 @@ def _read_shards(index: pathlib.Path, format_: Format) -> dict[str, np.ndarray]:
     for shard in sorted(set(shard_of.values())):
         file = index.parent / shard
         if not file.is_file():
-            raise UserError(f"{file} is missing, which {index.name} names; download it again.")
+            raise UserError(f"{file}, which {index.name} names, is missing; download it again.")
         tensors = _parsed(file, format_.read)
         belonging = {name for name, its_shard in shard_of.items() if its_shard == shard}
         # An interrupted update of a folder may mix shards of two versions.
         if belonging != set(tensors):
             odd = sorted(belonging ^ set(tensors))
             raise UserError(
-                f"{file} and {index.name} disagree about {len(odd)} tensors ({odd[0]} ...); "
-                "they are of different versions, download both again."
+                f"{file} and {index.name} disagree about {len(odd)} tensors ({odd[0]} ...), so they belong "
+                "to different versions; download both again."
             )
         values |= tensors
     return values
@@ -193,7 +192,7 @@ def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
         for name, dtype in dtypes.items():
             if dtype not in _SAFETENSORS_DTYPES:
                 raise UserError(
-                    f"{file} holds {name} as {dtype}, which lit_jax does not read; take the model in "
+                    f"{file} holds {name} as {dtype}, which lit_jax does not read; save the model in "
                     "float32, float16 or bfloat16."
                 )
     return safetensors.numpy.load_file(file)

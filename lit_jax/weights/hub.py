@@ -161,7 +161,7 @@ def _refusing(what: str) -> Iterator[None]:
     # Each of transformers' configs checks its fields in its own way.
     except Exception as error:
         raise UserError(
-            f"{what} is not a config.json that transformers understands ({one_line(error)}); take the one "
+            f"{what} is not a config.json that transformers understands ({one_line(error)}); use the one "
             "that belongs to the model."
         ) from error
 
@@ -246,7 +246,7 @@ def _check_type(hf: dict[str, Any], named: str) -> None:
     except Exception as error:
         reason = one_line(error.__cause__ or error)
         raise UserError(
-            f"{named} is not what transformers takes ({reason}); correct it."
+            f"{named} is not accepted by transformers ({reason}); correct it."
         ) from error
 
 

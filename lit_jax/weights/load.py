@@ -105,8 +105,8 @@ def _open_tower(
     found = own_config["model_type"]
     if found != module.config.model_type:
         raise UserError(
-            f"{folder} holds a model of type {found}, where config.model.{side}.model needs "
-            f"{module.config.model_type}."
+            f"{folder} holds a model of type {found}, but this tower is a {module.config.model_type}; set "
+            f"config.model.{side}.model to a {module.config.model_type}."
         )
     tensors = files.read_tensors(folder, variant)
     # Only Flax dual encoders counted positions differently; Flax text towers alone counted like PyTorch.
@@ -145,7 +145,7 @@ def _take_tower(file: _TowerFile, module: Tower) -> tuple[Params, LoadReport]:
     report = matcher.close()
     if not file.prefix and (head := [name for name in report.ignored if _HEAD.search(name)]):
         log.warning(
-            "%s is a %s, and a tower has no place for its head (%s): the pooled output is the input of that "
+            "%s is a %s, whose head (%s) is not part of a tower: the pooled output is the input of that "
             "head.",
             report.file,
             file.architecture,
@@ -171,7 +171,7 @@ def load_dual_encoder(
     if hf_config["model_type"] not in SYSTEMS:
         raise UserError(
             f"{folder} holds a model of type {hf_config['model_type']}, which is not a dual encoder; lit_jax "
-            f"knows {', '.join(SYSTEMS)}."
+            f"has {', '.join(SYSTEMS)}."
         )
     # The module is built first: a broken config is reported before gigabytes are read.
     module, tensors = (
@@ -204,16 +204,16 @@ def _warn_of_pooling(folder: pathlib.Path, tower: Tower) -> None:
     if found is None or (found.modes == (tower.pooling,) and not found.layers):
         return
     mode = "+".join(found.modes)
-    layers = f", and has {', '.join(found.layers)} behind it" if found.layers else ""
+    layers = f" and then applies {', '.join(found.layers)}" if found.layers else ""
     if mode == tower.pooling:
-        remedy = "the tower is without that"
+        remedy = "the tower leaves that out"
     elif mode in tower.poolings:
-        remedy = f"for that set its pooling (config.model.text.pooling) to {mode!r}"
+        remedy = f"to pool alike, set its pooling (config.model.text.pooling) to {mode!r}"
     else:
-        remedy = "the tower cannot be told to do so"
+        remedy = "the tower has no such pooling"
     log.warning(
-        "%s is a model of sentence-transformers, which pools it by %r%s, and this text tower has the pooling "
-        "%r; %s.",
+        "%s is a model of sentence-transformers, which pools it by %r%s, but this text tower has the "
+        "pooling %r; %s.",
         folder,
         mode,
         layers,
@@ -235,9 +235,9 @@ def _warn_of_positions(
     if is_flax and counts and "position_ids" not in text_config:
         log.warning(
             "%s is of a Flax dual encoder, and those gave a %s the positions 0, 1, 2 ... in training, where "
-            "PyTorch's counts from the padding id + 1 on, as is done now. If this model was trained in Flax, "
-            "choose 'arange' (text_config={'position_ids': 'arange'} in Python, --position_ids=arange of "
-            "evaluate, config.model.text.overrides.position_ids); 'input_ids' there chooses PyTorch's.",
+            "PyTorch's counts from the padding id + 1 on, as is done now. If this model was trained in "
+            "Flax, choose 'arange' (text_config={'position_ids': 'arange'} in Python, --position_ids=arange "
+            "of evaluate, config.model.text.overrides.position_ids); 'input_ids' there chooses PyTorch's.",
             tensors.file,
             tower.model_type,
         )
@@ -305,6 +305,6 @@ def config_errors() -> Iterator[None]:
     # The causes are as varied as an attention without heads or a patch of 0 pixels.
     except Exception as error:
         raise UserError(
-            f"The config.json of a tower, with the overrides, describes no model ({files.one_line(error)}); "
-            "correct its numbers."
+            "The config.json of a tower, with the overrides, does not describe a valid model "
+            f"({files.one_line(error)}); correct its numbers."
         ) from error

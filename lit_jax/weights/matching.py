@@ -125,7 +125,7 @@ class StateDictMatcher:
         there = sum(array.size for array in self._tensors.values.values())
         if wanted > 2 * there + 2**20:
             raise UserError(
-                f"config.json describes a model of {wanted} parameters, and {self.file} has only {there}; "
+                f"config.json describes a model of {wanted} parameters, but {self.file} has only {there}; "
                 "take both from one model, without overrides that change a shape."
             )
 

@@ -176,8 +176,8 @@ def recognise(names: Iterable[str], family: Family, *, has_pooler: bool = True) 
             result.ignored.append(name)
         elif usual in result.names:
             raise UserError(
-                f"The weights have {result.names[usual]} and {name}, two names of one parameter; "
-                "save the model again with transformers."
+                f"The weights have {result.names[usual]} and {name}, two names for the same parameter; save "
+                "the model again with transformers."
             )
         else:
             result.names[usual] = name

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 from lit_jax.files import parse_json
 
-_CONVERT = "take a copy of the model that transformers wrote"
+_CONVERT = "use a copy of the model that transformers wrote"
 # A file that only one library writes -> (the library, the remedy).
 _MARKS: Mapping[str, tuple[str, str]] = {
     "open_clip_config.json": ("open_clip", _CONVERT),
     "adapter_config.json": (
-        "PEFT, an adapter alone",
+        "PEFT, an adapter without its model",
         "merge it into its base model (merge_and_unload) and save that",
     ),
     "model_index.json": ("diffusers", "give the folder of one of its models, such as text_encoder"),

@@ -77,8 +77,8 @@ def save_tower(
         config["vision_use_head"] = "head" in params
     elif lacking := _lacking(module, params, family):
         log.warning(
-            "%s has no %s, as the tower has none with pooling %r; transformers draws them at random (most of "
-            "its classes can be told add_pooling_layer=False).",
+            "%s has no %s, because the tower has none with pooling %r, so transformers will draw them at "
+            "random (most of its classes accept add_pooling_layer=False).",
             folder,
             " and no ".join(lacking),
             module.pooling,
@@ -132,7 +132,8 @@ def save_dual_encoder(
             # The bias is in config.json.
             params.pop("logit_bias", None)
             log.warning(
-                "Only lit_jax will read %s: VisionTextDualEncoder of transformers cannot be this model; %s.",
+                "Only lit_jax can read %s, because transformers' VisionTextDualEncoder cannot represent "
+                "this model: %s.",
                 folder,
                 reason,
             )
@@ -279,8 +280,8 @@ def _move_into(target: pathlib.Path, new: pathlib.Path) -> None:
     before = weights.keys() - {file.name for file in moved}
     if variants := sorted(name for name in before if weights[name]):
         log.warning(
-            "%s still has other variants of the weights that were there before (%s); remove them if they are "
-            "not to be loaded with variant=%r.",
+            "%s still has other variants of the weights from before (%s); remove them, unless variant=%r "
+            "should still load them.",
             target,
             ", ".join(variants),
             weights[variants[0]],
@@ -321,8 +322,8 @@ def _check_replaceable(target: pathlib.Path, new: pathlib.Path) -> None:
     foreign = sorted(present - {file.name for file in new.iterdir()})
     if present and (foreign or not _is_export(target)):
         raise UserError(
-            f"{target} holds {foreign[0] if foreign else 'a model'}, which is not of an export by "
-            "lit_jax; give another folder."
+            f"{target} holds {foreign[0] if foreign else 'a model'}, which no export of lit_jax wrote; give "
+            "another folder."
         )
 
 

@@ -81,12 +81,12 @@ def _check_sizes(archive: zipfile.ZipFile, file: pathlib.Path) -> None:
     members = archive.infolist()
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise UserError(
-            f"{file} is compressed, which torch.save never does, and might unpack to any size; {_SAFE}."
+            f"{file} is compressed, which torch.save never does, and could unpack to any size; {_SAFE}."
         )
     unpacked, size = sum(member.file_size for member in members), file.stat().st_size
     if unpacked > size:
         raise UserError(
-            f"{file} has {size} bytes and says that it holds {unpacked}; download it again, or {_SAFE}."
+            f"{file} has {size} bytes, but claims to hold {unpacked}; download it again, or {_SAFE}."
         )
 
 

@@ -58,8 +58,8 @@ class Settings:
             name in hints and value in get_args(hints[name]) for name, value in given.items()
         ):
             raise UserError(
-                "The model's config.json was written by another version of lit_jax, whose settings "
-                f"this one does not know ({given}); load it with that version."
+                "The model's config.json was written by another version of lit_jax, with settings that this "
+                f"version does not have ({given}); load it with that version."
             )
         return cls(**given)
 

@@ -19,7 +19,7 @@ def test_a_dtype_is_a_name_or_jaxs_own(dtype):
 
 @pytest.mark.parametrize("dtype", ["int8", "half", jnp.float64, None])
 def test_other_dtypes_are_refused(dtype):
-    with pytest.raises(UserError, match="choose float32, bfloat16 or float16"):
+    with pytest.raises(UserError, match=r"float32, bfloat16 .*float16"):
         as_dtype(dtype)
 
 
@@ -37,7 +37,7 @@ def test_images_that_are_not_normalised_are_numbers_still():
 
 
 def test_one_image_is_no_batch():
-    with pytest.raises(UserError, match=r"shape \[3, 4, 5\].*\[images, channels, height, width\]"):
+    with pytest.raises(UserError, match=r"pixel_values .*\[3, 4, 5\]"):
         image_inputs(np.zeros((3, 4, 5), np.float32))
 
 
@@ -52,21 +52,21 @@ def test_texts_are_int32_and_one_row_is_for_all():
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ((IDS[0],), r"input_ids has the shape \[3\].*padding=True"),
-        ((IDS, MASK[:, :2]), r"attention_mask has the shape \[2, 2\] and input_ids \[2, 3\]"),
-        ((IDS, None, MASK[0]), r"token_type_ids has the shape \[3\]"),
-        ((IDS, None, None, np.zeros((3, 3), int)), r"position_ids has the shape \[3, 3\]"),
-        ((IDS + 17,), "input_ids has numbers from 17 to 22, but .* only 20 tokens; .* tokenizer"),
-        ((IDS - 1,), "input_ids has numbers from -1 to 4"),
-        ((IDS, None, IDS), "token_type_ids has numbers from 0 to 5, but .* only 2 token types"),
-        ((IDS, None, None, IDS + 9), "position_ids has numbers from 9 to 14, but .* 9 positions"),
-        ((IDS * 1.0,), "input_ids has the dtype float.*give integers"),
-        ((IDS, None, IDS * 1.0), "token_type_ids has the dtype float"),
+        ((IDS[0],), r"input_ids .*\[3\].*padding=True"),
+        ((IDS, MASK[:, :2]), r"attention_mask .*\[2, 2\] .*input_ids \[2, 3\]"),
+        ((IDS, None, MASK[0]), r"token_type_ids .*\[3\]"),
+        ((IDS, None, None, np.zeros((3, 3), int)), r"position_ids .*\[3, 3\]"),
+        ((IDS + 17,), r"input_ids .*17 .*22, .*20"),
+        ((IDS - 1,), r"input_ids .*-1 .*4"),
+        ((IDS, None, IDS), r"token_type_ids .*0 .*5, .*2"),
+        ((IDS, None, None, IDS + 9), r"position_ids .*9 .*14, .*9"),
+        ((IDS * 1.0,), r"input_ids .*float32"),
+        ((IDS, None, IDS * 1.0), r"token_type_ids .*float32"),
         (
             (IDS, (MASK - 1) * 1e4 - 1),
-            "attention_mask has numbers from -1.0 to -1.0; .* 1 for .* 0 for",
+            r"attention_mask .*-1.0 .*-1.0; .* 1 .*0",
         ),
-        ((IDS, MASK * 2), "attention_mask has numbers from 2 to 2"),
+        ((IDS, MASK * 2), r"attention_mask .*2 .*2"),
     ],
 )
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
@@ -102,10 +102,10 @@ def test_rows_are_those_of_the_tables(family):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("input_ids", [[1, 2, 3], [4, 5]], "input_ids .*equal length.*padding=True"),
-        ("input_ids", [["a", "b"]], "input_ids holds values of dtype"),
+        ("input_ids", [[1, 2, 3], [4, 5]], r"input_ids .*padding=True"),
+        ("input_ids", [["a", "b"]], r"input_ids .*<U1"),
         ("attention_mask", [[1, 1, 1], [1]], "attention_mask .*padding=True"),
-        ("input_ids", None, "input_ids is missing"),
+        ("input_ids", None, r"input_ids"),
     ],
 )
 def test_what_makes_no_array_is_named(name, value, message):
@@ -117,7 +117,7 @@ def test_what_makes_no_array_is_named(name, value, message):
 def test_images_of_different_sizes_make_no_array():
     with pytest.raises(UserError, match=r"pixel_values .*return_tensors='np'"):
         image_inputs([np.zeros((3, 4, 5)), np.zeros((3, 5, 4))])
-    with pytest.raises(UserError, match="pixel_values is missing"):
+    with pytest.raises(UserError, match=r"pixel_values"):
         image_inputs(None)
 
 
@@ -130,5 +130,5 @@ def test_lists_and_truth_values_and_float_masks_of_0_and_1_are_taken():
 
 def test_a_float_mask_whose_numbers_nobody_knows_is_refused():
     """It may be additive: 0 would then mean attended."""
-    with pytest.raises(UserError, match="attention_mask has dtype float32"):
+    with pytest.raises(UserError, match=r"attention_mask .*dtype float32"):
         jax.jit(lambda mask: text_inputs(ROWS, IDS, mask, None, None)[1])(MASK.astype(np.float32))

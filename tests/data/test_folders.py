@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -53,8 +54,7 @@ def test_hidden_and_system_folders_are_no_classes(make, caplog):
     caplog.set_level(logging.INFO)
     folder = make("cat/0.jpg", "dog/0.jpg", "dog/deep/1.jpg", *HIDDEN)
     assert labels(folder) == ["cat", "dog", "dog"]
-    assert f"{len(HIDDEN)} hidden or system files and folders" in caplog.text
-    assert "__MACOSX" in caplog.text
+    assert re.search(rf" {len(HIDDEN)} .*__MACOSX", caplog.text)
 
 
 @pytest.mark.parametrize("name", ["._captions.jsonl", ".captions.jsonl.swp.jsonl", "._b.jsonl"])
@@ -64,9 +64,9 @@ def test_hidden_files_are_no_data(make, name, caplog):
     (folder / "captions.jsonl").write_text(json.dumps({"image": "a.png", "caption": "a"}))
     (folder / name).write_bytes(b"\0\5\x16\7")
     assert len(open_source(SourceConfig(path=str(folder)))) == 1
-    assert f"1 hidden or system files in {folder} are left out: {name}" in caplog.text
+    assert re.search(rf" 1 .* {folder} .*: {name}", caplog.text)
     (folder / "captions.jsonl").unlink()
-    with pytest.raises(UserError, match="no data set"):
+    with pytest.raises(UserError, match=rf"'{folder}'.*captions\.jsonl"):
         open_source(SourceConfig(path=str(folder)))
 
 
@@ -93,7 +93,7 @@ def test_what_is_hidden_is_seen_by_its_name(path, expected):
 def test_a_link_to_a_parent_folder_is_refused_by_name(make, link, target):
     folder = make("cat/0.jpg", "dog/deep/0.jpg")
     (folder / link).symlink_to(target)
-    with pytest.raises(UserError, match=rf"{link} is a link to .*remove the link"):
+    with pytest.raises(UserError, match=rf"{link}"):
         labels(folder)
 
 
@@ -101,7 +101,7 @@ def test_links_that_lead_to_each_other_are_refused(make):
     folder = make("cat/0.jpg", "dog/0.jpg")
     (folder / "cat/other").symlink_to("../dog")
     (folder / "dog/other").symlink_to("../cat")
-    with pytest.raises(UserError, match=r"other is a link to .*remove the link"):
+    with pytest.raises(UserError, match=r"/other "):
         labels(folder)
 
 
@@ -135,7 +135,7 @@ def test_a_folder_that_is_reached_twice_is_told(make, caplog):
 )
 def test_splits_are_no_classes(make, splits):
     folder = make(*(f"{split}/{name}/0.jpg" for split in splits for name in ("cat", "dog")))
-    with pytest.raises(UserError, match="name a split") as raised:
+    with pytest.raises(UserError, match=r"config\.data\.train\.split.*--split") as raised:
         labels(folder)
     assert ", ".join(sorted(splits)) in str(raised.value)
     assert labels(folder, splits[0]) == ["cat", "dog"]
@@ -143,7 +143,7 @@ def test_splits_are_no_classes(make, splits):
 
 def test_splits_beside_other_folders_are_no_classes(make):
     folder = make("train/cat/0.jpg", "val/cat/0.jpg", "sample/0.jpg")
-    with pytest.raises(UserError, match=r"name a split.* train, val "):
+    with pytest.raises(UserError, match=r"train, val"):
         labels(folder)
 
 
@@ -155,7 +155,7 @@ def test_classes_may_be_called_like_a_split(make, classes):
 @pytest.mark.parametrize("name", ["0.tar", "0.parquet", "captions.jsonl"])
 def test_folders_of_splits_with_other_data_are_listed(make, name):
     folder = make(f"train/{name}", f"test/{name}")
-    with pytest.raises(UserError, match=r"name a split.* test, train "):
+    with pytest.raises(UserError, match=r"test, train"):
         labels(folder)
 
 
@@ -166,11 +166,11 @@ def test_splits_and_hidden_folders_of_an_object_store(make, store):
         root = address(f"{store}@{BUCKET}/all")
         assert labels(root.replace("/all", "/all/train")) == ["cat"]
         assert labels(root, "val") == ["cat"]
-        with pytest.raises(UserError, match=r"name a split.* train, val "):
+        with pytest.raises(UserError, match=r"train, val"):
             labels(root)
-        with pytest.raises(UserError, match=r"name a split.* train "):
+        with pytest.raises(UserError, match=r"train"):
             labels(root.replace("/all", "/all/tars"))
-        with pytest.raises(UserError, match=r"no split 'dev'.* are tars, train, val\."):
+        with pytest.raises(UserError, match=r"'dev'.*train, val\."):
             labels(root, "dev")
 
 
@@ -187,27 +187,25 @@ def test_splits_and_hidden_folders_of_an_object_store(make, store):
 )
 def test_splits_in_the_names_of_files_are_listed(make, names, split, known):
     folder = make(*names)
-    with pytest.raises(UserError, match=rf"no split '{split}'; its splits are {known}\."):
+    with pytest.raises(UserError, match=rf"'{split}'; .*{known}\."):
         labels(folder, split)
 
 
 def test_files_without_a_split_in_their_names_have_none(make):
-    with pytest.raises(UserError, match="no split 'val': neither a folder nor a file"):
+    with pytest.raises(UserError, match=r"'val'"):
         labels(make("00000.tar", "00001.tar"), "val")
 
 
 def test_folders_and_images_without_a_class_are_told(make, caplog):
     folder = make("cat/x.txt", "dog/0.heic")
-    with pytest.raises(UserError, match="no data set"):
+    with pytest.raises(UserError, match=rf"'{folder}'.*captions\.jsonl"):
         labels(folder)
-    assert "2 folders in" in caplog.text
+    assert re.search(r" 2 .*: cat, dog", caplog.text)
     folder = make("cat/0.jpg", "dog/0.jpg", "cover.jpg", "notes/readme.txt", "photos/0.heic")
     (folder / "empty").mkdir()
     assert labels(folder) == ["cat", "dog"]
-    assert "3 of the 5 folders" in caplog.text
-    assert "empty, notes, photos" in caplog.text
-    assert "1 images" in caplog.text
-    assert "cover.jpg" in caplog.text
+    assert re.search(r" 3 .*\b5 .*: empty, notes, photos", caplog.text)
+    assert re.search(r" 1 .*: cover\.jpg", caplog.text)
 
 
 def test_braces_are_those_of_a_shell(tmp_path, monkeypatch):
@@ -233,23 +231,23 @@ def test_braces_are_those_of_a_shell(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("{0..99999999}.tar", "names, more than 1,000,000"),
-        ("{a,b}" * 20, "names, more than 1,000,000"),
-        ("{a,b}" * 21, "more than 20"),
-        ("{" * 100_000, "more than 20"),
-        ("{0..1", "neither a range nor a list"),
-        ("0..1}", "neither a range nor a list"),
-        ("{x}", "neither a range nor a list"),
-        ("{}", "neither a range nor a list"),
-        ("{0..}", "neither a range nor a list"),
-        ("{0.." + "9" * 5000 + "}", "neither a range nor a list"),
-        ("{a,{b}", "neither a range nor a list"),
-        ("s3://KEY:SECRET@bucket/{0..", "neither a range nor a list"),
+        ("{0..99999999}.tar", "1,000,000"),
+        ("{a,b}" * 20, "1,000,000"),
+        ("{a,b}" * 21, r"\b20\b"),
+        ("{" * 100_000, r"\b20\b"),
+        ("{0..1", r"\{00000\.\.00331\}.*\{a,b\}"),
+        ("0..1}", r"\{00000\.\.00331\}.*\{a,b\}"),
+        ("{x}", r"\{00000\.\.00331\}.*\{a,b\}"),
+        ("{}", r"\{00000\.\.00331\}.*\{a,b\}"),
+        ("{0..}", r"\{00000\.\.00331\}.*\{a,b\}"),
+        ("{0.." + "9" * 5000 + "}", r"\{00000\.\.00331\}.*\{a,b\}"),
+        ("{a,{b}", r"\{00000\.\.00331\}.*\{a,b\}"),
+        ("s3://KEY:SECRET@bucket/{0..", r"\{00000\.\.00331\}.*\{a,b\}"),
     ],
     ids=range(12),
 )
 def test_braces_that_name_too_much_or_nothing_are_refused(path, message):
-    with pytest.raises(UserError, match=rf"^The braces in .{{1,90}}{message}") as raised:
+    with pytest.raises(UserError, match=message) as raised:
         open_source(SourceConfig(path=path))
     assert "SECRET" not in str(raised.value)
 
@@ -261,15 +259,15 @@ def test_braces_that_name_too_much_or_nothing_are_refused(path, message):
 def test_data_that_is_no_regular_file_is_refused(tmp_path, name):
     os.mkfifo(tmp_path / name)
     for path in (tmp_path, tmp_path / name):
-        with pytest.raises(UserError, match=rf"{name} is a pipe, a device or a folder"):
+        with pytest.raises(UserError, match=rf"{name}"):
             open_source(SourceConfig(path=str(path)))
 
 
 def test_the_home_of_an_unknown_user_is_one_sentence():
-    with pytest.raises(UserError, match=r"^~nobody-here/data has no home folder"):
+    with pytest.raises(UserError, match=r"^~nobody-here/data"):
         open_source(SourceConfig(path="~nobody-here/data"))
 
 
 def test_a_path_that_does_not_exist_is_told_so(tmp_path):
-    with pytest.raises(UserError, match=r"no file or folder .*nowhere"):
+    with pytest.raises(UserError, match=r"'.*nowhere'"):
         open_source(SourceConfig(path=str(tmp_path / "nowhere")))

@@ -3,6 +3,7 @@
 import csv
 import json
 import pickle
+import re
 from pathlib import Path
 
 import datasets
@@ -84,7 +85,7 @@ def test_rows_of_one_file_are_one_example(folder, caplog):
     source = open_source(SourceConfig(path=str(folder)))
     assert captions_of(source) == captions_of(pickle.loads(pickle.dumps(source))) == GROUPED
     assert [decode(source[i]["image"]).size for i in range(2)] == [(7, 4)] * 2
-    assert caplog.text.count("6 rows name 2 images") == 1
+    assert len(re.findall(r": 6 .*\b2 .*group_captions=False", caplog.text)) == 1
     assert captions_of(open_source(SourceConfig(path=str(folder), max_examples=1))) == GROUPED[:1]
 
 
@@ -199,7 +200,7 @@ def test_captions_by_language_come_together(tmp_path):
     german = open_source(SourceConfig(path=str(tmp_path), languages={"de": 1.0}))
     assert captions_of(german) == [("ein Hund", "Hund")]
     (tmp_path / "captions.jsonl").write_text(lines[0] + '\n{"image": "a.png", "caption": "x"}')
-    with pytest.raises(BadSampleError, match="by language"):
+    with pytest.raises(BadSampleError, match=r"a\.png"):
         open_source(SourceConfig(path=str(tmp_path)))[0]
 
 

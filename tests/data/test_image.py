@@ -132,7 +132,7 @@ def test_image_size_keeps_the_ratio_of_resize_to_crop(processor_folder):
 
 def test_varying_sizes_are_refused_until_image_size_is_set(processor_folder):
     folder = processor_folder(**FAMILIES["clip"], do_center_crop=False)
-    with pytest.raises(UserError, match=r"different sizes; set config\.data\.image_size"):
+    with pytest.raises(UserError, match=r"config\.data\.image_size"):
         load_image_transform(folder)
     assert load_image_transform(folder, image_size=20).output_shape == (20, 20, 3)
 
@@ -144,7 +144,7 @@ def test_a_processor_that_does_more_is_refused(processor_folder):
         do_pad=True,
         pad_size={"height": 9, "width": 9},
     )
-    with pytest.raises(UserError, match=r"ViTImageProcessorPil\) does more than to resize"):
+    with pytest.raises(UserError, match=r"ViTImageProcessorPil\)"):
         load_image_transform(folder)
 
 
@@ -156,14 +156,12 @@ def test_a_processor_that_is_not_affine_is_refused(processor_folder, monkeypatch
             return super().rescale(image, scale, **kwargs) ** 2
 
     monkeypatch.setattr(AutoImageProcessor, "from_pretrained", lambda *_, **__: Gamma())
-    with pytest.raises(
-        UserError, match=r"Gamma\) does more than to resize, crop, rescale and norm"
-    ):
+    with pytest.raises(UserError, match=r"Gamma\)"):
         load_image_transform(processor_folder(**FAMILIES["vit"]))
 
 
 def test_a_missing_or_broken_processor_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no image processor; put .*preprocessor_config\.json"):
+    with pytest.raises(UserError, match=r"preprocessor_config\.json"):
         load_image_transform(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be used"):
@@ -187,13 +185,13 @@ def test_a_missing_or_broken_processor_is_refused(tmp_path):
 )
 def test_a_processor_that_does_not_work_is_refused(processor_folder, settings):
     folder = processor_folder(**FAMILIES["vit"] | settings)
-    with pytest.raises(UserError, match=r"cannot be used \(.*own preprocessor_config\.json"):
+    with pytest.raises(UserError, match=r"\(.*preprocessor_config\.json"):
         load_image_transform(folder)
 
 
 @pytest.mark.parametrize("area", [0.0, -0.5, 1.5])
 def test_crop_min_area_must_be_a_part(processor_folder, area):
-    with pytest.raises(UserError, match=r"config\.data\.crop_min_area is"):
+    with pytest.raises(UserError, match=r"config\.data\.crop_min_area"):
         load_image_transform(processor_folder(**FAMILIES["vit"]), crop_min_area=area)
 
 
@@ -411,7 +409,7 @@ def test_random_crop_is_a_window_of_what_the_processor_resized(processor_folder,
 
 
 def test_random_crop_needs_a_processor_that_crops(processor_folder):
-    with pytest.raises(UserError, match=r"config\.data\.random_crop .* has none"):
+    with pytest.raises(UserError, match=r"config\.data\.random_crop"):
         load_image_transform(processor_folder(**FAMILIES["vit"]), random_crop=True)
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import pickle
+import re
 
 import pyarrow as pa
 import pytest
@@ -87,8 +88,7 @@ def test_damaged_lines_of_flickr_are_told(tmp_path, encode, noise, caplog):
         file.write("1.jpg | 4   A dog runs across the grass .\nnonsense\n\n")
     examples = opened(tmp_path)
     assert examples[0]["captions"] == (*TEXTS, "A dog runs across the grass .")
-    assert "1 lines of" in caplog.text
-    assert "nonsense" in caplog.text
+    assert re.search(r" 1 .*results\.csv .*nonsense", caplog.text)
 
 
 def test_another_results_csv_is_a_table(tmp_path, encode, noise):
@@ -163,13 +163,13 @@ def test_annotations_of_no_image_are_told(coco, caplog):
 )
 def test_a_caption_file_with_other_types_is_refused(tmp_path, content):
     (tmp_path / "captions_val2017.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="is no caption file of its kind"):
+    with pytest.raises(UserError, match=r"captions_val2017\.json"):
         opened(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.token", "captions.txt", "captions_a.json", "dataset_a.json"])
 @pytest.mark.parametrize(
-    ("encoding", "told"), [("latin-1", "'é' in Latin-1"), ("utf-16", "UTF-16")]
+    ("encoding", "told"), [("latin-1", r"'é' .*Latin-1"), ("utf-16", "UTF-16")]
 )
 def test_caption_files_in_another_encoding_are_refused(tmp_path, name, encoding, told):
     (tmp_path / name).write_bytes("a.png#0\tcafé\n".encode(encoding))
@@ -184,7 +184,7 @@ def test_one_missing_image_does_not_hide_the_others(coco):
     assert len(opened(folder)) == 3
     for image in (folder / "val2017").iterdir():
         image.unlink()
-    with pytest.raises(UserError, match=r"'0\.png' that .* is in none of the folders"):
+    with pytest.raises(UserError, match=r"'0\.png'"):
         opened(folder)
 
 
@@ -238,7 +238,7 @@ def test_image_folders_of_hugging_face_are_read_by_their_metadata(
     for example in examples:
         assert decode(example["image"]).size == (7, 4)
     if split:
-        with pytest.raises(UserError, match="name a split"):
+        with pytest.raises(UserError, match=r"config\.data\.train\.split"):
             opened(tmp_path)
 
 
@@ -256,7 +256,7 @@ def test_names_of_columns_that_the_user_sets_are_kept(tmp_path, encode, noise):
 
 def test_one_split_of_metadata_is_no_class(tmp_path, encode, noise):
     write_metadata(tmp_path / "train", "jsonl", ROWS, encode, noise)
-    with pytest.raises(UserError, match="name a split"):
+    with pytest.raises(UserError, match=r"config\.data\.train\.split"):
         opened(tmp_path)
 
 
@@ -264,7 +264,7 @@ def test_one_of_several_metadata_files_is_read_and_named(tmp_path, encode, noise
     write_metadata(tmp_path, "jsonl", ROWS, encode, noise)
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,another\n")
     assert opened(tmp_path)[0]["captions"] == ("a dog", "one dog")
-    assert "metadata.jsonl is read, and metadata.csv" in caplog.text
+    assert re.search(r"metadata\.jsonl .*metadata\.csv", caplog.text)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -352,7 +352,7 @@ def test_bad_rows_of_a_json_list_are_bad_samples(tmp_path, encode, noise):
     source = open_source(SourceConfig(path=str(tmp_path)))
     assert source[0]["captions"] == ("a",)
     for n in (1, 2, 3):
-        with pytest.raises(BadSampleError, match=rf"item {n} of .*a\.json") as raised:
+        with pytest.raises(BadSampleError, match=rf"{n} .*a\.json") as raised:
             source[n]
         assert raised.value.kind == "no_example"
 
@@ -360,7 +360,7 @@ def test_bad_rows_of_a_json_list_are_bad_samples(tmp_path, encode, noise):
 @pytest.mark.parametrize("end", ["", ",", ",]", "] x", "}]", '{"image": "b"}]'])
 def test_a_damaged_json_list_is_refused(tmp_path, end):
     (tmp_path / "a.json").write_text('[{"image": "a.png", "caption": "a"}' + end)
-    with pytest.raises(UserError, match=r"a\.json is no JSON list of rows"):
+    with pytest.raises(UserError, match=r"a\.json .*JSON"):
         opened(tmp_path)
 
 
@@ -395,6 +395,6 @@ def test_thousands_of_json_files_are_not_looked_into(tmp_path, monkeypatch):
         for k in FORMATS
     ]
     monkeypatch.setattr(sources, "FORMATS", tuple(kinds))
-    with pytest.raises(UserError, match="no data set"):
+    with pytest.raises(UserError, match=rf"'{tmp_path}/pairs'.*captions\.jsonl"):
         opened(tmp_path / "pairs")
     assert not looked_into

@@ -207,7 +207,7 @@ def test_a_small_data_set_is_repeated_within_a_batch(jsonl_folder, open_stream, 
 
 
 def test_a_batch_that_does_not_divide_is_refused(source, image_transform, open_stream):
-    refused = pytest.raises(UserError, match="batch size of 6 does not divide by 4 processes")
+    refused = pytest.raises(UserError, match=r"\b6 .*config\.batch_size .*\b4\b")
     with refused:
         open_stream(source, batch_size=6, processes=4)
     batches = eval_batches(source, image_transform, batch_size=6, process_index=0, process_count=4)
@@ -235,12 +235,8 @@ def test_bad_samples_are_replaced_counted_and_logged_once(spoilt, open_stream, c
     met = {kind: count for kind, count in stream.bad_samples.items() if count}
     assert met.keys() == {"missing", "no_caption", "not_image"}
     assert sum(met.values()) >= 12  # a replacement may be bad, too
-    assert sorted(record.getMessage() for record in caplog.records) == [
-        "Bad sample 12.png is replaced by another: no caption.",
-        "Bad sample 18.png is replaced by another: not an image.",
-        "Bad sample 6.png is replaced by another: no caption.",
-        "Bad sample missing.png is replaced by another: No such file or directory.",
-    ]
+    told = sorted(record.args[0] for record in caplog.records)
+    assert told == ["12.png", "18.png", "6.png", "missing.png"]
 
 
 def test_replacements_are_the_same_everywhere(spoilt, open_stream):
@@ -255,7 +251,7 @@ def test_replacements_are_the_same_everywhere(spoilt, open_stream):
 def test_too_many_bad_samples_stop_the_run_after_an_epoch(spoilt, open_stream):
     stream = open_stream(spoilt, batch_size=6, max_bad_fraction=0.1)
     take(stream, 3)
-    with pytest.raises(UserError, match=r"\d of \d+ samples are bad .*png.*max_bad_fraction"):
+    with pytest.raises(UserError, match=r"\d .*\d+ .*max_bad_fraction"):
         next(stream)
 
 
@@ -274,23 +270,21 @@ def test_bad_samples_are_counted_over_the_whole_run(spoilt, open_stream):
 def test_too_many_bad_samples_before_a_run_is_resumed_stop_it_then(source, open_stream):
     stream = open_stream(source, max_bad_fraction=0.1)
     stream.set_state({"next_batch": 8, "samples_read": 30, "bad_samples": {**NONE_BAD, "empty": 8}})
-    with pytest.raises(UserError, match=r"8 of 34 samples are bad \(23\.5%: 8 empty\)"):
+    with pytest.raises(UserError, match=r"8 .*34 .*\(23\.5%: 8 empty\)"):
         next(stream)
 
 
 def test_bad_samples_are_judged_early_in_a_large_data_set(spoilt, open_stream, monkeypatch):
     monkeypatch.setattr(loader, "JUDGE_AFTER", 10)
     stream = open_stream(spoilt, batch_size=1, max_bad_fraction=0.0)
-    with pytest.raises(UserError, match="samples are bad"):
+    with pytest.raises(UserError, match=r"config\.data\.max_bad_fraction"):
         take(stream, 16)
 
 
 @pytest.mark.parametrize("threads", [0, 4])
 def test_nothing_but_bad_samples_stops_the_run(jsonl_folder, open_stream, threads):
     source = open_folder(jsonl_folder([{"image": "missing.png", "caption": "a"}]))
-    with pytest.raises(
-        UserError, match=r"in a row are bad, the first is missing\.png: No such file"
-    ):
+    with pytest.raises(UserError, match=r"missing\.png"):
         next(open_stream(source, max_bad_fraction=1.0, threads=threads))
 
 
@@ -314,7 +308,7 @@ def test_workers_change_nothing_and_outlive_sigterm(spoilt, open_stream):
 def test_an_error_of_a_worker_is_the_error_of_the_stream(jsonl_folder, open_stream):
     folder = jsonl_folder({"image": "missing.png", "caption": "a"} for _ in range(3))
     stream = open_stream(open_folder(folder), workers=1)
-    with pytest.raises(UserError, match=r"100 samples in a row are bad"):
+    with pytest.raises(UserError, match=r"100 samples"):
         next(stream)
 
 
@@ -322,8 +316,8 @@ def test_an_error_of_a_worker_is_the_error_of_the_stream(jsonl_folder, open_stre
 @pytest.mark.parametrize(
     ("end", "advice"),
     [
-        (signal.SIGKILL, "SIGKILL.; lower config.data.workers if memory ran out"),
-        (signal.SIGBUS, "SIGBUS.; enlarge /dev/shm"),
+        (signal.SIGKILL, r"SIGKILL.; .*config.data.workers"),
+        (signal.SIGBUS, r"SIGBUS.; .*/dev/shm"),
     ],
 )
 def test_a_worker_that_is_killed_is_no_riddle(source, open_stream, end, advice):
@@ -413,8 +407,7 @@ def test_eval_batches_mask_and_report_bad_images(spoilt, image_transform, caplog
     index = np.concatenate([batch["index"] for batch in batches])
     # Examples 6 and 12 lack no more than a caption, which an image's embedding does not need.
     assert set(range(24)) - set(index.tolist()) == {0, 18}
-    assert [record.getMessage() for record in caplog.records] == [
-        "Bad sample missing.png is left out of the evaluation: No such file or directory.",
-        "Bad sample 18.png is left out of the evaluation: not an image.",
-        "2 of 24 samples are left out of the evaluation.",
-    ]
+    missing, other, together = (record.args for record in caplog.records)
+    assert missing == ("missing.png", "No such file or directory")
+    assert other[0] == "18.png"
+    assert together == (2, 24)

@@ -233,14 +233,12 @@ def test_a_mixture_is_written_in_the_config(write_folders):
 
 
 def test_bad_mixtures_are_refused(write_folders):
-    with pytest.raises(UserError, match=r"train\.path and config\.data\.mixture are both set"):
+    with pytest.raises(UserError, match=r"train\.path .*config\.data\.mixture"):
         open_config(mixture=write_folders, train={"path": "nowhere"})
     write_folders["labels"]["weight"] = 0
-    with pytest.raises(UserError, match=r"mixture\.labels\.weight is 0"):
+    with pytest.raises(UserError, match=r"mixture\.labels\.weight .*0"):
         open_config(mixture=write_folders)
-    with pytest.raises(
-        UserError, match=r"config\.data\.mixture\.labels\.wieght is not a config key"
-    ):
+    with pytest.raises(UserError, match=r"config\.data\.mixture\.labels\.wieght"):
         open_config(mixture={"labels": {"wieght": 1}})
 
 
@@ -289,33 +287,29 @@ def test_text_in_any_script_comes_out_as_it_went_in(multilingual):
 def test_without_a_caption_in_the_language_there_is_none(multilingual):
     assert multilingual(en=1.0)[1]["captions"] == ()
     assert multilingual(de=0.0, th=1.0)[0]["captions"] == ()
-    with pytest.raises(BadSampleError, match=r"there are captions in en, de, ar$"):
+    with pytest.raises(BadSampleError, match=r" en, de, ar$"):
         sample_caption(multilingual(de=0.0, th=1.0)[0], np.random.default_rng(0))
-    with pytest.raises(
-        BadSampleError, match=r"there are captions in th$"
-    ):  # the English one is blank
+    with pytest.raises(BadSampleError, match=r" th$"):  # the English one is blank
         sample_caption(multilingual(en=1.0)[1], np.random.default_rng(0))
-    with pytest.raises(
-        UserError, match=r"No caption is in a language .*, the data has ar, de, en, th;"
-    ):
+    with pytest.raises(UserError, match=r"--eval\.languages.* ar, de, en, th\."):
         captions_of(multilingual(xx=1.0))
 
 
 def test_bad_languages_are_refused(multilingual, jsonl_folder):
-    with pytest.raises(UserError, match="de, en all have the weight 0"):
+    with pytest.raises(UserError, match=r"\(de, en\) .*\b0\b"):
         multilingual(de=0.0, en=0.0)
     folder = jsonl_folder([{"image": "a.png", "caption": "a"}])
     source = open_source(SourceConfig(path=str(folder), languages={"en": 1.0}))
-    with pytest.raises(UserError, match=r"Nothing says in which language the captions of a\.png"):
+    with pytest.raises(UserError, match=r"a\.png"):
         source[0]
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"captions": {"en": 3}}, "no example"),
-        ({"captions": {"en": ["a", 3]}}, '"captions" has an item that is no text'),
-        ({"captions": {"en": "a"}, "caption": "b"}, '"caption" stands beside'),
+        ({"captions": {"en": 3}}, r"'en': 3"),
+        ({"captions": {"en": ["a", 3]}}, r'"captions"'),
+        ({"captions": {"en": "a"}, "caption": "b"}, r'"caption"'),
     ],
 )
 def test_bad_captions_by_language_are_refused(jsonl_folder, row, reason):
@@ -324,7 +318,7 @@ def test_bad_captions_by_language_are_refused(jsonl_folder, row, reason):
 
 
 def test_a_template_takes_the_label_where_it_stands(write_folders):
-    with pytest.raises(UserError, match=r"'a photo' has no place for the label; write \{\}"):
+    with pytest.raises(UserError, match=r"'a photo' .*\{\}"):
         open_config(train={**write_folders["all"], "templates": ("a photo",)})
     captioned = open_config(train={**write_folders["all"], "templates": ("{}",)})
     assert captioned[0]["captions"] == ("0",)  # it has one of its own

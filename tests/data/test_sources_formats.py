@@ -268,7 +268,7 @@ def test_a_tsv_without_names_of_columns_may_have_any_second_field(tmp_path, imag
     if image.startswith("https"):
         source = open_source(SourceConfig(path=str(file)), text_only=True)
         assert [source[i]["captions"] for i in range(2)] == [("a dog",), ("a cat",)]
-    expected = "img2dataset" if image.startswith("https") else "needs the columns 'image'"
+    expected = "img2dataset" if image.startswith("https") else "'image'"
     with pytest.raises(UserError, match=expected):
         open_source(SourceConfig(path=str(file)))
 
@@ -303,22 +303,22 @@ def test_a_user_is_no_part_of_the_bucket():
 
 @pytest.mark.parametrize("name", LOCAL_ONLY)
 def test_what_needs_a_local_disk_says_so(served, name):
-    with pytest.raises(UserError, match=r"local disks alone; copy s3://"):
+    with pytest.raises(UserError, match=r"s3://bucket/"):
         open_source(SourceConfig(path=served(f"s3://nobody:none@{BUCKET}/{name}")))
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("gs://bucket/a?scheme=http&nonsense=1", "gs://bucket cannot be opened .*'nonsense'"),
-        ("s3://bucket/a?region=x&scheme=htp", "s3://bucket cannot be opened .*'htp'"),
+        ("gs://bucket/a?scheme=http&nonsense=1", r"gs://bucket .*'nonsense'"),
+        ("s3://bucket/a?region=x&scheme=htp", r"s3://bucket .*'htp'"),
         (
             "s3://KEY:SECRET@bucket/a?endpoint_override=a b",
-            "s3://bucket cannot .* parse URI: 's3://b",
+            r"s3://bucket .*URI: 's3://b",
         ),
         (
             "gs://anonymous@bucket/a?endpoint_override=127.0.0.1:1&scheme=http&retry_limit_seconds=1",
-            "cannot be read .*Could not connect",
+            "Could not connect",
         ),
     ],
 )
@@ -332,7 +332,7 @@ def test_an_image_at_an_address_that_means_nothing_is_a_bad_sample(tmp_path):
     row = {"image": "s3://bucket/x.png?nonsense=1", "caption": "x"}
     (tmp_path / "captions.jsonl").write_text(json.dumps(row) + "\n")
     source = open_source(SourceConfig(path=str(tmp_path)))
-    with pytest.raises(BadSampleError, match=r"s3://bucket cannot be opened .*'nonsense'"):
+    with pytest.raises(BadSampleError, match=r"s3://bucket .*'nonsense'"):
         decode(source[0]["image"])
 
 
@@ -437,7 +437,7 @@ def test_braces_name_tar_files(data):
     assert len(open_tars(data / "tars/{00000..00001}.tar")) == N
     assert len(open_tars(data / "tars/{00001,00000}.tar")) == N
     assert len(open_tars(data / "tars/00000.tar")) == 4
-    with pytest.raises(UserError, match=r"00002\.tar.*shard of the data set cannot be read"):
+    with pytest.raises(UserError, match=r"00002\.tar"):
         open_tars(data / "tars/{00000..00002}.tar")
 
 
@@ -468,7 +468,7 @@ def test_the_index_goes_to_the_cache_where_nothing_can_be_written(tmp_path, imag
     assert len(list((cache / "lit_jax").glob("*.arrow"))) == 1
     assert not [f for f in folder.iterdir() if f.name.startswith(".")]
     monkeypatch.setenv("XDG_CACHE_HOME", str(files[0]))
-    with pytest.raises(UserError, match=r"can be written to none of .* set XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match=r"XDG_CACHE_HOME"):
         open_index(files)
 
 
@@ -482,7 +482,7 @@ def test_hostile_members_are_bad_samples(tmp_path, images, name):
         add(tar, "good.png", images[1])
         add(tar, "good.txt", b"good")
     source = open_tars(tmp_path)
-    with pytest.raises(BadSampleError, match="leads out of the folder") as raised:
+    with pytest.raises(BadSampleError, match="link") as raised:
         source[0]
     assert raised.value.kind == "hostile_path"
     assert source[1]["captions"] == ("good",)
@@ -558,7 +558,7 @@ def test_a_truncated_tar_gives_what_is_left_of_it(tmp_path, images, caplog):
 @pytest.mark.parametrize("content", [b"", b"no tar" * 200])
 def test_an_unreadable_tar_is_refused(tmp_path, content):
     (tmp_path / "0.tar").write_bytes(content)
-    with pytest.raises(UserError, match=r"0\.tar is no tar file that can be read"):
+    with pytest.raises(UserError, match=r"0\.tar"):
         open_tars(tmp_path)
 
 
@@ -600,7 +600,7 @@ def test_csv_that_never_ends_a_field_is_refused_early(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_FIELD_BYTES", 1000)
     file = tmp_path / "a.csv"
     file.write_text('image,caption\na.png,5" nails\nb.png,"a\n' + "c.png,c\n" * 1000)
-    with pytest.raises(UserError, match=r"a\.csv has a quoted field without an end at byte 35;"):
+    with pytest.raises(UserError, match=r"a\.csv .*35;"):
         line_offsets(file, quoted=True, block_bytes=64)
     file.write_text('image,caption\na.png,"a' + "\n" * 999 + '"\n')
     assert len(line_offsets(file, quoted=True, block_bytes=64)) == 3
@@ -618,19 +618,19 @@ def test_tsv_keeps_quotes_that_quote_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"filepath,title\na.png,a\n", r"needs the columns 'image'.*'filepath', 'title'"),
-        ("a.tsv", b"a caption\tmissing.png\n", r"needs the columns 'image'"),
-        ("a.csv", b"image,caption\n", "no line after them"),
-        ("a.csv", b'image,caption\na.png,"a', "quoted field without an end"),
-        ("a.csv", b"\xff,caption\na,b\n", "no line of a table"),
-        ("a.csv", b"", "is empty"),
-        ("a.parquet", b"PAR1", "is no Parquet file that can be read"),
-        ("captions_x.json", b"{}", "is no caption file of its kind .*annotations"),
-        ("dataset_x.json", b"[", "is no caption file of its kind"),
-        ("x.token", b"no tab", "is no caption file of its kind"),
-        ("x.token", b"missing.jpg#0\ta", "is in none of the folders"),
-        ("records.json", b"{", "is damaged"),
-        ("state.json", b"{}", "is damaged"),
+        ("a.csv", b"filepath,title\na.png,a\n", r"'image'.*'filepath', 'title'"),
+        ("a.tsv", b"a caption\tmissing.png\n", r"'image'"),
+        ("a.csv", b"image,caption\n", r"a\.csv"),
+        ("a.csv", b'image,caption\na.png,"a', r"a\.csv .*byte \d+"),
+        ("a.csv", b"\xff,caption\na,b\n", r"a\.csv .*UTF-8"),
+        ("a.csv", b"", r"a\.csv"),
+        ("a.parquet", b"PAR1", r"a\.parquet"),
+        ("captions_x.json", b"{}", r"captions_x\.json .*annotations"),
+        ("dataset_x.json", b"[", r"dataset_x\.json"),
+        ("x.token", b"no tab", r"x\.token"),
+        ("x.token", b"missing.jpg#0\ta", r"'missing\.jpg' .*x\.token"),
+        ("records.json", b"{", r"\(.*Expecting"),
+        ("state.json", b"{}", r"\("),
     ],
 )
 def test_bad_files_are_refused_in_one_sentence(tmp_path, name, content, message):
@@ -655,7 +655,7 @@ def test_columns_are_named_by_the_config(tmp_path, images):
     parquet.write_table(table, tmp_path / "a.parquet")
     source = open_source(SourceConfig(path=str(tmp_path), image_key="jpg", caption_key="text"))
     assert source[1]["captions"] == (CAPTIONS[1], "second")
-    with pytest.raises(UserError, match=r"needs a column 'image' of images.*jpg \(binary\)"):
+    with pytest.raises(UserError, match=r"'image' .*\(binary\)"):
         open_source(SourceConfig(path=str(tmp_path)))
 
 
@@ -701,7 +701,7 @@ def test_labels_out_of_range_are_bad_samples(tmp_path, images):
     source = open_source(SourceConfig(path=str(tmp_path)))
     assert [source[i]["label"] for i in range(3)] == ["cat", "犬", None]
     assert source[3]["captions"] == (CAPTIONS[3],)  # good for all that does without labels
-    with pytest.raises(BadSampleError, match='"label" is 7, of 2 classes'):
+    with pytest.raises(BadSampleError, match=r'"label" .*7, .*2'):
         usable_label(source[3])
 
 
@@ -710,25 +710,23 @@ def test_a_saved_dict_of_data_sets_has_splits(tmp_path, images):
     datasets.DatasetDict(train=whole, test=whole.select([2, 0])).save_to_disk(tmp_path)
     source = open_source(SourceConfig(path=str(tmp_path), split="test"))
     assert [source[i]["captions"] for i in range(2)] == [(CAPTIONS[2],), (CAPTIONS[0],)]
-    with pytest.raises(UserError, match="no split 'valid'; its splits are test, train"):
+    with pytest.raises(UserError, match=r"'valid'; .*test, train"):
         open_source(SourceConfig(path=str(tmp_path), split="valid"))
     for split in ("train", "test"):
         (tmp_path / split / "state.json").unlink()
-    with pytest.raises(
-        UserError, match=r"has a state\.json, so its dataset_dict\.json has no splits"
-    ):
+    with pytest.raises(UserError, match=r"state\.json, .*dataset_dict\.json"):
         open_source(SourceConfig(path=str(tmp_path)))
 
 
 def test_a_missing_shard_of_records_is_refused(tmp_path, images):
     write_records(tmp_path, images)
     os.truncate(tmp_path / "1.array_record", 0)
-    with pytest.raises(UserError, match=r"1\.array_record is missing or empty"):
+    with pytest.raises(UserError, match=r"1\.array_record"):
         open_source(SourceConfig(path=str(tmp_path)))
 
 
 def test_splits_of_karpathy_are_listed(data):
-    with pytest.raises(UserError, match="no split 'x'; its splits are test, train"):
+    with pytest.raises(UserError, match=r"'x'; .*test, train"):
         open_source(SourceConfig(path=str(data / "karpathy"), split="x"))
 
 
@@ -736,7 +734,7 @@ def test_several_files_need_a_choice(tmp_path, images):
     write_csv(tmp_path, images)
     (tmp_path / "test-pairs.csv").write_bytes((tmp_path / "pairs.csv").read_bytes())
     assert len(open_source(SourceConfig(path=str(tmp_path), split="test"))) == N
-    with pytest.raises(UserError, match=r"has pairs\.csv, test-pairs\.csv; name one"):
+    with pytest.raises(UserError, match=r"pairs\.csv, test-pairs\.csv"):
         open_source(SourceConfig(path=str(tmp_path)))
 
 
@@ -769,11 +767,11 @@ def test_a_split_is_a_whole_part_of_the_names(tmp_path, split, names):
         source = open_source(config)
         assert [source[i]["captions"] for i in range(len(source))] == [(name,) for name in names]
     else:
-        with pytest.raises(UserError, match=f"has no split '{split}'"):
+        with pytest.raises(UserError, match=rf"'{split}'"):
             open_source(config)
 
 
 @pytest.mark.parametrize("path", ["http://a.b/c", "s3://", "s3://me@/b", "ftp://a/b"])
 def test_other_addresses_are_refused(path):
-    with pytest.raises(UserError, match="is no address that can be read"):
+    with pytest.raises(UserError, match="s3://BUCKET/PATH"):
         open_source(SourceConfig(path=path))

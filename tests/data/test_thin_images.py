@@ -93,7 +93,7 @@ def test_the_limit_changes_no_pixel(processor_folder, noise, monkeypatch, augmen
 def test_a_thin_image_is_too_large_where_its_crop_cannot_be_computed_alone(processor_folder, noise):
     transform = load_image_transform(processor_folder(**CLIP, resample=0))
     assert transform.eval(noise(1, 8000, 3)).shape == (64, 64, 3)
-    with pytest.raises(BadSampleError, match=r"9000x1 pixels.*NEAREST.*576000x64") as raised:
+    with pytest.raises(BadSampleError, match=r"9000x1 .*NEAREST.*576000x64") as raised:
         transform.eval(noise(1, 9000, 3))
     assert raised.value.kind == "too_large"
 

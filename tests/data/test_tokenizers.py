@@ -235,6 +235,6 @@ def test_code_in_the_folder_is_never_run(folders, tmp_path, monkeypatch, part, f
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     read = {"tokenizer": lambda: load_tokenizer(folder, max_length=LENGTH)}
     read["image processor"] = lambda: load_processor(folder)
-    with pytest.raises(UserError, match=rf"The {part} in {folder} .*never runs"):
+    with pytest.raises(UserError, match=rf"{part} .*{folder}"):
         read[part]()
     assert not marker.exists()

@@ -1,6 +1,7 @@
 """Real processes of one run, of which one dies, stops or fails: the others end, and the launcher says why."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,9 +136,9 @@ def test_where_another_process_never_comes_the_wait_has_an_end_and_a_sentence():
     ]
     said = [process.communicate(timeout=200)[1] for process in alone]
     assert [process.returncode for process in alone] == [GONE, GONE], said
-    for errors, missing in zip(said, ("process 1 has not", "process 0 is not"), strict=True):
+    for errors, missing in zip(said, ("process 1 ", "process 0 "), strict=True):
         assert missing in errors
-        assert "JAX_NUM_PROCESSES says 2" in errors
+        assert re.search(r"JAX_NUM_PROCESSES \w+ 2", errors)
         assert errors.count("\n") == 1
 
 

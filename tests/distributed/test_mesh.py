@@ -19,7 +19,7 @@ def test_a_mesh_takes_all_devices(data, fsdp, shape):
 
 @pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (-1, 3), (4, 4), (16, 1)])
 def test_sizes_that_do_not_fit_are_refused(data, fsdp):
-    with pytest.raises(UserError, match=r"8 devices; set config.mesh.data=-1"):
+    with pytest.raises(UserError, match=r"8 .*config.mesh.data=-1"):
         make_mesh(MeshConfig(data=data, fsdp=fsdp))
 
 
@@ -51,7 +51,7 @@ def test_fsdp_may_be_a_multiple_of_a_slice():
 
 def test_fsdp_that_is_neither_part_nor_multiple_of_a_slice_is_refused():
     three = [Device(id=n, slice_index=n // 4) for n in range(12)]
-    with pytest.raises(UserError, match=r"fsdp=6 and the 4 devices of each of the 3 slices do not"):
+    with pytest.raises(UserError, match=r"fsdp=6 .*\b4\b.*\b3\b"):
         make_mesh(MeshConfig(fsdp=6), three)
 
 

@@ -15,12 +15,12 @@ from lit_jax.errors import BAD_INPUT, UserError
 @pytest.mark.parametrize(
     ("count", "index", "message"),
     [
-        ("2", "", "JAX_NUM_PROCESSES set without JAX_PROCESS_ID; set all three or none"),
-        ("two", "0", "JAX_NUM_PROCESSES='two' is not a number"),
-        ("0", "0", "JAX_NUM_PROCESSES='0' is not a number"),
-        ("9" * 20, "0", "JAX_NUM_PROCESSES='99.*' is not a number"),
-        ("2", "2", "JAX_PROCESS_ID='2' is not a number from 0 to 1 .*JAX_NUM_PROCESSES=2"),
-        ("2", "-1", "JAX_PROCESS_ID='-1' is not a number"),
+        ("2", "", r"JAX_NUM_PROCESSES .*JAX_PROCESS_ID"),
+        ("two", "0", r"JAX_NUM_PROCESSES='two'"),
+        ("0", "0", r"JAX_NUM_PROCESSES='0'"),
+        ("9" * 20, "0", r"JAX_NUM_PROCESSES='99.*'"),
+        ("2", "2", r"JAX_PROCESS_ID='2' .*0 .*1 .*JAX_NUM_PROCESSES=2"),
+        ("2", "-1", r"JAX_PROCESS_ID='-1'"),
     ],
 )
 def test_mistakes_in_the_environment_are_named(monkeypatch, count, index, message):

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import logging
+import re
 import socket
 import time
 
@@ -79,16 +80,16 @@ def test_it_is_said_who_is_missing_and_who_says_how_many(place, soon, monkeypatc
         first = pool.submit(roll_call.meet, place(0, 4))
         with greeted(place(2, 4)):
             give_up(monkeypatch)
-            with pytest.raises(GoneError, match=r"processes 1, 3 have not come.*HOW_MANY says 4"):
+            with pytest.raises(GoneError, match=r"1, 3 .*HOW_MANY .*4"):
                 first.result(timeout=LONG)
     said = "\n".join(record.getMessage() for record in soon.records)
-    assert "HOW_MANY says 4" in said
+    assert re.search(r"HOW_MANY .*\b4\b", said)
     assert "WHERE" in said
 
 
 def test_who_does_not_reach_process_0_says_so(place, soon, monkeypatch):
     monkeypatch.setattr(roll_call, "START_SECONDS", 2)
-    with pytest.raises(GoneError, match=r"process 0 is not reached at localhost:.* refused"):
+    with pytest.raises(GoneError, match=r"localhost:.* refused"):
         roll_call.meet(place(1))
     assert "unset HOW_MANY" in soon.records[0].getMessage()
 
@@ -98,7 +99,7 @@ def test_two_of_one_number_and_another_count_are_turned_away(place):
         first = pool.submit(roll_call.meet, place(0))
         # A second process of a number is one that comes after the first has been greeted.
         with greeted(place(1)) as second:
-            for stranger, reason in ((place(1), "number 1"), (place(2, 5), "one of 5 processes")):
+            for stranger, reason in ((place(1), r"\b1\b"), (place(2, 5), r"5 processes")):
                 with pytest.raises(UserError, match=reason):
                     roll_call.meet(stranger)
             third = pool.submit(roll_call.meet, place(2))
@@ -116,13 +117,13 @@ def test_a_process_that_has_ended_is_missing_again(place, monkeypatch):
             # Process 0 closes its end when it has noticed.
             assert peer.recv(1) == b""
         give_up(monkeypatch)
-        with pytest.raises(GoneError, match="processes 1, 2 have not come"):
+        with pytest.raises(GoneError, match=r"\b1, 2\b"):
             first.result(timeout=LONG)
 
 
 @pytest.mark.parametrize(
     ("index", "address", "reason"),
-    [(0, "no-such-node:80", "WHERE puts process 0 on no-such-node"), (0, "a..b:80", "a..b")],
+    [(0, "no-such-node:80", r"WHERE .*no-such-node"), (0, "a..b:80", "a..b")],
 )
 def test_a_name_that_is_left_over_is_refused(soon, index, address, reason):
     with pytest.raises(UserError, match=reason):
@@ -132,6 +133,6 @@ def test_a_name_that_is_left_over_is_refused(soon, index, address, reason):
 def test_a_port_in_use_is_refused(place, soon):
     with (
         socket.create_server(("", int(place(0).address.split(":")[1]))),
-        pytest.raises(UserError, match=r"cannot listen at port .* WHERE=localhost"),
+        pytest.raises(UserError, match=r"WHERE=localhost"),
     ):
         roll_call.meet(place(0))

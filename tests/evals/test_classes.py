@@ -71,31 +71,31 @@ def test_our_own_templates_where_none_are_given(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is not JSON"),
-        ([], "must be"),
-        ({}, "must be"),
-        ("3", "must be"),
-        ([1], "must be .* a list of names"),
-        ({"id2label": {"0": "cat", "b": "dog"}}, "must be .*id2label"),
-        ({"0": "cat", "1": " "}, "'id2label' of .* has an empty text"),
-        ({"templates": ["{}"]}, "'classnames' a list of one text or more"),
-        ({"classnames": [], "templates": ["{}"]}, "'classnames' a list"),
-        ({"classnames": [1], "templates": ["{}"]}, "'classnames' a list"),
-        ({"classnames": "cat", "templates": ["{}"]}, "'classnames' a list"),
-        ({"classnames": ["cat", " "]}, "'classnames' of .* has an empty text"),
-        ({"classnames": ["cat"], "templates": []}, "'templates' a list"),
-        ({"classnames": ["cat"], "templates": ["a photo"]}, r"'a photo' .* needs '\{\}'"),
-        ({"classnames": ["cat", "dog", "cat"], "templates": ["{}"]}, "'cat' is 2 times"),
+        ("{", r"JSON"),
+        ([], '"id2label": '),
+        ({}, '"id2label": '),
+        ("3", '"id2label": '),
+        ([1], '"id2label": '),
+        ({"id2label": {"0": "cat", "b": "dog"}}, r"id2label"),
+        ({"0": "cat", "1": " "}, r"'id2label'"),
+        ({"templates": ["{}"]}, r"'classnames'"),
+        ({"classnames": [], "templates": ["{}"]}, r"'classnames'"),
+        ({"classnames": [1], "templates": ["{}"]}, r"'classnames'"),
+        ({"classnames": "cat", "templates": ["{}"]}, r"'classnames'"),
+        ({"classnames": ["cat", " "]}, r"'classnames'"),
+        ({"classnames": ["cat"], "templates": []}, r"'templates'"),
+        ({"classnames": ["cat"], "templates": ["a photo"]}, r"'a photo' .*'\{\}'"),
+        ({"classnames": ["cat", "dog", "cat"], "templates": ["{}"]}, r"'cat' .*2"),
         (
             {"classnames": ["cat", "dog"], "labels": ["n1", "n1"], "templates": ["{}"]},
-            "'n1' is 2 times among the labels",
+            r"'n1' .*\b2\b",
         ),
         (
             {"classnames": ["cat", "dog"], "labels": ["n1"], "templates": ["{}"]},
-            "2 classnames but 1 labels",
+            r"\b2 .*\b1\b",
         ),
-        ({"pet": ["cat"], "cars": ["Audi"]}, "has no data set 'pets'.*did you mean 'pet'"),
-        ({"pets": []}, "'pets' a list of one text or more"),
+        ({"pet": ["cat"], "cars": ["Audi"]}, r"'pets'.*'pet'"),
+        ({"pets": []}, r"'pets'"),
     ],
 )
 def test_a_bad_class_file_is_refused(tmp_path, content, message):
@@ -106,9 +106,9 @@ def test_a_bad_class_file_is_refused(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"pets": ["a photo"]}, r"'a photo' in .*templates.json needs '\{\}' or '\{c\}'"),
-        ({"pets": {"cat": ["meow"]}}, "no sentences for the class 'dog'"),
-        ({"pets": {"cat": ["meow"], "dog": []}}, "'dog' a list of one text or more"),
+        ({"pets": ["a photo"]}, r"'a photo' .*templates.json .*'\{\}' .*'\{c\}'"),
+        ({"pets": {"cat": ["meow"]}}, r"'dog'"),
+        ({"pets": {"cat": ["meow"], "dog": []}}, r"'dog'"),
     ],
 )
 def test_a_bad_template_file_is_refused(tmp_path, content, message):
@@ -119,7 +119,7 @@ def test_a_bad_template_file_is_refused(tmp_path, content, message):
 
 def test_a_missing_class_file_is_named(tmp_path):
     config = EvalConfig(classes=str(tmp_path / "nowhere.json"))
-    with pytest.raises(UserError, match=r"nowhere\.json cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"nowhere\.json"):
         load_classes(config, "pets")
 
 
@@ -166,7 +166,7 @@ def test_other_forms_of_template_files(tmp_path, name, content):
 
 def test_a_class_file_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "classes.txt").write_bytes("Käfer".encode("latin-1"))
-    with pytest.raises(UserError, match=r"classes\.txt is not UTF-8"):
+    with pytest.raises(UserError, match=r"classes\.txt .*UTF-8"):
         load_classes(EvalConfig(classes=str(tmp_path / "classes.txt")), "pets")
 
 
@@ -209,7 +209,7 @@ def test_data_for_retrieval_has_no_classes(tmp_path, task):
 
 def test_data_with_several_classes_an_image_is_refused(tmp_path):
     benchmark_layout(tmp_path, dataset_type="multilabel")
-    with pytest.raises(UserError, match="several classes"):
+    with pytest.raises(UserError, match="dataset_type"):
         classes_in(SourceConfig(path=str(tmp_path)))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_an_image_that_cannot_be_decoded_is_not_valid(
 
 
 def test_only_bad_images_are_an_error(encoder, params, pictures_with_bad):
-    with pytest.raises(UserError, match="None of the 2 images"):
+    with pytest.raises(UserError, match=r"\b2 images .*--data"):
         encoder.images(params, type(pictures_with_bad)(pictures_with_bad[4:5] * 2))
 
 
@@ -85,7 +86,7 @@ def test_embeddings_that_are_not_finite_are_an_error_that_names_tower_and_parame
     leaves = flatten(params)
     (path, *_) = (path for path in leaves if path.startswith(tower) and "query/kernel" in path)
     bad = unflatten(leaves | {path: leaves[path].at[0, 3].set(value)})
-    with pytest.raises(UserError, match=rf"The {side} tower .*{path} \(1\)"):
+    with pytest.raises(UserError, match=rf"{side} .*{path} \(1\)"):
         getattr(encoder, method)(bad, inputs)
     # The other tower does not see it.
     other, inputs = ("images", pictures) if method == "texts" else ("texts", TEXTS)
@@ -103,7 +104,7 @@ def test_a_tower_that_tells_nothing_apart_is_named_once_and_has_no_hits(
     classes = Classes(names=tuple("abcdefg"), templates=("{}",))
     label_N = np.zeros(len(pictures), np.int32)  # all of the first class, where positions would win
     result = zero_shot(encoder, blind, pictures, classes, label_N)
-    assert caplog.text.count(f"The {side} tower gives all") == 1
+    assert len(re.findall(rf" {side} ", caplog.text)) == 1
     assert result.metrics["top1"] == pytest.approx(1 / 7)
     assert result.metrics["top5"] == pytest.approx(5 / 7)
     found = evaluate_retrieval(encoder, blind, pictures, captions_of(pictures)).metrics

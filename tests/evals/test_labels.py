@@ -1,6 +1,7 @@
 """What data calls the classes, and which class each example then has."""
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_listed_labels_that_are_numbers_are_found_in_any_spelling(
 def test_the_first_pairs_of_label_and_class_are_shown(pictures, caplog):
     caplog.set_level(logging.INFO, logger="lit_jax")
     label_ids(Labels(relabel(pictures, ELEVEN)), numbered(11), order="sorted")
-    assert "1 is 'kind 0', 2 is 'kind 1', 3 is 'kind 2' ..." in caplog.text
+    assert re.search(r"1 \w+ 'kind 0', 2 \w+ 'kind 1', 3 \w+ 'kind 2' \.\.\.", caplog.text)
     caplog.clear()
     label_ids(Labels(pictures), Classes(names=("a", "b", "c")))
     assert not caplog.text
@@ -120,7 +121,7 @@ def test_class_folders_with_two_orders_have_to_say_which(class_folders):
     both = "1, 2, 3, 4 .*1, 10, 11, 2 .*--eval.labels=sorted_as_numbers or --eval.labels=sorted_as_text"
     with pytest.raises(UserError, match=both):
         label_ids(Labels(source), numbered(11), order="sorted")
-    with pytest.raises(UserError, match=f"the label 11, out of the range .*{both}"):
+    with pytest.raises(UserError, match=rf"11, .*{both}"):
         label_ids(Labels(source), numbered(11))
     by_number = label_ids(Labels(source), numbered(11), order="sorted_as_numbers")
     assert by_number.tolist() == [int(label) - 1 for label in labels]
@@ -138,32 +139,32 @@ def test_class_folders_with_one_order_are_sorted(class_folders, names):
 @pytest.mark.parametrize(
     ("labels", "names", "order", "message"),
     [
-        ("ab", ("a", "bb"), "given", r"picture1 has the label 'b', .* did you mean 'bb'"),
-        ([None, None], ("a", "b"), "given", "None of the 2 examples .*--eval.data.label_key"),
-        (["-1", "-1"], ("a", "b"), "given", "None of the 2 examples .*--eval.data.label_key"),
+        ("ab", ("a", "bb"), "given", r"picture1 .*'b', .*'bb'"),
+        ([None, None], ("a", "b"), "given", r"\b2 .*--eval.data.label_key"),
+        (["-1", "-1"], ("a", "b"), "given", r"\b2 .*--eval.data.label_key"),
         (
             "013",
             ("a", "b", "c"),
             "given",
-            "the label 3, out of the range of .*; give --eval.labels=sorted",
+            r"label 3, .*--eval.labels=sorted",
         ),
         (
             "0135",
             ("a", "b", "c"),
             "given",
-            'picture2 has the label 3, out of the range of the 3 classes, 0 to 2; .* "labels"',
+            r'picture2 .*3, .*3 .*0 .*2; .* "labels"',
         ),
-        (["-2", "0"], ("a", "b", "c"), "given", "the label -2, out of the range of the 3 classes"),
-        (["-1", *ELEVEN], numbered(11).names, "given", r"--eval.labels=sorted .* labels 1 to 11"),
+        (["-2", "0"], ("a", "b", "c"), "given", r"-2, .*3 classes"),
+        (["-1", *ELEVEN], numbered(11).names, "given", r"--eval.labels=sorted .*1 .*11"),
         (
             ELEVEN,
             numbered(11).names,
             "given",
-            r"label 11, .*--eval.labels=sorted .* labels 1 to 11",
+            r"11, .*--eval.labels=sorted .*1 .*11",
         ),
-        ("ab", ("a", "b", "a"), "given", "'a' is 2 times among .*--eval.labels=sorted"),
-        ("ab", ("a", "b", "c"), "sorted", "2 different labels but the class file 3 classes"),
-        ("a1", ("a", "b"), "sorted_as_numbers", "'a' is no whole number.*'sorted_as_text'"),
+        ("ab", ("a", "b", "a"), "given", r"'a' .*2 .*--eval.labels=sorted"),
+        ("ab", ("a", "b", "c"), "sorted", r"\b2 .*\b3 .*--eval.labels"),
+        ("a1", ("a", "b"), "sorted_as_numbers", r"'a' .*'sorted_as_text'"),
     ],
 )
 def test_class_list_and_data_that_disagree(pictures, labels, names, order, message):
@@ -193,16 +194,14 @@ def test_examples_without_a_label_are_left_out_and_counted_once(
     for _ in range(2):  # as for two languages
         assert label_ids(found, classes, order=order).tolist() == expected
     count = expected.count(-1)
-    assert caplog.text.count(f"{count} of {len(labels)} examples have no label") == bool(count)
-    assert ("for example picture1" in caplog.text) == bool(count)
+    assert len(re.findall(rf" {count} \w+ {len(labels)} ", caplog.text)) == bool(count)
+    assert ("picture1" in caplog.text) == bool(count)
 
 
 def test_a_list_among_missing_labels_is_named_with_them(pictures):
     source = relabel(pictures, [None, None])
     source[1]["label_problem"] = "it is ['a']"
-    with pytest.raises(
-        UserError, match=r"None of the 2 .* 1 cannot .*--eval.data.label_key.*: it is \['a'\]"
-    ):
+    with pytest.raises(UserError, match=r"\b2 .*\b1 .*--eval.data.label_key.*: .*\['a'\]"):
         Labels(source)
 
 
@@ -222,9 +221,7 @@ def test_a_probe_leaves_out_examples_without_a_label(pictures, train, test, expe
 def test_data_of_which_no_example_can_be_read_says_why(tmp_path):
     (tmp_path / "pairs.csv").write_text("image,label\na.jpg,1,2\nb.jpg\n")
     source = open_source(SourceConfig(path=str(tmp_path)))
-    with pytest.raises(
-        UserError, match=r"None of the 2 examples .*byte 12 .*3 fields for 2 columns"
-    ):
+    with pytest.raises(UserError, match=r"\b2 .*byte 12 .*3 fields .*2 columns"):
         label_ids(Labels(source), numbered(2))
 
 
@@ -235,5 +232,5 @@ def test_a_probe_knows_a_number_in_any_spelling(pictures):
     )
     np.testing.assert_array_equal(train_N, [0, 1, 0, 1])
     np.testing.assert_array_equal(test_M, [1, 0])
-    with pytest.raises(UserError, match=r"The class '8' .*\(picture0\) is not in its training"):
+    with pytest.raises(UserError, match=r"'8' .*\(picture0\)"):
         probe.class_ids(Labels(relabel(pictures, ["10", "9"])), Labels(relabel(pictures, ["8"])))

@@ -90,15 +90,15 @@ def test_features_are_what_the_tower_has_pooled(encoder, params, pictures_with_b
 def test_too_few_images_or_classes(digits, pictures):
     train, test = digits
     few = Features(rows=train.rows[:4], label=np.array([0, 0, 1, 1], np.int32))
-    with pytest.raises(UserError, match="No class of a linear probe has 5 training images"):
+    with pytest.raises(UserError, match=r"\b5 .*few_shot"):
         linear_probe(few, test)
-    with pytest.raises(UserError, match="2 training images, fewer than the 4 of shots"):
+    with pytest.raises(UserError, match=r"\b2 .*shots .*\b4\b"):
         few_shot(few, test, shots=(1, 4), draws=1)
     only_a = type(pictures)(e for e in pictures if e["label"] == "a")
     ab = type(pictures)(e for e in pictures if e["label"] != "c")
-    with pytest.raises(UserError, match="one class alone"):
+    with pytest.raises(UserError, match="--train_data"):
         check_counts(class_ids(Labels(only_a), Labels(only_a))[0])
-    with pytest.raises(UserError, match=r"The class 'c' .* is not in its training data"):
+    with pytest.raises(UserError, match=r"'c' .*\(a"):
         class_ids(Labels(ab), Labels(pictures))
 
 
@@ -119,12 +119,12 @@ def test_too_few_images_that_can_be_decoded(encoder, params, pictures, kept):
     labels = Labels(source)
     label_N, _ = class_ids(labels, labels)
     if not kept:
-        with pytest.raises(UserError, match="None of the 9 images"):
+        with pytest.raises(UserError, match=r"\b9 images"):
             features(encoder, params, source, label_N)
         return
     learn = features(encoder, params, source, label_N)
     for measure in (linear_probe, lambda *parts: few_shot(*parts, shots=(1,), draws=1)):
-        with pytest.raises(UserError, match="one class alone"):
+        with pytest.raises(UserError, match="--train_data"):
             measure(learn, learn)
-    with pytest.raises(UserError, match="No image with a label"):
+    with pytest.raises(UserError, match="--data"):
         features(encoder, params, source, np.where(label_N == 0, -1, label_N))

@@ -168,7 +168,7 @@ def test_evaluate_leaves_out_bad_images_with_their_captions(encoder, params, pic
 
 def test_captions_are_needed(pictures):
     blank = type(pictures)({**example, "captions": (" ",)} for example in pictures)
-    with pytest.raises(UserError, match="no example has one"):
+    with pytest.raises(UserError, match=r"caption_key .*--classes"):
         captions_of(blank)
 
 
@@ -177,10 +177,10 @@ def test_captions_are_needed(pictures):
     [
         (
             b"a.jpg,one,two\nb.jpg\n",
-            "2 of the 2 examples cannot be read; .*3 fields for 2 columns",
+            r"\b2 .*\b2 .*3 fields .*2 columns",
         ),
-        ("a.jpg,Käfer\n".encode("latin-1"), "1 of the 1 examples cannot .* not UTF-8"),
-        (b"https://a.b/c.jpg,one\nb.jpg,\n", "1 of the 2 .* the other 1 have no caption; .* web"),
+        ("a.jpg,Käfer\n".encode("latin-1"), r"1 .*1 .*UTF-8"),
+        (b"https://a.b/c.jpg,one\nb.jpg,\n", r"\b1 .*\b2 .*\b1 .*img2dataset"),
     ],
 )
 def test_rows_that_are_all_bad_are_told_by_the_first_reason(tmp_path, rows, message):
@@ -194,5 +194,5 @@ def test_a_caption_of_a_bad_image_alone_is_nothing_to_look_for(encoder, params, 
         {**example, "captions": example["captions"] if example["key"] == "bad" else ()}
         for example in pictures_with_bad
     )
-    with pytest.raises(UserError, match="No image with a caption can be decoded"):
+    with pytest.raises(UserError, match="--data"):
         evaluate_retrieval(encoder, params, source, captions_of(source))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -103,7 +104,7 @@ def test_a_cache_on_disk_gives_back_the_same_and_notices_changes(
     files[0].write_bytes(b"damaged")
     files[1].write_bytes(b"")
     assert measure().keys() == first.keys()
-    assert "is damaged" in caplog.text
+    assert str(tmp_path) in caplog.text
 
 
 def test_an_image_that_could_not_be_read_is_tried_again(encoder, params, folder, tmp_path, caplog):
@@ -120,16 +121,16 @@ def test_an_image_that_could_not_be_read_is_tried_again(encoder, params, folder,
 
     for _ in range(2):
         assert measure(bytes(len(content)))["zero_shot/few/n"] == 3
-        assert "Bad sample picture2" in caplog.text  # said each time, not only when it is embedded
-        assert "1 of 4 samples are left out" in caplog.text
+        assert "picture2" in caplog.text  # said each time, not only when it is embedded
+        assert re.search(r" 1 \w+ 4 ", caplog.text)
     mended = measure(content)
     assert mended == flatten_metrics(run(open_evals(evals), encoder, params))
-    assert "Bad sample" not in caplog.text
+    assert "picture2" not in caplog.text
     assert measure(bytes(len(content))) == mended  # kept from then on
 
 
 def test_a_cache_that_cannot_be_written(encoder, params):
-    with pytest.raises(UserError, match=r"The cache /proc/cache cannot be written \("):
+    with pytest.raises(UserError, match=r"/proc/cache .*\("):
         run([], encoder, params, cache=Path("/proc/cache"))
 
 
@@ -150,15 +151,15 @@ def test_each_evaluation_has_its_own_batch_size(encoder, params, folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"classes": None}, r"config\.evals\.few\.classes is missing"),
-        ({"classes": "nowhere.json"}, r"nowhere\.json cannot be read"),
+        ({"classes": None}, r"config\.evals\.few\.classes"),
+        ({"classes": "nowhere.json"}, r"nowhere\.json"),
         ({"data": SourceConfig(path="nowhere")}, "nowhere"),
-        ({"data": SourceConfig(path=str(DIGITS), split="unseen")}, "the label 'twenty two'"),
-        ({"languages": ("en", "")}, r"config\.evals\.few\.languages is 'en,'"),
-        ({"languages": ("en", "en")}, r"config\.evals\.few\.languages is 'en,en'"),
-        ({"languages": ("en", "de")}, r"config\.evals\.few .* en, de, but .*\{language\}"),
-        ({"kind": "few_shot", "shots": ()}, "config.evals.few has an empty list of shots"),
-        ({"kind": "linear_probe"}, "no data set in ''"),
+        ({"data": SourceConfig(path=str(DIGITS), split="unseen")}, r"'twenty two'"),
+        ({"languages": ("en", "")}, r"config\.evals\.few\.languages .*'en,'"),
+        ({"languages": ("en", "en")}, r"config\.evals\.few\.languages .*'en,en'"),
+        ({"languages": ("en", "de")}, r"config\.evals\.few .* en, de, .*\{language\}"),
+        ({"kind": "few_shot", "shots": ()}, r"config\.evals\.few .*shots=\(\)"),
+        ({"kind": "linear_probe"}, "''"),
     ],
 )
 def test_errors_come_before_any_model(folder, changes, message):
@@ -252,13 +253,13 @@ def test_a_language_without_captions_is_refused_with_those_there_are(folder, lan
     row = {"image": "picture0.png", "captions": {"en": "two", "de": ["zwei"], "ja": []}}
     (folder / "captions.jsonl").write_text(json.dumps(row) + "\n")
     config = EvalConfig(kind="retrieval", data=SourceConfig(path=str(folder)), languages=languages)
-    with pytest.raises(UserError, match=r"'(fr|DE)', the data has de, en;.*--eval.languages"):
+    with pytest.raises(UserError, match=r"'(fr|DE)'; .*--eval.languages.* de, en\."):
         open_evals({"pairs": config})
 
 
 def test_a_language_of_data_without_languages_is_refused(folder):
     data = SourceConfig(path=str(folder))
-    with pytest.raises(UserError, match=r"in which language .* picture0.*--eval.languages"):
+    with pytest.raises(UserError, match=r"picture0.*--eval.languages"):
         open_evals({"pairs": EvalConfig(kind="retrieval", data=data, languages=("en",))})
 
 
@@ -318,11 +319,11 @@ def test_labels_that_cannot_be_used_leave_out_their_images_alone(folder, encoder
     evals = {name: evals_of(folder)[name] for name in ("few", "pairs")}
     metrics = flatten_metrics(run(open_evals(evals), encoder, params))
     assert (metrics["zero_shot/few/n"], metrics["retrieval/pairs/images"]) == (3, 4)
-    assert caplog.text.count("is left out of the evaluation: \"label\" is ['a', 'b']") == 1
+    assert caplog.text.count(": \"label\" is ['a', 'b']") == 1
     for row in rows:
         row["label"] = ["a", "b"]
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match=r"None of the 4 examples .* \"label\" is \['a', 'b'\]"):
+    with pytest.raises(UserError, match=r"\b4 .*\"label\" .*\['a', 'b'\]"):
         open_evals(evals)
 
 
@@ -353,4 +354,4 @@ def test_an_image_without_a_label_is_left_out_and_named_once(
     }
     metrics = flatten_metrics(run(open_evals(evals), encoder, params))
     assert metrics["zero_shot/classes/n"] == metrics["few_shot/shots/n"] == 3
-    assert caplog.text.count("1 of 4 examples have no label") == 1
+    assert len(re.findall(r" 1 \w+ 4 .*picture2", caplog.text)) == 1

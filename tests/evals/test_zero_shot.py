@@ -149,7 +149,7 @@ def test_images_without_a_label_alone_are_nothing_to_classify(encoder, params, p
         Classes(names=tuple("abc"), templates=("{}",)),
         np.array([-1, 0, -1], np.int32),
     )
-    with pytest.raises(UserError, match="No image with a label"):
+    with pytest.raises(UserError, match="--data"):
         zero_shot(planned, params, type(pictures)(pictures[:3]), classes, label_N)
 
 
@@ -157,5 +157,5 @@ def test_images_without_a_label_alone_are_nothing_to_classify(encoder, params, p
 def test_a_logit_scale_that_tells_no_classes_apart_is_an_error(encoder, params, pictures, value):
     classes = Classes(names=("a", "b", "c"), templates=("{}",))
     bad = {**params, "logit_scale": np.float32(value)}
-    with pytest.raises(UserError, match="logit scale"):
+    with pytest.raises(UserError, match=r"exp\("):
         zero_shot(encoder, bad, pictures, classes, label_ids(Labels(pictures), classes))

@@ -141,7 +141,7 @@ def test_mean_pooling_is_over_attended_tokens(bert):
 
 
 def test_too_long_a_text_is_refused_when_traced():
-    with pytest.raises(UserError, match=r"10 tokens long.*max_text_length"):
+    with pytest.raises(UserError, match=r"10 .*max_text_length"):
         jax.eval_shape(Bert(TINY).init, jax.random.key(0), jnp.zeros((1, 10), jnp.int32))
 
 
@@ -189,15 +189,15 @@ def test_roberta_has_fewer_positions_than_rows(roberta):
     assert ROBERTA.embedding.max_length == 6
     assert dataclasses.replace(ROBERTA, position_ids="arange").embedding.max_length == 9
     assert np.isfinite(roberta(jnp.full((1, 6), 7, jnp.int32))).all()
-    with pytest.raises(UserError, match=r"7 tokens long.*positions for 6; .*max_text_length"):
+    with pytest.raises(UserError, match=r"7 .*6; .*max_text_length"):
         roberta(jnp.full((1, 7), 7, jnp.int32))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"position_ids": "mask"}, "'mask'; it must be one of 'input_ids', 'arange'"),
-        ({"pad_token_id": None}, "no pad_token_id"),
+        ({"position_ids": "mask"}, r"'mask'; .*'input_ids', 'arange'"),
+        ({"pad_token_id": None}, r"pad_token_id"),
     ],
 )
 def test_unsuitable_positions_are_refused(fields, message):

@@ -205,13 +205,13 @@ def test_the_pooled_text_is_its_end(text, eos, places, mask):
 
 @pytest.mark.parametrize("eos", [None, (7, 8)])
 def test_a_pooler_needs_one_end_token(text, eos):
-    with pytest.raises(UserError, match=r"eos_token_id=.*pooling to 'mean'"):
+    with pytest.raises(UserError, match=r"eos_token_id=.*pooling .*'mean'"):
         text(IDS, eos=eos)
     assert text(IDS, eos=eos, pooling="mean").pooled.shape == (3, 8)
 
 
 def test_texts_have_no_pooling_of_the_first_token():
-    with pytest.raises(UserError, match=r"no pooling 'cls'.*'pooler' or 'mean'"):
+    with pytest.raises(UserError, match=r"pooling 'cls'.*'pooler' .*'mean'"):
         build_tower({"model_type": "clip_text_model"}, pooling="cls", dtype="float32")
 
 
@@ -246,5 +246,5 @@ def test_left_out_inputs_have_the_defaults_of_pytorch(text):
 @pytest.mark.parametrize("positions", [None, jnp.zeros((1, 10), jnp.int32)])
 def test_too_long_a_text_is_refused_when_traced(positions):
     ids = jnp.zeros((1, 10), jnp.int32)
-    with pytest.raises(UserError, match=r"10 tokens long.*max_text_length"):
+    with pytest.raises(UserError, match=r"10 .*max_text_length"):
         jax.eval_shape(CLIPText(TEXT).init, jax.random.key(0), ids, None, None, positions)

@@ -132,7 +132,7 @@ def test_response_norm_of_a_feature_that_is_zero_has_a_gradient():
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((1, 8, 8, 1), "num_channels 3"), ((1, 8, 2, 3), "1 pixels are smaller than one patch")],
+    [((1, 8, 8, 1), "num_channels=3"), ((1, 8, 2, 3), r"config.data.image_size")],
 )
 def test_unsuitable_images_are_refused(shape, message):
     tower = ConvNext(ConvNextConfig(**TINY))

@@ -140,14 +140,14 @@ def test_bytes_are_normalised_before_the_tower(model):
     of_bytes = module.clone(normalization=normalization)
     np.testing.assert_allclose(pooled(of_bytes, pixels), expected, atol=1e-5)
     np.testing.assert_array_equal(pooled(of_bytes, normalised), expected)
-    with pytest.raises(ValueError, match="as bytes need a normalization"):
+    with pytest.raises(ValueError, match="normalization"):
         module.apply(variables, pixels, method="image_features")
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
 def test_without_projection_the_widths_must_agree(side):
     module = build(**{side: TowerConfig(projection="none")})
-    with pytest.raises(UserError, match=rf"model\.{side}\.projection.*8 wide.*is 6"):
+    with pytest.raises(UserError, match=rf"model\.{side}\.projection.*8 .*6"):
         jax.eval_shape(module.init, jax.random.key(0), BATCH_OF_8)
 
 

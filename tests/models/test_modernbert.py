@@ -124,8 +124,8 @@ def test_blocks_and_angles_are_by_default_those_of_transformers():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_hidden_layers": 2, "layer_types": [GLOBAL]}, "layer_types.*each of its 2 blocks"),
-        ({"num_hidden_layers": 1, "layer_types": ["causal"]}, "one of sliding_attention and full"),
+        ({"num_hidden_layers": 2, "layer_types": [GLOBAL]}, r"layer_types.*2"),
+        ({"num_hidden_layers": 1, "layer_types": ["causal"]}, r"sliding_attention"),
         ({"rope_parameters": {GLOBAL: {"rope_type": "yarn"}}}, "rope_type='yarn'"),
     ],
 )
@@ -143,7 +143,7 @@ def test_dropout_of_the_mlp_is_inside_it():
 
 def test_too_long_a_text_is_refused_when_traced():
     assert TINY.embedding.max_length == 12
-    with pytest.raises(UserError, match=r"13 tokens long.*max_text_length"):
+    with pytest.raises(UserError, match=r"13 .*max_text_length"):
         jax.eval_shape(
             ModernBert(TINY, pooling="cls").init, jax.random.key(0), jnp.zeros((1, 13), int)
         )

@@ -65,7 +65,7 @@ def test_a_mask_is_honoured_and_none_is_all_tokens(text):
 
 @pytest.mark.parametrize("model_type", ["siglip_vision_model", "siglip_text_model"])
 def test_there_is_no_class_token_to_pool(model_type):
-    with pytest.raises(UserError, match=r"no pooling 'cls'.*'pooler' or 'mean'"):
+    with pytest.raises(UserError, match=r"pooling 'cls'.*'pooler' .*'mean'"):
         build_tower({"model_type": model_type}, pooling="cls", dtype="float32")
 
 
@@ -82,7 +82,7 @@ def test_mean_pooling_needs_no_head(use_head, random_variables):
 
 def test_the_pooler_of_a_model_without_head_is_refused():
     tower = SiglipVision(dataclasses.replace(VISION, vision_use_head=False))
-    with pytest.raises(UserError, match=r"vision_use_head=False.*pooling.* to 'mean'"):
+    with pytest.raises(UserError, match=r"vision_use_head=False.*pooling.*'mean'"):
         jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 

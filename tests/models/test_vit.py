@@ -88,7 +88,7 @@ def test_pooling_reads_the_normalised_tokens(pooling, random_variables):
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((1, 8, 8, 1), "num_channels 3"), ((1, 8, 3, 3), "smaller than one patch")],
+    [((1, 8, 8, 1), "num_channels=3"), ((1, 8, 3, 3), "config.data.image_size")],
 )
 def test_unsuitable_images_are_refused(shape, message):
     with pytest.raises(UserError, match=message):

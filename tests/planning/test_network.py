@@ -109,7 +109,7 @@ def test_it_is_exposed_unless_something_is_computed_before_it_is_received(betwee
     [("ALL_SHUFFLE", '"{1,2}x{0:3}"'), ("ALL_REDUCE", '"everyone"'), ("ONE_TO_ONE", "{}")],
 )
 def test_an_unknown_form_is_refused(form, target):
-    with pytest.raises(ValueError, match=r"send .*unknown form.*_xla_megascale"):
+    with pytest.raises(ValueError, match=r"_xla_megascale"):
         network_traffic(step(form, target), TWO)
 
 

@@ -25,7 +25,7 @@ GIB = 2**30
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:", "v5e:3x3", "v5e:32x8", "v4:4x4", "v9:4x4", "x"])
 def test_an_unknown_topology_lists_the_known_ones(name):
-    with pytest.raises(UserError, match=r"not a TPU topology.*v4: 2x2x1.*v5e: 1x1.*v6e: 1x1"):
+    with pytest.raises(UserError, match=r"TPU .*v4: 2x2x1.*v5e: 1x1.*v6e: 1x1"):
         open_topology(name)
 
 
@@ -39,7 +39,7 @@ def test_the_topologies_that_are_listed_exist():
 
 def test_without_the_tpu_compiler_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install .*requirements-tpu\.txt"):
+    with pytest.raises(UserError, match=r"requirements-tpu\.txt"):
         open_topology("v5e:4x4")
 
 

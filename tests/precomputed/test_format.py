@@ -153,7 +153,7 @@ DAMAGES = [
 def test_damage_is_refused_when_it_is_opened(tmp_path, records, damage):
     write(tmp_path, records)
     damage(tmp_path)
-    with pytest.raises(UserError, match=r"are damaged .*; remove that and run"):
+    with pytest.raises(UserError, match=r"-m lit_jax\.embed"):
         Embeddings(tmp_path)
 
 
@@ -165,21 +165,21 @@ def test_damaged_numbers_are_refused_when_they_are_read(tmp_path, records):
     content[place] ^= 1
     shard.write_bytes(content)
     read = Embeddings(tmp_path)
-    with pytest.raises(UserError, match="are damaged"):
+    with pytest.raises(UserError, match=r"-m lit_jax\.embed"):
         read[0]
 
 
 def test_other_views_than_the_manifest_says_are_damage(tmp_path, records):
     write(tmp_path, records)
     change(tmp_path, views=3)
-    with pytest.raises(UserError, match=r"shard-00000\S* are damaged \(2 views of an image, not 3"):
+    with pytest.raises(UserError, match=r"shard-00000\S* .*\(2 .*3"):
         Embeddings(tmp_path)[0]
 
 
 def test_without_a_manifest_it_is_no_cache(tmp_path, records):
     write(tmp_path, records)
     (tmp_path / MANIFEST).unlink()
-    with pytest.raises(UserError, match=r"no complete embeddings; run python -m lit_jax\.embed"):
+    with pytest.raises(UserError, match=r"-m lit_jax\.embed"):
         Embeddings(tmp_path)
 
 

@@ -140,7 +140,7 @@ def test_texts_stay_in_their_slice_but_for_one_hand_over_a_round():
 
 def test_slices_that_do_not_divide_the_mesh_are_an_error():
     args = (*embeddings(8, 3), np.float32(2.0), np.float32(0.0))
-    with pytest.raises(ValueError, match="8 devices are not 3 equal slices"):
+    with pytest.raises(ValueError, match=r"8 devices .*3 equal"):
         on_mesh((4, 2), functools.partial(both, slices=3), *args)
 
 
@@ -229,7 +229,7 @@ def test_the_config_chooses_the_implementation(implementation, runs, monkeypatch
 
 
 def test_an_implementation_of_a_loss_without_pairs_is_refused():
-    with pytest.raises(UserError, match=r"config.loss_implementation is for contrastive losses"):
+    with pytest.raises(UserError, match=r"config.loss_implementation"):
         make_loss("mse", implementation="blockwise")
 
 

@@ -1,6 +1,7 @@
 """A save that one of two processes cannot write: both end, soon, and the checkpoint before it stays."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,19 +13,16 @@ from lit_jax.errors import BAD_INPUT, UserError
 from lit_jax.training.workdir_errors import complete_steps, workdir_errors
 
 ROOT = Path(__file__).parents[2]
-FULL = (
-    "The run folder {} cannot be written (File too large); fix that and run the same command again: "
-    "it goes on from step 1."
-)
+FULL = r"{} .*\(File too large\).*\b1\."
 
 
 @pytest.mark.parametrize(
     ("full", "how", "sentence"),
     [
-        (0, "wait", f"[0] error: {FULL}"),
-        pytest.param(1, "wait", f"[1] error: {FULL}", marks=pytest.mark.long),
+        (0, "wait", rf"^\[0\] error: .*{FULL}"),
+        pytest.param(1, "wait", rf"^\[1\] error: .*{FULL}", marks=pytest.mark.long),
         # An error of the other comes before it: it waits for the save, but not for ever.
-        pytest.param(0, "error", "[1] error: Fix the data.", marks=pytest.mark.long),
+        pytest.param(0, "error", r"^\[1\] error: Fix the data\.$", marks=pytest.mark.long),
     ],
 )
 def test_a_save_that_one_process_cannot_write_holds_up_nobody(tmp_path, full, how, sentence):
@@ -41,7 +39,7 @@ def test_a_save_that_one_process_cannot_write_holds_up_nobody(tmp_path, full, ho
     )
     assert result.returncode == BAD_INPUT
     assert complete_steps(tmp_path / "run") == [1]
-    assert sentence.format(tmp_path / "run") in result.stderr
+    assert re.search(sentence.format(tmp_path / "run"), result.stderr, re.MULTILINE)
     assert "Traceback" not in result.stderr
 
 

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from lit_jax.config import parse
@@ -17,7 +19,7 @@ def check(source, caplog, **changes) -> str:
 def test_a_batch_larger_than_the_data_is_told(caplog, loss):
     assert check(range(16), caplog, batch_size=16, loss=loss) == ""
     said = check(range(12), caplog, batch_size=16, loss=loss)
-    for part in ("config.data.train has 12 images", "config.batch_size=16", "at least 4 "):
+    for part in ("config.data.train ", " 12 ", "config.batch_size=16", " 4 "):
         assert part in said
 
 
@@ -26,7 +28,7 @@ def test_each_source_of_a_mixture_has_its_share_of_a_batch(caplog):
     parts = {"small": range(10), "large": range(1000)}
     assert check(Mixture(parts, {}), caplog, batch_size=64, data=data) == ""
     said = check(Mixture(parts, {"small": 1.0, "large": 3.0}), caplog, batch_size=64, data=data)
-    assert "config.data.mixture.small has 10 images, and a batch takes 16" in said
+    assert re.search(r"config\.data\.mixture\.small .*\b10 .*\b16 ", said)
     assert "large" not in said
     with pytest.raises(UserError, match=r"config\.data\.mixture"):
         check(Mixture({"one": range(1)}, {}), caplog, data=data)
@@ -37,7 +39,7 @@ def test_where_no_pair_has_a_negative_nothing_is_trained(caplog):
         check(range(100), caplog, batch_size=1)
     assert "config.batch_size=1" in check(range(100), caplog, batch_size=1, loss="sigmoid")
     for loss in ("softmax", "sigmoid"):
-        with pytest.raises(UserError, match=r"config\.data\.train.* one image"):
+        with pytest.raises(UserError, match=r"config\.data\.train"):
             check(range(1), caplog, batch_size=8, loss=loss)
 
 

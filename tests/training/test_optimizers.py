@@ -45,7 +45,7 @@ def test_rsqrt():
 
 
 def test_warm_up_longer_than_the_run_is_refused():
-    with pytest.raises(UserError, match="take 120 steps of the run's 100"):
+    with pytest.raises(UserError, match=r"120 steps .*100"):
         rates("cosine", warmup="12 epochs", at=(0,))
 
 

@@ -109,11 +109,14 @@ def test_what_shifts_and_scales_does_not_decay():
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"trainable": (("vision_modle/.*", True),)}, "vision_modle/.*' matches no parameter"),
-        ({"trainable": (("(", True),)}, "not a regular expression"),
-        ({"learning_rate": (("vision_model/.*", 0.1),)}, "matches no trainable parameter"),
-        ({"trainable": ((".*", False),)}, "locks every parameter"),
-        ({"trainable": (("v.*", False),)}, "would lock visual_projection/kernel"),
+        ({"trainable": (("vision_modle/.*", True),)}, "config.policy.trainable: 'vision_modle/.*'"),
+        ({"trainable": (("(", True),)}, r"config.policy.trainable: '\(' "),
+        (
+            {"learning_rate": (("vision_model/.*", 0.1),)},
+            r"config.policy.learning_rate: 'vision_model/.*'",
+        ),
+        ({"trainable": ((".*", False),)}, "config.policy.trainable locks"),
+        ({"trainable": (("v.*", False),)}, r"visual_projection/kernel"),
     ],
 )
 def test_mistaken_rules_are_refused(rules, message):

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -119,7 +120,7 @@ def test_training_from_views_of_images_and_from_their_embeddings_is_the_same(
 
 def test_a_tower_that_gives_nan_is_named_and_nothing_is_complete(make, nan_image_tower, tmp_path):
     config = make(**{"model.image.model": nan_image_tower})
-    with pytest.raises(UserError, match=r"image tower .* 7 of 7 .*layer_1/mlp/fc2/bias \(1\)"):
+    with pytest.raises(UserError, match=r"7 .*7 .*layer_1/mlp/fc2/bias \(1\)"):
         embed(config, tmp_path / "cache", "image", batch_size=16)
     assert not list((tmp_path / "cache").glob("*.array_record"))
     assert not (tmp_path / "cache" / MANIFEST).exists()
@@ -173,14 +174,14 @@ def test_stopped_and_resumed_gives_the_same_bytes(make, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(write, "_together", stop_at_the_fifth)
-        with pytest.raises(Preempted, match="run the same command again"):
+        with pytest.raises(Preempted, match="SIGTERM"):
             embed(config, tmp_path / "parts", "image", batch_size=8)
     there = content(tmp_path / "parts")
     assert 1 < len(there) < len(content(tmp_path / "whole"))
     assert MANIFEST not in there
     (tmp_path / "parts" / ".shard-00002-of-00006.array_record.tmp").write_bytes(b"as kill -9")
     times = {name: (tmp_path / "parts" / name).stat().st_mtime_ns for name in there}
-    with pytest.raises(UserError, match="holds no complete embeddings"):
+    with pytest.raises(UserError, match=r"-m lit_jax\.embed"):
         trainer.Trainer.prepare(
             make(
                 **AUGMENTED, **{"data.views": 2, "data.image_embeddings": str(tmp_path / "parts")}
@@ -194,9 +195,9 @@ def test_stopped_and_resumed_gives_the_same_bytes(make, tmp_path, monkeypatch):
 
 
 def test_too_many_bad_samples_are_told_and_are_no_embeddings(make, tmp_path, caplog):
-    with pytest.raises(UserError, match=r"1 of 40 samples are bad \(2.5%\); .*max_bad_fraction"):
+    with pytest.raises(UserError, match=r"1 .*40 .*\(2.5%\); .*max_bad_fraction"):
         embed(make(**{"data.max_bad_fraction": 0.02}), tmp_path / "cache", "image", batch_size=8)
-    assert f"Bad sample {BAD}.png has no embedding: " in caplog.text
+    assert f" {BAD}.png " in caplog.text
     assert not (tmp_path / "cache" / MANIFEST).exists()
     embed(make(), tmp_path / "cache", "image", batch_size=8)  # goes on where it stopped
     assert Embeddings(tmp_path / "cache").counts.bad == 1
@@ -227,15 +228,15 @@ def renamed(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.flip": False}, "another preprocessing or augmentation"),
-        ({"data.image_size": 16}, "another preprocessing or augmentation"),
-        ({"data.views": 3}, "2 views of each image, fewer than 3"),
-        ({"data.views": None}, "config.data.views is None.*set it to 2"),
-        ({"model.dtype": "bfloat16"}, "another config.model.dtype"),
-        ({"policy.lock": "UU"}, "needs a locked image tower, but vision_model/"),
+        ({"data.flip": False}, "config.data.image_embeddings: .*augmentation"),
+        ({"data.image_size": 16}, "config.data.image_embeddings: .*augmentation"),
+        ({"data.views": 3}, r"2 views .*3"),
+        ({"data.views": None}, r"config.data.views .*None.*2"),
+        ({"model.dtype": "bfloat16"}, r"config.model.dtype"),
+        ({"policy.lock": "UU"}, r"vision_model/"),
         (
             {"policy.trainable": ((r"vision_model/layernorm/.*", True),)},
-            "needs a locked image tower, but vision_model/layernorm/",
+            r"vision_model/layernorm/",
         ),
     ],
 )
@@ -252,7 +253,7 @@ def test_another_config_than_that_of_the_embeddings_is_refused(
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(shorter, "40 examples, where this config's data are 39"), (renamed, "other data than")],
+    [(shorter, r"40 examples, .*39"), (renamed, "config.data.image_embeddings: .*data")],
 )
 def test_other_data_than_that_of_the_embeddings_is_refused(
     make, folder, cache, tmp_path, change, message
@@ -270,7 +271,7 @@ def test_other_data_than_that_of_the_embeddings_is_refused(
 
 def test_the_embeddings_of_the_other_side_are_refused(make, cache, tmp_path):
     changes = {"policy.lock": "uL", "data.text_embeddings": str(cache)}
-    with pytest.raises(UserError, match="was made with the image tower"):
+    with pytest.raises(UserError, match=rf"config.data.text_embeddings: {cache} .*image tower"):
         trainer.train(make(**changes), tmp_path / "run")
 
 
@@ -283,7 +284,7 @@ def test_another_tower_is_refused_and_the_folder_is_not_mixed(make, towers, cach
     bits[-4] ^= 1
     weights.write_bytes(bits)
     changes = {"data.views": 2, "model.image.model": str(other)}
-    with pytest.raises(UserError, match="was made with another image tower"):
+    with pytest.raises(UserError, match=rf"config.data.image_embeddings: {cache} .*image tower"):
         trainer.train(
             make(**AUGMENTED, **changes, **{"data.image_embeddings": str(cache)}), tmp_path / "run"
         )
@@ -291,7 +292,7 @@ def test_another_tower_is_refused_and_the_folder_is_not_mixed(make, towers, cach
     mine = tmp_path / "mine"
     shutil.copytree(cache, mine)
     before = content(mine)
-    with pytest.raises(UserError, match=r"differ in tower.*; choose another --output"):
+    with pytest.raises(UserError, match=r"another tower.*--output"):
         embed(make(**AUGMENTED, **changes), mine, "image")
     assert content(mine) == before
 
@@ -314,10 +315,10 @@ def test_a_run_goes_on_from_embeddings_and_from_images(make, cache, tmp_path, mo
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--views=0"], "--views=0 is none"),
-        (["--batch_size=0"], "--batch_size=0 is none"),
-        (["--side=text", "--views=2"], "--views is about images"),
-        (["--config.data.image_embedding=x"], "did you mean 'image_embeddings'"),
+        (["--views=0"], "--views=0"),
+        (["--batch_size=0"], "--batch_size=0"),
+        (["--side=text", "--views=2"], "--views .*--side=text"),
+        (["--config.data.image_embedding=x"], "'image_embeddings'"),
     ],
 )
 def test_bad_flags_are_refused_in_one_sentence(tmp_path, capsys, flags, message):
@@ -325,7 +326,7 @@ def test_bad_flags_are_refused_in_one_sentence(tmp_path, capsys, flags, message)
     code = command.main(["--config=configs/vit_bert.py", f"--output={output}", *flags])
     assert code == BAD_INPUT
     errors = capsys.readouterr().err
-    assert message in errors
+    assert re.search(message, errors)
     assert len(errors.splitlines()) == 1
     assert not output.exists()
 
@@ -333,10 +334,10 @@ def test_bad_flags_are_refused_in_one_sentence(tmp_path, capsys, flags, message)
 @pytest.mark.parametrize(
     ("changes", "side", "message"),
     [
-        ({"data.views": 2}, "image", "all views of an image are the same"),
-        ({"data.flip": True}, "image", "say with --views=K"),
-        ({}, "text", "needs a locked text tower"),
-        ({"policy.lock": "UU"}, "image", "needs a locked image tower"),
+        ({"data.views": 2}, "image", "config.data.views=2"),
+        ({"data.flip": True}, "image", r"--views=K"),
+        ({}, "text", "locked text tower"),
+        ({"policy.lock": "UU"}, "image", "config.policy.lock"),
     ],
 )
 def test_a_config_that_cannot_be_embedded_is_refused(make, tmp_path, changes, side, message):
@@ -347,7 +348,7 @@ def test_a_config_that_cannot_be_embedded_is_refused(make, tmp_path, changes, si
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, make):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match=rf"{tmp_path} .*--output"):
         embed(make(), tmp_path, "image")
     assert content(tmp_path) == {"notes.txt": b"mine"}
 
@@ -358,7 +359,7 @@ def test_a_damaged_note_of_what_was_started_is_named(make, tmp_path):
     embed(make(), output, "image", batch_size=8)
     (output / "started.json").write_text('{"side": "ima')
     whole = content(output)
-    with pytest.raises(UserError, match=r"started.json is damaged .* remove the folder or"):
+    with pytest.raises(UserError, match=r"started.json"):
         embed(make(), output, "image", batch_size=8)
     assert content(output) == whole
 
@@ -405,7 +406,7 @@ def test_too_little_memory_on_the_device_is_not_the_folders_fault(make, tmp_path
     output = tmp_path / "cache"
     with monkeypatch.context() as patch:
         patch.setattr(tower, "_outputs", pool)
-        with pytest.raises(UserError, match="8 rows at once; give a smaller --batch_size"):
+        with pytest.raises(UserError, match=r"8 .*--batch_size"):
             embed(make(), output, "image", batch_size=8)
     assert content(output).keys() == {"started.json"}
     monkeypatch.setattr(tower, "_outputs", lambda *_: jax.numpy.zeros(3) + np.zeros(4))

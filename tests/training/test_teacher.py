@@ -140,17 +140,17 @@ def test_german_finds_images_that_no_german_text_was_seen_with(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": "softmax"}, "config.loss='mse' and config.model.teacher belong together"),
-        ({"model.teacher": ""}, "config.loss='mse' and config.model.teacher belong together"),
-        ({"policy.lock": "UL"}, "config.policy.lock='UL' must be 'LU' or 'Lu'"),
-        ({"model.image.model": "a"}, "leave config.model.dual_encoder and config.model.image"),
-        ({"model.teacher": str(DEMO / "vit")}, "a model of type vit; it must be a CLIP"),
+        ({"loss": "softmax"}, r"config.loss='mse' .*config.model.teacher"),
+        ({"model.teacher": ""}, r"config.loss='mse' .*config.model.teacher"),
+        ({"policy.lock": "UL"}, r"config.policy.lock='UL' .*'LU' .*'Lu'"),
+        ({"model.image.model": "a"}, r"config.model.dual_encoder .*config.model.image"),
+        ({"model.teacher": str(DEMO / "vit")}, r"vit; .*CLIP"),
         (
             {"model.text.model": str(DEMO / "bert")},
-            "model_type bert; with a teacher it must be one of",
+            r"model_type bert",
         ),
-        ({"model.teacher": "no/where"}, "config.model.teacher is 'no/where'"),
-        ({"data.train.split": "german"}, "no split 'german'"),
+        ({"model.teacher": "no/where"}, r"config.model.teacher .*'no/where'"),
+        ({"data.train.split": "german"}, r"'german'"),
     ],
 )
 def test_what_does_not_fit_a_teacher_is_one_sentence(changes, message, tmp_path, one_device):

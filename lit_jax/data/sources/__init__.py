@@ -171,10 +171,9 @@ def _find(config: SourceConfig, text_only: bool, labelled: bool) -> Source:
         raise UserError(f"There is no file or folder {config.path!r}; give the path of a data set.")
     found = _listed(places[0], config) if len(places) == 1 and places[0].is_dir() else places
     raise UserError(
-        f"There is no data set in {config.path!r}.{hints.hint(found)} A source's path "
-        f"(config.data.train.path to train) is a file, a folder that has one of {_all_patterns()}, "
-        "or a folder with images that "
-        "have texts beside them (a.jpg, a.txt) or a folder for each class."
+        f"There is no data set in {config.path!r}.{hints.hint(found)} Set the path of the source "
+        f"(config.data.train.path for training) to a file, to a folder that has one of {_all_patterns()}, or "
+        "to a folder of images that have texts beside them (a.jpg, a.txt) or one folder for each class."
     )
 
 
@@ -213,8 +212,8 @@ def _open(
         # Several tables in one folder may be splits or unrelated data, so nothing is guessed.
         if len(found) > 1 and not kind.several:
             raise UserError(
-                f"{found[0].parent} has {', '.join(file.name for file in found)}; "
-                "name one of them, by the path or by the split."
+                f"{found[0].parent} has {', '.join(file.name for file in found)}; choose one of them with "
+                "the path or the split of the source."
             )
         if kind.has_other_names:
             metadata.tell_unread(found[0], files)

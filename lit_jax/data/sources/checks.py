@@ -43,8 +43,7 @@ def check_first_rows(table: HasRows, config: SourceConfig, *, text_only: bool) -
     # Some addresses among files are bad samples; if all are addresses, nothing would be left.
     if all(on_web) and on_web and not text_only:
         raise UserError(
-            f"The images of {config.path} are addresses on the web ({images[0]}); {DOWNLOAD}, and give its "
-            "output."
+            f"The images of {config.path} are web addresses ({images[0]}); {DOWNLOAD}, and give its output."
         )
     for name in dict.fromkeys((config.caption_key, "captions")):
         texts = [text for row in rows if isinstance(text := row.get(name), str)]
@@ -52,8 +51,9 @@ def check_first_rows(table: HasRows, config: SourceConfig, *, text_only: bool) -
         if lists:
             shown = lists[0] if len(lists[0]) <= 80 else f"{lists[0][:80]}..."
             log.warning(
-                "%r of %d of the first %d rows of %s is a list written as text: %s. Its brackets and quotes "
-                "are read as part of one caption; write a row for each caption, or a list into a JSONL file.",
+                "The field %r in %d of the first %d rows of %s is a list written as text: %s. Its brackets "
+                "and quotes become part of a single caption; write a row for each caption, or use JSONL "
+                "with real lists.",
                 name,
                 len(lists),
                 len(rows),

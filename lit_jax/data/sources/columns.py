@@ -55,8 +55,8 @@ class Columns:
             described = ", ".join(f"{field.name} ({field.type})" for field in schema)
             raise UserError(
                 f"{file} needs a column {image!r} of images, and {texts[0]!r} or {texts[1]!r}, but has "
-                f"{described}; set image_key, caption_key and label_key of this source to names of columns"
-                f"{web_hint(schema.names)}."
+                f"{described}; set image_key, caption_key and label_key of this source to the names of its "
+                f"columns{web_hint(schema.names)}."
             )
         names = [name for name in dict.fromkeys(wanted) if name in schema.names]
         return cls(config, text_only, names, _class_names(schema, config.label_key))
@@ -179,7 +179,7 @@ class ParquetSource:
         self._groups_Gx2 = np.array([group[:2] for group in groups], np.int64).reshape(-1, 2)
         self._starts = np.cumsum([0, *(rows for _, _, rows in groups)])
         if not len(self):
-            raise UserError(f"{files[0]} has no rows; use Parquet files that have some.")
+            raise UserError(f"{files[0]} has no rows; give Parquet files that have rows.")
         self._cache = _Cache()
 
     def __len__(self) -> int:
@@ -252,7 +252,7 @@ def _open_parquet(file: File) -> parquet.ParquetFile:
         return parquet.ParquetFile(str(file.path), filesystem=file.filesystem, pre_buffer=True)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
-            f"{file} is no Parquet file that can be read ({error}); get it again or leave it out."
+            f"{file} cannot be read as a Parquet file ({error}); download it again, or remove it."
         ) from error
 
 
@@ -312,7 +312,7 @@ class HuggingFaceSource:
             raise UserError(f"{folder} is damaged ({error}); save the data set again.") from error
         self._starts = np.cumsum([0, *map(len, self._batches)])
         if not len(self):
-            raise UserError(f"{folder} has no rows; save a data set that has some.")
+            raise UserError(f"{folder} has no rows; save a data set that has rows.")
         self._schema = self._batches[0].schema
         self._columns = Columns.of(self._schema, folder, config, text_only)
         self._valid: set[int] = set()

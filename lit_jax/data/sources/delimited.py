@@ -57,7 +57,7 @@ class DelimitedSource:
         self._first = 1 if header else 0
         self._names = first if header else [config.caption_key, config.image_key]
         if not len(self):
-            raise UserError(f"{file} has the names of its columns, and no line after them.")
+            raise UserError(f"{file} has a header and no rows; add rows, or give another file.")
         check_names(self._names, [config.image_key, config.caption_key, config.label_key], file)
         # Decided once for the whole table, since a single row does not show how pandas wrote the column.
         labels = {label for row in first_rows(self) if (label := row.get(config.label_key))}
@@ -77,10 +77,10 @@ class DelimitedSource:
             self._refuse_separator([])
             # Classic Mac OS, and Excel's "CSV (Macintosh)", end lines with a carriage return alone.
             old = b"\r" in self._lines[0].rstrip(b"\r\n")
-            reason = "its lines end with carriage returns alone" if old else str(error)
+            reason = "its lines end with carriage returns only" if old else str(error)
         raise UserError(
-            f"The first line of {self._lines.file} is no line of a table ({reason}); save it as CSV or "
-            "TSV in UTF-8."
+            f"The first line of {self._lines.file} is not a row of a table ({reason}); save it as CSV or TSV "
+            "in UTF-8."
         )
 
     def _is_header(self, first: Sequence[str]) -> bool:
@@ -95,14 +95,14 @@ class DelimitedSource:
             return False
         if any(field.startswith(WEB) for field in first):
             raise UserError(
-                f"{file} lists addresses on the web, without names of columns; {DOWNLOAD}, and give its "
-                "output."
+                f"{file} lists web addresses and has no header with the names of columns; {DOWNLOAD}, and "
+                "give its output."
             )
         self._refuse_separator(first)
         raise UserError(
             f"{file} needs the columns {config.image_key!r}, and {config.caption_key!r} or "
             f"{config.label_key!r}, but its first line has {', '.join(map(repr, first))}; set image_key, "
-            f"caption_key and label_key of this source to names of columns{web_hint(first)}."
+            f"caption_key and label_key of this source to the names of its columns{web_hint(first)}."
         )
 
     def _refuse_separator(self, first: Sequence[str]) -> None:
@@ -113,9 +113,8 @@ class DelimitedSource:
             others = {field.strip(' "\r\n') for field in line.split(mark)} & wanted - {*first}
             if mark != expected and (others or (len(first) == 1 and mark in line)):
                 raise UserError(
-                    f"The fields of {file} are separated by {name}, and in a *{file.suffix} file "
-                    f"{_SEPARATORS[expected]} is expected; save it with {_SEPARATORS[expected]} between the "
-                    "fields."
+                    f"The fields of {file} are separated by {name}, but a *{file.suffix} file needs "
+                    f"{_SEPARATORS[expected]}; save it with {_SEPARATORS[expected]} between the fields."
                 )
 
     def _is_image(self, field: str) -> bool:
@@ -174,7 +173,7 @@ class DelimitedSource:
         values = self._fields(line)
         # A wrong number of fields would shift captions and paths against each other.
         if len(values) != len(self._names):
-            quote = "; a comma within a field needs double quotes around it" if self._comma else ""
+            quote = "; put a field that contains a comma in double quotes" if self._comma else ""
             raise ValueError(f"{len(values)} fields for {len(self._names)} columns{quote}")
         row = {name: value or None for name, value in zip(self._names, values, strict=True)}
         label = row.get(self._config.label_key)

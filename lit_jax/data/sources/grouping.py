@@ -119,7 +119,7 @@ def _merge(examples: Sequence[Example]) -> Example:
     languages = [example.get("languages") for example in captioned]
     if None in languages and any(languages):
         raise BadSampleError(
-            f"rows of {first['key']} have captions by language, and others have captions without one",
+            f"some rows of {first['key']} have captions by language, and others captions without a language",
             "no_example",
         )
     return {

@@ -10,21 +10,21 @@ from lit_jax.errors import UserError
 # Patterns of file names -> hint. The first entry with a matching file is used.
 _HINTS = {
     ("*.tfrecord", "*.tfrecord-*"): (
-        "TFRecord files cannot be read at random; prepare the data set again with "
-        "`tfds build --file_format=array_record`"
+        "TFRecord files allow no random access; prepare the data set again with `tfds build "
+        "--file_format=array_record`"
     ),
     ("dataset_info.json", "dataset_infos.json"): (
         "it describes a data set of TFDS or of Hugging Face's `datasets` that is not there; give the folder "
-        "that `tfds build` or `save_to_disk` has written"
+        "that `tfds build` or `save_to_disk` wrote"
     ),
     ("*.arrow",): "it is part of the cache of `datasets`; save the data set with `save_to_disk`",
     ("*.gz", "*.tgz", "*.bz2", "*.xz", "*.zst", "*.zip", "*.rar", "*.7z"): (
-        "it is compressed, so nothing can be read at random in it; unpack it"
+        "it is compressed, which allows no random access; unpack it"
     ),
     ("*.xlsx", "*.xls", "*.ods"): "it is a spreadsheet; save it as CSV in UTF-8",
     ("*.json",): (
-        'it is read if it is a list, [{"image": "a.jpg", "caption": "a dog"}, ...], where image_key may name '
-        "another field than image; if it has such an object on each line, call it *.jsonl"
+        'it must be a list, [{"image": "a.jpg", "caption": "a dog"}, ...], where image_key names the field '
+        "of the image; if it has one such object on each line, rename it to *.jsonl"
     ),
 }
 # Files that only describe the data of other formats.

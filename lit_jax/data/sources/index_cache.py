@@ -79,7 +79,7 @@ class TableCache:
         """
         metadata = (table.schema.metadata or {}) | {_KEY: self._key}
         table = table.combine_chunks().replace_schema_metadata(metadata)
-        problem = OSError("there is no place")
+        problem = OSError("there is no folder for it")
         for place in self.places:
             try:
                 place.parent.mkdir(parents=True, exist_ok=True)

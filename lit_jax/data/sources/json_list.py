@@ -46,10 +46,10 @@ class JsonItems:
             self._bounds_Nx2 = _bounds(read_text(file)) + mark * len(codecs.BOM_UTF8)
         except ValueError as error:
             raise UserError(
-                f"{file} is no JSON list of rows ({error}); correct it or get it again."
+                f"{file} cannot be read as a JSON list of rows ({error}); correct it, or download it again."
             ) from error
         if not len(self):
-            raise UserError(f"{file} is an empty list; it needs a row for each example.")
+            raise UserError(f"{file} is an empty list; write a row for each example.")
 
     def __len__(self) -> int:
         return len(self._bounds_Nx2)
@@ -80,7 +80,7 @@ def _bounds(text: str) -> np.ndarray:
     decoder, ends = json.JSONDecoder(), []
     place = _after_space(text, 0)
     if text[place : place + 1] != "[":
-        raise ValueError("it begins with another character than [")
+        raise ValueError("it does not begin with [")
     place = _after_space(text, place + 1)
     is_open = text[place : place + 1] != "]"
     while is_open:

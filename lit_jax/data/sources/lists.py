@@ -73,7 +73,7 @@ class ListedSource:
         name = _decoded(self._names[index].as_py())
         if problem := self._problems.get(range(len(self))[index]):
             raise BadSampleError(
-                f"{readable(name)} has a caption that is no text: {problem}", "no_example"
+                f"{readable(name)} has a caption that is not text: {problem}", "no_example"
             )
         captions = () if self._captions is None else self._captions[index].as_py()
         return Example(
@@ -134,7 +134,7 @@ def _tell_left_out(
         )
     if empty := folders - classes:
         log.warning(
-            "%d of the %d folders in %s have no image and are no classes: %s.",
+            "%d of the %d folders in %s have no image and do not count as classes: %s.",
             len(empty),
             len(folders),
             folder,
@@ -142,7 +142,7 @@ def _tell_left_out(
         )
     if outside:
         log.warning(
-            "%d images in %s lie in no folder of a class and are left out: %s.",
+            "%d images in %s are outside the folders of the classes and are left out: %s.",
             len(outside),
             folder,
             shown(outside),
@@ -162,7 +162,8 @@ def open_coco(file: File, split: str | None) -> ListedSource:
         unknown = captions.keys() - {number for _, number in pairs}
     if unknown:
         log.warning(
-            "%d image_ids of the annotations in %s are no id of its images; their captions are left out.",
+            "%d image_ids of the annotations in %s match no image of that file; their captions are left "
+            "out.",
             len(unknown),
             file,
         )
@@ -213,7 +214,8 @@ def parsing(file: File) -> Iterator[None]:
     # UnicodeDecodeError, handled above, is a ValueError, too.
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{file} is no caption file of its kind ({textwrap.shorten(repr(error), 200)}); get it again."
+            f"{file} cannot be read as a caption file ({textwrap.shorten(repr(error), 200)}); correct it, or "
+            "download it again."
         ) from error
 
 

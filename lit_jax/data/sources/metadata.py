@@ -77,6 +77,6 @@ def require_in_split(table: HasRows, file: File, config: SourceConfig) -> None:
         own = file.parent / (config.split or "") / file.name
         raise UserError(
             f"{file} lists the images of several splits ({shown(folders)}); move the rows of "
-            f"{config.split!r} to {own}, with paths that start in its folder, or leave out the split to read "
+            f"{config.split!r} to {own}, with paths relative to its folder, or leave out the split to read "
             "all rows."
         )

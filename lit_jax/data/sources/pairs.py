@@ -124,8 +124,8 @@ def open_pairs(
     # A few texts among many images, such as a readme, do not make a data set of captions.
     if 2 * described < images and any("/" in path for path in paths):
         log.warning(
-            "%s: only %d of %d images have files of captions or json beside them: these are not read, and "
-            "its folders are classes.",
+            "%s: only %d of %d images have a caption file or JSON file beside them, so these files are not "
+            "read, and the folders are the classes.",
             folder,
             described,
             images,
@@ -135,7 +135,7 @@ def open_pairs(
     for problem, remark in samples.remarks(readings).items():
         if not (text_only and problem == "no image"):
             log.warning("%s: %s.", folder, remark)
-    log.info("%s has %d images with files of captions or json beside them.", folder, images)
+    log.info("%s has %d images with caption files or JSON files beside them.", folder, images)
     table = pa.Table.from_batches([reading.samples for reading in readings], _SCHEMA)
     # Each folder's batch has dictionaries of its own, and chunks can be combined only with the same ones.
     table = table.unify_dictionaries().combine_chunks()
@@ -151,12 +151,12 @@ def _with_classes(folder: File, table: pa.Table, config: SourceConfig) -> PairSo
     """Return samples whose folders are their classes, or None if only images and folders are read."""
     if config.templates:
         log.warning(
-            "%s: no image has a label beside it, so its folders are classes; what lies beside the images is "
-            "not read, since this source has templates.",
+            "%s: no image has a label beside it, so the folders are the classes; the files beside the "
+            "images are not read, because this source has templates.",
             folder,
         )
         return None
-    log.info("%s: no image has a label beside it, so its folders are classes.", folder)
+    log.info("%s: no image has a label beside it, so the folders are the classes.", folder)
     return PairSource(folder, table, config, has_classes=True)
 
 

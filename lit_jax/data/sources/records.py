@@ -68,9 +68,9 @@ def decode(record: bytes) -> Example:
             raise BadSampleError(f'not a record ("{name}" is of type {type(value).__name__})')
     for name in ("captions", "languages"):
         if not all(isinstance(text, str) for text in example.get(name) or ()):
-            raise BadSampleError(f'not a record ("{name}" has an item that is no text)')
+            raise BadSampleError(f'not a record ("{name}" has an item that is not text)')
     if len(example.get("languages") or example["captions"]) != len(example["captions"]):
-        raise BadSampleError('not a record ("languages" are not as many as its captions)')
+        raise BadSampleError('not a record ("languages" and captions differ in number)')
     return example
 
 
@@ -94,11 +94,12 @@ def read_manifest(folder: Path) -> tuple[Shard, ...]:
         raise UserError(f"{file} is damaged ({error!r}); convert the data again.") from error
     if version != VERSION:
         raise UserError(
-            f"{file} is of version {version}, this lit_jax reads {VERSION}; convert the data again."
+            f"{file} has version {version}, but this lit_jax reads version {VERSION}; convert the data "
+            "again."
         )
     # An empty source could never yield a batch.
     if not sum(shard.count for shard in shards):
-        raise UserError(f"{file} lists no records; convert a data set that has some.")
+        raise UserError(f"{file} lists no records; convert a data set that has examples.")
     return shards
 
 

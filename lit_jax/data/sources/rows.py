@@ -98,7 +98,7 @@ def _content(row: Mapping[str, Any], name: str) -> str | bytes | None:
 
 def _located(path: str, name: str, folder: File) -> File:
     if path.startswith(WEB):
-        raise ValueError(f'"{name}" is on the web; {DOWNLOAD}')
+        raise ValueError(f'"{name}" is a web address; {DOWNLOAD}')
     if "://" not in path:
         return folder / path
     try:
@@ -117,7 +117,7 @@ def _captions(
         return captions, languages
     more, more_languages = _texts(row, "captions")
     if captions and more_languages:
-        raise TypeError(f'"{config.caption_key}" stands beside captions by language')
+        raise TypeError(f'"{config.caption_key}" is given in addition to captions by language')
     return captions + more, more_languages or languages
 
 
@@ -136,7 +136,7 @@ def _texts(row: Mapping[str, Any], name: str) -> tuple[tuple[str, ...], tuple[st
         given = _field(row, name, list) or []
         languages, texts = None, tuple(text for text in given if text is not None)
     if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f'"{name}" has an item that is no text')
+        raise TypeError(f'"{name}" has an item that is not text')
     return texts, languages
 
 
@@ -155,7 +155,7 @@ def read_label(row: Mapping[str, Any], name: str) -> tuple[str | None, str | Non
         return label, None
     shown = repr(value)
     shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
-    return None, f'"{name}" is {shown}, and a label is a text or a whole number'
+    return None, f'"{name}" is {shown}, but a label must be text or a whole number'
 
 
 def _whole(value: int | float | decimal.Decimal) -> str | None:
@@ -218,7 +218,9 @@ def _real(folder: str) -> tuple[str, frozenset[str]]:
 def web_hint(names: Sequence[str]) -> str:
     """Return an addition to a message about columns, if a column seems to contain web addresses."""
     return (
-        f"; of addresses on the web, {DOWNLOAD}" if any("url" in n.lower() for n in names) else ""
+        f"; if they hold web addresses, {DOWNLOAD}"
+        if any("url" in n.lower() for n in names)
+        else ""
     )
 
 

@@ -31,15 +31,15 @@ _FIELD_OF = {suffix: field for field, ranks in FIELDS.items() for rank in ranks 
 FLAWS: Mapping[str, tuple[BadKind, str]] = {
     "outside": ("hostile_path", "is a link, or its name leads out of the folder"),
     "sparse": ("damaged", "is stored with holes (GNU sparse); pack the tar again without --sparse"),
-    "cut": ("damaged", "goes beyond the end of its file; get the file again"),
+    "cut": ("damaged", "goes beyond the end of its file; download the file again"),
     "large": ("too_large", f"has a file of more than {MAX_FILE_BYTES:,} bytes"),
-    "images": ("no_example", "has several images, and nothing says which one is meant"),
+    "images": ("no_example", "has several images, so it is unclear which one is meant"),
 }
 # The wording of the warnings about samples with a problem.
 _PROBLEMS = {
     "no image": "have no image",
     "images": "have several images, and are bad samples",
-    "texts": "have several files of captions, which are all read",
+    "texts": "have several caption files, which are all read",
 }
 # The most examples of each kind in a message, and the most kinds.
 _EXAMPLES = 3
@@ -163,7 +163,7 @@ def remarks(readings: Iterable[Reading]) -> dict[str, str]:
     }
     if unread:
         said["unread"] = (
-            "files that are not read, because they are of no known kind or their sample has another one of "
+            "files that are not read, because their kind is unknown or their sample already has a file of "
             f"that kind: {_listed(unread)}"
         )
     return said
@@ -315,5 +315,5 @@ def example_of_parts(
 def _object(content: bytes) -> dict[str, Any]:
     value = parse_json(content.decode("utf-8-sig"))
     if not isinstance(value, dict):
-        raise TypeError("its json is no object")
+        raise TypeError("its JSON is not an object")
     return value

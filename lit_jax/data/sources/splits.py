@@ -72,12 +72,12 @@ def not_found(where: object, split: str | None, known: Iterable[str]) -> UserErr
     known = sorted(known)
     if not split:
         return UserError(
-            f"{where} has splits, and none is named; name a split of this source, one of {shown(known, 20)} "
-            "(config.data.train.split to train, --split to evaluate)."
+            f"{where} has splits, and none is chosen; set the split of this source (config.data.train.split "
+            f"to train, --split to evaluate) to one of {shown(known, 20)}."
         )
     if not known:
         return UserError(
-            f"The data set in {where} has no split {split!r}: neither a folder nor a file is called like it; "
-            "leave out the split, or name another one."
+            f"The data set in {where} has no split {split!r}: no folder or file has this name; leave the "
+            "split out, or choose another one."
         )
     return UserError(f"{where} has no split {split!r}; its splits are {shown(known, 20)}.")

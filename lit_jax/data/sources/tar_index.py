@@ -96,7 +96,7 @@ def open_index(files: Sequence[File]) -> TarIndex:
         raise UserError(f"{error}; a shard of the data set cannot be read.") from error
     if found := cache.load():
         return TarIndex(found)
-    log.info("The samples of %d tar files are being indexed.", len(files))
+    log.info("Indexing the samples of %d tar files.", len(files))
     # Threads overlap the waiting for a network disk or an object store.
     with ThreadPoolExecutor(16) as pool:
         scanned = list(pool.map(_scan, range(len(files)), files))
@@ -111,8 +111,8 @@ def open_index(files: Sequence[File]) -> TarIndex:
     except OSError as error:
         places = ", ".join(map(str, cache.places)) or "the folders"
         raise UserError(
-            f"The index of the tar files can be written to none of {places} ({error}); set XDG_CACHE_HOME to "
-            "a folder with space."
+            f"The index of the tar files cannot be written to any of {places} ({error}); set XDG_CACHE_HOME "
+            "to a folder with space."
         ) from error
 
 
@@ -126,7 +126,7 @@ def _scan(shard: int, file: File) -> tuple[Readings, str]:
         members, end = tar_members(file)
     except (OSError, tarfile.TarError) as error:
         raise UserError(
-            f"{file} is no tar file that can be read ({error}); get it again or leave it out."
+            f"{file} cannot be read as a tar file ({error}); download it again, or remove it."
         ) from error
     return samples.read_members(members, pack, f"{file.name}/"), end
 

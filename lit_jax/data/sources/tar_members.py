@@ -103,10 +103,8 @@ def _after_end(headers: Any, tar: tarfile.TarFile) -> str:
     if rest[: tarfile.BLOCKSIZE].strip(b"\0"):
         return f"the header at byte {tar.offset} is damaged"
     if rest.strip(b"\0"):
-        return (
-            f"more than its end follows byte {tar.offset}; if it is two tar files in one, split it"
-        )
-    return "" if rest else "the mark of its end is missing"
+        return f"more data follow its end at byte {tar.offset}; if two tar files were joined, split them"
+    return "" if rest else "its end-of-archive mark is missing"
 
 
 def _member(found: tarfile.TarInfo, size: int) -> Member:

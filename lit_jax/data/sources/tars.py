@@ -37,7 +37,7 @@ class TarSource:
             if not (text_only and problem == "no image"):
                 log.warning("%s: %s.", place, remark)
         if not len(self):
-            raise UserError(f"{files[0]} has no samples; use tar files that have some.")
+            raise UserError(f"{files[0]} has no samples; give tar files that have samples.")
 
     def __len__(self) -> int:
         return len(self._index)
@@ -56,7 +56,9 @@ class TarSource:
             ):
                 # The file may have been truncated after it was indexed.
                 if len(content) < stop - start:
-                    raise BadSampleError(f"{file} ends within it; get the file again")
+                    raise BadSampleError(
+                        f"{file} is cut off within this sample; download the file again"
+                    )
                 parts.setdefault(field, []).append(content)
             one = {field: found[0] for field, found in parts.items()}
             return example_of_parts(

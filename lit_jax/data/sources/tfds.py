@@ -47,8 +47,8 @@ class TfdsSource:
         if not has_image or not named & {*features}:
             raise UserError(
                 f"{folder} needs an image feature {config.image_key!r}, and {config.caption_key!r} or "
-                f"{config.label_key!r}, but has {', '.join(sorted(leaves))}; set image_key, "
-                "caption_key and label_key of this source to names of features."
+                f"{config.label_key!r}, but has {', '.join(sorted(leaves))}; set image_key, caption_key and "
+                "label_key of this source to the names of its features."
             )
         captions = _chosen(leaves, config.caption_key, "caption_key", folder)
         label = _chosen(leaves, config.label_key, "label_key", folder)
@@ -185,7 +185,7 @@ def _chosen(leaves: Mapping[str, _Leaf], name: str, key: str, folder: Path) -> _
         return leaf
     if leaf and key == "label_key" and name == SourceConfig.label_key:
         # The user has not asked for the label, and captions do not need one.
-        log.warning("%r in %s holds %s and is no label; it is left out.", name, folder, leaf.holds)
+        log.warning("%r in %s holds %s, so it is not read as a label.", name, folder, leaf.holds)
         return None
     inside = [path for path in leaves if path.startswith(f"{name}/")]
     if leaf is None and not inside and name in ("", _DEFAULTS[key]):
@@ -199,7 +199,7 @@ def _chosen(leaves: Mapping[str, _Leaf], name: str, key: str, folder: Path) -> _
     )
     usable = [path for path, other in leaves.items() if fits(other)]
     raise UserError(
-        f"{folder}: {key} is {name!r}, which {problem}; set {key} of this source to a feature that can be it "
+        f"{folder}: {key} is {name!r}, which {problem}; set {key} of this source to a suitable feature "
         f"({shown(usable)}), or to '' for none."
     )
 
@@ -215,8 +215,8 @@ def _check_split(splits: Mapping[str, Any], split: str | None, folder: Path) -> 
         # The first line of TFDS's message is the reason; the others list its grammar.
         reason = str(error.__cause__ or error).split("\n")[0]
         raise UserError(
-            f"The split {split!r} of {folder} is no part of {name!r} ({_shortened(reason)}); write one as "
-            f"{name}[:10%] or {name}[100:200]."
+            f"The split {split!r} of {folder} selects no part of {name!r} ({_shortened(reason)}); write it "
+            f"as {name}[:10%] or {name}[100:200]."
         ) from error
     if size <= 0:
         raise UserError(f"The split {split!r} of {folder} is empty; choose another one.")
