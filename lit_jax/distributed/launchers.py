@@ -81,8 +81,8 @@ def find_place(environment: Environment = os.environ) -> Place | None:
 
     Raise UserError for impossible values, and if an unsupported launcher has started several processes.
     """
-    # The user's own variables win over any launcher. Open MPI comes before Slurm: mpirun inside a Slurm job
-    # sets both, and the job's variables then describe mpirun's own task.
+    # The user's own variables win over any launcher. Open MPI comes before Slurm, as in JAX: under mpirun
+    # inside a Slurm job, Slurm's variables describe the task of mpirun or of its daemon, not this process.
     if any(environment.get(name) for name in (_ADDRESS, _COUNT, _INDEX)):
         place = _from_jax_variables(environment)
     else:

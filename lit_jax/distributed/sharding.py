@@ -37,7 +37,7 @@ def matrix_spec(shape: tuple[int, ...], axis: str, parts: int) -> PartitionSpec:
     """
     # The longer axis is split, because the TPU compiler reduce-scatters a gradient only if the part is wide:
     # with 128 columns in bfloat16 it was seen to sum the whole gradient on every device. Leading axes are the
-    # depth of scanned stacks, and a scan would gather a split depth in every step.
+    # depth of scanned stacks: if a stack is split there, the compiler gathers all of it before the scan.
     candidates = range(max(len(shape) - 2, 0), len(shape))
     for split in sorted(candidates, key=lambda i: -shape[i]):
         if shape[split] % parts == 0:

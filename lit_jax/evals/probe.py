@@ -98,8 +98,10 @@ def features(
     rows, valid_N = encoder.features(params, source)
     valid_N = valid_N & (label_N >= 0)
     if not valid_N.any():
-        raise UserError("No image with a label can be decoded; fix the data, or set data.path of the "
-                        "evaluation (--data) to other data.")
+        raise UserError(
+            "No image with a label can be decoded; fix the data, or set data.path of the "
+            "evaluation (--data) to other data."
+        )
     return Features(rows=rows, label=label_N)[valid_N]
 
 

@@ -95,8 +95,10 @@ def evaluate_retrieval(
     kept = np.flatnonzero(valid_N)
     texts = [text for i in kept.tolist() for text in captions[i]]
     if not texts:
-        raise UserError("No image with a caption can be decoded; fix the data, or set data.path of the "
-                        "evaluation (--data) to other data.")
+        raise UserError(
+            "No image with a caption can be decoded; fix the data, or set data.path of the "
+            "evaluation (--data) to other data."
+        )
     # The texts of all images are in one flat list, and this index maps each text to its image.
     image_of_text_M = np.repeat(np.arange(len(kept)), [len(captions[i]) for i in kept.tolist()])
     embeds = image_embeds_NxE[kept], encoder.texts(params, texts)

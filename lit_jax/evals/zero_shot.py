@@ -79,8 +79,10 @@ def zero_shot(
     image_embeds_NxE, valid_N = encoder.images(params, source)
     valid_N = valid_N & (label_N >= 0)
     if not valid_N.any():
-        raise UserError("No image with a label can be decoded; fix the data, or set data.path of the "
-                        "evaluation (--data) to other data.")
+        raise UserError(
+            "No image with a label can be decoded; fix the data, or set data.path of the "
+            "evaluation (--data) to other data."
+        )
     image_embeds_NxE, label_N = image_embeds_NxE[valid_N], label_N[valid_N]
     top_NxK, probability_NxK, hit_Nx2, is_tied_N = _classify(
         image_embeds_NxE, class_embeds_CxE, scale, label_N

@@ -120,8 +120,8 @@ class EfficientNetConfig:
 
     def first_block(self, stage: int) -> BottleneckConfig:
         """Return the config of the first block of a stage."""
-        # TensorFlow's padding 'SAME' adds one row less before the map than after it at stride 2. The indices
-        # in depthwise_padding are exceptions of Hugging Face's conversion.
+        # At stride 2, TensorFlow's padding 'SAME' adds one row less before a map of even size than after it,
+        # and as many on both sides of an odd one. depthwise_padding has the blocks whose map is odd.
         size, stride = self.kernel_sizes[stage], self.strides[stage]
         if stride == 1:
             padding = _same(size)
