@@ -10,7 +10,7 @@ Dims: B batch, Q tokens, D width.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -18,8 +18,7 @@ from jaxtyping import Array, Float
 from lit_jax.errors import UserError
 from lit_jax.models.layers import DenseAct, LayerNorm, dense
 from lit_jax.models.token_embeddings import TokenEmbeddingConfig
-from lit_jax.models.tower import TextTransformer
-from lit_jax.models.transformer import BlockConfig
+from lit_jax.models.tower import BlockFields, TextTransformer
 from lit_jax.trees import Tree, flatten, unflatten
 
 PositionIds = Literal["input_ids", "arange"]
@@ -28,41 +27,21 @@ _POSITIONS = "embeddings/position_embeddings/embedding"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlainConfig:
-    """The fields of config.json that change a number and that all families of this file share.
-
-    Names and defaults are Hugging Face's, here and in the configs that derive from this class.
-    """
+class PlainConfig(BlockFields):
+    """The fields of config.json that change a number and that all families of this file share."""
 
     model_type: str
     vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
     intermediate_size: int = 3072
-    hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     max_position_embeddings: int = 512
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
+
+    norm_first: ClassVar[bool] = False
 
     @property
-    def block(self) -> BlockConfig:
-        """The description of the blocks."""
-        return BlockConfig(
-            depth=self.num_hidden_layers,
-            width=self.hidden_size,
-            num_heads=self.num_attention_heads,
-            mlp_width=self.intermediate_size,
-            activation=self.hidden_act,
-            norm_epsilon=self.layer_norm_eps,
-            norm_first=False,
-            init_std=self.initializer_range,
-            attention_dropout=self.attention_probs_dropout_prob,
-            output_dropout=self.hidden_dropout_prob,
-            mlp_dropout=self.hidden_dropout_prob,
-        )
+    def mlp_width(self) -> int:
+        return self.intermediate_size
 
     @property
     def embedding(self) -> TokenEmbeddingConfig:

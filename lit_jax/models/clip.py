@@ -33,7 +33,7 @@ from lit_jax.models.transformer import BlockConfig, TokenSelector
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockFields:
+class CLIPBlockFields:
     """The fields of config.json that describe the blocks, in CLIP and in SigLIP.
 
     Names and defaults are Hugging Face's, here and in the configs made from it.
@@ -69,7 +69,7 @@ class BlockFields:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CLIPFields(BlockFields):
+class CLIPFields(CLIPBlockFields):
     """The fields that both towers of CLIP share."""
 
     # Multiplies every standard deviation of the initialisation.

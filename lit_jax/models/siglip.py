@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from lit_jax.config import Pooling
 from lit_jax.errors import UserError
 from lit_jax.models.clip import (
-    BlockFields,
+    CLIPBlockFields,
     CLIPImageEmbeddings,
     CLIPText,
     CLIPVision,
@@ -29,7 +29,7 @@ from lit_jax.models.transformer import Attention, Mlp, TokenSelector
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SiglipFields(BlockFields):
+class SiglipFields(CLIPBlockFields):
     """The fields that both towers of SigLIP share."""
 
     hidden_act: str = "gelu_pytorch_tanh"

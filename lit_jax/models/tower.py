@@ -225,8 +225,8 @@ class ImageTransformer(ImageTower):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ViTFields:
-    """The fields of config.json that change a number and that ViT, BEiT and DINOv2 share.
+class BlockFields:
+    """The fields of config.json that describe the blocks of ViT, BERT and the families close to them.
 
     Names and defaults are Hugging Face's, here and in the configs that derive from this class.
     """
@@ -239,22 +239,8 @@ class ViTFields:
     attention_probs_dropout_prob: float = 0.0
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
-    # Pixels; a pair is (height, width).
-    image_size: Size = 224
-    patch_size: Size = 16
-    num_channels: int = 3
 
-    @property
-    def embeddings(self) -> ImageEmbeddingConfig:
-        """The description of the image embeddings."""
-        return ImageEmbeddingConfig(
-            width=self.hidden_size,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            num_channels=self.num_channels,
-            init_std=self.initializer_range,
-            dropout=self.hidden_dropout_prob,
-        )
+    norm_first: ClassVar[bool] = True
 
     @property
     def mlp_width(self) -> int:
@@ -271,11 +257,33 @@ class ViTFields:
             mlp_width=self.mlp_width,
             activation=self.hidden_act,
             norm_epsilon=self.layer_norm_eps,
-            norm_first=True,
+            norm_first=self.norm_first,
             init_std=self.initializer_range,
             attention_dropout=self.attention_probs_dropout_prob,
             output_dropout=self.hidden_dropout_prob,
             mlp_dropout=self.hidden_dropout_prob,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTFields(BlockFields):
+    """The fields of config.json that change a number and that ViT, BEiT and DINOv2 share."""
+
+    # Pixels; a pair is (height, width).
+    image_size: Size = 224
+    patch_size: Size = 16
+    num_channels: int = 3
+
+    @property
+    def embeddings(self) -> ImageEmbeddingConfig:
+        """The description of the image embeddings."""
+        return ImageEmbeddingConfig(
+            width=self.hidden_size,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            num_channels=self.num_channels,
+            init_std=self.initializer_range,
+            dropout=self.hidden_dropout_prob,
         )
 
 
