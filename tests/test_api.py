@@ -650,7 +650,7 @@ def test_two_towers_are_joined_with_arguments_of_their_own(model, tmp_path):
         join(tmp_path / "vision")
     with pytest.raises(UserError, match=r"text_model .*VisionModel; .*lit_jax\.TextModel"):
         join(tmp_path / "vision", text_model=model.vision_model)
-    with pytest.raises(UserError, match="image_pooling='pooler' .*vision_pooling='cls'"):
+    with pytest.raises(UserError, match=r"image_pooling='pooler' .*vision_pooling='cls'"):
         join(tmp_path / "vision", tmp_path / "text", image_pooling="pooler", vision_pooling="cls")
     # Options that the objects have already change nothing and are no mistake.
     join(

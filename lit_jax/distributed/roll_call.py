@@ -159,7 +159,9 @@ def _welcome(
     # A wrong count or a double index means a wrong launch, so that process gets the reason and ends.
     reason = ""
     if count != place.count:
-        reason = f"process {index} on {address} is one of {count} processes, process 0 of {place.count}"
+        reason = (
+            f"process {index} on {address} is one of {count} processes, process 0 of {place.count}"
+        )
     elif index in there:
         reason = f"two processes have the number {index}, one of them on {address}"
     if reason:

@@ -174,8 +174,8 @@ def _check_model_files(folder: Path) -> None:
     changed = [name for name, checksum in stored.items() if found.get(name) != checksum]
     if changed:
         raise UserError(
-            f"{folder / changed[0]} is not as the run has written it; put it back, or remove {file} to go on "
-            "with the files as they are."
+            f"{folder / changed[0]} is not as the run wrote it; restore it, or remove {file} to accept "
+            "the files as they are."
         )
 
 

@@ -208,9 +208,7 @@ def test_a_shard_that_is_short_of_records_is_named_with_both_numbers(folder, tmp
     output.mkdir()
     plan = make_plan(SourceConfig(path=str(folder)), 10)
     monkeypatch.setattr("lit_jax.data.convert.ArrayRecordWriter", LosingWriter)
-    with pytest.raises(
-        UserError, match=r"00000-of-00003\.array_record holds 7 of the 8 .*--output"
-    ):
+    with pytest.raises(UserError, match=r"00000-of-00003\.array_record .*7 .*8 .*--output"):
         convert_shard(plan, output, 0)
     assert not list(output.iterdir())
 

@@ -142,7 +142,7 @@ def test_german_finds_images_that_no_german_text_was_seen_with(tmp_path):
     [
         ({"loss": "softmax"}, r"config.loss='mse' .*config.model.teacher"),
         ({"model.teacher": ""}, r"config.loss='mse' .*config.model.teacher"),
-        ({"policy.lock": "UL"}, r"config.policy.lock='UL' .*'LU' .*'Lu'"),
+        ({"policy.lock": "UL"}, r"config.policy.lock .*'UL'.*'LU' .*'Lu'"),
         ({"model.image.model": "a"}, r"config.model.dual_encoder .*config.model.image"),
         ({"model.teacher": str(DEMO / "vit")}, r"vit; .*CLIP"),
         (

@@ -61,7 +61,7 @@ def test_the_old_format_is_known_with_any_protocol_of_pickle(tmp_path, protocol)
     file = tmp_path / "pytorch_model.bin"
     magic = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=protocol)
     file.write_bytes(magic + pickle.dumps(1001, protocol=protocol) + b"more")
-    with pytest.raises(UserError, match=r"is not damaged.* before 1\.6.*'pytorch_model\.bin'"):
+    with pytest.raises(UserError, match=r"1\.6.*'pytorch_model\.bin'"):
         read_tensors(tmp_path)
 
 
