@@ -121,7 +121,7 @@ def _without_training_data(config: Config) -> Config:
     named = [data.train.path, *(part.path for part in data.mixture.values())]
     if any(named):
         log.info(
-            "The source that is passed takes the place of the config's data: %s.",
+            "The source that was passed to fit replaces the data of the config: %s.",
             ", ".join(filter(None, named)),
         )
     train_data = dataclasses.replace(data.train, path="")
