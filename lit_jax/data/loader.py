@@ -285,15 +285,14 @@ class TrainStream:
         if self._samples_read >= self._judge_after and fraction > self._config.max_bad_fraction:
             # A checkpoint does not hold the reasons, so a resumed run may have none to show.
             examples = [f", for example {key}: {why}" for key, why in self._reasons.items()]
+            kinds = ", ".join(
+                f"{count} {kind}" for kind, count in self.bad_samples.items() if count
+            )
             raise UserError(
                 f"{bad} of {self._samples_read} samples are bad ({fraction:.1%}: "
-                f"{_by_kind(self.bad_samples)}){''.join(examples[-1:])}; fix the data, or raise "
+                f"{kinds}){''.join(examples[-1:])}; fix the data, or raise "
                 "config.data.max_bad_fraction."
             )
-
-
-def _by_kind(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
 
 
 def _start_worker(_index: int, _count: int) -> None:

@@ -13,7 +13,6 @@ import selectors
 import socket
 import time
 from collections.abc import Callable, Iterable
-from typing import NoReturn
 
 from lit_jax.distributed.launchers import Place, split_address
 from lit_jax.errors import GoneError, UserError
@@ -261,15 +260,11 @@ def _wait_for_word(peer: socket.socket, clock: _Clock, missing: Callable[[], str
         if said.startswith(_GO):
             return True
         if said.startswith(_NO) and said.endswith(b"\n"):
-            _refuse(said)
+            reason = said.removeprefix(_NO).decode(errors="replace").strip()
+            raise UserError(
+                f"Process 0 refuses this process: {reason}; give each process its own number, and all of "
+                "them the same count."
+            )
         # An empty read means that process 0 has closed the connection.
         if not more:
             return False
-
-
-def _refuse(said: bytes) -> NoReturn:
-    reason = said.removeprefix(_NO).decode(errors="replace").strip()
-    raise UserError(
-        f"Process 0 refuses this process: {reason}; give each process its own number, and all of them the "
-        "same count."
-    )

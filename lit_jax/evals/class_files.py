@@ -53,7 +53,8 @@ def load_classes(config: EvalConfig, name: str, language: str = "en") -> Classes
                 f"config.evals.{name}.classes is missing, and its data has no {CLASS_NAMES}; set it to the "
                 "path of a class file."
             )
-        template_file = template_file or _if_there(file.parent / TEMPLATES)
+        beside = file.parent / TEMPLATES
+        template_file = template_file or (beside if beside.is_file() else None)
     dataset = config.dataset or name
     found = _class_file(_read(file), dataset, file)
     given: Any = found.templates or DEFAULT_TEMPLATES.get(language, BARE_NAME)
@@ -111,10 +112,6 @@ def _task(home: File) -> str:
 
 def _file(path: str | None, language: str) -> File | None:
     return locate(path.replace("{language}", language)) if path else None
-
-
-def _if_there(file: File) -> File | None:
-    return file if file.is_file() else None
 
 
 def _lines(file: File) -> list[str]:

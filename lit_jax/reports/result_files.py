@@ -50,12 +50,9 @@ class Table:
         """Return the table in Markdown, under its title."""
         aligned = [":--", *("--:" for _ in self.columns[1:])]
         rows = [self.columns, aligned, *self.rows]
-        lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+        shown = ([printable(text).replace("|", "\\|") for text in row] for row in rows)
+        lines = ["| " + " | ".join(cells) + " |" for cells in shown]
         return "\n".join([f"### {printable(self.title)}", "", *lines, ""])
-
-
-def _cell(text: str) -> str:
-    return printable(text).replace("|", "\\|")
 
 
 def write_results(folder: Path, evaluations: Sequence[Evaluation], model: EvaluatedModel) -> None:

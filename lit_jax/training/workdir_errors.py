@@ -33,7 +33,7 @@ def workdir_errors(workdir: Path, failure: type[Exception] = OSError) -> Iterato
     except failure as error:
         # A save fails for another reason than the disk where a process of the run is gone. JAX then ends this
         # process with the code that launchers take for it, and not with that of bad input.
-        if not _is_of_disk(error):
+        if not isinstance(error, OSError) and not _OS_ERROR.search(str(error)):
             process.await_verdict()
         what_then = "fix that or choose another --workdir"
         if steps := complete_steps(workdir):
@@ -53,10 +53,6 @@ def complete_steps(workdir: Path) -> list[int]:
 
 
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
-
-
-def _is_of_disk(error: Exception) -> bool:
-    return isinstance(error, OSError) or bool(_OS_ERROR.search(str(error)))
 
 
 def reason(error: Exception) -> str:
