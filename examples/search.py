@@ -32,7 +32,7 @@ class Pictures:
     def __init__(self, folder: Path):
         self._files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
         if not self._files:
-            raise UserError(f"There is no picture in {folder}; name another --images.")
+            raise UserError(f"There is no picture in {folder}; give another folder as --images.")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -49,8 +49,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", required=True, help="folder or Hub id of a dual encoder")
     parser.add_argument("--images", required=True, help="folder of pictures")
-    parser.add_argument("--query", required=True, action="append", help="may be given many times")
-    parser.add_argument("--count", type=int, default=16, help="pictures for each query")
+    parser.add_argument(
+        "--query",
+        required=True,
+        action="append",
+        help="text to search for; repeat the flag for several",
+    )
+    parser.add_argument(
+        "--count", type=int, default=16, help="number of pictures for each query (default: 16)"
+    )
     add_path(parser, "--output", default=Path("search.html"), help="page to write")
     add_path(parser, "--cache", default=Path("search_cache"))
     args = parser.parse_args(argv)

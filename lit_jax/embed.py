@@ -71,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = embed(config, args.output, args.side, batch_size=args.batch_size)
     if process.is_primary():
         data = " and ".join(config.data.mixture) or config.data.train.path
-        print(f"{counts.rows} rows of {data} are in {args.output}", end="; ")
-        print(f"{counts.bad} examples are bad")
+        print(f"Wrote {counts.rows} rows of {data} to {args.output}; bad examples: {counts.bad}")
 
 
 def embed(config: Config, folder: Path, side: Side, *, batch_size: int | None = None) -> Counts:

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     transform = run.model.processors.image_transform
     module, hf_config, params = at_image_size(run.module, run.model.hf_config, params, transform)
     save_dual_encoder(args.output, hf_config, module, params, processor)
-    print(f"step {run.step} of {args.workdir} is in {args.output}")
+    print(f"Exported step {run.step} of {args.workdir} to {args.output}")
 
 
 def at_image_size(

@@ -270,7 +270,7 @@ def _finish(plan: Plan, folder: Path) -> str:
     for rest in folder.glob(".*.new"):
         rest.unlink()
     kinds = collections.Counter(parse_json(line)["kind"] for line in bad)
-    lines = [f"{good} examples in {len(shards)} shards are in {folder}"]
+    lines = [f"Wrote {good} examples in {len(shards)} shards to {folder}"]
     if bad:
         lines.append(f"{len(bad)} bad samples were left out, listed in {folder / BAD_FILE}:")
         lines += [f"{count:8}  {kind}" for kind, count in kinds.most_common()]

@@ -77,8 +77,8 @@ def test_every_good_example_comes_out_as_it_went_in(folder, tmp_path, capsys):
     ]
     assert [row["reason"] for row in bad[:2]] == ["No such file or directory", "not an image"]
     said = capsys.readouterr()
-    assert f"20 examples in 3 shards are in {output}" in said.out
-    assert f"3 bad samples were left out, listed in {output / 'bad.jsonl'}:" in said.out
+    assert re.search(rf"\b20 .*\b3 .*{output}", said.out)
+    assert re.search(rf"\b3 .*{output}/bad\.jsonl", said.out)
     assert "       1  not_image" in said.out
     assert "23.0/23.0" in said.err  # the progress bar
 
