@@ -20,7 +20,6 @@ from PIL import Image
 
 from lit_jax import embed as command
 from lit_jax.cli import BAD_INPUT, PREEMPTED
-from lit_jax.configs.vit_bert import DIGITS
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.embed import embed
 from lit_jax.errors import Preempted, UserError
