@@ -99,8 +99,8 @@ def features(
     valid_N = valid_N & (label_N >= 0)
     if not valid_N.any():
         raise UserError(
-            "No image with a label can be decoded; fix the data, or set data.path of the "
-            "evaluation (--data) to other data."
+            "No image with a label can be decoded; fix the data, or give the evaluation other data "
+            "(--data, --train_data)."
         )
     return Features(rows=rows, label=label_N)[valid_N]
 
