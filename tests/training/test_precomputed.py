@@ -291,7 +291,7 @@ def test_another_tower_is_refused_and_the_folder_is_not_mixed(make, towers, cach
     mine = tmp_path / "mine"
     shutil.copytree(cache, mine)
     before = content(mine)
-    with pytest.raises(UserError, match=r"another tower.*--output"):
+    with pytest.raises(UserError, match=r"/mine .*\btower.*--output"):
         embed(make(**AUGMENTED, **changes), mine, "image")
     assert content(mine) == before
 
