@@ -60,6 +60,22 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 20, 20)
 
 
+def pytest_configure(config):
+    """Compile the default run with XLA's older emitters, in half the time.
+
+    The long tests and those with PyTorch use the emitters that users get, so that CI runs both.
+    """
+    if "not long" in config.getoption("markexpr"):
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+
+
+@pytest.fixture(scope="session")
+def usual_emitters():
+    """For `jax.jit(compiler_options=)`, where a test compares the last bits of two programs."""
+    return {"xla_cpu_use_fusion_emitters": True}
+
+
 _MEMORY_MAPS = Path("/proc/self/maps")  # of Linux
 
 

@@ -223,7 +223,7 @@ def test_each_block_moves_at_its_own_rate():
     np.testing.assert_allclose(moved, [-0.1 * 2, -0.05 * 2, -0.1], rtol=1e-5)
 
 
-def test_muon_covers_all_blocks_in_a_stack_or_not():
+def test_muon_covers_all_blocks_in_a_stack_or_not(usual_emitters):
     """As docs/extend.md has it: its update of a matrix has singular values of one size."""
     (code,) = re.findall(r"^```python\n(import optax.*?)^```$", EXTEND.read_text(), re.M | re.S)
     names: dict = {}
@@ -238,7 +238,8 @@ def test_muon_covers_all_blocks_in_a_stack_or_not():
 
     optimizer = names["muon"](1.0)
     params = tree(kernel)
-    updates, _ = jax.jit(optimizer.update)(tree(grad), optimizer.init(params), params)
+    update = jax.jit(optimizer.update, compiler_options=usual_emitters)
+    updates, _ = update(tree(grad), optimizer.init(params), params)
     moved = updates["text_model"]
     for block in (*moved["layer"]["kernel"], moved["layer_3"]["kernel"]):
         np.testing.assert_allclose(block, moved["layer"]["kernel"][0], rtol=1e-5, atol=1e-6)
@@ -270,7 +271,7 @@ DEPTH_3 = {
         ("convnext", ("encoder/stages_1/layer_2",)),
     ],
 )
-def test_a_tower_computes_the_same_wherever_it_is_cut(model_type, cuts):
+def test_a_tower_computes_the_same_wherever_it_is_cut(model_type, cuts, usual_emitters):
     """Its output, its gradient and the tensors of its files."""
     tower = build_tower(
         DEPTH_3[model_type],
@@ -294,7 +295,8 @@ def test_a_tower_computes_the_same_wherever_it_is_cut(model_type, cuts):
             pooled = tower.apply({"params": params}, x).pooled
             return jnp.sin(pooled).sum(), pooled
 
-        return jax.jit(jax.grad(loss, has_aux=True))(params)
+        both = jax.grad(loss, has_aux=True)
+        return jax.jit(both, compiler_options=usual_emitters)(params)
 
     (expected, pooled), (actual, pooled_of_cut) = gradient(tower, whole), gradient(cut, parts)
     np.testing.assert_array_equal(pooled_of_cut, pooled)
