@@ -174,7 +174,7 @@ def test_pooling_of_images(pooling, random_variables):
 
 
 @pytest.fixture(scope="module")
-def text(random_variables):
+def text(random_variables, usual_emitters):
     """Pooling, eos_token_id and inputs to TowerOutput, with parameters that only the pooling changes."""
     variables = {
         pooling: random_variables(CLIPText(TEXT, pooling=pooling), IDS)
@@ -183,7 +183,8 @@ def text(random_variables):
 
     def run(*inputs, pooling="pooler", eos=7):
         config = CLIPTextConfig(**{**vars(TEXT), "eos_token_id": eos})
-        return jax.jit(CLIPText(config, pooling=pooling).apply)(variables[pooling], *inputs)
+        apply = CLIPText(config, pooling=pooling).apply
+        return jax.jit(apply, compiler_options=usual_emitters)(variables[pooling], *inputs)
 
     return run
 

@@ -90,20 +90,22 @@ def test_only_the_pooler_normalises(random_variables):
     np.testing.assert_allclose(pooled, tokens.mean(1), atol=1e-6)
 
 
-def hidden_states(tower, params, **kwargs):
+def hidden_states(tower, params, compiler_options, **kwargs):
     """The output of the one block of the first stage, and of the three of the second."""
-    apply = jax.jit(functools.partial(tower.apply, mutable=["intermediates"], **kwargs))
-    _, state = apply({"params": params}, IMAGES)
+    apply = functools.partial(tower.apply, mutable=["intermediates"], **kwargs)
+    _, state = jax.jit(apply, compiler_options=compiler_options)({"params": params}, IMAGES)
     encoder = state["intermediates"]["encoder"]
     return [encoder[stage]["layer"]["hidden_state"][0] for stage in ("stages_0", "stages_1")]
 
 
-def test_drop_path_leaves_out_whole_rows_of_the_later_blocks(random_variables):
+def test_drop_path_leaves_out_whole_rows_of_the_later_blocks(random_variables, usual_emitters):
     tower = ConvNext(ConvNextV2Config(**TINY, drop_path_rate=1 - 1e-6))
     params = random_variables(tower, IMAGES)["params"]
     rngs = {"dropout": jax.random.key(0, impl="rbg")}
-    kept, (_, _, last) = hidden_states(tower, params)
-    train, (_, before, after) = hidden_states(tower, params, deterministic=False, rngs=rngs)
+    kept, (_, _, last) = hidden_states(tower, params, usual_emitters)
+    train, (_, before, after) = hidden_states(
+        tower, params, usual_emitters, deterministic=False, rngs=rngs
+    )
     np.testing.assert_array_equal(train, kept)  # the first block is never left out
     np.testing.assert_array_equal(after, before)  # the last one, here, always
     assert np.abs(after - last).max() > 1e-3
