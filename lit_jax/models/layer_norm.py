@@ -58,12 +58,13 @@ def _row_statistics(x_BxLxD: Array, epsilon: float) -> tuple[Array, Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _layer_norm(epsilon: float, x_BxLxD: Array, scale_D: Array) -> Array:
-    def on_cpu(x_BxLxD: Array, scale_D: Array) -> Array:
-        return _layer_norm_forward(epsilon, x_BxLxD, scale_D)[0]
-
     # On GPU, XLA compiles the plain form into one kernel that reads x once, and the CPU form into five.
-    elsewhere = functools.partial(plain_layer_norm, epsilon=epsilon)
-    return jax.lax.platform_dependent(x_BxLxD, scale_D, cpu=on_cpu, default=elsewhere)
+    return jax.lax.platform_dependent(
+        x_BxLxD,
+        scale_D,
+        cpu=lambda *arrays: _layer_norm_forward(epsilon, *arrays)[0],
+        default=functools.partial(plain_layer_norm, epsilon=epsilon),
+    )
 
 
 def _layer_norm_forward(

@@ -191,15 +191,16 @@ class Dense(nn.Module):
 
 def _dot_gathered(x: Array, kernel: Array, axes: int) -> Array:
     """Return the product of `x` with a kernel that may be split over the mesh."""
+    if fsdp_size() == 1:
+        return _dot(axes, x, kernel)
     # The kernel is gathered for the product and once more for the gradient. Otherwise the gathered kernels
     # of all layers would stay in memory until their gradients are computed.
+    return jax.checkpoint(functools.partial(_dot, axes), prevent_cse=False)(x, kernel)
+
+
+def _dot(axes: int, x: Array, kernel: Array) -> Array:
     contracted = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
-
-    def dot(x: Array, kernel: Array) -> Array:
-        return jax.lax.dot_general(x, all_gather_kernel(kernel), (contracted, ((), ())))
-
-    whole = fsdp_size() == 1
-    return dot(x, kernel) if whole else jax.checkpoint(dot, prevent_cse=False)(x, kernel)
+    return jax.lax.dot_general(x, all_gather_kernel(kernel), (contracted, ((), ())))
 
 
 def dense(
