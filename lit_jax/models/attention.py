@@ -24,7 +24,8 @@ def attend(
     """Return scaled dot-product attention (1706.03762, section 3.2.1) in the dtype of the values.
 
     Without bias and dropout (image towers, SigLIP's texts), on a mesh of NVIDIA GPUs since Ampere, and in 16
-    bits, cuDNN computes attention in one kernel; see ops.py.
+    bits, cuDNN computes attention in one kernel. On a mesh of TPUs without dropout, and in bfloat16, a kernel
+    of our own does, also with a mask of keys (BERT's texts); see attention_kernels.py.
 
     On CPU the implementation here is about three times as fast as jax.nn.dot_product_attention. This order of
     axes makes both products plain batched matrix products, and the division by the sum touches Q x K numbers
@@ -34,11 +35,10 @@ def attend(
         bias: added to the logits.
         dropout: applied to the weights before they are divided by their sum.
     """
-    if bias is None and dropout is None:
-        if kernels.has_cudnn_attention(q_BxHxQxK, k_BxHxSxK):
-            return kernels.cudnn_attention(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK)
-        if kernels.has_tpu_attention(q_BxHxQxK, k_BxHxSxK):
-            return kernels.tpu_attention(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK)
+    if bias is None and dropout is None and kernels.has_cudnn_attention(q_BxHxQxK, k_BxHxSxK):
+        return kernels.cudnn_attention(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK)
+    if dropout is None and kernels.has_tpu_attention(q_BxHxQxK, k_BxHxSxK, bias):
+        return kernels.tpu_attention(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK, bias)
     # The logits are scaled, not the queries. Scaled queries are one more array that a TPU keeps for the
     # gradient.
     logits_BxHxQxS = q_BxHxQxK.shape[-1] ** -0.5 * jnp.einsum(

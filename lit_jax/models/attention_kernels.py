@@ -99,86 +99,118 @@ def _cudnn_of_odd(*qkv_BxHxLxK: Array, length_B: Array) -> Array:
 
 # ---- Pallas: one kernel on TPUs, whose logits never leave the memory on chip. By the compiler's schedule the
 # forward pass takes 67k cycles of a v5e for 16 images of a ViT-B/16, whatever the batch. XLA's form takes 80k
-# to 280k, depending on the batch, and up to 16 times as much with a gradient.
+# to 280k, depending on the batch, and more with a gradient.
 
 # The width of a register, and the most tokens whose logits of a few heads fit into the memory on chip.
 _LANES, _MAX_LENGTH = 128, 640
 
 
-def has_tpu_attention(q_BxHxQxK: Array, k_BxHxSxK: Array) -> bool:
-    """Return whether the kernel for TPUs takes these arrays: whole registers, few tokens, bfloat16."""
-    _, heads, length, width = q_BxHxQxK.shape
+def has_tpu_attention(q_BxHxQxK: Array, k_BxHxSxK: Array, bias: Array | None) -> bool:
+    """Return whether the kernel for TPUs takes these arrays: whole registers, few tokens, bfloat16.
+
+    A bias must be a mask of keys, Bx1x1xS.
+    """
+    batch, heads, length, width = q_BxHxQxK.shape
     return (
         use_tpu_forms()
         and q_BxHxQxK.dtype == jnp.bfloat16
         and q_BxHxQxK.shape == k_BxHxSxK.shape
+        and (bias is None or bias.shape == (batch, 1, 1, length))
         and _LANES % width == 0
         and heads * width % _LANES == 0
-        and 32 <= length <= _MAX_LENGTH
+        and (length >= 32 or length in (8, 16, 24))
+        and length <= _MAX_LENGTH
     )
 
 
 @jax.custom_vjp
-def tpu_attention(*qkv_BxHxLxK: Array) -> Array:
-    """Return attention of (queries, keys, values), each BxHxLxK, without bias or dropout.
+def tpu_attention(
+    q_BxHxLxK: Array, k_BxHxLxK: Array, v_BxHxLxK: Array, bias_Bx1x1xL: Array | None = None
+) -> Array:
+    """Return attention without dropout. The bias is a mask of keys, and has no gradient.
 
     The kernel is interpreted where there is no TPU.
     """
-    (context_BxHxLxK,) = _call_on_tpu(_forward_kernel, qkv_BxHxLxK, results=1, products=2)
+    inputs = (q_BxHxLxK, k_BxHxLxK, v_BxHxLxK)
+    (context_BxHxLxK,) = _call_on_tpu(_forward_kernel, inputs, bias_Bx1x1xL, results=1, products=2)
     return context_BxHxLxK
 
 
-def _tpu_forward(*qkv_BxHxLxK: Array) -> tuple[Array, tuple[Array, ...]]:
-    return tpu_attention(*qkv_BxHxLxK), qkv_BxHxLxK
+def _tpu_forward(
+    *qkv_and_bias: Array | None,
+) -> tuple[Array, tuple[Array | None, ...]]:
+    return tpu_attention(*qkv_and_bias), qkv_and_bias
 
 
-def _tpu_backward(qkv_BxHxLxK: tuple[Array, ...], grad_BxHxLxK: Array) -> tuple[Array, ...]:
-    inputs = (*qkv_BxHxLxK, grad_BxHxLxK)
+def _tpu_backward(
+    qkv_and_bias: tuple[Array | None, ...], grad_BxHxLxK: Array
+) -> tuple[Array | None, ...]:
+    *qkv_BxHxLxK, bias = qkv_and_bias
+    inputs: Any = (*qkv_BxHxLxK, grad_BxHxLxK)
     # The plain gradient has four products as well; the kernel computes the logits once more.
-    return tuple(_call_on_tpu(_backward_kernel, inputs, results=3, products=4))
+    grads = _call_on_tpu(_backward_kernel, inputs, bias, results=3, products=4)
+    return *grads, None if bias is None else jnp.zeros_like(bias)
 
 
 tpu_attention.defvjp(_tpu_forward, _tpu_backward)
 
 
 def _call_on_tpu(
-    kernel: Callable[..., None], arrays: tuple[Array, ...], results: int, products: int
+    kernel: Callable[..., None],
+    arrays_BxHxLxK: tuple[Array, ...],
+    bias_Bx1x1xL: Array | None,
+    results: int,
+    products: int,
 ) -> list[Array]:
-    """Call a kernel on arrays BxHxLxK and return its results, which have the same shape.
+    """Call a kernel and return its results, which have the shape of the arrays.
 
     `products` is the number of products of LxK by KxL that the definition has for each head.
     """
-    heads, _, width = arrays[0].shape[1:]
+    heads, length, width = arrays_BxHxLxK[0].shape[1:]
+    # Heads side by side in a row are the layout of the dense layers before and after. XLA cancels the
+    # transposes here against those of the caller.
+    inputs = [
+        x_BxHxLxK.swapaxes(1, 2).reshape(len(x_BxHxLxK), -1, heads * width)
+        for x_BxHxLxK in arrays_BxHxLxK
+    ]
+    if bias_Bx1x1xL is not None:
+        inputs.append(bias_Bx1x1xL[:, 0])
 
-    def call(*arrays_BxLxD: Array) -> tuple[Array, ...]:
-        batch, length, depth = arrays_BxLxD[0].shape
-        # A few examples at once give the scheduler independent work.
-        size = next(n for n in (4, 2, 1) if (batch % n == 0 and n * length <= 1024) or n == 1)
-        block = pl.BlockSpec((size, length, _LANES), lambda i, j: (i, 0, j))
-        return pl.pallas_call(
-            functools.partial(kernel, width),
-            grid=(batch // size, depth // _LANES),
-            in_specs=[block] * len(arrays_BxLxD),
-            out_specs=[block] * results,
-            out_shape=[arrays_BxLxD[0]] * results,
+    def call(*inputs: Array) -> list[Array]:
+        batch, _, depth = inputs[0].shape
+        # Short texts are packed into rows of up to a register, which their logits then fill.
+        packed = _largest_divisor(batch, _LANES // length) if length % 8 == 0 else 1
+        row = packed * length
+        # A few rows at once give the scheduler independent work.
+        size = _largest_divisor(batch // packed, min(1024 // row, 4))
+        tokens = pl.BlockSpec((size, row, _LANES), lambda i, j: (i, 0, j))
+        keys = pl.BlockSpec((size, 1, row), lambda i, j: (i, 0, 0))
+        shape = (batch // packed, row, depth)
+        outputs = pl.pallas_call(
+            functools.partial(kernel, width, length),
+            grid=(batch // packed // size, depth // _LANES),
+            in_specs=[tokens if x.shape[1] == length else keys for x in inputs],
+            out_specs=[tokens] * results,
+            out_shape=[jax.ShapeDtypeStruct(shape, inputs[0].dtype)] * results,
             cost_estimate=pl.CostEstimate(
                 flops=products * 2 * batch * length**2 * depth,
                 transcendentals=batch * heads * length**2,
-                bytes_accessed=(len(arrays_BxLxD) + results) * arrays_BxLxD[0].nbytes,
+                bytes_accessed=(len(arrays_BxHxLxK) + results) * inputs[0].nbytes,
             ),
             interpret=not use_tpu_forms(),
             name=f"attention{kernel.__name__}",
-        )(*arrays_BxLxD)
+        )(*(x.reshape(shape if x.shape[1] == length else (shape[0], 1, row)) for x in inputs))
+        return [y.reshape(batch, length, depth) for y in outputs]
 
-    # Heads side by side in a row are the layout of the dense layers before and after. XLA cancels the
-    # transposes here against those of the caller.
-    rows = (
-        x_BxHxLxK.swapaxes(1, 2).reshape(len(x_BxHxLxK), -1, heads * width) for x_BxHxLxK in arrays
-    )
     return [
         y_BxLxD.reshape(*y_BxLxD.shape[:2], heads, width).swapaxes(1, 2)
-        for y_BxLxD in on_rows(call, len(arrays))(*rows)
+        for y_BxLxD in on_rows(call, len(inputs))(*inputs)
     ]
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of a number that is at most `limit`, and at least 1."""
+    return next(n for n in range(max(limit, 1), 0, -1) if number % n == 0)
 
 
 # Contracts the last axes, the last with the first, the first axes.
@@ -199,19 +231,36 @@ def _lanes_of_heads(width: int) -> list[Array]:
     return [(lane_1xW >= first) & (lane_1xW < first + width) for first in range(0, _LANES, width)]
 
 
-def _weights(q_LxW: Array, k_LxW: Array, own_1xW: Array, width: int) -> tuple[Array, Array]:
-    """Return the weights of attention for one head of a register, and the factor that normalises them."""
+def _weights(
+    q_LxW: Array, k_LxW: Array, bias_1xL: Array | None, own_1xW: Array, width: int, length: int
+) -> tuple[Array, Array]:
+    """Return the weights of attention for one head of a register, and the factor that normalises them.
+
+    The L tokens are those of one example, or of several with `length` tokens each.
+    """
     # The matrix unit sums over a whole register, so zeros in the lanes of the other heads cost nothing.
-    logits_LxL = _dot(jnp.where(own_1xW, q_LxW, 0), k_LxW, _NT)
-    weights_LxL = jnp.exp((logits_LxL - logits_LxL.max(-1, keepdims=True)) * width**-0.5)
+    logits_LxL = _dot(jnp.where(own_1xW, q_LxW, 0), k_LxW, _NT) * width**-0.5
+    if bias_1xL is not None:
+        logits_LxL += bias_1xL
+    if length < len(q_LxW):
+        query, key = (
+            jax.lax.broadcasted_iota(jnp.int32, logits_LxL.shape, axis) // length for axis in (0, 1)
+        )
+        # A text whose tokens are all masked attends to all its tokens, but never to those of others.
+        logits_LxL = jnp.where(query == key, logits_LxL, -jnp.inf)
+    weights_LxL = jnp.exp(logits_LxL - logits_LxL.max(-1, keepdims=True))
     return weights_LxL, 1 / weights_LxL.sum(-1, keepdims=True)
 
 
-def _forward_kernel(width: int, q_ref: Any, k_ref: Any, v_ref: Any, context_ref: Any) -> None:
+def _forward_kernel(
+    width: int, length: int, q_ref: Any, k_ref: Any, v_ref: Any, *bias_and_result: Any
+) -> None:
+    *bias, context_ref = bias_and_result
     for i in range(len(q_ref)):
         context_LxW = jnp.zeros(q_ref.shape[1:], jnp.float32)
+        bias_1xL = bias[0][i] if bias else None
         for own_1xW in _lanes_of_heads(width):
-            weights_LxL, factor_Lx1 = _weights(q_ref[i], k_ref[i], own_1xW, width)
+            weights_LxL, factor_Lx1 = _weights(q_ref[i], k_ref[i], bias_1xL, own_1xW, width, length)
             of_head_LxW = _dot(weights_LxL.astype(v_ref.dtype), v_ref[i], _NN) * factor_Lx1
             context_LxW = jnp.where(own_1xW, of_head_LxW, context_LxW)
         context_ref[i] = context_LxW.astype(context_ref.dtype)
@@ -219,19 +268,19 @@ def _forward_kernel(width: int, q_ref: Any, k_ref: Any, v_ref: Any, context_ref:
 
 def _backward_kernel(
     width: int,
+    length: int,
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
     grad_ref: Any,
-    grad_q_ref: Any,
-    grad_k_ref: Any,
-    grad_v_ref: Any,
+    *bias_and_results: Any,
 ) -> None:
-    results = (grad_q_ref, grad_k_ref, grad_v_ref)
+    *bias, grad_q_ref, grad_k_ref, grad_v_ref = bias_and_results
     for i in range(len(q_ref)):
         sums = [jnp.zeros(q_ref.shape[1:], jnp.float32)] * 3
+        bias_1xL = bias[0][i] if bias else None
         for own_1xW in _lanes_of_heads(width):
-            weights_LxL, factor_Lx1 = _weights(q_ref[i], k_ref[i], own_1xW, width)
+            weights_LxL, factor_Lx1 = _weights(q_ref[i], k_ref[i], bias_1xL, own_1xW, width, length)
             weights_LxL *= factor_Lx1
             grad_weights_LxL = _dot(jnp.where(own_1xW, grad_ref[i], 0), v_ref[i], _NT)
             # Softmax ignores a constant that all logits of a row share.
@@ -244,5 +293,5 @@ def _backward_kernel(
                 _dot(weights_LxL.astype(grad_ref.dtype), grad_ref[i], _TN),
             )
             sums = [jnp.where(own_1xW, new, old) for new, old in zip(of_head, sums, strict=True)]
-        for ref, sum_LxW in zip(results, sums, strict=True):
+        for ref, sum_LxW in zip((grad_q_ref, grad_k_ref, grad_v_ref), sums, strict=True):
             ref[i] = sum_LxW.astype(ref.dtype)

@@ -10,7 +10,7 @@ import pytest
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import batch_sharding, make_mesh, replicated
 from lit_jax.models import ops
-from lit_jax.models.attention import attend
+from lit_jax.models.attention import attend, attention_bias
 from lit_jax.models.attention_kernels import has_tpu_attention, tpu_attention
 from lit_jax.models.layer_norm import (
     has_tpu_layer_norm,
@@ -65,6 +65,21 @@ def test_attention_is_the_plain_one(heads, length, width):
     actual = jax.jit(lambda *qkv: value_and_gradients(tpu_attention, qkv, grad))(q, k, v)
     expected = jax.jit(lambda *qkv: value_and_gradients(attend, qkv, grad))(q, k, v)
     assert_close(actual, expected, 1e-5)
+
+
+# Packed into rows of 128, of 96 and of 64 tokens, and one text a row.
+@pytest.mark.parametrize(("batch", "length"), [(16, 16), (8, 24), (8, 8), (3, 40), (2, 33)])
+def test_masked_texts_do_not_see_each_other(batch, length):
+    *qkv, grad = (draw(batch, 2, length, 64, seed=i) for i in range(4))
+    attended = np.random.default_rng(0).random((batch, length)) < 0.7
+    # The text without any attended token attends to all of its own.
+    attended[1] = False
+    bias = attention_bias(jnp.asarray(attended))
+
+    def function(form):
+        return jax.jit(lambda *qkv: value_and_gradients(lambda *x: form(*x, bias), qkv, grad))(*qkv)
+
+    assert_close(function(tpu_attention), function(attend), 1e-5)
 
 
 def test_attention_in_bfloat16_is_as_exact_as_the_plain_one():
@@ -145,7 +160,7 @@ def test_the_kernels_are_used_on_a_mesh_of_tpus_alone(monkeypatch):
     q, x = jnp.ones((1, 2, 40, 64), jnp.bfloat16), jnp.ones((1, 40, 128))
 
     def used():
-        return has_tpu_attention(q, q), has_tpu_layer_norm(x)
+        return has_tpu_attention(q, q, None), has_tpu_layer_norm(x)
 
     with jax.set_mesh(make_mesh(MeshConfig())):
         assert used() == (False, False)
@@ -158,49 +173,54 @@ def test_the_kernels_are_used_on_a_mesh_of_tpus_alone(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "heads", "queries", "keys", "width"),
+    ("dtype", "heads", "queries", "keys", "width", "bias"),
     [
-        (jnp.float32, 2, 40, 40, 64),
-        (jnp.bfloat16, 1, 40, 40, 64),
-        (jnp.bfloat16, 2, 1, 40, 64),
-        (jnp.bfloat16, 2, 40, 40, 72),
-        (jnp.bfloat16, 2, 16, 16, 64),
-        (jnp.bfloat16, 2, 1025, 1025, 64),
+        (jnp.float32, 2, 40, 40, 64, None),
+        (jnp.bfloat16, 1, 40, 40, 64, None),
+        (jnp.bfloat16, 2, 1, 40, 64, None),
+        (jnp.bfloat16, 2, 40, 40, 72, None),
+        (jnp.bfloat16, 2, 13, 13, 64, None),
+        (jnp.bfloat16, 2, 1025, 1025, 64, None),
+        # A causal mask, and a learned bias.
+        (jnp.bfloat16, 2, 40, 40, 64, jnp.zeros((1, 1, 40, 40))),
+        (jnp.bfloat16, 2, 40, 40, 64, jnp.zeros((1, 2, 40, 40))),
     ],
 )
 def test_attention_that_the_kernel_lacks_is_left_to_xla(
-    monkeypatch, dtype, heads, queries, keys, width
+    monkeypatch, dtype, heads, queries, keys, width, bias
 ):
     monkeypatch.setattr(ops, "device_kind", lambda: TPU)
     q, k = (jnp.ones((1, heads, length, width), dtype) for length in (queries, keys))
     with jax.set_mesh(make_mesh(MeshConfig())):
-        assert not has_tpu_attention(q, k)
+        assert not has_tpu_attention(q, k, bias)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_each_tpu_compiles_the_kernels_and_gathers_nothing(name):
-    """With gradients; the longest attention needs the most memory on chip."""
+    """With gradients, for short texts with a mask, and for the most tokens that the kernel takes."""
     mesh = make_mesh(MeshConfig(), open_topology(name).devices)
-    rows = 2 * mesh.size
+    rows = 16 * mesh.size
 
     def abstract(shape, sharding):
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
 
-    def function(x, scale, grad):
+    def function(x, scale, grad, bias=None):
         y, pull_norm = jax.vjp(
             lambda x, scale: layer_norm(x, scale, scale, 1e-6, x.dtype), x, scale
         )
         heads = y.reshape(rows, -1, 2, 64).swapaxes(1, 2)
-        context, pull = jax.vjp(attend, heads, heads, heads)
+        context, pull = jax.vjp(lambda q, k, v: attend(q, k, v, bias), heads, heads, heads)
         return context, pull(grad), pull_norm(y)
 
-    for length in (197, 640):
+    for length in (16, 197, 640):
         with jax.set_mesh(mesh):
             x = abstract((rows, length, 128), batch_sharding(mesh))
             grad = abstract((rows, 2, length, 64), batch_sharding(mesh))
             scale = jax.ShapeDtypeStruct((128,), jnp.float32, sharding=replicated(mesh))
-            program = str(jax.jit(function).lower(x, scale, grad).compile().as_text())
+            mask = jax.ShapeDtypeStruct((rows, 1, 1, length), jnp.float32, sharding=x.sharding)
+            arrays = (x, scale, grad, mask) if length == 16 else (x, scale, grad)
+            program = str(jax.jit(function).lower(*arrays).compile().as_text())
         kernels = set(re.findall(r'op_name="[^"]*/(\w+)/pallas_call"', program))
         assert kernels == {
             "layer_norm",
