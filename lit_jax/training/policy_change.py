@@ -71,7 +71,7 @@ def restore_latest(
         locked = _restacked(known, _float32(model.abstract_frozen))
     folder = workdir / f"frozen_from_{latest}"
     save_frozen(folder, locked, model.uncut)
-    log.info("Another choice of parameters trains from step %d on.", latest)
+    log.info("From step %d on, other parameters train than before.", latest)
     return state, restore_frozen(folder, model.abstract_frozen, model.uncut), position
 
 

@@ -198,7 +198,7 @@ def test_fewer_blocks_keep_their_part_of_the_state_sharded(name):
         )
         expected = old[source][1:] if source != path else old[path]
         np.testing.assert_array_equal(found[path], expected, err_msg=path)
-    with pytest.raises(ValueError, match=r"layer_from_\d/mlp/\w+ is .* absent there"):
+    with pytest.raises(ValueError, match=r"layer_from_\d/mlp/\w+ "):
         rearrange_state(state_on(mesh, name, FEWER), abstract_of(state))
 
 
