@@ -576,7 +576,7 @@ def test_a_model_of_another_class_is_not_overwritten(model, tmp_path, config, na
     [
         ({"params": {"params": {}}}, r"logit_scale .*\{'params'"),
         ({"params": {"logit_scale": np.zeros(3)}}, r"logit_scale .*\[3\], .*\[\]"),
-        ({"params": {"more": np.zeros(())}}, r"params .*\(more "),
+        ({"params": {"more": np.zeros(())}}, r"\(more .*model\.params"),
         ({"safe_serialization": True}, r"safe_serialization .*save_pretrained"),
         ({"commit_message": "epoch 1"}, "commit_message .* push_to_hub=True"),
     ],
@@ -699,11 +699,11 @@ def test_what_is_no_model_is_refused(model, inputs, tmp_path):
     with pytest.raises(UserError, match=r"'no/such'"):
         lit_jax.TextModel.from_pretrained("no/such")
     model.text_model.save_pretrained(tmp_path / "text")
-    with pytest.raises(UserError, match=r"model_type 'bert'; .*lit_jax .*vit"):
+    with pytest.raises(UserError, match=r"model_type 'bert'; .*\bvit\b"):
         lit_jax.VisionModel.from_pretrained(tmp_path / "text")
-    with pytest.raises(UserError, match=r"model_type 'vit'; .*lit_jax .*bert"):
+    with pytest.raises(UserError, match=r"model_type 'vit'; .*\bbert\b"):
         lit_jax.TextModel.from_config(model.config.vision_config)
-    with pytest.raises(UserError, match=r"type bert\b"):
+    with pytest.raises(UserError, match=r"\bbert\b.*vision-text-dual-encoder"):
         lit_jax.DualEncoder.from_config(model.config.text_config)
     towers = model.config.vision_config, model.config.text_config
     with pytest.raises(UserError, match=r"projection_dim .*0"):
