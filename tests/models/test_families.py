@@ -68,9 +68,7 @@ def test_every_field_refuses_a_value_of_another_type_and_names_it(model_type):
     for field in dataclasses.fields(config_class):
         if field.name == "model_type":
             continue
-        with pytest.raises(
-            UserError, match=rf"^{field.name} in .* (must be of type|must be one of)"
-        ):
+        with pytest.raises(UserError, match=rf"^{field.name} .*config\.json .*b'\?'; "):
             tower_config({"model_type": model_type, field.name: b"?"})
 
 

@@ -205,6 +205,6 @@ def test_fewer_blocks_keep_their_part_of_the_state_sharded(name):
 def test_moments_that_are_not_of_single_blocks_are_refused():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     state = state_on(mesh, "adafactor")
-    with pytest.raises(ValueError, match="is not of single blocks"):
+    with pytest.raises(ValueError, match=r"^\S+/\S+ "):
         rearrange_state(state, abstract_of(state_on(mesh, "adafactor", FEWER)))
     assert_same(rearrange_state(state, abstract_of(state)), state)

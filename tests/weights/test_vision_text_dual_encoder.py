@@ -102,16 +102,16 @@ PLAIN = ("pooler", "linear")
 @pytest.mark.parametrize(
     ("vision", "image", "projection_dim", "advice"),
     [
-        ("vit", ("mean", "linear"), 6, r"no mean pooling.*config\.model\.image\.pooling='cls'"),
+        ("vit", ("mean", "linear"), 6, r"\bmean\b.*config\.model\.image\.pooling='cls'"),
         (
             "vit",
             ("pooler", "linear_bias"),
             6,
-            r"no bias.*config\.model\.image\.projection='linear'",
+            r"config\.model\.image\.projection='linear'",
         ),
-        ("vit", ("cls", "linear_bias"), 9, r"at most .* tower, 8; train .*projection='linear'"),
-        ("clip_vision_model", ("cls", "linear"), 6, r"pooler of a clip_vision_model; .*='pooler'"),
-        ("efficientnet", PLAIN, 6, "no image tower of type efficientnet"),
+        ("vit", ("cls", "linear_bias"), 9, r"projection_dim .*\b8; .*projection='linear'"),
+        ("clip_vision_model", ("cls", "linear"), 6, r"\bclip_vision_model; .*='pooler'"),
+        ("efficientnet", PLAIN, 6, r"image .*\befficientnet"),
         *[("vit", image, 6, None) for image in EXPRESSIBLE[:1] + EXPRESSIBLE[2:3]],
         ("dinov2", ("cls", "linear"), 6, None),
     ],
@@ -133,7 +133,7 @@ def test_what_is_in_the_way(vision, image, projection_dim, advice):
 def test_a_pooler_of_another_width_is_in_the_way():
     vision = {"model_type": "vit", **SMALL, "pooler_output_size": 7}
     module = build_dual_encoder(vision, {"model_type": "bert", **SMALL}, ModelConfig())
-    assert "is 7 wide, not 8; train with config.model.image.pooling" in why_not_exportable(module)
+    assert re.search(r"\b7 .*\b8; .*config\.model\.image\.pooling", why_not_exportable(module))
 
 
 def test_positions_from_0_are_in_the_way_only_without_a_padding_id():
