@@ -98,7 +98,7 @@ def test_too_few_images_or_classes(digits, pictures):
     ab = type(pictures)(e for e in pictures if e["label"] != "c")
     with pytest.raises(UserError, match="--train_data"):
         check_counts(class_ids(Labels(only_a), Labels(only_a))[0])
-    with pytest.raises(UserError, match=r"'c' .*\(a"):
+    with pytest.raises(UserError, match=r"'c' .*\(picture2\)"):
         class_ids(Labels(ab), Labels(pictures))
 
 
