@@ -2,18 +2,21 @@
 
 To add an optimizer, write its class here and add the class to `OptimizerConfig`. training/optimizers.py puts
 clipping, weight decay and learning rate around the update rule.
+
+Data workers read the config, and must not load JAX. So the functions import it, and not the module.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
-
-import jax
-import jax.numpy as jnp
-import optax
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_jax.config_schema import Decay, NotNegative, Positive
-from lit_jax.trees import STACK, flatten, unflatten
+
+if TYPE_CHECKING:
+    import jax
+    import optax
 
 MomentumDtype = Literal["float32", "bfloat16"]
 
@@ -35,6 +38,8 @@ class Optimizer:
 
     def after_weight_decay(self) -> optax.GradientTransformation:
         """Return what changes the sum of direction and weight decay; by default nothing does."""
+        import optax
+
         return optax.identity()
 
 
@@ -55,6 +60,8 @@ class AdamW(Optimizer):
 
     def build(self) -> optax.GradientTransformation:
         """Return the direction of Adam."""
+        import optax
+
         return optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.momentum_dtype)
 
 
@@ -78,10 +85,14 @@ class Lamb(Optimizer):
 
     def build(self) -> optax.GradientTransformation:
         """Return the direction of Adam."""
+        import optax
+
         return optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.momentum_dtype)
 
     def after_weight_decay(self) -> optax.GradientTransformation:
         """Return the scaling to the length of the parameter, which includes the weight decay."""
+        import optax
+
         return optax.stateless(_scale_to_parameter)
 
 
@@ -100,6 +111,8 @@ class Lion(Optimizer):
 
     def build(self) -> optax.GradientTransformation:
         """Return the direction of Lion."""
+        import optax
+
         return optax.scale_by_lion(self.b1, self.b2, mu_dtype=self.momentum_dtype)
 
 
@@ -122,6 +135,8 @@ class Adafactor(Optimizer):
 
     def build(self) -> optax.GradientTransformation:
         """Return the direction of Adafactor."""
+        import jax.numpy as jnp
+        import optax
 
         def second_moment(*, factored: bool) -> optax.GradientTransformation:
             return optax.scale_by_factored_rms(
@@ -144,6 +159,8 @@ class Adafactor(Optimizer):
         )
 
     def _decay_rate(self, step: Any, exponent: Any) -> Any:
+        import jax.numpy as jnp
+
         # Optax counts steps from 0, the formula from 1.
         t = jnp.asarray(step, jnp.float32) + 1.0
         return jnp.minimum(self.b2, 1.0 - t ** (-exponent))
@@ -155,6 +172,8 @@ OptimizerConfig = AdamW | Adafactor | Lion | Lamb
 
 def _are_vectors(params: Any, *, wanted: bool) -> Any:
     """Return, for each parameter, whether its being the stack of one vector of each block is `wanted`."""
+    from lit_jax.trees import STACK, flatten, unflatten
+
     flat = flatten(params)
     return unflatten(
         {path: (bool(STACK.fullmatch(path)) and x.ndim == 2) == wanted for path, x in flat.items()}
@@ -166,6 +185,10 @@ def _scale_to_parameter(updates: Any, params: Any) -> Any:
 
     An update stays as it is if its length or the length of the parameter is zero.
     """
+    import jax
+    import jax.numpy as jnp
+
+    from lit_jax.trees import STACK, flatten, unflatten
 
     # LAMB's ratio belongs to the matrix of one layer, so a stack has a ratio for each entry of its depth.
     def scaled(path: str, update: jax.Array, param: jax.Array) -> jax.Array:

@@ -270,7 +270,7 @@ class Attention(nn.Module):
         cfg = self.config
         if cfg.width % cfg.num_heads:
             raise UserError(
-                f"The model's config.json has hidden_size {cfg.width}, which is no multiple of its "
+                f"The model's config.json has hidden_size {cfg.width}, which is not a multiple of its "
                 f"num_attention_heads {cfg.num_heads}; correct it."
             )
 

@@ -108,8 +108,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        # After an error in one process the others may never reach Orbax's barrier, so `close` could wait for
-        # ever. A save that all processes have reached ends within the limit.
+        # After an error in one process the others may never reach Orbax's barrier, and `close` would wait 20
+        # minutes for them. A save that all processes have reached ends within the limit.
         if kind and jax.process_count() > 1:
             latest = time.monotonic() + SAVE_SECONDS
             while self._manager.is_saving_in_progress():
@@ -373,9 +373,9 @@ def _reading(folder: Path, what_then: str, repair: str) -> Iterator[None]:
 def reading_step(workdir: Path, step: int | None) -> contextlib.AbstractContextManager[None]:
     """Turn any error of reading the checkpoint of a step into UserError."""
     earlier = [other for other in complete_steps(workdir) if other != step]
-    remove = f"remove that folder to go on from step {earlier[-1]}" if earlier else ""
-    what_then = ", or ".join(filter(None, ["take back what --allow_changes permits", remove]))
-    repair = remove or "put back a copy of it, or start again in another --workdir"
+    remove = f"remove that folder to resume from step {earlier[-1]}" if earlier else ""
+    what_then = ", or ".join(filter(None, ["undo what --allow_changes permits", remove]))
+    repair = remove or "restore a copy of it, or start again in another --workdir"
     return _reading(workdir / "checkpoints" / str(step), what_then, repair)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from lit_jax.config import Config, EvalConfig
 from lit_jax.config_schema import MOST, steps
@@ -55,6 +56,14 @@ class Durations:
                 for i, every in enumerate(callbacks)
             ],
         )
+
+    def check_steps_done(self, workdir: Path, steps_done: Sequence[int]) -> None:
+        """Raise UserError if a run has taken more steps already than it is to take."""
+        if steps_done and steps_done[-1] > self.total:
+            raise UserError(
+                f"{workdir} has already trained {steps_done[-1]} steps, more than the {self.total} of "
+                "config.duration; make it longer, or choose another --workdir."
+            )
 
     def saves_at(self, step: int) -> bool:
         """Return whether the run saves its state after this step; the last step is always saved."""

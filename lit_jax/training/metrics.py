@@ -18,7 +18,7 @@ from lit_jax.config import Config, LogConfig, loss_kinds
 from lit_jax.config_schema import LARGEST_FLOAT, MOST
 from lit_jax.display import printable
 from lit_jax.distributed.process import is_primary
-from lit_jax.errors import UserError
+from lit_jax.errors import Preempted, UserError
 from lit_jax.files import atomic_write, parse_json
 from lit_jax.training.goodput import Stopwatch
 from lit_jax.training.train_step import Metrics
@@ -225,14 +225,22 @@ class _TensorBoard:
         self._events.close()
 
 
-def update_last_row(workdir: Path, values: Mapping[str, float]) -> None:
-    """Replace values in the last row of metrics.jsonl after the end of training, in the first process."""
+@contextlib.contextmanager
+def final_seconds(workdir: Path, stopwatch: Stopwatch) -> Iterator[None]:
+    """Bring the time in the last row up to date when a run ends or is preempted; that row came earlier."""
+    preempted = None
+    try:
+        yield
+    except Preempted as error:
+        preempted = error
     rows = _read_rows(workdir) if is_primary() else []
     if rows:
         *before, (_, last) = rows
-        content = b"".join(line for line, _ in before) + _line({**last, **values}).encode()
+        content = b"".join(line for line, _ in before) + _line(last | stopwatch.metrics()).encode()
         with workdir_errors(workdir):
             atomic_write(workdir / "metrics.jsonl", content)
+    if preempted:
+        raise preempted
 
 
 def _line(row: Mapping[str, Any]) -> str:

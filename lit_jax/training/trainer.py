@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,11 @@ from lit_jax.distributed.finite import not_finite
 from lit_jax.distributed.mesh import global_batch, make_mesh
 from lit_jax.distributed.preemption import StopSignal
 from lit_jax.distributed.process import command_seconds
-from lit_jax.errors import Preempted, UserError
+from lit_jax.errors import Preempted
 from lit_jax.files import output_path
 from lit_jax.precomputed.match import Precomputed, open_precomputed
 from lit_jax.training.checkpoints import (
     Checkpoints,
-    frozen_folder,
-    restore_frozen,
-    save_frozen,
 )
 from lit_jax.training.checks import (
     check_batch_size,
@@ -43,12 +40,12 @@ from lit_jax.training.data_identity import TrainingData, may_differ, open_data, 
 from lit_jax.training.durations import Durations, steps_of
 from lit_jax.training.goodput import Stopwatch, resumed
 from lit_jax.training.lease import holding
-from lit_jax.training.metrics import Reporter, read_metrics, update_last_row, usual_scale
-from lit_jax.training.model_factory import Model, TrainedModel, build_model, first_parameters
+from lit_jax.training.metrics import Reporter, final_seconds, read_metrics, usual_scale
+from lit_jax.training.model_factory import Model, TrainedModel, build_model
 from lit_jax.training.optimizers import make_schedule
 from lit_jax.training.passed import Passed
 from lit_jax.training.policy import warn_of_full_rate
-from lit_jax.training.policy_change import restore_latest
+from lit_jax.training.restore import first_or_latest_state
 from lit_jax.training.tower_paths import find_towers
 from lit_jax.training.train_step import State, TrainStep
 from lit_jax.training.workdir import (
@@ -121,7 +118,7 @@ def train(
         if trainer.data.source:
             check_captions(processors.tokenizer, trainer.data.source, processors.teacher_tokenizer)
         evaluations.check(processors.tokenizer)
-        with trainer.reporting_seconds():
+        with final_seconds(workdir, trainer.stopwatch):
             trained = trainer.train()
             with trainer.stopwatch.timing("evaluation"):
                 evaluations.finish(trained)
@@ -184,7 +181,7 @@ class Trainer:
             check_negatives(config, data.source)
         callbacks = [every for every, _ in passed.callbacks]
         durations = Durations.of(config, data.examples, callbacks)
-        _check_duration(workdir, steps_done, durations.total)
+        durations.check_steps_done(workdir, steps_done)
         # The step counts of the schedule need the number of examples, so the data are open by now.
         to_steps = functools.partial(steps_of, config, data.examples)
         # An optimizer that is passed has a schedule of its own.
@@ -281,18 +278,6 @@ class Trainer:
             lowered = self.step.trace(self.step.abstract_batch(self.config.batch_size)).lower()
         with ThreadPoolExecutor(1) as pool:
             yield pool.submit(lowered.compile)
-
-    @contextlib.contextmanager
-    def reporting_seconds(self) -> Iterator[None]:
-        """Bring the time in the last row up to date when the run ends or stops; that row came earlier."""
-        stop = None
-        try:
-            yield
-        except Preempted as signal:
-            stop = signal
-        update_last_row(self.workdir, self.stopwatch.metrics())
-        if stop:
-            raise stop
 
     def _missing_evals(self, step: int) -> list[str]:
         """Return the evaluations due at `step` that metrics.jsonl lacks, because the run was stopped before.
@@ -407,31 +392,3 @@ class _Loop:
                 with self.reporter.evaluating(step) as results, jax.transfer_guard("allow"):
                     model = TrainedModel.merged(trainer.model, state.params, self.locked, step)
                     results |= function(model) or {}
-
-
-def _check_duration(workdir: Path, steps_done: Sequence[int], total: int) -> None:
-    """Raise UserError if a run has taken more steps already than it is to take."""
-    if steps_done and steps_done[-1] > total:
-        raise UserError(
-            f"{workdir} has already trained {steps_done[-1]} steps, more than the {total} of "
-            "config.duration; make it longer, or choose another --workdir."
-        )
-
-
-def first_or_latest_state(
-    step: TrainStep, workdir: Path, checkpoints: Checkpoints
-) -> tuple[State, Tree, dict[str, Any] | None]:
-    """Return the state to continue from, the locked parameters, and the stream's position (None: its start).
-
-    The locked parameters always come from the run folder, so that a resumed run has the same ones, bit by
-    bit.
-    """
-    if checkpoints.latest is not None:
-        state, locked, position = restore_latest(step, workdir, checkpoints)
-        log.info("Resuming from step %d of %s.", checkpoints.latest, workdir)
-        return state, locked, position
-    trainable, frozen = first_parameters(step.model)
-    folder = frozen_folder(workdir)
-    save_frozen(folder, frozen, step.model.uncut)
-    locked = restore_frozen(folder, step.model.abstract_frozen, step.model.uncut)
-    return step.first_state(trainable), locked, None

@@ -32,7 +32,7 @@ from lit_jax.files import atomic_write, parse_json, write_json
 from lit_jax.models.tower import Tower
 from lit_jax.training.checkpoints import frozen_folder, restore_frozen, restore_params
 from lit_jax.training.model_factory import Model, OwnTowers, TrainedModel, build_model
-from lit_jax.training.policy_change import with_saved_policy
+from lit_jax.training.restore import with_saved_policy
 from lit_jax.training.teacher import TeacherFolder
 from lit_jax.training.tower_paths import TowerPaths
 from lit_jax.training.workdir_errors import complete_steps

@@ -14,7 +14,7 @@ from lit_jax.training.checkpoints import Checkpoints, restore_params
 from lit_jax.training.integrity import by_path
 from lit_jax.training.optimizers import make_optimizer
 from lit_jax.training.policy import resolve_policy
-from lit_jax.training.policy_change import rearrange_state
+from lit_jax.training.restore import rearrange_state
 from lit_jax.training.stack_names import cut_stacks, join_stacks, uncut_stacks
 from lit_jax.training.train_step import State, shardings_of
 from lit_jax.trees import flatten, unflatten

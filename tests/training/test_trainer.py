@@ -19,8 +19,9 @@ from lit_jax.training.checkpoints import Checkpoints
 from lit_jax.training.losses import objective, softmax_loss
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.model_factory import build_model, example_batch
+from lit_jax.training.restore import first_or_latest_state
 from lit_jax.training.train_step import TrainStep
-from lit_jax.training.trainer import Evaluations, first_or_latest_state
+from lit_jax.training.trainer import Evaluations
 from lit_jax.training.workdir import load_run
 from lit_jax.trees import flatten
 from lit_jax.weights.load import load_tower

@@ -1,4 +1,4 @@
-"""A run that goes on with another choice of what trains, from a checkpoint saved with the former choice.
+"""The state that a run starts with, or resumes from, also with another choice of what trains.
 
 Blocks that no longer train move from the state to the locked parameters, which are written once more, to
 `frozen_from_STEP/`. Blocks that begin to train are refused, because the optimizer has no state for them.
@@ -25,7 +25,7 @@ from lit_jax.training.checkpoints import (
     saved_config,
 )
 from lit_jax.training.integrity import by_path
-from lit_jax.training.model_factory import build_model
+from lit_jax.training.model_factory import build_model, first_parameters
 from lit_jax.training.train_step import State, TrainStep, shardings_of
 from lit_jax.trees import STACK, Tree, restack, unflatten
 
@@ -42,7 +42,26 @@ def with_saved_policy(config: Config, workdir: Path, step: int) -> Config:
     return dataclasses.replace(config, policy=saved)
 
 
-def restore_latest(
+def first_or_latest_state(
+    step: TrainStep, workdir: Path, checkpoints: Checkpoints
+) -> tuple[State, Tree, dict[str, Any] | None]:
+    """Return the state to continue from, the locked parameters, and the stream's position (None: its start).
+
+    The locked parameters always come from the run folder, so that a resumed run has the same ones, bit by
+    bit.
+    """
+    if checkpoints.latest is not None:
+        state, locked, position = _restore_latest(step, workdir, checkpoints)
+        log.info("Resuming from step %d of %s.", checkpoints.latest, workdir)
+        return state, locked, position
+    trainable, frozen = first_parameters(step.model)
+    folder = frozen_folder(workdir)
+    save_frozen(folder, frozen, step.model.uncut)
+    locked = restore_frozen(folder, step.model.abstract_frozen, step.model.uncut)
+    return step.first_state(trainable), locked, None
+
+
+def _restore_latest(
     step: TrainStep, workdir: Path, checkpoints: Checkpoints
 ) -> tuple[State, Tree, dict[str, Any]]:
     """Return state, locked parameters and the stream's position of the latest checkpoint.
