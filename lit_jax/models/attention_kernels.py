@@ -98,8 +98,8 @@ def _cudnn_of_odd(*qkv_BxHxLxK: Array, length_B: Array) -> Array:
 
 
 # ---- Pallas: one kernel on TPUs, whose logits never leave the memory on chip. By the compiler's schedule the
-# forward pass takes 67k cycles of a v5e for 16 images of a ViT-B/16, whatever the batch. XLA's form takes 80k
-# to 280k, depending on the batch, and more with a gradient.
+# forward pass takes 69k cycles of a v5e for 16 images of a ViT-B/16, whatever the batch. XLA's best form
+# takes 67k if there are 16 images at once and 206k if there are 64.
 
 # The width of a register, and the most tokens whose logits of a few heads fit into the memory on chip.
 _LANES, _MAX_LENGTH = 128, 640

@@ -18,10 +18,10 @@ IMAGES = 64
 
 
 def chunk_count(rows: int) -> int:
-    """Return the number of chunks for the images of one device; 1 on a CPU or GPU, where chunks gain nothing.
+    """Return the number of chunks for the images of one device; 1 on a CPU or GPU.
 
-    The chunks are equal, and have at most `IMAGES` images. If only chunks of less than half that size divide
-    the rows, the batch stays whole.
+    Chunks were measured for TPUs alone. They are equal, and have at most `IMAGES` images. If only chunks of
+    less than half that size divide the rows, the batch stays whole.
     """
     if not use_tpu_forms():
         return 1
