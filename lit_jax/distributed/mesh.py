@@ -1,6 +1,7 @@
 """The device mesh, and the one sharding rule for everything that has a batch axis."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,6 +77,13 @@ def device_kind() -> str:
     """Return the device kind of the mesh of `jax.set_mesh`, such as 'NVIDIA H100 80GB HBM3', or ''."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return "" if device is None else device.device_kind
+
+
+def has_bfloat16_units() -> bool:
+    """Return whether the devices of the mesh of `jax.set_mesh` are NVIDIA GPUs from Ampere on."""
+    # The excluded GPUs are older, but have names like newer ones. Still older names have another beginning.
+    is_old = re.match(r"NVIDIA (GeForce (GTX|MX|RTX 20)|TITAN|T\d)", device_kind())
+    return device_kind().startswith("NVIDIA") and not is_old
 
 
 def mesh_size() -> int:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lit_jax.distributed.mesh import BATCH, mesh_shape, mesh_size
+from lit_jax.distributed.mesh import BATCH, has_bfloat16_units, mesh_shape, mesh_size
 
 Embeddings = Float[Array, "B D"]
 Scalar = Float[Array, ""]
@@ -81,17 +81,19 @@ _differentiable.defvjp(
 
 
 def exact_dot(a_MxK: Float[Array, "M K"], b_KxN: Float[Array, "K N"]) -> Float[Array, "M N"]:
-    """Return the matrix product in float32, in three bfloat16 passes on TPU and GPU.
+    """Return the matrix product in float32, in three bfloat16 passes on TPU and on GPUs of the mesh.
 
-    CPUs multiply in plain float32.
+    CPUs multiply in plain float32, and so do GPUs older than Ampere.
     """
     # With a scale of up to 100, one pass (the TPU's default) changes the second digit of a loss. Six passes
     # (HIGHEST) take twice as long as three. Three leave an error of 4e-6 in a gradient at scale 14.
     on_tpu = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGH)
-    # HIGH would be one pass of TF32 on GPU. On TPU, libtpu 0.0.42.1 loses this name of the three passes in a
-    # loop, and computes one; CPUs refuse it for small matrices.
+    # HIGH would be one pass of TF32 on GPU. On TPU, libtpu 0.0.42.1 loses the name of this algorithm in a
+    # loop, and computes one pass. CPUs and older GPUs refuse it.
     three_passes = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
-    on_gpu = functools.partial(jnp.dot, precision=three_passes)
+    on_gpu = functools.partial(
+        jnp.dot, precision=three_passes if has_bfloat16_units() else jax.lax.Precision.HIGHEST
+    )
     a_MxK, b_KxN = a_MxK.astype(jnp.float32), b_KxN.astype(jnp.float32)
     return jax.lax.platform_dependent(a_MxK, b_KxN, cuda=on_gpu, rocm=on_gpu, default=on_tpu)
 

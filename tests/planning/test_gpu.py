@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.gpu_program import HOPPER, gpus
+from benchmarks.gpu_program import H100, HOPPER, gpus
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import batch_sharding, make_mesh
 from lit_jax.models.attention import attend
 from lit_jax.models.layers import LayerNorm
 from lit_jax.planning.planner import abstract_step, traced
+from lit_jax.training.losses import make_loss
 from tests.planning.conftest import BASE
 
 pytestmark = pytest.mark.gpu
@@ -76,6 +77,28 @@ def test_layer_norm_is_one_kernel():
     entry = compiled(norm, *arrays, devices=gpus(1)).split("\nENTRY ")[1]
     kernels = re.findall(r" = (\S+) fusion\(", entry)
     assert kernels == ["bf16[8,197,768]{2,1,0}"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability"),
+    [
+        (H100, AMPERE),
+        (H100, ADA),
+        (H100, HOPPER),
+        (H100, BLACKWELL),
+        ("NVIDIA T4", (7, 5)),
+        ("Tesla V100-SXM2-16GB", (7, 0)),
+    ],
+)
+def test_products_of_the_loss_take_three_passes_from_ampere_on(kind, capability):
+    """The compiler refuses this algorithm for older GPUs."""
+    arrays = [((4096, 768), jnp.float32)] * 2
+    scale, bias = jnp.float32(2.7), jnp.float32(-10)
+    for name in ("softmax", "sigmoid"):
+        loss = jax.grad(make_loss(name, implementation="blockwise"), argnums=(0, 1))
+        devices = gpus(1, kind, capability)
+        hlo = compiled(lambda *z, loss=loss: loss(*z, scale, bias), *arrays, devices=devices)
+        assert ("algorithm=dot_bf16_bf16_f32_x3" in hlo) == (capability >= AMPERE)
 
 
 @pytest.mark.parametrize("fsdp", [1, 4])
