@@ -11,11 +11,22 @@ from jax.extend import core
 
 Jaxpr = Any  # core.Jaxpr or core.ClosedJaxpr
 
+# The bfloat16 passes of the matrix unit for one product of float32 matrices, by the name of its precision.
+_PASSES = {
+    "HIGH": 3,
+    "HIGHEST": 6,
+    "BF16_BF16_F32_X3": 3,
+    "BF16_BF16_F32_X6": 6,
+    "BF16_BF16_F32_X9": 9,
+}
+
 
 def matmul_flops(jaxpr: Jaxpr) -> int:
     """Return the FLOPs over all devices, where a multiply-add counts as two.
 
-    Recomputation counts again, and a conditional counts as its most expensive branch.
+    A product counts once for each bfloat16 pass of its precision. Recomputation counts again, and a
+    conditional counts as its most expensive branch, or as the branch for TPUs. A Pallas kernel counts by its
+    stated cost, or else as its program at all points of the grid.
 
     Raise ValueError for a product in a loop whose number of iterations is known only at run time.
     """
@@ -26,18 +37,21 @@ def matmul_flops(jaxpr: Jaxpr) -> int:
 def _flops(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
-        return _dot_flops(equation)
+        return _passes(equation) * _dot_flops(equation)
     if name == "conv_general_dilated":
-        return _convolution_flops(equation)
+        return _passes(equation) * _convolution_flops(equation)
     # The body of a scan runs `length` times; its equations appear only once.
     if name == "scan":
         return params["length"] * matmul_flops(params["jaxpr"])
     if name == "cond":
-        return max(map(matmul_flops, params["branches"]))
-    # The body of a kernel runs once for each block, and has its own form of the products.
-    if name == "pallas_call":
+        return max(map(matmul_flops, _branches(params)))
+    # The kernel's own program has another form of the products.
+    if name == "pallas_call" and params["cost_estimate"] is not None:
         return params["cost_estimate"].flops
     inside = sum(map(matmul_flops, _jaxprs(params)))
+    # The kernel's program appears only once; it runs at each point of the grid.
+    if name == "pallas_call":
+        return inside * math.prod(params["grid_mapping"].grid)
     if name == "while" and inside:
         raise ValueError("A matrix product in a loop of unknown length cannot be counted.")
     # The body of a shard_map is the work of one device along the manual axes.
@@ -46,6 +60,27 @@ def _flops(equation: Any) -> int:
             params["mesh"].shape[axis] for axis in params["newly_manual_axes"]
         )
     return inside
+
+
+def _branches(params: Any) -> list[Jaxpr]:
+    """Return the branches of a conditional that a TPU may run."""
+    # A conditional over platforms names those of each branch; the default branch has None.
+    platforms = params.get("branches_platforms")
+    if platforms is None:
+        return list(params["branches"])
+    pairs = list(zip(params["branches"], platforms, strict=True))
+    of_tpu = [branch for branch, names in pairs if names is not None and "tpu" in names]
+    return of_tpu or [branch for branch, names in pairs if names is None]
+
+
+def _passes(equation: Any) -> int:
+    """Return the number of passes of the matrix unit over bfloat16 parts of the inputs."""
+    precision = equation.params["precision"]
+    # The two sides have a precision each, and the product takes the higher.
+    sides = precision if isinstance(precision, tuple) else (precision,)
+    if all(variable.aval.dtype.itemsize <= 2 for variable in equation.invars):
+        return 1
+    return max(_PASSES.get(getattr(side, "name", ""), 1) for side in sides)
 
 
 def _dot_flops(equation: Any) -> int:

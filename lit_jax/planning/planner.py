@@ -1,4 +1,4 @@
-"""Plan a train step on a TPU topology: whether the step fits, and which resource bounds its speed."""
+"""Plan a train step on a TPU topology: whether the step fits, what bounds its speed, and a forecast."""
 
 import dataclasses
 import math
@@ -14,6 +14,7 @@ from lit_jax.distributed.mesh import group_by_slice, make_mesh
 from lit_jax.planning.advice import advise
 from lit_jax.planning.chips import Topology
 from lit_jax.planning.collectives import Traffic, traffic
+from lit_jax.planning.cycles import Forecast, forecast, operations
 from lit_jax.planning.flops import matmul_flops
 from lit_jax.planning.network import network_traffic
 from lit_jax.training.checks import check_batch_size, check_teacher
@@ -39,6 +40,7 @@ class Compiled:
         code: the program itself, and the padding of arrays by the chip's layout.
         traffic: the communication inside a slice.
         network: the communication between slices; None for one slice.
+        hlo: the text of the compiled program.
     """
 
     fits: bool
@@ -48,6 +50,7 @@ class Compiled:
     code: int | None = None
     traffic: Traffic | None = None
     network: Traffic | None = None
+    hlo: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,8 @@ class Plan:
         network_communicated, network_exposed: the same for bytes to other slices; None for one slice.
         bound: the least seconds for compute, memory, interconnect, network (of several slices, if its speed
             is published), exposed communication, and the whole step.
+        matmul_flops: the FLOPs of the matrix products, each counted once for each pass of its precision.
+        forecast: the time by the compiler's estimates; None if the step does not fit.
         largest_batch: the largest batch that fits among those compiled; None if none fits or none was tried.
         smallest_too_large: the smallest batch that does not fit among those compiled, or None.
         compilations: the number of batches compiled.
@@ -86,6 +91,7 @@ class Plan:
     network_communicated: Mapping[str, int] | None
     network_exposed: Mapping[str, int] | None
     bound: Mapping[str, float] | None
+    forecast: Forecast | None
     largest_batch: int | None
     smallest_too_large: int | None
     compilations: int
@@ -133,6 +139,7 @@ def make_plan(
     searched = compilations > 1
     flops = step_flops(step, batch)
     largest = max(fitting, default=None) if searched else None
+    bound = _bound(first, flops, topology) if first.fits else None
     return Plan(
         topology=topology.name,
         slices=slices,
@@ -150,7 +157,17 @@ def make_plan(
         exposed=first.traffic.exposed if first.traffic else None,
         network_communicated=first.network.communicated if first.network else None,
         network_exposed=first.network.exposed if first.network else None,
-        bound=_bound(first, flops, topology) if first.fits else None,
+        bound=bound,
+        forecast=forecast(
+            operations(first.hlo, topology.chip),
+            config,
+            topology.chip,
+            devices=chips,
+            flops=flops,
+            exposed=bound["exposed"],
+        )
+        if bound
+        else None,
         largest_batch=largest,
         smallest_too_large=min(too_large, default=None),
         compilations=len(tried),
@@ -181,6 +198,7 @@ def compile_step(step: TrainStep, batch: AbstractBatch) -> Compiled:
         code=total - temporaries - sum(resident_bytes(step, batch).values()),
         traffic=traffic(hlo, len(slices[0])),
         network=network_traffic(hlo, devices) if len(slices) > 1 else None,
+        hlo=hlo,
     )
 
 

@@ -1,15 +1,35 @@
-"""The table that `lit_jax.plan` prints."""
+"""The tables that `lit_jax.plan` prints."""
 
 from collections.abc import Iterator, Mapping
 
+from lit_jax.planning.cycles import Forecast
 from lit_jax.planning.planner import Plan
 
 _GIB = 2**30
+_TIMES = ("s a step", "pairs/s a chip", "MFU", "hours", "chip-hours")
+_COLUMNS = ("config", "topology", "batch", "fits", "GiB a chip", *_TIMES)
+BOOK_HEAD = f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}"
 
 
 def table(plan: Plan) -> str:
     """Return a plan as a text of several lines."""
     return "\n".join(_lines(plan))
+
+
+def book_line(config: str, plan: Plan) -> str:
+    """Return the line of a plan below `BOOK_HEAD`; the figures of time are the forecast's."""
+    slices = f"{plan.slices} x " if plan.slices > 1 else ""
+    cells = [config, f"{slices}{plan.topology}", f"{plan.batch_size:,}"]
+    cells += ["yes" if plan.fits else "no", f"{plan.total / _GIB:.1f} of {plan.hbm / _GIB:g}"]
+    time = plan.forecast
+    if time is None:
+        cells += [""] * len(_TIMES)
+    else:
+        cells += [f"{time.seconds:.3f}", f"{time.pairs_a_second:,.0f}", f"{time.mfu:.2f}"]
+        # A duration in epochs says no hours.
+        hours = (time.hours, time.chip_hours)
+        cells += ["" if figure is None else f"{figure:,.1f}" for figure in hours]
+    return f"| {' | '.join(cells)} |"
 
 
 def _lines(plan: Plan) -> Iterator[str]:
@@ -40,6 +60,8 @@ def _lines(plan: Plan) -> Iterator[str]:
             yield f"  {'network':24} {'?':>10}   not published for this chip; the bound leaves it out"
         rate = plan.batch_size / plan.bound["step"]
         yield f"so it trains at most {rate:,.0f} pairs a second."
+    if plan.forecast is not None:
+        yield from _forecast(plan.forecast)
     if plan.largest_batch is not None:
         beyond = "no larger one was tried"
         if plan.smallest_too_large:
@@ -47,6 +69,26 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"Largest batch seen to fit: {plan.largest_batch:,}; {beyond}."
     for line in plan.advice:
         yield f"- {line}"
+
+
+def _forecast(forecast: Forecast) -> Iterator[str]:
+    yield "Forecast, by the cycles that the compiler estimates (not measured)"
+    yield f"  {'milliseconds of a step':24} {1e3 * forecast.seconds:10.2f}"
+    yield f"  {'pairs/s of a chip':24} {forecast.pairs_a_second:10,.0f}"
+    yield f"  {'MFU':24} {forecast.mfu:10.3f}"
+    if forecast.hours is not None and forecast.chip_hours is not None:
+        yield f"  {'hours of the run':24} {forecast.hours:10,.2f}"
+        yield f"  {'chip-hours of the run':24} {forecast.chip_hours:10,.1f}"
+    yield "Shares of the forecast"
+    for part, share in sorted(forecast.shares.items(), key=lambda item: -item[1]):
+        yield f"  {part:24} {share:10.1%}"
+    yield "Milliseconds of the most expensive operations"
+    for name, seconds in forecast.operations:
+        yield f"  {1e3 * seconds:10.2f}  {name}"
+    if forecast.kernels:
+        yield f"Pallas kernels count by their stated cost: {', '.join(forecast.kernels)}"
+    if forecast.without_cost:
+        yield f"Pallas kernels without a stated cost count nothing: {', '.join(forecast.without_cost)}"
 
 
 def _traffic(

@@ -1,8 +1,11 @@
 """Counts against those made by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
 from lit_jax.config import MeshConfig
@@ -36,6 +39,45 @@ def test_of_a_convolution_its_kernel_at_each_position():
         )
 
     assert count(convolve, x, kernel) == 2 * (2 * 4 * 4 * 9) * (3 * 3 * 2)
+
+
+@pytest.mark.parametrize(
+    ("precision", "passes"),
+    [
+        (None, 1),
+        (jax.lax.Precision.HIGH, 3),
+        (jax.lax.Precision.HIGHEST, 6),
+        (jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3, 3),
+    ],
+)
+def test_a_product_of_float32_counts_once_for_each_pass(precision, passes):
+    def product(x, w):
+        return jnp.dot(x, w, precision=precision)
+
+    assert count(product, X, W) == passes * ONE
+    assert count(product, X.astype(jnp.bfloat16), W.astype(jnp.bfloat16)) == ONE
+
+
+def test_of_a_choice_by_platform_the_branch_for_tpus_counts():
+    def twice(x, w):
+        return x @ w @ w
+
+    def choose(x, w, **platforms):
+        return jax.lax.platform_dependent(x, w, default=jnp.dot, **platforms)
+
+    assert count(functools.partial(choose, cuda=twice), X, W) == ONE
+    assert count(functools.partial(choose, cuda=jnp.dot, tpu=twice), X, W) == 2 * ONE
+
+
+@pytest.mark.parametrize("cost", [None, 1234])
+def test_a_kernel_counts_its_stated_cost_or_all_points_of_its_grid(cost):
+    def kernel(x, w, out):
+        out[...] = x[...] @ w[...]
+
+    stated = cost and pl.CostEstimate(flops=cost, transcendentals=0, bytes_accessed=0)
+    shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    call = pl.pallas_call(kernel, out_shape=shape, grid=(4, 2), cost_estimate=stated)
+    assert count(call, X, W) == (cost or 8 * ONE)
 
 
 def test_a_scan_counts_as_often_as_it_turns():

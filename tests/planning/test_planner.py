@@ -14,6 +14,13 @@ from tests.planning.conftest import BASE, GIANT, LARGE
 
 pytestmark = pytest.mark.oracle  # of the TPU compiler
 
+# A program that computes for 3000 cycles.
+ADD = """ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %sum = f32[8]{0} add(%x, %x), backend_config={"estimated_cycles":"3000"}
+}
+"""
+
 TINY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -33,7 +40,7 @@ def test_the_topologies_that_are_listed_exist():
     for generation, chip in CHIPS.items():
         for shape in chip.shapes:
             topology = open_topology(f"{generation}:{shape}")
-            assert len(topology.devices) == math.prod(map(int, shape.split("x")))
+            assert len(topology.devices) == chip.cores * math.prod(map(int, shape.split("x")))
     assert len(open_topology("v5e:4x4", slices=2).devices) == 32
 
 
@@ -149,6 +156,7 @@ def test_the_network_between_slices_bounds_a_step_where_its_speed_is_published(
         temporaries=0,
         traffic=inside,
         network=network if slices > 1 else None,
+        hlo=ADD,
     )
     monkeypatch.setattr(planner, "compile_step", lambda step, batch: compiled)
     opened = open_topology(topology, slices=slices)
@@ -161,6 +169,9 @@ def test_the_network_between_slices_bounds_a_step_where_its_speed_is_published(
     else:
         assert "network" not in plan.bound
     assert plan.bound["exposed"] == waiting
+    computing = 3000 / opened.chip.clock
+    assert plan.forecast.seconds == pytest.approx(computing + waiting)
+    assert plan.forecast.shares["communication"] == pytest.approx(waiting / (computing + waiting))
     assert plan.bound["step"] == max(
         plan.bound["compute"] + waiting, plan.bound.get("network", 0), plan.bound["interconnect"]
     )
