@@ -8,7 +8,7 @@ the published peaks. Communication counts by its exposed bytes, as in the bound 
 import dataclasses
 import json
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -102,7 +102,7 @@ def forecast(
         hours=hours,
         chip_hours=None if hours is None else hours * devices / chip.cores,
         shares={part: time / seconds for part, time in parts.items()},
-        operations=tuple(Counter(found.layers).most_common(10)),
+        operations=tuple(sorted(found.layers.items(), key=lambda item: -item[1])[:10]),
         kernels=found.kernels,
         without_cost=found.without_cost,
     )
@@ -110,7 +110,7 @@ def forecast(
 
 def operations(hlo: str, chip: Chip) -> Operations:
     """Return the seconds of a compiled program without its communication. `hlo` is its text."""
-    layers, parts = Counter[str](), Counter[str]()
+    layers, parts = (defaultdict[str, float](float) for _ in range(2))
     kernels, without_cost = set[str](), set[str]()
     for instruction, times in _instructions(hlo):
         name = _NAME.search(instruction.rest)
