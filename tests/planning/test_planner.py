@@ -82,7 +82,8 @@ def test_flops_of_a_step_are_those_of_its_products(config_of):
 
     image = tower(197) + 2 * 196 * (16 * 16 * 3) * width
     heads = 2 * width * width  # pooler, and the projection of the text
-    loss = 2 * batch * width
+    # The loss's products are float32 and take three passes.
+    loss = 3 * 2 * batch * width
     forward = image + tower(length) + 2 * heads + loss
     # A block's last product is computed again, too: BERT normalises what comes out. The images, without
     # projection, are a constant to the loss.
