@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A run on Google Kubernetes Engine, as a JobSet (https://jobset.sigs.k8s.io, to be installed in the cluster):
+# Starts a run on Google Kubernetes Engine, as a JobSet (https://jobset.sigs.k8s.io, which the cluster must have):
 #
 #     launch/gke.sh --name=NAME --image=IMAGE --claim=VOLUME_CLAIM --accelerator=LABEL --nodes=N --chips=CHIPS_OF_A_NODE
 #                   [--topology=4x4] [--slices=N] [--spot] [--dry-run] -- command...
 #
 # With --topology the accelerator is a TPU (tpu-v5-lite-podslice), else a GPU (nvidia-h100-80gb). With --slices the
-# run has N slices of that topology, and --nodes are those of one. The claim is mounted as /runs in all pods. A pod
-# that is stopped or left alone starts all of them again; after an error none is.
+# run has N slices of that topology, and --nodes counts the nodes of one slice. The claim is mounted as /runs in all
+# pods. If a pod is stopped or left alone, all pods start again; after an error no pod does.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/shared.sh

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# N processes of one run on this machine, over loopback:
+# Starts N processes of one run on this machine, over loopback:
 #
 #     launch/local.sh N [--devices=K] [--dry-run] -- command...
 #
-# K simulated CPU devices for each process; without it, the devices that JAX finds. Each line of output starts
-# with the number of its process. SIGTERM and Ctrl-C reach all of them. Where one fails or is killed, or this script is,
-# the others get a SIGTERM (they may still be waiting for it to join), and ten seconds later they are killed. The exit
-# code is that of what went wrong: of a command's own failure before that of a process that is gone (76) or was stopped
-# (75, or 143 before it could save).
+# --devices=K gives each process K simulated CPU devices; without it a process has the devices that JAX finds. Each
+# line of output starts with the number of its process. SIGTERM and Ctrl-C reach all processes. If a process fails, or
+# it or this script is killed, the other processes get a SIGTERM, because they may still be waiting for it to join; ten
+# seconds later they are killed. The exit code is that of a command that failed by itself; else 76 if a process is gone;
+# else 75 if one was stopped, or 143 if it was stopped before it could save.
 set -euo pipefail
 # shellcheck source=launch/shared.sh
 . "$(dirname "${BASH_SOURCE[0]}")/shared.sh"

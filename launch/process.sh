@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One process of a run, as launch/gke.sh starts it in each pod:
+# Starts one process of a run, as launch/gke.sh does in each pod:
 #
 #     launch/process.sh -- command...
 #
-# JAX aborts a process with a page of C++ when another one of its run is gone; this script says so in a sentence behind
-# it and ends with 76. SIGTERM and Ctrl-C reach the command.
+# JAX aborts a process with a page of C++ when another process of its run is gone. This script adds a sentence that says
+# so, and ends with 76. SIGTERM and Ctrl-C reach the command.
 set -euo pipefail
 # shellcheck source=launch/shared.sh
 . "$(dirname "${BASH_SOURCE[0]}")/shared.sh"

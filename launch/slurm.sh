@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on GPUs under Slurm. Given in a shell it submits itself; as the job it starts one process for each GPU:
+# Runs on GPUs under Slurm. In a shell the script submits itself; as the job it starts one process for each GPU:
 #
 #     launch/slurm.sh --nodes=N --gpus=GPUS_OF_A_NODE [--time=HH:MM:SS] [--dry-run] -- command...
 #
