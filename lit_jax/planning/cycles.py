@@ -22,7 +22,7 @@ _COST = re.compile(r'"cost_estimate":(\{[^}]*\})')
 _NAME = re.compile(r'\bop_name="((?:[^"\\]|\\.)*)"')
 # JAX's transformations and loops, and Flax's methods; they are no layers.
 _NO_LAYER = re.compile(
-    r"\w*\(.*\)|while|body|cond|branch_\d+_fun|closed_call|checkpoint|[\w]*\.\w+"
+    r"\w*\(.*\)|while|body|cond|branch_\d+_fun|closed_call|checkpoint|rematted_computation|\w*\.[\w<>]+"
 )
 # The parts of a step. The first pattern that an instruction's name contains decides.
 _PARTS: Mapping[str, re.Pattern[str]] = {

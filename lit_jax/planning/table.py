@@ -1,6 +1,6 @@
 """The tables that `lit_jax.plan` prints."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from lit_jax.planning.cycles import Forecast
 from lit_jax.planning.planner import Plan
@@ -86,9 +86,16 @@ def _forecast(forecast: Forecast) -> Iterator[str]:
     for name, seconds in forecast.operations:
         yield f"  {1e3 * seconds:10.2f}  {name}"
     if forecast.kernels:
-        yield f"Pallas kernels count by their stated cost: {', '.join(forecast.kernels)}"
+        yield f"Pallas kernels count by their stated cost: {_kernels(forecast.kernels)}"
     if forecast.without_cost:
-        yield f"Pallas kernels without a stated cost count nothing: {', '.join(forecast.without_cost)}"
+        yield f"Pallas kernels without a stated cost count nothing: {_kernels(forecast.without_cost)}"
+
+
+def _kernels(layers: Iterable[str]) -> str:
+    """Return the names of the kernels that layers call, as LAYER/NAME/pallas_call."""
+    return ", ".join(
+        sorted({layer.split("/pallas_call")[0].rpartition("/")[2] for layer in layers})
+    )
 
 
 def _traffic(

@@ -65,7 +65,7 @@ def test_a_loop_counts_as_often_as_it_turns_and_a_kernel_by_its_stated_cost():
     ("name", "part", "layer"),
     [
         (
-            "M.image_features/vision_model/while/body/norm/mul",
+            "M.f/vision_model.<lambda>/vision_model/while/body/norm/mul",
             "image tower",
             "vision_model/norm/mul",
         ),
