@@ -6,7 +6,6 @@ Dims: B batch, H heads, L tokens, K width of a head, D = H * K, W width of a reg
 """
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,23 +14,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from lit_jax.distributed.mesh import device_kind, shard_batch
+from lit_jax.distributed.mesh import has_bfloat16_units, shard_batch
 from lit_jax.models.ops import on_rows, use_plain_ops, use_tpu_forms
 
 # ---- cuDNN: one kernel on NVIDIA GPUs, as in FlashAttention (2205.14135). Training
 # ViT-B/16 on an H100 needs 18 GiB of temporaries instead of 27.
 
-# JAX calls cuDNN on any GPU and fails on these, which are older than Ampere but have names like newer GPUs.
-_TOO_OLD = re.compile(r"NVIDIA (GeForce (GTX|MX|RTX 20)|TITAN|T\d)")
-
 
 def has_cudnn_attention(q_BxHxQxK: Array, k_BxHxSxK: Array) -> bool:
     """Return whether cuDNN has a forward and a backward kernel for these arrays on the GPUs of the mesh."""
-    kind, width = device_kind(), q_BxHxQxK.shape[-1]
+    width = q_BxHxQxK.shape[-1]
     return (
         not use_plain_ops()
-        and kind.startswith("NVIDIA")
-        and not _TOO_OLD.match(kind)
+        # JAX calls cuDNN on any GPU, and fails on those older than Ampere.
+        and has_bfloat16_units()
         and q_BxHxQxK.dtype.itemsize == 2
         and q_BxHxQxK.shape == k_BxHxSxK.shape
         and width % 8 == 0

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_jax.models import attention_kernels
+from lit_jax.distributed import mesh
 from lit_jax.models.attention import attend
 
 
@@ -77,7 +77,7 @@ def test_the_call_for_cudnn_means_the_same(monkeypatch, length):
         return of_jax(*args, implementation="xla", **kwargs)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-    monkeypatch.setattr(attention_kernels, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(mesh, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
     with jax.numpy_dtype_promotion("standard"):  # JAX mixes dtypes there
         actual = both_ways()
     assert called == ["cudnn"] * 2
@@ -100,7 +100,7 @@ def attend_on(monkeypatch):
         raise CudnnIsAskedError
 
     def on(kind, *args):
-        monkeypatch.setattr(attention_kernels, "device_kind", lambda: kind)
+        monkeypatch.setattr(mesh, "device_kind", lambda: kind)
         return attend(*args)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", refuse)
