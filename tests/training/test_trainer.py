@@ -1,5 +1,6 @@
 """Whole tiny runs: what is written, what resuming gives, what is refused."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -439,7 +440,8 @@ def test_a_checkpoint_moves_to_other_devices(tiny, tmp_path):
         with Checkpoints(tmp_path, keep_last=1) as checkpoints:
             state, _, position = first_or_latest_state(step, tmp_path, checkpoints)
             assert position == ({"next_batch": saved} if saved else None)
-            checkpoints.save(saved + 1, state, {"next_batch": saved + 1}, {})
+            resolved = dataclasses.asdict(config)
+            checkpoints.save(saved + 1, state, {"next_batch": saved + 1}, resolved)
         assert state.params["logit_scale"].sharding.mesh.size == devices
         states.append(state)
     for state in states[1:]:
