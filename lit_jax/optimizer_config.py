@@ -171,7 +171,7 @@ OptimizerConfig = AdamW | Adafactor | Lion | Lamb
 
 
 def _are_vectors(params: Any, *, wanted: bool) -> Any:
-    """Return, for each parameter, whether its being the stack of one vector of each block is `wanted`."""
+    """Return, for each parameter, whether it is `wanted`: a stack of vectors (True), or not (False)."""
     from lit_jax.trees import STACK, flatten, unflatten
 
     flat = flatten(params)

@@ -12,6 +12,7 @@ Exit codes: 0 with an answer, also if the step does not fit; 2 bad input.
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from lit_jax.distributed.flags import set_flags
 from lit_jax.errors import UserError
 from lit_jax.files import io_errors, write_json
 from lit_jax.planning.chips import Topology, open_topology
-from lit_jax.planning.planner import make_plan
+from lit_jax.planning.planner import abstract_step, make_plan
 from lit_jax.planning.table import BOOK_HEAD, book_line, table
 
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=int,
         default=6,
         help="largest number of compilations; all but the first search for the largest batch that fits "
-        "(default: 6)",
+        "(default: 6; 1 for each line of a book)",
     )
     add_path(
         parser,
@@ -70,30 +71,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     topologies = [open_topology(name, slices=args.slices) for name in args.topology]
     configs = {name: load_config(name, overrides) for name in args.config}
     if args.book:
-        result = _book(configs, topologies, args.slices)
+        _write_book(configs, topologies, args.slices, args.output)
     else:
         ((config,), (topology,)) = configs.values(), topologies
         plan = make_plan(config, topology, slices=args.slices, compilations=args.compilations)
         # Printed first, so that the answer is not lost if the file cannot be written.
         print(table(plan), flush=True)
-        result = dataclasses.asdict(plan)
-    with io_errors("give another --output"):
-        write_json(args.output, result)
+        _write(args.output, dataclasses.asdict(plan))
     print(f"\n{args.output}")
 
 
-def _book(
-    configs: Mapping[str, Config], topologies: Sequence[Topology], slices: int
-) -> list[dict[str, Any]]:
-    """Print the line of each config on each topology as it is known, and return their plans."""
+def _write_book(
+    configs: Mapping[str, Config], topologies: Sequence[Topology], slices: int, output: Path
+) -> None:
+    """Print the line of each config on each topology as it is known, and write all plans up to then."""
+    pairs = list(itertools.product(configs.items(), topologies))
+    # A config that does not fit one of the topologies is refused before the hours of compilation.
+    for (_, config), topology in pairs:
+        abstract_step(config, topology.devices)
     print(BOOK_HEAD, flush=True)
     plans = []
-    for name, config in configs.items():
-        for topology in topologies:
-            plan = make_plan(config, topology, slices=slices, compilations=1)
-            print(book_line(name, plan), flush=True)
-            plans.append({"config": name, **dataclasses.asdict(plan)})
-    return plans
+    for (name, config), topology in pairs:
+        plan = make_plan(config, topology, slices=slices, compilations=1)
+        print(book_line(name, plan), flush=True)
+        plans.append({"config": name, **dataclasses.asdict(plan)})
+        _write(output, plans)
+
+
+def _write(output: Path, content: Any) -> None:
+    with io_errors("give another --output"):
+        write_json(output, content)
 
 
 if __name__ == "__main__":

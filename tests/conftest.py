@@ -76,6 +76,15 @@ def usual_emitters():
     return {"xla_cpu_use_fusion_emitters": True}
 
 
+@pytest.fixture
+def no_cache_of_the_suite():
+    """JAX without the compilation cache that all tests share, as users have it."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
 _MEMORY_MAPS = Path("/proc/self/maps")  # of Linux
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import platform
+import secrets
 import shutil
 import warnings
 import zlib
@@ -11,6 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
+
+# JAX has no public function that reads an entry.
+from jax._src.compilation_cache import decompress_executable
+from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from lit_jax.distributed.process import is_primary
@@ -21,8 +27,6 @@ log = logging.getLogger(__name__)
 VARIABLE = "LIT_JAX_CACHE"
 # The programs of a large model take some hundred megabytes.
 _FREE_BYTES = 1 << 28
-_CHUNK = 1 << 20
-_ZSTANDARD = b"\x28\xb5\x2f\xfd"
 
 
 @contextlib.contextmanager
@@ -38,7 +42,7 @@ def compilation_cache(folder: Path) -> Iterator[None]:
         yield
         return
     folder = Path(os.environ.get(VARIABLE) or folder).expanduser() / _device_name()
-    if problem := _prepare(folder):
+    if problem := _problem(folder):
         log.warning(
             "Compiled programs cannot be stored in %s (%s), so each start compiles them again; set %s to a "
             "folder that can be written.",
@@ -48,7 +52,7 @@ def compilation_cache(folder: Path) -> Iterator[None]:
         )
         yield
         return
-    # An entry that another process is just writing is no reason to alarm anybody: JAX compiles instead.
+    # Another process may be writing an entry just now. JAX then compiles instead, and warns for nothing.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     # A start compiles some fifty programs, most of them in less than the second that JAX asks for.
     new = {
@@ -87,8 +91,30 @@ def _device_name() -> str:
     return f"cpu-{zlib.crc32(features.encode()):08x}"
 
 
-def _prepare(folder: Path) -> str | None:
-    """Make the folder, without damaged entries. Return the reason why it cannot be used, or None."""
+def _problem(folder: Path) -> str | None:
+    """Make the folder, without damaged entries. Return the reason why it cannot be used, or None.
+
+    All processes get a reason if one of them does. If some compiled what others read, collectives that belong
+    to the compilation, as on GPUs, would wait for ever.
+    """
+    problem = _own_problem(folder)
+    if jax.process_count() == 1:
+        return problem
+    # A folder that the first process makes must be there for all others, too.
+    number = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
+    token = folder / f"shared-{number:08x}"
+    if is_primary() and not problem:
+        token.touch()
+    multihost_utils.sync_global_devices("compilation cache")
+    if not problem and not token.exists():
+        problem = "it is not shared with the first process"
+    found = multihost_utils.process_allgather(np.array(problem is not None))
+    if is_primary():
+        token.unlink(missing_ok=True)
+    return problem or ("another process cannot use it" if found.any() else None)
+
+
+def _own_problem(folder: Path) -> str | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < _FREE_BYTES:
@@ -97,26 +123,19 @@ def _prepare(folder: Path) -> str | None:
             if not os.access(folder, os.W_OK):
                 return "no permission to write"
             for entry in folder.glob("*-cache"):
-                # JAX neither uses nor replaces an entry that was cut off by the end of its process.
-                if _is_damaged(entry):
-                    entry.unlink()
+                # Another run may share the folder, and find the same entry.
+                with contextlib.suppress(FileNotFoundError):
+                    _remove_if_damaged(entry)
     except OSError as error:
         return error.strerror or str(error)
     return None
 
 
-def _is_damaged(entry: Path) -> bool:
-    """Return whether a file is a zlib stream, as JAX writes it, that has lost its end or its checksum."""
-    stream = zlib.decompressobj()
-    with entry.open("rb") as file:
-        chunk = file.read(_CHUNK)
-        # With the package zstandard installed, JAX writes such files, which its own checks must do for.
-        if chunk.startswith(_ZSTANDARD):
-            return False
-        try:
-            while chunk:
-                stream.decompress(chunk)
-                chunk = file.read(_CHUNK)
-        except zlib.error:
-            return True
-    return not stream.eof
+def _remove_if_damaged(entry: Path) -> None:
+    """Remove an entry that was cut off by the end of its process: JAX would neither use nor replace it."""
+    content = entry.read_bytes()
+    try:
+        decompress_executable(content)
+    # The type depends on the package that JAX has found for compression.
+    except Exception:
+        entry.unlink()

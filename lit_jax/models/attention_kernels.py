@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from lit_jax.distributed.mesh import has_bfloat16_units, shard_batch
-from lit_jax.models.ops import on_rows, use_plain_ops, use_tpu_forms
+from lit_jax.models.ops import on_rows, on_tpus, parallel_axes, use_plain_ops, use_tpu_forms
 
 # ---- cuDNN: one kernel on NVIDIA GPUs, as in FlashAttention (2205.14135). Training
 # ViT-B/16 on an H100 needs 18 GiB of temporaries instead of 27.
@@ -108,7 +108,7 @@ def has_tpu_attention(q_BxHxQxK: Array, k_BxHxSxK: Array, bias: Array | None) ->
     """
     batch, heads, length, width = q_BxHxQxK.shape
     return (
-        use_tpu_forms()
+        use_tpu_forms(batch)
         and q_BxHxQxK.dtype == jnp.bfloat16
         and q_BxHxQxK.shape == k_BxHxSxK.shape
         and (bias is None or bias.shape == (batch, 1, 1, length))
@@ -193,7 +193,8 @@ def _call_on_tpu(
                 transcendentals=batch * heads * length**2,
                 bytes_accessed=(len(arrays_BxHxLxK) + results) * inputs[0].nbytes,
             ),
-            interpret=not use_tpu_forms(),
+            compiler_params=parallel_axes(count=2),
+            interpret=not on_tpus(),
             name=f"attention{kernel.__name__}",
         )(*(x.reshape(shape if x.shape[1] == length else (shape[0], 1, row)) for x in inputs))
         return [y.reshape(batch, length, depth) for y in outputs]

@@ -10,6 +10,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from lit_jax.distributed.mesh import cut, join, mesh_size
+from lit_jax.distributed.sharding import fsdp_size
 from lit_jax.models.ops import use_tpu_forms
 
 # The images of a chunk on one TPU. With 64 images of a ViT-B/16 the compiler keeps the values of a block on
@@ -17,14 +18,16 @@ from lit_jax.models.ops import use_tpu_forms
 IMAGES = 64
 
 
-def chunk_count(rows: int) -> int:
-    """Return the number of chunks for the images of one device; 1 on a CPU or GPU.
+def chunk_count(batch: int) -> int:
+    """Return the number of chunks of a batch; 1 on a CPU or GPU.
 
-    Chunks were measured for TPUs alone. They are equal, and have at most `IMAGES` images. If only chunks of
-    less than half that size divide the rows, the batch stays whole.
+    Chunks were measured for TPUs alone. They are equal, and have at most `IMAGES` images on each device. If
+    only chunks of less than half that size divide a device's rows, the batch stays whole.
     """
-    if not use_tpu_forms():
+    # Where matrices are split over the mesh, each chunk would gather them again.
+    if not use_tpu_forms(batch) or fsdp_size() > 1:
         return 1
+    rows = batch // mesh_size()
     count = next(n for n in range(-(-rows // IMAGES), rows + 1) if rows % n == 0)
     return count if 2 * (rows // count) >= IMAGES else 1
 
@@ -38,8 +41,9 @@ def in_chunks(
     For a gradient, the intermediate values of all chunks would be kept, which gains nothing over the whole
     batch; so only a locked tower should run in chunks.
     """
-    chunks = chunk_count(len(inputs_Bx) // mesh_size())
-    if chunks == 1 or tower.is_initializing():
+    chunks = chunk_count(len(inputs_Bx))
+    # The values of a single chunk cannot be recorded for the whole batch.
+    if chunks == 1 or tower.is_initializing() or tower.is_mutable_collection("intermediates"):
         return call(tower, inputs_Bx)
     # All chunks share the variables of the tower, and there is no carry.
     scan = nn.scan(lambda tower, _, part: (None, call(tower, part)), variable_broadcast=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from lit_jax.models.ops import on_rows, use_plain_ops, use_tpu_forms
+from lit_jax.models.ops import on_rows, on_tpus, parallel_axes, use_plain_ops, use_tpu_forms
 
 
 def layer_norm(
@@ -108,14 +108,23 @@ _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 # cycles of a v5e for 16 images of a ViT-B/16, where XLA's form takes 75k. Both passes are exact: mean first,
 # then the squared differences.
 
-# The rows of a block. More rows do not make the schedule shorter.
-_ROWS = 512
+# The most rows of a block, and the most bytes of its values in the memory on chip, which has 16 MiB on a v5e.
+# More rows do not make the schedule shorter.
+_ROWS, _BYTES = 512, 14 << 20
 
 
 def has_tpu_layer_norm(x_BxLxD: Array) -> bool:
     """Return whether the kernel for TPUs is used: whole registers of 128 numbers, and not a single token."""
+    batch, length, width = x_BxLxD.shape
+    fits = _example_bytes(x_BxLxD) <= _BYTES
+    return use_tpu_forms(batch) and width % 128 == 0 and length >= 8 and fits
+
+
+def _example_bytes(x_BxLxD: Array) -> int:
+    """Return a bound on the bytes on chip for one example: x and two more such arrays, twice, and float32."""
     _, length, width = x_BxLxD.shape
-    return use_tpu_forms() and width % 128 == 0 and 8 <= length <= 4 * _ROWS
+    # Registers have 8 rows of 32 bits, or 16 of 16 bits.
+    return -(-length // 16) * 16 * width * (6 * x_BxLxD.dtype.itemsize + 10)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -157,7 +166,8 @@ def _call_forward(
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct(x_BxLxD.shape, dtype),
         cost_estimate=_cost(x_BxLxD, arrays=2),
-        interpret=not use_tpu_forms(),
+        compiler_params=parallel_axes(count=1),
+        interpret=not on_tpus(),
         name="layer_norm",
     )(x_BxLxD, scale_D[None], bias_D[None])
 
@@ -174,15 +184,16 @@ def _call_backward(
         out_specs=[block, whole, whole],
         out_shape=[jax.ShapeDtypeStruct(x_BxLxD.shape, x_BxLxD.dtype), sums_1xD, sums_1xD],
         cost_estimate=_cost(x_BxLxD, arrays=3),
-        interpret=not use_tpu_forms(),
+        interpret=not on_tpus(),
         name="layer_norm_gradient",
     )(x_BxLxD, grad_BxLxD, scale_D[None])
 
 
 def _blocks(x_BxLxD: Array) -> tuple[pl.BlockSpec, pl.BlockSpec, tuple[int]]:
-    """Return the blocks of x, those of a vector, and the grid: a block has whole examples, up to `_ROWS`."""
+    """Return the blocks of x, those of a vector, and the grid: a block has whole examples, as many as fit."""
     batch, length, width = x_BxLxD.shape
-    size = next(n for n in range(max(_ROWS // length, 1), 0, -1) if batch % n == 0)
+    most = max(min(_ROWS // length, _BYTES // _example_bytes(x_BxLxD)), 1)
+    size = next(n for n in range(most, 0, -1) if batch % n == 0)
     return (
         pl.BlockSpec((size, length, width), lambda i: (i, 0, 0)),
         pl.BlockSpec((1, width), lambda i: (0, 0)),

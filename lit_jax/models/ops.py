@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, UInt32
 
-from lit_jax.distributed.mesh import BATCH, REPLICATED, device_kind, mesh_shape
+from lit_jax.distributed.mesh import BATCH, REPLICATED, device_kind, mesh_shape, mesh_size
 
 Elementwise = Callable[[Array], Array]
 Map = Float[Array, "B Y X C"]
@@ -32,10 +32,26 @@ def use_plain_ops() -> bool:
     return os.environ.get("LIT_JAX_PLAIN_OPS") == "1"
 
 
-def use_tpu_forms() -> bool:
-    """Return whether the mesh of `jax.set_mesh` has TPUs, for which some operations have a form."""
+def on_tpus() -> bool:
+    """Return whether the mesh of `jax.set_mesh` has TPUs, and plain forms are not asked for."""
     # Kernels need the axes of the mesh: XLA would gather the operands of a kernel on every device.
     return bool(mesh_shape()) and device_kind().startswith("TPU") and not use_plain_ops()
+
+
+def use_tpu_forms(rows: int) -> bool:
+    """Return whether to use the forms for TPUs on a batch of `rows`, which the devices must share out evenly.
+
+    Parameters are initialised with a batch of a single row, on any number of devices.
+    """
+    return on_tpus() and rows % mesh_size() == 0
+
+
+def parallel_axes(*, count: int) -> Any:
+    """Return the option of a kernel whose grid has `count` axes, in any order and on both cores of a chip."""
+    # Imported here, because no other platform needs it.
+    from jax.experimental.pallas import tpu
+
+    return tpu.CompilerParams(dimension_semantics=("parallel",) * count)
 
 
 def on_rows(kernel: Callable[..., Any], rows: int) -> Callable[..., Any]:

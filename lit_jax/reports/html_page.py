@@ -242,7 +242,7 @@ def _confusions(result: ZeroShotResult, names: tuple[str, ...], show: ShowImage)
     wrong = [row for row in result.confusion(decided).tolist() if row[0] != row[1]]
     yield "<h3>Worst confusions</h3>"
     if tied := int(result.is_tied.sum()):
-        yield f'<p class="note">Without {tied:,} images whose most probable classes are tied.</p>'
+        yield f'<p class="note">Images left out, because their most probable classes are tied: {tied:,}.</p>'
     if not wrong:
         yield f"<p>None: every {'other ' if tied else ''}image gets its own class.</p>"
         return
@@ -313,7 +313,7 @@ def _wall_time(row: Mapping[str, Any]) -> str:
     whole = sum(spent.values())
     kinds = sorted(spent, key=lambda kind: -spent[kind])
     shares = (f"{kind.replace('_', ' ')} {percent(spent[kind] / whole)} %" for kind in kinds)
-    return f"It took {whole:,.0f} s: {', '.join(shares)}."
+    return f"The run took {whole:,.0f} s: {', '.join(shares)}."
 
 
 def _spread(count: int, most: int = SAMPLES) -> Int[np.ndarray, " S"]:

@@ -374,7 +374,7 @@ def reading_step(workdir: Path, step: int | None) -> contextlib.AbstractContextM
     """Turn any error of reading the checkpoint of a step into UserError."""
     earlier = [other for other in complete_steps(workdir) if other != step]
     remove = f"remove that folder to resume from step {earlier[-1]}" if earlier else ""
-    what_then = ", or ".join(filter(None, ["undo what --allow_changes permits", remove]))
+    what_then = ", or ".join(filter(None, ["undo the change that --allow_changes permits", remove]))
     repair = remove or "restore a copy of it, or start again in another --workdir"
     return _reading(workdir / "checkpoints" / str(step), what_then, repair)
 

@@ -71,7 +71,7 @@ def open_data(
         # The run is finished if its latest checkpoint is at the last step of the duration.
         if known is None or trained != steps_of(config, known["examples"], config.duration):
             raise
-        log.warning("This run is finished, so it does without its data: %s", error)
+        log.warning("This run is finished, so its data are not needed: %s", error)
         return TrainingData(source=(), examples=known["examples"], identity=None)
     identity = _identify(source)
     if identity is not None and trained is not None and not may_differ:

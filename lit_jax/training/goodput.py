@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-# "lost" is the time from the latest checkpoint of a start that was killed to the next start.
+# "lost" is the time from the latest checkpoint of a start that did not reach the end to the next start.
 Kind = Literal["startup", "compile", "data_wait", "step", "checkpoint", "evaluation", "lost"]
 
 

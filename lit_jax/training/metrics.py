@@ -182,7 +182,8 @@ class MetricsWriter:
         """Write the metrics of a step to all readers."""
         with workdir_errors(self._workdir):
             self._file.write(_line({"step": step, **values}))
-            values = {printable(name): value for name, value in values.items()}
+            # TensorBoard and W&B have a clock of their own.
+            values = {printable(name): value for name, value in values.items() if name != "time"}
             if self._tensorboard:
                 self._tensorboard.write(step, values)
         if self._wandb:
@@ -233,14 +234,23 @@ def final_seconds(workdir: Path, stopwatch: Stopwatch) -> Iterator[None]:
         yield
     except Preempted as error:
         preempted = error
-    rows = _read_rows(workdir) if is_primary() else []
-    if rows:
-        *before, (_, last) = rows
-        content = b"".join(line for line, _ in before) + _line(last | stopwatch.metrics()).encode()
-        with workdir_errors(workdir):
-            atomic_write(workdir / "metrics.jsonl", content)
+    try:
+        if is_primary():
+            _update_last_row(workdir, stopwatch.metrics())
+    # The work is saved, and the exit code must not say otherwise.
+    except UserError as error:
+        log.warning("The last row of metrics.jsonl lacks the end of the run's time. %s", error)
     if preempted:
         raise preempted
+
+
+def _update_last_row(workdir: Path, values: Mapping[str, float]) -> None:
+    rows = _read_rows(workdir)
+    if rows:
+        *before, (_, last) = rows
+        content = b"".join(line for line, _ in before) + _line({**last, **values}).encode()
+        with workdir_errors(workdir):
+            atomic_write(workdir / "metrics.jsonl", content)
 
 
 def _line(row: Mapping[str, Any]) -> str:

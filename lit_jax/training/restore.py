@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from lit_jax.config import Config, PolicyConfig, parse_as
 from lit_jax.distributed.process import is_primary
+from lit_jax.errors import UserError
 from lit_jax.training.checkpoints import (
     Checkpoints,
     frozen_folder,
@@ -27,6 +28,7 @@ from lit_jax.training.checkpoints import (
 from lit_jax.training.integrity import by_path
 from lit_jax.training.model_factory import build_model, first_parameters
 from lit_jax.training.train_step import State, TrainStep, shardings_of
+from lit_jax.training.workdir_errors import workdir_errors
 from lit_jax.trees import STACK, Tree, restack, unflatten
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ def first_or_latest_state(
         state, locked, position = _restore_latest(step, workdir, checkpoints)
         log.info("Resuming from step %d of %s.", checkpoints.latest, workdir)
         return state, locked, position
+    _remove_frozen(workdir, 0)
     trainable, frozen = first_parameters(step.model)
     folder = frozen_folder(workdir)
     save_frozen(folder, frozen, step.model.uncut)
@@ -71,10 +74,7 @@ def _restore_latest(
     latest, model = checkpoints.latest, step.model
     assert latest is not None
     config = with_saved_policy(model.config, workdir, latest)
-    if is_primary():
-        # A run that went on from a later step, or was killed before its first save, has left these behind.
-        for folder in later_frozen_folders(workdir, latest):
-            shutil.rmtree(folder)
+    _remove_frozen(workdir, latest)
     folder = frozen_folder(workdir, latest)
     if _what_trains(config.policy) == _what_trains(model.config.policy):
         state, position = checkpoints.restore(step.abstract_state())
@@ -84,14 +84,28 @@ def _restore_latest(
     abstract = dataclasses.replace(step, model=before).abstract_state()
     saved, position = checkpoints.restore(abstract)
     locked = restore_frozen(folder, _float32(before.abstract_frozen), model.uncut)
-    with reading_step(workdir, latest):
+    try:
         state = rearrange_state(saved, step.abstract_state())
         known = by_path(locked) | by_path(saved.params)
         locked = _restacked(known, _float32(model.abstract_frozen))
+    except ValueError as error:
+        raise UserError(
+            f"config.policy asks for what the checkpoint of step {latest} does not have ({error}), such as "
+            "the optimizer's state of blocks that were locked; train the same blocks as before or fewer, or "
+            "export the run and start again from it in another --workdir."
+        ) from error
     folder = workdir / f"frozen_from_{latest}"
     save_frozen(folder, locked, model.uncut)
     log.info("From step %d on, other parameters train than before.", latest)
     return state, restore_frozen(folder, model.abstract_frozen, model.uncut), position
+
+
+def _remove_frozen(workdir: Path, step: int) -> None:
+    """Remove locked parameters of later steps, which a run left that was killed or whose steps are gone."""
+    if is_primary():
+        with workdir_errors(workdir):
+            for folder in later_frozen_folders(workdir, step):
+                shutil.rmtree(folder)
 
 
 def _what_trains(policy: PolicyConfig) -> tuple[Any, ...]:

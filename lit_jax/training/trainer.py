@@ -109,7 +109,6 @@ def train(
         # The lease comes first: two commands that prepare at once would both see an empty folder.
         with workdir_errors(workdir):
             stack.enter_context(holding(workdir))
-        stack.enter_context(compilation_cache(workdir / "compilation_cache"))
         trainer = Trainer.prepare(
             config, workdir, evaluations, passed=passed, allowed_changes=allowed_changes
         )
@@ -118,6 +117,8 @@ def train(
         if trainer.data.source:
             check_captions(processors.tokenizer, trainer.data.source, processors.teacher_tokenizer)
         evaluations.check(processors.tokenizer)
+        # Only now, so that bad input leaves nothing in the run folder.
+        stack.enter_context(compilation_cache(workdir / "compilation_cache"))
         with final_seconds(workdir, trainer.stopwatch):
             trained = trainer.train()
             with trainer.stopwatch.timing("evaluation"):
@@ -231,7 +232,7 @@ class Trainer:
             jax.set_mesh(self.model.mesh),
             StopSignal() as stop,
             Checkpoints(self.workdir, keep_last, keep_every, self.model.uncut) as checkpoints,
-            self._compiling(checkpoints.latest or 0) as step_fn,
+            self._compiling(checkpoints.latest or 0) as compilation,
         ):
             state, locked, position = first_or_latest_state(self.step, self.workdir, checkpoints)
             self.precomputed.check_towers(self.model.module, locked)
@@ -259,9 +260,9 @@ class Trainer:
                 if start < total:
                     with self._open_stream(position) as stream:
                         with self.stopwatch.timing("compile"):
-                            compiled = step_fn.result()
+                            step_fn = compilation.result()
                         with self.stopwatch.timing("step"):
-                            state = loop.take_steps(start, state, stream, compiled)
+                            state = loop.take_steps(start, state, stream, step_fn)
             with self.stopwatch.timing("checkpoint"):
                 checkpoints.wait()
         return TrainedModel.merged(self.model, state.params, locked, total)
@@ -365,7 +366,8 @@ class _Loop:
                     self.checkpoints.save(step, state, stream.get_state(), config)
             if stopping and step < durations.total:
                 # The save is asynchronous, and the process ends after this error.
-                self.checkpoints.wait()
+                with stopwatch.timing("checkpoint"):
+                    self.checkpoints.wait()
                 raise Preempted(
                     f"Stopped by SIGTERM after step {step} of {durations.total}, which is saved. To resume, "
                     "run the same command again."

@@ -95,8 +95,11 @@ def load_run(
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     # An earlier step may have been saved with another policy than that of config.json.
     steps = complete_steps(workdir)
-    if steps and step in (None, *steps):
-        config = with_saved_policy(config, workdir, step or steps[-1])
+    # A running training may add a checkpoint meanwhile, which may have yet another policy.
+    if steps and step is None:
+        step = steps[-1]
+    if step in steps:
+        config = with_saved_policy(config, workdir, step)
     own_towers: OwnTowers = {side: (tower, None) for side, tower in towers.items()}
     # The mesh of the training may not fit this machine, so its devices form a mesh of the default shape.
     model = build_model(config, make_mesh(MeshConfig()), saved_towers(workdir), own_towers)

@@ -17,13 +17,8 @@ def _listener():
 
 
 @pytest.fixture(autouse=True)
-def _no_other_cache(monkeypatch):
+def _no_other_cache(no_cache_of_the_suite, monkeypatch):
     monkeypatch.delenv("LIT_JAX_CACHE", raising=False)
-    name = "jax_compilation_cache_dir"
-    before = jax.config.values[name]
-    jax.config.update(name, None)
-    yield
-    jax.config.update(name, before)
 
 
 def compiled_sum(folder):

@@ -27,11 +27,16 @@ def pooled(tower, x):
 def test_chunks_are_equal_and_neither_large_nor_tiny(monkeypatch, rows, count):
     monkeypatch.setattr(chunks, "IMAGES", 16)
     with jax.set_mesh(make_mesh(MeshConfig())):
-        assert chunk_count(rows) == 1
+        assert chunk_count(8 * rows) == 1
         monkeypatch.setattr(ops, "device_kind", lambda: "TPU v4")
-        assert chunk_count(rows) == count
+        assert chunk_count(8 * rows) == count
+        # Initialisation, for one.
+        assert chunk_count(8 * rows + 1) == 1
         monkeypatch.setenv("LIT_JAX_PLAIN_OPS", "1")
-        assert chunk_count(rows) == 1
+        assert chunk_count(8 * rows) == 1
+    monkeypatch.delenv("LIT_JAX_PLAIN_OPS")
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2))):
+        assert chunk_count(8 * rows) == 1
 
 
 @pytest.mark.parametrize("model_type", ["vit", "convnext"])
@@ -51,7 +56,7 @@ def test_a_tower_computes_the_same_in_chunks(monkeypatch, random_variables, mode
         return in_chunks(record, bound, images)
 
     expected = jax.jit(compute)(variables, images)
-    monkeypatch.setattr(chunks, "chunk_count", lambda rows: rows // 2)
+    monkeypatch.setattr(chunks, "chunk_count", lambda batch: batch // 16)
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     with jax.set_mesh(mesh):
         placed = jax.device_put(images, batch_sharding(mesh))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lit_jax.config import MeshConfig
+from lit_jax.config_file import load_config
 from lit_jax.distributed.mesh import batch_sharding, make_mesh, replicated
 from lit_jax.models import ops
 from lit_jax.models.attention import attend, attention_bias
@@ -19,6 +20,7 @@ from lit_jax.models.layer_norm import (
     tpu_layer_norm,
 )
 from lit_jax.planning.chips import open_topology
+from lit_jax.training.model_factory import build_model, example_batch
 
 TPU = "TPU v5 lite"
 # A topology of each generation.
@@ -157,7 +159,7 @@ def test_layer_norm_is_exact_for_any_mean(dtype, ratio):
 
 
 def test_the_kernels_are_used_on_a_mesh_of_tpus_alone(monkeypatch):
-    q, x = jnp.ones((1, 2, 40, 64), jnp.bfloat16), jnp.ones((1, 40, 128))
+    q, x = jnp.ones((8, 2, 40, 64), jnp.bfloat16), jnp.ones((8, 40, 128))
 
     def used():
         return has_tpu_attention(q, q, None), has_tpu_layer_norm(x)
@@ -166,6 +168,11 @@ def test_the_kernels_are_used_on_a_mesh_of_tpus_alone(monkeypatch):
         assert used() == (False, False)
         monkeypatch.setattr(ops, "device_kind", lambda: TPU)
         assert used() == (True, True)
+        # A batch that the devices cannot share out.
+        assert not has_tpu_attention(q[:1], q[:1], None)
+        assert not has_tpu_layer_norm(x[:1])
+        # More than the memory on chip holds.
+        assert not has_tpu_layer_norm(jnp.zeros((8, 729, 1152)))
         monkeypatch.setenv("LIT_JAX_PLAIN_OPS", "1")
         assert used() == (False, False)
     monkeypatch.delenv("LIT_JAX_PLAIN_OPS")
@@ -190,9 +197,45 @@ def test_attention_that_the_kernel_lacks_is_left_to_xla(
     monkeypatch, dtype, heads, queries, keys, width, bias
 ):
     monkeypatch.setattr(ops, "device_kind", lambda: TPU)
-    q, k = (jnp.ones((1, heads, length, width), dtype) for length in (queries, keys))
+    q, k = (jnp.ones((8, heads, length, width), dtype) for length in (queries, keys))
     with jax.set_mesh(make_mesh(MeshConfig())):
         assert not has_tpu_attention(q, k, bias)
+
+
+def test_a_model_is_initialised_by_one_row_on_many_tpus(monkeypatch):
+    monkeypatch.setattr(ops, "device_kind", lambda: TPU)
+    wide = {"hidden_size": 128, "num_attention_heads": 2}
+    overrides = [(f"model.{side}.overrides", str(wide)) for side in ("image", "text")]
+    config = load_config("configs/vit_bert.py", [*overrides, ("model.dtype", "bfloat16")])
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        model = build_model(config, make_mesh(MeshConfig()))
+        batch = example_batch(model.processors)
+        assert jax.eval_shape(model.module.init, jax.random.key(0), batch)["params"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("length", "width", "dtype"),
+    [
+        (16, 1024, "float32"),
+        (577, 1024, "bfloat16"),
+        (197, 1408, "bfloat16"),
+        (257, 1664, "bfloat16"),
+    ],
+)
+def test_wide_layer_norms_fit_on_chip(length, width, dtype):
+    mesh = make_mesh(MeshConfig(), open_topology("v5e:2x2").devices)
+
+    def function(x, scale, grad):
+        y, pull = jax.vjp(lambda x, s: layer_norm(x, s, s, 1e-6, x.dtype), x, scale)
+        return y, pull(grad)
+
+    with jax.set_mesh(mesh):
+        x = jax.ShapeDtypeStruct((128, length, width), dtype, sharding=batch_sharding(mesh))
+        scale = jax.ShapeDtypeStruct((width,), jnp.float32, sharding=replicated(mesh))
+        assert has_tpu_layer_norm(jnp.zeros(x.shape, dtype))
+        program = str(jax.jit(function).lower(x, scale, x).compile().as_text())
+    assert "layer_norm_gradient" in program
 
 
 @pytest.mark.long

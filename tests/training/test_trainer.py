@@ -205,6 +205,7 @@ def test_a_run_goes_on_only_with_the_config_it_was_started_with(train, tiny, fin
         ({"data.train.max_examples": 1}, r"config.data.train"),
     ],
 )
+@pytest.mark.usefixtures("no_cache_of_the_suite")
 def test_bad_input_leaves_no_run_folder(train, tiny, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         train(tiny(**changes), tmp_path / "run", devices=8)
@@ -232,12 +233,35 @@ def test_a_start_without_checkpoint_takes_nothing_from_the_one_before(
     for file in (tmp_path / "run" / "frozen").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
+    # Locked parameters of a later step, whose checkpoint somebody has removed.
+    (tmp_path / "run" / "frozen_from_4").mkdir()
     allowed = ["model.image.model"]
     run = train(tiny(), tmp_path / "run", allowed_changes=allowed)
+    assert not (tmp_path / "run" / "frozen_from_4").exists()
     model = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert model["vision_config"]["hidden_act"] == "gelu"
     expected, _ = load_tower(towers["image"], run.module.vision_model)
     assert_same(load_run(tmp_path / "run").params["vision_model"], expected)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("no_cache_of_the_suite")
+def test_a_restart_reads_the_compiled_programs_of_the_run(train, tiny, tmp_path, monkeypatch):
+    events = []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    monkeypatch.delenv("LIT_JAX_CACHE", raising=False)
+    # Programs in memory are not written again.
+    jax.clear_caches()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Preempted):
+            train(tiny(), tmp_path / "run")
+    assert len(list((tmp_path / "run" / "compilation_cache").rglob("*train_step*"))) == 1
+    jax.clear_caches()
+    events.clear()
+    run = train(tiny(), tmp_path / "run")
+    assert events.count("/jax/compilation_cache/cache_hits") > 5
+    assert run.step == 6
 
 
 def damage_frozen(workdir):
