@@ -233,7 +233,6 @@ def test_wide_layer_norms_fit_on_chip(length, width, dtype):
     with jax.set_mesh(mesh):
         x = jax.ShapeDtypeStruct((128, length, width), dtype, sharding=batch_sharding(mesh))
         scale = jax.ShapeDtypeStruct((width,), jnp.float32, sharding=replicated(mesh))
-        assert has_tpu_layer_norm(jnp.zeros(x.shape, dtype))
         program = str(jax.jit(function).lower(x, scale, x).compile().as_text())
     assert "layer_norm_gradient" in program
 
