@@ -24,7 +24,7 @@ def chunk_count(batch: int) -> int:
     Chunks were measured for TPUs alone. They are equal, and have at most `IMAGES` images on each device. If
     only chunks of less than half that size divide a device's rows, the batch stays whole.
     """
-    # Where matrices are split over the mesh, each chunk would gather them again.
+    # Matrices that are split over the mesh would be gathered again for each chunk.
     if not use_tpu_forms(batch) or fsdp_size() > 1:
         return 1
     rows = batch // mesh_size()
