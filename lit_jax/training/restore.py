@@ -90,9 +90,9 @@ def _restore_latest(
         locked = _restacked(known, _float32(model.abstract_frozen))
     except ValueError as error:
         raise UserError(
-            f"config.policy asks for what the checkpoint of step {latest} does not have ({error}), such as "
-            "the optimizer's state of blocks that were locked; train the same blocks as before or fewer, or "
-            "export the run and start again from it in another --workdir."
+            f"{workdir / 'checkpoints' / str(latest)} does not have what config.policy asks for ({error}), "
+            "such as the optimizer's state of blocks that were locked; undo the change that --allow_changes "
+            "permits, or export the run and start again from it in another --workdir."
         ) from error
     folder = workdir / f"frozen_from_{latest}"
     save_frozen(folder, locked, model.uncut)
