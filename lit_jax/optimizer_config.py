@@ -44,11 +44,9 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamW(Optimizer):
-    """AdamW (1711.05101), with the defaults of Adam (1412.6980, algorithm 1)."""
+class _Adam(Optimizer):
+    """The fields of AdamW and LAMB, which share the direction."""
 
-    # The name of the update rule.
-    name: Literal["adamw"] = "adamw"
     # The decay per step of the first moment (momentum).
     b1: Decay = 0.9
     # The decay per step of the second moment.
@@ -66,7 +64,15 @@ class AdamW(Optimizer):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lamb(Optimizer):
+class AdamW(_Adam):
+    """AdamW (1711.05101), with the defaults of Adam (1412.6980, algorithm 1)."""
+
+    # The name of the update rule.
+    name: Literal["adamw"] = "adamw"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lamb(_Adam):
     """LAMB (1904.00962, algorithm 2): Adam whose step, for each parameter, is scaled to its length.
 
     The default of eps is that of the authors' code, as in optax.
@@ -74,20 +80,8 @@ class Lamb(Optimizer):
 
     # The name of the update rule.
     name: Literal["lamb"] = "lamb"
-    # The decay per step of the first moment (momentum).
-    b1: Decay = 0.9
-    # The decay per step of the second moment.
-    b2: Decay = 0.999
     # The number that is added to the root of the second moment.
     eps: NotNegative = 1e-6
-    # The dtype of the stored first moment.
-    momentum_dtype: MomentumDtype = "float32"
-
-    def build(self) -> optax.GradientTransformation:
-        """Return the direction of Adam."""
-        import optax
-
-        return optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.momentum_dtype)
 
     def after_weight_decay(self) -> optax.GradientTransformation:
         """Return the scaling to the length of the parameter, which includes the weight decay."""
