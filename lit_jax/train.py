@@ -30,11 +30,12 @@ from lit_jax.evals.encode import Encoder
 from lit_jax.files import atomic_write, write_json
 from lit_jax.models.tower import Tower
 from lit_jax.reports.result_files import EvaluatedModel, write_results
+from lit_jax.training.loop import Evaluations
 from lit_jax.training.losses import Objective
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.model_factory import OwnTowers, TrainedModel
 from lit_jax.training.passed import Callback, Passed
-from lit_jax.training.trainer import Evaluations, train
+from lit_jax.training.trainer import train
 from lit_jax.training.workdir_errors import quiet_orbax, workdir_errors
 from lit_jax.trees import Tree
 

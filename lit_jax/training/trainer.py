@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,12 @@ from lit_jax.config import Config, parse
 from lit_jax.data.loader import TrainStream, make_preprocessor
 from lit_jax.distributed.compilation_cache import compilation_cache
 from lit_jax.distributed.finite import not_finite
-from lit_jax.distributed.mesh import global_batch, make_mesh
+from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.preemption import StopSignal
 from lit_jax.distributed.process import command_seconds
-from lit_jax.errors import Preempted
 from lit_jax.files import output_path
 from lit_jax.precomputed.match import Precomputed, open_precomputed
-from lit_jax.training.checkpoints import (
-    Checkpoints,
-)
+from lit_jax.training.checkpoints import Checkpoints
 from lit_jax.training.checks import (
     check_batch_size,
     check_captions,
@@ -40,6 +37,7 @@ from lit_jax.training.data_identity import TrainingData, may_differ, open_data, 
 from lit_jax.training.durations import Durations, steps_of
 from lit_jax.training.goodput import Stopwatch, resumed
 from lit_jax.training.lease import holding
+from lit_jax.training.loop import Evaluations, Loop
 from lit_jax.training.metrics import Reporter, final_seconds, read_metrics, usual_scale
 from lit_jax.training.model_factory import Model, TrainedModel, build_model
 from lit_jax.training.optimizers import make_schedule
@@ -47,7 +45,7 @@ from lit_jax.training.passed import Passed
 from lit_jax.training.policy import warn_of_full_rate
 from lit_jax.training.restore import first_or_latest_state
 from lit_jax.training.tower_paths import find_towers
-from lit_jax.training.train_step import State, TrainStep
+from lit_jax.training.train_step import TrainStep
 from lit_jax.training.workdir import (
     check_passed,
     check_workdir,
@@ -60,23 +58,6 @@ from lit_jax.training.workdir_errors import complete_steps, workdir_errors
 from lit_jax.trees import Tree
 
 log = logging.getLogger(__name__)
-
-
-class Evaluations:
-    """The hooks of a run for evaluations, at three points of its life. The hooks of this class do nothing.
-
-    The evaluations derive from this class, because training must not import them.
-    """
-
-    def check(self, tokenizer: Any) -> None:
-        """Raise UserError, before the first step, if an evaluation is impossible with this tokenizer."""
-
-    def measure(self, trained: TrainedModel, names: Collection[str]) -> Mapping[str, float]:
-        """Return the metrics, under flat names, of the evaluations of `config.evals` with these names."""
-        return {}
-
-    def finish(self, trained: TrainedModel) -> None:
-        """Write the results of the trained run, while its folder still belongs to this run."""
 
 
 _NO_EVALUATIONS = Evaluations()
@@ -247,9 +228,15 @@ class Trainer:
                 # an error.
                 jax.transfer_guard("disallow"),
             ):
-                loop = _Loop(
-                    trainer=self,
+                loop = Loop(
+                    model=self.model,
+                    durations=self.durations,
+                    evaluations=self.evaluations,
+                    passed=self.passed,
+                    stopwatch=self.stopwatch,
                     locked=locked,
+                    # A tower whose features come from disk is no input of the step.
+                    frozen=self.precomputed.needed(locked),
                     checkpoints=checkpoints,
                     reporter=reporter,
                     stop=stop,
@@ -329,68 +316,3 @@ class Trainer:
             last_saved=lambda: checkpoints.latest,
             locked_not_finite=functools.partial(not_finite, self.precomputed.needed(locked)),
         )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Loop:
-    """The training loop, with everything that is open while it runs."""
-
-    trainer: Trainer
-    locked: Tree
-    checkpoints: Checkpoints
-    reporter: Reporter
-    stop: StopSignal
-
-    def take_steps(
-        self, start: int, state: State, stream: TrainStream, step_fn: Callable[..., Any]
-    ) -> State:
-        """Return the state after the last step. Raise Preempted after SIGTERM, once the state is saved."""
-        trainer, durations = self.trainer, self.trainer.durations
-        stopwatch = trainer.stopwatch
-        # A tower whose features come from disk is no input of the step.
-        frozen = trainer.precomputed.needed(self.locked)
-        for step in range(start + 1, durations.total + 1):
-            # The stream advances only here, so that a save below records the position after `step` batches.
-            with stopwatch.timing("data_wait"):
-                batch = global_batch(next(stream), trainer.model.mesh)
-            state, metrics = step_fn(state, frozen, batch)
-            self.reporter.add(step, metrics, bad_samples=stream.bad_samples)
-            # Every process must ask in every step, because the answer comes from a collective.
-            stopping = self.stop.requested(step)
-            if stopping or durations.saves_at(step):
-                # flush raises if a metric is not finite, so a broken state never replaces a good checkpoint.
-                # The row tells a resumed run how much time was spent up to here.
-                self.reporter.flush(as_row=True)
-                config = dataclasses.asdict(trainer.config)
-                with stopwatch.timing("checkpoint"):
-                    self.checkpoints.save(step, state, stream.get_state(), config)
-            if stopping and step < durations.total:
-                # The save is asynchronous, and the process ends after this error.
-                with stopwatch.timing("checkpoint"):
-                    self.checkpoints.wait()
-                raise Preempted(
-                    f"Stopped by SIGTERM after step {step} of {durations.total}, which is saved. To resume, "
-                    "run the same command again."
-                )
-            # Evaluations follow the checkpoint: a run that is killed here resumes at this step and makes the
-            # missing evaluations.
-            self.evaluate(step, state, durations.evals_due(trainer.config.evals, step))
-            self.call_back(step, state)
-        return state
-
-    def evaluate(self, step: int, state: State, names: Collection[str]) -> None:
-        """Make the evaluations with these names and report their metrics."""
-        if names:
-            with self.reporter.evaluating(step) as results, jax.transfer_guard("allow"):
-                model = TrainedModel.merged(self.trainer.model, state.params, self.locked, step)
-                results |= self.trainer.evaluations.measure(model, names)
-
-    def call_back(self, step: int, state: State) -> None:
-        """Call the user's functions that are due, and report the metrics that they return."""
-        trainer = self.trainer
-        every = trainer.durations.callback_every
-        for steps, (_, function) in zip(every, trainer.passed.callbacks, strict=True):
-            if step % steps == 0:
-                with self.reporter.evaluating(step) as results, jax.transfer_guard("allow"):
-                    model = TrainedModel.merged(trainer.model, state.params, self.locked, step)
-                    results |= function(model) or {}

@@ -12,8 +12,8 @@ from lit_jax.distributed.mesh import make_mesh
 from lit_jax.embed import embed
 from lit_jax.errors import UserError
 from lit_jax.training import trainer
+from lit_jax.training.loop import Evaluations
 from lit_jax.training.model_factory import build_model
-from lit_jax.training.trainer import Evaluations
 from tests.tokenizer_files import write_tokenizer
 from tests.training.conftest import WIDTHS
 

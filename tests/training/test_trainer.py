@@ -17,12 +17,12 @@ from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.errors import Preempted, UserError
 from lit_jax.training.checkpoints import Checkpoints
+from lit_jax.training.loop import Evaluations
 from lit_jax.training.losses import objective, softmax_loss
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.model_factory import build_model, example_batch
 from lit_jax.training.restore import first_or_latest_state
 from lit_jax.training.train_step import TrainStep
-from lit_jax.training.trainer import Evaluations
 from lit_jax.training.workdir import load_run
 from lit_jax.trees import flatten
 from lit_jax.weights.load import load_tower
