@@ -14,6 +14,7 @@ from lit_jax.config_schema import (
     Count,
     Duration,
     Fraction,
+    Interval,
     NotNegative,
     Positive,
     Range,
@@ -235,8 +236,8 @@ class MeshConfig:
 class CheckpointConfig:
     """The checkpoints of a run: when they are saved, and which are kept."""
 
-    # The time between two checkpoints, in steps, epochs or examples.
-    every: Duration = "1000 steps"
+    # The time between two checkpoints, in steps, epochs or examples, or on the clock: '10 minutes'.
+    every: Interval = "1000 steps"
     # The number of latest checkpoints that are kept.
     keep_last: Count = 2
     # The time between additional checkpoints that are never removed. None: there are none.

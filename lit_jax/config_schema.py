@@ -34,9 +34,18 @@ Fraction = Annotated[float, Range(0, 1)]
 # A moment with a decay of 1 never changes, so the limit is slightly lower. Adafactor, for which b2 is a cap,
 # stays below this limit for 3e7 steps.
 Decay = Annotated[float, Range(0, 0.999999)]
-_DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]{1,2})?)\s+(step|epoch|example)s?\s*")
+_AMOUNT = r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]{1,2})?)\s+"
+_DURATION = re.compile(_AMOUNT + r"(step|epoch|example)s?\s*")
+_TIME = re.compile(_AMOUNT + r"(second|minute)s?\s*")
+_INTERVAL = re.compile(f"{_DURATION.pattern}|{_TIME.pattern}")
 # A text such as "300 steps", "2.5 epochs" or "9e8 examples"; see `steps`.
 Duration = Annotated[str, _DURATION]
+# A duration, or a time on the clock such as "30 seconds" or "10 minutes"; see `seconds`.
+Interval = Annotated[str, _INTERVAL]
+_EXAMPLES = {
+    _DURATION: "'300 steps', '2.5 epochs' or '9e8 examples'",
+    _INTERVAL: "'300 steps', '2.5 epochs', '9e8 examples', '30 seconds' or '10 minutes'",
+}
 
 
 class UnknownKeyError(Exception):
@@ -172,7 +181,7 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         converted, limit = convert(args[0], value, where), args[1]
         if isinstance(limit, Range):
             return _in_range(converted, limit, where)
-        return _duration(converted, where)
+        return _duration(converted, limit, where)
     if origin is Literal:
         if value not in args:
             raise UserError(
@@ -228,12 +237,10 @@ def _in_range(number: int | float, allowed: Range, where: str) -> int | float:
     raise UserError(f"{where} is {_shown(number)}; it must be at least {allowed.least}{most}.")
 
 
-def _duration(text: str, where: str) -> str:
-    if _DURATION.fullmatch(text):
+def _duration(text: str, pattern: re.Pattern[str], where: str) -> str:
+    if pattern.fullmatch(text):
         return text
-    raise UserError(
-        f"{where}={text!r} is not a duration; write for example '300 steps', '2.5 epochs' or '9e8 examples'."
-    )
+    raise UserError(f"{where}={text!r} is not a duration; write for example {_EXAMPLES[pattern]}.")
 
 
 def _convert_dataclass(choices: tuple[type, ...], value: Any, where: str) -> Any:
@@ -263,3 +270,9 @@ def steps(duration: str, *, batch_size: int, examples_per_epoch: int) -> int:
     # The small addend keeps a product such as 0.29 * 100 from being rounded down to one step less.
     examples = {"step": batch_size, "epoch": examples_per_epoch, "example": 1}[unit]
     return int(min(amount * examples / batch_size + 1e-9, MOST))
+
+
+def seconds(interval: str) -> float | None:
+    """Return the seconds of an `Interval` that is a time on the clock, None for any other."""
+    match = _TIME.fullmatch(interval)
+    return match and float(match[1]) * {"second": 1, "minute": 60}[match[2]]

@@ -6,16 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lit_jax.config import Config, EvalConfig
-from lit_jax.config_schema import MOST, steps
+from lit_jax.config_schema import MOST, seconds, steps
 from lit_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Durations:
-    """The last step of a run, and the steps between saves, rows of the log, evaluations and callbacks."""
+    """The last step of a run, and the steps between saves, rows of the log, evaluations and callbacks.
+
+    Attributes:
+        save_every, save_seconds: the steps, or the seconds, between two saves; the other is None.
+    """
 
     total: int
-    save_every: int
+    save_every: int | None
+    save_seconds: float | None
     keep_every: int | None
     log_every: int
     # The steps between two runs of each repeated evaluation, by name.
@@ -31,7 +36,7 @@ class Durations:
             examples: the number of examples in an epoch.
             callbacks: the duration between two calls of each callback.
 
-        Raises UserError for a duration of less than one step, and for a run with too many steps.
+        Raises UserError for a duration of less than one step or second, and for a run with too many steps.
         """
         count = functools.partial(_at_least_one, config, examples)
         keep_every = config.checkpoint.keep_every
@@ -41,9 +46,16 @@ class Durations:
             raise UserError(
                 f"config.duration={config.duration!r} is more than {MOST - 1} steps; make it shorter."
             )
+        save_seconds = seconds(config.checkpoint.every)
+        if save_seconds is not None and save_seconds < 1:
+            raise UserError(
+                f"config.checkpoint.every={config.checkpoint.every!r} is less than one second; make it "
+                "longer."
+            )
         return cls(
             total=total,
-            save_every=count("checkpoint.every", config.checkpoint.every),
+            save_every=None if save_seconds else count("checkpoint.every", config.checkpoint.every),
+            save_seconds=save_seconds,
             keep_every=count("checkpoint.keep_every", keep_every) if keep_every else None,
             log_every=count("log.every", config.log.every),
             eval_every={
@@ -66,10 +78,10 @@ class Durations:
             )
 
     def saves_at(self, step: int) -> bool:
-        """Return whether the run saves its state after this step; the last step is always saved."""
-        # A checkpoint to keep must be saved, even if it lies between two regular saves.
-        is_kept = self.keep_every is not None and step % self.keep_every == 0
-        return step == self.total or step % self.save_every == 0 or is_kept
+        """Return whether the run saves its state after this step, whatever the clock says."""
+        # A checkpoint to keep must be saved, even if it lies between two regular saves. So must the last.
+        intervals = filter(None, (self.save_every, self.keep_every))
+        return step == self.total or any(step % steps == 0 for steps in intervals)
 
     def evals_due(self, evals: Mapping[str, EvalConfig], step: int) -> list[str]:
         """Return the names of the evaluations that are due after `step` steps."""

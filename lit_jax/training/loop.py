@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from lit_jax.data.loader import TrainStream
+from lit_jax.distributed.alarm import Alarm
 from lit_jax.distributed.mesh import global_batch
 from lit_jax.distributed.preemption import StopSignal
 from lit_jax.errors import Preempted
@@ -61,7 +62,8 @@ class Loop:
         self, start: int, state: State, stream: TrainStream, step_fn: Callable[..., Any]
     ) -> State:
         """Return the state after the last step. Raise Preempted after SIGTERM, once the state is saved."""
-        durations, stopwatch, config = self.durations, self.stopwatch, self.model.config
+        durations, stopwatch = self.durations, self.stopwatch
+        alarm = Alarm(durations.save_seconds, start)
         for step in range(start + 1, durations.total + 1):
             # The stream advances only here, so that a save below records the position after `step` batches.
             with stopwatch.timing("data_wait"):
@@ -70,14 +72,9 @@ class Loop:
             self.reporter.add(step, metrics, bad_samples=stream.bad_samples)
             # Every process must ask in every step, because the answer comes from a collective.
             stopping = self.stop.requested(step)
-            if stopping or durations.saves_at(step):
-                # flush raises if a metric is not finite, so a broken state never replaces a good checkpoint.
-                # The row tells a resumed run how much time was spent up to here.
-                self.reporter.flush(as_row=True)
-                with stopwatch.timing("checkpoint"):
-                    self.checkpoints.save(
-                        step, state, stream.get_state(), dataclasses.asdict(config)
-                    )
+            if stopping or durations.saves_at(step) or alarm.rings(step):
+                self._save(step, state, stream)
+                alarm.restart(step)
             if stopping and step < durations.total:
                 # The save is asynchronous, and the process ends after this error.
                 with stopwatch.timing("checkpoint"):
@@ -88,9 +85,17 @@ class Loop:
                 )
             # Evaluations follow the checkpoint: a run that is killed here resumes at this step and makes the
             # missing evaluations.
-            self.evaluate(step, state, durations.evals_due(config.evals, step))
+            self.evaluate(step, state, durations.evals_due(self.model.config.evals, step))
             self.call_back(step, state)
         return state
+
+    def _save(self, step: int, state: State, stream: TrainStream) -> None:
+        # flush raises if a metric is not finite, so a broken state never replaces a good checkpoint. The row
+        # tells a resumed run how much time was spent up to here.
+        self.reporter.flush(as_row=True)
+        config = dataclasses.asdict(self.model.config)
+        with self.stopwatch.timing("checkpoint"):
+            self.checkpoints.save(step, state, stream.get_state(), config)
 
     def evaluate(self, step: int, state: State, names: Collection[str]) -> None:
         """Make the evaluations with these names and report their metrics."""

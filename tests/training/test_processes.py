@@ -301,6 +301,23 @@ def test_the_death_of_one_process_ends_the_other_and_they_go_on(command, tmp_pat
     assert_same_end(workdir, whole_of_two[0])
 
 
+def test_two_processes_save_by_one_clock_and_go_on(command, tmp_path):
+    """What is saved when depends on the clock; what comes out does not."""
+    flags = ("--config.checkpoint.every=1 second", "--config.duration=600 steps")
+    finish(start_two(command, tmp_path / "whole", *flags))
+    workdir = tmp_path / "run"
+    launcher = start_two(command, workdir, *flags)
+    while not complete_steps(workdir):
+        assert launcher.poll() is None, launcher.communicate()
+        time.sleep(0.02)
+    os.kill(process_number(1, launcher), signal.SIGKILL)
+    launcher.communicate(timeout=200)
+    assert launcher.returncode == GONE
+    assert 1 < complete_steps(workdir)[-1] < 600
+    finish(start_two(command, workdir, *flags))
+    assert_same_end(workdir, tmp_path / "whole")
+
+
 def test_bad_data_of_one_process_ends_both_with_its_exit_code(command, tmp_path):
     """The second finds, in a folder of its own, images that cannot be decoded."""
     rows = [

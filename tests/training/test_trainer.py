@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from lit_jax.training.loop import Evaluations
 from lit_jax.training.losses import objective, softmax_loss
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.model_factory import build_model, example_batch
+from lit_jax.training.passed import Passed
 from lit_jax.training.restore import first_or_latest_state
 from lit_jax.training.train_step import TrainStep
 from lit_jax.training.workdir import load_run
@@ -169,6 +171,15 @@ def test_checkpoints_are_kept_at_the_steps_that_the_config_says(train, tiny, tmp
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"3", "6", "7"}
 
 
+def test_checkpoints_are_saved_by_the_clock(train, tiny, tmp_path):
+    def wait(model):
+        time.sleep(0.6)
+
+    changes = {"checkpoint.every": "1 second", "checkpoint.keep_last": 9, "duration": "5 steps"}
+    train(tiny(**changes), tmp_path, passed=Passed(callbacks=(("1 step", wait),)))
+    assert {5} < {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+
+
 def test_a_run_goes_on_only_with_the_config_it_was_started_with(train, tiny, finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     with pytest.raises(UserError, match=r"schedule.learning_rate: 0.002 -> 0.1.*--allow_changes="):
@@ -188,6 +199,9 @@ def test_a_run_goes_on_only_with_the_config_it_was_started_with(train, tiny, fin
         ({"duration": "8 examples"}, r"config.duration='8 examples'"),
         ({"duration": "1e99 steps"}, r"config.duration='1e99 steps'"),
         ({"checkpoint.every": "0 steps"}, r"config.checkpoint.every='0 steps'"),
+        ({"checkpoint.every": "6 hours"}, "config.checkpoint.every='6 hours'.*'10 minutes'"),
+        ({"checkpoint.every": "0.5 seconds"}, "config.checkpoint.every='0.5 seconds'"),
+        ({"log.every": "6 seconds"}, "config.log.every='6 seconds'"),
         ({"checkpoint.keep_every": "8 examples"}, "config.checkpoint.keep_every='8 examples'"),
         ({"log.every": "6 stops"}, "config.log.every='6 stops'"),
         ({"data.train.path": "/no/such"}, "/no/such"),
