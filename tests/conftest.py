@@ -24,6 +24,8 @@ for _name, _value in _SETTINGS.items():
     jax.config.update(_name, _value)
     os.environ[_name.upper()] = str(_value)
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network fails at once
+# gcsfs reads this when it is imported; see tests/object_store/served.py.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 # See lit_jax/distributed/process.py, which does the same in the commands.
 os.environ["NPROC"] = "256"

@@ -10,7 +10,7 @@ from lit_jax.credentials import Keys, hide_keys, split_keys
 from lit_jax.data import convert
 from lit_jax.data.files import locate
 from lit_jax.errors import BAD_INPUT, UserError
-from tests.data.object_store import serve
+from tests.object_store.served import serve
 
 
 @pytest.fixture(autouse=True)

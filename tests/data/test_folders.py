@@ -13,7 +13,7 @@ from lit_jax.config import SourceConfig
 from lit_jax.data.listing import expand, is_system
 from lit_jax.data.sources import open_source
 from lit_jax.errors import UserError
-from tests.data.object_store import BUCKET, serve
+from tests.object_store.served import BUCKET, serve
 
 HIDDEN = (
     ".ipynb_checkpoints/0.jpg",

@@ -20,7 +20,7 @@ from lit_jax.data.example import BadSampleError, Source
 from lit_jax.data.image import decode
 from lit_jax.data.sources import open_source, tars
 from lit_jax.errors import UserError
-from tests.data.object_store import BUCKET, serve
+from tests.object_store.served import BUCKET, serve
 
 
 @pytest.fixture(scope="session")

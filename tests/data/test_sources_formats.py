@@ -32,7 +32,7 @@ from lit_jax.data.sources import open_source, records, tar_index
 from lit_jax.data.sources.index_cache import TableCache
 from lit_jax.data.sources.tar_index import open_index
 from lit_jax.errors import UserError
-from tests.data.object_store import BUCKET, serve
+from tests.object_store.served import BUCKET, serve
 
 CAPTIONS = (
     "ein Hund läuft",

@@ -9,7 +9,7 @@ from lit_jax.configs.vit_bert import DIGITS
 from lit_jax.errors import UserError
 from lit_jax.evals.class_files import classes_in, load_classes
 from lit_jax.evals.classes import DEFAULT_TEMPLATES, PLACEHOLDER, Classes
-from tests.data.object_store import BUCKET, serve
+from tests.object_store.served import BUCKET, serve
 
 THEIR_NAMES = {"imagenet1k": ["crane", "crane", "dog"], "vtab/pets": ["cat", "dog"]}
 THEIR_TEMPLATES = {
