@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, by default those of the process."""
     parser = Parser("lit_jax.embed", __doc__)
     parser.add_argument("--config", required=True, help="file.py or file.py:argument")
-    add_path(parser, "--output", required=True, help="folder to write")
+    add_path(parser, "--output", is_local=True, required=True, help="folder to write")
     parser.add_argument("--side", choices=("image", "text"), default="image")
     parser.add_argument(
         "--views", type=int, help="number of views of each image (default: config.data.views)"

@@ -26,6 +26,7 @@ from typing import Any, get_args
 
 import jax
 
+from lit_jax.buckets import AnyPath
 from lit_jax.cli import KeyFlags, Parser, add_path, command, set_key
 from lit_jax.config import EvalConfig, MeshConfig, parse_as
 from lit_jax.credentials import split_keys
@@ -113,10 +114,17 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, An
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
     for flag, key in SHORT.items():
         parser.add_argument(f"--{flag}", help=f"short for --{EVAL.name}.{key}")
-    add_path(parser, "--output", help="JSON file to write, one number for each name")
-    add_path(parser, "--results", help="folder for CLIP_benchmark's JSON and a table")
-    add_path(parser, "--report", help="HTML file to write")
-    add_path(parser, "--cache", help="folder that keeps embeddings for the next evaluation")
+    add_path(parser, "--output", is_local=True, help="JSON file to write, one number for each name")
+    add_path(
+        parser, "--results", is_local=True, help="folder for CLIP_benchmark's JSON and a table"
+    )
+    add_path(parser, "--report", is_local=True, help="HTML file to write")
+    add_path(
+        parser,
+        "--cache",
+        is_local=True,
+        help="folder that keeps embeddings for the next evaluation",
+    )
     args, pairs = parser.parse_with_keys(argv, EVAL)
     short = [(key, getattr(args, flag)) for flag, key in SHORT.items() if getattr(args, flag)]
     given: dict[str, Any] = {}
@@ -192,7 +200,7 @@ def _name(config: EvalConfig) -> str:
     return printable(config.dataset or (parts[-1] if parts else "data"))
 
 
-def _evals_of_run(workdir: Path) -> dict[str, EvalConfig]:
+def _evals_of_run(workdir: AnyPath) -> dict[str, EvalConfig]:
     config = read_config(workdir)
     if config is None:
         raise UserError(f"{workdir} is not a run folder: it has no config.json.")

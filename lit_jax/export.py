@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import transformers
 
+from lit_jax.buckets import local_copy
 from lit_jax.cli import Parser, add_path, command
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.image_processor import load_processor
@@ -41,14 +42,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, by default those of the process."""
     parser = Parser("lit_jax.export", __doc__)
     add_path(parser, "--workdir", required=True, help="folder of a training run")
-    add_path(parser, "--output", required=True, help="folder to write")
+    add_path(parser, "--output", is_local=True, required=True, help="folder to write")
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
     args = parser.parse(argv)
     process.open_devices()
     # The run folder keeps locked parameters as they were read, so float32 exports them without rounding.
     run = load_run(args.workdir, step=args.step, dtype="float32")
     model_type = run.model.hf_config["model_type"]
-    processor = Processor(model_folder(args.workdir), run.model.processors.tokenizer, model_type)
+    folder = local_copy(model_folder(args.workdir))
+    processor = Processor(folder, run.model.processors.tokenizer, model_type)
     params = jax.device_get(run.params)
     transform = run.model.processors.image_transform
     module, hf_config, params = at_image_size(run.module, run.model.hf_config, params, transform)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lit_jax.buckets import AnyPath, BucketPath, bucket_path, is_bucket
 from lit_jax.credentials import hide_keys
 from lit_jax.errors import UserError
 
@@ -44,6 +45,14 @@ def local_path(name: str, text: str) -> Path:
     return expand_home(text, f"{name}={text}")
 
 
+def any_path(name: str, text: str) -> AnyPath:
+    """Return the path in the flag or key `name`: on this machine, or in a bucket (gs://, s3://).
+
+    Raise UserError in the cases of `local_path` and `bucket_path`.
+    """
+    return bucket_path(name, text) if is_bucket(text) else local_path(name, text)
+
+
 def expand_home(path: str, subject: str) -> Path:
     """Return the path with a leading `~` replaced by the home folder; `subject` begins the error message.
 
@@ -67,12 +76,13 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"lit_jax-{os.getuid()}"
 
 
-def output_path(name: str, text: str) -> Path:
-    """Return the path to write in the flag or key `name`.
+def output_path(name: str, text: str, *, is_local: bool = False) -> AnyPath:
+    """Return the path to write in the flag or key `name`: on this machine, or in a bucket (gs://, s3://).
 
-    Raise UserError in the cases of `local_path`, and if a library would read the path as a glob pattern.
+    `is_local` excludes buckets. Raise UserError in the cases of `any_path`, and if a library would read the
+    path as a glob pattern.
     """
-    path = local_path(name, text)
+    path = local_path(name, text) if is_local else any_path(name, text)
     try:
         resolved = str(path.resolve())
     # The links form a loop, about which the first write raises an error.
@@ -89,7 +99,7 @@ def output_path(name: str, text: str) -> Path:
 
 @contextlib.contextmanager
 def io_errors(
-    remedy: str, path: Path | None = None, also: type[Exception] = OSError
+    remedy: str, path: AnyPath | None = None, also: type[Exception] = OSError
 ) -> Iterator[None]:
     """Turn an error of writing `path` into a UserError with a remedy.
 
@@ -105,7 +115,7 @@ def io_errors(
         ) from error
 
 
-def output_errors(folder: Path) -> contextlib.AbstractContextManager[None]:
+def output_errors(folder: AnyPath) -> contextlib.AbstractContextManager[None]:
     """Turn an error of writing the --output of a resumable command into a UserError.
 
     Nothing may run on a device in this context: JAX raises RuntimeError, like ArrayRecord.
@@ -135,8 +145,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         new.unlink(missing_ok=True)
 
 
-def atomic_write(path: Path, content: str | bytes) -> None:
+def atomic_write(path: AnyPath, content: str | bytes) -> None:
     """Write a file completely or not at all; a text is encoded in UTF-8."""
+    if isinstance(path, BucketPath):
+        path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        return
     with atomic_path(path) as new:
         new.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
@@ -150,6 +163,6 @@ def parse_json(content: str | bytes) -> Any:
         raise ValueError("its brackets are nested too deep") from None
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: AnyPath, value: Any) -> None:
     """Write a JSON file completely or not at all."""
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

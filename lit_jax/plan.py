@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_path(
         parser,
         "--output",
+        is_local=True,
         default=Path("plan.json"),
         help="JSON file to write (default: plan.json)",
     )

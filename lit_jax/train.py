@@ -12,13 +12,13 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import optax
 from ml_collections import ConfigDict
 
+from lit_jax.buckets import AnyPath
 from lit_jax.cli import Parser, add_path, command
 from lit_jax.config import Config, Side, parse
 from lit_jax.config_file import load_config
@@ -27,7 +27,7 @@ from lit_jax.data.makers import make_missing, sources_of
 from lit_jax.distributed import process
 from lit_jax.evals import runner
 from lit_jax.evals.encode import Encoder
-from lit_jax.files import atomic_write, write_json
+from lit_jax.files import atomic_write, output_path, write_json
 from lit_jax.models.tower import Tower
 from lit_jax.reports.result_files import EvaluatedModel, write_results
 from lit_jax.training.loop import Evaluations
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def fit(
     config: Config | ConfigDict,
-    workdir: str | Path,
+    workdir: str | AnyPath,
     *,
     source: Source | None = None,
     loss: Objective | None = None,
@@ -104,15 +104,16 @@ def fit(
     if source is not None:
         config = _without_training_data(config)
     make_missing(sources_of(config))
+    folder = output_path("--workdir", str(workdir))
     # Opened before training, so that a mistake in an evaluation does not cost a run.
-    evaluations = ConfiguredEvaluations(config, Path(workdir), runner.open_evals(config.evals))
+    evaluations = ConfiguredEvaluations(config, folder, runner.open_evals(config.evals))
     own: OwnTowers = {
         side: tower if isinstance(tower, tuple) else (tower, None) for side, tower in towers.items()
     }
     passed = Passed(
         source=source, loss=loss, optimizer=optimizer, towers=own, callbacks=tuple(callbacks)
     )
-    return train(config, Path(workdir), evaluations, passed=passed, allowed_changes=allowed_changes)
+    return train(config, folder, evaluations, passed=passed, allowed_changes=allowed_changes)
 
 
 def _without_training_data(config: Config) -> Config:
@@ -132,7 +133,7 @@ def _without_training_data(config: Config) -> Config:
 class ConfiguredEvaluations(Evaluations):
     """The evaluations of a config. The latest results are kept, because the end of a run needs them again."""
 
-    def __init__(self, config: Config, workdir: Path, prepared: Sequence[runner.PreparedEval]):
+    def __init__(self, config: Config, workdir: AnyPath, prepared: Sequence[runner.PreparedEval]):
         self._config, self._workdir = config, workdir
         self._prepared = prepared
         self._done: dict[str, runner.Evaluation] = {}
@@ -174,7 +175,10 @@ def encoder_of(trained: TrainedModel) -> Encoder:
 
 
 def finish(
-    config: Config, workdir: Path, trained: TrainedModel, evaluations: Sequence[runner.Evaluation]
+    config: Config,
+    workdir: AnyPath,
+    trained: TrainedModel,
+    evaluations: Sequence[runner.Evaluation],
 ) -> None:
     """Write results.json, evals/ and the report, and print the metrics and the paths of the results."""
     if not process.is_primary():

@@ -21,11 +21,12 @@ FLAGS = [
     (evaluate.main, [], "--workdir"),
     *((evaluate.main, MEASURED, f"--{flag}") for flag in ("output", "results", "report", "cache")),
 ]
-
+# The flags whose files libraries write, or read back, on a local disk.
+LOCAL = [flag for flag in FLAGS if flag[2] != "--workdir"]
 
 VALUES = (
     "",
-    "gs://bucket/run",
+    "az://bucket/run",
     "file:///tmp/run",
     "s3:/bucket/x",
     "~nobody-is-called-so/x",
@@ -37,7 +38,9 @@ VALUES = (
 
 @pytest.mark.parametrize(
     ("command", "others", "flag", "value"),
-    [(*flag, VALUES[1]) for flag in FLAGS] + [(*FLAGS[2], value) for value in VALUES],
+    [(*flag, VALUES[1]) for flag in FLAGS]
+    + [(*flag, "gs://bucket/run") for flag in LOCAL]
+    + [(*FLAGS[2], value) for value in VALUES],
 )
 def test_what_cannot_be_written_is_refused_before_anything_is_read(
     capsys, tmp_path, monkeypatch, command, others, flag, value

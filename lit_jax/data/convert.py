@@ -70,7 +70,7 @@ class Plan:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, by default those of the process."""
     parser = Parser("lit_jax.data.convert", __doc__)
-    add_path(parser, "--output", required=True, help="folder to write")
+    add_path(parser, "--output", is_local=True, required=True, help="folder to write")
     parser.add_argument(
         "--text_only", action="store_true", help="texts for teacher learning, without images"
     )

@@ -19,7 +19,9 @@ from jax._src.compilation_cache import decompress_executable
 from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
+from lit_jax.buckets import AnyPath, BucketPath
 from lit_jax.distributed.process import is_primary
+from lit_jax.files import output_path
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ _FREE_BYTES = 1 << 28
 
 
 @contextlib.contextmanager
-def compilation_cache(folder: Path) -> Iterator[None]:
+def compilation_cache(folder: AnyPath) -> Iterator[None]:
     """Store the programs that JAX compiles, and read those that are stored, until the context ends.
 
     The folder in LIT_JAX_CACHE takes the place of `folder`. A cache that JAX has already, from
@@ -41,7 +43,9 @@ def compilation_cache(folder: Path) -> Iterator[None]:
     if jax.config.values["jax_compilation_cache_dir"]:
         yield
         return
-    folder = Path(os.environ.get(VARIABLE) or folder).expanduser() / _device_name()
+    if given := os.environ.get(VARIABLE):
+        folder = output_path(VARIABLE, given)
+    folder /= _device_name()
     if problem := _problem(folder):
         log.warning(
             "Compiled programs cannot be stored in %s (%s), so each start compiles them again; set %s to a "
@@ -54,11 +58,11 @@ def compilation_cache(folder: Path) -> Iterator[None]:
         return
     # Another process may be writing an entry just now. JAX then compiles instead, and warns for nothing.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
-    # A start compiles some fifty programs, most of them in less than the second that JAX asks for.
-    new = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
+    new: dict[str, object] = {"jax_compilation_cache_dir": str(folder)}
+    # A start compiles some fifty programs, most of them in less than the second that JAX asks for. A bucket
+    # takes longer for one of these than the compiler.
+    if isinstance(folder, Path):
+        new["jax_persistent_cache_min_compile_time_secs"] = 0.0
     old = {name: jax.config.values[name] for name in new}
     _configure(new)
     try:
@@ -91,7 +95,7 @@ def _device_name() -> str:
     return f"cpu-{zlib.crc32(features.encode()):08x}"
 
 
-def _problem(folder: Path) -> str | None:
+def _problem(folder: AnyPath) -> str | None:
     """Make the folder, without damaged entries. Return the reason why it cannot be used, or None.
 
     All processes get a reason if one of them does. If some compiled what others read, collectives that belong
@@ -114,7 +118,10 @@ def _problem(folder: Path) -> str | None:
     return problem or ("another process cannot use it" if found.any() else None)
 
 
-def _own_problem(folder: Path) -> str | None:
+def _own_problem(folder: AnyPath) -> str | None:
+    # The run has written into its bucket already, and an object is never cut off.
+    if isinstance(folder, BucketPath):
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < _FREE_BYTES:

@@ -4,11 +4,11 @@ import csv
 import dataclasses
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lit_jax.buckets import AnyPath
 from lit_jax.display import printable
 from lit_jax.evals.runner import Evaluation, Metrics
 from lit_jax.evals.zero_shot import ZeroShotResult
@@ -55,7 +55,9 @@ class Table:
         return "\n".join([f"### {printable(self.title)}", "", *lines, ""])
 
 
-def write_results(folder: Path, evaluations: Sequence[Evaluation], model: EvaluatedModel) -> None:
+def write_results(
+    folder: AnyPath, evaluations: Sequence[Evaluation], model: EvaluatedModel
+) -> None:
     """Write the files of all evaluations into `folder`, which is created if it is missing.
 
     Each evaluation gets a JSON file in CLIP_benchmark's layout, and a zero-shot classification also a CSV

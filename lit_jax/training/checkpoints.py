@@ -8,8 +8,9 @@
 
 A stack of blocks has one name there, wherever a lock cuts it; see stack_names.py.
 
-Orbax writes into a temporary folder and renames the folder when everything is on disk. A process that is
-killed at any moment therefore leaves the previous checkpoint as the latest.
+Orbax writes into a temporary folder and renames the folder when everything is on disk. In a bucket it writes
+into the folder itself, and the file commit_success.txt last. A process that is killed at any moment therefore
+leaves the previous checkpoint as the latest.
 """
 
 import contextlib
@@ -19,14 +20,14 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from lit_jax.buckets import AnyPath, BucketPath, subfolders
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json, write_json
@@ -74,7 +75,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        workdir: Path,
+        workdir: AnyPath,
         keep_last: int,
         keep_every: int | None = None,
         uncut: UncutStacks = (),
@@ -83,6 +84,7 @@ class Checkpoints:
         # The checksums of the save under way.
         self._sums: PendingSums | None = None
         self._data_sum = 0
+        self._step = 0
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last,
             keep_period=keep_every,
@@ -95,6 +97,7 @@ class Checkpoints:
                 barrier_sync_fn=_barrier,
                 post_finalization_callback=self._before_it_is_complete,
             ),
+            atomicity_options=_atomicity(workdir),
         )
         _check_names(workdir / "checkpoints")
         with self._writing():
@@ -146,8 +149,8 @@ class Checkpoints:
         state = join_stacks(state, self._uncut)
         with self._writing():
             self._manager.wait_until_finished()
-            # The previous save must have ended, because its callback reads these two attributes.
-            self._sums, self._data_sum = start_sums(state), text_sum(data)
+            # The previous save must have ended, because its callback reads these attributes.
+            self._sums, self._data_sum, self._step = start_sums(state), text_sum(data), step
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -167,9 +170,15 @@ class Checkpoints:
         check_lease(self._workdir)
         assert self._sums is not None
         arrays = self._sums.fetch()
-        for folder in (self._workdir / "checkpoints").glob(f"*{_UNFINISHED}*"):
+        for folder in self._unfinished():
             _check_arrays(folder / "state", len(arrays))
             write_json(folder / SUMS_FILE, {"arrays": arrays, "data": self._data_sum})
+
+    def _unfinished(self) -> Iterable[AnyPath]:
+        folder = self._workdir / "checkpoints"
+        if isinstance(folder, BucketPath):
+            return [folder / str(self._step)]
+        return folder.glob(f"*{_UNFINISHED}*")
 
     def wait(self) -> None:
         """Wait until everything that was saved is on disk."""
@@ -203,11 +212,18 @@ class Checkpoints:
         return workdir_errors(self._workdir, Exception)
 
 
-def _check_names(folder: Path) -> None:
+def _atomicity(folder: AnyPath) -> ocp.options.AtomicityOptions:
+    modes = ocp.options.AtomicityMode
+    # By itself Orbax would rename a folder on S3 object by object.
+    mode = modes.COMMIT_FILE if isinstance(folder, BucketPath) else modes.AUTO
+    return ocp.options.AtomicityOptions(mode=mode)
+
+
+def _check_names(folder: AnyPath) -> None:
     """Raise UserError at a folder that Orbax takes for a step and `complete_steps` does not, as 'old_4'."""
-    for found in sorted(folder.glob("*")):
+    for found in sorted(subfolders(folder)):
         ends_in_a_number = found.name.rpartition("_")[2].isdigit()
-        if found.is_dir() and ends_in_a_number and not STEP.fullmatch(found.name):
+        if ends_in_a_number and not STEP.fullmatch(found.name):
             raise UserError(
                 f"{found} is not the checkpoint of a step, though Orbax would take it for one; move it "
                 "elsewhere."
@@ -227,7 +243,7 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
 
 
 def restore_params(
-    workdir: Path,
+    workdir: AnyPath,
     abstract_params: Mapping[str, Any],
     step: int | None = None,
     uncut: UncutStacks = (),
@@ -265,13 +281,13 @@ def restore_params(
         return step, cut_stacks(restored["params"], uncut, abstract_params)
 
 
-def saved_config(workdir: Path, step: int) -> dict[str, Any]:
+def saved_config(workdir: AnyPath, step: int) -> dict[str, Any]:
     """Return the resolved config, a JSON object, with which the checkpoint of a step was saved."""
     file = workdir / "checkpoints" / str(step) / "meta" / "metadata"
     return parse_json(file.read_bytes())["config"]
 
 
-def frozen_folder(workdir: Path, step: int = 0) -> Path:
+def frozen_folder(workdir: AnyPath, step: int = 0) -> AnyPath:
     """Return the folder of the locked parameters that belong to the checkpoint of a step.
 
     It is `frozen`, or `frozen_from_STEP` of the last earlier step at which the choice of what trains changed.
@@ -280,17 +296,17 @@ def frozen_folder(workdir: Path, step: int = 0) -> Path:
     return workdir / (f"frozen_from_{max(earlier)}" if earlier else "frozen")
 
 
-def later_frozen_folders(workdir: Path, step: int) -> list[Path]:
+def later_frozen_folders(workdir: AnyPath, step: int) -> list[AnyPath]:
     """Return the folders of locked parameters that belong to checkpoints after a step alone."""
     return [workdir / f"frozen_from_{start}" for start in _frozen_starts(workdir) if start >= step]
 
 
-def _frozen_starts(workdir: Path) -> list[int]:
+def _frozen_starts(workdir: AnyPath) -> list[int]:
     found = (re.fullmatch(r"frozen_from_(\d+)", folder.name) for folder in workdir.glob("frozen_*"))
     return [int(match[1]) for match in found if match]
 
 
-def save_frozen(folder: Path, frozen: Mapping[str, Any], uncut: UncutStacks = ()) -> None:
+def save_frozen(folder: AnyPath, frozen: Mapping[str, Any], uncut: UncutStacks = ()) -> None:
     """Write the locked parameters of a run, and replace those that an earlier start has left there."""
     if not frozen:
         return
@@ -304,7 +320,7 @@ def save_frozen(folder: Path, frozen: Mapping[str, Any], uncut: UncutStacks = ()
 
 
 def restore_frozen(
-    folder: Path, abstract_frozen: Mapping[str, Any], uncut: UncutStacks = ()
+    folder: AnyPath, abstract_frozen: Mapping[str, Any], uncut: UncutStacks = ()
 ) -> Any:
     """Read the locked parameters in the dtype and sharding of `abstract_frozen`.
 
@@ -321,20 +337,20 @@ def restore_frozen(
         return cut_stacks(frozen, uncut, abstract_frozen)
 
 
-def _check_arrays(folder: Path, leaves: int) -> None:
+def _check_arrays(folder: AnyPath, leaves: int) -> None:
     """Raise OSError unless a folder of Orbax lists `leaves` arrays.
 
     Orbax itself only warns if it does not find the parts that the processes have written.
     """
     # OCDBT merges the parts of all processes into one store, whose listing shows what a reader will find.
-    base = f"file://{folder.resolve()}/"
+    base = f"{folder}/" if isinstance(folder, BucketPath) else f"file://{folder.resolve()}/"
     listed = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
     arrays = {key.rpartition(b"/")[0] for key in listed if key.endswith(b"/.zarray")}
     if len(arrays) != leaves:
         raise OSError(f"of {leaves} arrays {len(arrays)} can be read back from {folder}")
 
 
-def _check_step_sums(folder: Path, arrays: Any, data: Any = None) -> None:
+def _check_step_sums(folder: AnyPath, arrays: Any, data: Any = None) -> None:
     """Raise DamagedError if arrays or data of a checkpoint differ from the checksums in its folder."""
     stored = _stored_sums(folder / SUMS_FILE)
     _compare(arrays, stored and stored["arrays"])
@@ -347,7 +363,7 @@ def _compare(arrays: Any, stored: Any) -> None:
     check_sums(arrays, stored if is_primary() else None)
 
 
-def _stored_sums(file: Path) -> dict[str, Any] | None:
+def _stored_sums(file: AnyPath) -> dict[str, Any] | None:
     if not is_primary():
         return None
     if not file.exists():
@@ -357,7 +373,7 @@ def _stored_sums(file: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _reading(folder: Path, what_then: str, repair: str) -> Iterator[None]:
+def _reading(folder: AnyPath, what_then: str, repair: str) -> Iterator[None]:
     try:
         yield
     except DamagedError as error:
@@ -370,7 +386,7 @@ def _reading(folder: Path, what_then: str, repair: str) -> Iterator[None]:
         ) from error
 
 
-def reading_step(workdir: Path, step: int | None) -> contextlib.AbstractContextManager[None]:
+def reading_step(workdir: AnyPath, step: int | None) -> contextlib.AbstractContextManager[None]:
     """Turn any error of reading the checkpoint of a step into UserError."""
     earlier = [other for other in complete_steps(workdir) if other != step]
     remove = f"remove that folder to resume from step {earlier[-1]}" if earlier else ""

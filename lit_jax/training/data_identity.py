@@ -4,9 +4,9 @@ import dataclasses
 import logging
 import re
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
+from lit_jax.buckets import AnyPath
 from lit_jax.config import Config
 from lit_jax.data.example import Source
 from lit_jax.data.mixture import open_training_data
@@ -48,7 +48,7 @@ def may_differ(changes: Collection[str], allowed_changes: Collection[str]) -> bo
 
 def open_data(
     config: Config,
-    workdir: Path,
+    workdir: AnyPath,
     trained: int | None,
     *,
     may_differ: bool,
@@ -99,7 +99,7 @@ def _identify(source: Source) -> dict[str, Any] | None:
     return {"examples": len(source), "fingerprint": fingerprint}
 
 
-def _check_same_data(workdir: Path, found: dict[str, Any]) -> None:
+def _check_same_data(workdir: AnyPath, found: dict[str, Any]) -> None:
     known = _read(workdir)
     if known is None:
         # The folder is of an earlier version, or a user has removed data.json.
@@ -114,13 +114,13 @@ def _check_same_data(workdir: Path, found: dict[str, Any]) -> None:
         )
 
 
-def save_identity(workdir: Path, identity: dict[str, Any] | None) -> None:
+def save_identity(workdir: AnyPath, identity: dict[str, Any] | None) -> None:
     """Write the identity of a run's data, in the process that has it; do nothing for None."""
     if identity is not None:
         write_json(workdir / DATA_FILE, identity)
 
 
-def _read(workdir: Path) -> dict[str, Any] | None:
+def _read(workdir: AnyPath) -> dict[str, Any] | None:
     path = workdir / DATA_FILE
     if not path.exists():
         return None

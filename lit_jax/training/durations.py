@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
+from lit_jax.buckets import AnyPath
 from lit_jax.config import Config, EvalConfig
 from lit_jax.config_schema import MOST, seconds, steps
 from lit_jax.errors import UserError
@@ -69,7 +69,7 @@ class Durations:
             ],
         )
 
-    def check_steps_done(self, workdir: Path, steps_done: Sequence[int]) -> None:
+    def check_steps_done(self, workdir: AnyPath, steps_done: Sequence[int]) -> None:
         """Raise UserError if a run has taken more steps already than it is to take."""
         if steps_done and steps_done[-1] > self.total:
             raise UserError(

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from lit_jax.buckets import AnyPath
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 
@@ -42,11 +43,11 @@ _PREFIX = ".lease."
 _LONGEST = 4096
 
 # `check_lease` is called from many places and threads, which know the folder but not the lease.
-_held: dict[Path, "_Lease"] = {}
+_held: dict[AnyPath, "_Lease"] = {}
 
 
 @contextlib.contextmanager
-def holding(workdir: Path) -> Iterator[None]:
+def holding(workdir: AnyPath) -> Iterator[None]:
     """Create a run folder and hold it for the processes of this run; the first process holds it for all.
 
     A folder that is still empty at the end is removed again.
@@ -54,7 +55,7 @@ def holding(workdir: Path) -> Iterator[None]:
     Raises UserError if another run has the folder, and OSError if the folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        if is_primary():
+        if is_primary() and isinstance(workdir, Path):
             stack.enter_context(_made(workdir))
             stack.enter_context(_Lease(workdir))
         if jax.process_count() > 1:
@@ -62,7 +63,7 @@ def holding(workdir: Path) -> Iterator[None]:
         yield
 
 
-def check_lease(workdir: Path) -> None:
+def check_lease(workdir: AnyPath) -> None:
     """Raise UserError if this process has lost the run folder; call this function before each write."""
     if lease := _held.get(workdir.resolve()):
         lease.check()

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from lit_jax.buckets import AnyPath, GrowingFiles
 from lit_jax.config import Config, LogConfig, loss_kinds
 from lit_jax.config_schema import LARGEST_FLOAT, MOST
 from lit_jax.display import printable
@@ -51,7 +52,7 @@ class Reporter:
 
     def __init__(
         self,
-        workdir: Path,
+        workdir: AnyPath,
         config: LogConfig,
         stopwatch: Stopwatch,
         *,
@@ -121,6 +122,7 @@ class Reporter:
             yield metrics
         if self._writer and metrics:
             self._writer.write(step, metrics | self._stopwatch.metrics())
+            self._writer.copy()
 
     def _training_seconds(self) -> float:
         return sum(self._stopwatch.seconds().values()) - self._stopwatch.seconds()["evaluation"]
@@ -149,6 +151,9 @@ class Reporter:
             rate = (step - last_step) * self._batch_size / (self._last_row[1] - last_time)
             row = {"examples": step * self._batch_size, "pairs_per_second": rate}
             self._writer.write(step, values | row | bad_samples | self._stopwatch.metrics())
+            # A run that resumes from a checkpoint finds the rows up to there.
+            if as_row:
+                self._writer.copy()
 
 
 class MetricsWriter:
@@ -160,7 +165,7 @@ class MetricsWriter:
     Raises UserError if the folder cannot be written.
     """
 
-    def __init__(self, workdir: Path, config: LogConfig, *, start: int):
+    def __init__(self, workdir: AnyPath, config: LogConfig, *, start: int):
         self._workdir = workdir
         self._tensorboard = self._wandb = None
         self._open = contextlib.ExitStack()
@@ -168,30 +173,39 @@ class MetricsWriter:
         if config.wandb_project:
             self._wandb = _wandb(workdir, config.wandb_project)
             self._open.callback(self._wandb.finish)
-        path = workdir / "metrics.jsonl"
         kept = [line for line, row in _read_rows(workdir) if row["step"] <= start]
-        with workdir_errors(workdir):
+        with workdir_errors(workdir, Exception):
+            self._files = GrowingFiles(workdir)
+            self._open.callback(self._files.close)
+            path = self._files.folder / "metrics.jsonl"
             atomic_write(path, b"".join(kept))
             # Line buffering keeps every row but the last safe from a kill.
             self._file = self._open.enter_context(path.open("a", buffering=1))
             if config.tensorboard:
-                self._tensorboard = _TensorBoard(workdir / "tensorboard", start)
+                self._tensorboard = _TensorBoard(self._files.folder / "tensorboard", start)
                 self._open.callback(self._tensorboard.close)
+            self._files.copy()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write the metrics of a step to all readers."""
-        with workdir_errors(self._workdir):
+        with workdir_errors(self._workdir, Exception):
             self._file.write(_line({"step": step, **values}))
             # TensorBoard and W&B have a clock of their own.
             values = {printable(name): value for name, value in values.items() if name != "time"}
             if self._tensorboard:
                 self._tensorboard.write(step, values)
+            self._files.copy_if_due()
         if self._wandb:
             self._wandb.log(values, step=step)
 
+    def copy(self) -> None:
+        """Bring the rows into a run folder in a bucket now, instead of within a minute."""
+        with workdir_errors(self._workdir, Exception):
+            self._files.copy()
+
     def close(self) -> None:
         """Close all files."""
-        with workdir_errors(self._workdir):
+        with workdir_errors(self._workdir, Exception):
             # The stack closes all writers, even after an error of one.
             self._open.close()
 
@@ -227,7 +241,7 @@ class _TensorBoard:
 
 
 @contextlib.contextmanager
-def final_seconds(workdir: Path, stopwatch: Stopwatch) -> Iterator[None]:
+def final_seconds(workdir: AnyPath, stopwatch: Stopwatch) -> Iterator[None]:
     """Bring the time in the last row up to date when a run ends or is preempted; that row came earlier."""
     preempted = None
     try:
@@ -244,7 +258,7 @@ def final_seconds(workdir: Path, stopwatch: Stopwatch) -> Iterator[None]:
         raise preempted
 
 
-def _update_last_row(workdir: Path, values: Mapping[str, float]) -> None:
+def _update_last_row(workdir: AnyPath, values: Mapping[str, float]) -> None:
     rows = _read_rows(workdir)
     if rows:
         *before, (_, last) = rows
@@ -257,7 +271,7 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row) + "\n"
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: AnyPath) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl: the finite numbers of each row, including 'step'.
 
     A last line that a kill has cut is left out. Any other line that is no row is left out with a warning.
@@ -265,7 +279,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     return [row for _, row in _read_rows(workdir)]
 
 
-def _read_rows(workdir: Path) -> list[tuple[bytes, dict[str, Any]]]:
+def _read_rows(workdir: AnyPath) -> list[tuple[bytes, dict[str, Any]]]:
     """Return each row of metrics.jsonl as (bytes of the line, row as in `read_metrics`)."""
     path = workdir / "metrics.jsonl"
     try:
@@ -335,7 +349,7 @@ def check_finite(
     )
 
 
-def _wandb(workdir: Path, project: str) -> Any:
+def _wandb(workdir: AnyPath, project: str) -> Any:
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:

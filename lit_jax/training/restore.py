@@ -6,13 +6,12 @@ Blocks that no longer train move from the state to the locked parameters, which 
 
 import dataclasses
 import logging
-import shutil
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lit_jax.buckets import AnyPath, remove_folder
 from lit_jax.config import Config, PolicyConfig, parse_as
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
@@ -34,7 +33,7 @@ from lit_jax.trees import STACK, Tree, restack, unflatten
 log = logging.getLogger(__name__)
 
 
-def with_saved_policy(config: Config, workdir: Path, step: int) -> Config:
+def with_saved_policy(config: Config, workdir: AnyPath, step: int) -> Config:
     """Return the config with the policy with which the checkpoint of a step was saved.
 
     The names in a checkpoint do not say which blocks of a stack they have; its policy does.
@@ -45,7 +44,7 @@ def with_saved_policy(config: Config, workdir: Path, step: int) -> Config:
 
 
 def first_or_latest_state(
-    step: TrainStep, workdir: Path, checkpoints: Checkpoints
+    step: TrainStep, workdir: AnyPath, checkpoints: Checkpoints
 ) -> tuple[State, Tree, dict[str, Any] | None]:
     """Return the state to continue from, the locked parameters, and the stream's position (None: its start).
 
@@ -65,7 +64,7 @@ def first_or_latest_state(
 
 
 def _restore_latest(
-    step: TrainStep, workdir: Path, checkpoints: Checkpoints
+    step: TrainStep, workdir: AnyPath, checkpoints: Checkpoints
 ) -> tuple[State, Tree, dict[str, Any]]:
     """Return state, locked parameters and the stream's position of the latest checkpoint.
 
@@ -100,12 +99,12 @@ def _restore_latest(
     return state, restore_frozen(folder, model.abstract_frozen, model.uncut), position
 
 
-def _remove_frozen(workdir: Path, step: int) -> None:
+def _remove_frozen(workdir: AnyPath, step: int) -> None:
     """Remove locked parameters of later steps, which a run left that was killed or whose steps are gone."""
     if is_primary():
         with workdir_errors(workdir):
             for folder in later_frozen_folders(workdir, step):
-                shutil.rmtree(folder)
+                remove_folder(folder)
 
 
 def _what_trains(policy: PolicyConfig) -> tuple[Any, ...]:

@@ -1,14 +1,14 @@
 """The names and shapes of the arrays in a folder of Orbax, read without the arrays."""
 
-from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 
+from lit_jax.buckets import AnyPath
 from lit_jax.training.stack_names import UncutStacks, join_stacks
 
 
-def as_saved(folder: Path, wanted: Any, uncut: UncutStacks, part: str | None = None) -> Any:
+def as_saved(folder: AnyPath, wanted: Any, uncut: UncutStacks, part: str | None = None) -> Any:
     """Return `wanted`, a tree of shapes, with the names under which `folder` has the stacks of blocks.
 
     Folders of earlier versions have the names of the cut stacks, which are those of `wanted`.
@@ -24,7 +24,7 @@ def as_saved(folder: Path, wanted: Any, uncut: UncutStacks, part: str | None = N
     return wanted if names <= _saved(folder).keys() else joined
 
 
-def check_shapes(folder: Path, wanted: Any, part: str | None = None) -> None:
+def check_shapes(folder: AnyPath, wanted: Any, part: str | None = None) -> None:
     """Raise ValueError at the first array of `folder` (of one `part`) that differs in name or shape.
 
     Orbax would find the difference, too. But it reads all arrays at once and then abandons the rest, and each
@@ -45,7 +45,7 @@ def _flat(tree: Any) -> dict[Any, Any]:
     return dict(ocp.tree.to_flat_dict(tree))
 
 
-def _saved(folder: Path) -> dict[Any, Any]:
+def _saved(folder: AnyPath) -> dict[Any, Any]:
     # The annotation asks for Orbax's own kind of path, but a pathlib.Path works.
     resolved: Any = folder.resolve()
     return _flat(ocp.PyTreeCheckpointHandler().metadata(resolved).tree)

@@ -8,13 +8,13 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lit_jax.buckets import AnyPath, check_access
 from lit_jax.config import Config, parse
 from lit_jax.data.loader import TrainStream, make_preprocessor
 from lit_jax.distributed.compilation_cache import compilation_cache
@@ -66,7 +66,7 @@ _NOTHING_PASSED = Passed()
 
 def train(
     config: Config,
-    workdir: Path,
+    workdir: AnyPath,
     evaluations: Evaluations = _NO_EVALUATIONS,
     *,
     passed: Passed = _NOTHING_PASSED,
@@ -87,6 +87,7 @@ def train(
     # The round trip gives the config that config.json will hold, without access keys of object stores.
     config = parse(dataclasses.asdict(config))
     with contextlib.ExitStack() as stack:
+        check_access(workdir)
         # The lease comes first: two commands that prepare at once would both see an empty folder.
         with workdir_errors(workdir):
             stack.enter_context(holding(workdir))
@@ -120,7 +121,7 @@ class Trainer:
         stopwatch: the time of all starts of the run; it has been running since the start of this one.
     """
 
-    workdir: Path
+    workdir: AnyPath
     data: TrainingData
     step: TrainStep
     precomputed: Precomputed
@@ -133,7 +134,7 @@ class Trainer:
     def prepare(
         cls,
         config: Config,
-        workdir: Path,
+        workdir: AnyPath,
         evaluations: Evaluations = _NO_EVALUATIONS,
         *,
         passed: Passed = _NOTHING_PASSED,

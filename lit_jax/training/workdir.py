@@ -13,7 +13,6 @@ compilation_cache/     see distributed/compilation_cache.py
 import dataclasses
 import logging
 import math
-import shutil
 import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lit_jax import __version__
+from lit_jax.buckets import AnyPath, local_copy, remove_folder, written_locally
 from lit_jax.config import TEACHER, Config, MeshConfig, Side, parse
 from lit_jax.config_schema import RENAMED
 from lit_jax.data.image_processor import load_processor
@@ -28,7 +28,7 @@ from lit_jax.data.text import check_saved, save_tokenizer
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
-from lit_jax.files import atomic_write, parse_json, write_json
+from lit_jax.files import any_path, atomic_write, parse_json, write_json
 from lit_jax.models.tower import Tower
 from lit_jax.training.checkpoints import frozen_folder, restore_frozen, restore_params
 from lit_jax.training.model_factory import Model, OwnTowers, TrainedModel, build_model
@@ -65,7 +65,7 @@ TOWER_KEYS = {"model.dual_encoder", "model.teacher"} | {
 
 
 def load_run(
-    workdir: Path,
+    workdir: str | AnyPath,
     *,
     step: int | None = None,
     dtype: str | None = None,
@@ -80,6 +80,7 @@ def load_run(
 
     Raises UserError if `workdir` is no run, has no complete checkpoint, or needs towers to be passed.
     """
+    workdir = any_path("workdir", str(workdir))
     config = read_config(workdir)
     if config is None:
         raise UserError(f"{workdir} is not a run folder: it has no config.json.")
@@ -108,18 +109,18 @@ def load_run(
     return TrainedModel.merged(model, trainable, frozen, step)
 
 
-def model_folder(workdir: Path) -> Path:
+def model_folder(workdir: AnyPath) -> AnyPath:
     """Return the folder with config, tokenizer and image processor of a run's model."""
     return workdir / "model"
 
 
-def saved_towers(workdir: Path) -> TowerPaths:
+def saved_towers(workdir: AnyPath) -> TowerPaths:
     """Return the towers of a run from its own folder, without the Hub.
 
     Raises UserError if a file of the model's folder is not as the run has written it.
     """
-    folder = model_folder(workdir)
-    _check_model_files(folder)
+    folder = local_copy(model_folder(workdir))
+    _check_model_files(folder, model_folder(workdir))
     hf_config = read_hf_config(folder)
     teacher = None
     if (folder / TEACHER).is_dir():
@@ -127,17 +128,23 @@ def saved_towers(workdir: Path) -> TowerPaths:
     return TowerPaths(image_folder=folder, text_folder=folder, hf_config=hf_config, teacher=teacher)
 
 
-def save_model_files(workdir: Path, model: Model) -> None:
+def save_model_files(workdir: AnyPath, model: Model) -> None:
     """Write config, tokenizer and image processor of the model into the run folder, but no weights.
 
     Every start before the first checkpoint writes them again, because it may have other towers.
     """
-    folder, processors = model_folder(workdir), model.processors
+    folder = model_folder(workdir)
     if not is_primary() or complete_steps(workdir):
         return
     # Files of other towers must not mix with the new ones.
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    remove_folder(folder)
+    with written_locally(folder) as local:
+        local.mkdir(exist_ok=True)
+        _write_model_files(local, model)
+
+
+def _write_model_files(folder: Path, model: Model) -> None:
+    processors = model.processors
     save_tokenizer(processors.tokenizer, folder)
     image_size = model.config.data.image_size
     load_processor(model.paths.image_folder, image_size=image_size).save_pretrained(folder)
@@ -161,28 +168,31 @@ def _file_sums(folder: Path) -> dict[str, int]:
     }
 
 
-def _check_model_files(folder: Path) -> None:
-    """Raise UserError if a file of the model's folder differs from its checksum, or is missing."""
-    file = folder / MODEL_SUMS
-    if not file.exists():
+def _check_model_files(folder: Path, origin: AnyPath) -> None:
+    """Raise UserError if a file of the model's folder differs from its checksum, or is missing.
+
+    `origin` is the folder in messages, of which `folder` may be a copy.
+    """
+    file = origin / MODEL_SUMS
+    if not (folder / MODEL_SUMS).exists():
         log.warning(
             "%s is missing, so the other files there are not compared with checksums.", file
         )
         return
     try:
-        stored, found = dict(parse_json(file.read_bytes())), _file_sums(folder)
+        stored, found = dict(parse_json((folder / MODEL_SUMS).read_bytes())), _file_sums(folder)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}); put it back, or remove it.") from error
     # A file that was added changes nothing that the run has written.
     changed = [name for name, checksum in stored.items() if found.get(name) != checksum]
     if changed:
         raise UserError(
-            f"{folder / changed[0]} is not as the run wrote it; restore it, or remove {file} to accept "
+            f"{origin / changed[0]} is not as the run wrote it; restore it, or remove {file} to accept "
             "the files as they are."
         )
 
 
-def save_parameter_table(workdir: Path, model: Model) -> None:
+def save_parameter_table(workdir: AnyPath, model: Model) -> None:
     """Write parameters.txt: which parameters train, how fast, and how they are split over the mesh."""
     sizes = {path: math.prod(leaf.shape) for path, leaf in flatten(model.abstract).items()}
     trained = sum(size for path, size in sizes.items() if model.policy.trainable[path])
@@ -196,7 +206,7 @@ def save_parameter_table(workdir: Path, model: Model) -> None:
         atomic_write(workdir / "parameters.txt", model.policy.table(model.abstract))
 
 
-def read_config(workdir: Path) -> Config | None:
+def read_config(workdir: AnyPath) -> Config | None:
     """Return the resolved config of a run folder, None for a folder without one.
 
     An earlier format is accepted here, and today's defaults replace missing keys. `check_workdir` decides
@@ -226,7 +236,7 @@ def read_config(workdir: Path) -> Config | None:
         ) from error
 
 
-def _read_config_file(workdir: Path) -> dict[str, Any] | None:
+def _read_config_file(workdir: AnyPath) -> dict[str, Any] | None:
     path = workdir / "config.json"
     if not path.exists():
         return None
@@ -242,7 +252,7 @@ def _read_config_file(workdir: Path) -> dict[str, Any] | None:
 
 
 def check_workdir(
-    workdir: Path, config: Config, allowed_changes: Collection[str]
+    workdir: AnyPath, config: Config, allowed_changes: Collection[str]
 ) -> Collection[str]:
     """Return the keys in which `config` differs from the config of the run in `workdir`, if there is a run.
 
@@ -270,7 +280,7 @@ def check_workdir(
     return changes
 
 
-def _check_format(workdir: Path) -> None:
+def _check_format(workdir: AnyPath) -> None:
     """Raise UserError if another version must finish the run in `workdir`, because its defaults differ."""
     content = _read_config_file(workdir) or {}
     # A folder without a format number has format 1.
@@ -285,7 +295,7 @@ def _check_format(workdir: Path) -> None:
 
 
 def check_passed(
-    workdir: Path, passed: Mapping[str, Any], allowed_changes: Collection[str]
+    workdir: AnyPath, passed: Mapping[str, Any], allowed_changes: Collection[str]
 ) -> None:
     """Raise UserError if the passed objects differ from those that the run was started with.
 
@@ -322,7 +332,7 @@ def _name(description: Any) -> str:
     return " and ".join(map(_name, parts))
 
 
-def save_config(workdir: Path, config: Config, passed: Mapping[str, Any]) -> None:
+def save_config(workdir: AnyPath, config: Config, passed: Mapping[str, Any]) -> None:
     """Write the resolved config; call this function only when the run can certainly start with it."""
     if is_primary():
         header = {"format": FORMAT, "version": __version__}

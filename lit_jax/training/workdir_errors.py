@@ -8,9 +8,9 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from lit_jax.buckets import COMMIT_FILE, AnyPath, BucketPath, subfolders
 from lit_jax.distributed import process
 from lit_jax.errors import UserError
 from lit_jax.training.lease import check_lease
@@ -20,7 +20,7 @@ STEP = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 @contextlib.contextmanager
-def workdir_errors(workdir: Path, failure: type[Exception] = OSError) -> Iterator[None]:
+def workdir_errors(workdir: AnyPath, failure: type[Exception] = OSError) -> Iterator[None]:
     """Turn `failure`, raised by a write into the run folder, into UserError.
 
     Raises UserError before any write if this process has lost the folder to another run.
@@ -43,12 +43,17 @@ def workdir_errors(workdir: Path, failure: type[Exception] = OSError) -> Iterato
         ) from error
 
 
-def complete_steps(workdir: Path) -> list[int]:
+def complete_steps(workdir: AnyPath) -> list[int]:
     """Return the steps of the complete checkpoints in a run folder, in ascending order.
 
-    Orbax gives a folder its step as name only when the checkpoint is complete.
+    Orbax gives a folder its step as name only when the checkpoint is complete. In a bucket, where nothing can
+    be renamed, it writes a file last.
     """
-    names = [folder.name for folder in (workdir / "checkpoints").glob("*") if folder.is_dir()]
+    folder = workdir / "checkpoints"
+    if isinstance(folder, BucketPath):
+        names = [file.parent.name for file in folder.glob(f"*/{COMMIT_FILE}")]
+    else:
+        names = [found.name for found in subfolders(folder)]
     return sorted(int(name) for name in names if STEP.fullmatch(name))
 
 
