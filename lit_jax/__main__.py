@@ -33,9 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # Imported only here, so that `lit-jax --help` does not wait for JAX.
     command = importlib.import_module(COMMANDS[name])
-    if argv is None:
-        importlib.import_module("lit_jax.distributed.process").begin_command()
-    return command.main(rest)
+    if argv is not None:
+        return command.main(rest)
+    process = importlib.import_module("lit_jax.distributed.process")
+    process.begin_command()
+    return process.end_command(command.main(rest))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ saved, 76 another process of the run is gone; after 75 or 76 run the same comman
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -205,4 +204,4 @@ def finish(
 
 if __name__ == "__main__":
     process.begin_command()
-    sys.exit(main())
+    process.end_command(main())

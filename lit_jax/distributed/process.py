@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -167,9 +167,23 @@ def leave(code: int) -> None:
 
     Python's normal exit would wait for the other processes, which wait for this process in a collective.
     """
-    if _number is None:
-        return
-    # os._exit skips the flush of buffered output, which holds the error message.
+    if _number is not None:
+        _exit_at_once(code)
+
+
+def end_command(code: int) -> NoReturn:
+    """End this process, which exists for one command that is done, with an exit code.
+
+    Python's normal exit takes modules and arrays apart for a second or more, in which nothing else happens.
+    """
+    # One of several processes has to wait for the others.
+    if _number is not None:
+        sys.exit(code)
+    _exit_at_once(code)
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    # os._exit skips the flush of buffered output, which may hold an error message.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 
 # "lost" is the time from the latest checkpoint of a start that did not reach the end to the next start.
 Kind = Literal["startup", "compile", "data_wait", "step", "checkpoint", "evaluation", "lost"]
+# The column of the last row of a run that has reached its end.
+FINISHED = "finished"
 
 
 class Stopwatch:
@@ -59,7 +61,7 @@ def resumed(
     """Return the stopwatch of a start that continues from step `start`.
 
     Time after the last row up to that step is lost: the steps that followed are taken again, and nothing ran
-    between the two starts. A finished run loses nothing.
+    between the two starts. A finished run loses nothing, and the time until it is extended does not count.
 
     Args:
         rows: the rows of metrics.jsonl.
@@ -67,17 +69,24 @@ def resumed(
         begun: seconds of this start that have passed already.
     """
     rows = [row for row in rows if "time" in row]
-    before = [row for row in rows if row["step"] <= start]
-    kinds: tuple[Kind, ...] = get_args(Kind)
-    spent: dict[Kind, float] = dict.fromkeys(kinds, 0.0)
+    # Before a run's first row nothing has run either, as after the last row of a finished run.
+    last = {FINISHED: 1.0}
+    for row in rows:
+        if row["step"] <= start:
+            last = row
+    later = [row for row in rows if row["step"] > start]
     since = None
-    if before:
-        spent = {kind: before[-1].get(f"seconds/{kind}", 0.0) for kind in kinds}
-        since = before[-1]["time"]
-    elif rows:
-        # The run broke off before its first checkpoint, so that all of its time is lost.
-        since = rows[0]["time"] - sum(rows[0].get(f"seconds/{kind}", 0.0) for kind in kinds)
+    if FINISHED not in last:
+        since = last["time"]
+    elif later:
+        # The start that took the first later step began when the seconds of its row did.
+        since = later[0]["time"] - (sum(_spent(later[0]).values()) - sum(_spent(last).values()))
+    spent = _spent(last)
     if since is not None and start < total:
         # Clocks of two machines may differ by more than the time between the starts.
         spent["lost"] += max(0.0, time.time() - begun - since)
     return Stopwatch(spent, begun)
+
+
+def _spent(row: Mapping[str, Any]) -> dict[Kind, float]:
+    return {kind: row.get(f"seconds/{kind}", 0.0) for kind in get_args(Kind)}

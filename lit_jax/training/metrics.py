@@ -21,7 +21,7 @@ from lit_jax.display import printable
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import Preempted, UserError
 from lit_jax.files import atomic_write, parse_json
-from lit_jax.training.goodput import Stopwatch
+from lit_jax.training.goodput import FINISHED, Stopwatch
 from lit_jax.training.train_step import Metrics
 from lit_jax.training.workdir_errors import workdir_errors
 
@@ -242,7 +242,10 @@ class _TensorBoard:
 
 @contextlib.contextmanager
 def final_seconds(workdir: AnyPath, stopwatch: Stopwatch) -> Iterator[None]:
-    """Bring the time in the last row up to date when a run ends or is preempted; that row came earlier."""
+    """Bring the time in the last row up to date when a run ends or is preempted; that row came earlier.
+
+    The row of a run that has ended gets the column "finished".
+    """
     preempted = None
     try:
         yield
@@ -250,7 +253,8 @@ def final_seconds(workdir: AnyPath, stopwatch: Stopwatch) -> Iterator[None]:
         preempted = error
     try:
         if is_primary():
-            _update_last_row(workdir, stopwatch.metrics())
+            end = {} if preempted else {FINISHED: 1.0}
+            _update_last_row(workdir, stopwatch.metrics() | end)
     # The work is saved, and the exit code must not say otherwise.
     except UserError as error:
         log.warning("The last row of metrics.jsonl lacks the end of the run's time. %s", error)

@@ -46,6 +46,10 @@ def test_a_start_continues_from_the_row_of_its_checkpoint_and_the_rest_is_lost()
     assert seconds["startup"] == pytest.approx(4, abs=0.5)
     assert resumed(rows, 0, **resume).seconds()["lost"] == pytest.approx(97, abs=0.5)
     assert resumed(rows, 6, total=6, begun=0.0).seconds()["lost"] == 0
+    rows[1]["finished"] = 1.0
+    # The extension was killed before its first checkpoint; it had begun 20 seconds before its row.
+    assert resumed(rows, 4, **resume).seconds()["lost"] == pytest.approx(57, abs=0.5)
+    assert resumed(rows[:2], 4, **resume).seconds()["lost"] == 0
     assert total(resumed([{"step": 4, "loss": 1.0}], 4, **resume).seconds()) < 3.5
 
 
