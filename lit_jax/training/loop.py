@@ -14,9 +14,9 @@ from lit_jax.errors import Preempted
 from lit_jax.training.checkpoints import Checkpoints
 from lit_jax.training.durations import Durations
 from lit_jax.training.goodput import Stopwatch
-from lit_jax.training.metrics import Reporter
 from lit_jax.training.model_factory import Model, TrainedModel
 from lit_jax.training.passed import Passed
+from lit_jax.training.reporter import Reporter
 from lit_jax.training.train_step import State
 from lit_jax.trees import Tree
 

@@ -38,11 +38,12 @@ from lit_jax.training.durations import Durations, steps_of
 from lit_jax.training.goodput import Stopwatch, resumed
 from lit_jax.training.lease import holding
 from lit_jax.training.loop import Evaluations, Loop
-from lit_jax.training.metrics import Reporter, final_seconds, read_metrics, usual_scale
+from lit_jax.training.metrics import final_seconds, read_metrics
 from lit_jax.training.model_factory import Model, TrainedModel, build_model
 from lit_jax.training.optimizers import make_schedule
 from lit_jax.training.passed import Passed
 from lit_jax.training.policy import warn_of_full_rate
+from lit_jax.training.reporter import Reporter, usual_scale
 from lit_jax.training.restore import first_or_latest_state
 from lit_jax.training.tower_paths import find_towers
 from lit_jax.training.train_step import TrainStep

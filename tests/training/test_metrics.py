@@ -9,7 +9,8 @@ import pytest
 from lit_jax.config import LogConfig
 from lit_jax.errors import UserError
 from lit_jax.training.goodput import Stopwatch
-from lit_jax.training.metrics import Reporter, check_finite, read_metrics
+from lit_jax.training.metrics import read_metrics
+from lit_jax.training.reporter import Reporter, check_finite
 
 
 def report(workdir, steps, *, start=0, total=6, every=2, **config):
