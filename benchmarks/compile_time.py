@@ -19,8 +19,8 @@ import jax
 from lit_jax.config import parse
 from lit_jax.configs.vit_bert import get_config
 from lit_jax.distributed.flags import set_flags
-from lit_jax.planning.chips import open_topology
 from lit_jax.planning.planner import abstract_step, traced
+from lit_jax.planning.topologies import open_topology
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo"
 BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}

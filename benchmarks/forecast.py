@@ -21,8 +21,8 @@ from typing import NamedTuple
 from lit_jax.config import parse
 from lit_jax.configs.vit_bert import get_config
 from lit_jax.distributed.flags import set_flags
-from lit_jax.planning.chips import open_topology
 from lit_jax.planning.planner import Plan, make_plan
+from lit_jax.planning.topologies import open_topology
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo"
 # Width, layers, heads, width of the MLP.

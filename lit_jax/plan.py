@@ -24,9 +24,9 @@ from lit_jax.config_file import load_config
 from lit_jax.distributed.flags import set_flags
 from lit_jax.errors import UserError
 from lit_jax.files import io_errors, write_json
-from lit_jax.planning.chips import Topology, open_topology
 from lit_jax.planning.planner import abstract_step, make_plan
 from lit_jax.planning.table import BOOK_HEAD, book_line, table
+from lit_jax.planning.topologies import Topology, open_topology
 
 
 @command

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from lit_jax.config import Config
 from lit_jax.config_schema import steps
-from lit_jax.planning.chips import Chip
+from lit_jax.distributed.chips import Chip
 from lit_jax.planning.collectives import Instruction, parse, runs
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')

@@ -10,13 +10,13 @@ import jax
 import optax
 
 from lit_jax.config import Config
+from lit_jax.distributed.flops import matmul_flops
 from lit_jax.distributed.mesh import group_by_slice, make_mesh
 from lit_jax.planning.advice import advise
-from lit_jax.planning.chips import Topology
 from lit_jax.planning.collectives import Traffic, traffic
 from lit_jax.planning.cycles import Forecast, forecast, operations
-from lit_jax.planning.flops import matmul_flops
 from lit_jax.planning.network import network_traffic
+from lit_jax.planning.topologies import Topology
 from lit_jax.training.checks import check_batch_size, check_teacher
 from lit_jax.training.model_factory import build_model
 from lit_jax.training.train_step import AbstractBatch, TrainStep

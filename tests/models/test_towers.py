@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from lit_jax.distributed.flops import matmul_flops
 from lit_jax.models.clip import CLIPText, CLIPVision
 from lit_jax.models.families import TEXT, VISION, build_tower
 from lit_jax.models.modernbert import ModernBert
 from lit_jax.models.siglip import SiglipText, SiglipVision
 from lit_jax.models.tower import Tower, TowerOutput
-from lit_jax.planning.flops import matmul_flops
 from tests.harness import largest
 
 SMALL = {

@@ -19,7 +19,7 @@ from lit_jax.models.layer_norm import (
     plain_layer_norm,
     tpu_layer_norm,
 )
-from lit_jax.planning.chips import open_topology
+from lit_jax.planning.topologies import open_topology
 from lit_jax.training.model_factory import build_model, example_batch
 
 TPU = "TPU v5 lite"

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lit_jax.planning.chips import CHIPS, open_topology
+from lit_jax.distributed.chips import CHIPS
 from lit_jax.planning.cycles import forecast, layer_name, operations, part_name
+from lit_jax.planning.topologies import open_topology
 from tests.planning.conftest import BASE
 
 CHIP = CHIPS["v5e"]

@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.mesh import make_mesh
-from lit_jax.planning.chips import open_topology
 from lit_jax.planning.collectives import KINDS, traffic
 from lit_jax.planning.network import network_traffic
+from lit_jax.planning.topologies import open_topology
 
 # Slices of four chips, of which two share a host.
 TWO, THREE = (

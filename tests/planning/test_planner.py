@@ -3,12 +3,13 @@ import math
 import jax
 import pytest
 
+from lit_jax.distributed.chips import CHIPS
 from lit_jax.errors import UserError
 from lit_jax.planning import planner
-from lit_jax.planning.chips import CHIPS, open_topology
 from lit_jax.planning.collectives import KINDS, Traffic
 from lit_jax.planning.planner import Compiled, abstract_step, compile_step, make_plan, next_batch
 from lit_jax.planning.table import table
+from lit_jax.planning.topologies import open_topology
 from lit_jax.trees import flatten
 from tests.planning.conftest import BASE, GIANT, LARGE
 

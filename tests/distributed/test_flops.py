@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
 from lit_jax.config import MeshConfig
+from lit_jax.distributed.flops import matmul_flops
 from lit_jax.distributed.mesh import make_mesh
-from lit_jax.planning.flops import matmul_flops
 
 X, W = jnp.ones((3, 5)), jnp.ones((5, 5))
 ONE = 2 * 3 * 5 * 5  # of X @ W
