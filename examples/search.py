@@ -21,7 +21,7 @@ from lit_jax.errors import UserError
 from lit_jax.evals.cache import EmbeddingCache
 from lit_jax.evaluate import load_folder
 from lit_jax.files import atomic_write
-from lit_jax.reports.html_page import page, picture, text
+from lit_jax.reports.html_parts import page, picture, text
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 

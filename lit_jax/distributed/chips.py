@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -9,6 +10,7 @@ class Chip:
     """A generation of TPU chips. The figures are published peaks; a program reaches less.
 
     Attributes:
+        kinds: the names of its devices in JAX.
         flops: bfloat16 FLOPs per second.
         clock: cycles per second.
         hbm_gib: the memory in GiB.
@@ -23,6 +25,7 @@ class Chip:
         options: options for the compiler.
     """
 
+    kinds: tuple[str, ...]
     flops: float
     clock: float
     hbm_gib: int
@@ -48,6 +51,7 @@ _SPACE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x4"
 # 2 (jax-ml.github.io/scaling-book/tpus), has the same figures per direction.
 CHIPS: Mapping[str, Chip] = {
     "v3": Chip(
+        kinds=("TPU v3",),
         flops=61.5e12,
         clock=0.94e9,
         hbm_gib=16,
@@ -60,6 +64,7 @@ CHIPS: Mapping[str, Chip] = {
         cores=2,
     ),
     "v4": Chip(
+        kinds=("TPU v4",),
         flops=275e12,
         clock=1.05e9,
         hbm_gib=32,
@@ -72,6 +77,7 @@ CHIPS: Mapping[str, Chip] = {
         options={"chip_config_name": "megacore"},
     ),
     "v5e": Chip(
+        kinds=("TPU v5 lite", "TPU v5e"),
         flops=197e12,
         clock=1.5e9,
         hbm_gib=16,
@@ -83,6 +89,7 @@ CHIPS: Mapping[str, Chip] = {
         longest=16,
     ),
     "v5p": Chip(
+        kinds=("TPU v5", "TPU v5p"),
         flops=459e12,
         clock=1.75e9,
         hbm_gib=95,
@@ -93,6 +100,7 @@ CHIPS: Mapping[str, Chip] = {
         largest=6144,
     ),
     "v6e": Chip(
+        kinds=("TPU v6 lite", "TPU v6e"),
         flops=918e12,
         clock=1.75e9,
         hbm_gib=32,
@@ -104,3 +112,8 @@ CHIPS: Mapping[str, Chip] = {
         longest=16,
     ),
 }
+
+
+def chip_of(device: Any) -> Chip | None:
+    """Return the chip of a device of JAX, None if its figures are not in the table."""
+    return next((chip for chip in CHIPS.values() if device.device_kind in chip.kinds), None)

@@ -111,4 +111,4 @@ class Loop:
             if step % steps == 0:
                 with self.reporter.evaluating(step) as results, jax.transfer_guard("allow"):
                     model = TrainedModel.merged(self.model, state.params, self.locked, step)
-                    results |= function(model) or {}
+                    results |= self.reporter.callback_metrics(function(model) or {})

@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from lit_jax.buckets import AnyPath
 from lit_jax.config import Config, LogConfig, loss_kinds
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
-from lit_jax.training.goodput import Stopwatch
+from lit_jax.training.goodput import FINISHED, Stopwatch
 from lit_jax.training.metrics import MetricsWriter
 from lit_jax.training.train_step import Metrics
 
@@ -38,6 +39,7 @@ class Reporter:
         start: the step that the run continues from.
         total: the last step of the run.
         scale_limit: the largest scale of the logits without a warning.
+        least_seconds: the seconds of a step at the peak of the devices; None if their peak is not known.
         last_saved: returns the step of the latest checkpoint.
         locked_not_finite: returns the names of locked parameters that are not finite.
     """
@@ -53,11 +55,12 @@ class Reporter:
         start: int,
         total: int,
         scale_limit: float = math.inf,
+        least_seconds: float | None = None,
         last_saved: Callable[[], int | None],
         locked_not_finite: Callable[[], str] = lambda: "",
     ):
         self._every, self._batch_size, self._total = every, batch_size, total
-        self._scale_limit = scale_limit
+        self._scale_limit, self._least_seconds = scale_limit, least_seconds
         self._last_saved, self._locked_not_finite = last_saved, locked_not_finite
         self._writer = MetricsWriter(workdir, config, start=start) if is_primary() else None
         self._pending: tuple[int, Metrics, dict[str, int]] | None = None
@@ -71,7 +74,8 @@ class Reporter:
             mininterval=0.5,
         )
         self._stopwatch = stopwatch
-        self._last_row = (start, self._training_seconds())
+        self._last_row = start, stopwatch.seconds()
+        self._told_of_names = False
 
     def __enter__(self) -> "Reporter":
         return self
@@ -116,8 +120,38 @@ class Reporter:
             self._writer.write(step, metrics | self._stopwatch.metrics())
             self._writer.copy()
 
-    def _training_seconds(self) -> float:
-        return sum(self._stopwatch.seconds().values()) - self._stopwatch.seconds()["evaluation"]
+    def callback_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the metrics of a callback; a name that is one of our own columns becomes callback/NAME."""
+        taken = [name for name in metrics if _COLUMNS.fullmatch(name)]
+        if taken and not self._told_of_names:
+            log.warning(
+                "A callback returns a metric %r, a name that lit_jax has for a column of its own; it is "
+                "reported as %r.",
+                taken[0],
+                f"callback/{taken[0]}",
+            )
+            self._told_of_names = True
+        return {f"callback/{name}" if name in taken else name: metrics[name] for name in metrics}
+
+    def _speed(self, step: int) -> dict[str, float]:
+        """Return the columns of the time and memory that the steps since the last row have taken."""
+        (last_step, before), now = self._last_row, self._stopwatch.seconds()
+        self._last_row = step, now
+        steps = step - last_step
+        passed = {kind: now[kind] - before[kind] for kind in now}
+        # Evaluations are no part of training, whatever else is.
+        training = sum(passed.values()) - passed["evaluation"]
+        step_seconds = (passed["step"] + passed["data_wait"]) / steps
+        columns = {
+            "pairs_per_second": steps * self._batch_size / training,
+            "step_seconds": step_seconds,
+            "data_wait_seconds": passed["data_wait"] / steps,
+        }
+        if self._least_seconds is not None:
+            columns["mfu"] = self._least_seconds / step_seconds
+        if (peak := peak_memory()) is not None:
+            columns["peak_memory_gib"] = peak / 2**30
+        return columns
 
     def flush(self, *, as_row: bool = False) -> None:
         """Report the step that `add` has kept. Raise UserError if one of its metrics is not finite.
@@ -138,14 +172,33 @@ class Reporter:
         self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         # The first step is always logged, so that a user sees early that the run works.
         if self._writer and (as_row or step % self._every == 0 or step in (1, self._total)):
-            last_step, last_time = self._last_row
-            self._last_row = step, self._training_seconds()
-            rate = (step - last_step) * self._batch_size / (self._last_row[1] - last_time)
-            row = {"examples": step * self._batch_size, "pairs_per_second": rate}
-            self._writer.write(step, values | row | bad_samples | self._stopwatch.metrics())
+            row = {"examples": step * self._batch_size, **self._speed(step), **bad_samples}
+            self._writer.write(step, values | row | self._stopwatch.metrics())
             # A run that resumes from a checkpoint finds the rows up to there.
             if as_row:
                 self._writer.copy()
+
+
+def peak_memory() -> int | None:
+    """Return the most bytes that a device of this process has had in use so far; None on CPUs."""
+    found = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((stats["peak_bytes_in_use"] for stats in found if stats), default=None)
+
+
+# The names of columns that the reporter adds to the metrics of a step.
+_COLUMNS = re.compile(
+    r"step|time|examples|pairs_per_second|step_seconds|data_wait_seconds|mfu|peak_memory_gib"
+    rf"|{FINISHED}|goodput|seconds/.*|bad_samples(/.*)?"
+)
+
+
+def check_names(metrics: Iterable[str]) -> None:
+    """Raise UserError if a metric of the loss has the name of a column that the reporter adds."""
+    for name in filter(_COLUMNS.fullmatch, metrics):
+        raise UserError(
+            f"The loss returns a metric {name!r}, a name that lit_jax has for a column of its own; rename "
+            "the metric."
+        )
 
 
 def check_finite(

@@ -16,6 +16,7 @@ import optax
 from lit_jax.config import Side
 from lit_jax.data.example import Example
 from lit_jax.data.loader import Preprocessor, make_preprocessor
+from lit_jax.distributed.flops import matmul_flops
 from lit_jax.distributed.mesh import batch_sharding, group_by_slice, replicated
 from lit_jax.distributed.sharding import optimizer_shardings
 from lit_jax.models.dual_encoder import FEATURES, limit_logit_scale
@@ -211,6 +212,16 @@ class TrainStep:
     def trace(self, batch: AbstractBatch) -> jax.stages.Traced:
         """Return the traced step for a batch, before lowering and compilation; call under the mesh."""
         return self.jitted().trace(self.abstract_state(), self.abstract_frozen(batch), batch)
+
+    def flops(self, batch: AbstractBatch) -> int:
+        """Return the FLOPs of a step's matrix products over all devices; call under the mesh.
+
+        Recomputation does not count: neither that of config.remat nor that of micro-batches.
+        """
+        model = self.model
+        config = dataclasses.replace(model.config, remat="none", accumulate=1)
+        once = dataclasses.replace(model, config=config, module=model.module.with_remat("none"))
+        return matmul_flops(dataclasses.replace(self, model=once).trace(batch).jaxpr)
 
     def jitted(self) -> jax.stages.Wrapped:
         """Return the jitted step, which compiles at the first call."""

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from lit_jax.buckets import AnyPath, check_access
 from lit_jax.config import Config, parse
 from lit_jax.data.loader import TrainStream, make_preprocessor
+from lit_jax.distributed.chips import chip_of
 from lit_jax.distributed.compilation_cache import compilation_cache
 from lit_jax.distributed.finite import not_finite
 from lit_jax.distributed.mesh import make_mesh
@@ -43,7 +44,7 @@ from lit_jax.training.model_factory import Model, TrainedModel, build_model
 from lit_jax.training.optimizers import make_schedule
 from lit_jax.training.passed import Passed
 from lit_jax.training.policy import warn_of_full_rate
-from lit_jax.training.reporter import Reporter, usual_scale
+from lit_jax.training.reporter import Reporter, check_names, usual_scale
 from lit_jax.training.restore import first_or_latest_state
 from lit_jax.training.tower_paths import find_towers
 from lit_jax.training.train_step import TrainStep
@@ -256,6 +257,14 @@ class Trainer:
                 checkpoints.wait()
         return TrainedModel.merged(self.model, state.params, locked, total)
 
+    def _least_seconds(self) -> float | None:
+        """Return the seconds of a step at the peak of the devices, None if their peak is not known."""
+        devices = self.model.mesh.devices.flat
+        if (chip := chip_of(devices[0])) is None:
+            return None
+        flops = self.step.flops(self.step.abstract_batch(self.config.batch_size))
+        return flops / (chip.flops * len(devices))
+
     @contextlib.contextmanager
     def _compiling(self, start: int) -> Iterator[Future[Callable[..., Any]]]:
         """Yield the compiled step, which is compiled while weights are read and written."""
@@ -265,7 +274,10 @@ class Trainer:
             return
         # Only the compilation has a thread of its own: tracing depends on settings of the caller's thread.
         with self.stopwatch.timing("compile"):
-            lowered = self.step.trace(self.step.abstract_batch(self.config.batch_size)).lower()
+            traced = self.step.trace(self.step.abstract_batch(self.config.batch_size))
+            _, metrics = traced.out_info
+            check_names(metrics)
+            lowered = traced.lower()
         with ThreadPoolExecutor(1) as pool:
             yield pool.submit(lowered.compile)
 
@@ -313,6 +325,7 @@ class Trainer:
             batch_size=self.config.batch_size,
             start=start,
             total=self.durations.total,
+            least_seconds=None if start >= self.durations.total else self._least_seconds(),
             # No scale is usual for a loss that is passed.
             scale_limit=math.inf if self.passed.loss else usual_scale(self.config),
             last_saved=lambda: checkpoints.latest,

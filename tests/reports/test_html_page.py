@@ -27,7 +27,15 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 METRICS = [
     {"step": 0, "zero_shot/few/top1": 0.2},
     {"step": 1, "loss": 4.0, "learning_rate": 1e-3},
-    {"step": 2, "loss": 3.0, "learning_rate": 5e-4},
+    {
+        "step": 2,
+        "loss": 3.0,
+        "learning_rate": 5e-4,
+        "step_seconds": 0.25,
+        "data_wait_seconds": 0.03,
+        "mfu": 0.421,
+        "peak_memory_gib": 11.3,
+    },
     {"step": 2, "zero_shot/few/top1": 0.5, "seconds/data_wait": 10.0, "seconds/step": 30.0},
 ]
 
@@ -133,7 +141,9 @@ def test_it_has_all_that_is_promised(page):
         assert re.search(rf"<h[23]>{re.escape(heading)}</h[23]>", page), heading
     assert page.count("<h3>Similarity</h3>") == 2
     assert (
-        "The loss is 3.000 after 2 steps. The run took 40 s: step 75.0 %, data wait 25.0 %." in page
+        "The loss is 3.000 after 2 steps. The run took 40 s: step 75.0 %, data wait 25.0 %. A step took "
+        "250 ms, 30 ms of them to wait for data. The model's products ran at 42.1 % of the peak (MFU). A "
+        "device had at most 11.3 GiB in use." in page
     )
 
 

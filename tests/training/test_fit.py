@@ -124,6 +124,26 @@ def test_callbacks_are_called_each_so_many_steps_and_report(tiny, tmp_path, one_
         lit_jax.fit(tiny(), tmp_path / "other", callbacks=[("8 examples", silent)])
 
 
+def test_a_metric_with_the_name_of_a_column_is_refused_or_renamed(
+    tiny, tmp_path, one_device, caplog
+):
+    def loss(output, batch):
+        return jnp.float32(0) * output.image_embeds.mean(), {"seconds/step": jnp.float32(1)}
+
+    with pytest.raises(UserError, match="'seconds/step'"):
+        lit_jax.fit(tiny(), tmp_path / "loss", loss=loss)
+    assert not (tmp_path / "loss" / "config.json").exists()
+
+    def measure(trained):
+        return {"goodput": 7.0, "own": 8.0}
+
+    lit_jax.fit(tiny(duration="2 steps"), tmp_path / "run", callbacks=[("1 step", measure)])
+    rows = [row for row in read_metrics(tmp_path / "run") if "own" in row]
+    assert [row["callback/goodput"] for row in rows] == [7, 7]
+    assert all(row["goodput"] < 1 for row in rows)
+    assert caplog.text.count("'callback/goodput'") == 1
+
+
 def test_a_source_takes_the_place_of_the_data_of_the_config(tiny, tmp_path, one_device, caplog):
     for data in (
         {"data.train.path": "/no/such"},

@@ -10,6 +10,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from lit_jax.config import MeshConfig
+from lit_jax.distributed.flops import matmul_flops as all_flops
 from lit_jax.distributed.mesh import batch_sharding, cut, join, make_mesh
 from lit_jax.errors import UserError
 from lit_jax.training import trainer
@@ -19,6 +20,7 @@ from lit_jax.training.losses import make_loss
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.model_factory import build_model, example_batch
 from lit_jax.training.policy import Policy, merge
+from lit_jax.training.train_step import TrainStep
 from lit_jax.trees import flatten
 from tests.training.test_teacher import demo as teacher_demo
 
@@ -246,3 +248,17 @@ def test_batch_normalisation_that_trains_is_refused():
     check_accumulation(1, trained)
     with pytest.raises(UserError, match=r"config.accumulate=2, .*vision_model"):
         check_accumulation(2, trained)
+
+
+def test_recomputation_is_no_work_of_the_model(tiny):
+    def flops(**changes):
+        config = tiny(**changes)
+        step = TrainStep.build(build_model(config, make_mesh(MeshConfig())), lambda step: 1e-3)
+        with jax.set_mesh(step.model.mesh):
+            batch = step.abstract_batch(config.batch_size)
+            return step.flops(batch), all_flops(step.trace(batch).jaxpr)
+
+    once, traced = flops()
+    assert 0 < once == traced
+    again, traced = flops(remat="block", accumulate=2)
+    assert once == again < traced

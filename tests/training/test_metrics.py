@@ -2,12 +2,14 @@ import json
 import math
 import re
 import resource
+import time
 
 import jax.numpy as jnp
 import pytest
 
 from lit_jax.config import LogConfig
 from lit_jax.errors import UserError
+from lit_jax.training import reporter
 from lit_jax.training.goodput import Stopwatch
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.reporter import Reporter, check_finite
@@ -23,12 +25,10 @@ def report(workdir, steps, *, start=0, total=6, every=2, **config):
         start=start,
         total=total,
         last_saved=lambda: None,
-    ) as reporter:
+    ) as ours:
         for step in steps:
-            reporter.add(
-                step, {"loss": jnp.float32(step / 10)}, bad_samples={"missing": 2, "empty": 0}
-            )
-        reporter.flush()
+            ours.add(step, {"loss": jnp.float32(step / 10)}, bad_samples={"missing": 2, "empty": 0})
+        ours.flush()
 
 
 def test_a_large_scale_of_the_logits_is_told_once(tmp_path, caplog):
@@ -61,6 +61,43 @@ def test_first_last_and_every_nth_step_are_written(tmp_path):
         (4, 0.4),
         (6, 0.6),
     ]
+
+
+def test_rows_say_the_time_of_a_step_its_share_of_the_peak_and_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(reporter, "peak_memory", lambda: 3 << 29)
+    stopwatch = Stopwatch({})
+    with Reporter(
+        tmp_path,
+        LogConfig(tensorboard=False),
+        stopwatch,
+        every=2,
+        batch_size=4,
+        start=0,
+        total=4,
+        least_seconds=0.01,
+        last_saved=lambda: None,
+    ) as ours:
+        stopwatch.switch("step")
+        for step in (1, 2, 3, 4):
+            time.sleep(0.02)
+            with stopwatch.timing("data_wait"):
+                time.sleep(0.03)
+            ours.add(step, {"loss": jnp.float32(1)}, bad_samples={})
+            with stopwatch.timing("checkpoint"):
+                time.sleep(0.05)
+        ours.flush()
+    row = read_metrics(tmp_path)[1]
+    assert row["step"] == 2
+    assert 0.03 <= row["data_wait_seconds"] <= row["step_seconds"] - 0.02
+    # A checkpoint takes time from training, but not from a step.
+    assert row["step_seconds"] < 4 / row["pairs_per_second"] - 0.05
+    assert row["mfu"] == pytest.approx(0.01 / row["step_seconds"])
+    assert row["peak_memory_gib"] == 1.5
+
+
+def test_without_a_peak_or_a_count_there_is_no_figure(tmp_path):
+    report(tmp_path, [1, 2])
+    assert not {"mfu", "peak_memory_gib"} & read_metrics(tmp_path)[-1].keys()
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
@@ -132,7 +169,7 @@ def test_tensorboard_forgets_what_a_killed_run_wrote_after_its_checkpoint(tmp_pa
 @pytest.mark.parametrize("tensorboard", [True, False])
 def test_a_full_disk_is_one_sentence(tmp_path, tensorboard):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # bytes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # bytes
     try:
         with pytest.raises(UserError, match=r"\(File too large\)"):
             report(tmp_path, range(1, 100), every=1, tensorboard=tensorboard)
