@@ -3,8 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 # A file's tests stay in one process: they share its fixtures and what it has compiled.
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+# The arguments and results of every call of a function are checked against its annotations.
+CHECK_CALLS := --jaxtyping-packages=lit_jax,beartype.beartype
 
-.PHONY: train test test-all test-gpu check docs parity lock clean
+.PHONY: train test test-calls test-all test-gpu check docs parity lock clean
 
 train: .venv/run.stamp
 	$(BIN)/python -m lit_jax.train --config=configs/vit_bert.py --workdir=runs/demo
@@ -12,14 +14,18 @@ train: .venv/run.stamp
 test: .venv/dev.stamp
 	$(PYTEST)
 
-# Also the long tests, and those that compare with a live PyTorch.
+# The same tests. To check the calls takes a quarter more time.
+test-calls: .venv/dev.stamp
+	$(PYTEST) $(CHECK_CALLS)
+
+# The long tests, and those that compare with a live PyTorch.
 test-all: .venv/oracle.stamp
-	$(PYTEST) -m "long or oracle"
+	$(PYTEST) $(CHECK_CALLS) -m "long or oracle"
 
 # What the compiler makes for GPUs; no GPU is needed. In an environment of its own: where none is, the plugin
 # that brings this compiler lets every command begin with a traceback.
 test-gpu: .venv-gpu/stamp
-	.venv-gpu/bin/python -m pytest -m gpu
+	.venv-gpu/bin/python -m pytest $(CHECK_CALLS) -m gpu
 
 # Measures the differences from PyTorch again and writes docs/parity.md.
 parity: .venv/oracle.stamp
