@@ -4,14 +4,14 @@ import sys
 from pathlib import Path
 
 from lit_jax.cli import command
-from lit_jax.training import lease
+from lit_jax.training import lease, lease_wait
 from lit_jax.training.workdir_errors import workdir_errors
 
 
 @command
 def main(folder: str) -> None:
-    lease.GRACE_SECONDS = 1.0
-    lease.RENEW_SECONDS = 0.2
+    lease_wait.GRACE_SECONDS = 1.0
+    lease_wait.RENEW_SECONDS = 0.2
     workdir = Path(folder)
     with lease.holding(workdir):
         print("held", flush=True)

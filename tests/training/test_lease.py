@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from lit_jax.errors import BAD_INPUT, UserError
-from lit_jax.training import lease
+from lit_jax.training import lease, lease_file, lease_wait
 from lit_jax.training.workdir_errors import workdir_errors
 
 SCRIPT = Path(__file__).with_name("holder_of_a_folder.py")
@@ -95,8 +95,8 @@ def test_a_suspended_process_that_has_lost_the_folder_writes_nothing_more(holder
 def test_a_lease_of_another_machine_is_waited_for_by_what_changes_and_not_by_clocks(
     tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(lease, "STALE_SECONDS", 1.0)
-    monkeypatch.setattr(lease, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(lease_wait, "STALE_SECONDS", 1.0)
+    monkeypatch.setattr(lease_wait, "GRACE_SECONDS", 0.1)
     foreign(tmp_path, 3)
     start = time.monotonic()
     with caplog.at_level("WARNING", logger="lit_jax"), lease.holding(tmp_path):
@@ -129,21 +129,21 @@ def test_a_lease_of_another_machine_that_is_renewed_is_in_use(tmp_path):
 
 @pytest.fixture
 def soon(monkeypatch):
-    monkeypatch.setattr(lease, "STALE_SECONDS", 0.5)
-    monkeypatch.setattr(lease, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(lease_wait, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(lease_wait, "GRACE_SECONDS", 0.1)
 
 
 def kept_for_a_while(workdir):
     start = time.monotonic()
     with lease.holding(workdir):
-        return time.monotonic() - start >= lease.STALE_SECONDS
+        return time.monotonic() - start >= lease_wait.STALE_SECONDS
 
 
 def test_locks_count_only_where_both_processes_see_the_same_ones(tmp_path, soon):
     """One folder may be mounted twice on a machine, and a server may keep the lock of a dead machine."""
     path = foreign(tmp_path, 1)
     with path.open() as file:
-        own = lease._lock_domain(file.fileno())
+        own = lease_file._lock_domain(file.fileno())
     kernel, device = own.split("/")
     foreign(tmp_path, 1, locks=f"{kernel}/{device}9")
     assert kept_for_a_while(tmp_path)
@@ -189,14 +189,14 @@ def test_a_damaged_lease_is_one_of_an_unknown_process(tmp_path, soon, content):
 def test_a_lease_that_cannot_be_renewed_stops_the_writer_before_another_may_take_it(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(lease_wait, "RENEW_SECONDS", 0.05)
     with lease.holding(tmp_path / "run"):
-        monkeypatch.setattr(lease, "_newest", broken)
+        monkeypatch.setattr(lease_file, "_newest", broken)
         # Nobody takes it over before it is stale.
         with workdir_errors(tmp_path / "run"):
             pass
         time.sleep(0.5)
-        monkeypatch.setattr(lease, "STALE_SECONDS", 0.3)
+        monkeypatch.setattr(lease_wait, "STALE_SECONDS", 0.3)
         with pytest.raises(UserError, match=r"Input/output error"):
             lease.check_lease(tmp_path / "run")
 

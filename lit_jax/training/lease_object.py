@@ -1,0 +1,124 @@
+"""The lease of a run folder in a bucket: an object that only its holder overwrites.
+
+The holder writes the object on the condition that no other process has written it since: by the object's
+generation on Google Cloud Storage, by its ETag on S3. A process may take over a lease that has not changed
+for a minute, on the same condition, so that one process at most succeeds.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from lit_jax.buckets import BucketPath
+from lit_jax.training import lease_wait
+
+_NAME = ".lease"
+# The longest wait for an answer, in seconds. TensorStore repeats failed requests for almost as long.
+_ANSWER_SECONDS = 15.0
+_RETRIES = {"max_retries": 8, "initial_delay": "100ms", "max_delay": "2s"}
+# More often than this, no other process creates a lease and ends while this one waits for an answer.
+_MISSES = 3
+
+
+class ObjectLease:
+    """The lease of one folder in a bucket (gs://, s3://); methods raise OSError if the bucket fails."""
+
+    LOOK_SECONDS = 1.0
+    POLL_SECONDS = 1.0
+
+    def __init__(self, workdir: BucketPath):
+        self._store = _open(workdir)
+        self._token = secrets.token_hex(8)
+        self._beat = 0
+        # TensorStore's name for what this process wrote last.
+        self._generation = b""
+        self._misses = 0
+
+    def acquire(self, wait: lease_wait.Wait) -> bool:
+        """Write the lease if no other process may have the folder; return whether this succeeded."""
+        found = self._read()
+        is_there = found.state == "value"
+        if is_there and not wait.is_over(lease_wait.Observed(found.value, is_alive=None)):
+            return False
+        if not self._write(found.stamp.generation):
+            self._misses += not is_there
+            # TensorStore does not tell a missing bucket of S3 from an object that another process wrote.
+            if self._misses > _MISSES:
+                raise FileNotFoundError(errno.ENOENT, "the bucket does not exist")
+            return False
+        if is_there:
+            time.sleep(lease_wait.GRACE_SECONDS)
+            return not self.why_lost()
+        return True
+
+    def why_lost(self) -> str:
+        """Return why this process has lost the lease, "" if it still has it."""
+        found = self._read()
+        content = found.value if found.state == "value" else None
+        return lease_wait.why_lost(content, self._token)
+
+    def renew(self) -> str:
+        """Write the lease again unless it is lost; return why it is lost."""
+        return "" if self._write(self._generation) else self.why_lost()
+
+    def release(self) -> None:
+        """Remove the lease if this process still has it."""
+        with contextlib.suppress(OSError):
+            # On S3 TensorStore tests the condition of a removal before it removes. Nobody takes a lease over
+            # in between that was just renewed.
+            if self._write(self._generation):
+                _answer(self._store.write(_NAME, None, if_equal=self._generation))
+
+    def forget(self) -> None:
+        """Do nothing: a forked process has no part of the lease."""
+
+    def _read(self) -> Any:
+        return _answer(self._store.read(_NAME))
+
+    def _write(self, generation: bytes) -> bool:
+        """Write the lease over a generation of it; return False if another process has written it since."""
+        self._beat += 1
+        text = lease_wait.lease_text(self._token, self._beat)
+        stamp = _answer(self._store.write(_NAME, text, if_equal=generation))
+        if not stamp.generation:
+            # A write whose answer was lost fails when it is repeated, because the first try has succeeded.
+            found = self._read()
+            if self._token.encode() not in found.value:
+                return False
+            stamp = found.stamp
+        self._generation = stamp.generation
+        return True
+
+
+def _open(workdir: BucketPath) -> Any:
+    import tensorstore as ts
+
+    address = urlsplit(str(workdir))
+    spec: dict[str, Any] = {"bucket": address.netloc, "path": f"{address.path.strip('/')}/"}
+    if address.scheme == "gs":
+        spec["driver"] = "gcs"
+    else:
+        spec["driver"] = "s3"
+        # TensorStore does not read these variables, as the other clients of S3 do.
+        if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+            spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+    context = ts.Context({f"{spec['driver']}_request_retries": _RETRIES})
+    return ts.KvStore.open(spec, context=context).result()
+
+
+def _answer(request: Any) -> Any:
+    """Return the result of a request to TensorStore. Raise OSError if it fails or takes too long."""
+    try:
+        return request.result(timeout=_ANSWER_SECONDS)
+    except TimeoutError as error:
+        request.cancel()
+        text = f"no answer within {_ANSWER_SECONDS:.0f} s"
+        raise OSError(errno.ETIMEDOUT, text) from error
+    # TensorStore raises ValueError and others, whose messages quote the whole answer.
+    except Exception as error:
+        raise OSError(errno.EIO, str(error).partition(" [")[0].partition("\n")[0]) from error
