@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lit_jax.models import attention_kernels as kernels
+from lit_jax.models.layers import DropMask
 
 
 def attend(
@@ -19,13 +20,14 @@ def attend(
     k_BxHxSxK: Float[Array, "B H S K"],
     v_BxHxSxK: Float[Array, "B H S K"],
     bias: Float[Array, "#B #H #Q S"] | None = None,
-    dropout: Callable[[Array], Array] | None = None,
+    draw_mask: Callable[[tuple[int, ...]], DropMask] | None = None,
+    record: Callable[[Array], object] | None = None,
 ) -> Float[Array, "B H Q K"]:
     """Return scaled dot-product attention (1706.03762, section 3.2.1) in the dtype of the values.
 
     Without bias and dropout (image towers, SigLIP's texts), on a mesh of NVIDIA GPUs since Ampere, and in 16
-    bits, cuDNN computes attention in one kernel. On a mesh of TPUs without dropout, and in bfloat16, a kernel
-    of our own does, also with a mask of keys (BERT's texts); see attention_kernels.py.
+    bits, cuDNN computes attention in one kernel. On a mesh of TPUs and in bfloat16 a kernel of our own does,
+    also with a mask of keys and, for short texts, with dropout (BERT's texts); see attention_kernels.py.
 
     On CPU the implementation here is about three times as fast as jax.nn.dot_product_attention. This order of
     axes makes both products plain batched matrix products, and the division by the sum touches Q x K numbers
@@ -33,12 +35,16 @@ def attend(
 
     Args:
         bias: added to the logits.
-        dropout: applied to the weights before they are divided by their sum.
+        draw_mask: draws a mask of a given shape for the dropout of the weights.
+        record: is called with the weights before dropout, which no kernel returns.
     """
-    if bias is None and dropout is None and kernels.has_cudnn_attention(q_BxHxQxK, k_BxHxSxK):
+    drops = draw_mask is not None
+    if record is None and kernels.has_tpu_attention(q_BxHxQxK, k_BxHxSxK, bias, drops=drops):
+        dropout = draw_mask(kernels.mask_shape(q_BxHxQxK)) if drops else None
+        return kernels.tpu_attention(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK, bias, dropout)
+    is_plain = record is None and bias is None and not drops
+    if is_plain and kernels.has_cudnn_attention(q_BxHxQxK, k_BxHxSxK):
         return kernels.cudnn_attention(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK)
-    if dropout is None and kernels.has_tpu_attention(q_BxHxQxK, k_BxHxSxK, bias):
-        return kernels.tpu_attention(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK, bias)
     # The logits are scaled, not the queries. Scaled queries are one more array that a TPU keeps for the
     # gradient.
     logits_BxHxQxS = q_BxHxQxK.shape[-1] ** -0.5 * jnp.einsum(
@@ -51,8 +57,11 @@ def attend(
     weights_BxHxQxS = jnp.exp(logits_BxHxQxS - top_BxHxQx1)
     # The sum comes before dropout: dropout acts on probabilities, whose normaliser includes all keys.
     sum_BxHxQx1 = weights_BxHxQxS.sum(-1, keepdims=True)
-    if dropout is not None:
-        weights_BxHxQxS = dropout(weights_BxHxQxS)
+    if record is not None:
+        record(weights_BxHxQxS / sum_BxHxQx1)
+    if draw_mask is not None:
+        dropout = draw_mask(weights_BxHxQxS.shape)
+        weights_BxHxQxS = jnp.where(dropout.kept, weights_BxHxQxS, 0.0) * dropout.factor
     # Both products add up in float32, even for 16-bit inputs.
     context_BxHxQxK = jnp.einsum(
         "bhqs,bhsk->bhqk",

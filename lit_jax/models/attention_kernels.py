@@ -7,7 +7,7 @@ Dims: B batch, H heads, L tokens, K width of a head, D = H * K, W width of a reg
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from lit_jax.distributed.mesh import has_bfloat16_units, shard_batch
+from lit_jax.models.layers import DropMask
 from lit_jax.models.ops import on_rows, on_tpus, parallel_axes, use_plain_ops, use_tpu_forms
 
 # ---- cuDNN: one kernel on NVIDIA GPUs, as in FlashAttention (2205.14135). Training
@@ -101,10 +102,13 @@ def _cudnn_of_odd(*qkv_BxHxLxK: Array, length_B: Array) -> Array:
 _LANES, _MAX_LENGTH = 128, 640
 
 
-def has_tpu_attention(q_BxHxQxK: Array, k_BxHxSxK: Array, bias: Array | None) -> bool:
+def has_tpu_attention(
+    q_BxHxQxK: Array, k_BxHxSxK: Array, bias: Array | None, *, drops: bool = False
+) -> bool:
     """Return whether the kernel for TPUs takes these arrays: whole registers, few tokens, bfloat16.
 
-    A bias must be a mask of keys, Bx1x1xS.
+    A bias must be a mask of keys, Bx1x1xS. With dropout, the masks of the heads in a register must fit into
+    one register: 8, 16, 32 or 64 tokens for heads of width 64.
     """
     batch, heads, length, width = q_BxHxQxK.shape
     return (
@@ -116,45 +120,84 @@ def has_tpu_attention(q_BxHxQxK: Array, k_BxHxSxK: Array, bias: Array | None) ->
         and heads * width % _LANES == 0
         and (length >= 32 or length in (8, 16, 24))
         and length <= _MAX_LENGTH
+        and not (drops and (length % 8 or _LANES % _lanes_of_kept(width, length)))
     )
 
 
-@jax.custom_vjp
+def _lanes_of_kept(width: int, length: int) -> int:
+    """Return the lanes that hold one row of the dropout masks of all heads in a register."""
+    return _LANES // width * length
+
+
+class _Masks(NamedTuple):
+    """The arrays of attention that have no gradient.
+
+    Attributes:
+        bias: is added to the logits, Bx1xL.
+        kept: is 1 for the weights that dropout keeps, else 0, int8; see `mask_shape`.
+    """
+
+    bias: Array | None
+    kept: Array | None
+
+
 def tpu_attention(
-    q_BxHxLxK: Array, k_BxHxLxK: Array, v_BxHxLxK: Array, bias_Bx1x1xL: Array | None = None
+    q_BxHxLxK: Array,
+    k_BxHxLxK: Array,
+    v_BxHxLxK: Array,
+    bias_Bx1x1xL: Array | None = None,
+    dropout: DropMask | None = None,
 ) -> Array:
-    """Return attention without dropout. The bias is a mask of keys, and has no gradient.
+    """Return attention. The bias is a mask of keys, and has no gradient; a dropout mask has `mask_shape`.
 
     The kernel is interpreted where there is no TPU.
     """
-    inputs = (q_BxHxLxK, k_BxHxLxK, v_BxHxLxK)
-    (context_BxHxLxK,) = _call_on_tpu(_forward_kernel, inputs, bias_Bx1x1xL, results=1, products=2)
+    bias_Bx1xL = None if bias_Bx1x1xL is None else bias_Bx1x1xL[:, 0]
+    kept_BxLxN = None if dropout is None else dropout.kept.astype(jnp.int8)
+    factor = 1.0 if dropout is None else float(dropout.factor)
+    return _tpu_attention(factor, _Masks(bias_Bx1xL, kept_BxLxN), q_BxHxLxK, k_BxHxLxK, v_BxHxLxK)
+
+
+def mask_shape(q_BxHxLxK: Array) -> tuple[int, int, int]:
+    """Return the shape of a dropout mask for the kernel: the queries, and side by side the keys of all heads.
+
+    An array BxHxLxL would leave most of each register empty, and XLA takes longer to move its axes than to
+    draw it.
+    """
+    batch, heads, length, _ = q_BxHxLxK.shape
+    return batch, length, heads * length
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tpu_attention(factor: float, masks: _Masks, *qkv_BxHxLxK: Array) -> Array:
+    kernel = functools.partial(_forward_kernel, factor)
+    (context_BxHxLxK,) = _call_on_tpu(kernel, masks, qkv_BxHxLxK, results=1, products=2)
     return context_BxHxLxK
 
 
 def _tpu_forward(
-    *qkv_and_bias: Array | None,
-) -> tuple[Array, tuple[Array | None, ...]]:
-    return tpu_attention(*qkv_and_bias), qkv_and_bias
+    factor: float, masks: _Masks, *qkv_BxHxLxK: Array
+) -> tuple[Array, tuple[_Masks, tuple[Array, ...]]]:
+    return _tpu_attention(factor, masks, *qkv_BxHxLxK), (masks, qkv_BxHxLxK)
 
 
 def _tpu_backward(
-    qkv_and_bias: tuple[Array | None, ...], grad_BxHxLxK: Array
+    factor: float, saved: tuple[_Masks, tuple[Array, ...]], grad_BxHxLxK: Array
 ) -> tuple[Array | None, ...]:
-    *qkv_BxHxLxK, bias = qkv_and_bias
-    inputs: Any = (*qkv_BxHxLxK, grad_BxHxLxK)
+    masks, qkv_BxHxLxK = saved
+    kernel = functools.partial(_backward_kernel, factor)
     # The plain gradient has four products as well; the kernel computes the logits once more.
-    grads = _call_on_tpu(_backward_kernel, inputs, bias, results=3, products=4)
-    return *grads, None if bias is None else jnp.zeros_like(bias)
+    inputs = (*qkv_BxHxLxK, grad_BxHxLxK)
+    return None, *_call_on_tpu(kernel, masks, inputs, results=3, products=4)
 
 
-tpu_attention.defvjp(_tpu_forward, _tpu_backward)
+_tpu_attention.defvjp(_tpu_forward, _tpu_backward)
 
 
 def _call_on_tpu(
     kernel: Callable[..., None],
+    masks: _Masks,
     arrays_BxHxLxK: tuple[Array, ...],
-    bias_Bx1x1xL: Array | None,
     results: int,
     products: int,
 ) -> list[Array]:
@@ -169,10 +212,8 @@ def _call_on_tpu(
         x_BxHxLxK.swapaxes(1, 2).reshape(len(x_BxHxLxK), -1, heads * width)
         for x_BxHxLxK in arrays_BxHxLxK
     ]
-    if bias_Bx1x1xL is not None:
-        inputs.append(bias_Bx1x1xL[:, 0])
 
-    def call(*inputs: Array) -> list[Array]:
+    def call(masks: _Masks, *inputs: Array) -> list[Array]:
         batch, _, depth = inputs[0].shape
         # Short texts are packed into rows of up to a register, which their logits then fill.
         packed = _largest_divisor(batch, _LANES // length) if length % 8 == 0 else 1
@@ -181,13 +222,23 @@ def _call_on_tpu(
         size = _largest_divisor(batch // packed, min(1024 // row, 4))
         tokens = pl.BlockSpec((size, row, _LANES), lambda i, j: (i, 0, j))
         keys = pl.BlockSpec((size, 1, row), lambda i, j: (i, 0, 0))
-        shape = (batch // packed, row, depth)
+        lanes = _lanes_of_kept(width, length)
+        kept = pl.BlockSpec((size, row, _LANES), lambda i, j: (i, 0, j * lanes // _LANES))
+
+        def pack(x_BxLxN: Array) -> Array:
+            # Biases have one row for all the queries of a text.
+            axes = (1, row) if x_BxLxN.shape[1] == 1 else (row, x_BxLxN.shape[2])
+            return x_BxLxN.reshape(batch // packed, *axes)
+
         outputs = pl.pallas_call(
             functools.partial(kernel, width, length),
             grid=(batch // packed // size, depth // _LANES),
-            in_specs=[tokens if x.shape[1] == length else keys for x in inputs],
+            in_specs=[
+                jax.tree.map(lambda x: keys if x.shape[1] == 1 else kept, masks),
+                *[tokens] * len(inputs),
+            ],
             out_specs=[tokens] * results,
-            out_shape=[jax.ShapeDtypeStruct(shape, inputs[0].dtype)] * results,
+            out_shape=[jax.ShapeDtypeStruct(pack(inputs[0]).shape, inputs[0].dtype)] * results,
             cost_estimate=pl.CostEstimate(
                 flops=products * 2 * batch * length**2 * depth,
                 transcendentals=batch * heads * length**2,
@@ -195,13 +246,13 @@ def _call_on_tpu(
             ),
             compiler_params=parallel_axes(count=2),
             interpret=not on_tpus(),
-            name=f"attention{kernel.__name__}",
-        )(*(x.reshape(shape if x.shape[1] == length else (shape[0], 1, row)) for x in inputs))
+            name=f"attention{kernel.func.__name__}",
+        )(*jax.tree.map(pack, (masks, *inputs)))
         return [y.reshape(batch, length, depth) for y in outputs]
 
     return [
         y_BxLxD.reshape(*y_BxLxD.shape[:2], heads, width).swapaxes(1, 2)
-        for y_BxLxD in on_rows(call, len(inputs))(*inputs)
+        for y_BxLxD in on_rows(call, 1 + len(inputs))(masks, *inputs)
     ]
 
 
@@ -249,45 +300,81 @@ def _weights(
     return weights_LxL, 1 / weights_LxL.sum(-1, keepdims=True)
 
 
+def _dropout(masks: _Masks, width: int, length: int) -> Callable[[Array, int, int], Array]:
+    """Return the function that sets the weights to 0 that are not kept, for row i and a head of the register.
+
+    The caller applies the factor of dropout.
+    """
+    kept_ref = masks.kept
+    if kept_ref is None:
+        return lambda weights_LxL, i, head: weights_LxL
+    # A register of masks may serve several registers of heads.
+    first = pl.program_id(1) * _lanes_of_kept(width, length) % _LANES
+    shape = (_LANES, kept_ref.shape[1])
+    lane_WxL, key_WxL = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    # A product with this matrix moves the mask of a head to the keys of every text in a row. Weights between
+    # different texts are 0 anyway.
+    source_WxL = lane_WxL - first - key_WxL % length
+    moves = [(source_WxL == head * length).astype(jnp.bfloat16) for head in range(_LANES // width)]
+    return lambda weights_LxL, i, head: (
+        weights_LxL * _dot(kept_ref[i].astype(jnp.bfloat16), moves[head], _NN)
+    )
+
+
 def _forward_kernel(
-    width: int, length: int, q_ref: Any, k_ref: Any, v_ref: Any, *bias_and_result: Any
+    factor: float,
+    width: int,
+    length: int,
+    masks: _Masks,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    context_ref: Any,
 ) -> None:
-    *bias, context_ref = bias_and_result
+    drop = _dropout(masks, width, length)
     for i in range(len(q_ref)):
         context_LxW = jnp.zeros(q_ref.shape[1:], jnp.float32)
-        bias_1xL = bias[0][i] if bias else None
-        for own_1xW in _lanes_of_heads(width):
+        bias_1xL = None if masks.bias is None else masks.bias[i]
+        for head, own_1xW in enumerate(_lanes_of_heads(width)):
             weights_LxL, factor_Lx1 = _weights(q_ref[i], k_ref[i], bias_1xL, own_1xW, width, length)
-            of_head_LxW = _dot(weights_LxL.astype(v_ref.dtype), v_ref[i], _NN) * factor_Lx1
+            weights_LxL = drop(weights_LxL, i, head)
+            of_head_LxW = _dot(weights_LxL.astype(v_ref.dtype), v_ref[i], _NN)
+            of_head_LxW *= factor_Lx1 * factor
             context_LxW = jnp.where(own_1xW, of_head_LxW, context_LxW)
         context_ref[i] = context_LxW.astype(context_ref.dtype)
 
 
 def _backward_kernel(
+    factor: float,
     width: int,
     length: int,
+    masks: _Masks,
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
     grad_ref: Any,
-    *bias_and_results: Any,
+    grad_q_ref: Any,
+    grad_k_ref: Any,
+    grad_v_ref: Any,
 ) -> None:
-    *bias, grad_q_ref, grad_k_ref, grad_v_ref = bias_and_results
+    drop = _dropout(masks, width, length)
     for i in range(len(q_ref)):
         sums = [jnp.zeros(q_ref.shape[1:], jnp.float32)] * 3
-        bias_1xL = bias[0][i] if bias else None
-        for own_1xW in _lanes_of_heads(width):
+        bias_1xL = None if masks.bias is None else masks.bias[i]
+        for head, own_1xW in enumerate(_lanes_of_heads(width)):
             weights_LxL, factor_Lx1 = _weights(q_ref[i], k_ref[i], bias_1xL, own_1xW, width, length)
             weights_LxL *= factor_Lx1
             grad_weights_LxL = _dot(jnp.where(own_1xW, grad_ref[i], 0), v_ref[i], _NT)
+            grad_weights_LxL = drop(grad_weights_LxL, i, head)
             # Softmax ignores a constant that all logits of a row share.
             shared_Lx1 = (weights_LxL * grad_weights_LxL).sum(-1, keepdims=True)
-            grad_logits_LxL = weights_LxL * (grad_weights_LxL - shared_Lx1) * width**-0.5
+            grad_logits_LxL = weights_LxL * (grad_weights_LxL - shared_Lx1)
+            grad_logits_LxL *= factor * width**-0.5
             grad_logits_LxL = grad_logits_LxL.astype(q_ref.dtype)
             of_head = (
                 _dot(grad_logits_LxL, k_ref[i], _NN),
                 _dot(grad_logits_LxL, q_ref[i], _TN),
-                _dot(weights_LxL.astype(grad_ref.dtype), grad_ref[i], _TN),
+                _dot(drop(weights_LxL, i, head).astype(grad_ref.dtype), grad_ref[i], _TN) * factor,
             )
             sums = [jnp.where(own_1xW, new, old) for new, old in zip(of_head, sums, strict=True)]
         for ref, sum_LxW in zip((grad_q_ref, grad_k_ref, grad_v_ref), sums, strict=True):

@@ -7,7 +7,7 @@ always float32.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -127,10 +127,21 @@ def mean_of_attended(
     return ((x_BxLxD.astype(jnp.float32) * weight_BxLx1).sum(1) / count_Bx1).astype(x_BxLxD.dtype)
 
 
+class DropMask(NamedTuple):
+    """The numbers that a dropout keeps, and the factor by which it scales them."""
+
+    kept: Bool[Array, "..."]
+    factor: Any
+
+
 class Dropout(nn.Module):
     """A dropout of single numbers (Srivastava et al., 2014), drawn from the rng 'dropout'."""
 
     rate: float
+
+    def draw_mask(self, shape: tuple[int, ...]) -> DropMask:
+        """Return the mask for an array of this shape; its factor is a number of numpy."""
+        return draw_mask(np.float32(self.rate), self.make_rng("dropout"), shape)
 
     @nn.compact
     def __call__(self, x: Float[Array, "*X"], *, deterministic: bool) -> Float[Array, "*X"]:
@@ -150,12 +161,16 @@ def drop(
         shape: the shape of the mask, which broadcasts to the shape of `x`. Along an axis of length 1 all of
             `x` is dropped or kept together.
     """
+    kept, factor = draw_mask(rate.astype(jnp.float32), key, shape)
+    return (jnp.where(kept, x.astype(jnp.float32), 0.0) * factor).astype(x.dtype)
+
+
+def draw_mask(rate: Any, key: jax.Array, shape: tuple[int, ...]) -> DropMask:
+    """Draw the mask of `drop`. The rate is a float32 number of JAX or numpy, and so is the factor."""
     # Integers are compared, so the rate and the scale agree exactly: 16 bits have only 2^16 values.
-    steps = jnp.round((1 - rate.astype(jnp.float32)) * 2**16)
-    kept = ops.random_16_bits(key, shape) < steps.astype(jnp.uint32)
-    return (jnp.where(kept, x.astype(jnp.float32), 0.0) * (2**16 / jnp.maximum(steps, 1))).astype(
-        x.dtype
-    )
+    steps = ((1 - rate) * 2**16).round()
+    kept = ops.random_16_bits(key, shape) < steps.astype(np.uint32)
+    return DropMask(kept, 2**16 / steps.clip(1))
 
 
 def normal(std: float, cutoff: float | None = None) -> Callable[..., Array]:

@@ -57,15 +57,15 @@ def parallel_axes(*, count: int) -> Any:
 def on_rows(kernel: Callable[..., Any], rows: int) -> Callable[..., Any]:
     """Return a function that calls a kernel on each device of the mesh, for the device's own rows.
 
-    The first `rows` arguments and all results have a leading axis that the devices share out. The other
-    arguments are the same on all devices.
+    The first `rows` arguments and all results are arrays, or trees of arrays, with a leading axis that the
+    devices share out. The other arguments are the same on all devices.
     """
     if not mesh_shape():
         return kernel
 
-    def call(*arrays: Array) -> Any:
-        specs = tuple(BATCH if i < rows else REPLICATED for i in range(len(arrays)))
-        return jax.shard_map(kernel, in_specs=specs, out_specs=BATCH, check_vma=False)(*arrays)
+    def call(*trees: Any) -> Any:
+        specs = tuple(BATCH if i < rows else REPLICATED for i in range(len(trees)))
+        return jax.shard_map(kernel, in_specs=specs, out_specs=BATCH, check_vma=False)(*trees)
 
     return call
 

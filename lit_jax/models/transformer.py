@@ -291,18 +291,16 @@ class Attention(nn.Module):
         if select and bias is not None and bias.shape[2] > 1:
             bias = select(bias, 2)
 
-        # `attend` calls this function before it divides by the sum. Its fused kernel cannot call it at all.
-        shown = self.is_mutable_collection("intermediates")
-
-        def dropout(weights_BxHxQxL: Array) -> Array:
-            if shown:
-                probability = weights_BxHxQxL / weights_BxHxQxL.sum(-1, keepdims=True)
-                self.sow("intermediates", "probability", probability)
-            return Dropout(cfg.attention_dropout)(weights_BxHxQxL, deterministic=deterministic)
-
         drops = cfg.attention_dropout and not deterministic
         context_BxHxQxK = attend(
-            query_BxHxQxK, key_BxHxLxK, value_BxHxLxK, bias, dropout if shown or drops else None
+            query_BxHxQxK,
+            key_BxHxLxK,
+            value_BxHxLxK,
+            bias,
+            Dropout(cfg.attention_dropout).draw_mask if drops else None,
+            functools.partial(self.sow, "intermediates", "probability")
+            if self.is_mutable_collection("intermediates")
+            else None,
         )
         context_BxQxHxK = context_BxHxQxK.swapaxes(1, 2)
         context_BxQxD = context_BxQxHxK.reshape(*context_BxQxHxK.shape[:2], cfg.width)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lit_jax.distributed import mesh
 from lit_jax.models.attention import attend
+from lit_jax.models.layers import DropMask
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -50,7 +51,7 @@ def test_attention_in_bfloat16_has_its_temperature(width):
 
 def test_attention_drops_probabilities_without_renormalising():
     v = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 3, 4)), jnp.float32)
-    half = attend(v, v, v, dropout=lambda x: x / 2)
+    half = attend(v, v, v, draw_mask=lambda shape: DropMask(jnp.ones(shape, bool), 0.5))
     np.testing.assert_allclose(half, attend(v, v, v) / 2, rtol=1e-6)
 
 
@@ -108,19 +109,21 @@ def attend_on(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "keys", "width", "bias", "dropout"),
+    ("dtype", "keys", "width", "bias", "draw_mask"),
     [
         (jnp.float32, 4, 8, None, None),
         (jnp.bfloat16, 4, 8, jnp.zeros((1, 1, 1, 4)), None),
-        (jnp.bfloat16, 4, 8, None, lambda x: x),
+        (jnp.bfloat16, 4, 8, None, lambda shape: DropMask(jnp.ones(shape, bool), 1.0)),
         (jnp.bfloat16, 4, 12, None, None),
         (jnp.bfloat16, 4, 136, None, None),
         (jnp.bfloat16, 5, 8, None, None),
     ],
 )
-def test_cudnn_is_not_asked_for_what_it_does_not_have(attend_on, dtype, keys, width, bias, dropout):
+def test_cudnn_is_not_asked_for_what_it_does_not_have(
+    attend_on, dtype, keys, width, bias, draw_mask
+):
     q, k = (jnp.ones((1, 1, length, width), dtype) for length in (4, keys))
-    assert attend_on("NVIDIA H100 80GB HBM3", q, k, k, bias, dropout).dtype == dtype
+    assert attend_on("NVIDIA H100 80GB HBM3", q, k, k, bias, draw_mask).dtype == dtype
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,14 @@ from lit_jax.config_file import load_config
 from lit_jax.distributed.mesh import batch_sharding, make_mesh, replicated
 from lit_jax.models import ops
 from lit_jax.models.attention import attend, attention_bias
-from lit_jax.models.attention_kernels import has_tpu_attention, tpu_attention
+from lit_jax.models.attention_kernels import has_tpu_attention, mask_shape, tpu_attention
 from lit_jax.models.layer_norm import (
     has_tpu_layer_norm,
     layer_norm,
     plain_layer_norm,
     tpu_layer_norm,
 )
+from lit_jax.models.layers import DropMask, draw_mask
 from lit_jax.planning.topologies import open_topology
 from lit_jax.training.model_factory import build_model, example_batch
 
@@ -84,6 +85,38 @@ def test_masked_texts_do_not_see_each_other(batch, length):
     assert_close(function(tpu_attention), function(attend), 1e-5)
 
 
+def heads_first(mask):
+    """Return a mask of the kernel as one for the plain form, BxHxLxL."""
+    batch, length, keys = mask.kept.shape
+    kept = mask.kept.reshape(batch, length, keys // length, length).swapaxes(1, 2)
+    return DropMask(kept, mask.factor)
+
+
+# Heads that share a register of masks, a last register that is not full, and one head in a register.
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "width"),
+    [(16, 6, 16, 64), (8, 2, 32, 64), (3, 4, 64, 64), (8, 4, 8, 32), (4, 3, 16, 128)],
+)
+@pytest.mark.parametrize("has_padding", [False, True])
+def test_dropout_of_attention_is_the_plain_one(batch, heads, length, width, has_padding):
+    *qkv, grad = (draw(batch, heads, length, width, seed=i) for i in range(4))
+    attended = np.random.default_rng(0).random((batch, length)) < 0.7
+    bias = attention_bias(jnp.asarray(attended)) if has_padding else None
+    mask = draw_mask(np.float32(0.3), jax.random.key(0), mask_shape(qkv[0]))
+
+    def function(form, mask):
+        return jax.jit(lambda *x: value_and_gradients(lambda *x: form(*x, bias, mask), x, grad))(
+            *qkv
+        )
+
+    actual, expected = function(tpu_attention, mask), function(attend, lambda _: heads_first(mask))
+    assert_close(actual, expected, 1e-5)
+    without = value_and_gradients(lambda *qkv: attend(*qkv, bias), qkv, grad)
+    # The mask reaches the value and each gradient.
+    for dropped, whole in zip(actual, without, strict=True):
+        assert np.abs(dropped - whole).max() > 0.01 * np.abs(whole).max()
+
+
 def test_attention_in_bfloat16_is_as_exact_as_the_plain_one():
     *qkv, grad = (draw(2, 2, 50, 64, dtype=jnp.bfloat16, seed=i) for i in range(4))
     wide = [x.astype(jnp.float32) for x in (*qkv, grad)]
@@ -95,13 +128,23 @@ def test_attention_in_bfloat16_is_as_exact_as_the_plain_one():
 
 
 def test_attention_works_on_the_rows_of_each_device(on_mesh):
-    arrays = [draw(16, 2, 33, 64, seed=i) for i in range(4)]
+    arrays = [draw(16, 2, 32, 64, seed=i) for i in range(4)]
+    attended, kept = draw(16, 32, seed=4) > 0, draw(16, 32, 64, seed=5) > -1
 
-    def function(*arrays):
-        return value_and_gradients(tpu_attention, arrays[:3], arrays[3])
+    def kernel(*x):
+        return tpu_attention(*x[:3], attention_bias(x[3]), DropMask(x[4], 1.2))
 
-    expected = value_and_gradients(attend, arrays[:3], arrays[3])
-    assert_close(on_mesh(function, arrays, 4), expected, 1e-5)
+    def plain(*x):
+        return attend(*x[:3], attention_bias(x[3]), lambda _: heads_first(DropMask(x[4], 1.2)))
+
+    def function(form):
+        def call(q, k, v, grad, *masks):
+            return value_and_gradients(lambda *qkv: form(*qkv, *masks), (q, k, v), grad)
+
+        return call
+
+    arrays += [attended, kept]
+    assert_close(on_mesh(function(kernel), arrays, 6), function(plain)(*arrays), 1e-5)
 
 
 def norm_arguments(x):
@@ -202,6 +245,27 @@ def test_attention_that_the_kernel_lacks_is_left_to_xla(
         assert not has_tpu_attention(q, k, bias)
 
 
+# 64 tokens are the most whose masks of two heads fill one register.
+@pytest.mark.parametrize(
+    ("length", "width", "expected"),
+    [
+        (16, 64, True),
+        (64, 64, True),
+        (64, 128, True),
+        (77, 64, False),
+        (128, 64, False),
+        (24, 64, False),
+        (64, 32, False),
+    ],
+)
+def test_dropout_of_long_texts_is_left_to_xla(monkeypatch, length, width, expected):
+    monkeypatch.setattr(ops, "device_kind", lambda: TPU)
+    q = jnp.ones((8, 4, length, width), jnp.bfloat16)
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        assert has_tpu_attention(q, q, None)
+        assert has_tpu_attention(q, q, None, drops=True) == expected
+
+
 def test_a_model_is_initialised_by_one_row_on_many_tpus(monkeypatch):
     monkeypatch.setattr(ops, "device_kind", lambda: TPU)
     wide = {"hidden_size": 128, "num_attention_heads": 2}
@@ -240,19 +304,20 @@ def test_wide_layer_norms_fit_on_chip(length, width, dtype):
 @pytest.mark.long
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_each_tpu_compiles_the_kernels_and_gathers_nothing(name):
-    """With gradients, for short texts with a mask, and for the most tokens that the kernel takes."""
+    """With gradients, for short texts with masks, and for the most tokens that the kernel takes."""
     mesh = make_mesh(MeshConfig(), open_topology(name).devices)
     rows = 16 * mesh.size
 
     def abstract(shape, sharding):
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
 
-    def function(x, scale, grad, bias=None):
+    def function(x, scale, grad, bias=None, kept=None):
         y, pull_norm = jax.vjp(
             lambda x, scale: layer_norm(x, scale, scale, 1e-6, x.dtype), x, scale
         )
         heads = y.reshape(rows, -1, 2, 64).swapaxes(1, 2)
-        context, pull = jax.vjp(lambda q, k, v: attend(q, k, v, bias), heads, heads, heads)
+        mask = None if kept is None else lambda _: DropMask(kept, 1.25)
+        context, pull = jax.vjp(lambda *qkv: attend(*qkv, bias, mask), heads, heads, heads)
         return context, pull(grad), pull_norm(y)
 
     for length in (16, 197, 640):
@@ -261,7 +326,8 @@ def test_each_tpu_compiles_the_kernels_and_gathers_nothing(name):
             grad = abstract((rows, 2, length, 64), batch_sharding(mesh))
             scale = jax.ShapeDtypeStruct((128,), jnp.float32, sharding=replicated(mesh))
             mask = jax.ShapeDtypeStruct((rows, 1, 1, length), jnp.float32, sharding=x.sharding)
-            arrays = (x, scale, grad, mask) if length == 16 else (x, scale, grad)
+            kept = jax.ShapeDtypeStruct((rows, length, 2 * length), bool, sharding=x.sharding)
+            arrays = (x, scale, grad, mask, kept) if length == 16 else (x, scale, grad)
             program = str(jax.jit(function).lower(*arrays).compile().as_text())
         kernels = set(re.findall(r'op_name="[^"]*/(\w+)/pallas_call"', program))
         assert kernels == {
