@@ -18,6 +18,7 @@ from lit_jax.config_schema import (
     NotNegative,
     Positive,
     Range,
+    StepRange,
     UnknownKeyError,
     convert,
 )
@@ -250,6 +251,8 @@ class LogConfig:
 
     # The time between two reports, in steps, epochs or examples.
     every: Duration = "50 steps"
+    # The first and the last step of a profile, which is written into the run folder for XProf: '100:110'.
+    profile: StepRange | None = None
     # Metrics are also written to TensorBoard files in the run folder.
     tensorboard: bool = True
     # The project of Weights & Biases that gets the metrics. None: no project.

@@ -42,9 +42,13 @@ _INTERVAL = re.compile(f"{_DURATION.pattern}|{_TIME.pattern}")
 Duration = Annotated[str, _DURATION]
 # A duration, or a time on the clock such as "30 seconds" or "10 minutes"; see `seconds`.
 Interval = Annotated[str, _INTERVAL]
-_EXAMPLES = {
-    _DURATION: "'300 steps', '2.5 epochs' or '9e8 examples'",
-    _INTERVAL: "'300 steps', '2.5 epochs', '9e8 examples', '30 seconds' or '10 minutes'",
+# A text such as "100:110"; see `step_range`.
+StepRange = Annotated[str, re.compile(r"([0-9]{1,10}):([0-9]{1,10})")]
+_EXPECTED = {
+    Duration: "a duration; write for example '300 steps', '2.5 epochs' or '9e8 examples'",
+    Interval: "a duration; write for example '300 steps', '2.5 epochs', '9e8 examples', '30 seconds' or "
+    "'10 minutes'",
+    StepRange: "a range of steps; write the first and the last, for example '100:110'",
 }
 
 
@@ -181,7 +185,9 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         converted, limit = convert(args[0], value, where), args[1]
         if isinstance(limit, Range):
             return _in_range(converted, limit, where)
-        return _duration(converted, limit, where)
+        if limit.fullmatch(converted):
+            return converted
+        raise UserError(f"{where}={converted!r} is not {_EXPECTED[kind]}.")
     if origin is Literal:
         if value not in args:
             raise UserError(
@@ -237,12 +243,6 @@ def _in_range(number: int | float, allowed: Range, where: str) -> int | float:
     raise UserError(f"{where} is {_shown(number)}; it must be at least {allowed.least}{most}.")
 
 
-def _duration(text: str, pattern: re.Pattern[str], where: str) -> str:
-    if pattern.fullmatch(text):
-        return text
-    raise UserError(f"{where}={text!r} is not a duration; write for example {_EXAMPLES[pattern]}.")
-
-
 def _convert_dataclass(choices: tuple[type, ...], value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise UserError(f"{where} is {value!r}; it must be a group of keys.")
@@ -276,3 +276,9 @@ def seconds(interval: str) -> float | None:
     """Return the seconds of an `Interval` that is a time on the clock, None for any other."""
     match = _TIME.fullmatch(interval)
     return match and float(match[1]) * {"second": 1, "minute": 60}[match[2]]
+
+
+def step_range(text: str) -> range:
+    """Return the steps of a `StepRange`, from the first to the last; none if it is backwards."""
+    first, last = map(int, text.split(":"))
+    return range(first, last + 1)

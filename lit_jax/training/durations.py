@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from lit_jax.buckets import AnyPath
 from lit_jax.config import Config, EvalConfig
-from lit_jax.config_schema import MOST, seconds, steps
+from lit_jax.config_schema import MOST, seconds, step_range, steps
 from lit_jax.errors import UserError
 
 
@@ -16,6 +16,7 @@ class Durations:
 
     Attributes:
         save_every, save_seconds: the steps, or the seconds, between two saves; the other is None.
+        profile: the steps of the profile.
     """
 
     total: int
@@ -23,6 +24,7 @@ class Durations:
     save_seconds: float | None
     keep_every: int | None
     log_every: int
+    profile: range
     # The steps between two runs of each repeated evaluation, by name.
     eval_every: Mapping[str, int]
     # The steps between two calls of each callback, in their order.
@@ -36,7 +38,8 @@ class Durations:
             examples: the number of examples in an epoch.
             callbacks: the duration between two calls of each callback.
 
-        Raises UserError for a duration of less than one step or second, and for a run with too many steps.
+        Raises UserError for a duration of less than one step or second, for a run with too many steps, and
+        for a profile that is not within the run.
         """
         count = functools.partial(_at_least_one, config, examples)
         keep_every = config.checkpoint.keep_every
@@ -58,6 +61,7 @@ class Durations:
             save_seconds=save_seconds,
             keep_every=count("checkpoint.keep_every", keep_every) if keep_every else None,
             log_every=count("log.every", config.log.every),
+            profile=_profile(config.log.profile, total),
             eval_every={
                 name: count(f"evals.{name}.every", one.every)
                 for name, one in config.evals.items()
@@ -97,6 +101,18 @@ class Durations:
 def steps_of(config: Config, examples: int, duration: str) -> int:
     """Return the number of steps of a duration, rounded down, where an epoch has `examples` examples."""
     return steps(duration, batch_size=config.batch_size, examples_per_epoch=examples)
+
+
+def _profile(steps: str | None, total: int) -> range:
+    if steps is None:
+        return range(0)
+    profile = step_range(steps)
+    if not profile or profile[0] < 1 or profile[-1] > total:
+        raise UserError(
+            f"config.log.profile={steps!r} is no range within the steps 1 to {total} of the run; write the "
+            "first and the last step, such as '100:110'."
+        )
+    return profile
 
 
 def _at_least_one(config: Config, examples: int, key: str, duration: str) -> int:

@@ -16,6 +16,7 @@ from lit_jax.training.durations import Durations
 from lit_jax.training.goodput import Stopwatch
 from lit_jax.training.model_factory import Model, TrainedModel
 from lit_jax.training.passed import Passed
+from lit_jax.training.profiler import Profiler
 from lit_jax.training.reporter import Reporter
 from lit_jax.training.train_step import State
 from lit_jax.trees import Tree
@@ -59,17 +60,24 @@ class Loop:
     stop: StopSignal
 
     def take_steps(
-        self, start: int, state: State, stream: TrainStream, step_fn: Callable[..., Any]
+        self,
+        start: int,
+        state: State,
+        stream: TrainStream,
+        step_fn: Callable[..., Any],
+        profiler: Profiler,
     ) -> State:
         """Return the state after the last step. Raise Preempted after SIGTERM, once the state is saved."""
         durations, stopwatch = self.durations, self.stopwatch
         alarm = Alarm(durations.save_seconds, start)
         for step in range(start + 1, durations.total + 1):
-            # The stream advances only here, so that a save below records the position after `step` batches.
-            with stopwatch.timing("data_wait"):
-                batch = global_batch(next(stream), self.model.mesh)
-            state, metrics = step_fn(state, self.frozen, batch)
-            self.reporter.add(step, metrics, bad_samples=stream.bad_samples)
+            with profiler.step(step):
+                # The stream advances only here, so that a save below records the position after `step`
+                # batches.
+                with stopwatch.timing("data_wait"):
+                    batch = global_batch(next(stream), self.model.mesh)
+                state, metrics = step_fn(state, self.frozen, batch)
+                self.reporter.add(step, metrics, bad_samples=stream.bad_samples)
             # Every process must ask in every step, because the answer comes from a collective.
             stopping = self.stop.requested(step)
             if stopping or durations.saves_at(step) or alarm.rings(step):

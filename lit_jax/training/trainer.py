@@ -44,6 +44,7 @@ from lit_jax.training.model_factory import Model, TrainedModel, build_model
 from lit_jax.training.optimizers import make_schedule
 from lit_jax.training.passed import Passed
 from lit_jax.training.policy import warn_of_full_rate
+from lit_jax.training.profiler import Profiler
 from lit_jax.training.reporter import Reporter, check_names, usual_scale
 from lit_jax.training.restore import first_or_latest_state
 from lit_jax.training.tower_paths import find_towers
@@ -251,8 +252,11 @@ class Trainer:
                     with self._open_stream(position) as stream:
                         with self.stopwatch.timing("compile"):
                             step_fn = compilation.result()
-                        with self.stopwatch.timing("step"):
-                            state = loop.take_steps(start, state, stream, step_fn)
+                        with (
+                            self.stopwatch.timing("step"),
+                            self._profiler(start, reporter) as profiler,
+                        ):
+                            state = loop.take_steps(start, state, stream, step_fn, profiler)
             with self.stopwatch.timing("checkpoint"):
                 checkpoints.wait()
         return TrainedModel.merged(self.model, state.params, locked, total)
@@ -315,6 +319,12 @@ class Trainer:
             if position is not None:
                 stream.set_state(position)
             yield stream
+
+    def _profiler(self, start: int, reporter: Reporter) -> Profiler:
+        steps = self.durations.profile
+        # A run that resumes within the range profiles the rest, and one that resumes after it nothing.
+        left = range(max(steps.start, start + 1), steps.stop)
+        return Profiler(self.workdir, left, finish_steps=reporter.flush, stopwatch=self.stopwatch)
 
     def _open_reporter(self, start: int, checkpoints: Checkpoints, locked: Tree) -> Reporter:
         return Reporter(
