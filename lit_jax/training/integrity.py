@@ -33,8 +33,8 @@ class PendingSums:
     """
 
     dtypes: Mapping[str, str]
-    exact: Mapping[str, jax.Array]
-    rounded: Mapping[str, jax.Array]
+    exact: Mapping[str, jax.Array | np.ndarray]
+    rounded: Mapping[str, jax.Array | np.ndarray]
 
     def fetch(self) -> Sums:
         """Wait for the devices, in any thread; return dtype and checksum of each array."""
@@ -103,14 +103,15 @@ def by_path(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _checksums(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    if not leaves:
-        return {}
-    # Under the mesh of the arrays every process gets all sums.
-    mesh: Any = getattr(next(iter(leaves.values())).sharding, "mesh", None)
+def _checksums(
+    leaves: Mapping[str, jax.Array | np.ndarray],
+) -> dict[str, jax.Array | np.ndarray]:
+    # Under the mesh of the arrays every process gets all sums. Arrays on the host have none.
+    meshes = [getattr(getattr(leaf, "sharding", None), "mesh", None) for leaf in leaves.values()]
+    mesh = next((mesh for mesh in meshes if mesh is not None), None)
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         return checksums(leaves)
 
 
-def _fetched(sums: Mapping[str, jax.Array]) -> dict[str, list[int]]:
+def _fetched(sums: Mapping[str, jax.Array | np.ndarray]) -> dict[str, list[int]]:
     return {path: both.tolist() for path, both in jax.device_get(sums).items()}
