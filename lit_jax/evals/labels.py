@@ -3,6 +3,7 @@
 import collections
 import logging
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -128,8 +129,8 @@ class Labels:
 
 
 def integer(label: str) -> int | None:
-    """Return the whole number that a label spells, or None."""
-    match = _INTEGER.fullmatch(label)
+    """Return the whole number that a label spells, with or without blanks around it, or None."""
+    match = _INTEGER.fullmatch(label.strip())
     return int(match[1]) if match else None
 
 
@@ -141,12 +142,13 @@ def without_minus_one(labels: Iterable[str]) -> list[str]:
 def one_spelling(labels: Iterable[str]) -> Mapping[str, str]:
     """Return a map from each label to a common spelling.
 
-    If all labels are whole numbers, "7", "007" and "7.0" are the same label; otherwise each label stands for
-    itself.
+    If all labels are whole numbers, "7", "007" and "7.0" are the same label; otherwise blanks around a label
+    do not count, nor does the Unicode normal form: macOS writes the é in the name of a folder as two
+    characters.
     """
     numbers = {label: integer(label) for label in labels}
     if any(number is None for number in numbers.values()):
-        return {label: label for label in numbers}
+        return {label: unicodedata.normalize("NFC", label).strip() for label in numbers}
     return {label: str(number) for label, number in numbers.items()}
 
 
@@ -223,8 +225,12 @@ def _sorted(
 
 
 def _ranked(found: Collection[str], order: str, *, are_folders: bool) -> Sequence[str]:
-    """Return the labels sorted as `order` says; numbers in their common spelling."""
-    as_text = sorted(found)
+    """Return the labels sorted as `order` says, one for each spelling; numbers in their common spelling."""
+    spelling, first = one_spelling(found), {}
+    # The labels themselves are sorted and not their common spellings, because torchvision sorts folder names.
+    for label in sorted(found, key=str.strip):
+        first.setdefault(spelling[label], label)
+    as_text = [*first.values()]
     numbers = {label: number for label in as_text if (number := integer(label)) is not None}
     all_numbers = len(numbers) == len(as_text)
     if order == AS_NUMBERS and not all_numbers:

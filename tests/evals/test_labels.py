@@ -78,6 +78,13 @@ def test_labels_may_be_numbers_or_put_in_order_by_sorting(pictures):
         (["2", "10", "02", "10.0", "3"], "sorted", [0, 2, 0, 2, 1]),
         (["2", "10", "b"], "sorted", [1, 0, 2]),  # not all are numbers
         (["n10", "n9", "n1"], "sorted", [1, 2, 0]),
+        ([" 10", "2", "9 "], "sorted", [2, 0, 1]),
+        (["b", " c", "a"], "sorted", [1, 2, 0]),
+        (
+            ["cafe\u0301", "dog", "caf\xe9"],
+            "sorted",
+            [0, 1, 0],
+        ),  # é as macOS writes it, and as others do
         (["1_0", "2", "30"], "sorted", [0, 1, 2]),
         (["٣", "10", "2"], "sorted", [2, 0, 1]),  # a digit, but not as numbers are written in files
         (["1" * 5000, "10", "2"], "sorted", [1, 0, 2]),  # more digits than Python reads
@@ -105,6 +112,17 @@ def test_listed_labels_that_are_numbers_are_found_in_any_spelling(
 ):
     classes = Classes(names=("a", "b", "c"), labels=listed)
     assert label_ids(Labels(relabel(pictures, labels)), classes).tolist() == expected
+
+
+def test_a_class_is_found_in_another_normal_form_of_unicode_and_with_blanks(class_folders):
+    source, labels = class_folders(["cafe\u0301", "dog"])
+    found = label_ids(Labels(source), Classes(names=("dog ", "caf\xe9")))
+    assert found.tolist() == [int(label != "dog") for label in labels]
+    # Two folders that differ in nothing but the normal form are two classes.
+    source, labels = class_folders(["caf\xe9"])
+    names = ("cafe\u0301", "caf\xe9", "dog")
+    found = label_ids(Labels(source), Classes(names=names))
+    assert found.tolist() == [names.index(label) for label in labels]
 
 
 def test_the_first_pairs_of_label_and_class_are_shown(pictures, caplog):
