@@ -254,6 +254,28 @@ def test_names_of_columns_that_the_user_sets_are_kept(tmp_path, encode, noise):
         assert (examples[0]["captions"][0], len(examples)) == (caption, count)
 
 
+# A damaged item would damage its whole list.
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("list.json", '{"file_name": "b.png"}'),
+        ("metadata.jsonl", '{"file_name": "b.png"}'),
+        ("metadata.jsonl", "{damaged"),
+        ("metadata.jsonl", "[" * 100_000),
+        ("metadata.jsonl", "7"),
+    ],
+)
+def test_the_first_row_alone_does_not_decide_the_names_of_columns(
+    tmp_path, name, first, encode, noise
+):
+    rows = [first, '{"file_name": "a.png", "text": "a dog"}']
+    text = f"[ {', '.join(rows)}]" if name == "list.json" else "\n".join(rows)
+    (tmp_path / name).write_text(text)
+    for image in ("a.png", "b.png"):
+        (tmp_path / image).write_bytes(encode(noise(4, 7, 3)))
+    assert open_source(SourceConfig(path=str(tmp_path)))[1]["captions"] == ("a dog",)
+
+
 def test_one_split_of_metadata_is_no_class(tmp_path, encode, noise):
     write_metadata(tmp_path / "train", "jsonl", ROWS, encode, noise)
     with pytest.raises(UserError, match=r"config\.data\.train\.split"):

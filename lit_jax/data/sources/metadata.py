@@ -4,11 +4,14 @@ Image folders of Hugging Face's `datasets` contain metadata.jsonl, metadata.csv 
 column "file_name". The captions may be in any other column, usually "text".
 """
 
+import contextlib
 import csv
 import dataclasses
 import json
 import logging
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 from pyarrow import parquet
 
@@ -25,6 +28,7 @@ log = logging.getLogger(__name__)
 # Config key -> the column names of other tools, which are tried if no column has the key's default name.
 _OTHER_NAMES = {"image_key": ("file_name",), "caption_key": ("captions", "text")}
 _HEAD_BYTES = 1 << 20
+_BETWEEN_ITEMS = re.compile(r"[\s\[,]*")
 _FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -49,14 +53,29 @@ def _names(file: File) -> Collection[str]:
             return parquet.read_schema(opened).names
     try:
         head = read(file, 0, _HEAD_BYTES).decode("utf-8-sig", "replace").strip()
-        if kind == ".json":
-            # The head may end within an item, so only the first item is decoded.
-            row, _ = json.JSONDecoder().raw_decode(head.removeprefix("[").strip())
-            return row
-        line = head.split("\n")[0]
-        return parse_json(line) if kind == ".jsonl" else next(csv.reader([line]), [])
-    except (ValueError, RecursionError, csv.Error):
+        if kind == ".csv":
+            return next(csv.reader([head.split("\n")[0]]), [])
+    except csv.Error:
         return ()
+    rows = _rows_of_list(head) if kind == ".json" else _rows_of_lines(head)
+    # Not only the first row: it may be damaged, or be the one image without a caption.
+    return {name for row in rows if isinstance(row, dict) for name in row}
+
+
+def _rows_of_lines(head: str) -> Iterator[Any]:
+    """Yield the readable values of a JSONL file's head, which may end within a line."""
+    for line in head.split("\n"):
+        with contextlib.suppress(ValueError):
+            yield parse_json(line)
+
+
+def _rows_of_list(head: str) -> Iterator[Any]:
+    """Yield the items of a JSON list's head up to the first that is damaged, or cut off."""
+    decoder, end = json.JSONDecoder(), 0
+    with contextlib.suppress(ValueError, RecursionError):
+        while start := _BETWEEN_ITEMS.match(head, end):
+            row, end = decoder.raw_decode(head, start.end())
+            yield row
 
 
 def tell_unread(file: File, files: Sequence[File]) -> None:
