@@ -1,4 +1,4 @@
-"""Checked paths, atomic writes, and JSON."""
+"""Checked paths, atomic writes, JSON, and pointers of Git LFS."""
 
 import contextlib
 import json
@@ -20,6 +20,7 @@ _LONGEST_NAME = 255
 # Orbax lists the parts of a checkpoint by a glob pattern that begins with the folder's own path. TensorStore
 # reads a backslash as a slash, so that it would look for a checkpoint in another folder.
 _PATTERN = re.compile(r"[\[\]*?\\]")
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def local_path(name: str, text: str) -> Path:
@@ -152,6 +153,21 @@ def atomic_write(path: AnyPath, content: str | bytes) -> None:
         return
     with atomic_path(path) as new:
         new.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def is_lfs_pointer(content: bytes) -> bool:
+    """Return whether the content of a file is what a clone without Git LFS has in its place."""
+    return content.startswith(_LFS_POINTER)
+
+
+def refuse_lfs_pointer(file: Path) -> None:
+    """Raise UserError if a file is a pointer of Git LFS; do nothing for a file that cannot be read."""
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        if is_lfs_pointer(opened.read(len(_LFS_POINTER))):
+            raise UserError(
+                f"{file} is a Git LFS pointer without the file's content; run `git lfs pull` in "
+                f"{file.parent}."
+            )
 
 
 def parse_json(content: str | bytes) -> Any:

@@ -23,6 +23,7 @@ from lit_jax.data.augment import NO_JITTER, NO_OPERATIONS, color_jitter, rand_au
 from lit_jax.data.example import BadSampleError
 from lit_jax.data.files import File, ObjectPath, find, read_whole
 from lit_jax.data.resample import FILTERS, enlarge_window
+from lit_jax.files import is_lfs_pointer
 from lit_jax.models.normalization import Normalization
 
 # An image as a source gives it: a path, the file's content, pixels, or None without an image.
@@ -305,6 +306,8 @@ def opened(image: ImageFile) -> Iterator[Image.Image]:
 
 def _other_file(content: bytes) -> str:
     """Return a description of a file that is in none of `FORMATS`, by its first bytes alone."""
+    if is_lfs_pointer(content):
+        return "a Git LFS pointer without the image; run `git lfs pull` where it lies"
     # Pillow registers most of its formats only in `init`.
     Image.init()
     for name, (_, accepts) in Image.OPEN.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_jax.errors import UserError
+from lit_jax.files import refuse_lfs_pointer
 
 # The message of transformers about a missing package, whose exception has no `name`.
 _REQUIRES = re.compile(r"requires the (\w+) library")
@@ -28,13 +29,22 @@ def read_pretrained(auto_class: Any, folder: Path, what: str, advice: str, **opt
         return auto_class.from_pretrained(folder, trust_remote_code=False, **options)
     # A broken file can raise any exception inside transformers.
     except Exception as error:
+        # A clone without Git LFS is a common cause, and the message of transformers names another.
+        for file in sorted(folder.iterdir()):
+            if file.is_file():
+                refuse_lfs_pointer(file)
         if _asks_for_code(auto_class, folder):
             raise _is_code(what) from error
         absent = [name for name in _SENTENCEPIECE if not _is_installed(name)]
-        if absent and [*folder.glob("*.model")]:
-            # Without sentencepiece, transformers reads the file as tiktoken's and reports that failure.
-            error = ImportError(str(error), name=absent[0])
-        raise unusable(error, what, advice) from error
+        vocabularies = sorted(folder.glob("*.model"))
+        reason: Exception = error
+        # Where sentencepiece is missing, or cannot read the file, transformers reads the file as tiktoken's
+        # and reports that failure.
+        if vocabularies and absent:
+            reason = ImportError(str(error), name=absent[0])
+        elif vocabularies and missing_package(error) == "tiktoken":
+            reason = ValueError(f"{vocabularies[0].name} is no vocabulary of sentencepiece")
+        raise unusable(reason, what, advice) from error
 
 
 def unusable(error: Exception, what: str, advice: str) -> UserError:

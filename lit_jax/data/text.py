@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 # tokens that are kept, and BEYOND more. See `_start`.
 CHARACTERS_PER_TOKEN = 16
 BEYOND = 128
+# The fewest tokens of a vocabulary. CamemBERT's has three beside the special ones that stand for nothing.
+FEWEST_WORDS = 4
 
 # Texts that reveal a change in a saved tokenizer: letter case, accents, scripts, symbols and spaces.
 _PROBES = (
@@ -84,6 +86,13 @@ def _check(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int) ->
         raise UserError(
             f"{folder} has no tokenizer; put the text model's tokenizer files there "
             f"({', '.join(sorted(names))})."
+        )
+    words = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
+    # transformers reads some damaged vocabularies as empty ones, which make every word unknown.
+    if len(words) < FEWEST_WORDS:
+        raise UserError(
+            f"The tokenizer in {folder} has only {len(words)} tokens beside the special ones; its vocabulary "
+            "is damaged: download it again."
         )
     if tokenizer.pad_token is None:
         raise UserError(

@@ -12,7 +12,7 @@ import safetensors.numpy
 from flax import serialization
 
 from lit_jax.errors import UserError
-from lit_jax.files import parse_json
+from lit_jax.files import parse_json, refuse_lfs_pointer
 from lit_jax.weights import torch_pickle
 from lit_jax.weights.names import Layout
 
@@ -112,10 +112,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".: ")
 
 
-# The start of the text file that Git LFS leaves in the place of a large file.
-_LFS_POINTER = b"version https://git-lfs"
-
-
 def _parsed(file: pathlib.Path, parse: Callable[[pathlib.Path], dict[str, Any]]) -> dict[str, Any]:
     try:
         return parse(file)
@@ -124,11 +120,7 @@ def _parsed(file: pathlib.Path, parse: Callable[[pathlib.Path], dict[str, Any]])
     # A parser may raise any exception for arbitrary bytes.
     except Exception as error:
         # A clone without Git LFS is the most common cause, so it gets its own message.
-        with file.open("rb") as content:
-            if content.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise UserError(
-                    f"{file} is a Git LFS pointer without the weights; run `git lfs pull` in {file.parent}."
-                ) from error
+        refuse_lfs_pointer(file)
         raise UserError(
             f"{file} is damaged or not what its name says ({one_line(error)}); download it again."
         ) from error

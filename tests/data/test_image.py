@@ -272,6 +272,12 @@ def test_a_format_that_is_not_read_is_named(noise, encode, tmp_path, monkeypatch
     assert not (tmp_path / "started").exists()
 
 
+def test_a_pointer_of_git_lfs_in_the_place_of_an_image_is_named():
+    with pytest.raises(BadSampleError, match="git lfs pull") as error:
+        decode(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert error.value.kind == "not_image"
+
+
 def test_decode_applies_the_exif_orientation(noise, encode):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate clockwise

@@ -1,9 +1,12 @@
 """Every format, written by the tools that people use for it."""
 
+import bz2
 import csv
+import gzip
 import io
 import itertools
 import json
+import lzma
 import os
 import pickle
 import resource
@@ -606,6 +609,9 @@ def test_csv_that_never_ends_a_field_is_refused_early(tmp_path, monkeypatch):
     assert len(line_offsets(file, quoted=True, block_bytes=64)) == 3
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
 def test_tsv_keeps_quotes_that_quote_nothing(tmp_path):
     lines = ['5" nails', '"a" and "b"', '"said ""no"""', '"', "'"]
     text = "".join(f"{i}.png\t{line}\n" for i, line in enumerate(lines))
@@ -631,6 +637,14 @@ def test_tsv_keeps_quotes_that_quote_nothing(tmp_path):
         ("x.token", b"missing.jpg#0\ta", r"'missing\.jpg' .*x\.token"),
         ("records.json", b"{", r"\(.*Expecting"),
         ("state.json", b"{}", r"\("),
+        *(
+            (f"a.{kind}", LFS_POINTER, "git lfs pull")
+            for kind in ("csv", "tar", "parquet", "jsonl")
+        ),
+        ("a.tar", gzip.compress(b"a tar"), r"a\.tar .*gzip"),
+        ("a.csv", bz2.compress(b"image,caption\n"), r"a\.csv .*bzip2"),
+        ("a.jsonl", lzma.compress(b"{}"), r"a\.jsonl .*xz"),
+        ("a.parquet", b"PK\x03\x04", r"a\.parquet .*zip"),
     ],
 )
 def test_bad_files_are_refused_in_one_sentence(tmp_path, name, content, message):

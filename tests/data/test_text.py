@@ -81,7 +81,7 @@ def test_a_broken_tokenizer_is_refused(tmp_path, demo_folder, broken):
 
 def test_a_tokenizer_without_unknown_token_is_refused(tmp_path, demo_folder):
     shutil.copytree(demo_folder / "bert", tmp_path, dirs_exist_ok=True)
-    (tmp_path / "vocab.txt").write_text("a\nnumber\n")
+    (tmp_path / "vocab.txt").write_text("a\nnumber\nforty\ntwo\n")
     with pytest.raises(UserError, match=r"\[UNK\]"):
         load_tokenizer(tmp_path, max_length=8)
 

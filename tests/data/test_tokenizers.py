@@ -157,6 +157,36 @@ def test_a_tokenizer_that_does_not_read_back_what_it_saved_is_refused(folders, t
         check_saved(tokenizer, tmp_path)
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "content", "message"),
+    [
+        ("xlm_roberta", "sentencepiece.bpe.model", LFS_POINTER, "git lfs pull"),
+        ("siglip", "spiece.model", LFS_POINTER, "git lfs pull"),
+        ("clip", "tokenizer.json", LFS_POINTER, "git lfs pull"),
+        ("xlm_roberta", "sentencepiece.bpe.model", b"", "0 tokens"),
+        ("camembert", "sentencepiece.bpe.model", b"", "3 tokens"),
+        (
+            "camembert",
+            "sentencepiece.bpe.model",
+            b"damaged",
+            r"\(sentencepiece\.bpe\.model .*sentencepiece",
+        ),
+        ("phobert", "vocab.txt", b"", "0 tokens"),
+    ],
+)
+def test_a_vocabulary_that_is_not_there_is_not_taken_for_an_empty_one(
+    folders, tmp_path, family, file, content, message
+):
+    folder = shutil.copytree(folders[family], tmp_path / family)
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=message) as raised:
+        load(folder, family)
+    assert str(folder) in str(raised.value)
+
+
 def test_bertweets_tokenizer_says_that_emojis_need_a_package(folders, tmp_path, caplog):
     shutil.copytree(folders["bertweet"], tmp_path, dirs_exist_ok=True)
     settings = {"tokenizer_class": "BertweetTokenizer", "normalization": True}

@@ -206,6 +206,7 @@ def _open(
         found = splits.files_of(found, config.split)
     if kind and found:
         require_regular(found)
+        hints.check_content(found[0])
         # Several tables in one folder may be splits or unrelated data, so nothing is guessed.
         if len(found) > 1 and not kind.several:
             raise UserError(

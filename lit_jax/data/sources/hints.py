@@ -2,10 +2,12 @@
 
 import fnmatch
 from collections.abc import Sequence
+from pathlib import Path
 
 from lit_jax.data.files import File
 from lit_jax.data.listing import shown
 from lit_jax.errors import UserError
+from lit_jax.files import refuse_lfs_pointer
 
 # Patterns of file names -> hint. The first entry with a matching file is used.
 _HINTS = {
@@ -27,6 +29,14 @@ _HINTS = {
         "of the image; if it has one such object on each line, rename it to *.jsonl"
     ),
 }
+# The first bytes of a file -> the program that compressed it.
+_COMPRESSED = {
+    b"\x1f\x8b\x08": "gzip",
+    b"BZh91AY&SY": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
 # Files that only describe the data of other formats.
 ABOUT = ("dataset_info.json", "dataset_infos.json")
 
@@ -42,6 +52,22 @@ def hint(files: Sequence[File]) -> str:
         if found:
             return f" There is {shown(found, 3)}: {what}."
     return ""
+
+
+def check_content(file: File) -> None:
+    """Raise UserError if a local file is compressed whatever its name says, or a pointer of Git LFS.
+
+    Such a file is legible by none of the readers, whose messages would name another cause.
+    """
+    if not isinstance(file, Path):
+        return
+    refuse_lfs_pointer(file)
+    with file.open("rb") as opened:
+        start = opened.read(max(map(len, _COMPRESSED)))
+    if kind := next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), ""):
+        raise UserError(
+            f"{file} is compressed ({kind}) in spite of its name, which allows no random access; unpack it."
+        )
 
 
 def check_versions(folder: File, paths: Sequence[str]) -> None:
