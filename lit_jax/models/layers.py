@@ -254,14 +254,12 @@ def broadcast_float32(parameter: Array | np.ndarray, shape: tuple[int, ...], dty
     return jnp.broadcast_to(parameter, shape).astype(dtype)
 
 
+# Decorated here, once, because JAX keeps what it has traced by the function's identity.
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def scale_float32(x: Array, factor: Array) -> Array:
     """Return x * factor in x's dtype, where `factor` broadcasts over many rows.
 
     The gradient of the factor adds up in float32, as in `broadcast_float32`. The product is recomputed in the
     backward pass, so that no broadcast factor stays in memory.
     """
-
-    def product(x: Array, factor: Array) -> Array:
-        return x * broadcast_float32(factor.astype(jnp.float32), x.shape, x.dtype)
-
-    return jax.checkpoint(product, prevent_cse=False)(x, factor)
+    return x * broadcast_float32(factor.astype(jnp.float32), x.shape, x.dtype)

@@ -274,12 +274,13 @@ class Attention(nn.Module):
                 f"num_attention_heads {cfg.num_heads}; correct it."
             )
 
-        def heads(name: str, of_BxLxD: Array) -> Array:
-            y_BxLxD = _dense(cfg, cfg.width, name, self.dtype)(of_BxLxD)
-            return y_BxLxD.reshape(*y_BxLxD.shape[:2], cfg.num_heads, -1).swapaxes(1, 2)
-
-        query_BxHxQxK = heads("query", x_BxLxD if queries_BxQxD is None else queries_BxQxD)
-        key_BxHxLxK, value_BxHxLxK = heads("key", x_BxLxD), heads("value", x_BxLxD)
+        query, key, value, output = (
+            _dense(cfg, cfg.width, name, self.dtype) for name in ("query", "key", "value", "output")
+        )
+        queries_BxQxD = x_BxLxD if queries_BxQxD is None else queries_BxQxD
+        query_BxHxQxK = _split_heads(query(queries_BxQxD), cfg.num_heads)
+        key_BxHxLxK = _split_heads(key(x_BxLxD), cfg.num_heads)
+        value_BxHxLxK = _split_heads(value(x_BxLxD), cfg.num_heads)
         if rotary is not None:
             of_queries = Rotary(*(select(x, x.ndim - 2) for x in rotary)) if select else rotary
             query_BxHxQxK = _rotate(query_BxHxQxK, of_queries)
@@ -304,7 +305,11 @@ class Attention(nn.Module):
         )
         context_BxQxHxK = context_BxHxQxK.swapaxes(1, 2)
         context_BxQxD = context_BxQxHxK.reshape(*context_BxQxHxK.shape[:2], cfg.width)
-        return _dense(cfg, cfg.width, "output", self.dtype)(context_BxQxD)
+        return output(context_BxQxD)
+
+
+def _split_heads(x_BxLxD: Array, num_heads: int) -> Float[Array, "B H L K"]:
+    return x_BxLxD.reshape(*x_BxLxD.shape[:2], num_heads, -1).swapaxes(1, 2)
 
 
 def _rotate(x_BxHxLxK: Array, rotary: Rotary) -> Array:
@@ -326,13 +331,13 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD: Tokens, *, deterministic: bool = True) -> Tokens:
         cfg, act = self.config, activation(self.config.activation)
-
-        def wide(name: str) -> Tokens:
-            return _dense(cfg, cfg.mlp_width, name, self.dtype)(x_BxLxD)
-
+        wide = functools.partial(_dense, cfg, cfg.mlp_width, dtype=self.dtype)
         # The two forms have different parameter names, because a family may have both, under two names in
         # its files.
-        h_BxLxF = act(wide("gate")) * wide("up") if cfg.gated_mlp else act(wide("fc1"))
+        if cfg.gated_mlp:
+            h_BxLxF = act(wide("gate")(x_BxLxD)) * wide("up")(x_BxLxD)
+        else:
+            h_BxLxF = act(wide("fc1")(x_BxLxD))
         h_BxLxF = Dropout(cfg.hidden_dropout)(h_BxLxF, deterministic=deterministic)
         return _dense(cfg, cfg.width, "down" if cfg.gated_mlp else "fc2", self.dtype)(h_BxLxF)
 
