@@ -2,14 +2,17 @@
 
 The holder writes the object on the condition that no other process has written it since: by the object's
 generation on Google Cloud Storage, by its ETag on S3. A process may take over a lease that has not changed
-for a minute, on the same condition, so that one process at most succeeds.
+for a minute, on the same condition, so that one process at most succeeds. On the machine of the holder the
+kernel tells whether the holder lives.
 """
 
 import contextlib
 import errno
 import os
 import secrets
+import socket
 import time
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,23 +39,29 @@ class ObjectLease:
         self._beat = 0
         # TensorStore's name for what this process wrote last.
         self._generation = b""
+        self._mark: socket.socket
         self._misses = 0
 
     def acquire(self, wait: lease_wait.Wait) -> bool:
         """Write the lease if no other process may have the folder; return whether this succeeded."""
         found = self._read()
         is_there = found.state == "value"
-        if is_there and not wait.is_over(lease_wait.Observed(found.value, is_alive=None)):
+        if is_there and not wait.is_over(_observe(found.value)):
             return False
-        if not self._write(found.stamp.generation):
-            self._misses += not is_there
-            # TensorStore does not tell a missing bucket of S3 from an object that another process wrote.
-            if self._misses > _MISSES:
-                raise FileNotFoundError(errno.ENOENT, "the bucket does not exist")
-            return False
-        if is_there:
-            time.sleep(lease_wait.GRACE_SECONDS)
-            return not self.why_lost()
+        with contextlib.ExitStack() as stack:
+            self._mark = stack.enter_context(_mark(self._token))
+            if not self._write(found.stamp.generation):
+                self._misses += not is_there
+                # TensorStore does not tell a missing bucket of S3 from an object that another process wrote.
+                if self._misses > _MISSES:
+                    raise FileNotFoundError(errno.ENOENT, "the bucket does not exist")
+                return False
+            # The former holder may have sent a write that the store has not finished.
+            if is_there:
+                time.sleep(lease_wait.GRACE_SECONDS)
+                if self.why_lost():
+                    return False
+            stack.pop_all()
         return True
 
     def why_lost(self) -> str:
@@ -72,9 +81,11 @@ class ObjectLease:
             # in between that was just renewed.
             if self._write(self._generation):
                 _answer(self._store.write(_NAME, None, if_equal=self._generation))
+        self._mark.close()
 
     def forget(self) -> None:
-        """Do nothing: a forked process has no part of the lease."""
+        """Close the mark in a forked process, which would otherwise keep it after the parent ends."""
+        self._mark.close()
 
     def _read(self) -> Any:
         return _answer(self._store.read(_NAME))
@@ -82,7 +93,8 @@ class ObjectLease:
     def _write(self, generation: bytes) -> bool:
         """Write the lease over a generation of it; return False if another process has written it since."""
         self._beat += 1
-        text = lease_wait.lease_text(self._token, self._beat)
+        locks = _kernel() if self._mark.getsockname() else None
+        text = lease_wait.lease_text(self._token, self._beat, locks)
         stamp = _answer(self._store.write(_NAME, text, if_equal=generation))
         if not stamp.generation:
             # A write whose answer was lost fails when it is repeated, because the first try has succeeded.
@@ -92,6 +104,50 @@ class ObjectLease:
             stamp = found.stamp
         self._generation = stamp.generation
         return True
+
+
+def _kernel() -> str | None:
+    """Return a name for the group of processes that see each other's marks, None if there are no marks.
+
+    The name identifies a running kernel of Linux and a network namespace, such as that of a container.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/net')}"
+    except OSError:
+        return None
+
+
+def _mark_name(token: str) -> str:
+    # The null character begins a name that is in no file system, as Linux has it.
+    return f"\0lit_jax/{token}"
+
+
+def _mark(token: str) -> socket.socket:
+    """Return a socket that has a name until this process ends; without such names it has none."""
+    mark = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with contextlib.suppress(OSError):
+        mark.bind(_mark_name(token))
+    return mark
+
+
+def _is_marked(token: str) -> bool | None:
+    """Return whether a process has the mark of a token, None if the kernel does not tell."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(_mark_name(token))
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            return None
+    return True
+
+
+def _observe(content: bytes) -> lease_wait.Observed:
+    """Return the state of a lease of another process."""
+    lease, kernel = lease_wait.parse_lease(content), _kernel()
+    sees_marks = kernel is not None and lease.get("locks") == kernel
+    return lease_wait.Observed(content, _is_marked(f"{lease.get('token')}") if sees_marks else None)
 
 
 def _open(workdir: BucketPath) -> Any:

@@ -45,21 +45,25 @@ def stored(store, workdir):
     return store.folder / workdir.name / ".lease"
 
 
-def foreign(store, workdir):
+def foreign(store, workdir, locks="another"):
     """Write a lease as the process of another machine does that has ended since."""
     path = stored(store, workdir)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "token": "t", "beat": 1}))
+    holder = {"host": "elsewhere", "pid": 7, "locks": locks, "token": "t", "beat": 1}
+    path.write_text(json.dumps(holder))
     return path
 
 
-def test_a_second_run_is_refused_as_soon_as_the_first_renews_its_lease(workdir, store):
+@pytest.mark.parametrize("where", ["here", "on another machine"])
+def test_a_second_run_is_refused_while_the_first_one_lives(workdir, store, monkeypatch, where):
+    if where == "on another machine":
+        # Renewals alone tell.
+        monkeypatch.setattr(lease_object, "_kernel", lambda: None)
     with lease.holding(workdir):
         first = json.loads(stored(store, workdir).read_text())
         start = time.monotonic()
         with pytest.raises(UserError, match=rf"process {first['pid']} on"), lease.holding(workdir):
             pass
-        # It does not wait for the lease to grow old.
         assert time.monotonic() - start < lease_wait.STALE_SECONDS
         lease.check_lease(workdir)
     with lease.holding(workdir):
@@ -73,6 +77,13 @@ def test_a_silent_lease_is_taken_over_after_a_while(workdir, store, caplog):
         assert time.monotonic() - start >= lease_wait.STALE_SECONDS
         assert "process 7 on elsewhere" in caplog.text
         lease.check_lease(workdir)
+
+
+def test_a_lease_of_a_process_of_this_machine_that_has_ended_is_taken_over_at_once(workdir, store):
+    foreign(store, workdir, lease_object._kernel())
+    start = time.monotonic()
+    with lease.holding(workdir):
+        assert time.monotonic() - start < lease_wait.STALE_SECONDS
 
 
 def test_of_two_that_come_at_once_one_gets_the_folder(workdir, store):
