@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from lit_jax.distributed.mesh import has_bfloat16_units, shard_batch
+from lit_jax.distributed.mesh import device_kind, has_bfloat16_units, shard_batch
 from lit_jax.models.layers import DropMask
 from lit_jax.models.ops import on_rows, on_tpus, parallel_axes, use_plain_ops, use_tpu_forms
 
@@ -98,6 +98,9 @@ def _cudnn_of_odd(*qkv_BxHxLxK: Array, length_B: Array) -> Array:
 # forward pass takes 69k cycles of a v5e for 16 images of a ViT-B/16, whatever the batch. XLA's best form
 # takes 67k if there are 16 images at once and 206k if there are 64.
 
+# Mosaic, the compiler of kernels, has no products of bfloat16 for these.
+_TOO_OLD = ("TPU v2", "TPU v3")
+
 # The width of a register, and the most tokens whose logits of a few heads fit into the memory on chip.
 _LANES, _MAX_LENGTH = 128, 640
 
@@ -113,6 +116,7 @@ def has_tpu_attention(
     batch, heads, length, width = q_BxHxQxK.shape
     return (
         use_tpu_forms(batch)
+        and not device_kind().startswith(_TOO_OLD)
         and q_BxHxQxK.dtype == jnp.bfloat16
         and q_BxHxQxK.shape == k_BxHxSxK.shape
         and (bias is None or bias.shape == (batch, 1, 1, length))

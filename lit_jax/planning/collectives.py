@@ -28,10 +28,11 @@ _BITS = re.compile(r"[a-z]+(\d+)")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
+_BRANCHES = re.compile(
+    r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%?[\w.\-]+))"
 )
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
@@ -157,7 +158,10 @@ def _closing(text: str) -> int:
 
 
 def runs(computations: dict[str, Computation], entry: str) -> dict[str, int]:
-    """Return how often each computation runs, including the small ones that only define a reduction."""
+    """Return how often each computation runs, including the small ones that only define a reduction.
+
+    A conditional runs its dearest branch.
+    """
     counts: defaultdict[str, int] = defaultdict(int)
 
     def visit(name: str, times: int) -> None:
@@ -167,17 +171,35 @@ def runs(computations: dict[str, Computation], entry: str) -> dict[str, int]:
             turns = (
                 trip_count(instruction, computations, name) if instruction.opcode == "while" else 1
             )
-            for called in _called(instruction):
+            for called in _called(instruction, computations):
                 visit(called, times * turns)
 
     visit(entry, 1)
     return counts
 
 
-def _called(instruction: Instruction) -> Iterator[str]:
+def _called(instruction: Instruction, computations: dict[str, Computation]) -> Iterator[str]:
     yield from _CALLED.findall(instruction.rest)
-    for branches in _BRANCHES.findall(instruction.rest):
-        yield from _NAME.findall(branches)
+    found = _BRANCHES.findall(instruction.rest)
+    branches = [name.strip(" %") for several, one in found for name in (several or one).split(",")]
+    if branches:
+        yield max(branches, key=lambda name: _cost(name, computations))
+
+
+def _cost(name: str, computations: dict[str, Computation]) -> tuple[int, int]:
+    """Return the estimated cycles of a computation and, for programs without estimates, its instructions."""
+    cycles = size = 0
+    for called, times in runs(computations, name).items():
+        instructions = computations[called].values()
+        cycles += times * sum(estimated_cycles(instruction) or 0 for instruction in instructions)
+        size += times * len(instructions)
+    return cycles, size
+
+
+def estimated_cycles(instruction: Instruction) -> int | None:
+    """Return the cycles that the TPU compiler estimates for one run of an instruction, if it does."""
+    match = _CYCLES.search(instruction.rest)
+    return int(match[1]) if match else None
 
 
 def trip_count(loop: Instruction, computations: dict[str, Computation], inside: str) -> int:

@@ -1,8 +1,9 @@
 """Forecast the time of a compiled program from the cycles that the TPU compiler estimates, in its HLO text.
 
 The compiler writes `estimated_cycles` at most instructions. The forecast sums them, the body of a loop as
-often as it turns. Two things have no estimate. A Pallas kernel counts by the cost that its author states, at
-the published peaks. Communication counts by its exposed bytes, as in the bound of `planner.py`.
+often as it turns, and of a conditional the dearest branch. Two things have no estimate. A Pallas kernel
+counts by the cost that its author states, at the published peaks. Communication counts by its exposed bytes,
+as in the bound of `planner.py`.
 """
 
 import dataclasses
@@ -15,9 +16,8 @@ from typing import NamedTuple
 from lit_jax.config import Config
 from lit_jax.config_schema import steps
 from lit_jax.distributed.chips import Chip
-from lit_jax.planning.collectives import Instruction, parse, runs
+from lit_jax.planning.collectives import Instruction, estimated_cycles, parse, runs
 
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _COST = re.compile(r'"cost_estimate":(\{[^}]*\})')
 _NAME = re.compile(r'\bop_name="((?:[^"\\]|\\.)*)"')
 # JAX's transformations and loops, and Flax's methods; they are no layers.
@@ -116,8 +116,8 @@ def operations(hlo: str, chip: Chip) -> Operations:
         name = _NAME.search(instruction.rest)
         name = name[1] if name else ""
         layer = layer_name(name)
-        if cycles := _CYCLES.search(instruction.rest):
-            seconds = times * int(cycles[1]) / chip.clock
+        if (cycles := estimated_cycles(instruction)) is not None:
+            seconds = times * cycles / chip.clock
         elif "tpu_custom_call" in instruction.rest:
             cost = _COST.search(instruction.rest)
             (kernels if cost else without_cost).add(layer)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -58,6 +58,8 @@ class Plan:
     """The result of `lit_jax.plan`. Bytes, FLOPs and seconds are those of one chip in one step.
 
     Attributes:
+        chips: the number of devices.
+        device: the kind of a device, a chip or, on a v3, a core. "Chip" means that device everywhere else.
         inputs: the shapes of the arrays in one row of the batch.
         hbm: the chip's memory.
         limit: the part of `hbm` that the compiler leaves to programs; None if it is not reported.
@@ -77,6 +79,7 @@ class Plan:
     topology: str
     slices: int
     chips: int
+    device: Literal["chip", "core"]
     mesh: Mapping[str, int]
     batch_size: int
     inputs: Mapping[str, tuple[int, ...]]
@@ -144,6 +147,7 @@ def make_plan(
         topology=topology.name,
         slices=slices,
         chips=chips,
+        device="chip" if topology.chip.cores == 1 else "core",
         mesh=dict(step.model.mesh.shape),
         batch_size=config.batch_size,
         inputs={name: array.shape[1:] for name, array in batch.items()},

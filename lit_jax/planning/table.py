@@ -35,21 +35,22 @@ def book_line(config: str, plan: Plan) -> str:
 def _lines(plan: Plan) -> Iterator[str]:
     slices = f"{plan.slices} slices of " if plan.slices > 1 else ""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
-    yield f"{slices}{plan.topology}: {plan.chips} chips ({mesh}), batch {plan.batch_size:,}"
+    yield f"{slices}{plan.topology}: {plan.chips} {plan.device}s ({mesh}), batch {plan.batch_size:,}"
     shapes = (f"{name} {'x'.join(map(str, shape))}" for name, shape in plan.inputs.items())
     yield f"of {', '.join(shapes)}"
     yield ("It fits." if plan.fits else "It does NOT fit.")
     yield ""
-    yield "GiB of each chip"
+    yield f"GiB of each {plan.device}"
     for kind, size in plan.bytes.items():
         kind = {"code": "code and padding"}.get(kind, kind)
         yield f"  {kind:24} {'?' if size is None else f'{size / _GIB:.3f}':>10}"
     limit = f", {plan.limit / _GIB:.2f} for programs" if plan.limit else ""
     yield f"  {'in all':24} {plan.total / _GIB:10.3f}   of {plan.hbm / _GIB:g}{limit}"
     where = "inside its slice" if plan.slices > 1 else ""
-    yield from _traffic(where, plan.communicated, plan.exposed)
-    yield from _traffic("to other slices", plan.network_communicated, plan.network_exposed)
-    yield f"TFLOPs of matrix products of each chip in a step{plan.matmul_flops / 1e12:9.3f}"
+    yield from _traffic(f"{plan.device} sends {where}", plan.communicated, plan.exposed)
+    to_others = f"{plan.device} sends to other slices"
+    yield from _traffic(to_others, plan.network_communicated, plan.network_exposed)
+    yield f"TFLOPs of matrix products of each {plan.device} in a step{plan.matmul_flops / 1e12:9.3f}"
     if plan.bound is not None:
         yield "Milliseconds that a step takes at least, at the published peak of (and exposed communication)"
         for resource, seconds in plan.bound.items():
@@ -61,7 +62,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         rate = plan.batch_size / plan.bound["step"]
         yield f"so it trains at most {rate:,.0f} pairs a second."
     if plan.forecast is not None:
-        yield from _forecast(plan.forecast)
+        yield from _forecast(plan.forecast, plan.device)
     if plan.largest_batch is not None:
         beyond = "no larger one was tried"
         if plan.smallest_too_large:
@@ -71,10 +72,10 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"- {line}"
 
 
-def _forecast(forecast: Forecast) -> Iterator[str]:
+def _forecast(forecast: Forecast, device: str) -> Iterator[str]:
     yield "Forecast, by the cycles that the compiler estimates (not measured)"
     yield f"  {'milliseconds of a step':24} {1e3 * forecast.seconds:10.2f}"
-    yield f"  {'pairs/s of a chip':24} {forecast.pairs_a_second:10,.0f}"
+    yield f"  {f'pairs/s of a {device}':24} {forecast.pairs_a_second:10,.0f}"
     yield f"  {'MFU':24} {forecast.mfu:10.3f}"
     if forecast.hours is not None and forecast.chip_hours is not None:
         yield f"  {'hours of the run':24} {forecast.hours:10,.2f}"
@@ -99,11 +100,11 @@ def _kernels(layers: Iterable[str]) -> str:
 
 
 def _traffic(
-    where: str, communicated: Mapping[str, int] | None, exposed: Mapping[str, int] | None
+    sender: str, communicated: Mapping[str, int] | None, exposed: Mapping[str, int] | None
 ) -> Iterator[str]:
     if communicated is None or exposed is None:
         return
-    yield f"{f'MiB that each chip sends {where}':42} in a step   exposed (beside no computation)"
+    yield f"{f'MiB that each {sender}':42} in a step   exposed (beside no computation)"
     for kind, size in communicated.items():
         if size:
             yield f"  {kind:24} {size / 2**20:26.1f} {exposed[kind] / 2**20:9.1f}"

@@ -40,6 +40,34 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
 """
 
 
+@pytest.mark.parametrize(
+    "branches",
+    [
+        "branch_computations={%cheap, %dear}",
+        "true_computation=%dear, false_computation=%cheap",
+        "true_computation=%cheap, false_computation=%dear",
+    ],
+)
+def test_of_a_conditional_the_dearest_branch_counts(branches):
+    program = f"""
+%cheap (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  %y = f32[8]{{0}} add(%x, %x), "estimated_cycles":"9"
+  ROOT %z = f32[8]{{0}} add(%y, %y), "estimated_cycles":"9"
+}}
+
+%dear (x: f32[8]) -> f32[8] {{
+  ROOT %x = f32[8]{{0}} fusion(%p), "estimated_cycles":"70"
+}}
+
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %c = f32[8]{{0}} conditional(%x, %x, %x), {branches}, "estimated_cycles":"1"
+}}
+"""
+    assert sum(operations(program, CHIP).parts.values()) == pytest.approx(71 / 1.5e9)
+
+
 def test_a_loop_counts_as_often_as_it_turns_and_a_kernel_by_its_stated_cost():
     slow = '{"flops":"197000000","bytes_accessed":"819"}'
     found = operations(PROGRAM.replace("COST", slow), CHIP)
