@@ -21,6 +21,7 @@ from lit_jax.config import parse
 from lit_jax.configs.vit_bert import get_config
 from lit_jax.distributed.flags import set_flags
 from lit_jax.planning.planner import abstract_step, traced
+from lit_jax.training.train_step import TrainStep
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo"
 H100, HOPPER = "NVIDIA H100 80GB HBM3", (9, 0)
@@ -87,6 +88,16 @@ def gpus(count: int, name: str = H100, capability: tuple[int, int] = HOPPER) -> 
 
 def memory(size: str, lock: str, batch_size: int, devices: Sequence[Any]) -> tuple[int, int]:
     """Return the resident bytes of one device before a step, and those of the temporaries."""
+    step = step_of(size, lock, batch_size, devices)
+    with jax.set_mesh(step.model.mesh):
+        compiled = traced(step, step.abstract_batch(batch_size)).lower().compile()
+    memory = compiled.memory_analysis()
+    resident = memory.argument_size_in_bytes
+    return resident, memory.peak_memory_in_bytes - resident
+
+
+def step_of(size: str, lock: str, batch_size: int, devices: Sequence[Any]) -> TrainStep:
+    """Return the step of a size of `contenders.SIZES`, in bfloat16."""
     raw = get_config("base")
     vit, bert = (config.to_diff_dict() for config in tower_configs(size, dropout=0.0))
     raw.model.image.model, raw.model.text.model = str(DEMO / "vit"), str(DEMO / "bert")
@@ -95,12 +106,7 @@ def memory(size: str, lock: str, batch_size: int, devices: Sequence[Any]) -> tup
     raw.data.image_size = SIZES[size].pixels
     raw.data.max_text_length = SIZES[size].tokens
     raw.policy.lock, raw.remat, raw.batch_size = lock, "none", batch_size
-    step = abstract_step(parse(raw), devices)
-    with jax.set_mesh(step.model.mesh):
-        compiled = traced(step, step.abstract_batch(batch_size)).lower().compile()
-    memory = compiled.memory_analysis()
-    resident = memory.argument_size_in_bytes
-    return resident, memory.peak_memory_in_bytes - resident
+    return abstract_step(parse(raw), devices)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmarks run. What they measure is asserted nowhere: see benchmarks/RESULTS.md."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ SCRIPTS = [
         "gpu_step", ("--batch=4", "--steps=1"), "tiny  UU   PyTorch", marks=pytest.mark.oracle
     ),
     pytest.param("gpu_program", ("--batch=8",), "tiny  UU", marks=pytest.mark.gpu),
+    pytest.param("gpu_clock", ("--batch=4", "--steps=1"), "tiny  UU", marks=pytest.mark.long),
     pytest.param("input_pipeline", ("--repeats=1",), "1 workers", marks=pytest.mark.long),
     pytest.param("sources", ("--repeats=1",), "records, lit_jax", marks=pytest.mark.long),
     pytest.param("retrieval", ("--widths=64",), "3000 of 64", marks=pytest.mark.long),
@@ -36,3 +38,17 @@ def test_a_benchmark_prints_figures_and_ratios(script, options, row):
     (line,) = (line for line in result.stdout.splitlines() if line.startswith(row))
     figures = line.removeprefix(row).replace("±", " ").replace("%", " ").split()
     assert len([float(figure) for figure in figures]) >= 4
+
+
+@pytest.mark.long
+def test_a_session_on_a_gpu_goes_on_after_a_part_that_fails(tmp_path):
+    """The tests of programs for GPUs fail where there is no compiler for GPUs."""
+    file = tmp_path / "session.md"
+    command = ["benchmarks.gpu_session", "--tiny", "--only=tests,loss,resume", f"--output={file}"]
+    result = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=False)
+    rows = dict(re.findall(r"^\| (\w+) \| ([^|]+) \|", file.read_text(), re.MULTILINE))
+    assert rows.pop("part") == "outcome"
+    is_gpu_compiler_there = rows.pop("tests") == "done"
+    assert result.returncode == (not is_gpu_compiler_there)
+    assert rows == {"loss": "done", "resume": "done"}
+    assert "equal: True" in file.read_text()
