@@ -1,28 +1,49 @@
 """Forecasts by the TPU compiler's cycles against throughputs that papers measured on TPUs; no TPU is needed.
 
-    python -m benchmarks.forecast [--only=B/32+B,...] [--fast]                     (requirements-tpu.txt)
+    python -m benchmarks.forecast [ROW ...] [--form=plain|fast|both] [--results=forecasts.json]
+                                                                                   (requirements-tpu.txt)
+
+A ROW is the beginning of a row's name, such as L/16+L or "B/32+B, precomputed"; without one, all rows are
+meant. A row takes one to ten minutes of two cores. It is written to --results as soon as it is compiled, and
+not compiled again as long as it is there. To resume, run the same command again; after a change of the code,
+delete the file first. Prints a Markdown table of all rows in the file, and the median and the largest error.
 
 Method: the step of configs/vit_bert.py:base, with towers of these sizes, is compiled for the topology of the
-paper, and its time is the forecast of `lit_jax.plan`. LiT's table 7 (2111.07991, appendix G) gives images a
-second of each of eight TPU v3 cores, with and without precomputed image embeddings. Its rows are compiled at
-128 pairs a core, or 1024 with precomputed embeddings, or the largest power of two that fits, in the plain
-form (LIT_JAX_PLAIN_OPS=1), which is nearest to the paper's; with --fast, as training compiles. SigLiT
-(2303.15343, section 4.4) trained 65,000 steps of 32,768 pairs from precomputed embeddings on four TPU v4
-chips in less than a day, so at least 6.2 thousand pairs a second of each chip; its row is an inequality and
-not among the errors. Prints a Markdown table, and the median and the largest error.
+paper, and its time is the forecast of `lit_jax.plan`. "plain" is the form without kernels and chunks
+(LIT_JAX_PLAIN_OPS=1), which is nearest to the papers'; "fast" compiles as training does.
+
+- LiT's table 7 (2111.07991, appendix G): images a second of each of eight TPU v3 cores, with and without
+  precomputed image embeddings. Its rows are compiled at 128 pairs a core, 1024 if precomputed, or
+  the largest power of two that fits.
+- LiT's model card: images a second of a TPU v4 core at inference, which is half a chip. Its rows are the
+  image tower alone, 1024 images a chip; text tower and data have no part in it.
+- SigLiT (2303.15343, section 4.4) trained 65,000 steps of 32,768 pairs from precomputed embeddings on four
+  TPU v4 chips in less than a day, so at least 6.2 thousand pairs a second of each chip: an inequality.
+
+Only the rows of table 7 count among the errors.
 """
 
 import argparse
+import json
 import os
 import statistics
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lit_jax.config import parse
+import jax
+import jax.numpy as jnp
+
+from lit_jax.config import Config, MeshConfig, parse
 from lit_jax.configs.vit_bert import get_config
 from lit_jax.distributed.flags import set_flags
-from lit_jax.planning.planner import Plan, make_plan
+from lit_jax.distributed.flops import matmul_flops
+from lit_jax.distributed.mesh import batch_sharding, make_mesh
+from lit_jax.planning.cycles import operations
+from lit_jax.planning.planner import make_plan
 from lit_jax.planning.topologies import open_topology
+from lit_jax.training.model_factory import build_model
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo"
 # Width, layers, heads, width of the MLP.
@@ -32,22 +53,37 @@ SIZES = {
     "g": (1408, 40, 16, 6144),
     "12 layers of L": (1024, 12, 16, 4096),
 }
-PATCH = {"B/32": 32, "B/8": 8, "L/16": 16, "g/14": 14}
 
 
 class Row(NamedTuple):
-    """A measured throughput: towers, topology, pairs of each device, pairs a second of each device."""
+    """A measured throughput.
+
+    Attributes:
+        text: the text tower; empty at inference.
+        measured: the pairs, or images at inference, a second of each device, or of a v4 core.
+        pairs: the pairs of each device.
+    """
 
     image: str
     text: str
     precomputed: bool
-    measured: float
+    measured: int
     topology: str = "v3:2x2"
     pairs: int = 128
 
     @property
     def name(self) -> str:
+        if not self.text:
+            return f"{self.image}, inference"
         return f"{self.image}+{self.text}{', precomputed' if self.precomputed else ''}"
+
+
+class Result(NamedTuple):
+    """A compiled row: pairs of each device in a step, pairs a second of each device, and MFU."""
+
+    pairs: int
+    rate: float
+    mfu: float
 
 
 # (towers, images a second of a core from precomputed embeddings, and from images).
@@ -62,70 +98,119 @@ TABLE_7 = (
 ROWS = (
     *(Row(*towers, True, precomputed, pairs=1024) for towers, precomputed, _ in TABLE_7),
     *(Row(*towers, False, images) for towers, _, images in TABLE_7),
+    Row("B/16", "", False, 1200, topology="v4:2x2x1", pairs=1024),
+    Row("L/16", "", False, 400, topology="v4:2x2x1", pairs=1024),
     Row("B/8", "12 layers of L", True, 6200, topology="v4:2x2x1", pairs=8192),
 )
+FORMS = ("plain", "fast")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--only", help="rows that begin with one of these towers, such as B/32+B,L/16+L"
-    )
-    parser.add_argument(
-        "--fast", action="store_true", help="as training compiles, not in plain form"
-    )
+    parser.add_argument("rows", nargs="*", metavar="ROW", default=[""])
+    parser.add_argument("--form", choices=(*FORMS, "both"), default="plain")
+    parser.add_argument("--results", type=Path, default=Path("forecasts.json"))
     args = parser.parse_args()
-    os.environ["LIT_JAX_PLAIN_OPS"] = "0" if args.fast else "1"
     set_flags()
-    only = tuple(args.only.split(",")) if args.only else ("",)
-    errors = []
-    print("| towers | topology | pairs a device | measured | forecast | error | MFU |")
-    print("|---|---|---|---|---|---|---|")
-    for row in ROWS:
-        if not row.name.startswith(only):
+    results = {}
+    if args.results.exists():
+        results = {key: Result(*r) for key, r in json.loads(args.results.read_text()).items()}
+    forms = FORMS if args.form == "both" else (args.form,)
+    for row, form in ((row, form) for row in ROWS for form in forms):
+        key = f"{row.name}, {form}"
+        if key in results or not row.name.startswith(tuple(args.rows)):
             continue
-        plan = largest_plan(row)
-        assert plan.forecast is not None
-        error = plan.forecast.pairs_a_second / row.measured - 1
-        pairs, is_bound = plan.batch_size // plan.chips, row.topology != "v3:2x2"
-        cells = [row.name, row.topology, f"{pairs}", f"{'≥ ' if is_bound else ''}{row.measured:,}"]
-        cells += [f"{plan.forecast.pairs_a_second:,.0f}", "" if is_bound else f"{error:+.0%}"]
-        print(f"| {' | '.join(cells)} | {plan.forecast.mfu:.2f} |", flush=True)
-        errors += [] if is_bound else [abs(error)]
+        print(f"compiling {key}", file=sys.stderr, flush=True)
+        os.environ["LIT_JAX_PLAIN_OPS"] = "1" if form == "plain" else "0"
+        results[key] = train_step(row) if row.text else inference(row)
+        args.results.write_text(json.dumps(results, indent=1))
+    print_table(results)
+
+
+def print_table(results: Mapping[str, Result]) -> None:
+    """Print the rows that `results` has in one form or both."""
+    errors = []
+    print("| towers | topology | measured | pairs | plain | error | MFU | pairs | fast | MFU |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for row in ROWS:
+        plain, fast = (results.get(f"{row.name}, {form}") for form in FORMS)
+        if plain is None and fast is None:
+            continue
+        is_bound = row.pairs == 8192
+        cells = [row.name, row.topology, f"{'≥ ' if is_bound else ''}{row.measured:,}"]
+        for result in (plain, fast):
+            cells += (
+                [""] * 3
+                if result is None
+                else [f"{result.pairs}", f"{result.rate:,.0f}", f"{result.mfu:.2f}"]
+            )
+        error = "" if plain is None or is_bound else f"{plain.rate / row.measured - 1:+.0%}"
+        cells.insert(5, error)
+        print(f"| {' | '.join(cells)} |")
+        if plain is not None and row.topology == "v3:2x2":
+            errors.append(abs(plain.rate / row.measured - 1))
     if errors:
-        print(f"\nmedian error {statistics.median(errors):.0%}, largest {max(errors):.0%}")
+        print(f"\nTable 7: median error {statistics.median(errors):.0%}, largest {max(errors):.0%}")
 
 
-def largest_plan(row: Row) -> Plan:
-    """Return the plan with the row's pairs of a device, or half of them until they fit."""
+def train_step(row: Row) -> Result:
+    """Compile the train step with the row's pairs of a device, or half of them until they fit."""
     topology, pairs = open_topology(row.topology), row.pairs
     while True:
-        raw = get_config("base")
-        raw.model.image.model, raw.model.text.model = str(DEMO / "vit"), str(DEMO / "bert")
-        raw.model.image.overrides = {
-            **encoder(row.image.partition("/")[0]),
-            "image_size": 224,
-            "patch_size": PATCH[row.image],
-            "num_channels": 3,
-        }
-        raw.model.text.overrides = {
-            **encoder(row.text),
-            "vocab_size": 30522,
-            "max_position_embeddings": 512,
-        }
-        raw.model.text.projection = "linear"
-        raw.model.projection_dim = raw.model.image.overrides["hidden_size"]
-        raw.data.image_size = 224
-        raw.batch_size = pairs * len(topology.devices)
-        if row.precomputed:
-            # The folder need not be there: its shapes follow from the tower.
-            raw.data.image_embeddings = "precomputed"
-        plan = make_plan(parse(raw), topology, compilations=1)
-        if plan.fits or pairs == 1:
-            return plan
+        config = config_of(row, pairs * len(topology.devices))
+        plan = make_plan(config, topology, compilations=1)
+        if plan.forecast is not None:
+            return Result(pairs, plan.forecast.pairs_a_second, plan.forecast.mfu)
         pairs //= 2
+
+
+def inference(row: Row) -> Result:
+    """Compile the image tower of one chip in evaluation. The rate is that of a core, half a chip."""
+    topology = open_topology(row.topology)
+    model = build_model(config_of(row, row.pairs), make_mesh(MeshConfig(), topology.devices[:1]))
+    mesh = model.mesh
+    pixels = jax.ShapeDtypeStruct(
+        (row.pairs, *model.processors.image_transform.output_shape),
+        jnp.uint8,
+        sharding=batch_sharding(mesh),
+    )
+
+    def embed(params: Any, pixel_values: jax.Array) -> jax.Array:
+        return model.module.apply({"params": params}, pixel_values, method="encode_image")
+
+    with jax.set_mesh(mesh):
+        traced = jax.jit(embed).trace(model.abstract, pixels)
+        found = operations(traced.lower().compile().as_text(), topology.chip)
+    seconds = sum(found.parts.values())
+    mfu = matmul_flops(traced.jaxpr) / topology.chip.flops / seconds
+    return Result(row.pairs, row.pairs / seconds / 2, mfu)
+
+
+def config_of(row: Row, batch_size: int) -> Config:
+    """Return the config of a row; it names the demo's folders, and no weights are read."""
+    raw = get_config("base")
+    raw.model.image.model, raw.model.text.model = str(DEMO / "vit"), str(DEMO / "bert")
+    raw.model.image.overrides = {
+        **encoder(row.image.partition("/")[0]),
+        "image_size": 224,
+        "patch_size": int(row.image.partition("/")[2]),
+        "num_channels": 3,
+    }
+    raw.model.text.overrides = {
+        **encoder(row.text or "B"),
+        "vocab_size": 30522,
+        "max_position_embeddings": 512,
+    }
+    raw.model.text.projection = "linear"
+    raw.model.projection_dim = raw.model.image.overrides["hidden_size"]
+    raw.data.image_size = 224
+    raw.batch_size = batch_size
+    if row.precomputed:
+        # The folder need not be there: its shapes follow from the tower.
+        raw.data.image_embeddings = "precomputed"
+    return parse(raw)
 
 
 def encoder(size: str) -> dict[str, int]:
