@@ -24,6 +24,9 @@ from lit_jax.files import expand_home
 # quantifiers rule out backtracking, which would be quadratic in the length of an unclosed field.
 _QUOTED = re.compile(rb'"(?:[^"]++|"")*+("?)')
 
+# Halves of surrogate pairs but for those that stand for a byte of a file's name (PEP 383).
+_HALVES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
 # Arrow's own defaults do not serve here: silent retries for 15 minutes if the store does not answer, and http
 # for anonymous access.
 _GOOGLE_DEFAULTS = {"retry_limit_seconds": "60", "scheme": "https"}
@@ -225,8 +228,11 @@ def read_text(file: File) -> str:
 
 
 def readable(name: str) -> str:
-    r"""Return the name of a file as printable text: bytes that are not UTF-8 become \xNN."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    r"""Return the name of a file as printable text: bytes that are not UTF-8 become \xNN.
+
+    Half of a surrogate pair, as a JSON file may have it in a name, becomes U+FFFD.
+    """
+    return os.fsencode(_HALVES.sub("\ufffd", name)).decode("utf-8", "backslashreplace")
 
 
 def find(file: File) -> File:

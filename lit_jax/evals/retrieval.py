@@ -1,6 +1,7 @@
 """Image-text retrieval: the rank that each image gives to its own texts, and each text to its own image."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,9 +9,12 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int, Integer
 
 from lit_jax.data.example import BadSampleError, Source
+from lit_jax.display import printable
 from lit_jax.errors import UserError
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.evals.ranks import ranks
+
+log = logging.getLogger(__name__)
 
 RECALL_AT = (1, 5, 10)
 
@@ -26,17 +30,29 @@ def captions_of(source: Source, language: str = "") -> list[tuple[str, ...]]:
     captions: list[tuple[str, ...]] = []
     languages: set[str] = set()
     problems: list[BadSampleError] = []
+    without: list[str] = []
     for i in range(len(source)):
         texts: tuple[str, ...] = ()
         try:
             example = source[i]
             texts = tuple(text for text in example["captions"] if text.strip())
             languages.update(example.get("left_out", ()))
+            if not texts:
+                without.append(example["key"])
         # Not logged here: the image loader leaves the example out and logs the reason.
         except BadSampleError as reason:
             problems.append(reason)
         captions.append(texts)
     if any(captions):
+        if without:
+            log.warning(
+                "%d of %d images have no caption%s; texts are compared with them, but they are no queries, "
+                "for example %s.",
+                len(without),
+                len(source),
+                f" in the language {language!r}" if languages else "",
+                printable(without[0]),
+            )
         return captions
     # The remedy depends on the cause: an unwanted language, unreadable examples, or a wrong key.
     if languages:
@@ -46,8 +62,7 @@ def captions_of(source: Source, language: str = "") -> list[tuple[str, ...]]:
             f"{', '.join(sorted(languages))}."
         )
     if problems:
-        without = len(source) - len(problems)
-        rest = f", and the other {without} have no caption" if without else ""
+        rest = f", and the other {len(without)} have no caption" if without else ""
         raise UserError(
             f"Retrieval needs captions, but {len(problems)} of the {len(source)} examples cannot be read"
             f"{rest}; the first: {problems[0]}."

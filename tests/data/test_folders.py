@@ -128,6 +128,7 @@ def test_a_folder_that_is_reached_twice_is_told(make, caplog):
         ("Training", "Test"),
         ("train2017", "val2017"),
         ("seg_train", "seg_test"),
+        ("eval", "validation"),
         ("test_images", "train_images"),
         ("dev", "train", "validation"),
         ("train",),
@@ -181,7 +182,6 @@ def test_splits_and_hidden_folders_of_an_object_store(make, store):
         (("annotations/captions_val2014.json",), "val", "val2014"),
         (("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"), "val", "train"),
         (("cc3m-train-0000.tar", "cc3m-validation-0000.tar"), "val", "train, validation"),
-        (("photos.csv", "drawings.csv"), "val", "drawings, photos"),
         (("train/0.jpg", "test.tsv"), "val", "test, train"),
     ],
 )
@@ -189,6 +189,13 @@ def test_splits_in_the_names_of_files_are_listed(make, names, split, known):
     folder = make(*names)
     with pytest.raises(UserError, match=rf"'{split}'; .*{known}\."):
         labels(folder, split)
+
+
+@pytest.mark.parametrize("names", [("photos.csv", "drawings.csv"), ("pairs.csv",)])
+def test_names_that_are_typical_of_no_split_are_not_called_splits(make, names):
+    there = ", ".join(sorted(name.removesuffix(".csv") for name in names))
+    with pytest.raises(UserError, match=rf"'train'.*\(.*{there}\).*None"):
+        labels(make(*names), "train")
 
 
 def test_files_without_a_split_in_their_names_have_none(make):

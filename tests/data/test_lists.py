@@ -254,6 +254,13 @@ def test_names_of_columns_that_the_user_sets_are_kept(tmp_path, encode, noise):
         assert (examples[0]["captions"][0], len(examples)) == (caption, count)
 
 
+def test_half_an_emoji_in_the_name_of_a_split_is_shown_replaced(tmp_path):
+    images = [{"filename": "a.png", "split": "te\ud83d", "sentences": [{"raw": "a"}]}]
+    (tmp_path / "dataset_x.json").write_text(json.dumps({"images": images}))
+    with pytest.raises(UserError, match="te\ufffd"):
+        opened(tmp_path, split="val")
+
+
 # A damaged item would damage its whole list.
 @pytest.mark.parametrize(
     ("name", "first"),

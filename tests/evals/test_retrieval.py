@@ -1,5 +1,8 @@
 """Ranks against a brute-force count, ties included."""
 
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,6 +167,27 @@ def test_evaluate_leaves_out_bad_images_with_their_captions(encoder, params, pic
     images, _ = encoder.images(params, kept)
     texts = encoder.texts(params, [text for example in kept for text in example["captions"]])
     assert metrics == retrieval(images, texts, np.repeat(np.arange(20), 2), encoder.mesh)
+
+
+def test_images_without_a_caption_are_counted_and_named(pictures, tmp_path, caplog):
+    captions_of(pictures)
+    assert not caplog.text
+    rows = [
+        {**example, "captions": ()} if i == 3 else example for i, example in enumerate(pictures)
+    ]
+    captions_of(type(pictures)(rows))
+    assert f"1 of {len(rows)} images" in caplog.text
+    assert f"example {rows[3]['key']}" in caplog.text
+    assert "language" not in caplog.text
+
+    in_german = {"de": ["eins"], "en": ["one"]}
+    lines = [
+        {"image": "a.jpg", "captions": in_german},
+        {"image": "b.jpg", "captions": {"en": ["two"]}},
+    ]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    captions_of(open_source(SourceConfig(path=str(tmp_path), languages={"de": 1.0})), "de")
+    assert re.search(r"1 of 2 images .*'de'.* b\.jpg", caplog.text)
 
 
 def test_captions_are_needed(pictures):

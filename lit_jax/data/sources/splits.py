@@ -8,7 +8,7 @@ from lit_jax.data.listing import shown
 from lit_jax.errors import UserError
 
 _TRAIN = "train(?:ing)?"
-_OTHER = "val|valid|validation|dev|test|testing"
+_OTHER = "val|valid|validation|eval|evaluation|dev|test|testing"
 # Matches "train", "Test", "val2017", "seg_train" and "test_images", but not "train station".
 _SPLIT = rf"(?:.*[-_.])?(?:{_TRAIN}|{_OTHER})(?:[-_.]?(?:[0-9]+|images|imgs|set|data|split))?"
 # Matches the end of a shard's name: "-00000-of-00005.parquet".
@@ -75,9 +75,10 @@ def not_found(where: object, split: str | None, known: Iterable[str]) -> UserErr
             f"{where} has splits, and none is chosen; set the split of this source (config.data.train.split "
             f"to train, --split to evaluate) to one of {shown(known, 20)}."
         )
-    if not known:
+    if not any(map(is_split, known)):
+        there = f" (there are {shown(known, 20)})" if known else ""
         return UserError(
-            f"The data set in {where} has no split {split!r}: no folder or file has this name; leave the "
-            "split out, or choose another one."
+            f"The data set in {where} has no split {split!r}: no folder or file has this name{there}; leave "
+            "the split out (None in a config), or choose another one."
         )
     return UserError(f"{where} has no split {split!r}; its splits are {shown(known, 20)}.")
