@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import chex
@@ -23,7 +25,8 @@ from lit_jax.training import train_step, trainer
 from lit_jax.weights.save import save_tower
 from tests.digits import make_digits
 
-DEMO = Path(__file__).parents[2] / "configs" / "demo"
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "configs" / "demo"
 WIDTHS = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -151,3 +154,44 @@ def finished_run(tmp_path_factory, tiny):
 def finished(finished_run):
     """The folder of a run; copy it to change it."""
     return finished_run[1]
+
+
+@pytest.fixture(scope="module")
+def command(towers):
+    """Starts the train command on the tiny towers, on `devices` CPU devices, with `prefix` before it."""
+    started = []
+
+    def start(workdir, *flags, devices=1, env=None, prefix=()):
+        tiny = {
+            "model.image.model": towers["image"],
+            "model.image.pooling": "pooler",
+            "model.text.model": towers["text"],
+            "model.projection_dim": 8,
+            "batch_size": 16,
+            "duration": "60 steps",
+            "schedule.warmup": "5 steps",
+            "checkpoint.every": "10 steps",
+            "log.every": "1 step",
+            "report": "none",
+        }
+        process = subprocess.Popen(
+            [
+                *prefix,
+                *(sys.executable, "-m", "lit_jax.train", "--config=configs/vit_bert.py"),
+                f"--workdir={workdir}",
+                *(f"--config.{key}={value}" for key, value in tiny.items()),
+                *flags,
+            ],
+            cwd=ROOT,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:  # those that a failed test has left
+        process.kill()
+        process.communicate()

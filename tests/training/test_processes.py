@@ -26,47 +26,6 @@ pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def command(towers):
-    """Starts the train command on the tiny towers, on `devices` CPU devices, with `prefix` before it."""
-    started = []
-
-    def start(workdir, *flags, devices=1, env=None, prefix=()):
-        tiny = {
-            "model.image.model": towers["image"],
-            "model.image.pooling": "pooler",
-            "model.text.model": towers["text"],
-            "model.projection_dim": 8,
-            "batch_size": 16,
-            "duration": "60 steps",
-            "schedule.warmup": "5 steps",
-            "checkpoint.every": "10 steps",
-            "log.every": "1 step",
-            "report": "none",
-        }
-        process = subprocess.Popen(
-            [
-                *prefix,
-                *(sys.executable, "-m", "lit_jax.train", "--config=configs/vit_bert.py"),
-                f"--workdir={workdir}",
-                *(f"--config.{key}={value}" for key, value in tiny.items()),
-                *flags,
-            ],
-            cwd=ROOT,
-            env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), **(env or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:  # those that a failed test has left
-        process.kill()
-        process.communicate()
-
-
 def finish(process, code=0):
     """Waits for the exit code; returns what was printed to stdout and to stderr."""
     output, errors = process.communicate(timeout=900)
