@@ -5,6 +5,7 @@ folders: a folder is the common beginning of some names. fsspec's clients do the
 """
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import os
@@ -37,6 +38,11 @@ _CLIENTS = {
     ),
     "s3": ("s3fs", "s3", "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION"),
 }
+# Fields of TensorStore's spec -> the environment variables of other clients of S3.
+_S3_VARIABLES = {
+    "endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "aws_region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
+}
 # Orbax writes this file last, so that a checkpoint without the file is not complete.
 COMMIT_FILE = "commit_success.txt"
 # The time between two copies of files that grow.
@@ -51,19 +57,21 @@ class BucketPath(PosixGPath):
         """Return the path itself, because an address is absolute and has no links."""
         return self
 
+    def exists(self) -> bool:
+        """Return whether there is an object, or objects below this path. Raise OSError if nobody tells."""
+        return _kind(self) is not None
+
     def is_dir(self) -> bool:
-        """Return whether there are objects below this path. Raise OSError if the bucket does not tell."""
-        try:
-            return _client(self).info(str(self))["type"] == "directory"
-        except FileNotFoundError:
-            return False
+        """Return whether there are objects below this path. Raise OSError if nobody tells."""
+        return _kind(self) == "directory"
 
     def mkdir(self, mode: int | None = None, parents: bool = False, exist_ok: bool = False) -> None:
         """Do nothing: a folder is there with its first object."""
 
     def read_bytes(self) -> bytes:
         """Return the content of an object, by one request."""
-        return _client(self).cat_file(str(self))
+        with _os_errors(self):
+            return _client(self).cat_file(str(self))
 
     def read_text(self, encoding: str | None = None) -> str:
         """Return the text of an object in UTF-8, by one request."""
@@ -71,7 +79,8 @@ class BucketPath(PosixGPath):
 
     def write_bytes(self, data: bytes) -> int:
         """Write an object, by one request, so that readers see the old content or the new one."""
-        _client(self).pipe_file(str(self), data)
+        with _os_errors(self):
+            _client(self).pipe_file(str(self), data)
         return len(data)
 
     def write_text(self, data: str, encoding: str | None = None, errors: str | None = None) -> int:
@@ -81,7 +90,8 @@ class BucketPath(PosixGPath):
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove an object, by one request."""
         try:
-            _client(self).rm_file(str(self))
+            with _os_errors(self):
+                _client(self).rm_file(str(self))
         except FileNotFoundError:
             if not missing_ok:
                 raise
@@ -90,10 +100,32 @@ class BucketPath(PosixGPath):
         """Remove all objects below this path."""
         # A kill in the middle must not leave a part of a checkpoint that looks complete.
         (self / COMMIT_FILE).unlink(missing_ok=True)
-        super().rmtree(missing_ok=missing_ok)
+        with _os_errors(self):
+            super().rmtree(missing_ok=missing_ok)
 
 
 AnyPath = Path | BucketPath
+
+
+@contextlib.contextmanager
+def _os_errors(path: BucketPath) -> Iterator[None]:
+    """Raise OSError for whatever a client raises, because that is what the file system of a disk raises."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, "no such object or bucket", str(path)) from error
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
+        raise OSError(errno.EIO, reason, str(path)) from error
+
+
+def _kind(path: BucketPath) -> str | None:
+    """Return "file" or "directory", None if there is nothing."""
+    try:
+        with _os_errors(path):
+            return _client(path).info(str(path))["type"]
+    except FileNotFoundError:
+        return None
 
 
 def is_bucket(text: str) -> bool:
@@ -145,6 +177,24 @@ def _open_client(scheme: str) -> Any:
     return fsspec.filesystem(scheme, **({"finalize_on_close": True} if scheme == "gs" else {}))
 
 
+def key_value_store(folder: BucketPath) -> dict[str, Any]:
+    """Return TensorStore's spec of a folder.
+
+    TensorStore itself does not look for S3's endpoint and region where other clients find them.
+    """
+    _, scheme, bucket, *parts = folder.parts
+    driver = "gcs" if scheme == "gs" else scheme
+    spec: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": "/".join([*parts, ""])}
+    if scheme == "s3":
+        for key, variables in _S3_VARIABLES.items():
+            if given := next(filter(None, map(os.environ.get, variables)), None):
+                spec[key] = given
+        # Without this TensorStore also looks for files in the home folder, and complains that there are none.
+        if os.environ.get("AWS_ACCESS_KEY_ID"):
+            spec["aws_credentials"] = {"type": "environment"}
+    return spec
+
+
 def check_access(folder: AnyPath) -> None:
     """Raise UserError unless all clients can write, read and remove an object in a folder of a bucket.
 
@@ -185,7 +235,7 @@ def _check_fsspec(probe: BucketPath) -> None:
 def _check_tensorstore(probe: BucketPath) -> None:
     import tensorstore as ts
 
-    store = ts.KvStore.open(f"{probe.parent}/").result()
+    store = ts.KvStore.open(key_value_store(probe.parent)).result()
     store.write(probe.name, b"lit_jax").result()
     if store.read(probe.name).result().value != b"lit_jax":
         raise OSError("another content is read than was written")
@@ -197,7 +247,8 @@ def subfolders(folder: AnyPath) -> list[AnyPath]:
     if isinstance(folder, Path):
         return [path for path in folder.glob("*") if path.is_dir()]
     try:
-        found = _client(folder).ls(str(folder), detail=True)
+        with _os_errors(folder):
+            found = _client(folder).ls(str(folder), detail=True)
     except FileNotFoundError:
         return []
     return [folder / Path(one["name"]).name for one in found if one["type"] == "directory"]
@@ -224,11 +275,13 @@ def local_copy(folder: AnyPath) -> Path:
         return folder
     _copies.append(tempfile.TemporaryDirectory(prefix="lit_jax-"))
     copy, start = Path(_copies[-1].name), str(folder).partition("://")[2]
-    names = [name.removeprefix(f"{start}/") for name in _client(folder).find(str(folder))]
-    for name in names:
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-    if names:
-        _client(folder).get([f"{folder}/{name}" for name in names], [str(copy / n) for n in names])
+    with _os_errors(folder):
+        names = [name.removeprefix(f"{start}/") for name in _client(folder).find(str(folder))]
+        for name in names:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        if names:
+            sources = [f"{folder}/{name}" for name in names]
+            _client(folder).get(sources, [str(copy / name) for name in names])
     return copy
 
 
@@ -251,7 +304,8 @@ def written_locally(folder: AnyPath) -> Iterator[Path]:
 def _upload(source: Path, folder: BucketPath, files: list[Path]) -> None:
     if files:
         targets = [f"{folder}/{file.relative_to(source).as_posix()}" for file in files]
-        _client(folder).put([str(file) for file in files], targets)
+        with _os_errors(folder):
+            _client(folder).put([str(file) for file in files], targets)
 
 
 class GrowingFiles:

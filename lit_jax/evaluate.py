@@ -26,7 +26,7 @@ from typing import Any, get_args
 
 import jax
 
-from lit_jax.buckets import AnyPath
+from lit_jax.buckets import AnyPath, check_access
 from lit_jax.cli import KeyFlags, Parser, add_path, command, set_key
 from lit_jax.config import EvalConfig, MeshConfig, parse_as
 from lit_jax.credentials import split_keys
@@ -114,11 +114,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, An
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
     for flag, key in SHORT.items():
         parser.add_argument(f"--{flag}", help=f"short for --{EVAL.name}.{key}")
-    add_path(parser, "--output", is_local=True, help="JSON file to write, one number for each name")
-    add_path(
-        parser, "--results", is_local=True, help="folder for CLIP_benchmark's JSON and a table"
-    )
-    add_path(parser, "--report", is_local=True, help="HTML file to write")
+    add_path(parser, "--output", help="JSON file to write, one number for each name")
+    add_path(parser, "--results", help="folder for CLIP_benchmark's JSON and a table")
+    add_path(parser, "--report", help="HTML file to write")
     add_path(
         parser,
         "--cache",
@@ -159,9 +157,12 @@ def _check(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
         )
     if args.model and not _names_data(given):
         raise UserError("--model has no evaluations of its own; also give --data (and --classes).")
+    for flag in ("output", "results", "report"):
+        if path := getattr(args, flag):
+            check_access(path.parent)
     for flag in ("output", "report"):
         path = getattr(args, flag)
-        if path and not path.parent.is_dir():
+        if isinstance(path, Path) and not path.parent.is_dir():
             raise UserError(
                 f"--{flag}={path}: there is no folder {path.parent}; create it, or give another path."
             )

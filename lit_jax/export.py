@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import transformers
 
-from lit_jax.buckets import local_copy
+from lit_jax.buckets import BucketPath, check_access, local_copy, written_locally
 from lit_jax.cli import Parser, add_path, command
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.image_processor import load_processor
 from lit_jax.data.text import check_saved, finish_saving, without_state
 from lit_jax.distributed import process
+from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import DualEncoderModule
 from lit_jax.models.patches import pair
 from lit_jax.models.tower import ImageTower
@@ -42,9 +43,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, by default those of the process."""
     parser = Parser("lit_jax.export", __doc__)
     add_path(parser, "--workdir", required=True, help="folder of a training run")
-    add_path(parser, "--output", is_local=True, required=True, help="folder to write")
+    add_path(parser, "--output", required=True, help="folder to write")
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
     args = parser.parse(argv)
+    check_access(args.output)
+    # Here the files of an earlier export cannot be replaced all at once.
+    if isinstance(args.output, BucketPath) and args.output.exists():
+        raise UserError(f"--output={args.output} holds something already; give another address.")
     process.open_devices()
     # The run folder keeps locked parameters as they were read, so float32 exports them without rounding.
     run = load_run(args.workdir, step=args.step, dtype="float32")
@@ -54,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     params = jax.device_get(run.params)
     transform = run.model.processors.image_transform
     module, hf_config, params = at_image_size(run.module, run.model.hf_config, params, transform)
-    save_dual_encoder(args.output, hf_config, module, params, processor)
+    with written_locally(args.output) as output:
+        save_dual_encoder(output, hf_config, module, params, processor)
     print(f"Exported step {run.step} of {args.workdir} to {args.output}")
 
 

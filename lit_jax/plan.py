@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_jax.buckets import AnyPath, check_access
 from lit_jax.cli import Parser, add_path, command
 from lit_jax.config import Config
 from lit_jax.config_file import load_config
@@ -55,14 +56,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_path(
         parser,
         "--output",
-        is_local=True,
         default=Path("plan.json"),
         help="JSON file to write (default: plan.json)",
     )
     args, overrides = parser.parse_with_keys(argv)
     if args.compilations < 1:
         raise UserError(f"--compilations={args.compilations} must be at least 1.")
-    if not args.output.parent.is_dir() or args.output.is_dir():
+    folder = args.output.parent
+    check_access(folder)
+    if (isinstance(folder, Path) and not folder.is_dir()) or args.output.is_dir():
         raise UserError(f"--output={args.output} must name a file in a folder that exists.")
     if not args.book and len(args.config) + len(args.topology) > 2:
         raise UserError("A plan has one --config and one --topology; add --book for several.")
@@ -83,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _write_book(
-    configs: Mapping[str, Config], topologies: Sequence[Topology], slices: int, output: Path
+    configs: Mapping[str, Config], topologies: Sequence[Topology], slices: int, output: AnyPath
 ) -> None:
     """Print the line of each config on each topology as it is known, and write all plans up to then."""
     pairs = list(itertools.product(configs.items(), topologies))
@@ -99,7 +101,7 @@ def _write_book(
         _write(output, plans)
 
 
-def _write(output: Path, content: Any) -> None:
+def _write(output: AnyPath, content: Any) -> None:
     with io_errors("give another --output"):
         write_json(output, content)
 

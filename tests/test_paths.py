@@ -22,7 +22,12 @@ FLAGS = [
     *((evaluate.main, MEASURED, f"--{flag}") for flag in ("output", "results", "report", "cache")),
 ]
 # The flags whose files libraries write, or read back, on a local disk.
-LOCAL = [flag for flag in FLAGS if flag[2] != "--workdir"]
+LOCAL = [
+    flag
+    for flag in FLAGS
+    if (flag[0], flag[2])
+    in ((embed.main, "--output"), (convert.main, "--output"), (evaluate.main, "--cache"))
+]
 
 VALUES = (
     "",

@@ -25,7 +25,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-import tensorstore as ts
 
 from lit_jax.buckets import AnyPath, BucketPath, subfolders
 from lit_jax.distributed.process import is_primary
@@ -39,12 +38,14 @@ from lit_jax.training.integrity import (
     text_sum,
 )
 from lit_jax.training.lease import check_lease
+from lit_jax.training.orbax_stores import atomicity, check_arrays, checkpointer, teach_s3
 from lit_jax.training.saved_arrays import as_saved, check_shapes
 from lit_jax.training.stack_names import UncutStacks, cut_stacks, join_stacks
 from lit_jax.training.train_step import State
 from lit_jax.training.workdir_errors import STEP, complete_steps, reason, workdir_errors
 
 log = logging.getLogger(__name__)
+teach_s3()
 
 # The libraries whose versions a checkpoint records, to explain a difference between two runs later.
 LIBRARIES = (
@@ -97,7 +98,7 @@ class Checkpoints:
                 barrier_sync_fn=_barrier,
                 post_finalization_callback=self._before_it_is_complete,
             ),
-            atomicity_options=_atomicity(workdir),
+            atomicity_options=atomicity(workdir),
         )
         _check_names(workdir / "checkpoints")
         with self._writing():
@@ -171,7 +172,7 @@ class Checkpoints:
         assert self._sums is not None
         arrays = self._sums.fetch()
         for folder in self._unfinished():
-            _check_arrays(folder / "state", len(arrays))
+            check_arrays(folder / "state", len(arrays))
             write_json(folder / SUMS_FILE, {"arrays": arrays, "data": self._data_sum})
 
     def _unfinished(self) -> Iterable[AnyPath]:
@@ -210,13 +211,6 @@ class Checkpoints:
     def _writing(self) -> contextlib.AbstractContextManager[None]:
         # For a full disk or lost permissions, Orbax and TensorStore raise many types, some from a thread.
         return workdir_errors(self._workdir, Exception)
-
-
-def _atomicity(folder: AnyPath) -> ocp.options.AtomicityOptions:
-    modes = ocp.options.AtomicityMode
-    # By itself Orbax would rename a folder on S3 object by object.
-    mode = modes.COMMIT_FILE if isinstance(folder, BucketPath) else modes.AUTO
-    return ocp.options.AtomicityOptions(mode=mode)
 
 
 def _check_names(folder: AnyPath) -> None:
@@ -312,7 +306,7 @@ def save_frozen(folder: AnyPath, frozen: Mapping[str, Any], uncut: UncutStacks =
         return
     frozen = join_stacks(frozen, uncut)
     sums = start_sums(frozen, with_rounded=True)
-    with workdir_errors(folder.parent, Exception), ocp.StandardCheckpointer() as writer:
+    with workdir_errors(folder.parent, Exception), checkpointer(folder) as writer:
         writer.save(folder.resolve(), frozen, force=True)
         writer.wait_until_finished()
         if is_primary():
@@ -329,25 +323,12 @@ def restore_frozen(
     if not abstract_frozen:
         return {}
     what_then = "put them back, or start again in another --workdir"
-    with _reading(folder, what_then, what_then), ocp.StandardCheckpointer() as reader:
+    with _reading(folder, what_then, what_then), checkpointer(folder) as reader:
         wanted = as_saved(folder, abstract_frozen, uncut)
         check_shapes(folder, wanted)
         frozen = reader.restore(folder.resolve(), wanted)
         _compare(frozen, _stored_sums(folder / SUMS_FILE))
         return cut_stacks(frozen, uncut, abstract_frozen)
-
-
-def _check_arrays(folder: AnyPath, leaves: int) -> None:
-    """Raise OSError unless a folder of Orbax lists `leaves` arrays.
-
-    Orbax itself only warns if it does not find the parts that the processes have written.
-    """
-    # OCDBT merges the parts of all processes into one store, whose listing shows what a reader will find.
-    base = f"{folder}/" if isinstance(folder, BucketPath) else f"file://{folder.resolve()}/"
-    listed = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
-    arrays = {key.rpartition(b"/")[0] for key in listed if key.endswith(b"/.zarray")}
-    if len(arrays) != leaves:
-        raise OSError(f"of {leaves} arrays {len(arrays)} can be read back from {folder}")
 
 
 def _check_step_sums(folder: AnyPath, arrays: Any, data: Any = None) -> None:

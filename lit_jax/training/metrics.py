@@ -38,7 +38,7 @@ class MetricsWriter:
             self._wandb = start_wandb(workdir, config.wandb_project)
             self._open.callback(self._wandb.finish)
         kept = [line for line, row in _read_rows(workdir) if row["step"] <= start]
-        with workdir_errors(workdir, Exception):
+        with workdir_errors(workdir):
             self._files = GrowingFiles(workdir)
             self._open.callback(self._files.close)
             path = self._files.folder / "metrics.jsonl"
@@ -52,7 +52,7 @@ class MetricsWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write the metrics of a step to all readers."""
-        with workdir_errors(self._workdir, Exception):
+        with workdir_errors(self._workdir):
             self._file.write(_line({"step": step, **values}))
             # TensorBoard and W&B have a clock of their own.
             values = {printable(name): value for name, value in values.items() if name != "time"}
@@ -64,12 +64,12 @@ class MetricsWriter:
 
     def copy(self) -> None:
         """Bring the rows into a run folder in a bucket now, instead of within a minute."""
-        with workdir_errors(self._workdir, Exception):
+        with workdir_errors(self._workdir):
             self._files.copy()
 
     def close(self) -> None:
         """Close all files."""
-        with workdir_errors(self._workdir, Exception):
+        with workdir_errors(self._workdir):
             # The stack closes all writers, even after an error of one.
             self._open.close()
 

@@ -35,11 +35,12 @@ def losses(folder):
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
 
 
-def test_killed_while_the_store_fails_it_ends_as_on_a_local_disk(command, store, tmp_path):
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_killed_while_the_store_fails_it_ends_as_on_a_local_disk(command, store, tmp_path, scheme):
     """Every object is a file of the served folder, so the same functions read both runs."""
     finish(command(tmp_path / "run", EVALUATED))
     chance = random.Random(seed := time.time_ns())
-    address, folder = "gs://bucket/runs/one", store.folder / "runs" / "one"
+    address, folder = f"{scheme}://bucket/runs/one", store.folder / "runs" / "one"
     with store.faults(errors=0.01, lost=0.005, delay=0.02, seed=seed % 1000, where="runs"):
         for _ in range(3):
             process = command(address, EVALUATED, env=store.environment)
