@@ -45,6 +45,8 @@ _S3_VARIABLES = {
 }
 # Orbax writes this file last, so that a checkpoint without the file is not complete.
 COMMIT_FILE = "commit_success.txt"
+# The longest wait for an answer to TensorStore before a run starts.
+_CHECK_SECONDS = 30.0
 # The time between two copies of files that grow.
 _COPY_SECONDS = 60.0
 
@@ -115,8 +117,16 @@ def _os_errors(path: BucketPath) -> Iterator[None]:
     except FileNotFoundError as error:
         raise FileNotFoundError(errno.ENOENT, "no such object or bucket", str(path)) from error
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
-        raise OSError(errno.EIO, reason, str(path)) from error
+        raise OSError(errno.EIO, _reason(error), str(path)) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the reason of an error of a client, short enough for a sentence."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    text = (isinstance(error, OSError) and error.strerror) or str(error)
+    # TensorStore's message quotes the whole answer, in brackets.
+    return text.strip().partition("\n")[0].partition(" [")[0][:300] or type(error).__name__
 
 
 def _kind(path: BucketPath) -> str | None:
@@ -189,6 +199,9 @@ def key_value_store(folder: BucketPath) -> dict[str, Any]:
         for key, variables in _S3_VARIABLES.items():
             if given := next(filter(None, map(os.environ.get, variables)), None):
                 spec[key] = given
+        # TensorStore cannot ask another store than Amazon's for the region.
+        if "endpoint" in spec:
+            spec.setdefault("aws_region", "us-east-1")
         # Without this TensorStore also looks for files in the home folder, and complains that there are none.
         if os.environ.get("AWS_ACCESS_KEY_ID"):
             spec["aws_credentials"] = {"type": "environment"}
@@ -213,7 +226,7 @@ def check_access(folder: AnyPath) -> None:
             ) from error
         # Each client has exceptions of its own.
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0][:300]
+            reason = _reason(error)
             raise UserError(
                 f"{folder}: {client} cannot write, read and remove objects there ({reason}); "
                 f"{_CLIENTS[scheme][2]}, for an account that may do all three."
@@ -236,10 +249,11 @@ def _check_tensorstore(probe: BucketPath) -> None:
     import tensorstore as ts
 
     store = ts.KvStore.open(key_value_store(probe.parent)).result()
-    store.write(probe.name, b"lit_jax").result()
-    if store.read(probe.name).result().value != b"lit_jax":
+    # TensorStore itself tries for minutes, with some errors for ever.
+    store.write(probe.name, b"lit_jax").result(timeout=_CHECK_SECONDS)
+    if store.read(probe.name).result(timeout=_CHECK_SECONDS).value != b"lit_jax":
         raise OSError("another content is read than was written")
-    store.delete_range(ts.KvStore.KeyRange(probe.name, f"{probe.name}0")).result()
+    store.write(probe.name, None).result(timeout=_CHECK_SECONDS)
 
 
 def subfolders(folder: AnyPath) -> list[AnyPath]:

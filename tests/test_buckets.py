@@ -1,6 +1,7 @@
 """Addresses of folders in a bucket: what is refused, and who reads and writes there."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from lit_jax import train
 from lit_jax.buckets import BucketPath
 from lit_jax.errors import BAD_INPUT, UserError
 from lit_jax.files import output_path
+from tests.object_store.served import serve
 
 
 def test_an_address_keeps_its_scheme_and_a_path_on_this_machine_its_type(tmp_path):
@@ -68,3 +70,112 @@ from etils.epath.backend import fsspec_backend
 assert epath.Path("gs://bucket/run")._backend is fsspec_backend
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("served") / "bucket") as served:
+        served.folder.mkdir()
+        yield served
+
+
+def run(program, *words, env):
+    """Run a program in a process of its own, because clients keep the address of their first server."""
+    command = [sys.executable, "-c", program, *words]
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+CHECK = """
+import sys
+from lit_jax.buckets import check_access
+from lit_jax.errors import UserError
+from lit_jax.files import output_path
+for address in sys.argv[1:]:
+    try:
+        check_access(output_path("--workdir", address))
+        print("ok")
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_bucket_is_written_read_and_cleared_before_it_is_used(store, scheme):
+    addresses = [f"{scheme}://{name}/run" for name in ("bucket", "readonly", "elsewhere")]
+    good, readonly, missing = run(CHECK, *addresses, env=store.environment)
+    assert good == "ok"
+    assert readonly.startswith(addresses[1])
+    assert {"gs": "gcloud auth", "s3": "AWS_ACCESS_KEY_ID"}[scheme] in readonly
+    assert missing.startswith(addresses[2])
+    assert "no bucket elsewhere" in missing
+    assert list(store.folder.iterdir()) == []
+
+
+def test_a_second_client_without_credentials_is_found_before_it_is_needed(store):
+    # TensorStore alone uploads by this kind of request.
+    with store.faults(is_expired=True, where="uploadType=media"):
+        (found,) = run(CHECK, "gs://bucket/run", env=store.environment)
+    assert "TensorStore cannot write" in found
+
+
+USE = r"""
+import sys
+from pathlib import Path
+from lit_jax.buckets import GrowingFiles, local_copy, remove_folder, subfolders, written_locally
+from lit_jax.files import atomic_write, output_path, write_json
+
+folder = output_path("--output", sys.argv[1])
+assert not folder.exists()
+assert subfolders(folder) == []
+remove_folder(folder)
+write_json(folder / "a" / "config.json", {"x": 1})
+atomic_write(folder / "text", "first")
+assert (folder / "text").read_text() == "first"
+atomic_write(folder / "text", "second")
+assert (folder / "text").read_bytes() == b"second"
+assert [found.name for found in subfolders(folder)] == ["a"]
+assert (folder / "a").is_dir() and not (folder / "text").is_dir() and folder.exists()
+with written_locally(folder / "b") as local:
+    (local / "c").mkdir()
+    (local / "c" / "d.txt").write_text("deep")
+copy = local_copy(folder)
+assert sorted(str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file()) == [
+    "a/config.json", "b/c/d.txt", "text"
+]
+assert sorted(p.name for p in folder.glob("*/config.json")) == ["config.json"]
+growing = GrowingFiles(folder / "g")
+with (growing.folder / "rows").open("a", buffering=1) as rows:
+    rows.write("1\n")
+    growing.copy()
+    assert (folder / "g" / "rows").read_text() == "1\n"
+    rows.write("2\n")
+    growing.copy_if_due()
+    assert (folder / "g" / "rows").read_text() == "1\n"
+    growing.close()
+assert (folder / "g" / "rows").read_text() == "1\n2\n"
+assert not growing.folder.exists()
+try:
+    (folder / "none").read_bytes()
+except FileNotFoundError as error:
+    assert error.filename == str(folder / "none")
+remove_folder(folder / "a")
+assert not (folder / "a").exists() and (folder / "b").exists()
+"""
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_folder_in_a_bucket_is_used_like_one_on_a_disk(store, scheme):
+    run(USE, f"{scheme}://bucket/{scheme}/run", env=store.environment)
+    assert (store.folder / scheme / "run" / "g" / "rows").read_text() == "1\n2\n"
+    assert (store.folder / scheme / "run" / "b" / "c" / "d.txt").read_text() == "deep"
+
+
+def test_a_small_file_is_one_request(store):
+    before = len(store.log())
+    program = (
+        "import sys; from lit_jax.files import *; atomic_write(output_path('x', sys.argv[1]), 'x')"
+    )
+    run(program, "gs://bucket/one", env=store.environment)
+    assert [entry["written"] for entry in store.log()[before:]] == [["one"]]

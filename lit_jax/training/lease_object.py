@@ -8,15 +8,13 @@ kernel tells whether the holder lives.
 
 import contextlib
 import errno
-import os
 import secrets
 import socket
 import time
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from lit_jax.buckets import BucketPath
+from lit_jax.buckets import BucketPath, key_value_store
 from lit_jax.training import lease_wait
 
 _NAME = ".lease"
@@ -153,16 +151,7 @@ def _observe(content: bytes) -> lease_wait.Observed:
 def _open(workdir: BucketPath) -> Any:
     import tensorstore as ts
 
-    address = urlsplit(str(workdir))
-    spec: dict[str, Any] = {"bucket": address.netloc, "path": f"{address.path.strip('/')}/"}
-    if address.scheme == "gs":
-        spec["driver"] = "gcs"
-    else:
-        spec["driver"] = "s3"
-        # TensorStore does not read these variables, as the other clients of S3 do.
-        if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
-            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-            spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+    spec = key_value_store(workdir)
     context = ts.Context({f"{spec['driver']}_request_retries": _RETRIES})
     return ts.KvStore.open(spec, context=context).result()
 

@@ -29,8 +29,11 @@ def teach_s3() -> None:
     def spec(path: str) -> dict[str, Any]:
         if not path.startswith(_S3):
             return google_spec(path)
-        inside = path.removeprefix(_S3).lstrip("/")
-        return key_value_store(bucket_path("--workdir", f"s3://{inside}"))
+        found = key_value_store(
+            bucket_path("--workdir", f"s3://{path.removeprefix(_S3).lstrip('/')}")
+        )
+        # Some paths are those of single objects.
+        return found | {"path": found["path"].removesuffix("/")}
 
     tensorstore_utils._use_gcs_driver = is_bucket
     gcs_utils.get_kvstore_for_gcs = spec
