@@ -8,6 +8,7 @@ kernel tells whether the holder lives.
 
 import contextlib
 import errno
+import os
 import secrets
 import socket
 import time
