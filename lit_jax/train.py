@@ -29,6 +29,7 @@ from lit_jax.evals.encode import Encoder
 from lit_jax.files import atomic_write, output_path, write_json
 from lit_jax.models.tower import Tower
 from lit_jax.reports.result_files import EvaluatedModel, write_results
+from lit_jax.training.dashboards import Picture
 from lit_jax.training.loop import Evaluations
 from lit_jax.training.losses import Objective
 from lit_jax.training.metrics import read_metrics
@@ -146,6 +147,15 @@ class ConfiguredEvaluations(Evaluations):
         """Run the evaluations with these keys of config.evals, and return their metrics under flat names."""
         chosen = [task for task in self._prepared if task.key in names]
         return runner.flatten_metrics(self._evaluate(trained, chosen))
+
+    def pictures(self, names: Collection[str]) -> Mapping[str, Picture]:
+        """Return a picture of images with their most probable classes for each zero-shot evaluation."""
+        # Imported here, because matplotlib would delay the start of every run.
+        from lit_jax.reports.predictions import predictions_picture
+
+        done = [one for one in self._done.values() if one.prepared.key in names]
+        drawn = {f"{one.prepared.name}/predictions": predictions_picture(one) for one in done}
+        return {name: picture for name, picture in drawn.items() if picture}
 
     def finish(self, trained: TrainedModel) -> None:
         """Run the evaluations for the end of the run, and write all results."""

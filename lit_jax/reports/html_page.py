@@ -15,14 +15,11 @@ from lit_jax.reports.matplotlib_figures import (
     curves_figure,
     heat_map_figure,
 )
+from lit_jax.reports.predictions import predictions, spread
 from lit_jax.reports.result_files import EvaluatedModel, percent, tables
 
-# The number of images that are shown with their most probable classes, one image for each class.
-PICTURES = 16
-# The number of other queries, evenly spaced in the data, so that nobody can pick the good ones.
-SAMPLES = 8
-# The number of images shown for a text, of texts shown for an image, and of classes shown for an image.
-ANSWERS, CAPTIONS, GUESSES = 8, 5, 3
+# The number of images shown for a text, and of texts shown for an image.
+ANSWERS, CAPTIONS = 8, 5
 # The number of confused pairs in the table.
 CONFUSIONS = 12
 # The number of classes whose accuracy is shown, and of rows and columns of a similarity map.
@@ -78,7 +75,7 @@ def _zero_shot(result: ZeroShotResult, classes: Classes, show: ShowImage) -> Ite
     yield "<h3>Which pictures fit the words?</h3>"
     yield '<p class="note">The nearest images to the texts of a class; those of the class are framed.</p>'
     # Classes without an image in the data could show only wrong answers.
-    for label in present[_spread(len(present))]:
+    for label in present[spread(len(present))]:
         nearest = _nearest(result.class_embeds[label], result.image_embeds, ANSWERS)
         yield f'<div class="row"><p dir="auto">{text(names[label])}</p><div class="strip">'
         for row in nearest:
@@ -115,25 +112,17 @@ def _lowest(accuracy_P: Float[np.ndarray, " P"], most: int) -> Int[np.ndarray, "
 
 
 def _pictures(result: ZeroShotResult, names: tuple[str, ...], show: ShowImage) -> Iterator[str]:
-    first_P = np.unique(result.label, return_index=True)[1]
     yield "<h3>What is in the picture?</h3>"
     yield '<p class="note">The first image of a class, and the most probable classes.</p>'
     yield '<div class="cards">'
-    for row in first_P[_spread(len(first_P), PICTURES)]:
-        truth = names[result.label[row]]
-        # A tie for the first place is neither right nor wrong.
-        mark = {1.0: "✓", 0.0: "✗"}.get(
-            float(result.hit[row]), f"tied, right in {result.hit[row]:.0%}"
-        )
-        yield f'<div class="card">{show(row, truth, "")}'
-        yield f'<strong dir="auto">{text(truth)} {mark}</strong>'
-        for guess, probability in zip(
-            result.top[row, :GUESSES], result.probability[row], strict=False
-        ):
-            kind = "guess right" if guess == result.label[row] else "guess"
-            yield f'<div class="{kind}"><span dir="auto">{text(names[guess])}</span>'
-            yield f"<span>{probability:.0%}</span>"
-            yield f'<i style="width:{max(probability, 0):.1%}"></i></div>'
+    for shown in predictions(result, names):
+        yield f'<div class="card">{show(shown.row, shown.truth, "")}'
+        yield f'<strong dir="auto">{text(shown.truth)} {shown.mark}</strong>'
+        for guess in shown.guesses:
+            kind = "guess right" if guess.is_right else "guess"
+            yield f'<div class="{kind}"><span dir="auto">{text(guess.name)}</span>'
+            yield f"<span>{guess.probability:.0%}</span>"
+            yield f'<i style="width:{max(guess.probability, 0):.1%}"></i></div>'
         yield "</div>"
     yield "</div>"
 
@@ -181,7 +170,7 @@ def _retrieval(result: RetrievalResult, show: ShowImage) -> Iterator[str]:
     yield f"<p>{len(result.index):,} images and {len(result.texts):,} texts.</p>"
     yield "<h3>Which texts fit the picture?</h3>"
     yield '<p class="note">Images evenly spaced in the data, and the nearest texts; its own in blue.</p>'
-    for row in _spread(len(result.index)):
+    for row in spread(len(result.index)):
         yield f'<div class="answer">{show(row, "an image that asks for texts", "")}<ol>'
         for m in _nearest(result.image_embeds[row], result.text_embeds, CAPTIONS):
             kind = ' class="right"' if result.image_of_text[m] == row else ""
@@ -189,7 +178,7 @@ def _retrieval(result: RetrievalResult, show: ShowImage) -> Iterator[str]:
         yield "</ol></div>"
     yield "<h3>Which pictures fit the text?</h3>"
     yield '<p class="note">The nearest images to a text, the best one first; its own is framed.</p>'
-    for m in _spread(len(result.texts)):
+    for m in spread(len(result.texts)):
         yield f'<div class="row"><p dir="auto">{text(result.texts[m])}</p><div class="strip">'
         for row in _nearest(result.text_embeds[m], result.image_embeds, ANSWERS):
             kind = "right" if result.image_of_text[m] == row else ""
@@ -200,7 +189,7 @@ def _retrieval(result: RetrievalResult, show: ShowImage) -> Iterator[str]:
     yield "data. A bright diagonal: each finds its own.</p>"
     # The first text of each image, so that the diagonal pairs an image with its own text.
     own = np.unique(result.image_of_text, return_index=True)[1]
-    chosen = own[_spread(len(own), MAP)]
+    chosen = own[spread(len(own), MAP)]
     images = result.image_embeds[result.image_of_text[chosen]]
     yield _heat_map(images @ result.text_embeds[chosen].T, [result.texts[m] for m in chosen])
 
@@ -248,11 +237,6 @@ def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
     if "peak_memory_gib" in rows[-1]:
         words += f" A device had at most {rows[-1]['peak_memory_gib']:.1f} GiB in use."
     return words
-
-
-def _spread(count: int, most: int = SAMPLES) -> Int[np.ndarray, " S"]:
-    """Return up to `most` positions, evenly spaced."""
-    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
 
 
 def _nearest(

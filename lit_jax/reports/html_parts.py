@@ -6,7 +6,6 @@ A page needs no network: its style, pictures and drawings are part of the file.
 import base64
 import html
 import io
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from lit_jax.reports.matplotlib_figures import (
     PALE_BLUE,
     RIGHT,
     WRONG,
+    save,
 )
 from lit_jax.reports.result_files import Table
 
@@ -147,15 +147,12 @@ def picture(image: ImageFile, alt: str, kind: str = "") -> str:
 
 def drawing(figure: Figure, alt: str) -> str:
     """Return a figure as SVG in HTML, with a width proportional to its size in inches."""
-    content = io.BytesIO()
     # Texts stay texts, because the browser has fonts for all scripts. A fixed salt and no date make the file
     # reproducible.
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "lit_jax", "font.family": "sans-serif"}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # Matplotlib's own fonts lack many scripts, but they only measure the texts here.
-        warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support")
-        figure.savefig(content, format="svg", metadata={"Date": None}, bbox_inches="tight")
-    image = _image("image/svg+xml", content.getvalue(), alt, "figure")
+    with matplotlib.rc_context(settings):
+        content = save(figure, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    image = _image("image/svg+xml", content, alt, "figure")
     return f'<div class="pan" style="max-width:{figure.get_figwidth() * 110:.0f}px">{image}</div>'
 
 

@@ -1,11 +1,15 @@
 """The figures of reports. This module only draws: plain data in, matplotlib figures out."""
 
+import io
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from PIL.Image import Image
 
 from lit_jax.display import printable
 
@@ -26,8 +30,7 @@ def heat_map_figure(similarity_CxC: Float[np.ndarray, "C C"], names: Sequence[st
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(similarity_CxC, cmap="cividis", interpolation="nearest")
-    shown = map(printable, names)
-    short = [name if len(name) <= 24 else f"{name[:23]}…" for name in shown]
+    short = list(map(_short, names))
     # Class names may contain dollar signs, which matplotlib would parse as math.
     axes.set_xticks(range(len(names)), short, size=7, rotation=90, parse_math=False)
     axes.set_yticks(range(len(names)), short, size=7, parse_math=False)
@@ -39,6 +42,38 @@ def heat_map_figure(similarity_CxC: Float[np.ndarray, "C C"], names: Sequence[st
     colors.outline.set_visible(False)
     colors.ax.tick_params(length=2, labelsize=7)
     return figure
+
+
+def predictions_figure(
+    images: Sequence[Image], titles: Sequence[str], guesses: Sequence[Sequence[str]]
+) -> Figure:
+    """Draw images in rows of four, each with a title above and lines of text below."""
+    rows = math.ceil(len(images) / 4)
+    figure = Figure(figsize=(8, 2.6 * rows), dpi=80)
+    figure.subplots_adjust(
+        left=0.02, right=0.98, top=1 - 0.25 / rows, bottom=0.45 / rows, hspace=0.6
+    )
+    for i, (image, title, lines) in enumerate(zip(images, titles, guesses, strict=True), start=1):
+        axes = figure.add_subplot(rows, 4, i)
+        axes.imshow(np.asarray(image))
+        axes.set_axis_off()
+        axes.set_title(_short(title), size=9, parse_math=False)
+        axes.text(
+            *(0.5, -0.04, "\n".join(map(_short, lines))),
+            size=8,
+            color=FAINT,
+            ha="center",
+            va="top",
+            transform=axes.transAxes,
+            parse_math=False,
+        )
+    return figure
+
+
+def _short(name: str) -> str:
+    """Return a name for a place that has room for 24 characters."""
+    shown = printable(name)
+    return shown if len(shown) <= 24 else f"{shown[:23]}…"
 
 
 def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -74,6 +109,16 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.margins(x=0.01)
     figure.align_ylabels()
     return figure
+
+
+def save(figure: Figure, **options: Any) -> bytes:
+    """Return the file that `Figure.savefig` writes with these options."""
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        # Matplotlib's own fonts lack many scripts. In SVG they only measure the texts.
+        warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support")
+        figure.savefig(content, **options)
+    return content.getvalue()
 
 
 def _headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:

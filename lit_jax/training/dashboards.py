@@ -1,26 +1,39 @@
 """The dashboards that show the metrics of a run: TensorBoard, Weights & Biases."""
 
+import io
 import os
+import tempfile
 import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from PIL import Image
 
 from lit_jax.buckets import AnyPath
 from lit_jax.display import printable
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
+from lit_jax.training.workdir_errors import workdir_errors
+
+
+class Picture(NamedTuple):
+    """A picture for dashboards: a file in PNG, and its text for those that show one."""
+
+    png: bytes
+    caption: str
 
 
 class TensorBoard:
-    """A TensorBoard events file, to which each step is written at once.
+    """A TensorBoard events file of a run, in a local folder, to which each step is written at once.
 
     tensorboardX's own SummaryWriter writes in a thread. When a full disk ends that thread, training waits for
     ever.
     """
 
-    def __init__(self, folder: Path, start: int):
+    def __init__(self, workdir: AnyPath, folder: Path, start: int):
+        self._workdir = workdir
         # The import takes more than a second, so runs without TensorBoard skip it.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
@@ -36,41 +49,74 @@ class TensorBoard:
         points = [{"tag": name, "simple_value": value} for name, value in values.items()]
         self._write(step=step, summary={"value": points})
 
+    def show(self, step: int, pictures: Mapping[str, Picture]) -> None:
+        """Write pictures after a step."""
+        images = [
+            {"tag": name, "image": {"encoded_image_string": picture.png}}
+            for name, picture in pictures.items()
+        ]
+        self._write(step=step, summary={"value": images})
+
     def _write(self, **fields: Any) -> None:
-        self._events.write_event(self._event.Event(wall_time=time.time(), **fields))
-        self._events.flush()
+        with workdir_errors(self._workdir, Exception):
+            self._events.write_event(self._event.Event(wall_time=time.time(), **fields))
+            self._events.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._events.close()
 
 
-def start_wandb(workdir: AnyPath, project: str) -> Any:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError(
-            "config.log.wandb_project is set but wandb is not installed; run pip install wandb, or set the "
-            "key to None."
-        ) from None
-    # The id includes the whole path, so that a resumed run continues the W&B run of this folder and not that
-    # of another folder with the same name.
-    folder = zlib.crc32(os.fsencode(workdir.resolve()))
-    name = f"{printable(workdir.resolve().name)}-{folder:08x}"
-    try:
-        return wandb.init(
-            project=project,
-            dir=str(workdir),
-            id=name,
-            name=name,
-            resume="allow",
-            config=parse_json((workdir / "config.json").read_bytes()),
-            # A resumed run may change some keys of the config.
-            allow_val_change=True,
-        )
-    # The usual causes are a missing login and a missing network.
-    except wandb.Error as error:
-        raise UserError(
-            f"W&B cannot start ({error}); log in, set WANDB_MODE=offline, or set config.log.wandb_project to "
-            "None."
-        ) from error
+class WeightsAndBiases:
+    """A run of Weights & Biases. A resumed run of the same folder continues it.
+
+    Raises UserError if wandb is not installed or W&B does not accept the run.
+    """
+
+    def __init__(self, workdir: AnyPath, project: str):
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise UserError(
+                "config.log.wandb_project is set but wandb is not installed; run pip install wandb, or set "
+                "the key to None."
+            ) from None
+        self._wandb = wandb
+        # The id includes the whole path, so that a resumed run continues the W&B run of this folder and not
+        # that of another folder with the same name.
+        folder = zlib.crc32(os.fsencode(str(workdir.resolve())))
+        name = f"{printable(workdir.resolve().name)}-{folder:08x}"
+        try:
+            self._run = wandb.init(
+                project=project,
+                # W&B cannot write its own files into a bucket.
+                dir=str(workdir) if isinstance(workdir, Path) else tempfile.gettempdir(),
+                id=name,
+                name=name,
+                resume="allow",
+                config=parse_json((workdir / "config.json").read_bytes()),
+                # A resumed run may change some keys of the config.
+                allow_val_change=True,
+            )
+        # The usual causes are a missing login and a missing network.
+        except wandb.Error as error:
+            raise UserError(
+                f"W&B cannot start ({error}); log in, set WANDB_MODE=offline, or set "
+                "config.log.wandb_project to None."
+            ) from error
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the values of a step."""
+        self._run.log(dict(values), step=step)
+
+    def show(self, step: int, pictures: Mapping[str, Picture]) -> None:
+        """Write pictures after a step."""
+        images = {
+            name: self._wandb.Image(Image.open(io.BytesIO(picture.png)), caption=picture.caption)
+            for name, picture in pictures.items()
+        }
+        self._run.log(images, step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()

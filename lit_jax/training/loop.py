@@ -12,6 +12,7 @@ from lit_jax.distributed.mesh import global_batch
 from lit_jax.distributed.preemption import StopSignal
 from lit_jax.errors import Preempted
 from lit_jax.training.checkpoints import Checkpoints
+from lit_jax.training.dashboards import Picture
 from lit_jax.training.durations import Durations
 from lit_jax.training.goodput import Stopwatch
 from lit_jax.training.model_factory import Model, TrainedModel
@@ -33,6 +34,10 @@ class Evaluations:
 
     def measure(self, trained: TrainedModel, names: Collection[str]) -> Mapping[str, float]:
         """Return the metrics, under flat names, of the evaluations of `config.evals` with these names."""
+        return {}
+
+    def pictures(self, names: Collection[str]) -> Mapping[str, Picture]:
+        """Return pictures of what `measure` has found last, by flat names. Only one process asks."""
         return {}
 
     def finish(self, trained: TrainedModel) -> None:
@@ -111,6 +116,8 @@ class Loop:
             with self.reporter.evaluating(step) as results, jax.transfer_guard("allow"):
                 model = TrainedModel.merged(self.model, state.params, self.locked, step)
                 results |= self.evaluations.measure(model, names)
+                if self.reporter.shows_pictures:
+                    self.reporter.show(step, self.evaluations.pictures(names))
 
     def call_back(self, step: int, state: State) -> None:
         """Call the user's functions that are due, and report the metrics that they return."""

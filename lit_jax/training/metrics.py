@@ -13,7 +13,7 @@ from lit_jax.display import printable
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import Preempted, UserError
 from lit_jax.files import atomic_write, parse_json
-from lit_jax.training.dashboards import TensorBoard, start_wandb
+from lit_jax.training.dashboards import Picture, TensorBoard, WeightsAndBiases
 from lit_jax.training.goodput import FINISHED, Stopwatch
 from lit_jax.training.workdir_errors import workdir_errors
 
@@ -31,12 +31,11 @@ class MetricsWriter:
 
     def __init__(self, workdir: AnyPath, config: LogConfig, *, start: int):
         self._workdir = workdir
-        self._tensorboard = self._wandb = None
         self._open = contextlib.ExitStack()
+        self._dashboards: list[TensorBoard | WeightsAndBiases] = []
         # W&B may fail for lack of a login, so it starts before metrics.jsonl is rewritten.
         if config.wandb_project:
-            self._wandb = start_wandb(workdir, config.wandb_project)
-            self._open.callback(self._wandb.finish)
+            self._add(WeightsAndBiases(workdir, config.wandb_project))
         kept = [line for line, row in _read_rows(workdir) if row["step"] <= start]
         with workdir_errors(workdir):
             self._files = GrowingFiles(workdir)
@@ -46,21 +45,33 @@ class MetricsWriter:
             # Line buffering keeps every row but the last safe from a kill.
             self._file = self._open.enter_context(path.open("a", buffering=1))
             if config.tensorboard:
-                self._tensorboard = TensorBoard(self._files.folder / "tensorboard", start)
-                self._open.callback(self._tensorboard.close)
+                self._add(TensorBoard(workdir, self._files.folder / "tensorboard", start))
             self._files.copy()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write the metrics of a step to all readers."""
         with workdir_errors(self._workdir):
             self._file.write(_line({"step": step, **values}))
-            # TensorBoard and W&B have a clock of their own.
-            values = {printable(name): value for name, value in values.items() if name != "time"}
-            if self._tensorboard:
-                self._tensorboard.write(step, values)
+        # Dashboards have a clock of their own.
+        values = {printable(name): value for name, value in values.items() if name != "time"}
+        for dashboard in self._dashboards:
+            dashboard.write(step, values)
+        with workdir_errors(self._workdir, Exception):
             self._files.copy_if_due()
-        if self._wandb:
-            self._wandb.log(values, step=step)
+
+    @property
+    def has_dashboards(self) -> bool:
+        """True if there is a dashboard, which shows pictures."""
+        return bool(self._dashboards)
+
+    def show(self, step: int, pictures: Mapping[str, Picture]) -> None:
+        """Write pictures after a step, by name, to the dashboards."""
+        for dashboard in self._dashboards:
+            dashboard.show(step, {printable(name): one for name, one in pictures.items()})
+
+    def _add(self, dashboard: TensorBoard | WeightsAndBiases) -> None:
+        self._dashboards.append(dashboard)
+        self._open.callback(dashboard.close)
 
     def copy(self) -> None:
         """Bring the rows into a run folder in a bucket now, instead of within a minute."""

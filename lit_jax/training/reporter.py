@@ -14,6 +14,7 @@ from lit_jax.buckets import AnyPath
 from lit_jax.config import Config, LogConfig, loss_kinds
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
+from lit_jax.training.dashboards import Picture
 from lit_jax.training.goodput import FINISHED, Stopwatch
 from lit_jax.training.metrics import MetricsWriter
 from lit_jax.training.train_step import Metrics
@@ -119,6 +120,16 @@ class Reporter:
         if self._writer and metrics:
             self._writer.write(step, metrics | self._stopwatch.metrics())
             self._writer.copy()
+
+    @property
+    def shows_pictures(self) -> bool:
+        """True in the process that writes to dashboards, if there are any."""
+        return self._writer is not None and self._writer.has_dashboards
+
+    def show(self, step: int, pictures: Mapping[str, Picture]) -> None:
+        """Write pictures to the dashboards."""
+        assert self._writer is not None
+        self._writer.show(step, pictures)
 
     def callback_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics of a callback; a name that is one of our own columns becomes callback/NAME."""

@@ -1,0 +1,93 @@
+"""TensorBoard and Weights & Biases show metrics, and images with their most probable classes."""
+
+import io
+import json
+
+import pytest
+from PIL import Image
+
+import lit_jax
+from lit_jax.configs.vit_bert import DEMO, DIGITS
+from lit_jax.errors import Preempted
+from lit_jax.training.metrics import read_metrics
+from tests.training.conftest import stop_after
+
+PICTURES = "zero_shot/some/predictions"
+EVALS = {
+    "some": {
+        "data": {"path": str(DIGITS), "split": "unseen", "max_examples": 40},
+        "classes": str(DEMO / "all80.json"),
+        "every": "3 steps",
+    }
+}
+
+
+def test_tensorboard_shows_images_with_their_most_probable_classes(tiny, tmp_path, one_device):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lit_jax.fit(tiny(evals=EVALS, **{"log.tensorboard": True}), tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = events.Images(PICTURES)
+    assert [event.step for event in shown] == [3, 6]
+    picture = Image.open(io.BytesIO(shown[-1].encoded_image_string))
+    assert picture.format == "PNG"
+    # One of the few classes in the data for each image.
+    assert len(picture.convert("L").getcolors()) > 50
+
+
+def records(workdir):
+    """The records of each start in the files that W&B has written without a network."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    for file in sorted(workdir.glob("wandb/offline-run-*/*.wandb")):
+        store = DataStore()
+        store.open_for_scan(str(file))
+        found = []
+        while (content := store.scan_data()) is not None:
+            found.append(Record())
+            found[-1].ParseFromString(content)
+        yield file.parent, found
+
+
+@pytest.mark.long
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+def test_two_starts_continue_one_run_of_wandb(tiny, tmp_path, one_device, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("LIT_JAX_ADDRESS_KEYS", "{}")
+    overrides = {"architectures": ["s3://NAME:TOPSECRET@bucket/bert"]}
+    config = tiny(evals=EVALS, **{"log.wandb_project": "lit", "model.text.overrides": overrides})
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Preempted):
+            lit_jax.fit(config, tmp_path)
+    lit_jax.fit(config, tmp_path)
+    starts = list(records(tmp_path))
+    runs = [record.run for _, found in starts for record in found if record.HasField("run")]
+    assert len({run.run_id for run in runs}) == 1
+    assert {run.project for run in runs} == {"lit"}
+    settings = {item.key: json.loads(item.value_json) for run in runs for item in run.config.update}
+    assert settings["batch_size"] == 16
+    assert settings["model"]["text"]["overrides"] == {"architectures": ["s3://bucket/bert"]}
+    for file in tmp_path.rglob("*"):
+        assert file.is_dir() or b"TOPSECRET" not in file.read_bytes(), file
+    rows = {}
+    for folder, found in starts:
+        for record in found:
+            if record.HasField("history"):
+                row = {
+                    "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+                    for item in record.history.item
+                }
+                rows.setdefault(row["_step"], {}).update(row)
+                if f"{PICTURES}/path" in row:
+                    assert (folder / "files" / row[f"{PICTURES}/path"]).exists()
+                    assert "%" in row[f"{PICTURES}/caption"]
+    assert sorted(rows) == [1, 2, 3, 4, 5, 6]
+    assert [step for step in rows if f"{PICTURES}/path" in rows[step]] == [3, 6]
+    for row in read_metrics(tmp_path):
+        for name in {"loss", "zero_shot/some/top1"} & row.keys():
+            assert rows[row["step"]][name] == row[name]
