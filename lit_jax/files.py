@@ -130,8 +130,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path, whose file replaces `path` when the block ends without an error.
 
     The temporary path is unique, so that several processes may write the same file at the same time. A killed
-    process leaves a hidden file that ends in .new.
+    process leaves a hidden file that ends in .new. A link stays, and the file behind it is replaced. A device
+    or a pipe is yielded itself.
     """
+    given, path = path, Path(os.path.realpath(path))
+    # Root could replace /dev/null by a file, which breaks the whole machine.
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        yield path
+        return
     # The name is cut, so that even the longest one leaves room for the rest.
     new = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}.new")
     try:
@@ -140,7 +146,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         # The message should name the user's file instead of the temporary one.
         if error.filename in (None, str(new)):
-            error.filename = str(path)
+            error.filename = str(given)
         raise
     finally:
         new.unlink(missing_ok=True)
