@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, ImageOps
 from lit_jax.config import ColorJitterConfig, RandAugmentConfig
 from lit_jax.data.augment import NO_JITTER, NO_OPERATIONS, color_jitter, rand_augment
 from lit_jax.data.example import BadSampleError
-from lit_jax.data.files import File, ObjectPath, find, read_whole
+from lit_jax.data.files import File, ObjectPath, find, read_whole, readable
 from lit_jax.data.resample import FILTERS, enlarge_window
 from lit_jax.files import is_lfs_pointer
 from lit_jax.models.normalization import Normalization
@@ -269,6 +269,12 @@ def file_content(path: File) -> bytes:
     """Return the bytes of an image file. Raise BadSampleError if the file cannot be read."""
     try:
         return read_whole(find(path))
+    # The whole path, because the most frequent cause is a list in another folder than its images.
+    except FileNotFoundError as error:
+        separator = "; write / in the place of \\" if "\\" in path.name else ""
+        raise BadSampleError(
+            f"there is no file {readable(str(path))}{separator}", "missing"
+        ) from error
     except OSError as error:
         kind = "too_large" if error.errno == errno.EFBIG else "missing"
         raise BadSampleError(error.strerror or str(error), kind) from error

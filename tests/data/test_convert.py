@@ -75,7 +75,8 @@ def test_every_good_example_comes_out_as_it_went_in(folder, tmp_path, capsys):
         (9, "9.png"),
         (17, "17.png"),
     ]
-    assert [row["reason"] for row in bad[:2]] == ["No such file or directory", "not an image"]
+    assert str(folder / "missing.png") in bad[0]["reason"]
+    assert bad[1]["reason"] == "not an image"
     said = capsys.readouterr()
     assert re.search(rf"\b20 .*\b3 .*{output}", said.out)
     assert re.search(rf"\b3 .*{output}/bad\.jsonl", said.out)

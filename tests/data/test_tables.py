@@ -137,6 +137,23 @@ def test_the_number_of_a_class_may_be_written_as_a_float(tmp_path):
     assert [source[i]["label"] for i in range(2)] == ["dog", None]
 
 
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
+def test_texts_that_parquet_holds_as_bytes_are_texts(tmp_path, kind):
+    """As Spark and Hive write them."""
+    texts = {"caption": ["Fluß".encode(), b"\xff", None], "label": [b"cat", b"dog", None]}
+    table = {name: pa.array(column, kind) for name, column in texts.items()}
+    table["captions"] = pa.array([[b"river"], None, ["naß".encode()]], pa.list_(kind))
+    parquet.write_table(
+        pa.table({"image": ["a.png", "b.png", "c.png"], **table}), tmp_path / "a.parquet"
+    )
+    source = open_folder(tmp_path)
+    assert (source[0]["captions"], source[0]["label"]) == (("Fluß", "river"), "cat")
+    assert source[2]["captions"] == ("naß",)
+    with pytest.raises(BadSampleError) as raised:
+        source[1]
+    assert raised.value.kind == "not_utf8"
+
+
 # Captions that are lists written as text.
 
 

@@ -122,22 +122,30 @@ def _captions(
 
 
 def _texts(row: Mapping[str, Any], name: str) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    value = row.get(name)
+    value = _text(row.get(name))
     if isinstance(value, str):
         return (value,), None
     if isinstance(value, dict):
         # In Arrow every row has the languages of all rows, with null for those without captions.
-        groups = {k: [v] if isinstance(v, str) else v or [] for k, v in value.items()}
+        groups = {k: [v] if isinstance(v, str | bytes) else v or [] for k, v in value.items()}
         if not all(isinstance(group, list) for group in groups.values()):
             raise TypeError(f'"{name}" is {value!r}')
         pairs = [(k, text) for k, group in groups.items() for text in group if text is not None]
-        languages, texts = tuple(k for k, _ in pairs), tuple(text for _, text in pairs)
+        languages, texts = tuple(k for k, _ in pairs), tuple(_text(text) for _, text in pairs)
     else:
         given = _field(row, name, list) or []
-        languages, texts = None, tuple(text for text in given if text is not None)
+        languages, texts = None, tuple(_text(text) for text in given if text is not None)
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f'"{name}" has an item that is not text')
     return texts, languages
+
+
+def _text(value: Any) -> Any:
+    """Return bytes as text, and any other value as it is. Raise UnicodeDecodeError unless they are UTF-8.
+
+    Spark and Hive write the texts of a Parquet file as bytes that are not marked as text.
+    """
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def read_label(row: Mapping[str, Any], name: str) -> tuple[str | None, str | None]:
@@ -146,6 +154,8 @@ def read_label(row: Mapping[str, Any], name: str) -> tuple[str | None, str | Non
     NaN is no label, and 1.0 is the label 1: pandas stores whole numbers as floats if some are missing.
     """
     value = row.get(name)
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
     # Only NaN differs from itself.
     if value is None or value == "" or value != value:
         return None, None
