@@ -128,9 +128,9 @@ def namesakes(root: Any, key: str, name: str = "config") -> list[str]:
     """Return the paths of at most three keys whose path ends with `key`, which may contain dots."""
     paths = dict(_key_types(root, name))
     found = [path for path in paths if path.endswith(f".{key}")]
-    # Numbers and texts come before lists of rules, which set the same for single parameters; then the keys
-    # nearest to the root.
-    return sorted(found, key=lambda path: (get_origin(paths[path]) is tuple, path.count(".")))[:3]
+    # The keys nearest to the root come first; among those of one depth, numbers and texts before lists of
+    # rules, which set the same for single parameters.
+    return sorted(found, key=lambda path: (path.count("."), get_origin(paths[path]) is tuple))[:3]
 
 
 def _nearest_key(root: Any, group: str, key: str) -> str:

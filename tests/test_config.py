@@ -13,7 +13,7 @@ from lit_jax import config as config_module
 from lit_jax import optimizer_config
 from lit_jax.config import Config, EvalConfig, ModelConfig, TowerConfig, default, parse
 from lit_jax.config_file import parse_arg
-from lit_jax.config_schema import steps
+from lit_jax.config_schema import namesakes, steps
 from lit_jax.configs.vit_bert import get_config
 from lit_jax.errors import UserError
 from lit_jax.optimizer_config import Adafactor, AdamW, Lamb, Lion
@@ -199,3 +199,10 @@ def test_every_key_has_a_comment_above_it():
         assert [key for key, comment in above.items() if not comment.startswith("# ")] == []
         found += len(keys)
     assert found > 100
+
+
+def test_the_key_nearest_to_the_root_is_suggested_first():
+    assert namesakes(EvalConfig, "languages", "eval")[0] == "eval.languages"
+    assert namesakes(Config, "batch_size") == ["config.batch_size", "config.evals.NAME.batch_size"]
+    rates = ["config.schedule.learning_rate", "config.policy.learning_rate"]
+    assert namesakes(Config, "learning_rate") == rates

@@ -79,7 +79,8 @@ def check_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: 
         for share, text in (
             (
                 found.cut,
-                "if the text tower has more positions, raise config.data.max_text_length",
+                "if the text tower has more positions, raise config.data.max_text_length (of an exported "
+                "folder: model_max_length in tokenizer_config.json)",
             ),
             (found.unknown, "choose a text tower whose tokenizer knows these texts"),
             (found.same, "the text tower cannot tell these texts apart"),

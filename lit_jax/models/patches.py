@@ -118,11 +118,14 @@ class ImageEmbeddings(nn.Module):
 
 def check_channels(pixel_values_BxHxWxC: Float[Array, "B H W C"], num_channels: int) -> None:
     """Raise UserError for images with another number of channels than the tower's."""
-    channels = pixel_values_BxHxWxC.shape[-1]
+    _, *sizes, channels = pixel_values_BxHxWxC.shape
     if channels != num_channels:
+        # In Python, the argument has the channels first, and other libraries have them last.
+        is_last = num_channels in sizes
+        remedy = "give [images, channels, height, width]" if is_last else "convert the images"
         raise UserError(
             f"The images have {channels} channels, but the image tower's config.json has "
-            f"num_channels={num_channels}; convert the images."
+            f"num_channels={num_channels}; {remedy}."
         )
 
 

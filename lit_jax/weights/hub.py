@@ -65,6 +65,12 @@ def local_folder(
         raise UserError(f"{config_key} is empty; give a local folder or the id of a Hub model.")
     folder = expand_home(model, f"{config_key}={model}")
     if not folder.is_dir():
+        # The id of a Hub model has one slash at most. Its errors would hide that a path is mistyped.
+        if folder.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
+            raise UserError(
+                f"{config_key} is {model!r}, and there is no such folder; give the folder of a model, or the "
+                "id of a Hub model."
+            )
         folder = _from_hub(model, config_key, options)
     if not (folder / options.subfolder).is_dir():
         raise UserError(

@@ -56,6 +56,13 @@ def test_what_is_neither_folder_nor_model_is_a_user_error(model):
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("model", ["/no/such/folder", "./none", "../none", "a/b/c", "models/org/x"])
+def test_a_path_without_a_folder_is_not_looked_for_on_the_hub(model):
+    with pytest.raises(UserError, match="no such folder") as error:
+        hub.local_folder(model, config_key=KEY)
+    assert error.value.__cause__ is None
+
+
 SMALL = ["config.json", "vocab.txt", "tokenizer.model"]
 SHARDS = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
 INDEX = "pytorch_model.bin.index.json"

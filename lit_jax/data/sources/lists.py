@@ -213,8 +213,9 @@ def parsing(file: File) -> Iterator[None]:
         raise UserError(f"{file} is not UTF-8 ({encoding_problem(error)}).") from error
     # UnicodeDecodeError, handled above, is a ValueError, too.
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(
-            f"{file} cannot be read as a caption file ({textwrap.shorten(repr(error), 200)}); correct it, or "
+            f"{file} cannot be read as a caption file ({textwrap.shorten(reason, 200)}); correct it, or "
             "download it again."
         ) from error
 
