@@ -278,3 +278,11 @@ def test_the_home_of_an_unknown_user_is_one_sentence():
 def test_a_path_that_does_not_exist_is_told_so(tmp_path):
     with pytest.raises(UserError, match=r"'.*nowhere'"):
         open_source(SourceConfig(path=str(tmp_path / "nowhere")))
+
+
+def test_a_pattern_that_is_not_expanded_says_what_is(make):
+    folder = make("00000/0.jpg", "00001/0.jpg", "a/0.tar")
+    with pytest.raises(UserError, match=r"\*\.tar.*\{00000\.\.00331\}"):
+        labels(f"{folder}/a/*.tar")
+    with pytest.raises(UserError, match=rf"\{{00000\.\.00001\}}.* {folder}\."):
+        labels(f"{folder}/{{00000..00001}}")

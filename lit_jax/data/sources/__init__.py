@@ -160,6 +160,8 @@ def _find(config: SourceConfig, text_only: bool, labelled: bool) -> Source:
     """Return the source that the config names, or raise UserError with a hint about what is there instead."""
     try:
         places = [locate(path) for path in expand(config.path)] if config.path else []
+        if places:
+            hints.check_places(config.path, places)
         if source := _open(places, config, text_only, labelled):
             return source
     except AddressError as error:

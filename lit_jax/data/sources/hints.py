@@ -54,6 +54,21 @@ def hint(files: Sequence[File]) -> str:
     return ""
 
 
+def check_places(path: str, places: Sequence[File]) -> None:
+    """Raise UserError if a path is a pattern with *, or has braces that stand for folders."""
+    first = places[0]
+    if isinstance(first, Path) and "*" in path and not first.exists():
+        raise UserError(
+            f"{path!r} has a *, which is not expanded; give the folder, or write braces such as "
+            "{00000..00331}.tar."
+        )
+    if len(places) > 1 and first.is_dir():
+        raise UserError(
+            f"The braces of {path!r} stand for folders, and braces can stand for files alone; give the folder that "
+            f"holds all of them, {first.parent}."
+        )
+
+
 def check_content(file: File) -> None:
     """Raise UserError if a local file is compressed whatever its name says, or a pointer of Git LFS.
 
