@@ -218,6 +218,11 @@ def read_config(workdir: AnyPath) -> Config | None:
     content = _read_config_file(workdir)
     if content is None:
         return None
+    if "model_type" in content:
+        raise UserError(
+            f"{workdir} is the folder of a model and not of a run; give it as the --model of evaluate, or "
+            "choose another --workdir."
+        )
     # Earlier versions have other names for some keys and values.
     config = {
         RENAMED.get(key, key): _RENAMED_VALUES.get(value, value) if key in RENAMED else value

@@ -41,6 +41,11 @@ def explain_folder(folder: pathlib.Path) -> str:
 
 def explain_config(content: Mapping[str, Any]) -> str:
     """Return a clause about a config.json without model_type, and the remedy."""
+    if "batch_size" in content and "policy" in content:
+        return (
+            "is that of a run and not of a model; export the run (python -m lit_jax.export), evaluate it by "
+            "--workdir, or read it by lit_jax.load_run"
+        )
     # timm's config.json names an architecture instead.
     names_timm = isinstance(content.get("architecture"), str)
     return f"has no model_type{', so timm wrote it' if names_timm else ''}; {_CONVERT}"

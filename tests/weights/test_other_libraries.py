@@ -1,8 +1,11 @@
+import dataclasses
 import json
 
 import pytest
 
+from lit_jax.config import Config
 from lit_jax.errors import UserError
+from lit_jax.training.workdir import read_config
 from lit_jax.weights import files, hub, load
 
 TRANSFORMER = {"path": "", "type": "sentence_transformers.models.Transformer"}
@@ -96,3 +99,12 @@ def test_a_variant_alone_is_named(copied):
     with pytest.raises(UserError, match=r"variant='fp16'"):
         files.read_tensors(folder)
     assert files.read_tensors(folder, "fp16").values
+
+
+def test_the_folders_of_models_and_of_runs_are_told_apart(tmp_path, copied):
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(Config())))
+    with pytest.raises(UserError, match=r"config\.json is that of a run.*--workdir"):
+        hub.read_config(tmp_path)
+    folder = copied("bert_torch")
+    with pytest.raises(UserError, match=rf"{folder} is the folder of a model.*--model"):
+        read_config(folder)

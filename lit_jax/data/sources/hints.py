@@ -64,8 +64,8 @@ def check_places(path: str, places: Sequence[File]) -> None:
         )
     if len(places) > 1 and first.is_dir():
         raise UserError(
-            f"The braces of {path!r} stand for folders, and braces can stand for files alone; give the folder that "
-            f"holds all of them, {first.parent}."
+            f"The braces of {path!r} stand for folders, and braces can stand for files alone; give the "
+            f"folder that holds all of them, {first.parent}."
         )
 
 
