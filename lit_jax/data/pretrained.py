@@ -38,8 +38,8 @@ def read_pretrained(auto_class: Any, folder: Path, what: str, advice: str, **opt
         absent = [name for name in _SENTENCEPIECE if not _is_installed(name)]
         vocabularies = sorted(folder.glob("*.model"))
         reason: Exception = error
-        # Where sentencepiece is missing, or cannot read the file, transformers reads the file as tiktoken's
-        # and reports that failure.
+        # If sentencepiece is missing, or cannot read the file, transformers reads the file as tiktoken's and
+        # reports that failure.
         if vocabularies and absent:
             reason = ImportError(str(error), name=absent[0])
         elif vocabularies and missing_package(error) == "tiktoken":
