@@ -5,6 +5,7 @@ Every parameter of the module and every tensor of the file is accounted for, see
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
 import re
@@ -291,8 +292,20 @@ def parameter_shapes(module: nn.Module, example: Any) -> dict[str, Any]:
 
     Raise UserError if the numbers in config.json describe no model that can be computed.
     """
+    key = jax.random.key(0)
     with config_errors():
-        return dict(jax.eval_shape(module.init, jax.random.key(0), example)["params"])
+        try:
+            hash(module)
+        # A user's own tower may have lists and dicts.
+        except TypeError:
+            return dict(jax.eval_shape(module.init, key, example)["params"])
+        return dict(_init.eval_shape(module, key, example)["params"])
+
+
+# Traced once for each module and shape of inputs: a start asks for the same tower several times.
+@functools.partial(jax.jit, static_argnums=0)
+def _init(module: nn.Module, key: jax.Array, example: Any) -> Any:
+    return module.init(key, example)
 
 
 @contextlib.contextmanager

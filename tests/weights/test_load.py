@@ -1,7 +1,9 @@
 import json
 import re
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -411,3 +413,20 @@ def test_weights_are_read_once(golden, tower, monkeypatch):
     monkeypatch.setattr(files, "read_tensors", lambda *a: calls.append(a) or read(*a))
     load.load_tower_and_pooler(golden / "bert_torch", tower(golden / "bert_torch", "mean"))
     assert len(calls) == 1
+
+
+class OfAList(nn.Module):
+    """As a user may write a tower: a field that has no hash."""
+
+    widths: list[int]
+
+    @nn.compact
+    def __call__(self, x):
+        for width in self.widths:
+            x = nn.Dense(width)(x)
+        return x
+
+
+def test_a_module_that_cannot_be_hashed_has_shapes():
+    shapes = load.parameter_shapes(OfAList([3, 2]), jnp.zeros((1, 4)))
+    assert shapes["Dense_1"]["kernel"].shape == (3, 2)
