@@ -8,8 +8,10 @@ from typing import Any
 
 from lit_jax.config import EvalConfig, SourceConfig
 from lit_jax.data.example import Source
+from lit_jax.data.listing import shown
 from lit_jax.data.sources import open_source
 from lit_jax.data.text_check import check_texts, sample_captions, some
+from lit_jax.display import printable
 from lit_jax.errors import UserError
 from lit_jax.evals import probe
 from lit_jax.evals.cache import EmbeddingCache
@@ -192,11 +194,17 @@ def _open_zero_shot(
     config: EvalConfig, _: str, source: Source, classes: Classes, __: None, labels_of: _LabelsOf
 ) -> Measure:
     label_N = label_ids(labels_of(source), classes, order=config.labels)
-    unused = len(classes.names) - len(set(label_N.tolist()) - {-1})
+    used = {*label_N.tolist()}
+    unused = [printable(name) for i, name in enumerate(classes.names) if i not in used]
 
     def measure(encoder: Encoder, params: Params) -> tuple[Metrics, Result]:
         if unused:
-            log.info("%d of the %d classes have no image.", unused, len(classes.names))
+            log.info(
+                "%d of the %d classes have no image: %s.",
+                len(unused),
+                len(classes.names),
+                shown(unused),
+            )
         result = zero_shot(encoder, params, source, classes, label_N)
         return result.metrics, result
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -355,3 +356,12 @@ def test_an_image_without_a_label_is_left_out_and_named_once(
     metrics = flatten_metrics(run(open_evals(evals), encoder, params))
     assert metrics["zero_shot/classes/n"] == metrics["few_shot/shots/n"] == 3
     assert len(re.findall(r" 1 \w+ 4 .*picture2", caplog.text)) == 1
+
+
+def test_classes_without_an_image_are_named(folder, encoder, params, caplog):
+    names = ["a", "b", "c", "nobody has this"]
+    (folder / "four.json").write_text(json.dumps({"classnames": names, "templates": ["{}"]}))
+    config = EvalConfig(data=SourceConfig(path=str(folder)), classes=str(folder / "four.json"))
+    caplog.set_level(logging.INFO, logger="lit_jax")
+    run(open_evals({"four": config}), encoder, params)
+    assert re.search(r"1 of the 4 classes .*nobody has this", caplog.text)
