@@ -28,7 +28,7 @@ from lit_jax.data.example import (
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.mixture import part_of, training_order
 from lit_jax.data.text import tokenize
-from lit_jax.data.workers import start_worker, worker_errors
+from lit_jax.data.workers import start_worker, wait_for_freed_memory, worker_errors
 from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -254,8 +254,12 @@ class TrainStream:
         self._samples_read, self.bad_samples = state["samples_read"], dict(state["bad_samples"])
 
     def close(self) -> None:
-        """Stop threads and worker processes."""
-        self._iterator.close()
+        """Stop threads and worker processes, and free the shared memory of batches that nobody holds."""
+        if self._iterator is not None:
+            self._iterator.close()
+            # A closed iterator still holds batches that it had read ahead.
+            self._iterator = None
+            wait_for_freed_memory()
 
     def _open(self, start: int) -> None:
         if not flags.FLAGS.is_parsed():
@@ -268,7 +272,7 @@ class TrainStream:
         # To resume is to slice, because the order depends on the position alone.
         batches = self._batches.slice(slice(start, None)).to_iter_dataset(threads)
         workers = grain.multiprocessing.MultiprocessingOptions(num_workers=self._config.workers)
-        self._iterator = iter(batches.mp_prefetch(workers, _start_worker))
+        self._iterator: Any = iter(batches.mp_prefetch(workers, _start_worker))
         self._next_batch = start
 
     def _account(self, skipped: Skipped) -> None:

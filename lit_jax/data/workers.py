@@ -9,6 +9,9 @@ import threading
 import warnings
 from collections.abc import Iterator
 
+# Grain has no public function that waits for its thread.
+from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
+
 from lit_jax.errors import UserError
 
 
@@ -29,6 +32,16 @@ def _exit_with_parent() -> None:
     parent.join()
     # `sys.exit` would end only this thread.
     os._exit(1)
+
+
+def wait_for_freed_memory() -> None:
+    """Wait until Grain has freed the shared memory of dropped batches, which it does in a thread.
+
+    What that thread has not freed when the process ends, Python reports as leaked.
+    """
+    if pool := SharedMemoryArray._del_thread_pool:
+        # The pool has one thread, which takes its tasks in turn.
+        pool.apply(int)
 
 
 @contextlib.contextmanager

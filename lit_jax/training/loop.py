@@ -19,7 +19,7 @@ from lit_jax.training.model_factory import Model, TrainedModel
 from lit_jax.training.passed import Passed
 from lit_jax.training.profiler import Profiler
 from lit_jax.training.reporter import Reporter
-from lit_jax.training.train_step import State
+from lit_jax.training.train_step import Batch, State
 from lit_jax.trees import Tree
 
 
@@ -77,11 +77,7 @@ class Loop:
         alarm = Alarm(durations.save_seconds, start)
         for step in range(start + 1, durations.total + 1):
             with profiler.step(step):
-                # The stream advances only here, so that a save below records the position after `step`
-                # batches.
-                with stopwatch.timing("data_wait"):
-                    batch = global_batch(next(stream), self.model.mesh)
-                state, metrics = step_fn(state, self.frozen, batch)
+                state, metrics = step_fn(state, self.frozen, self._next_batch(stream))
                 self.reporter.add(step, metrics, bad_samples=stream.bad_samples)
             # Every process must ask in every step, because the answer comes from a collective.
             stopping = self.stop.requested(step)
@@ -101,6 +97,12 @@ class Loop:
             self.evaluate(step, state, durations.evals_due(self.model.config.evals, step))
             self.call_back(step, state)
         return state
+
+    def _next_batch(self, stream: TrainStream) -> Batch:
+        # The stream advances only here, so that a save after a step records the position behind its batch.
+        # The loop keeps no name for the batch, which would hold the shared memory of workers to the end.
+        with self.stopwatch.timing("data_wait"):
+            return global_batch(next(stream), self.model.mesh)
 
     def _save(self, step: int, state: State, stream: TrainStream) -> None:
         # flush raises if a metric is not finite, so a broken state never replaces a good checkpoint. The row

@@ -149,6 +149,18 @@ def test_on_a_full_disk_it_says_so_in_one_sentence_and_goes_on_when_there_is_roo
     assert_same_end(workdir, whole[0])
 
 
+def test_no_shared_memory_of_workers_is_left_when_a_run_stops_or_ends(command, tmp_path, whole):
+    """Python names, in the last line of all, what a process has left."""
+    workdir, workers = tmp_path / "run", "--config.data.workers=2"
+    process = command(workdir, workers)
+    wait_for_step(process, workdir, 20)
+    process.send_signal(signal.SIGTERM)
+    stopped = finish(process, PREEMPTED)[1]
+    ended = finish(command(workdir, workers))[1]
+    assert "leaked" not in stopped + ended
+    assert_same_end(workdir, whole[0])
+
+
 # Every process deals out dropout to rows of its own; without it, the number of processes changes nothing.
 NO_DROPOUT = "--config.model.text.overrides=" + json.dumps(
     {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
