@@ -19,6 +19,7 @@ SCRIPTS = [
     pytest.param("gpu_program", ("--batch=8",), "tiny  UU", marks=pytest.mark.gpu),
     pytest.param("gpu_clock", ("--batch=4", "--steps=1"), "tiny  UU", marks=pytest.mark.long),
     pytest.param("input_pipeline", ("--repeats=1",), "1 workers", marks=pytest.mark.long),
+    pytest.param("goodput", (), "share", marks=pytest.mark.long),
     pytest.param("sources", ("--repeats=1",), "records, lit_jax", marks=pytest.mark.long),
     pytest.param("retrieval", ("--widths=64",), "3000 of 64", marks=pytest.mark.long),
     pytest.param("zero_shot", ("--batch=4", "--repeats=1"), "evaluation", marks=pytest.mark.long),
