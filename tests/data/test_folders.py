@@ -286,3 +286,22 @@ def test_a_pattern_that_is_not_expanded_says_what_is(make):
         labels(f"{folder}/a/*.tar")
     with pytest.raises(UserError, match=rf"\{{00000\.\.00001\}}.* {folder}\."):
         labels(f"{folder}/{{00000..00001}}")
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_files_of_several_splits_are_not_mixed(make, kind):
+    """As a clone of a data set from the Hub has them."""
+    names = [f"{part}-0000{n}-of-00002.{kind}" for part in ("train", "test") for n in (0, 1)]
+    folder = make(*(f"data/{name}" for name in names))
+    with pytest.raises(UserError, match=r"config\.data\.train\.split .*test, train\."):
+        labels(folder / "data")
+    with pytest.raises(UserError, match=rf"{folder}/data\."):
+        labels(folder)
+    # Each of these has the same split in its name, or is named one by one.
+    for path in (
+        make(*(f"one/{name}" for name in names[:2])) / "one",
+        f"{folder}/data/{{{','.join(names)}}}",
+    ):
+        with pytest.raises(UserError) as raised:
+            labels(path)
+        assert "config.data.train.split" not in str(raised.value)

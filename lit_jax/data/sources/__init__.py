@@ -206,6 +206,8 @@ def _open(
     # A format that lists its splits chooses the files itself.
     if kind and not kind.knows_splits and config.split:
         found = splits.files_of(found, config.split)
+    elif kind and kind.several and folder:
+        splits.require_chosen(folder, found)
     if kind and found:
         require_regular(found)
         hints.check_content(found[0])
@@ -269,6 +271,11 @@ def _open_folder(
             hints.check_versions(folder, paths)
         if source is None and tops:
             raise splits.not_found(folder, None, tops)
+        if source is None and (parents := {str(p.parent) for p in inside if _is_data(p.name)}):
+            raise UserError(
+                f"{folder} itself has no data set, but {shown(parents)} in it has; give its path, such as "
+                f"{folder / min(parents)}."
+            )
         if source is None and folders:
             log.warning("%d folders in %s have no image: %s.", len(folders), folder, shown(folders))
         return source

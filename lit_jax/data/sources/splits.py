@@ -28,9 +28,25 @@ def files_of(files: Sequence[File], split: str) -> list[File]:
 
 def in_names(files: Iterable[File]) -> set[str]:
     """Return the splits in the names of files; without a known split, the names without their number."""
-    names = {re.sub(_NUMBER_AND_ENDING, "", file.name) for file in files}
-    parts = {part for name in names for part in re.split("[-_.]", name) if is_split(part)}
-    return parts or names - {""}
+    files = [*files]
+    parts = {part for file in files for part in _parts(file)}
+    return parts or {re.sub(_NUMBER_AND_ENDING, "", file.name) for file in files} - {""}
+
+
+def require_chosen(folder: File, files: Iterable[File]) -> None:
+    """Raise UserError if the names of a folder's files tell several splits apart.
+
+    Together they would mix training and test data.
+    """
+    of_files = {frozenset(_parts(file)) for file in files} - {frozenset()}
+    if len(of_files) > 1:
+        raise not_found(folder, None, frozenset.union(*of_files))
+
+
+def _parts(file: File) -> list[str]:
+    """Return the parts of a file's name that are typical of a split."""
+    name = re.sub(_NUMBER_AND_ENDING, "", file.name)
+    return [part for part in re.split("[-_.]", name) if is_split(part)]
 
 
 def is_split(name: str) -> bool:
