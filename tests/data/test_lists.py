@@ -142,6 +142,26 @@ def test_a_file_that_is_listed_twice_keeps_all_captions(coco):
     ]
 
 
+@pytest.mark.parametrize("again", ["./1.png", "../{folder}/1.png", "link.png"])
+def test_other_spellings_of_a_listed_path_are_the_same_image(tmp_path, again, encode, noise):
+    (tmp_path / "1.png").write_bytes(encode(noise(4, 7, 3)))
+    (tmp_path / "link.png").symlink_to("1.png")
+    again = again.format(folder=tmp_path.name)
+    (tmp_path / "results.token").write_text(f"1.png#0\ta\n{again}#1\tb\n")
+    assert [example["captions"] for example in opened(tmp_path)] == [("a", "b")]
+    sentences = [
+        {"filename": name, "split": "test", "sentences": [{"raw": name}]}
+        for name in ("1.png", again)
+    ]
+    (tmp_path / "dataset_x.json").write_text(json.dumps({"images": sentences}))
+    assert [example["captions"] for example in opened(tmp_path)] == [("1.png", again)]
+
+
+def test_an_image_that_is_listed_twice_with_one_id_has_its_captions_once(coco):
+    folder = coco([IMAGES[1]] * 2, [{"image_id": 1, "caption": "a"}])
+    assert [example["captions"] for example in opened(folder)] == [("a",)]
+
+
 def test_annotations_of_no_image_are_told(coco, caplog):
     annotations = [{"image_id": n, "caption": "a"} for n in (0, 7, 8, 8)]
     opened(coco(IMAGES, annotations))

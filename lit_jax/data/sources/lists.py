@@ -15,6 +15,7 @@ from lit_jax.data.files import File, check_text, encoding_problem, find, read_te
 from lit_jax.data.image import IMAGE_SUFFIXES
 from lit_jax.data.listing import is_system, shown, system_part
 from lit_jax.data.sources import splits
+from lit_jax.data.sources.rows import resolve
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
 
@@ -157,7 +158,8 @@ def open_coco(file: File, split: str | None) -> ListedSource:
         # COCO lists captions apart from the images, and joins them by the image's id.
         for annotation in content["annotations"]:
             captions[annotation["image_id"]].append(annotation["caption"])
-        pairs = [(image["file_name"], image["id"]) for image in content["images"]]
+        # An image that is listed twice with one id has its captions once.
+        pairs = [*dict.fromkeys((image["file_name"], image["id"]) for image in content["images"])]
         listed = _by_name((name, captions[number]) for name, number in pairs)
         unknown = captions.keys() - {number for _, number in pairs}
     if unknown:
@@ -223,11 +225,19 @@ def parsing(file: File) -> Iterator[None]:
 def captioned(
     file: File, listed: Mapping[str, Sequence[Any]], split: str | None = None
 ) -> ListedSource:
-    """Return the images that a file lists, with their captions. Raise UserError if there are none."""
+    """Return the images that a file lists, each with its captions under all spellings of its path.
+
+    Raises UserError if there are none.
+    """
     if not listed:
         raise UserError(f"{file} lists no images; use another file or split.")
     folder = folder_of_images(file, [*itertools.islice(listed, _TRIED)], split)
-    return ListedSource(folder, list(listed), captions=list(listed.values()))
+    names, captions = {}, collections.defaultdict(list)
+    for name, texts in listed.items():
+        path = name if "://" in name else resolve(name, folder) or name
+        names.setdefault(path, name)
+        captions[path] += texts
+    return ListedSource(folder, [*names.values()], captions=[captions[path] for path in names])
 
 
 def folder_of_images(file: File, names: Sequence[str], split: str | None = None) -> File:
