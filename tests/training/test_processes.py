@@ -111,6 +111,28 @@ def test_a_checkpoint_goes_on_with_other_devices(command, tmp_path, first, secon
         np.testing.assert_allclose(ours, theirs, rtol=1e-3)
 
 
+def test_killed_every_few_seconds_it_ends_bit_for_bit_and_accounts_for_its_time(command, tmp_path):
+    """At random moments, in start-up, steps and saves, whose times depend on the clock."""
+    flags = ("--config.duration=500 steps", "--config.checkpoint.every=1 second")
+    finish(command(tmp_path / "whole", *flags))
+    workdir, chance, began = tmp_path / "run", random.Random(7), time.time()
+    for kill in range(8):
+        process = command(workdir, *flags)
+        # Every other kill may come before the first step.
+        if kill % 2:
+            done = max(complete_steps(workdir), default=0)
+            wait_for_step(process, workdir, done + 1)
+        time.sleep(chance.uniform(0, 3))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    finish(command(workdir, *flags))
+    wall = time.time() - began
+    assert_same_end(workdir, tmp_path / "whole")
+    seconds = {k: v for k, v in read_metrics(workdir)[-1].items() if k.startswith("seconds/")}
+    assert sum(seconds.values()) == pytest.approx(wall, rel=0.05)
+    assert seconds["seconds/lost"] > 0
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
