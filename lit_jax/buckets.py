@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,9 @@ _CHECK_SECONDS = 30.0
 # The time between two copies of files that grow.
 _COPY_SECONDS = 60.0
 
+# Functions to call before each change below a folder; see `guarded`.
+_guards: dict["BucketPath", Callable[[], None]] = {}
+
 
 @epath.register_path_cls([f"{scheme}://" for scheme in _CLIENTS])
 class BucketPath(PosixGPath):
@@ -67,6 +70,12 @@ class BucketPath(PosixGPath):
         """Return whether there are objects below this path. Raise OSError if nobody tells."""
         return _kind(self) == "directory"
 
+    def iterdir(self) -> Iterator["BucketPath"]:
+        """Yield the paths directly below this path, none if there are no objects."""
+        # Orbax lists the checkpoints after it has removed one that was not complete, perhaps the only one.
+        with contextlib.suppress(FileNotFoundError):
+            yield from super().iterdir()
+
     def mkdir(self, mode: int | None = None, parents: bool = False, exist_ok: bool = False) -> None:
         """Do nothing: a folder is there with its first object."""
 
@@ -81,6 +90,7 @@ class BucketPath(PosixGPath):
 
     def write_bytes(self, data: bytes) -> int:
         """Write an object, by one request, so that readers see the old content or the new one."""
+        self._check_guards()
         with _os_errors(self):
             _client(self).pipe_file(str(self), data)
         return len(data)
@@ -91,6 +101,7 @@ class BucketPath(PosixGPath):
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove an object, by one request."""
+        self._check_guards()
         try:
             with _os_errors(self):
                 _client(self).rm_file(str(self))
@@ -105,8 +116,33 @@ class BucketPath(PosixGPath):
         with _os_errors(self):
             super().rmtree(missing_ok=missing_ok)
 
+    def open(self, mode: str = "r", **options: Any) -> Any:
+        """Open an object as a stream."""
+        if mode.strip("rbt"):
+            self._check_guards()
+        return super().open(mode, **options)
+
+    def _check_guards(self) -> None:
+        for folder, check in list(_guards.items()):
+            if self.is_relative_to(folder):
+                check()
+
 
 AnyPath = Path | BucketPath
+
+
+@contextlib.contextmanager
+def guarded(folder: BucketPath, check: Callable[[], None]) -> Iterator[None]:
+    """Call a function before each change of an object below a folder, while this is open.
+
+    An error of the function keeps the change from happening. On a disk Orbax writes into a folder with a name
+    of its own, but in a bucket into the folder of the checkpoint, where another run may write by then.
+    """
+    _guards[folder] = check
+    try:
+        yield
+    finally:
+        del _guards[folder]
 
 
 @contextlib.contextmanager

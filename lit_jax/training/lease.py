@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from lit_jax.buckets import AnyPath
+from lit_jax.buckets import AnyPath, guarded
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.training import lease_wait
@@ -40,6 +40,8 @@ def holding(workdir: AnyPath) -> Iterator[None]:
             if isinstance(workdir, Path):
                 stack.enter_context(_made(workdir))
             stack.enter_context(_Lease(workdir))
+            if not isinstance(workdir, Path):
+                stack.enter_context(guarded(workdir, lambda: check_lease(workdir)))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("the run folder is held")
         yield

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from etils import epath
 
+from lit_jax.buckets import BucketPath
 from lit_jax.errors import UserError
 from lit_jax.training import lease, lease_object, lease_wait
 from tests.object_store.served import BUCKET, READONLY, serve
@@ -110,6 +111,27 @@ def test_a_holder_that_was_overtaken_stops_before_its_next_write(workdir, store)
         with pytest.raises(UserError, match="taken over by process 7 on elsewhere"):
             lease.check_lease(workdir)
     assert json.loads(path.read_text())["pid"] == 7
+    path.unlink()
+
+
+def test_libraries_change_nothing_below_a_folder_that_is_lost(store, soon):
+    """Orbax writes in threads of its own, between two checks of the loop."""
+    workdir = BucketPath(f"gs://{BUCKET}/lost")
+    file = epath.Path(f"{workdir}/checkpoints/4/file")
+    with lease.holding(workdir):
+        file.write_text("whole")
+        path = foreign(store, workdir)
+        time.sleep(lease_object.ObjectLease.LOOK_SECONDS)
+        for change in (
+            lambda: file.write_text("lost"),
+            lambda: file.open("w"),
+            file.unlink,
+            file.parent.rmtree,
+        ):
+            with pytest.raises(UserError, match="process 7 on elsewhere"):
+                change()
+        assert file.open().read() == "whole"
+    file.parent.rmtree()
     path.unlink()
 
 
