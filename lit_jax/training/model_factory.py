@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from lit_jax.config import TEACHER, Config, DataConfig, Side
+from lit_jax.config import TEACHER, Config, DataConfig, PolicyConfig, Side
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.image_processor import load_image_transform
 from lit_jax.data.loader import Processors
@@ -157,15 +157,10 @@ def build_model(
         length = tokenizer.model_max_length
         teacher, teacher_tokenizer = load_teacher(paths.teacher, config.model.dtype, length)
     processors = Processors(image_transform, tokenizer, teacher_tokenizer)
-    example, has_teacher = example_batch(processors), teacher is not None
-    # Trainable and locked parameters cannot share an array, so the rules decide where stacks are cut. They
-    # are applied to uncut towers first, and the cuts change the shapes.
-    shapes = parameter_shapes(module, example)
-    uncut = uncut_stacks(shapes)
-    cuts = find_cuts(config.policy, shapes, has_teacher=has_teacher)
-    if cuts:
-        module = module.with_cuts(cuts)
-        shapes = parameter_shapes(module, example)
+    has_teacher = teacher is not None
+    module, shapes, uncut = _cut_stacks(
+        module, example_batch(processors), config.policy, has_teacher=has_teacher
+    )
     if teacher:
         shapes[TEACHER] = parameter_shapes(teacher, teacher.example_input)
     policy = resolve_policy(config.policy, shapes, has_teacher=has_teacher)
@@ -195,6 +190,24 @@ def _module(config: Config, paths: TowerPaths, own_towers: OwnTowers) -> DualEnc
     }
     # Training needs only features, so the last block of a tower may be computed for one token.
     return module.clone(**own).with_remat(config.remat).features_only()
+
+
+def _cut_stacks(
+    module: DualEncoderModule,
+    example: Mapping[str, jax.Array],
+    policy: PolicyConfig,
+    *,
+    has_teacher: bool,
+) -> tuple[DualEncoderModule, Tree, frozenset[str]]:
+    """Return the module cut as the policy needs, its shapes, and the stacks as they are without cuts."""
+    # Trainable and locked parameters cannot share an array, so the rules decide where stacks are cut. They
+    # are applied to uncut towers first, and the cuts change the shapes.
+    shapes = parameter_shapes(module, example)
+    uncut = uncut_stacks(shapes)
+    if cuts := find_cuts(policy, shapes, has_teacher=has_teacher):
+        module = module.with_cuts(cuts)
+        shapes = parameter_shapes(module, example)
+    return module, shapes, uncut
 
 
 def _image_transform(config: DataConfig, folder: Path) -> ImageTransform:
