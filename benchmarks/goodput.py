@@ -3,15 +3,16 @@
     python -m benchmarks.goodput [--kills=40] [--every=60] [--checkpoint="10 seconds"] [--tiny]
 
 Method: the command of the demo, without evaluations and without an end, is started, and killed by SIGKILL
-`every` seconds later; then started again at once, `kills` times. The last start is stopped by SIGTERM after
-the same time. The seconds by kind are those of the run's own last row. A start can use at most what its
-start-up and compilation leave, and a kill costs half an interval between checkpoints on average: `possible`
-is the share of the time that is left then. `used` is the share of steps and of the wait for their data.
-`accounted` is the sum of all kinds over the time on the clock outside.
+`every` seconds later, half an interval between checkpoints more or less; then started again at once, `kills`
+times. The last start is stopped by SIGTERM. The seconds by kind are those of the run's own last row. A start
+can use at most what its start-up and compilation leave, and a kill costs half an interval between checkpoints
+on average: `possible` is the share of the time that is left then. `used` is the share of steps and of waiting
+for data. `accounted` is the sum of all kinds over the time on the clock outside.
 """
 
 import argparse
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -42,9 +43,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder) / "run"
         began = time.time()
-        for _ in range(kills):
-            live(workdir, args.checkpoint, every, signal.SIGKILL)
-        live(workdir, args.checkpoint, every, signal.SIGTERM)
+        chance = random.Random(0)
+        for kill in range(kills + 1):
+            # Start-ups take equally long, so that equal times would kill at the same place of an interval.
+            lifetime = every + interval * (chance.random() - 0.5)
+            live(
+                workdir,
+                args.checkpoint,
+                lifetime,
+                signal.SIGKILL if kill < kills else signal.SIGTERM,
+            )
         report(read_metrics(workdir)[-1], time.time() - began, kills, interval)
 
 

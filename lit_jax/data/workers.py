@@ -37,7 +37,7 @@ def _exit_with_parent() -> None:
 def wait_for_freed_memory() -> None:
     """Wait until Grain has freed the shared memory of dropped batches, which it does in a thread.
 
-    What that thread has not freed when the process ends, Python reports as leaked.
+    Python reports as leaked all that the thread has not freed when the process ends.
     """
     if pool := SharedMemoryArray._del_thread_pool:
         # The pool has one thread, which takes its tasks in turn.
