@@ -295,8 +295,9 @@ def test_files_of_several_splits_are_not_mixed(make, kind):
     folder = make(*(f"data/{name}" for name in names))
     with pytest.raises(UserError, match=r"config\.data\.train\.split .*test, train\."):
         labels(folder / "data")
-    with pytest.raises(UserError, match=rf"{folder}/data\."):
-        labels(folder)
+    for split in (None, "train"):
+        with pytest.raises(UserError, match=rf"{folder}/data\."):
+            labels(folder, split)
     # Each of these has the same split in its name, or is named one by one.
     for path in (
         make(*(f"one/{name}" for name in names[:2])) / "one",

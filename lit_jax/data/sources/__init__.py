@@ -271,11 +271,8 @@ def _open_folder(
             hints.check_versions(folder, paths)
         if source is None and tops:
             raise splits.not_found(folder, None, tops)
-        if source is None and (parents := {str(p.parent) for p in inside if _is_data(p.name)}):
-            raise UserError(
-                f"{folder} itself has no data set, but {shown(parents)} in it has; give its path, such as "
-                f"{folder / min(parents)}."
-            )
+        if source is None:
+            _refuse_data_deeper(folder, paths)
         if source is None and folders:
             log.warning("%d folders in %s have no image: %s.", len(folders), folder, shown(folders))
         return source
@@ -284,8 +281,22 @@ def _open_folder(
         return _open([inside], dataclasses.replace(config, split=None), text_only, labelled)
     paths = [*walk(folder)]
     hints.check_versions(folder, paths)
+    if not listed:
+        _refuse_data_deeper(folder, paths)
     folders = {*top_folders(paths)} - {"annotations", *lists.IMAGE_FOLDERS}
     raise splits.not_found(folder, config.split, splits.in_names(listed) | folders)
+
+
+def _refuse_data_deeper(folder: File, paths: Sequence[str]) -> None:
+    """Raise UserError if folders in `folder` hold data sets, as in a clone from the Hub (data/*.parquet)."""
+    inside = [PurePosixPath(path) for path in paths if path.count("/") == 1 and path[-1] != "/"]
+    parents = {str(path.parent) for path in inside if _is_data(path.name)}
+    parents = {name for name in parents if not is_system(name) and not splits.is_split(name)}
+    if parents:
+        raise UserError(
+            f"{folder} itself has no data set, but {shown(parents)} in it has; give its path, such as "
+            f"{folder / min(parents)}."
+        )
 
 
 def _listed(folder: File, config: SourceConfig) -> list[File]:
