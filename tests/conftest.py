@@ -89,6 +89,15 @@ def no_cache_of_the_suite():
     jax.config.update("jax_compilation_cache_dir", before)
 
 
+@pytest.fixture(scope="module")
+def small_heap():
+    """For files that call many commands: each command ends with a full collection, which takes a second late
+    in a session. From here on the collector leaves alone what the files before have piled up.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 _MEMORY_MAPS = Path("/proc/self/maps")  # of Linux
 
 

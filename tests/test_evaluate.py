@@ -28,6 +28,8 @@ from lit_jax.weights.save import save_dual_encoder
 from tests.digits import make_digits, open_digits
 from tests.gloo import after_gloo
 
+pytestmark = pytest.mark.usefixtures("small_heap")
+
 DEMO = Path(__file__).parents[1] / "configs" / "demo"
 TINY = {
     "hidden_size": 16,

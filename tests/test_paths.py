@@ -9,6 +9,8 @@ from lit_jax.data import convert
 from lit_jax.errors import BAD_INPUT, UserError
 from lit_jax.files import local_path, output_path
 
+pytestmark = pytest.mark.usefixtures("small_heap")
+
 CONFIG = ["--config=configs/vit_bert.py"]
 MEASURED = ["--model=none", "--data=none"]
 FLAGS = [
