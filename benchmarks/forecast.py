@@ -30,6 +30,7 @@ import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -188,8 +189,14 @@ def inference(row: Row) -> Result:
     return Result(row.pairs, row.pairs / seconds / 2, mfu)
 
 
-def config_of(row: Row, batch_size: int) -> Config:
-    """Return the config of a row; it names the demo's folders, and no weights are read."""
+def config_of(
+    row: Row, batch_size: int, changes: Mapping[str, Any] = MappingProxyType({})
+) -> Config:
+    """Return the config of a row; it names the demo's folders, and no weights are read.
+
+    Args:
+        changes: values of other keys, such as {"policy.lock": "UU"}.
+    """
     raw = get_config("base")
     raw.model.image.model, raw.model.text.model = str(DEMO / "vit"), str(DEMO / "bert")
     raw.model.image.overrides = {
@@ -210,6 +217,7 @@ def config_of(row: Row, batch_size: int) -> Config:
     if row.precomputed:
         # The folder need not be there: its shapes follow from the tower.
         raw.data.image_embeddings = "precomputed"
+    raw.update_from_flattened_dict(dict(changes))
     return parse(raw)
 
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lit_jax.distributed.mesh import BATCH, has_bfloat16_units, mesh_shape, mesh_size
+from lit_jax.distributed.mesh import BATCH, device_kind, has_bfloat16_units, mesh_shape, mesh_size
 
 Embeddings = Float[Array, "B D"]
 Scalar = Float[Array, ""]
@@ -283,11 +283,13 @@ def _ring_on_device(
             to_image, to_text = block_fn(image[0], text)
             return _add(tile_carry, to_text), _add(image[1], to_image)
 
-        tile_carry, image_carry = jax.lax.scan(image_step, initial_text, (images, image_carry))
+        tile_carry, image_carry = jax.lax.scan(
+            image_step, initial_text, (images, image_carry), unroll=_unroll()
+        )
         return image_carry, tile_carry
 
     def local_step(image_carry: _Carry, texts: _Rows) -> tuple[_Carry, _Carry]:
-        return jax.lax.scan(text_step, image_carry, texts)
+        return jax.lax.scan(text_step, image_carry, texts, unroll=_unroll())
 
     initial_texts = _stack(initial_text, count)
     # Receivers are given for all devices of the mesh: in_ring stays in the slice, between_slices keeps the
@@ -299,6 +301,13 @@ def _ring_on_device(
     over_slices = _ring_of(over_slice, initial_texts, between_slices, slices)
     carries = over_slices(_stack(initial_image, count), texts)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], carries)
+
+
+def _unroll() -> int:
+    """Return the number of tiles of images, and of texts, in a turn of their loops."""
+    # With four tiles in a program, the TPU compiler fuses the sums of one tile with the product of another:
+    # 12 % less for the softmax of a million pairs by its own estimate. CPUs have no such gain.
+    return 2 if device_kind().startswith("TPU") else 1
 
 
 _RingStep = Callable[[_Carry, _Rows], tuple[_Carry, _Carry]]

@@ -48,7 +48,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
         "true_computation=%cheap, false_computation=%dear",
     ],
 )
-def test_of_a_conditional_the_dearest_branch_counts(branches):
+def test_a_conditional_counts_its_dearest_branch(branches):
     program = f"""
 %cheap (x: f32[8]) -> f32[8] {{
   %x = f32[8]{{0}} parameter(0)
