@@ -87,7 +87,9 @@ def _check(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int) ->
             f"{folder} has no tokenizer; put the text model's tokenizer files there "
             f"({', '.join(sorted(names))})."
         )
-    words = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
+    # The stubs of transformers know a tokenizer's own methods by other types.
+    of_class: Any = tokenizer
+    words = of_class.get_vocab().keys() - of_class.get_added_vocab().keys()
     # transformers reads some damaged vocabularies as empty ones, which make every word unknown.
     if len(words) < FEWEST_WORDS:
         raise UserError(
