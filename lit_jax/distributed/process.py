@@ -41,7 +41,7 @@ _began: float | None = None
 def begin_command() -> None:
     """Note that this process exists for one command, so that its start-up counts the imports, too."""
     global _began
-    # What is imported stays for ever. Python's collector looked through it again and again while the first
+    # Modules stay for ever. Python's collector looked through all of them again and again while the first
     # programs are traced, which took half a second.
     gc.freeze()
     # Linux counts the start of a process in ticks since boot. Other systems do not count the imports.
