@@ -1,5 +1,7 @@
 """Runs of several machines on one address in a bucket: who gets it, and who writes what."""
 
+import contextlib
+import os
 import random
 import signal
 import sys
@@ -65,7 +67,11 @@ def wait_until(process, happened):
 
 def completed(folder):
     """The number of complete checkpoints in the folder that is served as the bucket's."""
-    return len(list(folder.glob(f"checkpoints/*/{COMMIT_FILE}")))
+    return len(commits(folder))
+
+
+def commits(folder):
+    return list(folder.glob(f"checkpoints/*/{COMMIT_FILE}"))
 
 
 def losses(folder):
@@ -148,3 +154,31 @@ def test_a_machine_that_stood_still_writes_nothing_after_another_has_taken_over(
     assert [name for entry in late for name in entry["deleted"]] == []
     written = [name for entry in late for name in entry["written"]]
     assert [name for name in written if "process_0" not in name] == []
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_descriptors_and_memory_stay_flat_over_many_steps(command, store, scheme):
+    address, folder = f"{scheme}://bucket/run", store.folder / "run"
+    flags = "--config.duration=3000 steps", "--config.checkpoint.every=50 steps"
+    process = command(address, *flags, env=store.environment)
+    seen: dict[int, tuple[int, int]] = {}
+    while process.poll() is None:
+        step = max((int(path.parent.name) for path in commits(folder)), default=0)
+        if step not in seen:
+            with contextlib.suppress(OSError):
+                seen[step] = use(process.pid)
+        time.sleep(0.05)
+    finish(process)
+    early, late = (
+        np.max([use for step, use in seen.items() if first <= step < first + 1000], axis=0)
+        for first in (500, 2000)
+    )
+    # Connections are opened as they are needed, up to a limit of each client.
+    assert late[0] <= early[0] + 8, seen
+    assert late[1] <= 1.05 * early[1], seen
+
+
+def use(process):
+    """The open descriptors of a process, and its memory in KiB."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return len(os.listdir(f"/proc/{process}/fd")), int(status.partition("VmRSS:")[2].split()[0])
