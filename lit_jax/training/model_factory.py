@@ -198,7 +198,7 @@ def _cut_stacks(
     policy: PolicyConfig,
     *,
     has_teacher: bool,
-) -> tuple[DualEncoderModule, Tree, frozenset[str]]:
+) -> tuple[DualEncoderModule, dict[str, Any], frozenset[str]]:
     """Return the module cut as the policy needs, its shapes, and the stacks as they are without cuts."""
     # Trainable and locked parameters cannot share an array, so the rules decide where stacks are cut. They
     # are applied to uncut towers first, and the cuts change the shapes.
