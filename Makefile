@@ -6,17 +6,14 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=lo
 # The arguments and results of every call of a function are checked against its annotations.
 CHECK_CALLS := --jaxtyping-packages=lit_jax,beartype.beartype
 
-.PHONY: train test test-calls test-all test-gpu check docs parity lock clean
+.PHONY: train test test-all test-gpu check docs parity lock clean
 
 train: .venv/run.stamp
 	$(BIN)/python -m lit_jax.train --config=configs/vit_bert.py --workdir=runs/demo
 
+# `make test CHECKED=1` also checks the calls, which takes a quarter more time.
 test: .venv/dev.stamp
-	$(PYTEST)
-
-# The same tests. To check the calls takes a quarter more time.
-test-calls: .venv/dev.stamp
-	$(PYTEST) $(CHECK_CALLS)
+	$(PYTEST) $(if $(CHECKED),$(CHECK_CALLS))
 
 # The long tests, and those that compare with a live PyTorch.
 test-all: .venv/oracle.stamp

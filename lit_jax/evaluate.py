@@ -8,7 +8,8 @@
     --data=FOLDER                       the same if the data has a classnames.txt, else image-text retrieval
     --data=FOLDER --train_data=FOLDER   linear probe on other data; with --eval.shots=1,4,16 few-shot
     --eval.KEY=VALUE                    any key of an evaluation: --eval.templates=FILE.json,
-                                        --eval.languages=en,de, --eval.data.caption_key=text ...
+                                        --eval.data.caption_key=text ... --split, --labels and
+                                        --languages have a short form, too
 
 The command prints a table, and writes the numbers to --output as flat JSON, to --results in CLIP_benchmark's
 layout and as Markdown, and to --report as an HTML page. By default a run's own evaluations at its latest
@@ -61,6 +62,8 @@ SHORT = {
     "data": "data.path",
     "split": "data.split",
     "classes": "classes",
+    "labels": "labels",
+    "languages": "languages",
     "train_data": "train.path",
 }
 # Key -> the kinds of evaluation that use it; other keys are for all kinds.

@@ -380,6 +380,7 @@ def test_a_folder_whose_tokenizer_config_is_damaged(exported, tmp_path, content,
             r"eval\.shots\[0\] .*'a'",
         ),
         (["--model=x", *UNSEEN, CLASSES, "--eval.labels=x"], r"eval\.labels .*'x'"),
+        (["--model=x", *UNSEEN, CLASSES, "--labels=x"], r"eval\.labels .*'x'"),
         (
             ["--model=x", *UNSEEN, "--report=/nowhere/a.html"],
             "--report=/nowhere/a.html: .*/nowhere[;.]",
