@@ -36,9 +36,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# For `make test CHECKED=1`: under the hook of jaxtyping, all that a module of lit_jax imports is compiled from
-# source. Imported here, before the hook sees them, these packages come from their bytecode: three seconds
-# less a process.
+# For `make test CHECKED=1`: under the hook of jaxtyping, all that a module of lit_jax imports is compiled
+# from source. Imported here, before the hook sees them, these packages come from their bytecode: three
+# seconds less a process.
 for _name in (
     "beartype.door",
     "flax.linen",

@@ -342,7 +342,7 @@ def put_another_config(workdir):
         (nest_config, r"run/config\.json .*\(.*"),
         (
             put_another_config,
-            r"config\.json .*model_type.*--workdir",
+            r"/run .*--model .*--workdir",
         ),
     ],
 )

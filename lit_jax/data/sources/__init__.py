@@ -282,7 +282,8 @@ def _open_folder(
     paths = [*walk(folder)]
     hints.check_versions(folder, paths)
     if not listed:
-        _refuse_data_deeper(folder, paths)
+        # Folders of other names than the split's may be the other splits.
+        _refuse_data_deeper(folder, [path for path in paths if config.split in path.split("/")[-1]])
     folders = {*top_folders(paths)} - {"annotations", *lists.IMAGE_FOLDERS}
     raise splits.not_found(folder, config.split, splits.in_names(listed) | folders)
 
