@@ -1,5 +1,6 @@
 """Process set-up: the only place where a command joins the other processes of its run or leaves them."""
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -183,6 +184,8 @@ def end_command(code: int) -> NoReturn:
     # One of several processes has to wait for the others.
     if _number is not None:
         sys.exit(code)
+    # Libraries close what they have open, such as a run of W&B, and temporary folders are removed.
+    atexit._run_exitfuncs()
     _exit_at_once(code)
 
 

@@ -227,8 +227,8 @@ def _sorted(
 def _ranked(found: Collection[str], order: str, *, are_folders: bool) -> Sequence[str]:
     """Return the labels sorted as `order` says, one for each spelling; numbers in their common spelling."""
     spelling, first = one_spelling(found), {}
-    # The labels themselves are sorted and not their common spellings, because torchvision sorts folder names.
-    for label in sorted(found, key=str.strip):
+    # Labels of tables may have blanks around them. torchvision sorts the names of folders as they are.
+    for label in sorted(found, key=lambda label: (label if are_folders else label.strip(), label)):
         first.setdefault(spelling[label], label)
     as_text = [*first.values()]
     numbers = {label: number for label in as_text if (number := integer(label)) is not None}

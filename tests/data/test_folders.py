@@ -301,6 +301,7 @@ def test_files_of_several_splits_are_not_mixed(make, kind):
     # Each of these has the same split in its name, or is named one by one.
     for path in (
         make(*(f"one/{name}" for name in names[:2])) / "one",
+        make(f"numbered/train0.{kind}", f"numbered/train1.{kind}") / "numbered",
         f"{folder}/data/{{{','.join(names)}}}",
     ):
         with pytest.raises(UserError) as raised:

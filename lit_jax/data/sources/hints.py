@@ -77,8 +77,12 @@ def check_content(file: File) -> None:
     if not isinstance(file, Path):
         return
     refuse_lfs_pointer(file)
-    with file.open("rb") as opened:
-        start = opened.read(max(map(len, _COMPRESSED)))
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(max(map(len, _COMPRESSED)))
+    # The reader's own message is more specific.
+    except OSError:
+        return
     if kind := next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), ""):
         raise UserError(
             f"{file} is compressed ({kind}) in spite of its name, which allows no random access; unpack it."

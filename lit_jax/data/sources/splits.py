@@ -38,9 +38,10 @@ def require_chosen(folder: File, files: Iterable[File]) -> None:
 
     Together they would mix training and test data.
     """
-    of_files = {frozenset(_parts(file)) for file in files} - {frozenset()}
-    if len(of_files) > 1:
-        raise not_found(folder, None, frozenset.union(*of_files))
+    of_files = {tuple(parts) for file in files if (parts := _parts(file))}
+    # "train0" and "train1" are parts of one split, and so are "train2014" and "train2017".
+    if len({tuple(part.strip("0123456789") for part in parts) for parts in of_files}) > 1:
+        raise not_found(folder, None, {part for parts in of_files for part in parts})
 
 
 def _parts(file: File) -> list[str]:
