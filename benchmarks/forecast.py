@@ -159,12 +159,13 @@ def print_table(results: Mapping[str, Result]) -> None:
 def train_step(row: Row) -> Result:
     """Compile the train step with the row's pairs of a device, or half of them until they fit."""
     topology, pairs = open_topology(row.topology), row.pairs
-    while True:
+    while pairs:
         config = config_of(row, pairs * len(topology.devices))
         plan = make_plan(config, topology, compilations=1)
         if plan.forecast is not None:
             return Result(pairs, plan.forecast.pairs_a_second, plan.forecast.mfu)
         pairs //= 2
+    sys.exit(f"{row.name} does not fit, even with one pair a device.")
 
 
 def inference(row: Row) -> Result:

@@ -160,9 +160,12 @@ def _check(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
         )
     if args.model and not _names_data(given):
         raise UserError("--model has no evaluations of its own; also give --data (and --classes).")
-    for flag in ("output", "results", "report"):
-        if path := getattr(args, flag):
-            check_access(path.parent)
+    for folder in (
+        args.results,
+        args.output and args.output.parent,
+        args.report and args.report.parent,
+    ):
+        check_access(folder)
     for flag in ("output", "report"):
         path = getattr(args, flag)
         if isinstance(path, Path) and not path.parent.is_dir():

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import transformers
 
-from lit_jax.buckets import BucketPath, check_access, local_copy, written_locally
+from lit_jax.bucket_copies import local_copy, written_locally
+from lit_jax.buckets import BucketPath, check_access
 from lit_jax.cli import Parser, add_path, command
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.image_processor import load_processor

@@ -9,9 +9,6 @@ import threading
 import warnings
 from collections.abc import Iterator
 
-# Grain has no public function that waits for its thread.
-from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
-
 from lit_jax.errors import UserError
 
 
@@ -39,9 +36,13 @@ def wait_for_freed_memory() -> None:
 
     Python reports as leaked all that the thread has not freed when the process ends.
     """
-    if pool := SharedMemoryArray._del_thread_pool:
-        # The pool has one thread, which takes its tasks in turn.
-        pool.apply(int)
+    # Grain has no public function that waits for its thread. If the private one is gone, Python warns.
+    with contextlib.suppress(ImportError, AttributeError):
+        from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
+
+        if pool := SharedMemoryArray._del_thread_pool:
+            # The pool has one thread, which takes its tasks in turn.
+            pool.apply(int)
 
 
 @contextlib.contextmanager

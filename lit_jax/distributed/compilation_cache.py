@@ -8,7 +8,7 @@ import secrets
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -19,8 +19,9 @@ from jax._src.compilation_cache import decompress_executable
 from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from lit_jax.buckets import AnyPath, BucketPath
+from lit_jax.buckets import AnyPath, BucketPath, check_access
 from lit_jax.distributed.process import is_primary
+from lit_jax.errors import UserError
 from lit_jax.files import output_path
 
 log = logging.getLogger(__name__)
@@ -108,19 +109,32 @@ def _problem(folder: AnyPath) -> str | None:
     number = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
     token = folder / f"shared-{number:08x}"
     if is_primary() and not problem:
-        token.touch()
+        problem = _failure(lambda: token.write_bytes(b""))
     multihost_utils.sync_global_devices("compilation cache")
-    if not problem and not token.exists():
+    if not problem and _failure(token.read_bytes):
         problem = "it is not shared with the first process"
     found = multihost_utils.process_allgather(np.array(problem is not None))
     if is_primary():
-        token.unlink(missing_ok=True)
+        _failure(lambda: token.unlink(missing_ok=True))
     return problem or ("another process cannot use it" if found.any() else None)
 
 
+def _failure(action: Callable[[], object]) -> str | None:
+    """Return the reason why a function fails, None if it does not."""
+    try:
+        action()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def _own_problem(folder: AnyPath) -> str | None:
-    # The run has written into its bucket already, and an object is never cut off.
+    # An object in a bucket is never cut off.
     if isinstance(folder, BucketPath):
+        try:
+            check_access(folder)
+        except UserError as error:
+            return str(error)
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)

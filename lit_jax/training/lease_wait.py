@@ -80,7 +80,8 @@ class Wait:
 def lease_text(token: str, beat: int, locks: str | None = None) -> bytes:
     """Return the content of this process's lease; all contents with one token have the same length.
 
-    `token` is unique to the holder, `beat` counts the renewals, `locks` is the holder's `lock_domain`.
+    `token` is unique to the holder, `beat` counts the renewals, and `locks` names the processes that see the
+    lock or mark of the holder.
     """
     holder = {"host": platform.node(), "pid": os.getpid(), "locks": locks}
     return json.dumps(holder | {"token": token, "beat": f"{beat:012}"}).encode()

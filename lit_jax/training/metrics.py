@@ -6,7 +6,8 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lit_jax.buckets import AnyPath, GrowingFiles
+from lit_jax.bucket_copies import GrowingFiles
+from lit_jax.buckets import AnyPath
 from lit_jax.config import LogConfig
 from lit_jax.config_schema import LARGEST_FLOAT, MOST
 from lit_jax.display import printable

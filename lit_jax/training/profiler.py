@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 
-from lit_jax.buckets import AnyPath, written_locally
+from lit_jax.bucket_copies import written_locally
+from lit_jax.buckets import AnyPath
 from lit_jax.distributed.process import is_primary
+from lit_jax.errors import UserError
 from lit_jax.training.goodput import Stopwatch
 from lit_jax.training.workdir_errors import workdir_errors
 
@@ -30,7 +32,7 @@ class Profiler:
         finish_steps: Callable[[], None],
         stopwatch: Stopwatch,
     ):
-        self._workdir, self._steps = workdir, steps if is_primary() else range(0)
+        self._workdir, self._steps = workdir, steps
         self._finish_steps, self._stopwatch = finish_steps, stopwatch
         self._running = contextlib.ExitStack()
 
@@ -44,7 +46,8 @@ class Profiler:
     def step(self, step: int) -> Iterator[None]:
         """Take a step inside, which the profile shows under its number."""
         if self._steps and step == self._steps[0]:
-            # The device must not compute an earlier step in the profile.
+            # The device must not compute an earlier step in the profile. All processes wait, although only
+            # the first one has a profile: a loss that is not finite is looked into by all of them together.
             self._finish_steps()
             with self._stopwatch.timing("evaluation"):
                 self._start()
@@ -59,6 +62,8 @@ class Profiler:
             self._running.close()
 
     def _start(self) -> None:
+        if not is_primary():
+            return
         # Contexts close in the reverse order, and an error of writing passes through those that opened first.
         enter = self._running.enter_context
         enter(workdir_errors(self._workdir, Exception))
@@ -66,5 +71,11 @@ class Profiler:
         options = jax.profiler.ProfileOptions()
         # A record of each call in Python would slow the steps down and be most of the file.
         options.python_tracer_level = 0
-        jax.profiler.start_trace(str(folder), profiler_options=options)
+        try:
+            jax.profiler.start_trace(str(folder), profiler_options=options)
+        # In a notebook the user may have started one.
+        except RuntimeError as error:
+            raise UserError(
+                f"config.log.profile: {error}; stop the other profile, or set the key to None."
+            ) from error
         self._running.callback(jax.profiler.stop_trace)

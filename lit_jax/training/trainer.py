@@ -266,7 +266,12 @@ class Trainer:
         devices = self.model.mesh.devices.flat
         if (chip := chip_of(devices[0])) is None:
             return None
-        flops = self.step.flops(self.step.abstract_batch(self.config.batch_size))
+        try:
+            flops = self.step.flops(self.step.abstract_batch(self.config.batch_size))
+        # A user's own loss or optimizer may have a loop whose length is not known.
+        except ValueError as error:
+            log.warning("The rows of metrics have no mfu: %s", error)
+            return None
         return flops / (chip.flops * len(devices))
 
     @contextlib.contextmanager

@@ -21,7 +21,8 @@ from types import MappingProxyType
 from typing import Any
 
 from lit_jax import __version__
-from lit_jax.buckets import AnyPath, local_copy, remove_folder, written_locally
+from lit_jax.bucket_copies import local_copy, written_locally
+from lit_jax.buckets import AnyPath, remove_folder
 from lit_jax.config import TEACHER, Config, MeshConfig, Side, parse
 from lit_jax.config_schema import RENAMED
 from lit_jax.data.image_processor import load_processor

@@ -36,8 +36,12 @@ def workdir_errors(workdir: AnyPath, failure: type[Exception] = OSError) -> Iter
         if not isinstance(error, OSError) and not _OS_ERROR.search(str(error)):
             process.await_verdict()
         what_then = "fix that or choose another --workdir"
-        if steps := complete_steps(workdir):
-            what_then = f"fix that and run the same command again: it resumes from step {steps[-1]}"
+        # A bucket that cannot be written may not be read, either.
+        with contextlib.suppress(OSError):
+            if steps := complete_steps(workdir):
+                what_then = (
+                    f"fix that and run the same command again: it resumes from step {steps[-1]}"
+                )
         raise UserError(
             f"The run folder {workdir} cannot be written ({reason(error)}); {what_then}."
         ) from error
@@ -72,11 +76,13 @@ def reason(error: Exception) -> str:
 
 
 # Log messages that repeat an error that is raised anyway: Orbax logs in each thread that the error of a write
-# passes through, asyncio logs for each write under way. Orbax also logs a SIGTERM in every process.
+# passes through, asyncio logs for each write under way, gcsfs logs what it raises. Orbax also logs a SIGTERM in
+# every process.
 _NO_NEWS = re.compile(
     r"_SignalingThread\.run\(\) raised|in background save thread|Save Finalize thread"
     r"|(never retrieved|destroyed but it is pending).*orbax"
     r"|Reached preemption sync point"
+    r"|out of retries on exception|non-retriable exception"
 )
 
 
@@ -88,7 +94,7 @@ _GIVEN_UP = ("Event loop is closed", "Encountered error while reading array inde
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
     """Keep Orbax from printing pages about a failed write or read whose error it raises as well."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "gcsfs")]
     hook = sys.unraisablehook
 
     def print_unraisable(unraisable: Any) -> None:

@@ -245,6 +245,7 @@ def test_attention_that_the_kernel_lacks_is_left_to_xla(
         assert not has_tpu_attention(q, k, bias)
 
 
+@pytest.mark.oracle
 def test_attention_on_older_tpus_is_left_to_xla():
     """Their devices are those of the compiler; the kernel for normalisation is used there."""
     q = jax.ShapeDtypeStruct((8, 2, 40, 64), jnp.bfloat16)

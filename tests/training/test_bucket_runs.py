@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from lit_jax.errors import BAD_INPUT
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.workdir import load_run
 from lit_jax.training.workdir_errors import complete_steps
@@ -51,8 +52,6 @@ def test_killed_while_the_store_fails_it_ends_as_on_a_local_disk(command, store,
                 time.sleep(0.05)
             process.kill()
             process.communicate()
-            # Its lease, which has tests of its own, would be waited for.
-            (folder / ".lease").unlink(missing_ok=True)
         output = finish(command(address, EVALUATED, env=store.environment))
     assert f"{address}/results.json" in output
     assert losses(folder) == losses(tmp_path / "run"), seed
@@ -67,3 +66,27 @@ def test_killed_while_the_store_fails_it_ends_as_on_a_local_disk(command, store,
         for at in (folder, tmp_path / "run")
     ]
     assert evaluated[0] == evaluated[1]
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_credentials_that_expire_end_a_run_in_one_sentence(command, store, tmp_path, scheme):
+    address, folder = f"{scheme}://bucket/runs/one", store.folder / "runs" / "one"
+    process = command(address, "--config.duration=100000 steps", env=store.environment)
+    while process.poll() is None and not complete_steps(folder):
+        time.sleep(0.05)
+    with store.faults(is_expired=True):
+        _, errors = process.communicate(timeout=200)
+    assert process.returncode == BAD_INPUT, errors
+    assert "Traceback" not in errors
+    (sentence,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert address in sentence
+    # The run goes on from there.
+    steps = complete_steps(folder)
+    finish(
+        command(
+            address,
+            f"--config.duration={steps[-1] + 1} steps",
+            "--allow_changes=duration",
+            env=store.environment,
+        )
+    )
