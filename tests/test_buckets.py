@@ -152,6 +152,14 @@ with (growing.folder / "rows").open("a", buffering=1) as rows:
     growing.close()
 assert (folder / "g" / "rows").read_text() == "1\n2\n"
 assert not growing.folder.exists()
+# A file that grows while it is copied arrives with the bytes that it had.
+import lit_jax.bucket_copies as copies
+growing = GrowingFiles(folder / "h")
+(growing.folder / "rows").write_text("1\n2\n")
+copies._upload(growing.folder, folder / "h", {growing.folder / "rows": 2})
+assert (folder / "h" / "rows").read_text() == "1\n"
+growing.close()
+assert (folder / "h" / "rows").read_text() == "1\n2\n"
 try:
     (folder / "none").read_bytes()
 except FileNotFoundError as error:

@@ -76,8 +76,8 @@ def reason(error: Exception) -> str:
 
 
 # Log messages that repeat an error that is raised anyway: Orbax logs in each thread that the error of a write
-# passes through, asyncio logs for each write under way, gcsfs logs what it raises. Orbax also logs a SIGTERM in
-# every process.
+# passes through, asyncio logs for each write under way, gcsfs logs what it raises. Orbax also logs a SIGTERM
+# in every process.
 _NO_NEWS = re.compile(
     r"_SignalingThread\.run\(\) raised|in background save thread|Save Finalize thread"
     r"|(never retrieved|destroyed but it is pending).*orbax"

@@ -83,3 +83,12 @@ def test_after_compiling_free_memory_goes_back_to_the_system(monkeypatch):
     jax.jit(lambda x: x * 3 + 1)(jnp.ones(7)).block_until_ready()
     assert kept - resident() > 100 * 2**20
     libc.free(ctypes.c_void_p(blocks[-1]))
+
+
+def test_at_the_end_of_a_command_output_is_written_and_exit_hooks_run():
+    program = (
+        "import atexit; from lit_jax.distributed import process;"
+        "atexit.register(print, 'hook'); print('output', end=' '); process.end_command(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "output hook\n"), done.stderr
