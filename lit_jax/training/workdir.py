@@ -121,8 +121,11 @@ def saved_towers(workdir: AnyPath) -> TowerPaths:
 
     Raises UserError if a file of the model's folder is not as the run has written it.
     """
-    folder = local_copy(model_folder(workdir))
-    _check_model_files(folder, model_folder(workdir))
+    origin = model_folder(workdir)
+    folder = local_copy(origin)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{origin} has no config.json; restore it, or choose another --workdir.")
+    _check_model_files(folder, origin)
     hf_config = read_hf_config(folder)
     teacher = None
     if (folder / TEACHER).is_dir():
