@@ -36,6 +36,11 @@ def losses(folder):
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
 
 
+def writers(store):
+    """Return the processes that have written each object, but for the probes, whose names are unique."""
+    return {name: {*pids} for name, pids in store.writers().items() if "/.access-" not in name}
+
+
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_killed_while_the_store_fails_it_ends_as_on_a_local_disk(command, store, tmp_path, scheme):
     """Every object is a file of the served folder, so the same functions read both runs."""
@@ -90,3 +95,26 @@ def test_credentials_that_expire_end_a_run_in_one_sentence(command, store, tmp_p
             env=store.environment,
         )
     )
+
+
+def test_two_processes_share_a_bucket_and_no_disk(command, store, tmp_path):
+    two, address = ("launch/local.sh", "2", "--devices=1", "--"), "gs://bucket/runs/one"
+    finish(command(tmp_path / "run", prefix=two))
+    folder = store.folder / "runs" / "one"
+    process = command(address, prefix=two, env=store.environment)
+    while process.poll() is None and not complete_steps(folder):
+        time.sleep(0.05)
+    # Both processes end with their launcher, and what they are writing is not finished.
+    process.kill()
+    process.communicate()
+    first = writers(store)
+    finish(command(address, prefix=two, env=store.environment))
+    second = {name: pids - first.get(name, set()) for name, pids in writers(store).items()}
+    # A single process of a start writes an object.
+    assert [
+        name for start in (first, second) for name, pids in start.items() if len(pids) > 1
+    ] == []
+    assert any("process_1" in name for name in first)
+    ours, theirs = (flatten(load_run(at).params) for at in (folder, tmp_path / "run"))
+    for path, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[path], err_msg=path)
