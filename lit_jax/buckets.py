@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
+from etils.epath.backend import Backend, fsspec_backend
 from etils.epath.gpath import PosixGPath
 
 from lit_jax.credentials import hide_keys
@@ -46,6 +47,12 @@ _guards: dict["BucketPath", Callable[[], None]] = {}
 @epath.register_path_cls([f"{scheme}://" for scheme in _CLIENTS])
 class BucketPath(PosixGPath):
     """A path in a bucket. Orbax and JAX use this class, too, for the addresses that they get."""
+
+    # epath would leave an address to TensorFlow wherever that is installed, with credentials of its own. Its
+    # variable EPATH_USE_TF is read once, at the first use of any path, which may be a local one.
+    @property
+    def _backend(self) -> Backend:
+        return fsspec_backend
 
     def resolve(self, strict: bool = False) -> "BucketPath":
         """Return the path itself, because an address is absolute and has no links."""
@@ -200,8 +207,6 @@ def bucket_path(name: str, text: str) -> BucketPath:
             f"{name}={text} needs the package {package}, which is not installed; run pip install {package}, "
             "or give a path on this machine."
         )
-    # epath would leave an address to TensorFlow wherever that is installed, with credentials of its own.
-    os.environ["EPATH_USE_TF"] = "false"
     # gcsfs would ask another service for the kind of a bucket at each call, until that service answers.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     from fsspec.config import conf

@@ -62,6 +62,8 @@ sys.path.insert(0, {str(tmp_path)!r})
 import lit_jax.buckets
 from etils import epath
 from etils.epath.backend import fsspec_backend
+# epath looks for TensorFlow at the first use of a path.
+epath.Path("/").exists()
 assert epath.Path("gs://bucket/run")._backend is fsspec_backend
 """
     subprocess.run([sys.executable, "-c", program], check=True)
