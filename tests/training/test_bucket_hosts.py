@@ -151,9 +151,10 @@ def test_a_machine_that_stood_still_writes_nothing_after_another_has_taken_over(
     assert_same_end(folder, whole)
     late = [e for e in store.log() if e["process"] == first.pid and e["seconds"] > woken]
     # Single requests may have been under way, for an object that belongs to this process's checkpoint.
-    assert [name for entry in late for name in entry["deleted"]] == []
+    deleted = [name for entry in late for name in entry["deleted"]]
     written = [name for entry in late for name in entry["written"]]
-    assert [name for name in written if "process_0" not in name] == []
+    assert [name for name in deleted + written if "process_0" not in name] == []
+    assert len(deleted) <= 1
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -278,7 +278,7 @@ def test_a_restart_reads_the_compiled_programs_of_the_run(train, tiny, tmp_path,
     jax.clear_caches()
     events.clear()
     run = train(tiny(), tmp_path / "run")
-    assert events.count("/jax/compilation_cache/cache_hits") > 5
+    assert events.count("/jax/compilation_cache/cache_hits") >= 1
     assert run.step == 6
 
 
