@@ -214,4 +214,6 @@ def finish(
 
 if __name__ == "__main__":
     process.begin_command()
-    process.end_command(main())
+    # Threads of Orbax that wait for a store may fail after the command has.
+    with quiet_orbax():
+        process.end_command(main())

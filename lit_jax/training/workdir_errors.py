@@ -97,12 +97,16 @@ def quiet_orbax() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "gcsfs")]
     hook = sys.unraisablehook
 
+    # A function of its own in each call, so that the end of an inner block leaves the outer one as it is.
+    def is_news(record: logging.LogRecord) -> bool:
+        return not _NO_NEWS.search(record.getMessage().replace("\n", " "))
+
     def print_unraisable(unraisable: Any) -> None:
         if not str(unraisable.exc_value).startswith(_GIVEN_UP):
             hook(unraisable)
 
     for logger in loggers:
-        logger.addFilter(_is_news)
+        logger.addFilter(is_news)
     sys.unraisablehook = print_unraisable
     try:
         with warnings.catch_warnings():
@@ -115,8 +119,4 @@ def quiet_orbax() -> Iterator[None]:
     finally:
         sys.unraisablehook = hook
         for logger in loggers:
-            logger.removeFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not _NO_NEWS.search(record.getMessage().replace("\n", " "))
+            logger.removeFilter(is_news)
