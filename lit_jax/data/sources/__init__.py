@@ -19,7 +19,13 @@ from lit_jax.data.files import AddressError, File, local, locate, require_regula
 from lit_jax.data.listing import expand, is_system, shown, top_folders, walk
 from lit_jax.data.makers import is_maker, made_by
 from lit_jax.data.sources import columns, flickr, hints, lists, metadata, splits
-from lit_jax.data.sources.checks import HasRows, check_first_rows
+from lit_jax.data.sources.checks import (
+    FIELD_KEYS,
+    HasRows,
+    check_field_keys,
+    check_first_rows,
+    refuse_field_keys,
+)
 from lit_jax.data.sources.delimited import DelimitedSource
 from lit_jax.data.sources.grouping import Table, group_rows
 from lit_jax.data.sources.json_list import is_list_of_rows
@@ -35,6 +41,8 @@ log = logging.getLogger(__name__)
 CAPTIONS_FILE = "captions.jsonl"
 # The most files that are opened to recognise a format.
 MOST_READ = 50
+# A sample's image is found by its ending; captions and label may be fields of its json.
+_OF_SAMPLES = ("caption_key", "label_key")
 
 # (files, config, text_only) -> source. The files are never empty and all in one folder.
 Opener = Callable[[Sequence[File], SourceConfig, bool], Source]
@@ -57,6 +65,8 @@ class Format(NamedTuple):
     fits: Callable[[File, str], bool] = _any_file
     # True if the columns may have the names that other tools give them, see `metadata`.
     has_other_names: bool = False
+    # The keys of `SourceConfig` that name fields of this format. Other keys of this kind are refused.
+    field_keys: tuple[str, ...] = FIELD_KEYS
 
     def matches(self, name: str) -> bool:
         """Return whether a file name matches one of the patterns."""
@@ -83,7 +93,11 @@ def _several(open_files: Callable[..., Source]) -> Opener:
 # The first format that matches is used, so a file that describes a folder comes before the files that it
 # describes, and a special name before a general ending.
 FORMATS = (
-    Format((MANIFEST,), lambda files, config, _: RecordSource(_home(files, "ArrayRecord"))),
+    Format(
+        (MANIFEST,),
+        lambda files, config, _: RecordSource(_home(files, "ArrayRecord")),
+        field_keys=(),
+    ),
     Format(
         ("features.json",),
         lambda files, config, _: TfdsSource(_home(files, "prepared TFDS data"), config),
@@ -106,27 +120,31 @@ FORMATS = (
     Format(("metadata.jsonl",), _single(JsonlSource), has_other_names=True),
     Format(("metadata.csv",), _single(DelimitedSource), has_other_names=True),
     Format(("metadata.parquet",), _several(columns.ParquetSource), has_other_names=True),
-    Format(("*.tar",), _several(TarSource), several=True),
+    Format(("*.tar",), _several(TarSource), several=True, field_keys=_OF_SAMPLES),
     Format(("*.parquet",), _several(columns.ParquetSource), several=True),
     Format(
         ("dataset_*.json",),
         lambda files, config, _: lists.open_karpathy(files[0], config.split),
         knows_splits=True,
         fits=lambda file, image_key: not is_list_of_rows(file, image_key),
+        field_keys=(),
     ),
     Format(
         ("captions_*.json",),
         lambda files, config, _: lists.open_coco(files[0], config.split),
         fits=lambda file, image_key: not is_list_of_rows(file, image_key),
+        field_keys=(),
     ),
     Format(
         ("*.token", "*.token.txt", "captions.txt"),
         lambda files, config, _: flickr.open_flickr(files[0]),
+        field_keys=(),
     ),
     Format(
         ("results.csv",),
         lambda files, config, _: flickr.open_flickr(files[0]),
         fits=lambda file, _: flickr.has_bars(file),
+        field_keys=(),
     ),
     Format(("*.jsonl",), _single(JsonlSource)),
     Format(("*.csv", "*.tsv"), _single(DelimitedSource)),
@@ -217,11 +235,15 @@ def _open(
                 f"{found[0].parent} has {', '.join(file.name for file in found)}; choose one of them with "
                 "the path or the split of the source."
             )
+        refuse_field_keys(found[0], config, kind.field_keys)
+        named = config
         if kind.has_other_names:
             metadata.tell_unread(found[0], files)
-            config = metadata.with_names_of(found[0], config)
-        source = kind.open(found, config, text_only)
-        return _look_through(source, config, text_only, labelled)
+            named = metadata.with_names_of(found[0], config)
+        source = kind.open(found, named, text_only)
+        if isinstance(source, HasRows):
+            check_field_keys(source, config)
+        return _look_through(source, named, text_only, labelled)
     if folder and kind and len(listed) == 1 and not (kind.several or kind.knows_splits):
         _check_above_split(folder, listed[0], kind, config, text_only)
     return _open_folder(folder, listed, config, text_only, labelled) if folder else None
@@ -266,7 +288,10 @@ def _open_folder(
             raise splits.not_found(folder, None, tops)
         # Pairs come first: folders with captions beside the images look like folders of classes, too.
         source = open_pairs(folder, paths, config, text_only=text_only)
-        source = source or lists.image_folder(folder, paths)
+        if source:
+            refuse_field_keys(folder, config, _OF_SAMPLES)
+        elif source := lists.image_folder(folder, paths):
+            refuse_field_keys(folder, config, ())
         if source is None:
             hints.check_versions(folder, paths)
         if source is None and tops:

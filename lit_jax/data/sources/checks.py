@@ -1,19 +1,22 @@
-"""Warnings and errors about a table's first rows, raised once when the table is opened."""
+"""Warnings and errors about a source's keys and a table's first rows, once when the source is opened."""
 
 import ast
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from lit_jax.config import SourceConfig
+from lit_jax.data.files import File
 from lit_jax.data.sources.rows import DOWNLOAD, WEB
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
 
 log = logging.getLogger(__name__)
 
+# The keys of `SourceConfig` that name a field, column or feature.
+FIELD_KEYS = ("image_key", "caption_key", "label_key")
 # The number of rows that are checked.
 LOOKED_AT = 1000
 # The length in characters above which a text is not parsed as a list.
@@ -33,6 +36,45 @@ class HasRows(Protocol):
 def first_rows(table: HasRows) -> list[Mapping[str, Any]]:
     """Return up to `LOOKED_AT` readable rows."""
     return list(itertools.islice(table.rows(), LOOKED_AT))
+
+
+def refuse_field_keys(file: File, config: SourceConfig, known: Collection[str]) -> None:
+    """Raise UserError if the config sets one of `FIELD_KEYS` that the format of `file` does not read.
+
+    Args:
+        known: the keys that the format reads.
+    """
+    for key, name in _set_keys(config).items():
+        if key not in known:
+            what = key.removesuffix("_key")
+            raise UserError(
+                f"{file} belongs to a format that has no field names to choose its {what} by, but {key} of "
+                f"this source is {name!r}; leave it at {getattr(SourceConfig, key)!r}."
+            )
+
+
+def check_field_keys(table: HasRows, config: SourceConfig) -> None:
+    """Raise UserError if `caption_key` or `label_key` is set to a name that none of the first rows has.
+
+    Without this check a mistyped name would only mean that the captions come from "captions", or that there
+    are labels alone. Every table needs its images, so its reader refuses a wrong `image_key`.
+    """
+    # An empty name stands for none.
+    chosen = {key: name for key, name in _set_keys(config).items() if name and key != "image_key"}
+    rows = first_rows(table) if chosen else []
+    known = {name for row in rows for name in row}
+    for key, name in chosen.items():
+        if rows and name not in known:
+            raise UserError(
+                f"{key} of this source is {name!r}, but none of the first {len(rows)} rows of {config.path} "
+                f"has this field; correct the name, or leave {key} at {getattr(SourceConfig, key)!r}."
+            )
+
+
+def _set_keys(config: SourceConfig) -> dict[str, str]:
+    """Return those of `FIELD_KEYS` that differ from their defaults, with their values."""
+    values = {key: getattr(config, key) for key in FIELD_KEYS}
+    return {key: value for key, value in values.items() if value != getattr(SourceConfig, key)}
 
 
 def check_first_rows(table: HasRows, config: SourceConfig, *, text_only: bool) -> None:

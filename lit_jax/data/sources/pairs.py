@@ -103,7 +103,7 @@ def open_pairs(
     """Return the samples of a folder whose images have texts or json beside them, else None.
 
     The folders are taken for classes if fewer than half of the images have such files, and also if no sample
-    has a label. With `config.templates` nothing beside the images is read in the latter case, since a text
+    has a label, unless `config.label_key` is set to a field of the json. With `config.templates` nothing beside the images is read in the latter case, since a text
     beside an image of a class is often an annotation (labelme, YOLO).
 
     Args:
@@ -142,7 +142,8 @@ def open_pairs(
     source = PairSource(folder, table, config, text_only=text_only)
     # The table shows labels in cls files; labels in json need a look into some samples.
     labels_missing = table["cls"].null_count == len(table) and not _has_label(source)
-    if text_only or not labels_missing or not _may_be_classes(paths):
+    has_field = config.label_key != SourceConfig.label_key
+    if text_only or has_field or not labels_missing or not _may_be_classes(paths):
         return source
     return _with_classes(folder, table, config)
 

@@ -286,17 +286,18 @@ def example_of_parts(
 ) -> Example:
     """Return the example that the files of a sample describe. Raises the errors of `example_of`.
 
-    The captions come from the text files, or from the json if `caption_key` is set to one of its fields. The
-    label comes from the cls file, or from the json.
+    The captions come from the text files and the label from the cls file. Without the file, or if
+    `caption_key` or `label_key` is set to a field of the json, they come from the json.
     """
     takes_texts = bool(parts.texts) and config.caption_key == SourceConfig.caption_key
+    cls = parts.cls if config.label_key == SourceConfig.label_key else None
     about = None
     if parts.json is not None:
         try:
             about = _object(parts.json)
         except (ValueError, TypeError):
             # Broken json is an error only if the captions or the label have to come from it.
-            if not takes_texts and parts.cls is None:
+            if not takes_texts and cls is None:
                 raise
     # The "key" in img2dataset's json is replaced, because it names neither shard nor folder.
     row = {**(about or {}), "key": key, config.image_key: parts.image}
@@ -307,8 +308,8 @@ def example_of_parts(
         if parts.json is None or (about is not None and about.get("caption") is None):
             texts = [line for text in texts for line in text.splitlines() if line.strip()]
         row |= {config.caption_key: texts}
-    if parts.cls is not None:
-        row |= {config.label_key: parts.cls.decode("utf-8-sig", "replace").strip()}
+    if cls is not None:
+        row |= {config.label_key: cls.decode("utf-8-sig", "replace").strip()}
     return example_of(row, config, folder, text_only=text_only)
 
 
