@@ -2,7 +2,11 @@
 
 import importlib
 import logging
+import re
+import sys
 from typing import Any
+
+from lit_jax.errors import BAD_INPUT
 
 __version__ = "0.2.0"
 
@@ -26,3 +30,23 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'lit_jax' has no attribute {name!r}")
+
+
+def import_jax_or_exit() -> None:
+    """Import JAX. End the process with one sentence if JAX refuses a variable of the environment."""
+    try:
+        importlib.import_module("jax")
+    except ValueError as error:
+        named = re.search("jax_[a-z0-9_]+", str(error), re.IGNORECASE)
+        variable = named[0].upper() if named else "a JAX variable"
+        print(
+            f"error: JAX refuses {variable} in the environment ({error}); correct or unset it.",
+            file=sys.stderr,
+        )
+        sys.exit(BAD_INPUT)
+
+
+# `python -m lit_jax.COMMAND` imports this package before the command's module, which would only show JAX's
+# traceback. While Python looks for the module, sys.argv holds "-m".
+if sys.argv[:1] == ["-m"] and any(word.startswith("lit_jax.") for word in sys.orig_argv):
+    import_jax_or_exit()

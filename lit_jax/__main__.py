@@ -8,6 +8,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from lit_jax import import_jax_or_exit
+
 COMMANDS = {
     "train": "lit_jax.train",
     "evaluate": "lit_jax.evaluate",
@@ -32,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {name} is not a command; {remedy}", file=sys.stderr)
         return 2
     # Imported only here, so that `lit-jax --help` does not wait for JAX.
+    import_jax_or_exit()
     command = importlib.import_module(COMMANDS[name])
     if argv is not None:
         return command.main(rest)

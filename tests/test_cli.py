@@ -149,3 +149,16 @@ def test_a_path_that_is_no_text_is_refused(word, environment, remedy):
     assert done.returncode == BAD_INPUT
     assert remedy in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["lit_jax.export", "lit_jax export"])
+@pytest.mark.parametrize(
+    ("variable", "value"), [("JAX_ENABLE_X64", "maybe"), ("JAX_DEFAULT_MATMUL_PRECISION", "foo")]
+)
+def test_a_variable_that_jax_refuses_is_one_sentence(command, variable, value):
+    words = [sys.executable, "-m", *command.split(), "--help"]
+    ended = subprocess.run(
+        words, env=os.environ | {variable: value}, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert re.fullmatch(rf"error: .*{variable}.*{value}.*\n", ended.stderr)

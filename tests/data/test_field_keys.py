@@ -79,8 +79,18 @@ def test_records_and_folders_of_classes_refuse_all_names(tmp_path, image):
 
 def test_samples_read_captions_and_label_from_the_fields_that_are_named(tmp_path, image):
     about = {"caption": "a dog", "breed": "collie", "title": "Rex"}
-    members = {"a.jpg": image, "a.txt": b"a dog", "a.cls": b"3", "a.json": json.dumps(about).encode()}
-    for folder in (tmp_path / "tar", tmp_path / "files", tmp_path / "files/0", tmp_path / "files/1"):
+    members = {
+        "a.jpg": image,
+        "a.txt": b"a dog",
+        "a.cls": b"3",
+        "a.json": json.dumps(about).encode(),
+    }
+    for folder in (
+        tmp_path / "tar",
+        tmp_path / "files",
+        tmp_path / "files/0",
+        tmp_path / "files/1",
+    ):
         folder.mkdir()
     with tarfile.open(tmp_path / "tar/0.tar", "w") as tar:
         for name, content in members.items():

@@ -103,8 +103,9 @@ def open_pairs(
     """Return the samples of a folder whose images have texts or json beside them, else None.
 
     The folders are taken for classes if fewer than half of the images have such files, and also if no sample
-    has a label, unless `config.label_key` is set to a field of the json. With `config.templates` nothing beside the images is read in the latter case, since a text
-    beside an image of a class is often an annotation (labelme, YOLO).
+    has a label, unless `config.label_key` is set to a field of the json. With `config.templates` nothing
+    beside the images is read in the latter case, since a text beside an image of a class is often an
+    annotation (labelme, YOLO).
 
     Args:
         found: the paths of all files and folders in `folder`.
