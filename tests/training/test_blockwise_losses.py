@@ -342,7 +342,8 @@ def test_a_million_pairs_fit_on_256_chips_in_three_passes():
     )
     for name, (held, precisions) in json.loads(process.stdout).items():
         assert held < 2**28, name
-        # The compiler may drop a precision that it does not like, and compute a single pass. It may also cut or
-        # copy a loop over tiles, so the number of products is its own; two gradients and the logits are least.
+        # The compiler may drop a precision that it does not like, and compute a single pass. It may also cut
+        # or copy a loop over tiles, so the number of products is its own; two gradients and the logits are
+        # least.
         assert len(precisions) >= 3, name
         assert all(of_product == [["high", "high"]] for of_product in precisions), name
