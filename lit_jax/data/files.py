@@ -158,13 +158,6 @@ def locate(path: str, beside: File | None = None) -> File:
     return ObjectPath(scheme, PurePosixPath(bucket + slash + inside), options, user)
 
 
-def local(location: File, what: str) -> Path:
-    """Return `location` as a local path. Raise UserError, which names `what`, if it is in an object store."""
-    if isinstance(location, Path):
-        return location
-    raise UserError(f"{what} can be read only from a local disk; copy {location} to one.")
-
-
 def require_regular(files: Iterable[File]) -> None:
     """Raise UserError at a local file without random access: a pipe, a device or a folder."""
     for file in files:

@@ -21,6 +21,7 @@ from lit_jax.data.sources import open_source
 from lit_jax.data.sources.tfds import TfdsSource
 from lit_jax.errors import UserError
 from tests.digits import open_digits
+from tests.object_store.served import BUCKET, serve
 
 CAPTIONS = ["ein Hund läuft", "犬が走る", "كلب يجري", "un café", "un cafe\u0301", "👩‍👧 and a dog"]
 
@@ -225,6 +226,20 @@ def test_tfds_rows_become_examples(tfds_config, noise):
     assert (example["key"], example["label"]) == ("train/3", "dog")
     assert example["captions"] == (CAPTIONS[3],)
     np.testing.assert_array_equal(np.asarray(decode(example["image"])), noise(4, 7, 3, seed=3))
+
+
+@pytest.mark.parametrize("store", ["s3://nobody:none", "gs://anonymous"])
+def test_tfds_data_in_an_object_store_are_the_same(tfds_config, store, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with serve(Path(tfds_config.path).parent) as address:
+        path = address(f"{store}@{BUCKET}/1.0.0")
+        source = open_source(dataclasses.replace(tfds_config, path=path))
+        copied = {file.name for file in tmp_path.rglob("made-*")}
+        with pytest.raises(UserError, match="train"):
+            open_source(dataclasses.replace(tfds_config, path=path, split="none"))
+    assert copied == {"made-train.array_record-00000-of-00001"}
+    local = open_source(tfds_config)
+    assert [source[i] for i in range(len(source))] == [local[i] for i in range(len(local))]
 
 
 @pytest.mark.parametrize("key", ["several", "captions/text"])

@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import dataclasses
 import gzip
 import io
 import itertools
@@ -208,7 +209,6 @@ FORMATS = {
     "flickr": (write_flickr, None, FLAT, NONE),
     "classes": (write_classes, "val", None, NAMES),
 }
-LOCAL_ONLY = ("datasets", "records")
 
 
 @pytest.fixture(scope="session")
@@ -247,7 +247,7 @@ def test_every_format_gives_its_examples(data, images, name):
 
 
 @pytest.mark.parametrize("store", ["s3://nobody:none", "gs://anonymous"])
-@pytest.mark.parametrize("name", [name for name in FORMATS if name not in LOCAL_ONLY])
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_read_from_an_object_store(
     served, images, name, store, monkeypatch, tmp_path
 ):
@@ -302,12 +302,6 @@ def test_a_user_is_no_part_of_the_bucket():
     assert beside == ObjectPath("gs", PurePosixPath("other/b.jpg"), address.options, "anonymous")
     for path in ("s3://other/b.jpg", "gs://me@other/b.jpg", "gs://other/b.jpg?project_id=a"):
         assert locate(path, address) == locate(path)
-
-
-@pytest.mark.parametrize("name", LOCAL_ONLY)
-def test_what_needs_a_local_disk_says_so(served, name):
-    with pytest.raises(UserError, match=r"s3://bucket/"):
-        open_source(SourceConfig(path=served(f"s3://nobody:none@{BUCKET}/{name}")))
 
 
 @pytest.mark.parametrize(
@@ -730,6 +724,22 @@ def test_a_saved_dict_of_data_sets_has_splits(tmp_path, images):
         (tmp_path / split / "state.json").unlink()
     with pytest.raises(UserError, match=r"state\.json, .*dataset_dict\.json"):
         open_source(SourceConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("store", ["s3://nobody:none", "gs://anonymous"])
+def test_a_saved_dict_of_data_sets_is_read_from_an_object_store(
+    tmp_path, images, store, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    whole = make_datasets(images)
+    datasets.DatasetDict(train=whole, test=whole.select([2, 0])).save_to_disk(tmp_path / "served")
+    with serve(tmp_path / "served") as address:
+        config = SourceConfig(path=address(f"{store}@{BUCKET}"), split="test")
+        source = open_source(config)
+        assert [source[i]["captions"] for i in range(2)] == [(CAPTIONS[2],), (CAPTIONS[0],)]
+        assert [file.parent.name for file in (tmp_path / "cache").rglob("*.arrow")] == ["test"]
+        with pytest.raises(UserError, match=r"'valid'; .*test, train"):
+            open_source(dataclasses.replace(config, split="valid"))
 
 
 def test_a_missing_shard_of_records_is_refused(tmp_path, images):

@@ -56,13 +56,17 @@ class Request:
 
 @dataclasses.dataclass
 class Reply:
-    """An answer, and the names of the objects that the request has written or deleted."""
+    """An answer, and the names of the objects that the request has written or deleted.
+
+    `is_content` tells whether the body is content of an object.
+    """
 
     status: int
     body: bytes = b""
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
     written: list[str] = dataclasses.field(default_factory=list)
     deleted: list[str] = dataclasses.field(default_factory=list)
+    is_content: bool = False
 
 
 class Objects:
@@ -157,7 +161,7 @@ def send(found: tuple[Object, bytes] | None, request: Request, headers: dict[str
     headers = {"ETag": found[0].etag, "Last-Modified": http_time(found[0])} | headers
     asked = request.headers.get("Range")
     if not asked:
-        return Reply(200, content, headers)
+        return Reply(200, content, headers, is_content=True)
     size = len(content)
     first, last = asked.removeprefix("bytes=").split("-")
     start = int(first) if first else max(0, size - int(last))
@@ -165,7 +169,7 @@ def send(found: tuple[Object, bytes] | None, request: Request, headers: dict[str
     if start >= size:
         return Reply(416, headers={"Content-Range": f"bytes */{size}"})
     headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-    return Reply(206, content[start:stop], headers)
+    return Reply(206, content[start:stop], headers, is_content=True)
 
 
 def http_time(found: Object) -> str:

@@ -33,6 +33,7 @@ class Faults:
         errors: the share of requests that are answered 503 and change nothing.
         lost: the share of requests that take effect and are answered 503.
         cut: the share of uploads whose connection ends in the middle of the body.
+        broken: the share of downloads whose connection ends in the middle of the content.
         delay: the longest time in seconds before an answer.
         is_expired: whether the credentials are refused.
         page: the most entries in a page of a listing.
@@ -42,6 +43,7 @@ class Faults:
     errors: float = 0.0
     lost: float = 0.0
     cut: float = 0.0
+    broken: float = 0.0
     delay: float = 0.0
     is_expired: bool = False
     page: int = 1000
@@ -103,8 +105,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             reply = dataclasses.replace(
                 self._refused(503), written=reply.written, deleted=reply.deleted
             )
+        is_broken = is_faulty and not refusal and state.happens(faults.broken)
         self._note(address.path, reply)
-        self._send(reply)
+        self._send(reply, is_broken=is_broken and reply.is_content)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle  # noqa: N815
 
@@ -152,7 +155,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return _chunked(io.BytesIO(body or b""))
         return body
 
-    def _send(self, reply: Reply) -> None:
+    def _send(self, reply: Reply, *, is_broken: bool) -> None:
         self.send_response(reply.status)
         # S3's clients ask for the region of a bucket by any request.
         always = {"Content-Length": str(len(reply.body)), "x-amz-bucket-region": "us-east-1"}
@@ -160,7 +163,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(reply.body)
+            self.wfile.write(reply.body[: len(reply.body) // 2] if is_broken else reply.body)
+        self.close_connection = self.close_connection or is_broken
 
     def _note(self, path: str, reply: Reply) -> None:
         if path in _OWN_PATHS:
@@ -172,6 +176,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 "method": self.command,
                 "path": path,
                 "status": reply.status,
+                "sent": reply.is_content,
                 "written": reply.written,
                 "deleted": reply.deleted,
             }

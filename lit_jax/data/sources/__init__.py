@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import Source, select_examples
-from lit_jax.data.files import AddressError, File, local, locate, require_regular
+from lit_jax.data.files import AddressError, File, locate, require_regular
 from lit_jax.data.listing import expand, is_system, shown, top_folders, walk
 from lit_jax.data.makers import is_maker, made_by
-from lit_jax.data.sources import columns, flickr, hints, lists, metadata, splits
+from lit_jax.data.sources import columns, flickr, hints, lists, metadata, saved_datasets, splits
 from lit_jax.data.sources.checks import (
     FIELD_KEYS,
     HasRows,
@@ -93,27 +93,23 @@ def _several(open_files: Callable[..., Source]) -> Opener:
 # The first format that matches is used, so a file that describes a folder comes before the files that it
 # describes, and a special name before a general ending.
 FORMATS = (
-    Format(
-        (MANIFEST,),
-        lambda files, config, _: RecordSource(_home(files, "ArrayRecord")),
-        field_keys=(),
-    ),
+    Format((MANIFEST,), lambda files, config, _: RecordSource(files[0].parent), field_keys=()),
     Format(
         ("features.json",),
-        lambda files, config, _: TfdsSource(_home(files, "prepared TFDS data"), config),
+        lambda files, config, _: TfdsSource(files[0].parent, config),
         knows_splits=True,
     ),
     Format(
         ("dataset_dict.json",),
-        lambda files, config, text_only: columns.open_dict(
-            _home(files, "what `datasets` saves"), config, text_only=text_only
+        lambda files, config, text_only: saved_datasets.open_dict(
+            files[0].parent, config, text_only=text_only
         ),
         knows_splits=True,
     ),
     Format(
         ("state.json",),
-        lambda files, config, text_only: columns.HuggingFaceSource(
-            _home(files, "what `datasets` saves"), config, text_only=text_only
+        lambda files, config, text_only: saved_datasets.HuggingFaceSource(
+            files[0].parent, config, text_only=text_only
         ),
     ),
     Format((CAPTIONS_FILE,), _single(JsonlSource)),
@@ -367,7 +363,3 @@ def _recognise(files: Sequence[File], config: SourceConfig) -> tuple[list[File],
 def _is_data(name: str) -> bool:
     """Return whether a file's name alone shows that the file has one of `FORMATS`."""
     return any(kind.matches(name) for kind in FORMATS if kind.fits is _any_file)
-
-
-def _home(files: Sequence[File], what: str) -> Path:
-    return local(files[0].parent, what)

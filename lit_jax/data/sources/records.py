@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import msgpack
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from lit_jax.data.copies import local_copies
 from lit_jax.data.example import BadSampleError, Example
+from lit_jax.data.files import File
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json, write_json
 
@@ -80,17 +82,18 @@ def write_manifest(folder: Path, shards: Sequence[Shard]) -> None:
     write_json(folder / MANIFEST, manifest)
 
 
-def read_manifest(folder: Path) -> tuple[Shard, ...]:
+def read_manifest(folder: File) -> tuple[Shard, ...]:
     """Return the shards in order.
 
-    Raises UserError if the manifest is damaged, has another version or lists no records.
+    Raises UserError if the manifest is damaged, has another version or lists no records, and OSError if it
+    cannot be read.
     """
     file = folder / MANIFEST
     try:
-        manifest: Any = parse_json(file.read_text(encoding="utf-8"))
+        manifest: Any = parse_json(file.read_bytes())
         version = manifest["version"]
         shards = tuple(Shard(str(row["name"]), int(row["count"])) for row in manifest["shards"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error!r}); convert the data again.") from error
     if version != VERSION:
         raise UserError(
@@ -114,18 +117,22 @@ class _Shard:
 
 
 class RecordSource:
-    """The records of a folder with records.json. Raises UserError if a shard is missing or empty."""
+    """The records of a folder with records.json. Raises UserError if a shard is missing or empty.
 
-    def __init__(self, folder: Path):
+    Shards in an object store are copied to this machine, since ArrayRecord reads local files alone.
+    """
+
+    def __init__(self, folder: File):
         shards = [shard for shard in read_manifest(folder) if shard.count]
+        local = local_copies(folder, (shard.name for shard in shards))
         for shard in shards:
-            file = folder / shard.name
+            file = local / shard.name
             if not file.is_file() or not file.stat().st_size:
-                raise UserError(f"The shard {file} is missing or empty; convert the data again.")
+                raise UserError(
+                    f"The shard {folder / shard.name} is missing or empty; convert the data again."
+                )
         self._folder = folder
-        instructions: list[Any] = [
-            _Shard(str(folder / s.name), 0, s.count, s.count) for s in shards
-        ]
+        instructions: list[Any] = [_Shard(str(local / s.name), 0, s.count, s.count) for s in shards]
         self._records = ArrayRecordDataSource(instructions)
 
     def __len__(self) -> int:

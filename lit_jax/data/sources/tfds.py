@@ -3,25 +3,31 @@
 import functools
 import logging
 import operator
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lit_jax.config import SourceConfig
+from lit_jax.data.copies import local_copies
 from lit_jax.data.example import BadSampleError, Example
-from lit_jax.data.listing import shown
+from lit_jax.data.files import File
+from lit_jax.data.listing import shown, walk
 from lit_jax.data.sources.rows import read_label
 from lit_jax.data.sources.splits import not_found
 from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_NUMBERED = re.compile(r"-of-\d{5,}$")
+
 
 class TfdsSource:
     """A split of prepared TensorFlow Datasets data in ArrayRecord files; TensorFlow is not needed.
+
+    The split's files in an object store are copied to this machine.
 
     Labels of a ClassLabel feature become class names. The captions may be a text or a sequence of texts, also
     inside a sequence of groups ("captions/text" of coco_captions).
@@ -29,12 +35,15 @@ class TfdsSource:
     Raises UserError if the data are damaged, have no such split or features, or no ArrayRecord files.
     """
 
-    def __init__(self, folder: Path, config: SourceConfig):
+    def __init__(self, folder: File, config: SourceConfig):
         # Imported here, because the import is slow and only this format needs it.
         import tensorflow_datasets as tfds
 
+        # Without the shards, which have their number in their names.
+        about = (path for path in walk(folder) if not _NUMBERED.search(path) and path[-1] != "/")
+        local = local_copies(folder, about)
         try:
-            builder: Any = tfds.builder_from_directory(folder)
+            builder: Any = tfds.builder_from_directory(local)
         # A broken file can raise any exception inside TFDS.
         except Exception as error:
             raise _damaged(folder, error) from error
@@ -59,6 +68,7 @@ class TfdsSource:
         self._label_path = config.label_key.split("/") if label else None
         self._caption_path = config.caption_key.split("/") if captions else None
         self._split = config.split
+        local_copies(folder, builder.info.splits[config.split].filenames)
         # Images stay encoded: `image.decode` treats all sources alike, and shrinks JPEGs while decoding.
         try:
             self._rows = builder.as_data_source(
@@ -119,7 +129,7 @@ class TfdsSource:
         return None if label < 0 else self._class_names[label], None
 
 
-def _damaged(folder: Path, error: Exception) -> UserError:
+def _damaged(folder: File, error: Exception) -> UserError:
     return UserError(
         f"The prepared data in {folder} is damaged ({_shortened(error)}); prepare the data set again."
     )
@@ -170,7 +180,7 @@ def _leaves(feature: Any, path: str = "", rank: int = 0) -> Iterator[tuple[str, 
         yield path, _Leaf(feature, rank + len(feature.shape or ()))
 
 
-def _chosen(leaves: Mapping[str, _Leaf], name: str, key: str, folder: Path) -> _Leaf | None:
+def _chosen(leaves: Mapping[str, _Leaf], name: str, key: str, folder: File) -> _Leaf | None:
     """Return the feature called `name`, or None if the default of `key` does not exist.
 
     Raises UserError if the feature's type cannot be that of captions, or of a label.
@@ -204,7 +214,7 @@ def _chosen(leaves: Mapping[str, _Leaf], name: str, key: str, folder: Path) -> _
     )
 
 
-def _check_split(splits: Mapping[str, Any], split: str | None, folder: Path) -> None:
+def _check_split(splits: Mapping[str, Any], split: str | None, folder: File) -> None:
     try:
         # TFDS resolves slices such as "train[:10%]", too.
         size = splits[split or ""].num_examples
