@@ -1,6 +1,8 @@
 """The package as `pip install .` leaves it: its recipes and its command, from any folder."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +59,26 @@ def test_one_command_has_all_commands(capsys):
 def test_a_mistyped_command_is_answered_with_the_nearest(capsys):
     assert main(["evalute"]) == 2
     assert "'evaluate'" in capsys.readouterr().err
+
+
+def test_the_environment_of_beam_has_all_that_the_converter_imports():
+    """Beam's own environment has no more than its file names."""
+    show = "import sys, lit_jax.data.convert; print(*(n for n in sys.modules if 'lit_jax' in n))"
+    shown = subprocess.run(
+        [sys.executable, "-c", show], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    imported = set()
+    for module in shown.stdout.split():
+        file = ROOT / module.replace(".", "/")
+        file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").split(".")[0])
+    imported -= {"lit_jax", *sys.stdlib_module_names}
+    assert {"jax", "etils", "array_record"} <= imported
+    lines = (ROOT / "requirements-beam.txt").read_text().splitlines()
+    there = {re.split("[^a-z_-]", line)[0] for line in lines}
+    other_names = {"PIL": "pillow", "absl": "absl-py"}
+    assert {other_names.get(name, name) for name in imported} <= there

@@ -176,10 +176,13 @@ class Checkpoints:
             write_json(folder / SUMS_FILE, {"arrays": arrays, "data": self._data_sum})
 
     def _unfinished(self) -> Iterable[AnyPath]:
+        """Return the folder of the save under way, as a list."""
         folder = self._workdir / "checkpoints"
         if isinstance(folder, BucketPath):
             return [folder / str(self._step)]
-        return folder.glob(f"*{_UNFINISHED}*")
+        # Not the folders of other steps: a process that was paused in a save and has lost the lease goes on
+        # to write arrays there until its save ends with an error.
+        return folder.glob(f"{self._step}{_UNFINISHED}*")
 
     def wait(self) -> None:
         """Wait until everything that was saved is on disk."""

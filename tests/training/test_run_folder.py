@@ -15,7 +15,7 @@ from lit_jax.config import MeshConfig
 from lit_jax.distributed import checksums
 from lit_jax.distributed.mesh import BATCH, make_mesh, replicated
 from lit_jax.errors import UserError
-from lit_jax.training import trainer
+from lit_jax.training import checkpoints, trainer
 from lit_jax.training.checkpoints import Checkpoints, restore_frozen, restore_params, save_frozen
 from lit_jax.training.integrity import DamagedError, check_sums, start_sums
 from lit_jax.training.train_step import State
@@ -45,6 +45,22 @@ def test_a_run_of_another_format_is_read_but_not_continued(
 def save_once(workdir, state):
     with Checkpoints(workdir, keep_last=1) as checkpoints:
         checkpoints.save(1, state, {"next_batch": 1}, {})
+
+
+def test_a_save_is_not_disturbed_by_what_a_process_without_the_folder_still_writes(
+    tmp_path, monkeypatch
+):
+    """It was paused in its save of step 3, and its threads go on after another process has taken over."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    leaf = jax.device_put(np.arange(4, dtype=np.int32), replicated(mesh))
+    left = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp" / "state"
+    # Called in the thread of the save, when its arrays are written.
+    monkeypatch.setattr(
+        checkpoints, "check_lease", lambda _: left.mkdir(parents=True, exist_ok=True)
+    )
+    with Checkpoints(tmp_path, keep_last=1) as saved:
+        saved.save(4, State(leaf, {"kernel": leaf}, ()), {"next_batch": 4}, {})
+    assert complete_steps(tmp_path) == [4]
 
 
 def test_a_folder_that_orbax_takes_for_a_pattern_gets_no_checkpoint(tiny, tmp_path):
