@@ -124,9 +124,7 @@ class MeanPooler(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B D"]:
-        # LayerNorm expects three axes.
-        mean_Bx1xD = x_BxLxD[:, 1:].mean(1, keepdims=True)
-        return LayerNorm(self.epsilon, self.dtype, name="layernorm")(mean_Bx1xD)[:, 0]
+        return LayerNorm(self.epsilon, self.dtype, name="layernorm")(x_BxLxD[:, 1:].mean(1))
 
 
 def position_bias(

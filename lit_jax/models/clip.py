@@ -185,8 +185,7 @@ class CLIPVision(ImageTransformer):
 
     def pooler(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B D"]:
         norm = LayerNorm(self.config.layer_norm_eps, self.dtype, name="post_layernorm")
-        # LayerNorm expects three axes.
-        return norm(x_BxLxD[:, :1])[:, 0]
+        return norm(x_BxLxD[:, 0])
 
 
 class CLIPImageEmbeddings(nn.Module):

@@ -139,12 +139,11 @@ class ConvNext(ImageTower):
         path leaves out blocks of some examples, with the rng 'dropout'.
         """
         x_BxLxD = self.encode(pixel_values_BxHxWxC, deterministic)
-        # LayerNorm expects three axes, so the mean keeps the axis of positions until the end.
-        pooled_Bx1xD = x_BxLxD.mean(1, keepdims=True)
+        pooled_BxD = x_BxLxD.mean(1)
         if self.pooling == "pooler":
             norm = LayerNorm(self.config.layer_norm_eps, self.dtype, name="layernorm")
-            pooled_Bx1xD = norm(pooled_Bx1xD)
-        return TowerOutput(x_BxLxD, jnp.squeeze(pooled_Bx1xD, 1))
+            pooled_BxD = norm(pooled_BxD)
+        return TowerOutput(x_BxLxD, pooled_BxD)
 
     def encode(
         self, pixel_values_BxHxWxC: Float[Array, "B H W C"], deterministic: bool
@@ -195,7 +194,7 @@ class ConvNextStem(nn.Module):
             self.dtype,
             name="patch_embeddings",
         )(pixel_values_BxHxWxC)
-        return _normed(x_BxYxXxC, "layernorm", cfg.norm_epsilon, self.dtype)
+        return LayerNorm(cfg.norm_epsilon, self.dtype, name="layernorm")(x_BxYxXxC)
 
 
 class ConvNextStages(nn.Module):
@@ -215,7 +214,7 @@ class ConvNextStages(nn.Module):
         cfg = self.config
         self.sow("intermediates", "input", x_BxYxXxC)
         # The rate of drop path rises linearly over the blocks of all stages (1603.09382, section 3).
-        rates = np.linspace(0, cfg.drop_path_rate, sum(cfg.depths))
+        rates = np.linspace(0, cfg.drop_path_rate, sum(cfg.depths), dtype=np.float32)
         rates_of_stage = np.split(rates, np.cumsum(cfg.depths[:-1]))
         # transformers builds `num_stages` stages, even if config.json describes more.
         for i, rates_N in enumerate(rates_of_stage[: cfg.num_stages]):
@@ -240,8 +239,9 @@ class ConvNextStage(nn.Module):
         self, x_BxYxXxC: Map, rates_N: np.ndarray, deterministic: bool, *, downsample: bool
     ) -> NewMap:
         cfg = self.config
-        # A 2x2 convolution with stride 2 is a patch embedding with patches of 2x2 positions.
         if downsample:
+            norm = LayerNorm(cfg.norm_epsilon, self.dtype, name="downsampling_layer_0")
+            # A 2x2 convolution with stride 2 is a patch embedding with patches of 2x2 positions.
             x_BxYxXxC = PatchEmbeddings(
                 self.width,
                 2,
@@ -249,7 +249,7 @@ class ConvNextStage(nn.Module):
                 cfg.initializer_range,
                 self.dtype,
                 name="downsampling_layer_1",
-            )(_normed(x_BxYxXxC, "downsampling_layer_0", cfg.norm_epsilon, self.dtype))
+            )(norm(x_BxYxXxC))
         make_block = functools.partial(ConvNextBlock, cfg, self.width, self.dtype)
         x_BxYxXxC = scan_blocks(
             make_block, x_BxYxXxC, rates_N, deterministic, self.remat, cuts=self.cuts
@@ -314,8 +314,3 @@ class GlobalResponseNorm(nn.Module):
         relative_Bx1xF = length_Bx1xF / (length_Bx1xF.mean(-1, keepdims=True) + 1e-6)
         h_BxLxF = weight_1x1xF * (h_BxLxF * relative_Bx1xF) + bias_1x1xF + h_BxLxF
         return h_BxLxF.astype(x_BxLxF.dtype)
-
-
-def _normed(x_BxYxXxC: Map, name: str, epsilon: float, dtype: Any) -> Map:
-    # `ops.layer_norm` works on three axes, so the map becomes a sequence of positions.
-    return LayerNorm(epsilon, dtype, name=name)(positions(x_BxYxXxC)).reshape(x_BxYxXxC.shape)

@@ -10,7 +10,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from lit_jax.config import Remat
@@ -139,30 +138,31 @@ def positions(x_BxYxXxC: Map) -> Float[Array, "B L C"]:
 def scan_blocks(
     make_block: Callable[..., nn.Module],
     x_BxYxXxC: Map,
-    rates_N: np.ndarray,
+    of_blocks: Any,
     deterministic: bool,
     remat: Remat,
     first: int = 0,
     cuts: tuple[int, ...] = (),
 ) -> Map:
-    """Apply equal blocks one after another, one block for each rate.
+    """Apply equal blocks one after another, as many as the arrays of `of_blocks` are long.
 
     The parameters of a stack of blocks have a leading depth axis. Neither the time to compile nor the size of
     the program grows with depth.
 
     Args:
-        make_block: makes a block with a `name`.
-        rates_N: the probability of drop path in each block.
+        make_block: makes a block with a `name`, which is called with the map, its entry of `of_blocks`, and
+            `deterministic`.
+        of_blocks: an array, or a tree of arrays, with a value for each block, such as its probability of drop
+            path.
         first: the number of the first block.
         cuts: the numbers of the blocks at which a new stack begins.
     """
 
-    def step(block: nn.Module, x_BxYxXxC: Array, rate: Array) -> tuple[Array, None]:
-        return shard_batch(block(x_BxYxXxC, rate, deterministic)), None
+    def step(block: nn.Module, x_BxYxXxC: Array, of_block: Any) -> tuple[Array, None]:
+        return shard_batch(block(x_BxYxXxC, of_block, deterministic)), None
 
-    # The rates are scanned along with the parameters, because all blocks share one compiled body.
-    rate_N = jnp.asarray(rates_N, jnp.float32)
-    for name, blocks in stacks(first, len(rates_N), cuts):
+    depth = len(jax.tree.leaves(of_blocks)[0])
+    for name, blocks in stacks(first, depth, cuts):
         scan = nn.scan(
             # The loops of a scan and of its gradient keep the compiler from merging the recomputation with
             # the original.
@@ -172,5 +172,7 @@ def scan_blocks(
             split_rngs={"params": True, "dropout": True},
             length=blocks.stop - blocks.start,
         )
-        x_BxYxXxC, _ = scan(make_block(name=name), x_BxYxXxC, rate_N[blocks])
+        # The values are scanned along with the parameters, because all blocks share one compiled body.
+        of_stack = jax.tree.map(lambda x_N, blocks=blocks: x_N[blocks], of_blocks)
+        x_BxYxXxC, _ = scan(make_block(name=name), x_BxYxXxC, of_stack)
     return x_BxYxXxC

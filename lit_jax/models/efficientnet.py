@@ -237,7 +237,8 @@ class EfficientNetStages(nn.Module):
             if depth > 1:
                 others = functools.partial(Bottleneck, cfg, config.following, self.dtype)
                 # The rate rises linearly with the number of the block, as in the reference code.
-                rates_N = cfg.drop_connect_rate * np.arange(n + 1, n + depth) / sum(cfg.depths)
+                numbers_N = np.arange(n + 1, n + depth, dtype=np.float32)
+                rates_N = cfg.drop_connect_rate * numbers_N / sum(cfg.depths)
                 x_BxYxXxC = scan_blocks(
                     others, x_BxYxXxC, rates_N, deterministic, self.remat, n + 1, self.cuts
                 )

@@ -100,21 +100,25 @@ def activation(name: str) -> ops.Elementwise:
 
 
 class LayerNorm(nn.Module):
-    """A layer normalisation (1607.06450) over the last axis, computed in float32 and returned as `dtype`."""
+    """A layer normalisation (1607.06450) over the last axis, computed in float32 and returned as `dtype`.
+
+    The input has one vector for each example, a sequence of them, or a map.
+    """
 
     epsilon: float
     dtype: Any = jnp.float32
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        width = x_BxLxD.shape[-1]
+    def __call__(self, x: Float[Array, "B *L D"]) -> Float[Array, "B *L D"]:
+        width = x.shape[-1]
         # A locked tower's parameters may be bfloat16, but normalisation is float32.
         scale_D = jnp.asarray(self.param("scale", nn.initializers.ones, (width,)), jnp.float32)
         bias_D = None
         if self.use_bias:
             bias_D = jnp.asarray(self.param("bias", nn.initializers.zeros, (width,)), jnp.float32)
-        return layer_norm(x_BxLxD, scale_D, bias_D, self.epsilon, self.dtype)
+        x_BxLxD = x.reshape(len(x), -1, width)
+        return layer_norm(x_BxLxD, scale_D, bias_D, self.epsilon, self.dtype).reshape(x.shape)
 
 
 def mean_of_attended(
