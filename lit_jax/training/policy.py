@@ -50,7 +50,7 @@ WEIGHT_DECAY_RULES: Rules = (
 
 
 # The paths inside a tower that come before its blocks, and the paths that all blocks share. All other paths
-# outside the blocks come after them.
+# outside the blocks come after them. A new family keeps to these names.
 _BEFORE = re.compile(r"(embeddings|pre_layrnorm)/.*")
 _SHARED = re.compile(r"position_bias_table|relative_attention_bias/.*")
 
@@ -246,18 +246,14 @@ def _unlocked(config: PolicyConfig, names: list[str], has_teacher: bool) -> Rule
             f"config.policy.unlock_last is {count}, but {tower} has {len(blocks)} blocks; set it to at most "
             f"{len(blocks)}, or unlock the whole tower with config.policy.lock."
         )
-    # A trained block changes what later parts get as input, so these train as well.
-    unlocked = [f"{block}/.*" for block in blocks[-count:]]
-    return (*((pattern, True) for pattern in unlocked), *_after_blocks(tower, names))
-
-
-def _after_blocks(tower: str, names: list[str]) -> Rules:
-    """Return rules that train the parts of a tower after its blocks: the last normalisation, the pooler."""
+    # A trained block changes what later parts get as input, so these train as well. They have no block: the
+    # last normalisation, the pooler.
+    unlocked = {*blocks[-count:], ""}
     inside = {name: name.removeprefix(f"{tower}/") for name in names if name.startswith(tower)}
     return tuple(
         (re.escape(name), True)
         for name, rest in inside.items()
-        if not (_block(name) or _BEFORE.fullmatch(rest) or _SHARED.fullmatch(rest))
+        if _block(name) in unlocked and not (_BEFORE.fullmatch(rest) or _SHARED.fullmatch(rest))
     )
 
 

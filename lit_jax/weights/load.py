@@ -310,10 +310,11 @@ def _init(module: nn.Module, key: jax.Array, example: Any) -> Any:
 
 @contextlib.contextmanager
 def config_errors() -> Iterator[None]:
-    """Turn any error in tracing a module into UserError: the config's numbers then describe no model."""
+    """Turn an error in tracing a module into UserError: the config's numbers then describe no model."""
     try:
         yield
-    except UserError:
+    # No number of a config leads to a missing name: the module itself has a mistake.
+    except (UserError, NameError, AttributeError):
         raise
     # The causes are as varied as an attention without heads or a patch of 0 pixels.
     except Exception as error:

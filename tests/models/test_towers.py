@@ -16,6 +16,7 @@ from lit_jax.models.families import TEXT, VISION, build_tower
 from lit_jax.models.modernbert import ModernBert
 from lit_jax.models.siglip import SiglipText, SiglipVision
 from lit_jax.models.tower import Tower, TowerOutput
+from lit_jax.trees import flatten, is_in_block
 from tests.harness import largest
 
 SMALL = {
@@ -57,6 +58,13 @@ DEPTHS_OF_STAGES = ("depths", "num_block_repeats")
 # See test_clip.py and test_modernbert.py.
 OTHER_INITIALISATION = (CLIPVision, CLIPText, SiglipVision, SiglipText, ModernBert)
 
+
+PARTS = re.compile(
+    # Before the blocks, between two stages, shared by all blocks, after the blocks.
+    r"(embeddings|pre_layrnorm|encoder/stages_\d+/downsampling_layer_\d"
+    r"|position_bias_table|relative_attention_bias"
+    r"|encoder/top|(final_|post_)?layer_?norm|final_norm|pre_LN|transformation|head|pooler)(/|$)"
+)
 
 # One of each module: those that share one differ in numbers alone.
 FAMILIES = {module: name for name, (_, module) in reversed({**VISION, **TEXT}.items())}.values()
@@ -139,6 +147,17 @@ def test_initialisation_is_hugging_faces(model_type):
             np.testing.assert_allclose(leaf.std(), 0.02, rtol=0.2, err_msg=name)
         if re.search(r"layer(_from_\d+)?/.*kernel$", name) and len(leaf) > 1:
             assert np.abs(leaf[0] - leaf[1]).max() > 5e-3, f"layers are initialised alike: {name}"
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_parts_outside_the_blocks_have_the_names_by_which_rules_order_them(model_type):
+    tower = build(model_type)
+    params = jax.eval_shape(tower.init, key(0), example(tower))["params"]
+    outside = {path for path in flatten(params) if not is_in_block(path)}
+    unknown = {path for path in outside if not PARTS.match(path)}
+    # `unlock_last` and `layer_decay` tell by the name alone whether a part comes before the blocks; see
+    # policy.py.
+    assert not unknown
 
 
 def equations_of(jaxpr):

@@ -158,6 +158,16 @@ def test_blocks_of_a_stage_are_locked_one_by_one():
     assert {path.split("/")[3] for path in paths} == {"layer_from_1"}
 
 
+def test_the_layer_between_two_unlocked_stages_trains():
+    _, policy = resolved(CONVNEXT, unlock_last=4)
+    trains = {
+        path.split("/")[3]
+        for path, yes in policy.trainable.items()
+        if yes and path.startswith("vision_model/encoder/stages_1/")
+    }
+    assert trains == {"downsampling_layer_0", "downsampling_layer_1", "layer"}
+
+
 def test_the_table_calls_blocks_as_rules_do():
     sharding = jax.NamedSharding(jax.make_mesh((1,), ("data",)), jax.P())
     cuts, policy = resolved(unlock_last=2, layer_decay={"vision_model": 0.5})

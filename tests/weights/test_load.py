@@ -430,3 +430,13 @@ class OfAList(nn.Module):
 def test_a_module_that_cannot_be_hashed_has_shapes():
     shapes = load.parameter_shapes(OfAList([3, 2]), jnp.zeros((1, 4)))
     assert shapes["Dense_1"]["kernel"].shape == (3, 2)
+
+
+def test_a_mistake_in_a_towers_code_is_not_blamed_on_its_config():
+    class Mistaken(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return missing(x)  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
+
+    with pytest.raises(NameError, match="missing"):
+        load.parameter_shapes(Mistaken(), jnp.zeros((1, 2)))
