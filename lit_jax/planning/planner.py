@@ -125,23 +125,14 @@ def make_plan(
     step = abstract_step(config, topology.devices)
     batch = step.abstract_batch(config.batch_size)
     first = compile_step(step, batch)
-    tried = {config.batch_size: first}
     resident = resident_bytes(step, batch)
-    fixed = sum(resident[kind] for kind in ("parameters", "optimizer", "frozen"))
-    hbm = first.limit or int(topology.chip.hbm_gib * 2**30)
-    chips = step.model.mesh.size
-    # The batch has to be divisible among the devices and the micro-batches.
-    unit = chips * config.accumulate
-    while len(tried) < compilations:
-        candidate = next_batch(tried, fixed, hbm, unit)
-        if candidate is None:
-            break
-        tried[candidate] = compile_step(step, step.abstract_batch(candidate))
+    hbm = int(topology.chip.hbm_gib * 2**30)
+    tried = _try_batches(step, first, resident, first.limit or hbm, compilations)
     fitting = [size for size, compiled in tried.items() if compiled.fits]
     too_large = [size for size, compiled in tried.items() if not compiled.fits]
-    searched = compilations > 1
-    flops = step_flops(step, batch)
-    largest = max(fitting, default=None) if searched else None
+    # A single compilation is no search.
+    largest = max(fitting, default=None) if compilations > 1 else None
+    chips, flops = step.model.mesh.size, step_flops(step, batch)
     bound = _bound(first, flops, topology) if first.fits else None
     return Plan(
         topology=topology.name,
@@ -153,7 +144,7 @@ def make_plan(
         inputs={name: array.shape[1:] for name, array in batch.items()},
         fits=first.fits,
         limit=first.limit,
-        hbm=int(topology.chip.hbm_gib * 2**30),
+        hbm=hbm,
         bytes=resident | {"temporaries": first.temporaries, "code": first.code},
         total=first.total,
         matmul_flops=flops,
@@ -175,8 +166,29 @@ def make_plan(
         largest_batch=largest,
         smallest_too_large=min(too_large, default=None),
         compilations=len(tried),
-        advice=() if first.fits else advise(config, step, resident, hbm, largest),
+        advice=() if first.fits else advise(config, step, resident, first.limit or hbm, largest),
     )
+
+
+def _try_batches(
+    step: TrainStep,
+    first: Compiled,
+    resident: Mapping[str, int],
+    limit: int,
+    compilations: int,
+) -> dict[int, Compiled]:
+    """Return the results by batch size: `first`, that of the config's batch, and those of a search."""
+    config = step.model.config
+    tried = {config.batch_size: first}
+    fixed = sum(resident[kind] for kind in ("parameters", "optimizer", "frozen"))
+    # The batch has to be divisible among the devices and the micro-batches.
+    unit = step.model.mesh.size * config.accumulate
+    while len(tried) < compilations:
+        candidate = next_batch(tried, fixed, limit, unit)
+        if candidate is None:
+            break
+        tried[candidate] = compile_step(step, step.abstract_batch(candidate))
+    return tried
 
 
 def compile_step(step: TrainStep, batch: AbstractBatch) -> Compiled:

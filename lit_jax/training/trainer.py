@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 
 from lit_jax.buckets import AnyPath, check_access
@@ -147,33 +148,25 @@ class Trainer:
         entered = time.monotonic()
         changes = check_workdir(workdir, config, allowed_changes)
         check_passed(workdir, passed.described(), allowed_changes)
+        data_may_differ = may_differ(changes, allowed_changes)
         check_teacher(config)
         check_own_towers(config, passed.towers)
         mesh = make_mesh(config.mesh)
         check_batch_size(config.batch_size, mesh, config.accumulate)
         steps_done = complete_steps(workdir)
+        last = steps_done[-1] if steps_done else None
         # Towers come before data: without network and data, a user first learns where the towers may lie. The
         # run folder has config and tokenizer, but only a checkpoint has the weights.
         paths = saved_towers(workdir) if steps_done else find_towers(config.model)
-        data = open_data(
-            config,
-            workdir,
-            steps_done[-1] if steps_done else None,
-            may_differ=may_differ(changes, allowed_changes),
-            passed=passed.source,
-        )
+        data = open_data(config, workdir, last, may_differ=data_may_differ, passed=passed.source)
         # A loss that is passed may have no negatives; only its author knows.
         if data.source and passed.loss is None:
             check_negatives(config, data.source)
-        callbacks = [every for every, _ in passed.callbacks]
-        durations = Durations.of(config, data.examples, callbacks)
+        # Durations in epochs need the number of examples, so the data are open by now.
+        durations = Durations.of(config, data.examples, [every for every, _ in passed.callbacks])
         durations.check_steps_done(workdir, steps_done)
-        # The step counts of the schedule need the number of examples, so the data are open by now.
-        to_steps = functools.partial(steps_of, config, data.examples)
         # An optimizer that is passed has a schedule of its own.
-        schedule = None
-        if passed.optimizer is None:
-            schedule = make_schedule(config.schedule, total=durations.total, steps=to_steps)
+        schedule = None if passed.optimizer else _schedule(config, data.examples, durations.total)
         model = build_model(config, mesh, paths, passed.towers)
         warn_of_full_rate(config.policy, model.policy, model.abstract)
         warn_of_export(model)
@@ -187,7 +180,7 @@ class Trainer:
             passed=passed,
             stopwatch=resumed(
                 read_metrics(workdir),
-                steps_done[-1] if steps_done else 0,
+                last or 0,
                 total=durations.total,
                 begun=command_seconds() or time.monotonic() - entered,
             ),
@@ -227,24 +220,11 @@ class Trainer:
                 save_identity(self.workdir, self.data.identity)
             start = checkpoints.latest or 0
             with (
-                self._open_reporter(start, checkpoints, locked) as reporter,
+                self._open_loop(start, checkpoints, locked, stop) as loop,
                 # An implicit transfer would make the host wait for the device in every step. Here it raises
                 # an error.
                 jax.transfer_guard("disallow"),
             ):
-                loop = Loop(
-                    model=self.model,
-                    durations=self.durations,
-                    evaluations=self.evaluations,
-                    passed=self.passed,
-                    stopwatch=self.stopwatch,
-                    locked=locked,
-                    # A tower whose features come from disk is no input of the step.
-                    frozen=self.precomputed.needed(locked),
-                    checkpoints=checkpoints,
-                    reporter=reporter,
-                    stop=stop,
-                )
                 # A run that was killed after a checkpoint makes up its evaluations here.
                 loop.evaluate(start, state, self._missing_evals(start))
                 # A finished run opens no stream, because its data may be gone.
@@ -254,7 +234,7 @@ class Trainer:
                             step_fn = compilation.result()
                         with (
                             self.stopwatch.timing("step"),
-                            self._profiler(start, reporter) as profiler,
+                            self._profiler(start, loop.reporter) as profiler,
                         ):
                             state = loop.take_steps(start, state, stream, step_fn, profiler)
             with self.stopwatch.timing("checkpoint"):
@@ -331,8 +311,14 @@ class Trainer:
         left = range(max(steps.start, start + 1), steps.stop)
         return Profiler(self.workdir, left, finish_steps=reporter.flush, stopwatch=self.stopwatch)
 
-    def _open_reporter(self, start: int, checkpoints: Checkpoints, locked: Tree) -> Reporter:
-        return Reporter(
+    @contextlib.contextmanager
+    def _open_loop(
+        self, start: int, checkpoints: Checkpoints, locked: Tree, stop: StopSignal
+    ) -> Iterator[Loop]:
+        """Yield the loop, whose reporter is open."""
+        # A tower whose features come from disk is no input of the step.
+        frozen = self.precomputed.needed(locked)
+        with Reporter(
             self.workdir,
             self.config.log,
             self.stopwatch,
@@ -344,5 +330,23 @@ class Trainer:
             # No scale is usual for a loss that is passed.
             scale_limit=math.inf if self.passed.loss else usual_scale(self.config),
             last_saved=lambda: checkpoints.latest,
-            locked_not_finite=functools.partial(not_finite, self.precomputed.needed(locked)),
-        )
+            locked_not_finite=functools.partial(not_finite, frozen),
+        ) as reporter:
+            yield Loop(
+                model=self.model,
+                durations=self.durations,
+                evaluations=self.evaluations,
+                passed=self.passed,
+                stopwatch=self.stopwatch,
+                locked=locked,
+                frozen=frozen,
+                checkpoints=checkpoints,
+                reporter=reporter,
+                stop=stop,
+            )
+
+
+def _schedule(config: Config, examples: int, total: int) -> optax.Schedule:
+    """Return the schedule of the config for `total` steps, where an epoch has `examples` examples."""
+    to_steps = functools.partial(steps_of, config, examples)
+    return make_schedule(config.schedule, total=total, steps=to_steps)
