@@ -38,8 +38,14 @@ from lit_jax.training.integrity import (
     text_sum,
 )
 from lit_jax.training.lease import check_lease
-from lit_jax.training.orbax_stores import atomicity, check_arrays, checkpointer, teach_s3
-from lit_jax.training.saved_arrays import as_saved, check_shapes
+from lit_jax.training.orbax_folders import (
+    as_saved,
+    atomicity,
+    check_arrays,
+    check_shapes,
+    checkpointer,
+    teach_s3,
+)
 from lit_jax.training.stack_names import UncutStacks, cut_stacks, join_stacks
 from lit_jax.training.train_step import State
 from lit_jax.training.workdir_errors import STEP, complete_steps, reason, workdir_errors
