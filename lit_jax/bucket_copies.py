@@ -41,7 +41,8 @@ def local_copy(folder: AnyPath) -> Path:
 def written_locally(folder: AnyPath) -> Iterator[Path]:
     """Yield a folder on this machine, for writers that cannot write to a bucket.
 
-    It is `folder` itself, or an empty folder whose files are uploaded when the block ends without an error.
+    The folder is `folder` itself, or an empty one whose files are uploaded when the block ends without an
+    error.
     """
     if isinstance(folder, Path):
         yield folder

@@ -187,7 +187,7 @@ def is_bucket(text: str) -> bool:
 def bucket_path(name: str, text: str) -> BucketPath:
     """Return the path of the address in the flag or key `name`; nothing is asked of the bucket yet.
 
-    Raise UserError if the address has no bucket or no path, or if its client is not installed.
+    Raises UserError if the address has no bucket or no path, or if its client is not installed.
     """
     scheme, _, rest = text.partition("://")
     package, _ = _CLIENTS[scheme]

@@ -168,7 +168,7 @@ def unknown_flag(word: str, flags: Sequence[str], keys: KeyFlags | None = None) 
 def set_key(raw: dict[str, Any], keys: KeyFlags, key: str, text: str) -> None:
     """Set the value of a key in the nested dict `raw`, from its text on the command line.
 
-    Members of dicts are added; all other keys must exist. Raise UserError for an unknown key.
+    Members of dicts are added; all other keys must exist. Raises UserError for an unknown key.
     """
     path = key.split(".")
     try:

@@ -379,8 +379,8 @@ def parse(raw: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
 def parse_as(kind: type[_Group], raw: Mapping[str, Any], name: str = "config") -> _Group:
     """Return one of the dataclasses above with the values in `raw`; `name` is its name in messages.
 
-    Secret keys in addresses are left out. Raise UserError for an unknown key, with the nearest known key, and
-    for a value of the wrong type or out of its range.
+    Secret keys in addresses are left out. Raises UserError for an unknown key, with the nearest known key,
+    and for a value of the wrong type or out of its range.
     """
     try:
         return convert(kind, take_keys(raw), name)

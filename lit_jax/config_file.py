@@ -22,7 +22,7 @@ RECIPES = Path(__file__).parent / "configs"
 def load_config(spec: str, overrides: Iterable[tuple[str, str]]) -> Config:
     """Return the config from `get_config(arg)` of a file, with the (key, text) pairs of `overrides` applied.
 
-    `spec` is "file.py", "file.py:arg", or the name of a recipe in the place of the file. Raise UserError if
+    `spec` is "file.py", "file.py:arg", or the name of a recipe in the place of the file. Raises UserError if
     the file or the function is missing, if the function fails, and for a key or value that does not fit.
     """
     path, arg = _split(spec)
@@ -94,8 +94,8 @@ def parse_arg(
 ) -> tuple[str, dict[str, Any]]:
     """Return the variant and the options in a config's argument, as in --config=file.py:base,batch=1024.
 
-    The first of `variants` is the default; `options` maps each name to its type. Raise UserError for anything
-    else in the argument.
+    The first of `variants` is the default; `options` maps each name to its type. Raises UserError for
+    anything else in the argument.
     """
     variant, given = None, {}
     for part in filter(None, arg.split(",")):

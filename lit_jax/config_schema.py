@@ -84,7 +84,7 @@ class UnknownKeyError(Exception):
 def key_type(root: Any, keys: Sequence[str], name: str = "config") -> Any:
     """Return the type of the key at a path below the dataclass `root`, or Any below an untyped value.
 
-    `name` is the root's name in messages. Raise UnknownKeyError for a key that a group lacks.
+    `name` is the root's name in messages. Raises UnknownKeyError for a key that a group lacks.
     """
     kind = root
     for depth, key in enumerate(keys):
@@ -172,7 +172,7 @@ def _key_types(kind: Any, group: str) -> Iterator[tuple[str, Any]]:
 def convert(kind: Any, value: Any, where: str) -> Any:
     """Return `value` converted to the annotated type `kind`; `where` names the value in messages.
 
-    Raise UserError for another type or a number out of its range, and UnknownKeyError for a key that a
+    Raises UserError for another type or a number out of its range, and UnknownKeyError for a key that a
     dataclass lacks.
     """
     if choices := _choices(kind):

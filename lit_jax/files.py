@@ -26,7 +26,7 @@ _LFS_POINTER = b"version https://git-lfs"
 def local_path(name: str, text: str) -> Path:
     """Return the local path in the flag or key `name`; a leading `~` is the home folder.
 
-    Raise UserError for an empty text, as from an unset variable, for an address such as gs://bucket/run, and
+    Raises UserError for an empty text, as from an unset variable, for an address such as gs://bucket/run, and
     for a path that no file system accepts.
     """
     if not text:
@@ -49,7 +49,7 @@ def local_path(name: str, text: str) -> Path:
 def any_path(name: str, text: str) -> AnyPath:
     """Return the path in the flag or key `name`: on this machine, or in a bucket (gs://, s3://).
 
-    Raise UserError in the cases of `local_path` and `bucket_path`.
+    Raises UserError in the cases of `local_path` and `bucket_path`.
     """
     return bucket_path(name, text) if is_bucket(text) else local_path(name, text)
 
@@ -57,7 +57,7 @@ def any_path(name: str, text: str) -> AnyPath:
 def expand_home(path: str, subject: str) -> Path:
     """Return the path with a leading `~` replaced by the home folder; `subject` begins the error message.
 
-    Raise UserError if the user or the user's home folder is unknown.
+    Raises UserError if the user or the user's home folder is unknown.
     """
     try:
         return Path(path).expanduser()
@@ -80,7 +80,7 @@ def cache_folder() -> Path:
 def output_path(name: str, text: str, *, is_local: bool = False) -> AnyPath:
     """Return the path to write in the flag or key `name`: on this machine, or in a bucket (gs://, s3://).
 
-    `is_local` excludes buckets. Raise UserError in the cases of `any_path`, and if a library would read the
+    `is_local` excludes buckets. Raises UserError in the cases of `any_path`, and if a library would read the
     path as a glob pattern.
     """
     path = local_path(name, text) if is_local else any_path(name, text)

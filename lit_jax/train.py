@@ -81,18 +81,18 @@ def fit(
         config: the config of the run; the ConfigDict of a recipe is parsed.
         source: training data that take the place of config.data.train and config.data.mixture: anything with
             `len(source)` and `source[i]`, which returns an `Example` (lit_jax.data.example).
-        loss: a function of the model's output (`DualEncoderOutput`) and the batch over all devices. It
-            returns the value to minimise, a float32 scalar, and a dict of metrics.
+        loss: a function of the model's output (`DualEncoderOutput`) and the batch over all devices,
+            which returns the value to minimise, a float32 scalar, and a dict of metrics.
         optimizer: an optax optimizer that replaces config.optimizer and config.schedule, and does its own
             clipping, weight decay and learning rate. config.policy.learning_rate still scales its updates.
-        towers: modules by side, "image" or "text", of a subclass of lit_jax.models.tower.Tower. They replace
-            the towers in the folders of config.model, which still provide the processors. A pretrained tower
-            is a pair (module, parameters). Such a model cannot be exported, and only `lit_jax.load_run` with
-            the same towers reads it.
+        towers: modules by side, "image" or "text", of a subclass of lit_jax.models.tower.Tower, which
+            replace the towers in the folders of config.model; the folders still provide the processors. A
+            pretrained tower is a pair (module, parameters). Such a model cannot be exported, and only
+            `lit_jax.load_run` with the same towers reads it.
         callbacks: pairs of a duration such as "1000 steps" and a function that is called with the
-            `TrainedModel` after every such number of steps, on all processes. Its result, a dict of numbers
-            or None, is reported with the metrics. If the run stops between a checkpoint and a call, the
-            resumed run does not make that call.
+            `TrainedModel` after every such number of steps, on all processes. The result of a call, a dict of
+            numbers or None, is reported with the metrics. If the run stops between a checkpoint and a call,
+            the resumed run does not make that call.
         allowed_changes: config keys that may differ from those with which the run was started; also "source",
             "loss", "optimizer" and "towers", and "data" for other examples.
 

@@ -63,7 +63,7 @@ class DualEncoder(Model):
         towers' configs, as in text_config={"position_ids": "arange"}. `options` choose a copy: revision,
         subfolder, token, variant, cache_dir, force_download, local_files_only.
 
-        Raise UserError if the model is not available, or if its weights do not fit its config.json.
+        Raises UserError if the model is not available, or if its weights do not fit its config.json.
         """
         which, rest = split_options(options)
         refuse_unknown(rest, ("config", "vision_config", "text_config", "dtype"))
@@ -127,7 +127,7 @@ class DualEncoder(Model):
         `vision_model` or `text_model`. `options` that start with `vision_` or `text_` are passed without that
         prefix to the tower's from_pretrained. A pooling of None is "pooler", and a dtype of None "float32".
 
-        Raise UserError for an option that is given twice, or that would not change an object.
+        Raises UserError for an option that is given twice, or that would not change an object.
         """
         # transformers has the same prefixes for the arguments of the two towers.
         own = {
@@ -185,7 +185,7 @@ class DualEncoder(Model):
 
         `return_loss` needs pairs, B = T, and adds the loss with which this type of model was trained, over
         this batch. With `dropout_rng` both towers compute as in training, unless `train` is False.
-        `return_dict` False returns a tuple instead of a `DualEncoderOutput`. Raise UserError, at tracing
+        `return_dict` False returns a tuple instead of a `DualEncoderOutput`. Raises UserError, at tracing
         time, for the loss of inputs that are not pairs.
         """
         call = Call(
@@ -300,7 +300,7 @@ def _tower(
     """Return the tower that is given as an object, or load the tower called `name`.
 
     `form` holds the pooling and the dtype if they are given, `options` the caller's further options of
-    from_pretrained. Raise UserError if there is neither, or if options would not change the given object.
+    from_pretrained. Raises UserError if there is neither, or if options would not change the given object.
     """
     side = TOWERS[kind.side]
     if isinstance(given, kind):

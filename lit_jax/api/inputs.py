@@ -30,7 +30,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def as_dtype(dtype: Any) -> Any:
     """Return the dtype of a computation, given by its name or as JAX's dtype.
 
-    Raise UserError if no tower computes in this dtype.
+    Raises UserError if no tower computes in this dtype.
     """
     name = getattr(dtype, "name", getattr(dtype, "__name__", dtype))
     if name not in _DTYPES:
@@ -64,7 +64,7 @@ def is_deterministic(train: bool | None, dropout_rng: Any) -> bool:
 def image_inputs(pixel_values_BxCxHxW: Given) -> Float[Array, "B H W C"]:
     """Return images with the channels last, and integers as float32.
 
-    Integers come from a processor that does not normalise. Raise UserError unless the argument is a batch of
+    Integers come from a processor that does not normalise. Raises UserError unless the argument is a batch of
     images.
     """
     pixels = _array("pixel_values", pixel_values_BxCxHxW)
@@ -85,7 +85,7 @@ def text_inputs(
     """Return `TEXT_INPUTS` in order as int32 TxL, None for those not given; a single row serves all texts.
 
     `rows` holds the sizes of the tower's embedding tables, `further` the positional arguments after the mask.
-    Raise UserError for inputs that do not fit together or do not fit the tower: JAX itself raises no error
+    Raises UserError for inputs that do not fit together or do not fit the tower: JAX itself raises no error
     for an index that is out of range.
     """
     _refuse_positional(further)

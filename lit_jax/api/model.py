@@ -107,7 +107,7 @@ class Model:
         own parameters.
 
         With `push_to_hub` the folder is uploaded, too. The default of `repo_id` is the folder's name;
-        `options` are those of `push_to_hub`. Raise UserError for bad arguments, and if the folder cannot be
+        `options` are those of `push_to_hub`. Raises UserError for bad arguments, and if the folder cannot be
         written.
         """
         if processor is not None and not isinstance(processor, save.Saveable):
@@ -140,7 +140,7 @@ class Model:
         """Upload the files of `save_pretrained` to a Hub repository, and return the commit's URL.
 
         `options` are those of transformers: token, private, revision, commit_message, create_pr ...
-        Raise UserError if the Hub refuses or cannot be reached.
+        Raises UserError if the Hub refuses or cannot be reached.
         """
         # The upload holds only these files, unlike an upload from a folder of the user.
         with tempfile.TemporaryDirectory() as folder:

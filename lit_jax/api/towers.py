@@ -75,7 +75,7 @@ class _TowerModel(Model):
         variant, cache_dir, force_download, local_files_only); all other options change fields of the config,
         such as hidden_dropout_prob=0.0 or position_ids="arange".
 
-        Raise UserError if the tower is not available, or if its weights do not fit its config.json.
+        Raises UserError if the tower is not available, or if its weights do not fit its config.json.
         """
         which, changes = split_options(options)
         folder = hub.local_folder(str(model), config_key="model", options=which)

@@ -42,7 +42,7 @@ BAD_FILE = "bad.jsonl"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The parameters of a conversion. They determine every byte of the output and can be pickled."""
+    """The parameters of a conversion, which determine every byte of the output and can be pickled."""
 
     # The SourceConfig as JSON: the text is hashable, so it can key the cache of `_source`.
     source: str

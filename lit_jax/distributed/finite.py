@@ -39,7 +39,7 @@ def check_rows(finite_B: Bool[np.ndarray, " B"], side: str, params: Tree) -> Non
 
     Args:
         finite_B: whether each row is finite.
-        params: the parameters that the rows depend on. They are searched only to write the message.
+        params: the parameters that the rows depend on, searched only to write the message.
     """
     if finite_B.all():
         return

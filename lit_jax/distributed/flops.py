@@ -28,7 +28,7 @@ def matmul_flops(jaxpr: Jaxpr) -> int:
     conditional counts as its most expensive branch, or as the branch for TPUs. A Pallas kernel counts by its
     stated cost, or else as its program at all points of the grid.
 
-    Raise ValueError for a product in a loop whose number of iterations is known only at run time.
+    Raises ValueError for a product in a loop whose number of iterations is known only at run time.
     """
     inner: core.Jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     return sum(_flops(equation) for equation in inner.eqns)

@@ -79,7 +79,7 @@ _INSTEAD = f"start them by launch/local.sh or srun, or by {_ADDRESS}, {_COUNT}, 
 def find_place(environment: Environment = os.environ) -> Place | None:
     """Return this process's place, None if it is the only one.
 
-    Raise UserError for impossible values, and if an unsupported launcher has started several processes.
+    Raises UserError for impossible values, and if an unsupported launcher has started several processes.
     """
     # The user's own variables win over any launcher. Open MPI comes before Slurm, as in JAX: under mpirun
     # inside a Slurm job, Slurm's variables describe the task of mpirun or of its daemon, not this process.

@@ -25,7 +25,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     only the sums over 'data' cross the slower network between slices. If 'fsdp' is a multiple of the slice
     size, gathers cross that network, too.
 
-    Raise UserError if the two sizes do not multiply to the number of devices, or if neither 'fsdp' nor the
+    Raises UserError if the two sizes do not multiply to the number of devices, or if neither 'fsdp' nor the
     slice size divides the other.
     """
     devices = jax.devices() if devices is None else devices

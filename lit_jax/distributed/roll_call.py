@@ -35,7 +35,7 @@ _HELLO, _GO, _NO = b"lit_jax\n", b"go\n", b"no "
 def meet(place: Place) -> None:
     """Wait until all processes of the run have come.
 
-    Raise UserError if the processes cannot meet, and GoneError if some have not come in `START_SECONDS`.
+    Raises UserError if the processes cannot meet, and GoneError if some have not come in `START_SECONDS`.
     """
     host, port = split_address(place.address_from, place.address)
     clock = _Clock(place)

@@ -37,7 +37,7 @@ def load_classes(config: EvalConfig, name: str, language: str = "en") -> Classes
     An evaluation without a class file uses the two files in its data set, if they exist.
 
     Args:
-        name: the name of the evaluation. It selects the data set in files about several data sets, unless
+        name: the name of the evaluation, which selects the data set in files about several data sets, unless
             `config.dataset` is set.
         language: replaces "{language}" in the paths, and selects the default templates.
 

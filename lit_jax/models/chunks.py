@@ -21,7 +21,7 @@ IMAGES = 64
 def chunk_count(batch: int) -> int:
     """Return the number of chunks of a batch; 1 on a CPU or GPU.
 
-    Chunks were measured for TPUs alone. They are equal, and have at most `IMAGES` images on each device. If
+    Chunks were measured for TPUs alone. All chunks are equal, with at most `IMAGES` images on each device. If
     only chunks of less than half that size divide a device's rows, the batch stays whole.
     """
     # Matrices that are split over the mesh would be gathered again for each chunk.

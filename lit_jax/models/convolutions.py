@@ -72,8 +72,8 @@ def _add_bias(module: nn.Module, x_BxYxXxC: Map) -> Map:
 class BatchNorm(nn.Module):
     """Batch normalisation (1502.03167), computed in float32: torch's BatchNorm2d.
 
-    The running statistics `mean` and `var` are parameters, so that they are loaded, locked and saved like
-    other parameters. They get no gradient.
+    The running statistics `mean` and `var` are parameters without gradient, so that they are loaded, locked
+    and saved like other parameters.
 
     Unless `deterministic`, a map is normalised by the mean and variance of the global batch, over all
     devices, and gradients flow through both. If the collection 'batch_stats' is mutable, it gets the new

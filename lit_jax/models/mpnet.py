@@ -1,7 +1,7 @@
 """MPNet (https://arxiv.org/abs/2004.09297), numerically Hugging Face's MPNetModel.
 
-MPNet is a BERT without token types. It counts positions as RoBERTa does, and adds a learned number for each
-distance between two tokens to the attention logits, the same in all blocks.
+MPNet is a BERT without token types. MPNet counts positions as RoBERTa does, and adds a learned number for
+each distance between two tokens to the attention logits, the same in all blocks.
 
 Dims: B batch, L tokens, H heads.
 """

@@ -181,8 +181,8 @@ def bilinear_matrix(size: int, new_size: int) -> np.ndarray:
 def antialiased_bicubic_matrix(size: int, new_size: int) -> np.ndarray:
     """Return the (new_size, size) matrix of torch's interpolation with mode='bicubic' and antialias=True.
 
-    With antialiasing torch uses another kernel (a = -0.5), as wide as a new pixel. It drops the part beyond
-    the border and scales the weights of the rest to a sum of 1.
+    With antialiasing torch uses another kernel (a = -0.5), as wide as a new pixel, drops the part beyond the
+    border, and scales the weights of the rest to a sum of 1.
     """
     # The kernel widens only when the image shrinks; there is nothing to smooth when it grows.
     width = max(size / new_size, 1)

@@ -205,7 +205,7 @@ def estimated_cycles(instruction: Instruction) -> int | None:
 def trip_count(loop: Instruction, computations: dict[str, Computation], inside: str) -> int:
     """Return the number of iterations of a while loop.
 
-    Raise ValueError if the program does not contain this number.
+    Raises ValueError if the program does not contain this number.
     """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])

@@ -68,7 +68,7 @@ def network_traffic(hlo: str, devices: Sequence[Any]) -> Traffic:
         devices: all devices of the program. Their `id` is the number in the program, and their
             `process_index` identifies the host.
 
-    Raise ValueError for a transfer in none of the forms above.
+    Raises ValueError for a transfer in none of the forms above.
     """
     hosts = {device.id: device.process_index for device in devices}
     chips = Counter(hosts.values())

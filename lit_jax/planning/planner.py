@@ -104,7 +104,7 @@ class Plan:
 def abstract_step(config: Config, devices: Sequence[Any]) -> TrainStep:
     """Return the train step of a config on devices that need not exist.
 
-    Configs and tokenizers are read, but no weights. Raise UserError for bad input, as training does.
+    Configs and tokenizers are read, but no weights. Raises UserError for bad input, as training does.
     """
     check_teacher(config)
     mesh = make_mesh(config.mesh, devices)

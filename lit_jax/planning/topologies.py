@@ -26,7 +26,7 @@ class Topology:
 def open_topology(name: str, *, slices: int = 1) -> Topology:
     """Return `slices` slices of the topology `name`, such as 'v5e:4x4', joined by the data-centre network.
 
-    Raise UserError if libtpu, the TPU compiler, is not installed, or does not know the topology.
+    Raises UserError if libtpu, the TPU compiler, is not installed, or does not know the topology.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
     if match is None or match[1] not in CHIPS:

@@ -318,7 +318,7 @@ def _ring_of(
 ) -> _RingStep:
     """Return the step of a whole ring of `stops` devices (or slices), made from the step of one stop.
 
-    A step takes the carry of this device's images, and texts. It returns the carry with the contributions of
+    A step takes the carry of this device's images, and texts, and returns the carry with the contributions of
     these texts, and the carry of the texts. `receivers` has the device to which each device sends its texts.
     """
     if stops == 1:

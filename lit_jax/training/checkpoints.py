@@ -293,7 +293,8 @@ def saved_config(workdir: AnyPath, step: int) -> dict[str, Any]:
 def frozen_folder(workdir: AnyPath, step: int = 0) -> AnyPath:
     """Return the folder of the locked parameters that belong to the checkpoint of a step.
 
-    It is `frozen`, or `frozen_from_STEP` of the last earlier step at which the choice of what trains changed.
+    The folder is `frozen`, or `frozen_from_STEP` of the last earlier step at which the choice of what trains
+    changed.
     """
     earlier = [start for start in _frozen_starts(workdir) if start < step]
     return workdir / (f"frozen_from_{max(earlier)}" if earlier else "frozen")

@@ -15,7 +15,7 @@ FINISHED = "finished"
 
 
 class Stopwatch:
-    """A stopwatch that attributes each moment to one kind. It starts with "startup".
+    """A stopwatch that attributes each moment to one kind, at first to "startup".
 
     Args:
         spent: the seconds of earlier starts by kind.

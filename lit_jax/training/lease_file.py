@@ -3,8 +3,8 @@
 The holder keeps a file `.lease.N` in the folder, locks it by flock and rewrites it every few seconds. If two
 processes see the same locks, the kernel tells whether the holder lives, and frees the lock however the holder
 ends. On other machines, and on file systems without flock, a process may take over a lease whose content has
-not changed for a minute. It creates `.lease.N+1`, which the file system allows to one process only, and
-removes `.lease.N`.
+not changed for a minute: the process creates `.lease.N+1`, which the file system allows to one process only,
+and removes `.lease.N`.
 """
 
 import contextlib

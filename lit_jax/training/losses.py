@@ -114,8 +114,8 @@ def make_loss(
     """Return the loss of this name; 'auto' chooses the implementation by the shapes.
 
     Args:
-        slices: the number of slices of the mesh, equally large and one after the other. It does not change
-            the value, but the blockwise implementation sends less between slices.
+        slices: the number of slices of the mesh, equally large and one after the other. The number does not
+            change the value, but with more than one the blockwise implementation sends less between slices.
 
     Raises UserError for an unknown loss or implementation, and for label smoothing or an implementation that
     the loss does not have.

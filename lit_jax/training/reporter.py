@@ -222,8 +222,8 @@ def check_finite(
 
     Args:
         last_saved: the step of the latest checkpoint, None without one.
-        locked_not_finite: returns the names of locked parameters that are NaN or infinite; '' if there are
-            none. It is called only on an error.
+        locked_not_finite: returns the names of locked parameters that are NaN or infinite, '' if there are
+            none; called only on an error.
     """
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if not bad:

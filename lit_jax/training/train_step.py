@@ -66,7 +66,7 @@ def train_step(
     """Take one step on the global batch: gradient of the trainable parameters, update, metrics.
 
     `forward` is `Model.forward`, or the same in micro-batches. A tower without trainable parameters is a
-    constant to the gradient. It computes as in evaluation: no dropout, BatchNorm by running statistics.
+    constant to the gradient, and computes as in evaluation: no dropout, BatchNorm by running statistics.
     """
     # The key depends on seed and step alone, so a resumed run draws the same dropout.
     dropout_key = named_key(seed, "dropout", state.step)

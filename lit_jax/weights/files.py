@@ -66,7 +66,7 @@ class Format:
 def read_tensors(folder: str | pathlib.Path, variant: str | None = None) -> Tensors:
     """Read all tensors of the folder's weights: safetensors, else Flax msgpack, else torch's bin.
 
-    Raise UserError if there is no such file, or if the file is damaged or incomplete.
+    Raises UserError if there is no such file, or if the file is damaged or incomplete.
     """
     folder = pathlib.Path(folder)
     for format_ in FORMATS:

@@ -59,7 +59,7 @@ def local_folder(
     """Return the local folder that `model` names, or the folder of a copy of the Hub repository `model`.
 
     Files in the cache of huggingface_hub are not downloaded again, and are used as they are if the Hub cannot
-    be reached. Raise UserError, which names `config_key`, if `model` is neither a folder nor available.
+    be reached. Raises UserError, which names `config_key`, if `model` is neither a folder nor available.
     """
     if not model:
         raise UserError(f"{config_key} is empty; give a local folder or the id of a Hub model.")
@@ -126,7 +126,7 @@ def upload(folder: str | pathlib.Path, repo_id: str, **options: Any) -> str:
     """Upload a folder to a Hub repository, which is created if it is missing, and return the commit's URL.
 
     `options` are those of transformers' push_to_hub: token, private, revision, commit_message ...
-    Raise UserError if the Hub refuses or cannot be reached.
+    Raises UserError if the Hub refuses or cannot be reached.
     """
     token, private = options.pop("token", None), options.pop("private", None)
     api = huggingface_hub.HfApi(token=token)
@@ -144,8 +144,8 @@ def upload(folder: str | pathlib.Path, repo_id: str, **options: Any) -> str:
 def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
     """Return the content of config.json, completed with transformers' defaults for its `model_type`.
 
-    Raise UserError if there is no config.json, if transformers does not understand it, or if lit_jax does not
-    have that kind of model.
+    Raises UserError if there is no config.json, if transformers does not understand it, or if lit_jax does
+    not have that kind of model.
     """
     file = pathlib.Path(folder) / "config.json"
     try:
@@ -175,7 +175,7 @@ def _refusing(what: str) -> Iterator[None]:
 def complete(content: Any, what: str = "The config") -> dict[str, Any]:
     """Return the content of a config.json, completed with transformers' defaults for its `model_type`.
 
-    `what` names the content in messages. Raise UserError if transformers does not understand it, or if
+    `what` names the content in messages. Raises UserError if transformers does not understand it, or if
     lit_jax does not have that type or the type of one of its towers.
     """
     if isinstance(content, Mapping) and not content.get("model_type"):
@@ -212,7 +212,7 @@ def _completed(content: dict[str, Any]) -> dict[str, Any]:
 def read_tower_config(folder: str | pathlib.Path, side: Side) -> dict[str, Any]:
     """Return the config of the tower in a folder, which holds the tower alone or a dual encoder.
 
-    Raise UserError in the cases of `read_config`.
+    Raises UserError in the cases of `read_config`.
     """
     return tower_part(read_config(folder), side)
 
@@ -220,7 +220,7 @@ def read_tower_config(folder: str | pathlib.Path, side: Side) -> dict[str, Any]:
 def override(hf: Mapping[str, Any], changes: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Return the config `hf` of a tower with `changes` of its fields.
 
-    Messages call a field `prefix` + name. Raise UserError for a field that neither this kind of tower nor
+    Messages call a field `prefix` + name. Raises UserError for a field that neither this kind of tower nor
     transformers' config has, and for a value that the field cannot have.
     """
     known = {*hf, *tower_fields(hf)}

@@ -50,7 +50,7 @@ def load_tower(
 ) -> tuple[Params, LoadReport]:
     """Load the parameters of a tower in float32, and a report of the load.
 
-    The folder holds a base model, a model with a head, or a dual encoder with such a tower. Raise UserError
+    The folder holds a base model, a model with a head, or a dual encoder with such a tower. Raises UserError
     if the model is of another family, or if its weights cannot be read or do not fit `module` one to one.
     """
     return _take_tower(_open_tower(folder, module, variant), module)
@@ -165,8 +165,8 @@ def load_dual_encoder(
     """Load a dual encoder: return its module, its float32 parameters, its config and a report of the load.
 
     Poolings and projections that `save_dual_encoder` expressed by other weights are restored bit for bit.
-    `dtype` is the dtype of the computation. `hf_config` replaces the folder's config.json. Raise UserError if
-    the folder holds another kind of model, and in the cases of `load_tower`.
+    `dtype` is the dtype of the computation. `hf_config` replaces the folder's config.json. Raises UserError
+    if the folder holds another kind of model, and in the cases of `load_tower`.
     """
     hf_config = dict(hub.read_config(folder) if hf_config is None else hf_config)
     if hf_config["model_type"] not in SYSTEMS:
@@ -290,7 +290,7 @@ def _take_dual_encoder(
 def parameter_shapes(module: nn.Module, example: Any) -> dict[str, Any]:
     """Return the tree of parameters as jax.ShapeDtypeStructs, without computing anything.
 
-    Raise UserError if the numbers in config.json describe no model that can be computed.
+    Raises UserError if the numbers in config.json describe no model that can be computed.
     """
     key = jax.random.key(0)
     with config_errors():

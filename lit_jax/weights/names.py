@@ -159,7 +159,7 @@ class Recognised(NamedTuple):
 def recognise(names: Iterable[str], family: Family, *, has_pooler: bool = True) -> Recognised:
     """Return the names of a tower's file by their usual spelling, and the names that a tower ignores.
 
-    Raise UserError if the file has one parameter under two names.
+    Raises UserError if the file has one parameter under two names.
     """
     names = sorted(names)
     # A file of the base model alone has no prefix.

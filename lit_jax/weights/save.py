@@ -61,7 +61,7 @@ def save_tower(
     """Write a tower: config.json, model.safetensors with torch's names, and the processor's files.
 
     `params` and `pooler` come from `load_tower_and_pooler`. A tower without a pooler is written without one,
-    with a warning: most of transformers' classes load it with add_pooling_layer=False. Raise UserError if
+    with a warning: most of transformers' classes load it with add_pooling_layer=False. Raises UserError if
     `folder` cannot be written or holds something else.
     """
     family = name_tables.FAMILIES[module.config.model_type]
@@ -118,8 +118,8 @@ def save_dual_encoder(
     The files are config.json, model.safetensors with torch's names, flax_model.msgpack if transformers 4 has
     a Flax class, and those of the processor. `hf_config` has the form that `load_dual_encoder` returns. A
     model that VisionTextDualEncoder cannot compute (`why_not_exportable`) is written for lit_jax alone, with
-    a model_type that transformers refuses, and a warning gives the reason. Raise UserError if `folder` cannot
-    be written or holds something else.
+    a model_type that transformers refuses, and a warning gives the reason. Raises UserError if `folder`
+    cannot be written or holds something else.
     """
     params, config = _float32(params), dict(hf_config)
     config["text_config"], params["text_model"] = _as_pytorch_counts(
@@ -267,7 +267,7 @@ def _new_folder(target: pathlib.Path, beside_others: bool) -> Iterator[pathlib.P
 def _move_into(target: pathlib.Path, new: pathlib.Path) -> None:
     """Move the files of `new` into `target` one by one, and then remove the earlier weights.
 
-    Raise UserError if `target` holds another kind of model.
+    Raises UserError if `target` holds another kind of model.
     """
     # Listed before the move, which makes new and old weights indistinguishable.
     weights = files.weights_in(target)

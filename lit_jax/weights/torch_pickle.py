@@ -1,9 +1,9 @@
 """Read a zip-format `pytorch_model.bin` without torch, and without running code from the pickle.
 
 A pickle is a program. This reader provides the few functions that a dictionary of tensors needs, and refuses
-all others (https://docs.python.org/3/library/pickle.html#restricting-globals). It executes only the opcodes
-that torch.save writes, and bounds their memory and time by the size of the file. Python's C implementation
-cannot be used, because it allocates memory for any index that a memo opcode names.
+all others (https://docs.python.org/3/library/pickle.html#restricting-globals). The reader executes only the
+opcodes that torch.save writes, and bounds their memory and time by the size of the file. Python's C
+implementation cannot be used, because it allocates memory for any index that a memo opcode names.
 """
 
 import collections
@@ -43,7 +43,7 @@ _SAFE = "save the model as safetensors with PyTorch"
 def read(file: pathlib.Path) -> dict[str, np.ndarray]:
     """Return the tensors of a state dict that torch.save wrote, as read-only arrays.
 
-    Raise UserError for the format of torch before 1.6 and for a file that contains more than tensors, and
+    Raises UserError for the format of torch before 1.6 and for a file that contains more than tensors, and
     other exceptions for damaged files.
     """
     with file.open("rb") as stream:
@@ -180,7 +180,7 @@ class _Unpickler(pickle._Unpickler):
     ) -> np.ndarray:
         """Return a view of a storage; offset and strides count elements.
 
-        Raise ValueError if the view would reach beyond the storage: `as_strided` itself does not check.
+        Raises ValueError if the view would reach beyond the storage: `as_strided` itself does not check.
         """
         if min((offset, *shape, *strides)) < 0 or len(shape) != len(strides):
             raise ValueError(f"a tensor has offset {offset}, shape {shape} and strides {strides}")

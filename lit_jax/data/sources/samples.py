@@ -109,7 +109,7 @@ def read_members(
     place: str = "",
     at_least: Collection[str] = tuple(FIELDS),
 ) -> Readings:
-    """Return both readings of a sequence of members.
+    """Return the samples of a sequence of members, as read by the first dot of the names and by the last.
 
     Members of one sample are neighbours, as in WebDataset; a second member with the same ending begins a new
     sample.
