@@ -56,6 +56,18 @@ def written_locally(folder: AnyPath) -> Iterator[Path]:
         _upload(local, folder, {file: file.stat().st_size for file in files})
 
 
+@contextlib.contextmanager
+def uploaded(path: BucketPath) -> Iterator[Path]:
+    """Yield a path on this machine, whose file is uploaded to `path` when the block ends without an error.
+
+    A killed process leaves a folder lit_jax-* among the temporary files, and nothing in the bucket.
+    """
+    with tempfile.TemporaryDirectory(prefix="lit_jax-") as temporary:
+        new = Path(temporary) / "new"
+        yield new
+        path.upload(new)
+
+
 def _upload(source: Path, folder: BucketPath, sizes: dict[Path, int]) -> None:
     """Write the first bytes of files below `source` to a bucket, as many as `sizes` says, in this order."""
     for file, size in sizes.items():

@@ -54,6 +54,10 @@ class BucketPath(PosixGPath):
     def _backend(self) -> Backend:
         return fsspec_backend
 
+    def __reduce__(self):
+        """Return how another process makes the path, whose client has to be set up there, too."""
+        return _open_path, (str(self),)
+
     def resolve(self, strict: bool = False) -> "BucketPath":
         """Return the path itself, because an address is absolute and has no links."""
         return self
@@ -98,6 +102,12 @@ class BucketPath(PosixGPath):
         with os_errors(self):
             client(self).pipe_file(str(self), data)
         return len(data)
+
+    def upload(self, file: Path) -> None:
+        """Write an object with the content of a local file, in parts if it is large."""
+        self.check_guards()
+        with os_errors(self):
+            client(self).put_file(str(file), str(self))
 
     def write_text(self, data: str, encoding: str | None = None, errors: str | None = None) -> int:
         """Write an object in UTF-8, by one request."""
@@ -207,12 +217,16 @@ def bucket_path(name: str, text: str) -> BucketPath:
             f"{name}={text} needs the package {package}, which is not installed; run pip install {package}, "
             "or give a path on this machine."
         )
+    return _open_path(text)
+
+
+def _open_path(text: str) -> BucketPath:
     # gcsfs would ask another service for the kind of a bucket at each call, until that service answers.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     from fsspec.config import conf
 
     # Other processes and TensorStore write into the same folders, so a listing is never remembered.
-    conf.setdefault(scheme, {})["use_listings_cache"] = False
+    conf.setdefault(text.partition("://")[0], {})["use_listings_cache"] = False
     path = epath.Path(text)
     assert isinstance(path, BucketPath)
     return path

@@ -16,10 +16,10 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
+from lit_jax.buckets import AnyPath, check_access
 from lit_jax.cli import Parser, add_path, command
 from lit_jax.config import Config, Side
 from lit_jax.config_file import load_config
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, by default those of the process."""
     parser = Parser("lit_jax.embed", __doc__)
     parser.add_argument("--config", required=True, help="file.py or file.py:argument")
-    add_path(parser, "--output", is_local=True, required=True, help="folder to write")
+    add_path(parser, "--output", required=True, help="folder to write")
     parser.add_argument("--side", choices=("image", "text"), default="image")
     parser.add_argument(
         "--views", type=int, help="number of views of each image (default: config.data.views)"
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"Wrote {counts.rows} rows of {data} to {args.output}; bad examples: {counts.bad}")
 
 
-def embed(config: Config, folder: Path, side: Side, *, batch_size: int | None = None) -> Counts:
+def embed(config: Config, folder: AnyPath, side: Side, *, batch_size: int | None = None) -> Counts:
     """Embed the training data with the locked tower of that side into `folder`, or resume there.
 
     Each process works on shards of its own, with its own copy of the tower: no process waits for the images
@@ -87,6 +87,7 @@ def embed(config: Config, folder: Path, side: Side, *, batch_size: int | None = 
     samples, and Preempted after SIGTERM; incomplete shards are then lost.
     """
     # Checked before the weights are read, so that this error does not take minutes.
+    check_access(folder)
     check_free(folder)
     # Only devices of this process; parameters are sharded over as much of the config's axis as these allow.
     devices = jax.local_devices()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lit_jax.bucket_copies import uploaded
 from lit_jax.buckets import AnyPath, BucketPath, bucket_path, is_bucket
 from lit_jax.credentials import hide_keys
 from lit_jax.errors import UserError
@@ -126,13 +127,17 @@ def output_errors(folder: AnyPath) -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, whose file replaces `path` when the block ends without an error.
+def atomic_path(path: AnyPath) -> Iterator[Path]:
+    """Yield a temporary local path, whose file replaces `path` when the block ends without an error.
 
     The temporary path is unique, so that several processes may write the same file at the same time. A killed
-    process leaves a hidden file that ends in .new. A link stays, and the file behind it is replaced. A device
-    or a pipe is yielded itself.
+    process leaves a hidden file that ends in .new, or a temporary folder if `path` is in a bucket. A link
+    stays, and the file behind it is replaced. A device or a pipe is yielded itself.
     """
+    if isinstance(path, BucketPath):
+        with uploaded(path) as new:
+            yield new
+        return
     given, path = path, Path(os.path.realpath(path))
     # Root could replace /dev/null by a file, which breaks the whole machine.
     if path.exists() and not (path.is_file() or path.is_dir()):

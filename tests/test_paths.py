@@ -27,8 +27,7 @@ FLAGS = [
 LOCAL = [
     flag
     for flag in FLAGS
-    if (flag[0], flag[2])
-    in ((embed.main, "--output"), (convert.main, "--output"), (evaluate.main, "--cache"))
+    if (flag[0], flag[2]) in ((convert.main, "--output"), (evaluate.main, "--cache"))
 ]
 
 VALUES = (

@@ -1,33 +1,36 @@
 """The features of a locked tower on disk, computed once for a data set and read in random order by each run.
 
-    started.json                         the header: data, tower and sizes; written first
-    shard-00003-of-00012.array_record    the examples of one range of the source, in its order
-    manifest.json                        started.json and counts; written last: without it, shards are missing
+    started.json                             the header: data, tower and sizes; written first
+    shard-00003-of-00012.array_record        the examples of one range of the source, in its order
+    .shard-00003-of-00012.array_record.json  its counts, written before the shard
+    manifest.json                            started.json and counts; written last, after all shards
 
 The record of an example holds its rows and a byte 0. A row is the features of one view of the image or of one
-caption. The record of an example that cannot be used holds the reason and a byte 1. The last record of a
-shard is a JSON object of the shard's counts.
+caption. The record of an example that cannot be used holds the reason and a byte 1. Each shard has a hidden
+file beside it with its counts, a JSON object, so that nobody reads a shard in a bucket to count.
 """
 
 import contextlib
 import dataclasses
 import json
 import textwrap
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grain
 import ml_dtypes
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float
 
+from lit_jax.buckets import AnyPath, BucketPath
+from lit_jax.data.copies import local_copies
 from lit_jax.data.example import BadSampleError, Example, sample_caption_index
+from lit_jax.data.files import File
 from lit_jax.data.loader import Batch
 from lit_jax.errors import UserError
-from lit_jax.files import parse_json
+from lit_jax.files import atomic_path, output_errors, parse_json, write_json
 
 STARTED, MANIFEST = "started.json", "manifest.json"
 DTYPES: Mapping[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -111,82 +114,101 @@ def shard_size(examples: int) -> int:
 
 
 class ShardWriter:
-    """A writer of a shard, which keeps a temporary name until all records are written, in order."""
+    """A writer of a shard, as a context: if it ends without an error, the shard appears, with its counts.
 
-    def __init__(self, path: Path):
+    Raises UserError if the shard cannot be written.
+    """
+
+    def __init__(self, path: AnyPath):
         self._path = path
-        # The name is unique, because another command on another machine may write into the same folder.
-        self._new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        self._writer = ArrayRecordWriter(str(self._new), WRITER_OPTIONS)
+        # The temporary file has a unique name, because another command on another machine may write into the
+        # same folder.
+        self._file = atomic_path(path)
         self._counts = Counts()
+
+    def __enter__(self) -> "ShardWriter":
+        with output_errors(self._path.parent):
+            self._new = self._file.__enter__()
+            self._writer = ArrayRecordWriter(str(self._new), WRITER_OPTIONS)
+        return self
 
     def add(self, record: np.ndarray | BadSampleError) -> None:
         """Write the rows of the next example, KxP, or the reason why the example has none."""
         if isinstance(record, BadSampleError):
-            self._writer.write(json.dumps([record.kind, str(record)]).encode() + BAD)
+            content = json.dumps([record.kind, str(record)]).encode() + BAD
             self._counts += Counts(bad=1)
         else:
-            self._writer.write(record.tobytes() + GOOD)
+            content = record.tobytes() + GOOD
             self._counts += Counts(rows=len(record))
+        with output_errors(self._path.parent):
+            self._writer.write(content)
 
-    def close(self, *, complete: bool) -> None:
-        """Give a complete shard its final name; remove an incomplete one."""
-        if complete:
-            counts = {"rows": self._counts.rows, "bad": self._counts.bad}
-            self._writer.write(json.dumps(counts).encode())
-        self._writer.close()
-        # Another command may have written the same shard meanwhile. Readers may have it open, so it stays.
-        if complete and not self._path.exists():
-            self._new.replace(self._path)
-        else:
-            self._new.unlink(missing_ok=True)
+    def __exit__(self, *error: Any) -> None:
+        with output_errors(self._path.parent):
+            self._writer.close()
+            if error == (None, None, None):
+                counts = dataclasses.replace(self._counts, bytes=self._new.stat().st_size)
+                write_json(_counts_file(self._path), dataclasses.asdict(counts))
+            self._file.__exit__(*error)
 
 
-def remove_unfinished(folder: Path) -> None:
+def _counts_file(shard: AnyPath) -> AnyPath:
+    return shard.with_name(f".{shard.name}.json")
+
+
+def remove_unfinished(folder: AnyPath) -> None:
     """Remove the unfinished shards that killed commands left behind."""
-    for file in folder.glob(".*.tmp"):
+    for file in folder.glob(".*.new"):
         file.unlink(missing_ok=True)
 
 
-def shard_counts(folder: Path, header: Header, number: int) -> Counts:
-    """Return the counts in the last record of a shard. Raise UserError if the shard is damaged."""
-    path = folder / header.shard_name(number)
-    with reading(path):
-        reader = ArrayRecordReader(str(path))
-        # The record after the examples holds the counts.
-        if reader.num_records() != len(header.shard(number)) + 1:
-            raise ValueError(f"{reader.num_records()} records")
-        counts = parse_json(reader.read([reader.num_records() - 1])[0])
-        reader.close()
-        return Counts(**counts, bytes=path.stat().st_size)
+def total_counts(folder: AnyPath, header: Header) -> Counts:
+    """Return the counts of all shards, which are complete. Raise UserError if a file of counts is damaged."""
+    # A bucket takes long for one answer, but gives many at a time.
+    with ThreadPoolExecutor(16) as pool:
+        shards = (folder / header.shard_name(n) for n in range(header.shards))
+        return sum(pool.map(_shard_counts, shards), Counts())
 
 
-def complete_shards(folder: Path, header: Header) -> list[bool]:
-    """Return whether each shard is complete. A shard gets its name only when all its records are written."""
-    return [(folder / header.shard_name(n)).exists() for n in range(header.shards)]
+def _shard_counts(shard: AnyPath) -> Counts:
+    file = _counts_file(shard)
+    content = file.read_bytes()
+    with reading(file):
+        return Counts(**parse_json(content))
+
+
+def complete_shards(folder: AnyPath, header: Header) -> list[bool]:
+    """Return whether each shard is complete: a shard appears after its counts, when all is written."""
+    there = {file.name for file in folder.iterdir()}
+    shards = [folder / header.shard_name(n) for n in range(header.shards)]
+    return [{shard.name, _counts_file(shard).name} <= there for shard in shards]
 
 
 class Embeddings:
     """The rows of each example of a source, by the example's position. Instances can be pickled for workers.
 
-    Raises UserError if the folder is incomplete or damaged.
+    Shards in an object store are copied to this machine. Raises UserError if the folder is incomplete or
+    damaged, and OSError if the store does not answer.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: File):
         self.folder = folder
         if not (folder / MANIFEST).is_file():
             raise UserError(
                 f"{folder} holds no complete embeddings; run python -m lit_jax.embed with --output={folder}, "
                 "which continues where it stopped."
             )
+        content = (folder / MANIFEST).read_bytes()
         with reading(folder / MANIFEST):
             # The manifest is the header and the counts in one object.
-            manifest = parse_json((folder / MANIFEST).read_bytes())
+            manifest = parse_json(content)
             names = {field.name for field in dataclasses.fields(Header)}
             self.header = Header(**{name: manifest.pop(name) for name in names})
             self.counts = Counts(**manifest)
             self._dtype = np.dtype(DTYPES[self.header.dtype])
-        paths = [folder / self.header.shard_name(n) for n in range(self.header.shards)]
+        names = [self.header.shard_name(n) for n in range(self.header.shards)]
+        local = local_copies(folder, names)
+        paths = [local / name for name in names]
         with reading(folder):
             # A truncated or replaced shard would fail only when a run reads it, hours later. Sizes are cheap
             # to compare.
@@ -221,7 +243,7 @@ class Embeddings:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: File | BucketPath) -> Iterator[None]:
     """Turn the errors that libraries raise about a damaged file into UserError."""
     try:
         yield

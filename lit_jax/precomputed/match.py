@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from lit_jax.config import DataConfig, Side
+from lit_jax.credentials import hide_keys
 from lit_jax.data.example import Example, Source
+from lit_jax.data.files import AddressError, File, locate
 from lit_jax.data.loader import Preprocessor, Processors
 from lit_jax.data.text import tokenize
 from lit_jax.errors import UserError
@@ -153,9 +154,8 @@ def open_precomputed(
     for side, name in embedding_folders(config).items():
         if source:
             # The expected header needs thousands of examples, so `_open` computes it after the cheap checks.
-            folder = local_path(f"config.data.{side}_embeddings", name)
             wanted = functools.partial(describe, module, processors, source, side, config.views)
-            opened[side] = _open(config, processors, wanted, side, folder)
+            opened[side] = _open(config, processors, wanted, side, name)
     inputs: dict[Side, Preprocessor] = {}
     if "image" in opened:
         inputs["image"] = PooledImages(FEATURES["image"], opened["image"], config.views or 1)
@@ -169,9 +169,17 @@ def _open(
     processors: Processors,
     describe_wanted: Callable[[], Header],
     side: Side,
-    folder: Path,
+    name: str,
 ) -> Embeddings:
-    embeddings = Embeddings(folder)
+    key = f"config.data.{side}_embeddings"
+    try:
+        folder = locate(name) if "://" in name else local_path(key, name)
+        embeddings = Embeddings(folder)
+    # There is no permission, no network, no credentials, or the address is malformed.
+    except (AddressError, OSError) as error:
+        raise UserError(
+            f"{key}: {hide_keys(name)} cannot be read ({error}); check the address and the credentials."
+        ) from error
     found = embeddings.header
     if found.side != side:
         raise _differs(side, folder, f"the {found.side} tower")
@@ -204,7 +212,7 @@ _DIFFERENCES = {
 }
 
 
-def _differs(side: Side, folder: Path, what: str) -> UserError:
+def _differs(side: Side, folder: File, what: str) -> UserError:
     return UserError(
         f"config.data.{side}_embeddings: {folder} was made with {what}; run python -m lit_jax.embed with "
         "this config and another --output, or undo that change."

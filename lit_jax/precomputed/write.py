@@ -5,7 +5,6 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -14,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from lit_jax.buckets import AnyPath
 from lit_jax.data.example import BadSampleError, Source
 from lit_jax.data.loader import ImagePreprocessor, TextPreprocessor
 from lit_jax.distributed.preemption import StopSignal
@@ -29,7 +29,7 @@ from lit_jax.precomputed.format import (
     ShardWriter,
     complete_shards,
     remove_unfinished,
-    shard_counts,
+    total_counts,
 )
 from lit_jax.precomputed.tower import Batch, run_tower
 from lit_jax.trees import Tree
@@ -59,7 +59,7 @@ class FeatureWriter:
     rows: int
     threads: int
 
-    def write(self, folder: Path, header: Header, max_bad_fraction: float) -> Counts:
+    def write(self, folder: AnyPath, header: Header, max_bad_fraction: float) -> Counts:
         """Write the shards that `folder` lacks; return when all processes have written theirs.
 
         Raises UserError if the folder holds other features or if too many samples are bad. Raises Preempted
@@ -145,14 +145,14 @@ class _ReadAll:
             return reason
 
 
-def check_free(folder: Path) -> None:
+def check_free(folder: AnyPath) -> None:
     """Raise UserError if a folder holds anything else than precomputed features."""
     with output_errors(folder):
         if folder.exists() and any(folder.iterdir()) and not (folder / STARTED).exists():
             raise UserError(f"{folder} already holds other files; choose another --output.")
 
 
-def _open_folder(folder: Path, header: Header) -> None:
+def _open_folder(folder: AnyPath, header: Header) -> None:
     """Create the folder, or accept one with the same header. Raise UserError if its header differs."""
     started = folder / STARTED
     with output_errors(folder):
@@ -179,14 +179,14 @@ def _open_folder(folder: Path, header: Header) -> None:
             atomic_write(started, json.dumps(dataclasses.asdict(header), indent=2) + "\n")
 
 
-def _close_folder(folder: Path, header: Header, max_bad_fraction: float) -> Counts:
+def _close_folder(folder: AnyPath, header: Header, max_bad_fraction: float) -> Counts:
     """Write the manifest when all shards are complete; return the counts.
 
     Raises UserError if too many samples are bad.
     """
-    # The counts come from the shards themselves, because other processes and earlier commands wrote most of
-    # them.
-    counts = sum((shard_counts(folder, header, n) for n in range(header.shards)), Counts())
+    # The counts come from the folder, because other processes and earlier commands wrote most of the shards.
+    with output_errors(folder):
+        counts = total_counts(folder, header)
     if (fraction := counts.bad / header.examples) > max_bad_fraction:
         raise UserError(
             f"{counts.bad} of {header.examples} samples are bad ({fraction:.1%}); fix the data and choose "
@@ -212,9 +212,10 @@ def _together(*, stopped: bool = False, busy: bool = False) -> tuple[bool, bool]
     return bool(all_Nx2[:, 0].any()), bool(all_Nx2[:, 1].any())
 
 
-def _write_missing(writer: FeatureWriter, folder: Path, header: Header) -> None:
+def _write_missing(writer: FeatureWriter, folder: AnyPath, header: Header) -> None:
     """Write this process's share of the missing shards; return when no process has work left."""
-    done = np.array(complete_shards(folder, header))
+    with output_errors(folder):
+        done = np.array(complete_shards(folder, header))
     if jax.process_count() > 1:
         # The view of the first process decides, because others may see an older listing of the folder.
         done = multihost_utils.broadcast_one_to_all(done).astype(bool)
@@ -246,21 +247,17 @@ def _write_missing(writer: FeatureWriter, folder: Path, header: Header) -> None:
 
 
 def _write_shard(
-    writer: FeatureWriter, path: Path, examples: range, stop: StopSignal, bar: "tqdm[Any]"
+    writer: FeatureWriter, path: AnyPath, examples: range, stop: StopSignal, bar: "tqdm[Any]"
 ) -> None:
-    with output_errors(path.parent):
-        shard = ShardWriter(path)
-    complete = False
     try:
-        for record in writer.records(examples):
-            if record is None:
-                _raise_if(_together(stopped=stop.received, busy=True)[0])
-                continue
-            with output_errors(path.parent):
+        with ShardWriter(path) as shard:
+            for record in writer.records(examples):
+                if record is None:
+                    _raise_if(_together(stopped=stop.received, busy=True)[0])
+                    continue
                 shard.add(record)
-            # The bar assumes equal progress in all processes. The bound keeps it from passing the total.
-            bar.update(min(jax.process_count(), bar.total - bar.n))
-        complete = True
+                # The bar assumes equal progress in all processes. The bound keeps it from passing the total.
+                bar.update(min(jax.process_count(), bar.total - bar.n))
     except jax.errors.JaxRuntimeError as error:
         # XLA says only in the text of its error that memory was too small.
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -268,9 +265,6 @@ def _write_shard(
         raise UserError(
             f"The devices have too little memory for {writer.rows} rows at once; lower --batch_size."
         ) from error
-    finally:
-        with output_errors(path.parent):
-            shard.close(complete=complete)
 
 
 def _raise_if(stopped: bool) -> None:

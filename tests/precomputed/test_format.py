@@ -1,5 +1,6 @@
 """The format: what is written comes back, and what is damaged is refused."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -32,8 +33,8 @@ from lit_jax.precomputed.format import (
     PooledImages,
     PooledTexts,
     ShardWriter,
-    shard_counts,
     shard_size,
+    total_counts,
 )
 
 WIDTH = 5
@@ -51,14 +52,11 @@ def write(folder, records, dtype="float32", shard=3, views=2):
         dtype=dtype,
         shard_size=shard,
     )
-    counts = Counts()
     for number in range(header.shards):
-        writer = ShardWriter(folder / header.shard_name(number))
-        for index in header.shard(number):
-            writer.add(records[index])
-        writer.close(complete=True)
-        counts += shard_counts(folder, header, number)
-    manifest = dataclasses.asdict(header) | dataclasses.asdict(counts)
+        with ShardWriter(folder / header.shard_name(number)) as writer:
+            for index in header.shard(number):
+                writer.add(records[index])
+    manifest = dataclasses.asdict(header) | dataclasses.asdict(total_counts(folder, header))
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return header
 
@@ -114,10 +112,10 @@ def test_bad_examples_keep_their_reasons(tmp_path, records):
 
 def test_a_shard_that_is_not_whole_has_no_name(tmp_path):
     path = tmp_path / "shard"
-    writer = ShardWriter(path)
-    writer.add(rows(1))
-    assert not path.exists()
-    writer.close(complete=False)
+    with contextlib.suppress(KeyError), ShardWriter(path) as writer:
+        writer.add(rows(1))
+        assert not path.exists()
+        raise KeyError
     assert list(tmp_path.iterdir()) == []
 
 

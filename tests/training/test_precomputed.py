@@ -31,6 +31,7 @@ from lit_jax.training.metrics import read_metrics
 from lit_jax.training.model_factory import first_parameters
 from lit_jax.training.workdir import load_run
 from lit_jax.trees import flatten
+from tests.object_store.served import BUCKET, serve
 from tests.training.conftest import stop_after
 
 ROOT = Path(__file__).parents[2]
@@ -178,7 +179,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(make, tmp_path, monkeypatch):
     there = content(tmp_path / "parts")
     assert 1 < len(there) < len(content(tmp_path / "whole"))
     assert MANIFEST not in there
-    (tmp_path / "parts" / ".shard-00002-of-00006.array_record.tmp").write_bytes(b"as kill -9")
+    (tmp_path / "parts" / ".shard-00002-of-00006.array_record.new").write_bytes(b"as kill -9")
     times = {name: (tmp_path / "parts" / name).stat().st_mtime_ns for name in there}
     with pytest.raises(UserError, match=r"-m lit_jax\.embed"):
         trainer.Trainer.prepare(
@@ -212,6 +213,37 @@ def cache(tmp_path_factory, tiny, folder):
         raw["data.max_bad_fraction"] = 1.0
         embed(tiny(**raw, **AUGMENTED), path, "image", batch_size=16)
     return path
+
+
+@pytest.mark.parametrize("scheme", ["s3://nobody:none", "gs://anonymous"])
+def test_training_from_embeddings_in_a_bucket_is_the_same_bit_for_bit(
+    make, cache, tmp_path, monkeypatch, scheme
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    with serve(cache.parent) as store:
+        address = store(f"{scheme}@{BUCKET}/{cache.name}")
+        found = {
+            place: losses(
+                make(**AUGMENTED, **{"data.views": 2, "data.image_embeddings": path}),
+                tmp_path / place,
+            )
+            for place, path in (("local", str(cache)), ("bucket", address))
+        }
+    assert found["bucket"] == found["local"]
+    assert len(found["local"]) == 6
+    copied = {path.name for path in (tmp_path / "home").rglob("shard-*")}
+    assert copied == {path.name for path in cache.glob("shard-*")}
+
+
+@pytest.mark.parametrize("scheme", ["s3://nobody:none", "gs://anonymous"])
+def test_embeddings_that_cannot_be_read_from_a_bucket_are_told(make, cache, tmp_path, scheme):
+    with serve(cache.parent) as store:
+        incomplete, none = store(f"{scheme}@{BUCKET}/"), store(f"{scheme}@elsewhere/cache")
+        for address in (incomplete, none):
+            with pytest.raises(UserError, match=f"{scheme[:5]}.*lit_jax.embed"):
+                trainer.train(make(**{"data.image_embeddings": address}), tmp_path / "run")
+    with pytest.raises(UserError, match=rf"data.image_embeddings: {scheme[:5]}\S*elsewhere/cache"):
+        trainer.train(make(**{"data.image_embeddings": none}), tmp_path / "run")
 
 
 def shorter(folder):
@@ -367,7 +399,7 @@ ONE_NAME = uuid.UUID(int=0)
 
 
 @pytest.mark.parametrize(
-    "in_the_way", [MANIFEST, f".{SHARD}.{ONE_NAME.hex}.tmp"], ids=["manifest", "shard"]
+    "in_the_way", [MANIFEST, f".{SHARD}.{ONE_NAME.hex}.new"], ids=["manifest", "shard"]
 )
 def test_a_folder_that_cannot_be_written_is_named(make, tmp_path, monkeypatch, in_the_way):
     """By another folder where a file should be; rights would not stop root."""
@@ -389,13 +421,13 @@ def test_a_folder_that_cannot_be_written_is_named(make, tmp_path, monkeypatch, i
 
 def test_two_writers_of_one_shard_leave_one_whole(tmp_path):
     """Of two commands, on two machines, perhaps of the same process number."""
-    first, second = (data_embeddings.ShardWriter(tmp_path / SHARD) for _ in range(2))
-    for writer in (first, second):
-        writer.add(np.ones((1, 4), np.float16))
-    first.close(complete=True)
-    whole = (tmp_path / SHARD).read_bytes()
-    second.close(complete=True)
-    assert content(tmp_path) == {SHARD: whole}
+    with data_embeddings.ShardWriter(tmp_path / SHARD) as first:
+        first.add(np.ones((1, 4), np.float16))
+        with data_embeddings.ShardWriter(tmp_path / SHARD) as second:
+            second.add(np.ones((1, 4), np.float16))
+        whole = (tmp_path / SHARD).read_bytes()
+    assert content(tmp_path).keys() == {SHARD, f".{SHARD}.json"}
+    assert (tmp_path / SHARD).read_bytes() == whole
 
 
 def test_too_little_memory_on_the_device_is_not_the_folders_fault(make, tmp_path, monkeypatch):
