@@ -76,7 +76,17 @@ def local_folder(
         raise UserError(
             f"{config_key} is {model!r}, which has no folder {options.subfolder!r} in it."
         )
+    _refuse_pipes(folder / options.subfolder)
     return folder / options.subfolder
+
+
+def _refuse_pipes(folder: pathlib.Path) -> None:
+    """Raise UserError at a pipe or a device: a pipe would block its reader, and /dev/zero never ends."""
+    for file in folder.iterdir():
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise UserError(
+                f"{file} is a pipe or a device; remove it, a model's folder holds regular files alone."
+            )
 
 
 def _from_hub(model: str, config_key: str, options: HubOptions) -> pathlib.Path:

@@ -370,3 +370,13 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path):
     assert said.startswith("UserError 'org/new' ")
     assert len(said.splitlines()) == 1
     assert "hf_secret" not in said
+
+
+def test_a_pipe_or_a_device_in_the_folder_of_a_model_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        hub.local_folder(str(tmp_path), config_key="model")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"config\.json"):
+        hub.local_folder(str(tmp_path), config_key="model")
