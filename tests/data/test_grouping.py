@@ -4,6 +4,7 @@ import csv
 import json
 import pickle
 import re
+import unicodedata
 from pathlib import Path
 
 import datasets
@@ -22,7 +23,7 @@ from lit_jax.data.image import decode
 from lit_jax.data.mixture import open_training_data
 from lit_jax.data.sources import grouping, open_source
 from lit_jax.data.sources.grouping import Groups
-from lit_jax.data.sources.rows import resolve
+from lit_jax.data.sources.rows import _real, resolve
 
 # Two images, whose rows do not stand together; the first is written in four ways.
 ROWS = (
@@ -99,6 +100,19 @@ def test_links_name_the_file_that_they_lead_to(tmp_path, write):
     names = ("images/a.png", "by_folder/a.png", "by_file.png", "./by_file.png", "nowhere.png")
     write(tmp_path, [(name, name) for name in names])
     assert captions_of(open_source(SourceConfig(path=str(tmp_path)))) == [names[:4], names[4:]]
+
+
+@pytest.mark.parametrize("there", ["NFC", "NFD"])
+def test_both_normal_forms_of_a_name_are_one_file_unless_both_are_there(tmp_path, there):
+    one, two = (unicodedata.normalize(form, "Café/é.png") for form in ("NFC", "NFD"))
+    here = unicodedata.normalize(there, "Café/é.png")
+    (tmp_path / here).parent.mkdir()
+    (tmp_path / here).touch()
+    write_csv(tmp_path, [(one, "a"), (two, "b"), (here, "c")])
+    assert captions_of(open_source(SourceConfig(path=str(tmp_path)))) == [("a", "b", "c")]
+    (tmp_path / here).with_name(({one, two} - {here}).pop().rpartition("/")[2]).touch()
+    _real.cache_clear()
+    assert len(open_source(SourceConfig(path=str(tmp_path)))) == 2
 
 
 def test_a_file_in_the_root_is_another_than_one_in_the_working_folder(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from lit_jax.data.sources.index_cache import CachedTable, TableCache
 log = logging.getLogger(__name__)
 
 # Part of the cache's key: raised when the grouping of the same rows changes.
-VERSION = 2
+VERSION = 3
 # A grouping that took less time than this is not cached.
 CACHE_FROM_SECONDS = 1.0
 # A value that marks rows without identity, because Python's hash is never -1.

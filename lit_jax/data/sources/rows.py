@@ -4,6 +4,7 @@ import contextlib
 import decimal
 import functools
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow as pa
 
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import BadSampleError, Example
-from lit_jax.data.files import File, encoding_problem, locate
+from lit_jax.data.files import File, encoding_problem, find, locate
 from lit_jax.errors import UserError
 
 WEB = ("http://", "https://")
@@ -207,22 +208,34 @@ def resolve(path: str, folder: File) -> str | None:
         return str(locate(path, folder) if "://" in path else folder / path)
     whole = path if path.startswith("/") else f"{folder!s}/{path}"
     parent, _, name = whole.rpartition("/")
-    real, links = _real(parent or "/")
+    real, links, others = _real(parent or "/")
+    name = name if name.isascii() else others.get(name, name)
     return os.path.realpath(f"{real}/{name}") if name in links else f"{real}/{name}"
 
 
 # Cached, because the many images of a table lie in few folders.
 @functools.lru_cache(maxsize=1 << 16)
-def _real(folder: str) -> tuple[str, frozenset[str]]:
-    """Return the real path of a folder, and the names of the links in the folder."""
-    real = os.path.realpath(folder)
+def _real(folder: str) -> tuple[str, frozenset[str], Mapping[str, str]]:
+    """Return the real path of a folder, the names of the links in it, and other spellings of its names.
+
+    The last result leads from a name in a normal form of Unicode to the name of the file that `find` takes.
+    """
+    real = os.path.realpath(find(Path(folder)))
     try:
         # One listing of the folder: asking for each of millions of images takes minutes on a network disk.
         with os.scandir(real) as entries:
-            return real, frozenset(entry.name for entry in entries if entry.is_symlink())
+            is_link = {entry.name: entry.is_symlink() for entry in entries}
     # The folder is missing or unreadable; reading its images then makes bad samples.
     except OSError:
-        return real, frozenset()
+        return real, frozenset(), {}
+    others = {
+        other: name
+        for name in is_link
+        if not name.isascii()
+        for form in ("NFC", "NFD")
+        if (other := unicodedata.normalize(form, name)) not in is_link
+    }
+    return real, frozenset(name for name, linked in is_link.items() if linked), others
 
 
 def web_hint(names: Sequence[str]) -> str:
