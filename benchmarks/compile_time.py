@@ -7,7 +7,6 @@ machine's CPU and, if libtpu is installed, for a TPU topology. Each depth is com
 of the lowered program, in lines, stands beside it. Compile time is not to grow with depth.
 """
 
-import argparse
 import importlib.util
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import jax
 
+from benchmarks.flags import read_flags
 from lit_jax.config import parse
 from lit_jax.configs.vit_bert import get_config
 from lit_jax.distributed.flags import set_flags
@@ -27,12 +27,7 @@ BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--depths", default="12,24,48")
-    parser.add_argument("--topology", default="v5e:2x2")
-    args = parser.parse_args()
+    args = read_flags(__doc__, depths="12,24,48", topology="v5e:2x2")
     set_flags()
     targets = {"CPU": jax.devices("cpu")}
     if importlib.util.find_spec("libtpu") is not None:

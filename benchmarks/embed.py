@@ -9,7 +9,6 @@ faster. Reading is random, one thread. The last line is the demo's train command
 step.
 """
 
-import argparse
 import dataclasses
 import json
 import subprocess
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 import transformers
 
+from benchmarks.flags import read_flags
 from benchmarks.timing import in_turn
 from lit_jax.distributed.flags import set_flags
 from lit_jax.models.families import build_tower
@@ -34,11 +34,7 @@ WIDTH = 768
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch", type=int, default=32)
-    args = parser.parse_args()
+    args = read_flags(__doc__, batch=32)
     set_flags()
     towers(args.batch)
     reading()

@@ -10,12 +10,12 @@ after one to warm up. The memory is the peak of the step: by the compiler's acco
 it; a CPU counts nothing.
 """
 
-import argparse
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.flags import read_flags
 from benchmarks.gpu_program import step_of
 from benchmarks.timing import in_turn
 from lit_jax.distributed.flags import set_flags
@@ -23,14 +23,7 @@ from lit_jax.planning.planner import step_flops, traced
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--peak-tflops", type=float, default=989.0)
-    parser.add_argument("--tiny", action="store_true", help="a small model: does it run?")
-    args = parser.parse_args()
+    args = read_flags(__doc__, batch=256, steps=20, peak_tflops=989.0, tiny=False)
     set_flags()
     print(f"{'':5} {'lock':4} {'bound, ms':>10} {'time, ms':>10} {'share':>6} {'plan GiB':>9} GiB")
     for size in ("tiny",) if args.tiny else ("B/16", "L/16"):

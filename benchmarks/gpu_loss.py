@@ -8,12 +8,11 @@ embeddings and their gradients. "peak" is the time that the products need at --p
 multiplication, three passes, and four products for the softmax, three for the sigmoid.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.flags import read_flags
 from benchmarks.timing import in_turn
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.flags import set_flags
@@ -25,15 +24,7 @@ PRODUCTS = {"softmax": 4, "sigmoid": 3}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch", type=int, default=65_536)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--peak-tflops", type=float, default=989.0)
-    parser.add_argument("--tiny", action="store_true", help="a small batch: does it run?")
-    args = parser.parse_args()
+    args = read_flags(__doc__, batch=65_536, width=768, steps=10, peak_tflops=989.0, tiny=False)
     set_flags()
     batch = 256 if args.tiny else args.batch
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])

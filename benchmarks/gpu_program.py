@@ -8,7 +8,6 @@ XLA, as for a GPU that is not NVIDIA's. "Resident" are state, frozen parameters 
 are the peak of the step's temporaries.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import jax
 from jax.experimental import topologies
 
 from benchmarks.contenders import PROJECTION, SIZES, tower_configs
+from benchmarks.flags import read_flags
 from lit_jax.config import parse
 from lit_jax.configs.vit_bert import get_config
 from lit_jax.distributed.flags import set_flags
@@ -56,12 +56,7 @@ gpu_device_info {{
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--tiny", action="store_true", help="a small model: does it run?")
-    args = parser.parse_args()
+    args = read_flags(__doc__, batch=256, tiny=False)
     set_flags()
     # Else the plugin warns that it found no GPU.
     jax.config.update("jax_platforms", "cpu")

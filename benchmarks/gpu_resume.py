@@ -8,7 +8,6 @@ to the end. Prints the step of the checkpoint, the largest difference of a param
 equal; exits with 1 if they are not.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from benchmarks.flags import read_flags
 from lit_jax.training.workdir import load_run
 from lit_jax.training.workdir_errors import complete_steps
 
@@ -27,11 +27,7 @@ EVERY = 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=60)
-    steps = parser.parse_args().steps
+    steps = read_flags(__doc__, steps=60).steps
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder, "whole"), Path(folder, "killed")
         start(whole, steps).wait()

@@ -17,22 +17,15 @@ SXM 989, A100 312). Prints pairs/s, spread (half the distance between quartiles)
 pairs/s to PyTorch's.
 """
 
-import argparse
 import dataclasses
 import sys
 
 from benchmarks.contenders import SIZES, Settings, compare
+from benchmarks.flags import read_flags
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--peak-tflops", type=float, default=989.0)
-    parser.add_argument("--tiny", action="store_true", help="a small model on CPU: does it run?")
-    args = parser.parse_args()
+    args = read_flags(__doc__, batch=256, steps=20, peak_tflops=989.0, tiny=False)
     common = Settings(
         batch=args.batch,
         dtype="bfloat16",

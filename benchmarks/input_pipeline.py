@@ -17,7 +17,6 @@ the clock, spread (half the distance between quartiles), and two ratios to the l
 images per second of processor time, over all processes: what a core is worth, on a busy machine too.
 """
 
-import argparse
 import contextlib
 import functools
 import itertools
@@ -32,6 +31,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.flags import read_flags
 from benchmarks.timing import Sample, Times
 from lit_jax.config import DataConfig, SourceConfig
 from lit_jax.data.image import random_box
@@ -51,16 +51,7 @@ READ_AHEAD = 6
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--images", type=int, default=256, help="images of one sample; whole batches"
-    )
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="few images, to see that it runs")
-    args = parser.parse_args()
+    args = read_flags(__doc__, images=256, batch=32, repeats=5, tiny=False)
     images, batch = (4, 2) if args.tiny else (args.images, args.batch)
     images -= images % batch
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as open_streams:

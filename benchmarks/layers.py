@@ -11,7 +11,6 @@ spread (half the distance between quartiles), and two ratios PyTorch / lit_jax: 
 time. Above 1 lit_jax is faster.
 """
 
-import argparse
 import functools
 import math
 import os
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from benchmarks.flags import read_flags
 from benchmarks.timing import in_turn
 from lit_jax.distributed.flags import set_flags
 from lit_jax.models.attention import attend
@@ -41,14 +41,7 @@ class Case(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--only", default="", help="cases whose name has this in it")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
-    args = parser.parse_args()
+    args = read_flags(__doc__, batch=16, repeats=20, only="", tiny=False)
     set_flags()
     print(
         f"{'':26}  lit_jax ms     plain form ms    PyTorch ms      ratio  ratio of processor time"

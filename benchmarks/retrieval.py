@@ -13,7 +13,6 @@ matrix of scores would take; then the temporary memory that the compiler states 
 in one program, MiB. `taskset -c 0` and OPENBLAS_NUM_THREADS=1 before the command measure one core.
 """
 
-import argparse
 import json
 from functools import partial
 
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.flags import read_flags
 from benchmarks.timing import Sample, in_own_process, once, peak_memory
 from lit_jax.config import MeshConfig
 from lit_jax.distributed.flags import set_flags
@@ -32,14 +32,7 @@ MOST = 16 * BLOCK  # of NumPy
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--counts", default="20000,100000")
-    parser.add_argument("--widths", default="64,512")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
-    parser.add_argument("--only", help="measure this N and width, here")
-    args = parser.parse_args()
+    args = read_flags(__doc__, counts="20000,100000", widths="64,512", tiny=False, only="")
     set_flags()
     if args.only:
         print(json.dumps(measure(*map(int, args.only.split(",")))))

@@ -14,7 +14,6 @@ the distance between quartiles), and the ratios source / peer of samples per sec
 samples per second on the clock.
 """
 
-import argparse
 import io
 import json
 import os
@@ -32,6 +31,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 from pyarrow import parquet
 
+from benchmarks.flags import read_flags
 from benchmarks.input_pipeline import make_data
 from benchmarks.timing import in_turn
 from lit_jax.config import SourceConfig
@@ -46,13 +46,7 @@ Read = Callable[[int], tuple[bytes, str]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--samples", type=int, default=2000)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="few samples, to see that it runs")
-    args = parser.parse_args()
+    args = read_flags(__doc__, samples=2000, repeats=5, tiny=False)
     count = 2 * IMAGES if args.tiny else args.samples
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as temporary:

@@ -19,21 +19,14 @@ process ever had, compiling included, and the ratios PyTorch / contender: above 
 takes less memory.
 """
 
-import argparse
 import sys
 
 from benchmarks.contenders import Settings, compare
+from benchmarks.flags import read_flags
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--flax-python", help="Python with transformers 4.57.6")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
-    args = parser.parse_args()
+    args = read_flags(__doc__, batch=16, steps=5, flax_python="", tiny=False)
     pythons = dict.fromkeys(("lit_jax", "cached", "PyTorch"), sys.executable)
     if args.flax_python:
         pythons["Flax"] = args.flax_python

@@ -12,7 +12,6 @@ distance between quartiles), and two ratios evaluation / tower: of images/s, and
 processor time.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.contenders import tower_configs
+from benchmarks.flags import read_flags
 from benchmarks.input_pipeline import DEMO, make_data
 from benchmarks.timing import in_turn
 from lit_jax.config import MeshConfig, ModelConfig, SourceConfig
@@ -36,15 +36,7 @@ from lit_jax.models.dual_encoder import build_dual_encoder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
-    args = parser.parse_args()
+    args = read_flags(__doc__, images=64, batch=16, classes=10, repeats=3, tiny=False)
     set_flags()
     images = 2 * args.batch if args.tiny else args.images
     encoder = make_encoder(args.batch, args.tiny)

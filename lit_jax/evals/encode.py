@@ -19,7 +19,7 @@ from lit_jax.errors import UserError
 from lit_jax.evals.cache import Arrays, EmbeddingCache
 from lit_jax.models.dual_encoder import DualEncoderModule, Side
 from lit_jax.precomputed.fingerprint import fingerprint, images_fingerprint, tree_checksums
-from lit_jax.precomputed.tower import Batch, Output, one_side, run_tower
+from lit_jax.precomputed.tower import Batch, Output, run_tower, without_towers
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Encoder:
 
         def parts() -> list[Any]:
             arrays = {name: [array.shape, array] for name, array in tokens.items()}
-            return ["text", tree_checksums(one_side(params, "text")), arrays]
+            return ["text", tree_checksums(without_towers(params, ["image"])), arrays]
 
         (embeds_MxE,) = self._once(("text", tuple(texts)), parts, embed)
         return embeds_MxE
@@ -140,7 +140,7 @@ class Encoder:
 
         def parts() -> list[Any]:
             transform = dataclasses.asdict(self.image_transform)
-            tower = tree_checksums(one_side(params, "image"))
+            tower = tree_checksums(without_towers(params, ["text"]))
             return ["image", output, tower, transform, images_fingerprint(source)]
 
         # In memory the source's id suffices: evaluations of the same data share one source.

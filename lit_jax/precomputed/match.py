@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from lit_jax.data.loader import Preprocessor, Processors
 from lit_jax.data.text import tokenize
 from lit_jax.errors import UserError
 from lit_jax.files import local_path
-from lit_jax.models.dual_encoder import FEATURES, DualEncoderModule, tower_name
+from lit_jax.models.dual_encoder import FEATURES, DualEncoderModule
 from lit_jax.precomputed.fingerprint import (
     data_fingerprint,
     fingerprint,
@@ -31,6 +31,7 @@ from lit_jax.precomputed.format import (
     PooledTexts,
     shard_size,
 )
+from lit_jax.precomputed.tower import without_towers
 from lit_jax.trees import Tree
 
 # The number of captions whose tokens are the tokenizer's fingerprint.
@@ -125,12 +126,6 @@ class Precomputed:
     def needed(self, frozen: Tree) -> Tree:
         """Return the locked parameters that the train step still needs."""
         return without_towers(frozen, self.folders)
-
-
-def without_towers(params: Tree, sides: Iterable[Side]) -> Tree:
-    """Return the parameters without those of the towers of `sides`."""
-    absent = {tower_name(side) for side in sides}
-    return {name: part for name, part in params.items() if name not in absent}
 
 
 def embedding_folders(config: DataConfig) -> dict[Side, str]:

@@ -58,7 +58,8 @@ def run_tower(
         rows_BxE, finite_B, index_B = jax.device_get(started)
         is_real_B = index_B >= 0
         with jax.set_mesh(mesh):
-            check_rows(finite_B[is_real_B], side, one_side(params, side))
+            others = [other for other in TOWERS if other != side]
+            check_rows(finite_B[is_real_B], side, without_towers(params, others))
         yield rows_BxE[is_real_B], index_B[is_real_B]
 
 
@@ -101,7 +102,7 @@ def _outputs(
     return jax.lax.with_sharding_constraint((rows_BxE, finite_B, batch["index"]), REPLICATED)
 
 
-def one_side(params: Mapping[str, Any], side: Side) -> dict[str, Any]:
-    """Return the parameters without those of the other side's tower."""
-    others = {tower_name(other) for other in TOWERS if other != side}
-    return {name: tree for name, tree in params.items() if name not in others}
+def without_towers(params: Tree, sides: Iterable[Side]) -> Tree:
+    """Return the parameters of a dual encoder without those of the towers of `sides`."""
+    absent = {tower_name(side) for side in sides}
+    return {name: part for name, part in params.items() if name not in absent}

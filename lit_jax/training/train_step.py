@@ -20,7 +20,8 @@ from lit_jax.distributed.flops import matmul_flops
 from lit_jax.distributed.mesh import batch_sharding, group_by_slice, replicated
 from lit_jax.distributed.sharding import optimizer_shardings
 from lit_jax.models.dual_encoder import FEATURES, limit_logit_scale
-from lit_jax.precomputed.match import blank_features, embedding_folders, without_towers
+from lit_jax.precomputed.match import blank_features, embedding_folders
+from lit_jax.precomputed.tower import without_towers
 from lit_jax.training.checks import check_accumulation, check_locked, check_logit_scale_max
 from lit_jax.training.gradcache import in_micro_batches
 from lit_jax.training.losses import Objective, make_objective
