@@ -33,6 +33,32 @@ from lit_jax.planning.topologies import Topology, open_topology
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, by default those of the process."""
+    args, overrides = _parser().parse_with_keys(argv)
+    if args.compilations < 1:
+        raise UserError(f"--compilations={args.compilations} must be at least 1.")
+    folder = args.output.parent
+    check_access(folder)
+    if (isinstance(folder, Path) and not folder.is_dir()) or args.output.is_dir():
+        raise UserError(f"--output={args.output} must name a file in a folder that exists.")
+    if not args.book and len(args.config) + len(args.topology) > 2:
+        raise UserError("A plan has one --config and one --topology; add --book for several.")
+    set_flags()
+    # First, because it restricts JAX to the CPU, whatever JAX_PLATFORMS says, and a config file may ask JAX
+    # for its devices.
+    topologies = [open_topology(name, slices=args.slices) for name in args.topology]
+    configs = {name: load_config(name, overrides) for name in args.config}
+    if args.book:
+        _write_book(configs, topologies, args.slices, args.output)
+    else:
+        ((config,), (topology,)) = configs.values(), topologies
+        plan = make_plan(config, topology, slices=args.slices, compilations=args.compilations)
+        # Printed first, so that the answer is not lost if the file cannot be written.
+        print(table(plan), flush=True)
+        _write(args.output, dataclasses.asdict(plan))
+    print(f"\n{args.output}")
+
+
+def _parser() -> Parser:
     parser = Parser("lit_jax.plan", __doc__)
     parser.add_argument(
         "--config", required=True, action="append", help="file.py or file.py:argument"
@@ -59,29 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=Path("plan.json"),
         help="JSON file to write (default: plan.json)",
     )
-    args, overrides = parser.parse_with_keys(argv)
-    if args.compilations < 1:
-        raise UserError(f"--compilations={args.compilations} must be at least 1.")
-    folder = args.output.parent
-    check_access(folder)
-    if (isinstance(folder, Path) and not folder.is_dir()) or args.output.is_dir():
-        raise UserError(f"--output={args.output} must name a file in a folder that exists.")
-    if not args.book and len(args.config) + len(args.topology) > 2:
-        raise UserError("A plan has one --config and one --topology; add --book for several.")
-    set_flags()
-    # First, because it restricts JAX to the CPU, whatever JAX_PLATFORMS says, and a config file may ask JAX
-    # for its devices.
-    topologies = [open_topology(name, slices=args.slices) for name in args.topology]
-    configs = {name: load_config(name, overrides) for name in args.config}
-    if args.book:
-        _write_book(configs, topologies, args.slices, args.output)
-    else:
-        ((config,), (topology,)) = configs.values(), topologies
-        plan = make_plan(config, topology, slices=args.slices, compilations=args.compilations)
-        # Printed first, so that the answer is not lost if the file cannot be written.
-        print(table(plan), flush=True)
-        _write(args.output, dataclasses.asdict(plan))
-    print(f"\n{args.output}")
+    return parser
 
 
 def _write_book(

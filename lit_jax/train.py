@@ -99,21 +99,23 @@ def fit(
     Returns the trained model. Raises UserError for bad input, and Preempted after SIGTERM, when a checkpoint
     of the last step is on disk.
     """
-    if not isinstance(config, Config):
-        config = parse(config)
+    config = config if isinstance(config, Config) else parse(config)
     if source is not None:
         config = _without_training_data(config)
     make_missing(sources_of(config))
     folder = output_path("--workdir", str(workdir))
     # Opened before training, so that a mistake in an evaluation does not cost a run.
     evaluations = ConfiguredEvaluations(config, folder, runner.open_evals(config.evals))
-    own: OwnTowers = {
-        side: tower if isinstance(tower, tuple) else (tower, None) for side, tower in towers.items()
-    }
+    own = _with_parameters(towers)
     passed = Passed(
         source=source, loss=loss, optimizer=optimizer, towers=own, callbacks=tuple(callbacks)
     )
     return train(config, folder, evaluations, passed=passed, allowed_changes=allowed_changes)
+
+
+def _with_parameters(towers: Mapping[Side, Tower | tuple[Tower, Tree]]) -> OwnTowers:
+    """Return each tower with its parameters, None for a tower that is not pretrained."""
+    return {side: own if isinstance(own, tuple) else (own, None) for side, own in towers.items()}
 
 
 def _without_training_data(config: Config) -> Config:

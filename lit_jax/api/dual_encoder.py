@@ -129,15 +129,7 @@ class DualEncoder(Model):
 
         Raises UserError for an option that is given twice, or that would not change an object.
         """
-        # transformers has the same prefixes for the arguments of the two towers.
-        own = {
-            side: {
-                name.removeprefix(f"{side}_"): options.pop(name)
-                for name in list(options)
-                if name.startswith(f"{side}_")
-            }
-            for side in TOWERS.values()
-        }
+        own = {side: _pop_options(options, f"{side}_") for side in TOWERS.values()}
         refuse_unknown(options, ("projection_dim", "logit_scale_init_value", "seed", "dtype"))
         if image_pooling is not None and "pooling" in own["vision"]:
             raise UserError(
@@ -284,6 +276,12 @@ def _encode(
     zimg_BxE = normalize(module.project_image(image.pooled))
     ztxt_TxE = normalize(module.project_text(module.text_features_from(text)))
     return image, text, (zimg_BxE, ztxt_TxE, *module.logit_parameters())
+
+
+def _pop_options(options: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Remove the options with a prefix and return them without it, as transformers does for each tower."""
+    names = [name for name in options if name.startswith(prefix)]
+    return {name.removeprefix(prefix): options.pop(name) for name in names}
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -74,20 +74,7 @@ def check_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: 
     # Only the log line is for the first process: the error above has to end every process.
     if process.number():
         return
-    advice = [
-        text
-        for share, text in (
-            (
-                found.cut,
-                "if the text tower has more positions, raise config.data.max_text_length (of an exported "
-                "folder: model_max_length in tokenizer_config.json)",
-            ),
-            (found.unknown, "choose a text tower whose tokenizer knows these texts"),
-            (found.same, "the text tower cannot tell these texts apart"),
-            (_is_one_text(texts), f"all of them are one text, {printable(texts[0])[:60]!r}"),
-        )
-        if share > TOO_MANY
-    ]
+    advice = _advice(found, texts)
     # Only the start of a long text is tokenized, so a larger number is a lower bound.
     more = "at least " if found.longest > found.limit + BEYOND else ""
     log.log(
@@ -104,6 +91,21 @@ def check_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: 
         100 * found.same,
         "".join(f"; {text}" for text in advice),
     )
+
+
+def _advice(found: TextStatistics, texts: Sequence[str]) -> list[str]:
+    """Return what to do about each share that is too large."""
+    known = (
+        (
+            found.cut,
+            "if the text tower has more positions, raise config.data.max_text_length (of an exported folder: "
+            "model_max_length in tokenizer_config.json)",
+        ),
+        (found.unknown, "choose a text tower whose tokenizer knows these texts"),
+        (found.same, "the text tower cannot tell these texts apart"),
+        (_is_one_text(texts), f"all of them are one text, {printable(texts[0])[:60]!r}"),
+    )
+    return [text for share, text in known if share > TOO_MANY]
 
 
 def text_statistics(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> TextStatistics:

@@ -54,22 +54,33 @@ def captions_of(source: Source, language: str = "") -> list[tuple[str, ...]]:
                 printable(without[0]),
             )
         return captions
-    # The remedy depends on the cause: an unwanted language, unreadable examples, or a wrong key.
     if languages:
         asked = f"the language {language!r}" if language else "any of the languages"
         raise UserError(
             f"No caption is in {asked}; set languages (--eval.languages) to some of those in the data: "
             f"{', '.join(sorted(languages))}."
         )
-    if problems:
-        rest = f", and the other {len(without)} have no caption" if without else ""
-        raise UserError(
-            f"Retrieval needs captions, but {len(problems)} of the {len(source)} examples cannot be read"
-            f"{rest}; the first: {problems[0]}."
+    raise _no_captions(problems, without)
+
+
+def _no_captions(problems: Sequence[BadSampleError], without: Sequence[str]) -> UserError:
+    """Return the error for data of which no example has a caption.
+
+    Args:
+        problems: the reasons why examples cannot be read.
+        without: the keys of the examples that can be read.
+    """
+    # The remedy depends on the cause: unreadable examples, or a wrong key.
+    if not problems:
+        return UserError(
+            "Retrieval needs captions, and no example has one; set caption_key (--eval.data.caption_key) to "
+            "the field that holds them, or give a class file for zero-shot classification (--classes)."
         )
-    raise UserError(
-        "Retrieval needs captions, and no example has one; set caption_key (--eval.data.caption_key) to the "
-        "field that holds them, or give a class file for zero-shot classification (--classes)."
+    rest = f", and the other {len(without)} have no caption" if without else ""
+    count = len(problems) + len(without)
+    return UserError(
+        f"Retrieval needs captions, but {len(problems)} of the {count} examples cannot be read{rest}; the "
+        f"first: {problems[0]}."
     )
 
 

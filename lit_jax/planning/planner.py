@@ -153,20 +153,29 @@ def make_plan(
         network_communicated=first.network.communicated if first.network else None,
         network_exposed=first.network.exposed if first.network else None,
         bound=bound,
-        forecast=forecast(
-            operations(first.hlo, topology.chip),
-            config,
-            topology.chip,
-            devices=chips,
-            flops=flops,
-            exposed=bound["exposed"],
-        )
-        if bound
-        else None,
+        forecast=_forecast(first, config, topology, chips, flops, bound) if bound else None,
         largest_batch=largest,
         smallest_too_large=min(too_large, default=None),
         compilations=len(tried),
         advice=() if first.fits else advise(config, step, resident, first.limit or hbm, largest),
+    )
+
+
+def _forecast(
+    compiled: Compiled,
+    config: Config,
+    topology: Topology,
+    chips: int,
+    flops: int,
+    bound: Mapping[str, float],
+) -> Forecast:
+    return forecast(
+        operations(compiled.hlo, topology.chip),
+        config,
+        topology.chip,
+        devices=chips,
+        flops=flops,
+        exposed=bound["exposed"],
     )
 
 
