@@ -13,6 +13,7 @@ Dims: B global batch, D embedding, b rows of one device, T tiles of them, R rows
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,15 +23,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lit_jax.distributed.mesh import BATCH, device_kind, has_bfloat16_units, mesh_shape, mesh_size
+from lit_jax.training.log_sums import LOWEST, LogSum, Normaliser
 
 Embeddings = Float[Array, "B D"]
 Scalar = Float[Array, ""]
 
 # 16 MiB of float32 logits: the TPU compiler keeps them in the chip's vector memory and never writes them out.
 TILE = 2048
-
-# The lowest finite float32. The difference of two of these is 0, where that of two -inf would be NaN.
-LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def blockwise_softmax_loss(
@@ -104,48 +103,17 @@ class _Rows(NamedTuple):
     Attributes:
         z: the embeddings.
         number: the number of the pair, from 1, which an image shares with its text. Padding rows have 0.
-        log_sum: the _LogSum of all logits of each row, once the sums are known.
+        is_real: is false for padding rows; None without padding.
+        normaliser: that of all logits of each row, once their sums are known.
     """
 
     z: Float[Array, "R D"]
     number: Int[Array, " R"]
-    log_sum: Any = None
+    is_real: Bool[Array, " R"] | None = None
+    normaliser: Normaliser | None = None
 
 
-class _LogSum(NamedTuple):
-    """The logarithms of sums of exponentials, each as its largest exponent and the sum relative to it.
-
-    A single number near 100 would lose digits with every tile that is added.
-    """
-
-    largest: Float[Array, " R"]
-    relative: Float[Array, " R"]
-
-    @classmethod
-    def over_axis(cls, logits_RxR: Float[Array, "R R"], axis: int) -> "_LogSum":
-        """Return the log-sum of the logits along an axis."""
-        largest = logits_RxR.max(axis, keepdims=True)
-        return cls(largest.squeeze(axis), jnp.exp(logits_RxR - largest).sum(axis))
-
-    def plus(self, other: "_LogSum") -> "_LogSum":
-        """Return the log-sum of both sets of logits."""
-        # Both sums are rescaled to the common largest exponent, so no exponential overflows.
-        largest_R = jnp.maximum(self.largest, other.largest)
-        ours_R, theirs_R = (x.relative * jnp.exp(x.largest - largest_R) for x in (self, other))
-        return _LogSum(largest_R, ours_R + theirs_R)
-
-    def minus(self, logit_R: Float[Array, " R"]) -> Float[Array, " R"]:
-        """Return the logarithm minus a logit; the subtraction of the large numbers comes first."""
-        return jnp.log(self.relative) + (self.largest - logit_R)
-
-    def probabilities(self, logits_RxR: Float[Array, "R R"], axis: int) -> Float[Array, "R R"]:
-        """Return the softmax probabilities whose log-normaliser along `axis` is `self`."""
-        largest, relative = (jnp.expand_dims(x, axis) for x in self)
-        # There is one division for each row instead of one for each logit.
-        return jnp.exp(logits_RxR - largest) * (1 / relative)
-
-
-# The sums over the blocks that a row of images or texts has met so far: a tree of _LogSum and arrays.
+# The sums over the blocks that a row of images or texts has met so far: a tree of LogSum and arrays.
 _Carry = Any
 
 
@@ -163,29 +131,30 @@ def _softmax(
     def logits_of(image: _Rows, text: _Rows) -> Float[Array, "R R"]:
         logits_RxR = scale * exact_dot(image.z, text.z.T)
         # The exponential of LOWEST is 0, so padding adds nothing to a sum.
-        return jnp.where(_is_real(image, text), logits_RxR, LOWEST)
+        return _where_real(image, text, logits_RxR, LOWEST)
 
     def sums_of(image: _Rows, text: _Rows) -> tuple[_Carry, _Carry]:
         logits_RxR = logits_of(image, text)
         target_R = jnp.where(_is_pair(image, text), logits_RxR, 0.0).sum(1)
-        return (_LogSum.over_axis(logits_RxR, axis=1), target_R), _LogSum.over_axis(
+        return (LogSum.over_axis(logits_RxR, axis=1), target_R), LogSum.over_axis(
             logits_RxR, axis=0
         )
 
     def gradients_of(image: _Rows, text: _Rows) -> tuple[_Carry, _Carry]:
         logits_RxR = logits_of(image, text)
-        by_image, by_text = image.log_sum, text.log_sum
+        by_image, by_text = image.normaliser, text.normaliser
         excess_RxR = by_image.probabilities(logits_RxR, 1) + by_text.probabilities(logits_RxR, 0)
         target_RxR = jnp.where(_is_pair(image, text), 1 - label_smoothing, 0.0)
         # Both cross entropies have the gradient probability - target; the loss is their mean.
         gradient_RxR = excess_RxR / 2 - (target_RxR + label_smoothing / count)
-        gradient_RxR = jnp.where(_is_real(image, text), gradient_RxR, 0.0)
+        gradient_RxR = _where_real(image, text, gradient_RxR, 0.0)
         return exact_dot(gradient_RxR, text.z), exact_dot(gradient_RxR.T, image.z)
 
     # The first ring computes the normalisers of all rows. The second ring needs them for every gradient.
     images, texts = _rows(zimg_BxD), _rows(ztxt_BxD)
     (image_sum, target_B), text_sum = _ring(sums_of, images, texts, slices)
-    images, texts = images._replace(log_sum=image_sum), texts._replace(log_sum=text_sum)
+    images = images._replace(normaliser=image_sum.normaliser())
+    texts = texts._replace(normaliser=text_sum.normaliser())
     gimg_BxD, gtxt_BxD = _ring(gradients_of, images, texts, slices)
     losses_B = (image_sum.minus(target_B) + text_sum.minus(target_B)) / 2
     if label_smoothing:
@@ -213,10 +182,9 @@ def _sigmoid(
     def gradients_of(image: _Rows, text: _Rows) -> tuple[_Carry, _Carry]:
         logits_RxR = scale * exact_dot(image.z, text.z.T) + logit_bias
         sign_RxR = jnp.where(_is_pair(image, text), 1.0, -1.0)
-        is_real_RxR = _is_real(image, text)
-        losses_RxR = jnp.where(is_real_RxR, -jax.nn.log_sigmoid(sign_RxR * logits_RxR), 0.0)
+        losses_RxR = _where_real(image, text, -jax.nn.log_sigmoid(sign_RxR * logits_RxR), 0.0)
         gradient_RxR = -sign_RxR * jax.nn.sigmoid(-sign_RxR * logits_RxR)
-        gradient_RxR = jnp.where(is_real_RxR, gradient_RxR, 0.0)
+        gradient_RxR = _where_real(image, text, gradient_RxR, 0.0)
         gimg_RxD = exact_dot(gradient_RxR, text.z)
         gtxt_RxD = exact_dot(gradient_RxR.T, image.z)
         return (gimg_RxD, losses_RxR.sum(1), gradient_RxR.sum(1)), gtxt_RxD
@@ -236,8 +204,13 @@ def _is_pair(image: _Rows, text: _Rows) -> Bool[Array, "R R"]:
     return image.number[:, None] == text.number[None, :]
 
 
-def _is_real(image: _Rows, text: _Rows) -> Bool[Array, "R R"]:
-    return (image.number > 0)[:, None] & (text.number > 0)[None, :]
+def _where_real(
+    image: _Rows, text: _Rows, x_RxR: Float[Array, "R R"], otherwise: float
+) -> Float[Array, "R R"]:
+    """Return the numbers of a tile with `otherwise` for padding rows, which images and texts both have."""
+    if image.is_real is None or text.is_real is None:
+        return x_RxR
+    return jnp.where(image.is_real[:, None] & text.is_real[None, :], x_RxR, otherwise)
 
 
 def _ring(
@@ -275,23 +248,31 @@ def _ring_on_device(
     """Compute `_ring` for this device's rows, whose texts visit all devices once with their carry."""
     rows = len(images.number)
     images, texts = _tiles(images), _tiles(texts)
-    count, tile = len(texts.number), jax.tree.map(lambda x: x[0], (images, texts))
-    initial_image, initial_text = map(_initial_carry, jax.eval_shape(block_fn, *tile))
+    turns, tile = len(texts[0].number), jax.tree.map(lambda x: x[0], (images[0], texts[0]))
+    initial_image, initial_text = (
+        (_initial_carry(like),) * len(texts) for like in jax.eval_shape(block_fn, *tile)
+    )
 
-    def text_step(image_carry: _Carry, text: _Rows) -> tuple[_Carry, _Carry]:
-        def image_step(tile_carry: _Carry, image: tuple[_Rows, _Carry]) -> tuple:
-            to_image, to_text = block_fn(image[0], text)
-            return _add(tile_carry, to_text), _add(image[1], to_image)
+    def text_turn(image_carry: _Carry, texts: tuple[_Rows, ...]) -> tuple[_Carry, _Carry]:
+        def image_turn(text_carry: _Carry, image: tuple[tuple[_Rows, ...], _Carry]) -> tuple:
+            to_texts, to_images = list(text_carry), list(image[1])
+            for (t, text), (i, tile) in itertools.product(enumerate(texts), enumerate(image[0])):
+                to_image, to_text = block_fn(tile, text)
+                # Behind a barrier, each product is added to the sum as it is computed. The TPU compiler would
+                # otherwise add three arrays at once, which takes longer than the product.
+                to_texts[t] = _add(to_texts[t], to_text)
+                to_images[i] = jax.lax.optimization_barrier(_add(to_images[i], to_image))
+            return tuple(to_texts), tuple(to_images)
 
-        tile_carry, image_carry = jax.lax.scan(
-            image_step, initial_text, (images, image_carry), unroll=_unroll()
-        )
-        return image_carry, tile_carry
+        text_carry, image_carry = jax.lax.scan(image_turn, initial_text, (images, image_carry))
+        return image_carry, text_carry
 
-    def local_step(image_carry: _Carry, texts: _Rows) -> tuple[_Carry, _Carry]:
-        return jax.lax.scan(text_step, image_carry, texts, unroll=_unroll())
+    def local_step(image_carry: _Carry, texts: tuple[_Rows, ...]) -> tuple[_Carry, _Carry]:
+        return jax.lax.scan(text_turn, image_carry, texts)
 
-    initial_texts = _stack(initial_text, count)
+    # The barrier hides from the compiler that these are constants. It would otherwise select between them and
+    # the carry in each step of the ring.
+    initial_texts = jax.lax.optimization_barrier(_stack(initial_text, turns))
     # Receivers are given for all devices of the mesh: in_ring stays in the slice, between_slices keeps the
     # place.
     places = [divmod(device, ring) for device in range(slices * ring)]
@@ -299,14 +280,15 @@ def _ring_on_device(
     between_slices = [(part - 1) % slices * ring + place for part, place in places]
     over_slice = _ring_of(local_step, initial_texts, in_ring, ring)
     over_slices = _ring_of(over_slice, initial_texts, between_slices, slices)
-    carries = over_slices(_stack(initial_image, count), texts)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], carries)
+    carries = over_slices(_stack(initial_image, turns), texts)
+    of_images, of_texts = (_whole(carry, rows) for carry in carries)
+    return of_images, of_texts
 
 
-def _unroll() -> int:
+def _tiles_in_a_turn() -> int:
     """Return the number of tiles of images, and of texts, in a turn of their loops."""
-    # With four tiles in a program, the TPU compiler fuses the sums of one tile with the product of another:
-    # 12 % less for the softmax of a million pairs by its own estimate. CPUs have no such gain.
+    # With four tiles of logits in a program, the TPU compiler fuses the sums of one tile with the product of
+    # another: 12 % less for the softmax of a million pairs by its own estimate. CPUs have no such gain.
     return 2 if device_kind().startswith("TPU") else 1
 
 
@@ -346,17 +328,28 @@ def _ring_of(
     return ring
 
 
-def _tiles(tree: _Rows) -> _Rows:
-    """Return arrays b... as TxR..., where zeros fill up the last tile."""
+def _tiles(tree: _Rows) -> tuple[_Rows, ...]:
+    """Return arrays b... as TxR... for each tile in a turn, where zeros fill up the last tiles."""
+    # Each tile in a turn has arrays of its own. In a common one, the TPU compiler would copy the sums of all
+    # tiles into a third array in each step of the ring.
+    rows, abreast = len(tree.number), _tiles_in_a_turn()
+    # Tiles of equal size waste less than tiles of TILE rows: 2049 rows become two tiles of 1025.
+    turns = math.ceil(rows / (TILE * abreast))
+    size = math.ceil(rows / (turns * abreast))
+    padding = turns * abreast * size - rows
+    if padding:
+        tree = tree._replace(is_real=jnp.ones(rows, bool))
 
-    def cut(x: Array) -> Array:
-        # Tiles of equal size waste less than tiles of TILE rows: 2049 rows become two tiles of 1025.
-        count = math.ceil(len(x) / TILE)
-        size = math.ceil(len(x) / count)
-        padded = jnp.pad(x, [(0, count * size - len(x))] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(count, size, *x.shape[1:])
+    def cut(x: Array, i: int) -> Array:
+        padded = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+        return padded.reshape(abreast, turns, size, *x.shape[1:])[i]
 
-    return jax.tree.map(cut, tree)
+    return tuple(jax.tree.map(functools.partial(cut, i=i), tree) for i in range(abreast))
+
+
+def _whole(tiles: _Carry, rows: int) -> _Carry:
+    """Return the arrays b... that `_tiles` has cut."""
+    return jax.tree.map(lambda *x: jnp.stack(x).reshape(-1, *x[0].shape[2:])[:rows], *tiles)
 
 
 def _stack(tree: _Carry, count: int) -> _Carry:
@@ -364,7 +357,7 @@ def _stack(tree: _Carry, count: int) -> _Carry:
 
 
 def _is_sum(node: Any) -> bool:
-    return isinstance(node, _LogSum)
+    return isinstance(node, LogSum)
 
 
 def _initial_carry(like: _Carry) -> _Carry:
@@ -372,7 +365,7 @@ def _initial_carry(like: _Carry) -> _Carry:
 
     def empty(node: Any) -> Any:
         if _is_sum(node):
-            return _LogSum(jnp.full_like(node.largest, LOWEST), jnp.zeros_like(node.relative))
+            return LogSum(jnp.full_like(node.largest, LOWEST), jnp.zeros_like(node.relative))
         return jnp.zeros_like(node)
 
     return jax.tree.map(empty, like, is_leaf=_is_sum)
