@@ -47,6 +47,8 @@ def refused(path: Path, keys=KEYS) -> None:
         ("captions.txt", "image,caption\na.jpg,a dog\n"),
         ("results.csv", "image_name| comment_number| comment\na.jpg| 0| a dog\n"),
         ("a.jsonl", '{"image": "a.jpg", "captions": ["a dog"], "label": "dog"}\n'),
+        ("a.ndjson", '{"image": "a.jpg", "caption": "a dog"}\n'),
+        ("metadata.csv", "image_file_name,text\na.jpg,a dog\n"),
         ("metadata.jsonl", '{"file_name": "a.jpg", "text": "a dog", "label": "dog"}\n'),
         ("a.csv", "image,caption,label\na.jpg,a dog,dog\n"),
         ("a.tsv", "a dog\ta.jpg\n"),
@@ -100,7 +102,7 @@ def test_samples_read_captions_and_label_from_the_fields_that_are_named(tmp_path
             for part in "01":
                 (tmp_path / "files" / part / name).write_bytes(content)
     for folder in (tmp_path / "tar", tmp_path / "files"):
-        refused(folder, ("image_key",))
+        refused(folder)
         example = open_at(folder, caption_key="title", label_key="breed")[0]
         assert (example["captions"], example["label"]) == (("Rex",), "collie")
         assert open_at(folder)[0]["label"] == "3"
@@ -110,7 +112,9 @@ def test_folders_are_no_classes_if_the_label_has_a_name(tmp_path, image):
     for part in ("x", "y"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "a.jpg").write_bytes(image)
-        (tmp_path / part / "a.json").write_text('{"caption": "a dog"}')
+        about = {"caption": "a dog"} | ({"breed": "collie"} if part == "y" else {})
+        (tmp_path / part / "a.json").write_text(json.dumps(about))
     (tmp_path / "a.jpg").unlink()
-    assert open_at(tmp_path)[0]["label"] == "x"
-    assert open_at(tmp_path, label_key="breed")[0]["label"] is None
+    assert [open_at(tmp_path)[i]["label"] for i in range(2)] == ["x", "y"]
+    named = open_at(tmp_path, label_key="breed")
+    assert [named[i]["label"] for i in range(2)] == [None, "collie"]

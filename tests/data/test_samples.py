@@ -215,7 +215,7 @@ def test_json_that_nobody_needs_does_not_spoil_a_sample(tmp_path, image):
         "b.json": "[" * 100_000,
         "c.jpg": image,
         "c.txt": "c",
-        "c.json": '{"key": 5, "caption": "c"}',
+        "c.json": '{"key": 5, "caption": "c", "title": "C"}',
         "d.jpg": image,
         "d.json": "[]",
     }

@@ -381,3 +381,30 @@ def test_null_in_a_list_of_captions_is_none(tmp_path):
     table = pa.table({"image": ["a.png"], "caption": [["a", None, "b"]]})
     parquet.write_table(table, tmp_path / "a.parquet")
     assert open_folder(tmp_path)[0]["captions"] == ("a", "b")
+
+
+@pytest.mark.parametrize("missing", ["NA", "NULL", "None", "<NA>", "n/a", r"\N", "nan", ""])
+def test_a_missing_label_among_whole_numbers_is_no_label(tmp_path, missing):
+    """As R, SQL and pandas write it."""
+    rows = "".join(f"{i}.png,text,{label}\n" for i, label in enumerate(("1.0", missing, "2.0")))
+    (tmp_path / "a.csv").write_text(f"image,caption,label\n{rows}")
+    source = open_folder(tmp_path)
+    assert [source[i]["label"] for i in range(3)] == ["1", None, "2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("00000_stats.json", "--output_format="),
+        ("00000.tfrecord", "--output_format=webdataset"),
+        ("a.feather", "Parquet"),
+        ("a.pkl", "Parquet"),
+    ],
+)
+def test_other_files_of_tables_say_what_to_write_instead(tmp_path, name, remedy):
+    (tmp_path / name).write_bytes(b"x")
+    # img2dataset writes this log of addresses beside each file of images.
+    if name == "00000.tfrecord":
+        parquet.write_table(pa.table({"url": ["http://a"]}), tmp_path / "00000.parquet")
+    with pytest.raises(UserError, match=rf"{re.escape(name)}\b.*{remedy}"):
+        open_folder(tmp_path)

@@ -24,6 +24,7 @@ from lit_jax.data.sources.checks import (
     HasRows,
     check_field_keys,
     check_first_rows,
+    check_sample_keys,
     refuse_field_keys,
 )
 from lit_jax.data.sources.delimited import DelimitedSource
@@ -142,7 +143,7 @@ FORMATS = (
         fits=lambda file, _: flickr.has_bars(file),
         field_keys=(),
     ),
-    Format(("*.jsonl",), _single(JsonlSource)),
+    Format(("*.jsonl", "*.ndjson"), _single(JsonlSource)),
     Format(("*.csv", "*.tsv"), _single(DelimitedSource)),
     Format(
         ("*.json",),
@@ -239,6 +240,8 @@ def _open(
         source = kind.open(found, named, text_only)
         if isinstance(source, HasRows):
             check_field_keys(source, config)
+        elif kind.field_keys == _OF_SAMPLES:
+            check_sample_keys(source, config)
         return _look_through(source, named, text_only, labelled)
     if folder and kind and len(listed) == 1 and not (kind.several or kind.knows_splits):
         _check_above_split(folder, listed[0], kind, config, text_only)
@@ -286,6 +289,7 @@ def _open_folder(
         source = open_pairs(folder, paths, config, text_only=text_only)
         if source:
             refuse_field_keys(folder, config, _OF_SAMPLES)
+            check_sample_keys(source, config)
         elif source := lists.image_folder(folder, paths):
             refuse_field_keys(folder, config, ())
         if source is None:
@@ -342,8 +346,11 @@ def _listed(folder: File, config: SourceConfig) -> list[File]:
 
 
 def _is_record(table: File) -> bool:
-    """Return whether a Parquet file is img2dataset's log about the images in the folder of the same name."""
-    return table.stem.isdecimal() and (table.parent / table.stem).is_dir()
+    """Return whether a Parquet file is img2dataset's log about the images in a folder or TFRecord file."""
+    if not table.stem.isdecimal():
+        return False
+    tfrecord = table.parent / f"{table.stem}.tfrecord"
+    return (table.parent / table.stem).is_dir() or tfrecord.is_file()
 
 
 def _recognise(files: Sequence[File], config: SourceConfig) -> tuple[list[File], Format | None]:

@@ -1,13 +1,17 @@
 """Warnings and errors about a source's keys and a table's first rows, once when the source is opened."""
 
 import ast
+import contextlib
 import itertools
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from lit_jax.config import SourceConfig
+from lit_jax.data.example import BadSampleError, Source
 from lit_jax.data.files import File
 from lit_jax.data.sources.rows import DOWNLOAD, WEB
 from lit_jax.errors import UserError
@@ -19,6 +23,8 @@ log = logging.getLogger(__name__)
 FIELD_KEYS = ("image_key", "caption_key", "label_key")
 # The number of rows that are checked.
 LOOKED_AT = 1000
+# The number of samples that are read to check a key.
+SAMPLES = 50
 # The length in characters above which a text is not parsed as a list.
 MAX_LENGTH = 10_000
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
@@ -68,6 +74,34 @@ def check_field_keys(table: HasRows, config: SourceConfig) -> None:
             raise UserError(
                 f"{key} of this source is {name!r}, but none of the first {len(rows)} rows of {config.path} "
                 f"has this field; correct the name, or leave {key} at {getattr(SourceConfig, key)!r}."
+            )
+
+
+def check_sample_keys(source: Source, config: SourceConfig) -> None:
+    """Raise UserError if `caption_key` or `label_key` is set, and no sample that is looked at has its field.
+
+    Each of up to `SAMPLES` evenly spaced samples is read.
+    """
+    chosen = _set_keys(config)
+    if not chosen:
+        return
+    count = min(len(source), SAMPLES)
+    examples = []
+    for position in np.linspace(0, len(source) - 1, count).astype(int).tolist():
+        with contextlib.suppress(BadSampleError):
+            examples.append(source[position])
+    found = {
+        "caption_key": any(example["captions"] for example in examples),
+        "label_key": any(
+            example["label"] is not None or "label_problem" in example for example in examples
+        ),
+    }
+    for key, name in chosen.items():
+        if examples and name and not found.get(key, True):
+            raise UserError(
+                f"{key} of this source is {name!r}, but none of {len(examples)} samples of {config.path} has "
+                f"this field in its json; correct the name, or leave {key} at "
+                f"{getattr(SourceConfig, key)!r} to read the files beside the images."
             )
 
 

@@ -26,7 +26,8 @@ from lit_jax.errors import UserError
 
 # A whole number as pandas writes it, see `DelimitedSource`.
 _WHOLE = re.compile(r"(-?[0-9]+)(\.0+)?")
-_NAN = re.compile("nan", re.IGNORECASE)
+# A missing value as pandas, R, SQL and spreadsheets write it.
+_NAN = re.compile(r"nan|<na>|n/?a|null|none|\\N", re.IGNORECASE)
 _SEPARATORS = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
 
 
@@ -38,9 +39,9 @@ class DelimitedSource:
     without names is read as caption and path (Conceptual Captions). Blanks around the columns' names are
     stripped; if there are any, the blanks around all fields are stripped, too.
 
-    pandas writes a column of whole numbers as 1.0, 2.0 ... if some values are missing, and can write NaN for
-    a missing value. If all labels of the first rows have this form, the label 1.0 is read as 1 and NaN as no
-    label.
+    pandas writes a column of whole numbers as 1.0, 2.0 ... if some values are missing; programs write NaN, NA
+    or NULL for a missing value. If all labels of the first rows have this form, the label 1.0 is read as 1
+    and NaN as no label.
 
     Raises UserError if the columns cannot be recognised, or if there are no rows.
     """

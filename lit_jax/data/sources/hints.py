@@ -12,14 +12,33 @@ from lit_jax.files import refuse_lfs_pointer
 # Patterns of file names -> hint. The first entry with a matching file is used.
 _HINTS = {
     ("*.tfrecord", "*.tfrecord-*"): (
-        "TFRecord files allow no random access; prepare the data set again with `tfds build "
-        "--file_format=array_record`"
+        "TFRecord files allow no random access; write the data again with `tfds build "
+        "--file_format=array_record`, or with `img2dataset --output_format=webdataset`"
+    ),
+    ("*_stats.json",): (
+        "it is a report of img2dataset, whose images are not there; write them with "
+        "--output_format=webdataset, files or parquet"
     ),
     ("dataset_info.json", "dataset_infos.json"): (
         "it describes a data set of TFDS or of Hugging Face's `datasets` that is not there; give the folder "
         "that `tfds build` or `save_to_disk` wrote"
     ),
-    ("*.arrow",): "it is part of the cache of `datasets`; save the data set with `save_to_disk`",
+    ("*.arrow", "*.feather"): (
+        "Arrow files are read where `save_to_disk` of `datasets` wrote them; save the data set with it, or "
+        "the table as Parquet"
+    ),
+    (
+        "*.orc",
+        "*.avro",
+        "*.pkl",
+        "*.pickle",
+        "*.h5",
+        "*.hdf5",
+        "*.npz",
+        "*.mdb",
+        "*.db",
+        "*.sqlite",
+    ): ("this kind of file is not read; save the table as Parquet, CSV or JSONL"),
     ("*.gz", "*.tgz", "*.bz2", "*.xz", "*.zst", "*.zip", "*.rar", "*.7z"): (
         "it is compressed, which allows no random access; unpack it"
     ),

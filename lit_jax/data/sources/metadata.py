@@ -26,7 +26,7 @@ from lit_jax.files import parse_json
 log = logging.getLogger(__name__)
 
 # Config key -> the column names of other tools, which are tried if no column has the key's default name.
-_OTHER_NAMES = {"image_key": ("file_name",), "caption_key": ("captions", "text")}
+_OTHER_NAMES = {"image_key": ("file_name", "image_file_name"), "caption_key": ("captions", "text")}
 _HEAD_BYTES = 1 << 20
 _BETWEEN_ITEMS = re.compile(r"[\s\[,]*")
 _FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
