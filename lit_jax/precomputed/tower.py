@@ -58,7 +58,7 @@ def run_tower(
         rows_BxE, finite_B, index_B = jax.device_get(started)
         is_real_B = index_B >= 0
         with jax.set_mesh(mesh):
-            others = [other for other in TOWERS if other != side]
+            others: list[Side] = [other for other in TOWERS if other != side]
             check_rows(finite_B[is_real_B], side, without_towers(params, others))
         yield rows_BxE[is_real_B], index_B[is_real_B]
 
