@@ -263,6 +263,7 @@ def _exit_code(main: Callable[[], None]) -> int:
                 raise
             _fail_among_others(error)
             return FAILED
+        # An address in a message may have a secret key in it.
         sentence = hide_keys(sentence)
         if os.environ.get("LIT_JAX_TRACEBACK") == "1":
             print(hide_keys(traceback.format_exc()), end="", file=sys.stderr)

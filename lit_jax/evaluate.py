@@ -134,6 +134,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, An
     # Parsed only for its errors, which would otherwise come after the devices are set up.
     parse_as(EvalConfig, given, EVAL.name)
     _check(args, given)
+    # Other data or another step must not replace the results of the run.
     if args.workdir and not given and args.step is None:
         args.output = args.output or args.workdir / "results.json"
         args.results = args.results or args.workdir / "evals"
@@ -184,6 +185,7 @@ def _evals_of_flags(given: Mapping[str, Any]) -> dict[str, EvalConfig]:
         probe = "few_shot" if "shots" in raw else "linear_probe"
         raw["kind"] = probe if "train" in raw else "zero_shot" if "classes" in raw else "retrieval"
     config = parse_as(EvalConfig, raw, EVAL.name)
+    # Data with class names in their folder are meant for classification, unless a flag says otherwise.
     is_chosen = "kind" in given or config.kind != "retrieval"
     if not is_chosen and (file := classes_in(config.data, *config.languages[:1])):
         log.info("%s is part of the data, so this is zero-shot classification.", file)

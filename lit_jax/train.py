@@ -174,6 +174,7 @@ class ConfiguredEvaluations(Evaluations):
         self, trained: TrainedModel, tasks: Sequence[runner.PreparedEval]
     ) -> Sequence[runner.Evaluation]:
         done = runner.run(tasks, encoder_of(trained), trained.params)
+        # Results of an earlier step describe other parameters.
         earlier = self._done if self._step == trained.step else {}
         self._done, self._step = earlier | {e.prepared.name: e for e in done}, trained.step
         return done

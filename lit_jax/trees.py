@@ -14,6 +14,8 @@ from flax import traverse_util
 
 Tree = Mapping[str, Any]
 
+# A parameter in a stack, and one in a single block. The group 'above' ends with `layer`, without the number
+# of the first block; 'below' is the path inside a block.
 STACK = re.compile(r"(?P<above>(?:.*/)?layer)(?:_from_(?P<first>\d+))?/(?P<below>.*)")
 BLOCK = re.compile(r"\blayer_(\d+)/")
 

@@ -60,6 +60,7 @@ def load_classes(config: EvalConfig, name: str, language: str = "en") -> Classes
     given: Any = found.templates or DEFAULT_TEMPLATES.get(language, BARE_NAME)
     if template_file:
         given = _template_file(_read(template_file), dataset, template_file)
+    # Messages name the file that a user has to change.
     templates_from = template_file or file
     # CLIP_benchmark's templates may be a map from each class to sentences of its own (CuPL).
     if isinstance(given, Mapping):
@@ -150,10 +151,12 @@ def _class_file(content: Any, dataset: str, file: File) -> _ClassFile:
         return _own_form(content, file)
     numbered = content.get("id2label", content)
     # The inverse map, {"cat": 0, "dog": 1}, as in `class_to_idx` of torchvision.
+    # `type` excludes true and false, which isinstance would accept as integers.
     if all(type(value) is int for value in content.values()):
         numbered = {str(number): name for name, number in content.items()}
     if isinstance(numbered, dict) and all(isinstance(name, str) for name in numbered.values()):
         return _numbered(numbered, file)
+    # The labels are the names of ImageNet's folders, by which the images are labelled.
     if _is_keras_index(content):
         found = _numbered({number: name for number, (_, name) in content.items()}, file)
         labels = {int(number): label for number, (label, _) in content.items()}
@@ -196,6 +199,7 @@ def _numbered(names: Mapping[str, str], file: File) -> _ClassFile:
     if not names or len(numbers) != len(names):
         raise UserError(_form(file))
     keys = [numbers[number] for number in sorted(numbers)]
+    # Numbers from 0 on are positions, which every data set without names of its own has as labels.
     from_zero = sorted(numbers) == list(range(len(numbers)))
     return _ClassFile(
         names=_strings([names[key] for key in keys], "id2label", file),

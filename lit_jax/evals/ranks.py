@@ -42,6 +42,7 @@ def ranks(
 
     A device of the mesh holds about `chunk` / devices images, and about `chunk` texts.
     """
+    # A block larger than the data of a device would be mostly padding.
     block = min(block, _power_of_two(max(-(-len(image_embeds_NxE) // mesh.size), 8)))
     height = chunk_size(len(image_embeds_NxE), block * mesh.size, chunk)
     width = chunk_size(len(text_embeds_MxE), block, chunk)
@@ -73,6 +74,7 @@ def ranks(
             # Accumulated on the host in int64; the rest of a chunk is padding.
             ahead_of_image_N[rows] += of_images[: rows.stop - rows.start]
             ahead_of_text_M[columns] += of_texts[: columns.stop - columns.start]
+    # An image without a text is a candidate, but no query, so it has no rank.
     has_text_N = np.bincount(image_of_text_M, minlength=len(image_embeds_NxE)) > 0
     return Ranks(1 + ahead_of_image_N[has_text_N], 1 + ahead_of_text_M)
 
@@ -141,6 +143,7 @@ def count_ahead(images_IxE, best_I, index_I, texts_TxE, own_T, image_of_T, *, me
             ahead_of_images, ahead_of_texts = jax.lax.map(against, tuple(by_image))
             return ahead_I + ahead_of_images.reshape(-1), ahead_of_texts.sum(0, dtype=jnp.int32)
 
+        # Images are split over the devices and texts are not, so only counts are communicated, at the end.
         start_I = jnp.zeros(len(images_IxE), jnp.int32)
         ahead_I, ahead_T = jax.lax.scan(against_all_images, start_I, tuple(by_text))
         whole_I = jax.lax.all_gather(ahead_I, mesh.axis_names, tiled=True)

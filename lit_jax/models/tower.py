@@ -339,10 +339,12 @@ class TextTransformer(Tower):
     @property
     def example_input(self) -> jax.ShapeDtypeStruct:
         """The shape and dtype of one text of one token, int32."""
+        # No parameter depends on the length of a text.
         return jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
     @property
     def pools_one_token(self) -> bool:
+        # Every other pooling takes a token, whichever one the family's selector finds.
         return self.pooling != "mean"
 
     def token_selector(self, input_ids_BxL: Int[Array, "B L"]) -> TokenSelector:

@@ -92,6 +92,7 @@ def forecast(
     parts = {**found.parts, "communication": exposed}
     seconds = sum(parts.values())
     hours = None
+    # Planning reads no data, so it does not know how many examples an epoch has.
     if "epoch" not in config.duration:
         count = steps(config.duration, batch_size=config.batch_size, examples_per_epoch=0)
         hours = count * seconds / 3600
@@ -140,6 +141,7 @@ def _instructions(hlo: str) -> Iterator[tuple[Instruction, int]]:
 def _kernel_seconds(cost: Mapping[str, str], chip: Chip) -> float:
     """Return the time of the slower of a kernel's computation and its traffic with memory."""
     flops, moved = (float(cost.get(key, 0)) for key in ("flops", "bytes_accessed"))
+    # A kernel computes on one block while it moves the next.
     return max(flops / chip.flops, moved / chip.hbm_bandwidth)
 
 
@@ -159,5 +161,6 @@ def layer_name(op_name: str) -> str:
         return "unnamed"
     gradient = ", gradient" if "transpose(" in op_name else ""
     part = part_name(op_name)
+    # Loss and optimizer are no modules, so no word of the name says where the operation belongs.
     where = f"{part}: " if part in ("loss", "optimizer") else ""
     return f"{where}{'/'.join(words)}{gradient}"

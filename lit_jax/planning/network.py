@@ -89,6 +89,7 @@ def network_traffic(hlo: str, devices: Sequence[Any]) -> Traffic:
                 of_chip = size * senders / chips[host]
                 communicated[host, transfer.kind] += of_chip
                 exposed[host, transfer.kind] += 0 if is_overlapped else of_chip
+    # The hosts send at the same time, so all wait for the slowest of them.
     busiest = max(chips, key=lambda host: sum(communicated[host, kind] for kind in KINDS))
     return Traffic(
         {kind: round(communicated[busiest, kind]) for kind in KINDS},
@@ -99,6 +100,7 @@ def network_traffic(hlo: str, devices: Sequence[Any]) -> Traffic:
 def _transfer(send: Instruction) -> _Transfer:
     found = _TYPE.search(send.rest)
     kind = found[1].lower().replace("_", "-") if found else ""
+    # A permutation has no groups: each source sends to one other device.
     if kind == "one-to-one" and (pairs := _PAIRS.findall(send.rest)):
         return _Transfer("collective-permute", frozenset(int(source) for source, _ in pairs), 2)
     groups = _groups(send.rest)

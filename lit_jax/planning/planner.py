@@ -283,6 +283,7 @@ def next_batch(tried: Mapping[int, Compiled], fixed: int, hbm: int, unit: int) -
     """
     fits = max((size for size, compiled in tried.items() if compiled.fits), default=0)
     too_large = min((size for size, c in tried.items() if not c.fits), default=None)
+    # The line through `fixed` and the result nearest to the limit gives the guess.
     size, nearest = max(tried.items()) if too_large is None else (too_large, tried[too_large])
     if fits:
         size, nearest = fits, tried[fits]
@@ -312,6 +313,7 @@ def _bound(compiled: Compiled, flops: int, topology: Topology) -> dict[str, floa
     least as long as each resource, and at least as long as compute and exposed communication together.
     """
     chip, moved = topology.chip, compiled.total + (compiled.temporaries or 0)
+    # Each kind of traffic with its bandwidth, which is not published for every network.
     ways = {"interconnect": (compiled.traffic, chip.ici_bandwidth)}
     ways |= {"network": (compiled.network, chip.dcn_bandwidth)}
     seconds = {"compute": flops / chip.flops, "memory": moved / chip.hbm_bandwidth}

@@ -42,6 +42,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     yield f"GiB of each {plan.device}"
     for kind, size in plan.bytes.items():
+        # The compiler reports the padding of arrays by the chip's layout together with the code.
         kind = {"code": "code and padding"}.get(kind, kind)
         yield f"  {kind:24} {'?' if size is None else f'{size / _GIB:.3f}':>10}"
     limit = f", {plan.limit / _GIB:.2f} for programs" if plan.limit else ""

@@ -77,5 +77,6 @@ def _compile_only() -> None:
         "TPU_MIN_LOG_LEVEL": "3",
         "TPU_STDERR_LOG_LEVEL": "3",
     }.items():
+        # A value that the user has set stays.
         os.environ.setdefault(variable, value)
     jax.config.update("jax_platforms", "cpu")

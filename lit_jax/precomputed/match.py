@@ -54,6 +54,7 @@ def describe(
     features = features_shape(module, side)
     return Header(
         side=side,
+        # Known only once the weights are read, long after the other fields.
         tower="",
         preprocessing=_preprocessing(processors, side, sample),
         data=data_fingerprint(source, sample, side),

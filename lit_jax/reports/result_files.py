@@ -50,6 +50,7 @@ class Table:
         """Return the table in Markdown, under its title."""
         aligned = [":--", *("--:" for _ in self.columns[1:])]
         rows = [self.columns, aligned, *self.rows]
+        # A bar in a name would end its cell.
         shown = ([printable(text).replace("|", "\\|") for text in row] for row in rows)
         lines = ["| " + " | ".join(cells) + " |" for cells in shown]
         return "\n".join([f"### {printable(self.title)}", "", *lines, ""])
@@ -127,6 +128,7 @@ def confusion_csv(evaluation: Evaluation) -> str:
     assert evaluation.prepared.classes is not None
     names = [printable(name) for name in evaluation.prepared.classes.names]
     text = io.StringIO()
+    # The default ends lines with two characters, as on Windows.
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("class", "predicted", "images"))
     for truth, guess, count in evaluation.result.confusion().tolist():
@@ -217,6 +219,7 @@ def _table(title: str, what: str, names: Sequence[str], evaluations: Sequence[Ev
 
 
 def _mean(metrics: Sequence[Metrics]) -> Metrics:
+    # Languages may differ in their number of classes, and so in whether they have a top-5.
     common = set.intersection(*(set(row) for row in metrics))
     return {name: float(np.mean([row[name] for row in metrics])) for name in common}
 

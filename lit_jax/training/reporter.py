@@ -64,6 +64,7 @@ class Reporter:
         self._scale_limit, self._least_seconds = scale_limit, least_seconds
         self._last_saved, self._locked_not_finite = last_saved, locked_not_finite
         self._writer = MetricsWriter(workdir, config, start=start) if is_primary() else None
+        # The step before the current one, whose metrics may still be on their way from the device.
         self._pending: tuple[int, Metrics, dict[str, int]] | None = None
         self._bar = tqdm(
             total=total * batch_size,
@@ -229,6 +230,7 @@ def check_finite(
     if not bad:
         return
     what = f"{' and '.join(bad)} became non-finite at step {step}"
+    # A lower rate cannot help against broken weights, so they are looked for first.
     if locked := locked_not_finite():
         raise UserError(
             f"{what}, because locked parameters have NaN or infinite values: {locked}; start from another "

@@ -55,6 +55,7 @@ def first_or_latest_state(
         state, locked, position = _restore_latest(step, workdir, checkpoints)
         log.info("Resuming from step %d of %s.", checkpoints.latest, workdir)
         return state, locked, position
+    # A start that was killed before its first checkpoint may have left locked parameters of other weights.
     _remove_frozen(workdir, 0)
     trainable, frozen = first_parameters(step.model)
     folder = frozen_folder(workdir)
@@ -75,13 +76,16 @@ def _restore_latest(
     config = with_saved_policy(model.config, workdir, latest)
     _remove_frozen(workdir, latest)
     folder = frozen_folder(workdir, latest)
+    # The usual case: the checkpoint has the stacks of this model.
     if _what_trains(config.policy) == _what_trains(model.config.policy):
         state, position = checkpoints.restore(step.abstract_state())
         return state, restore_frozen(folder, model.abstract_frozen, model.uncut), position
+    # The checkpoint has stacks that its own policy has cut, so a model with that policy reads it.
     before = build_model(config, model.mesh, model.paths, model.own_towers)
     # The state of the optimizer depends on its parameters alone, so the same optimizer describes both states.
     abstract = dataclasses.replace(step, model=before).abstract_state()
     saved, position = checkpoints.restore(abstract)
+    # Locked parameters may be bfloat16 in the model. The new folder has float32, as the old one has.
     locked = restore_frozen(folder, _float32(before.abstract_frozen), model.uncut)
     try:
         state = rearrange_state(saved, step.abstract_state())
@@ -93,6 +97,7 @@ def _restore_latest(
             "such as the optimizer's state of blocks that were locked; undo the change that --allow_changes "
             "permits, or export the run and start again from it in another --workdir."
         ) from error
+    # Written before the first step: all checkpoints to come belong to these locked parameters.
     folder = workdir / f"frozen_from_{latest}"
     save_frozen(folder, locked, model.uncut)
     log.info("From step %d on, other parameters train than before.", latest)

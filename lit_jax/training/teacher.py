@@ -70,6 +70,7 @@ def altclip_config(clip: dict[str, Any], student: dict[str, Any]) -> dict[str, A
         "model_type": "altclip",
         "projection_dim": clip["projection_dim"],
         "logit_scale_init_value": clip["logit_scale_init_value"],
+        # The same tower: AltCLIP has only another name for CLIP's.
         "vision_config": {**clip["vision_config"], "model_type": "altclip_vision_model"},
         "text_config": {**student, **altclip},
     }
@@ -110,6 +111,7 @@ def pretrained_parameters(
     if student is not None:
         # The folder may be a plain XLM-RoBERTa, whose files lack the linear map of an AltCLIP.
         model_type = read_tower_config(student, "text")["model_type"]
+        # The linear map of an AltCLIP is its pooler.
         pooling = "pooler" if model_type == "altclip_text_model" else "cls"
         module = build_tower(
             {**text_config, "model_type": model_type}, pooling=pooling, dtype=dtype

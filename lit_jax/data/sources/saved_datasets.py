@@ -36,9 +36,11 @@ class HuggingFaceSource:
 
     def __init__(self, folder: File, config: SourceConfig, *, text_only: bool = False):
         self._folder = folder
+        # Read outside of `_damage`, because a store that does not answer is no damage.
         state = (folder / "state.json").read_bytes()
         with _damage(folder):
             names = [row["filename"] for row in parse_json(state)["_data_files"]]
+        # Arrow maps only files of this machine.
         local = local_copies(folder, names)
         self.files = [local / name for name in names]
         with _damage(folder):
@@ -66,6 +68,7 @@ class HuggingFaceSource:
     def rows(self) -> Iterator[Mapping[str, Any]]:
         """Yield all in order, up to the first that cannot be read, without the content of images."""
         names = self._columns.without_contents(self._schema)
+        # The rows are a sample for checks. `__getitem__` reports the damaged batch.
         with contextlib.suppress(pa.ArrowException, ValueError):
             for found in range(len(self._batches)):
                 yield from self._batch(found).select(names).to_pylist()
@@ -76,6 +79,7 @@ class HuggingFaceSource:
                 table = pa.Table.from_batches([self._batch(found)])
                 yield self._columns.identities(table, self._folder, by_label=by_label)
             except (pa.ArrowException, ValueError):
+                # None is no identity, so rows of a damaged batch are joined with no others.
                 yield [None] * len(batch)
 
     def contents(self, rows: Int[np.ndarray, " R"]) -> Iterator[tuple[int, bytes]]:
@@ -99,6 +103,7 @@ class HuggingFaceSource:
         return batch
 
     def __getstate__(self) -> dict[str, Any]:
+        # A memory map cannot be sent to a worker process, which maps the files itself.
         return self.__dict__ | {"_batches": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -132,6 +137,7 @@ def open_dict(folder: File, config: SourceConfig, *, text_only: bool = False) ->
     found = [
         path.removesuffix("/state.json") for path in walk(folder) if path.endswith("/state.json")
     ]
+    # A split lies directly in the folder.
     names = sorted(name for name in found if "/" not in name)
     if not names:
         raise UserError(
