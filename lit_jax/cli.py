@@ -107,15 +107,9 @@ class Parser(argparse.ArgumentParser):
         return [flag for flag in self._option_string_actions if flag.startswith("--")]
 
 
-def add_path(
-    parser: argparse._ActionsContainer, flag: str, *, is_local: bool = False, **options: Any
-) -> None:
-    """Add a flag for a run folder, or for a file or folder to write, which `output_path` checks.
-
-    `is_local` excludes addresses in a bucket.
-    """
-    check = functools.partial(output_path, flag, is_local=is_local)
-    parser.add_argument(flag, type=check, **options)
+def add_path(parser: argparse._ActionsContainer, flag: str, **options: Any) -> None:
+    """Add a flag for a run folder, or for a file or folder to write, which `output_path` checks."""
+    parser.add_argument(flag, type=functools.partial(output_path, flag), **options)
 
 
 def get_words(argv: Sequence[str] | None) -> Sequence[str]:

@@ -120,12 +120,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, An
     add_path(parser, "--output", help="JSON file to write, one number for each name")
     add_path(parser, "--results", help="folder for CLIP_benchmark's JSON and a table")
     add_path(parser, "--report", help="HTML file to write")
-    add_path(
-        parser,
-        "--cache",
-        is_local=True,
-        help="folder that keeps embeddings for the next evaluation",
-    )
+    add_path(parser, "--cache", help="folder that keeps embeddings for the next evaluation")
     args, pairs = parser.parse_with_keys(argv, EVAL)
     short = [(key, getattr(args, flag)) for flag, key in SHORT.items() if getattr(args, flag)]
     given: dict[str, Any] = {}
@@ -162,6 +157,7 @@ def _check(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
     if args.model and not _names_data(given):
         raise UserError("--model has no evaluations of its own; also give --data (and --classes).")
     for folder in (
+        args.cache,
         args.results,
         args.output and args.output.parent,
         args.report and args.report.parent,

@@ -78,13 +78,12 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"lit_jax-{os.getuid()}"
 
 
-def output_path(name: str, text: str, *, is_local: bool = False) -> AnyPath:
+def output_path(name: str, text: str) -> AnyPath:
     """Return the path to write in the flag or key `name`: on this machine, or in a bucket (gs://, s3://).
 
-    `is_local` excludes buckets. Raises UserError in the cases of `any_path`, and if a library would read the
-    path as a glob pattern.
+    Raises UserError in the cases of `any_path`, and if a library would read the path as a glob pattern.
     """
-    path = local_path(name, text) if is_local else any_path(name, text)
+    path = any_path(name, text)
     try:
         resolved = str(path.resolve())
     # The links form a loop, about which the first write raises an error.

@@ -185,3 +185,31 @@ def test_a_small_file_is_one_request(store):
     )
     run(program, "gs://bucket/one", env=store.environment)
     assert [entry["written"] for entry in store.log()[before:]] == [["one"]]
+
+
+CACHE = """
+import sys
+import numpy as np
+from lit_jax.evals.cache import EmbeddingCache
+from lit_jax.files import output_path
+
+folder = output_path("--cache", sys.argv[1])
+computed = []
+def compute():
+    computed.append(1)
+    return np.arange(6.0).reshape(2, 3), np.array([4, 7])
+def get():
+    return EmbeddingCache(folder).once("key", lambda: "name", compute, lambda found: found)
+first, second = get(), get()
+assert len(computed) == 1
+for ours, theirs in zip(first, second, strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+(folder / "name.npz").write_bytes((folder / "name.npz").read_bytes()[:-5])
+get(), get()
+assert len(computed) == 2
+"""
+
+
+def test_embeddings_of_evaluations_are_kept_in_a_bucket(store):
+    run(CACHE, "gs://bucket/cache", env=store.environment)
+    assert (store.folder / "cache" / "name.npz").exists()

@@ -23,13 +23,6 @@ FLAGS = [
     (evaluate.main, [], "--workdir"),
     *((evaluate.main, MEASURED, f"--{flag}") for flag in ("output", "results", "report", "cache")),
 ]
-# The flags whose files libraries write, or read back, on a local disk.
-LOCAL = [
-    flag
-    for flag in FLAGS
-    if (flag[0], flag[2]) in ((convert.main, "--output"), (evaluate.main, "--cache"))
-]
-
 VALUES = (
     "",
     "az://bucket/run",
@@ -44,9 +37,7 @@ VALUES = (
 
 @pytest.mark.parametrize(
     ("command", "others", "flag", "value"),
-    [(*flag, VALUES[1]) for flag in FLAGS]
-    + [(*flag, "gs://bucket/run") for flag in LOCAL]
-    + [(*FLAGS[2], value) for value in VALUES],
+    [(*flag, VALUES[1]) for flag in FLAGS] + [(*FLAGS[2], value) for value in VALUES],
 )
 def test_what_cannot_be_written_is_refused_before_anything_is_read(
     capsys, tmp_path, monkeypatch, command, others, flag, value

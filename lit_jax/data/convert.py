@@ -25,6 +25,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 from tqdm import tqdm
 
+from lit_jax.buckets import AnyPath, check_access
 from lit_jax.cli import KeyFlags, Parser, add_path, command, get_words, set_key, unknown_flag
 from lit_jax.config import SourceConfig, parse_as
 from lit_jax.data.example import BadSampleError, Example, Source
@@ -70,7 +71,7 @@ class Plan:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, by default those of the process."""
     parser = Parser("lit_jax.data.convert", __doc__)
-    add_path(parser, "--output", is_local=True, required=True, help="folder to write")
+    add_path(parser, "--output", required=True, help="folder to write")
     parser.add_argument(
         "--text_only", action="store_true", help="texts for teacher learning, without images"
     )
@@ -97,15 +98,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if source.weight is not None:
         raise UserError("source.weight has a meaning only in a mixture; leave it out.")
     make_missing([source])
+    check_access(args.output)
     plan = make_plan(source, args.shard_size, text_only=args.text_only)
-    _enter(args.output, plan)
+    with output_errors(args.output):
+        _enter(args.output, plan)
+        there = {file.name for file in args.output.iterdir()}
     # A shard gets its name only when it is complete, so an existing shard is not opened again.
-    todo = [n for n in range(plan.shards) if not (args.output / plan.shard_name(n)).exists()]
+    todo = [n for n in range(plan.shards) if plan.shard_name(n) not in there]
     if args.runner:
         _run_beam(plan, args.output, todo, args.runner, beam_flags)
     else:
         _run_processes(plan, args.output, todo, args.workers)
-    print(_finish(plan, args.output))
+    with output_errors(args.output):
+        summary = _finish(plan, args.output)
+    print(summary)
 
 
 def make_plan(source: SourceConfig, shard_size: int, *, text_only: bool = False) -> Plan:
@@ -125,7 +131,7 @@ def _source(text: str, text_only: bool) -> Source:
     return open_source(source, text_only=text_only)
 
 
-def _enter(folder: Path, plan: Plan) -> None:
+def _enter(folder: AnyPath, plan: Plan) -> None:
     """Create the output folder with its plan, or check that the folder belongs to the same conversion."""
     file = folder / PLAN_FILE
     wanted = json.dumps(dataclasses.asdict(plan), indent=1)
@@ -134,9 +140,8 @@ def _enter(folder: Path, plan: Plan) -> None:
             raise UserError(
                 f"{folder} already holds other files; give an empty folder as --output."
             )
-        with output_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(file, wanted)
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, wanted)
     # Shards of two different plans would mix two data sets, or repeat examples.
     elif file.read_text(encoding="utf-8") != wanted:
         raise UserError(
@@ -145,7 +150,7 @@ def _enter(folder: Path, plan: Plan) -> None:
         )
 
 
-def convert_shard(plan: Plan, folder: Path, shard: int) -> int:
+def convert_shard(plan: Plan, folder: AnyPath, shard: int) -> int:
     """Write one shard, as a whole or not at all, and return the number of positions that it covers.
 
     The shard's list of bad samples is written before the shard, so that an existing shard always has one.
@@ -202,7 +207,7 @@ def _self_contained(example: Example) -> Example:
     return {**example, "image": content}
 
 
-def _run_processes(plan: Plan, folder: Path, todo: Sequence[int], workers: int) -> None:
+def _run_processes(plan: Plan, folder: AnyPath, todo: Sequence[int], workers: int) -> None:
     done = plan.examples - sum(len(plan.positions(shard)) for shard in todo)
     convert = functools.partial(convert_shard, plan, folder)
     with tqdm(total=plan.examples, initial=done, unit=" examples", unit_scale=True) as progress:
@@ -234,7 +239,7 @@ def _each(convert: Callable[[int], int], todo: Sequence[int], workers: int) -> I
 
 
 def _run_beam(
-    plan: Plan, folder: Path, todo: Sequence[int], runner: str, flags: Sequence[str]
+    plan: Plan, folder: AnyPath, todo: Sequence[int], runner: str, flags: Sequence[str]
 ) -> None:
     """Convert the shards on a cluster whose machines see the source and the folder under the same paths."""
     try:
@@ -251,13 +256,21 @@ def _run_beam(
         _ = shards | beam.Map(functools.partial(convert_shard, plan, folder.absolute()))
 
 
-def _finish(plan: Plan, folder: Path) -> str:
+def _finish(plan: Plan, folder: AnyPath) -> str:
     """Write bad.jsonl and the manifest, remove temporary files, and return a summary for the user."""
+    there = {file.name for file in folder.iterdir()}
     files = [folder / plan.shard_name(shard) for shard in range(plan.shards)]
-    shards = [records.Shard(file.name, _count(file)) for file in files]
-    # Each shard has a list of its own, since the shards are written by different processes.
-    reports = [file for file in map(_bad_file, files) if file.exists()]
-    bad = [line for file in reports for line in file.read_text(encoding="utf-8").splitlines()]
+    # Each shard has a list of its own, since the shards are written by different processes. A bucket takes
+    # long for one answer, but gives many at a time.
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        bad_files = (_bad_file(file) for file in files)
+        reports = [*pool.map(lambda file: _lines(file) if file.name in there else [], bad_files)]
+    # All positions of a shard but the bad ones are in it, as `convert_shard` has checked.
+    shards = [
+        records.Shard(file.name, len(plan.positions(shard)) - len(report))
+        for shard, (file, report) in enumerate(zip(files, reports, strict=True))
+    ]
+    bad = [line for report in reports for line in report]
     good = sum(shard.count for shard in shards)
     atomic_write(folder / BAD_FILE, "".join(f"{line}\n" for line in bad))
     if not good:
@@ -277,6 +290,10 @@ def _finish(plan: Plan, folder: Path) -> str:
     return "\n".join(lines)
 
 
+def _lines(file: AnyPath) -> list[str]:
+    return file.read_text(encoding="utf-8").splitlines()
+
+
 def _count(file: Path) -> int:
     reader = ArrayRecordReader(str(file))
     try:
@@ -285,7 +302,7 @@ def _count(file: Path) -> int:
         reader.close()
 
 
-def _bad_file(shard: Path) -> Path:
+def _bad_file(shard: AnyPath) -> AnyPath:
     return shard.with_name(f".{shard.name}.bad")
 
 

@@ -1,14 +1,14 @@
-"""A cache of embeddings: in memory for the evaluations of one model, on disk for later commands."""
+"""A cache of embeddings: in memory for the evaluations of one model, in a folder for later commands."""
 
 import io
 import json
 import logging
 from collections.abc import Callable, Hashable
-from pathlib import Path
 
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lit_jax.buckets import AnyPath
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import atomic_write
@@ -25,7 +25,7 @@ class EmbeddingCache:
     determines its content, so an old file is never wrong, only unused.
     """
 
-    def __init__(self, folder: Path | None = None):
+    def __init__(self, folder: AnyPath | None = None):
         self._folder = folder
         self._memory: dict[Hashable, Arrays] = {}
         if folder is not None and is_primary():
@@ -47,17 +47,17 @@ class EmbeddingCache:
 
         Args:
             key: the key in memory.
-            fingerprint: returns the file's name on disk; called only if the cache has a folder.
-            complete: retries the parts that the arrays from disk lack; returns the same object if it cannot
+            fingerprint: returns the file's name; called only if the cache has a folder.
+            complete: retries the parts that the arrays from a file lack; returns the same object if it cannot
                 add any.
         """
         if key not in self._memory:
             self._memory[key] = (
-                self._on_disk(fingerprint(), compute, complete) if self._folder else compute()
+                self._in_folder(fingerprint(), compute, complete) if self._folder else compute()
             )
         return self._memory[key]
 
-    def _on_disk(
+    def _in_folder(
         self, name: str, compute: Callable[[], Arrays], complete: Callable[[Arrays], Arrays]
     ) -> Arrays:
         assert self._folder is not None
@@ -88,9 +88,9 @@ class EmbeddingCache:
                 log.warning("The cache %s cannot be written (%s).", file, error.strerror)
         return arrays
 
-    def _read(self, file: Path) -> Arrays | None:
+    def _read(self, file: AnyPath) -> Arrays | None:
         try:
-            with np.load(file) as content:
+            with np.load(io.BytesIO(file.read_bytes())) as content:
                 return tuple(content[name] for name in content.files)
         except FileNotFoundError:
             return None

@@ -1,5 +1,6 @@
 """The command as a user runs it: on real files, killed, resumed, and on Apache Beam."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -18,7 +19,8 @@ from lit_jax.config import SourceConfig
 from lit_jax.configs.vit_bert import DIGITS
 from lit_jax.data.convert import convert_shard, main, make_plan
 from lit_jax.data.example import Example
-from lit_jax.data.sources import records
+from lit_jax.data.sources import open_source, records
+from tests.object_store.served import BUCKET, serve
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,6 +150,47 @@ def test_killed_and_resumed_it_writes_the_same_bytes(jsonl_folder, tmp_path):
     subprocess.run(command(folder, output, *flags), cwd=ROOT, check=True, capture_output=True)
     # A worker ends with its parent, but a moment later: what it was writing may still be there.
     assert {n: c for n, c in contents(output).items() if not n.endswith(".new")} == contents(whole)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_killed_while_a_bucket_fails_it_writes_the_bytes_of_a_local_folder(
+    jsonl_folder, tmp_path, scheme, monkeypatch
+):
+    rows = [{"image": f"{i % 50}.png", "caption": f"{i}"} for i in range(600)]
+    folder = jsonl_folder([*rows, {"image": "missing.png", "caption": "x"}])
+    flags = ("--shard_size=20", "--workers=2", "--source.group_captions=False")
+    subprocess.run(command(folder, tmp_path / "whole", *flags), cwd=ROOT, check=True)
+    with serve(tmp_path / "bucket") as store:
+        store.folder.mkdir()
+        output, environment = store.folder / "out", os.environ | store.environment
+        start = functools.partial(
+            subprocess.Popen,
+            command(folder, f"{scheme}://{BUCKET}/out", *flags),
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with store.faults(errors=0.03, lost=0.02, cut=0.05, delay=0.02, where="out"):
+            for more in (1, 9):
+                process = start()
+                while len(list(output.glob("data-*"))) < more:
+                    assert process.poll() is None, process.communicate()
+                    time.sleep(0.01)
+                process.kill()
+                process.communicate()
+                assert not (output / records.MANIFEST).exists()
+            process = start()
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors
+        assert contents(output) == contents(tmp_path / "whole")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        user = {"gs": "anonymous", "s3": "nobody:none"}[scheme]
+        path = store(f"{scheme}://{user}@{BUCKET}/out")
+        source, local = (open_source(SourceConfig(path=str(p))) for p in (path, tmp_path / "whole"))
+        assert len(source) == 600
+        assert [source[i] for i in range(600)] == [local[i] for i in range(600)]
 
 
 @pytest.mark.long

@@ -7,12 +7,12 @@ folder without a manifest is unfinished.
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgpack
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from lit_jax.buckets import AnyPath
 from lit_jax.data.copies import local_copies
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.files import File
@@ -76,7 +76,7 @@ def decode(record: bytes) -> Example:
     return example
 
 
-def write_manifest(folder: Path, shards: Sequence[Shard]) -> None:
+def write_manifest(folder: AnyPath, shards: Sequence[Shard]) -> None:
     """Write the manifest, which makes the folder a data set. All shards have to be complete and closed."""
     manifest = {"version": VERSION, "shards": [shard._asdict() for shard in shards]}
     write_json(folder / MANIFEST, manifest)
