@@ -152,6 +152,7 @@ def unknown_flag(word: str, flags: Sequence[str], keys: KeyFlags | None = None) 
         if close:
             return f"{sentence}; did you mean {close[0]!r}?"
     if found:
+        # Both spellings may find the same key.
         named = dict.fromkeys(f"--{path}" for path in found)
         return f"{sentence}; did you mean {' or '.join(map(repr, named))}?"
     if keys:
@@ -171,6 +172,7 @@ def set_key(raw: dict[str, Any], keys: KeyFlags, key: str, text: str) -> None:
         raise unknown.as_user_error(keys.root) from None
     group = raw
     for depth, name in enumerate(path[:-1], start=1):
+        # A dict of the config may lack the member, such as a new evaluation.
         group = group.setdefault(name, {})
         if not isinstance(group, dict):
             raise UserError(

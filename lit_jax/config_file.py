@@ -62,6 +62,7 @@ def _run(path: Path, arg: str) -> Any:
     folder = str(path.resolve().parent.parent)
     sys.path.insert(0, folder)
     try:
+        # Not imported as a module, because two files of one name would then share an entry of sys.modules.
         get_config = runpy.run_path(str(path)).get("get_config")
         if get_config is None:
             raise UserError(f"{path} has no function get_config(arg); give a config file.")

@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.views is not None:
         if args.side == "text":
             raise UserError("--views applies only to images; leave it out with --side=text.")
+        # The number is recorded with the features, where training compares it with its own.
         data = dataclasses.replace(config.data, views=args.views)
         config = dataclasses.replace(config, data=data)
     for flag in ("views", "batch_size"):
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     make_missing(sources_of(config))
     counts = embed(config, args.output, args.side, batch_size=args.batch_size)
     if process.is_primary():
+        # A mixture is known by the names of its parts.
         data = " and ".join(config.data.mixture) or config.data.train.path
         print(f"Wrote {counts.rows} rows of {data} to {args.output}; bad examples: {counts.bad}")
 

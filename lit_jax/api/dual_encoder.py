@@ -136,6 +136,7 @@ class DualEncoder(Model):
                 f"image_pooling={image_pooling!r} and vision_pooling={own['vision']['pooling']!r} are two "
                 "names of one option; give one of them."
             )
+        # An option that is not given leaves the default to the tower's own from_pretrained.
         image_form = _given(pooling=image_pooling, dtype=dtype)
         text_form = _given(pooling=text_pooling, dtype=dtype)
         image = _tower(
@@ -187,6 +188,7 @@ class DualEncoder(Model):
             input_ids, attention_mask, token_type_ids, position_ids, further=further
         )
         images_BxHxWxC = image_inputs(pixel_values)
+        # Shapes are known when the call is traced, so this error comes before any computation.
         if return_loss and len(texts[0]) != len(images_BxHxWxC):
             raise UserError(
                 f"return_loss=True needs one text for each image, but there are {len(texts[0])} texts and "

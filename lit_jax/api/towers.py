@@ -79,6 +79,7 @@ class _TowerModel(Model):
         """
         which, changes = split_options(options)
         folder = hub.local_folder(str(model), config_key="model", options=which)
+        # The folder of a dual encoder has the tower's config as a part of its own.
         if config is None:
             hf = hub.read_tower_config(folder, cls.side)
         else:
@@ -89,6 +90,7 @@ class _TowerModel(Model):
         module = build_tower(hf, pooling=pooling, dtype=as_dtype(dtype))
         # The pooler is read, too, so that a saved tower is complete for transformers.
         params, pooler = load.load_tower_and_pooler(folder, module, variant=which.variant)
+        # On the device once, instead of at each call.
         params = jax.tree.map(jnp.asarray, params)
         return cls(config=as_config(hf), module=module, params=params, pooler=pooler)
 

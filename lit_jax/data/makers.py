@@ -64,6 +64,7 @@ def make_missing(sources: Iterable[SourceConfig]) -> None:
 def _folder(script: str) -> Path:
     path = expand_home(script, script)
     try:
+        # A script that has changed may make other data, so its content is a part of the name.
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(f"The script {script} cannot be read ({error.strerror}).") from error

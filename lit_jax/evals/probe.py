@@ -114,6 +114,7 @@ def linear_probe(train: Features, test: Features) -> dict[str, float]:
     Returns top1, top5 (for five classes or more), mean_per_class_recall, n, and l2.
     """
     check_counts(train.label)
+    # The test images must not choose the penalty.
     held_out_N = _each_of(VALIDATION, train.label)
     learn, validate = train[~held_out_N], train[held_out_N]
     accuracy: dict[float, float] = {}
@@ -195,6 +196,7 @@ def _fit(train: Features, l2: float) -> tuple[Any, bool]:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
+    # scikit-learn's C is the inverse of the penalty.
     classifier = LogisticRegression(C=1 / l2, max_iter=MAX_ITERATIONS)
     # A fit with a weak penalty can be compared without having converged, so scikit-learn's warning about each
     # fit is only noted.

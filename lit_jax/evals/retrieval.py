@@ -50,6 +50,7 @@ def captions_of(source: Source, language: str = "") -> list[tuple[str, ...]]:
                 "for example %s.",
                 len(without),
                 len(source),
+                # Captions in other languages were left out, so an image may have some after all.
                 f" in the language {language!r}" if languages else "",
                 printable(without[0]),
             )
@@ -118,6 +119,7 @@ def evaluate_retrieval(
     Raises UserError if no image with a caption can be decoded.
     """
     image_embeds_NxE, valid_N = encoder.images(params, source)
+    # From here on images are counted without those that cannot be decoded.
     kept = np.flatnonzero(valid_N)
     texts = [text for i in kept.tolist() for text in captions[i]]
     if not texts:

@@ -74,6 +74,7 @@ def _about_towers(config: Config, step: TrainStep) -> _Advice:
 def _about_state(config: Config, step: TrainStep, resident: Mapping[str, int], hbm: int) -> _Advice:
     """Return (whether it helps here, sentence) for each key about parameters or optimizer state."""
     mesh = step.model.mesh
+    # The batch is resident, too, but is split over all chips already.
     state = resident["parameters"] + resident["optimizer"] + resident["frozen"]
     return (
         (

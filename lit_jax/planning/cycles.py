@@ -101,6 +101,7 @@ def forecast(
         pairs_a_second=config.batch_size / devices / seconds,
         mfu=flops / chip.flops / seconds,
         hours=hours,
+        # Clouds sell chips, and on some generations a chip has two devices.
         chip_hours=None if hours is None else hours * devices / chip.cores,
         shares={part: time / seconds for part, time in parts.items()},
         operations=tuple(sorted(found.layers.items(), key=lambda item: -item[1])[:10]),

@@ -106,6 +106,7 @@ def _transfer(send: Instruction) -> _Transfer:
     groups = _groups(send.rest)
     if kind not in KINDS or not groups:
         raise ValueError(f"{send.name} sends between slices in an unknown form: {send.rest}")
+    # All groups span the same number of slices.
     slices = {device // _OF_SLICE for device in groups[0]}
     return _Transfer(kind, frozenset(itertools.chain(*groups)), len(slices))
 

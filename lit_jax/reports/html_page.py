@@ -87,6 +87,7 @@ def _zero_shot(result: ZeroShotResult, classes: Classes, show: ShowImage) -> Ite
     yield from _class_accuracies([names[c] for c in present], accuracy_P)
     yield from _confusions(result, names, show)
     yield "<h3>Similarity</h3>"
+    # A map of a thousand classes could not be read.
     shown = present[_lowest(accuracy_P, MAP)]
     what = (
         "All classes" if len(shown) == len(present) else f"The {len(shown)} most confused classes"

@@ -144,6 +144,7 @@ def check_negatives(config: Config, source: Source) -> None:
             "With config.batch_size=1 and config.loss='softmax' no pair has a negative: the loss is 0, and "
             "nothing can be learned; raise config.batch_size, or set config.loss='sigmoid'."
         )
+    # A sigmoid loss still has the positive pair, which alone pulls all embeddings together.
     if config.batch_size == 1:
         log.warning(
             "With config.batch_size=1 no pair has a negative, so all embeddings become the same; raise "

@@ -83,6 +83,7 @@ def _map_cut(function: Callable[..., Any], uncut: UncutStacks, tree: Any, *other
         names = _parts(flat, uncut)
         if any(of != [name] for name, of in names.items()):
             return function(value, names, *rest)
+        # Parameters whose names are those of the uncut model already.
         if all(hasattr(leaf, "shape") for leaf in flat.values()):
             return unchanged
         # Some optimizers keep whole states in dicts.
@@ -135,6 +136,7 @@ def _can_join(parts: Sequence[Any]) -> bool:
 
 
 def _join(parts: Sequence[Any]) -> Any:
+    # Only renamed, without a copy.
     if len(parts) == 1:
         return parts[0]
     first = parts[0]

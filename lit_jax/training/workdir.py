@@ -222,6 +222,7 @@ def read_config(workdir: AnyPath) -> Config | None:
     content = _read_config_file(workdir)
     if content is None:
         return None
+    # A config.json of Hugging Face always has this key, and that of a run never.
     if "model_type" in content:
         raise UserError(
             f"{workdir} is the folder of a model and not of a run; give it as the --model of evaluate, or "
@@ -323,6 +324,7 @@ def check_passed(
         for name in {*known, *passed} - {*allowed_changes}
         if known.get(name) != passed.get(name)
     }
+    # The first difference is reported; the others show once it is gone.
     for name in sorted(changed):
         before, now = (_name(one.get(name)) for one in (known, passed))
         raise UserError(
