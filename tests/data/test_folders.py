@@ -307,3 +307,11 @@ def test_files_of_several_splits_are_not_mixed(make, kind):
         with pytest.raises(UserError) as raised:
             labels(path)
         assert "config.data.train.split" not in str(raised.value)
+
+
+@pytest.mark.parametrize("split", [None, "test"])
+def test_a_data_set_for_each_language_is_named_below_the_root(make, split):
+    """CLIP_benchmark's multilingual data: a tree for each language, with folders for the splits."""
+    folder = make("de/test/0.tar", "en/test/0.tar", "en/train/0.tar")
+    with pytest.raises(UserError, match=rf"\bde, en\b.* {folder}/de\."):
+        labels(folder, split)

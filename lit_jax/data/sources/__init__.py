@@ -308,21 +308,28 @@ def _open_folder(
     hints.check_versions(folder, paths)
     if not listed:
         # Folders of other names than the split's may be the other splits.
-        _refuse_data_deeper(folder, [path for path in paths if config.split in path.split("/")[-1]])
+        _refuse_data_deeper(folder, [path for path in paths if config.split in path])
     folders = {*top_folders(paths)} - {"annotations", *lists.IMAGE_FOLDERS}
     raise splits.not_found(folder, config.split, splits.in_names(listed) | folders)
 
 
 def _refuse_data_deeper(folder: File, paths: Sequence[str]) -> None:
     """Raise UserError if folders in `folder` hold data sets, as in a clone from the Hub (data/*.parquet)."""
-    inside = [PurePosixPath(path) for path in paths if path.count("/") == 1 and path[-1] != "/"]
-    parents = {str(path.parent) for path in inside if _is_data(path.name)}
-    parents = {name for name in parents if not is_system(name) and not splits.is_split(name)}
+    found = [PurePosixPath(path) for path in paths if "/" in path and path[-1] != "/"]
+    parents = {_above_splits(path.parent) for path in found if _is_data(path.name)}
+    parents = {name for name in parents if name != "." and not is_system(name)}
     if parents:
         raise UserError(
             f"{folder} itself has no data set, but {shown(parents)} in it has; give its path, such as "
             f"{folder / min(parents)}."
         )
+
+
+def _above_splits(folder: PurePosixPath) -> str:
+    """Return the folder of a data set whose splits are folders: "de" for "de/test"."""
+    while splits.is_split(folder.name):
+        folder = folder.parent
+    return str(folder)
 
 
 def _listed(folder: File, config: SourceConfig) -> list[File]:
