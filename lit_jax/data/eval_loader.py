@@ -55,7 +55,7 @@ def eval_batches(
 
 @dataclasses.dataclass(frozen=True)
 class _LoadImages:
-    """The rows of a process in the n-th batch of an evaluation."""
+    """A function of n that loads the rows of a process in the n-th batch of an evaluation."""
 
     source: Source
     positions: Sequence[int]

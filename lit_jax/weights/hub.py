@@ -98,6 +98,7 @@ def _from_hub(model: str, config_key: str, options: HubOptions) -> pathlib.Path:
         # No network, no such model, no permission: each cause has an exception class of its own.
         except Exception as error:
             reason = error
+    # Without a network the copy of an earlier run serves.
     cached = dataclasses.replace(options, local_files_only=True, force_download=False).download
     try:
         folder = huggingface_hub.snapshot_download(
@@ -195,6 +196,7 @@ def complete(content: Any, what: str = "The config") -> dict[str, Any]:
 
 
 def _completed(content: dict[str, Any]) -> dict[str, Any]:
+    # Unknown types are named here, before transformers would fail on them in words of its own.
     parts = (content.get(f"{tower}_config") or {} for tower in TOWERS.values())
     of_towers = (part.get("model_type") or None for part in parts)
     for kind in (content.get("model_type"), *of_towers):

@@ -149,6 +149,7 @@ def contents_of(
 
 def _class_names(schema: pa.Schema, label_key: str) -> list[str] | None:
     """Return the class names that a ClassLabel of `datasets` stores in the schema's metadata."""
+    # The metadata are a convention of `datasets`. Other writers leave out any part of them.
     with contextlib.suppress(KeyError, ValueError, TypeError):
         features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return features[label_key]["names"]
@@ -222,6 +223,7 @@ class ParquetSource:
                     folder, table = self.files[n].parent, pa.Table.from_batches([batch])
                     yield columns.identities(table, folder, by_label=by_label)
                     count -= len(batch)
+            # The rows behind damage, or all of them without keys: None is no identity.
             yield [None] * count
 
     def contents(self, rows: Int[np.ndarray, " R"]) -> Iterator[tuple[int, bytes]]:
@@ -249,6 +251,7 @@ class ParquetSource:
 def _open_parquet(file: File) -> parquet.ParquetFile:
     try:
         if isinstance(file, Path):
+            # A mapped file is read page by page, and its pages are shared between processes.
             return parquet.ParquetFile(pa.memory_map(os.fsencode(file)))
         return parquet.ParquetFile(str(file.path), filesystem=file.filesystem, pre_buffer=True)
     except (pa.ArrowException, OSError) as error:
@@ -274,6 +277,7 @@ class _Cache:
         self._lock = threading.Lock()
 
     def __reduce__(self):
+        # A process that gets the source as a pickle must not get gigabytes of tables with it.
         return _Cache, ()
 
     def get(self, key: int) -> pa.Table | None:
@@ -289,5 +293,6 @@ class _Cache:
                 return
             self._tables[key] = table
             self._bytes += table.nbytes
+            # A single table may be larger than the cache, and is needed all the same.
             while self._bytes > CACHE_BYTES and len(self._tables) > 1:
                 self._bytes -= self._tables.popitem(last=False)[1].nbytes

@@ -76,6 +76,7 @@ def hint(files: Sequence[File]) -> str:
 def check_places(path: str, places: Sequence[File]) -> None:
     """Raise UserError if a path is a pattern with *, or has braces that stand for folders."""
     first = places[0]
+    # A file may have a * in its name.
     if isinstance(first, Path) and "*" in path and not first.exists():
         raise UserError(
             f"{path!r} has a *, which is not expanded; give the folder, or write braces such as "
@@ -98,6 +99,7 @@ def check_content(file: File) -> None:
     refuse_lfs_pointer(file)
     try:
         with file.open("rb") as opened:
+            # The content decides, because a download often loses or changes the ending of a name.
             start = opened.read(max(map(len, _COMPRESSED)))
     # The reader's own message is more specific.
     except OSError:

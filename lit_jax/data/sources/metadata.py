@@ -52,6 +52,7 @@ def _names(file: File) -> Collection[str]:
         with file.open("rb") as opened:
             return parquet.read_schema(opened).names
     try:
+        # The head may end within a character; its replacement makes only that line unreadable.
         head = read(file, 0, _HEAD_BYTES).decode("utf-8-sig", "replace").strip()
         if kind == ".csv":
             return next(csv.reader([head.split("\n")[0]]), [])

@@ -31,6 +31,7 @@ class TarSource:
         self._config = config
         self._text_only = text_only
         self._index = open_index(self._files)
+        # The remarks count over all files, so they are told of their folder.
         place = files[0] if len(files) == 1 else files[0].parent
         # The remarks are cached with the index, so that every start shows them and not only the first.
         for problem, remark in self._index.remarks.items():
@@ -46,6 +47,7 @@ class TarSource:
         entry = self._index[index]
         file = self._files[entry.shard]
         key = f"{file.name}/{entry.key}"
+        # Known since the index was made, so nothing is read.
         if entry.flaw:
             kind, reason = FLAWS[entry.flaw]
             raise BadSampleError(f"{key} {reason}", kind)
