@@ -4,9 +4,12 @@ The order of the training data depends on seed and step alone, not on the number
 processes. The position in the data is therefore one number, and a run can resume on other hardware.
 """
 
+import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,8 +30,9 @@ from lit_jax.data.example import (
 )
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.mixture import part_of, training_order
+from lit_jax.data.shared_batches import SharedBatch, SlotReader, slot_writer
 from lit_jax.data.text import tokenize
-from lit_jax.data.workers import start_worker, wait_for_freed_memory, worker_errors
+from lit_jax.data.workers import start_worker, worker_errors
 from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -211,14 +215,13 @@ class TrainStream:
         self._reasons: dict[str, str] = {}
         # `random_map` seeds its generator by the element's position. It comes before the slice, so that the
         # augmentations depend neither on the number of processes nor on the number of workers.
-        self._batches = (
+        self._rows = (
             training_order(source, seed)
             .random_map(_Read(source, preprocessor))
             .slice(slice(process_index, None, process_count))
-            # The data are endless and leave no remainder; but without this Grain overflows at batch size 1.
-            .batch(rows, drop_remainder=True, batch_fn=_Collate(preprocessor))
         )
-        self._rows = rows
+        self._preprocessor = preprocessor
+        self._batch_rows = rows
         self._open(0)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -227,6 +230,8 @@ class TrainStream:
     def __next__(self) -> Batch:
         with worker_errors():
             batch = next(self._iterator)
+        if self._slots is not None:
+            batch = self._slots.read(batch)
         self._next_batch += 1
         self._account(batch.pop("skipped"))
         return batch
@@ -254,12 +259,10 @@ class TrainStream:
         self._samples_read, self.bad_samples = state["samples_read"], dict(state["bad_samples"])
 
     def close(self) -> None:
-        """Stop threads and worker processes, and free the shared memory of batches that nobody holds."""
-        if self._iterator is not None:
-            self._iterator.close()
-            # A closed iterator still holds batches that it had read ahead.
-            self._iterator = None
-            wait_for_freed_memory()
+        """Stop threads and worker processes. The batches that were returned stay valid."""
+        self._running.close()
+        # A closed iterator still holds batches that it had read ahead.
+        self._iterator = None
 
     def _open(self, start: int) -> None:
         if not flags.FLAGS.is_parsed():
@@ -269,15 +272,31 @@ class TrainStream:
         threads = grain.ReadOptions(
             num_threads=self._config.threads, prefetch_buffer_size=self._config.threads
         )
-        # To resume is to slice, because the order depends on the position alone.
-        batches = self._batches.slice(slice(start, None)).to_iter_dataset(threads)
+        self._running = contextlib.ExitStack()
+        self._slots, slots = None, None
+        if self._config.workers:
+            self._slots = self._running.enter_context(contextlib.closing(SlotReader()))
+            slots = self._slots.folder
+        batches = (
+            # The data are endless and leave no remainder; but without this Grain overflows at batch size 1.
+            self._rows.batch(
+                self._batch_rows,
+                drop_remainder=True,
+                batch_fn=_Collate(self._preprocessor, slots),
+            )
+            # To resume is to slice, because the order depends on the position alone.
+            .slice(slice(start, None))
+            .to_iter_dataset(threads)
+        )
         workers = grain.multiprocessing.MultiprocessingOptions(num_workers=self._config.workers)
-        self._iterator: Any = iter(batches.mp_prefetch(workers, _start_worker))
+        prefetched = batches.mp_prefetch(workers, functools.partial(_start_worker, slots))
+        self._iterator: Any = iter(prefetched)
+        self._running.callback(self._iterator.close)
         self._next_batch = start
 
     def _account(self, skipped: Skipped) -> None:
         """Count and log bad samples. Raise UserError if their fraction is above the limit."""
-        self._samples_read += self._rows + len(skipped)
+        self._samples_read += self._batch_rows + len(skipped)
         for key, kind, reason in skipped:
             self.bad_samples[kind] += 1
             # A bad sample comes back in every epoch, and is logged only once.
@@ -299,8 +318,8 @@ class TrainStream:
             )
 
 
-def _start_worker(_index: int, _count: int) -> None:
-    start_worker()
+def _start_worker(slots: Path | None, _index: int, _count: int) -> None:
+    start_worker(slots)
 
 
 def local_rows(batch_size: int, process_count: int) -> int:
@@ -344,10 +363,16 @@ class _Read:
 
 @dataclasses.dataclass(frozen=True)
 class _Collate:
-    """The batch function of Grain, which passes the bad samples on to the main process."""
+    """The batch function of Grain, which passes the bad samples on to the main process.
+
+    Attributes:
+        slots: the folder of the main process's `SlotReader`; None in the main process itself.
+    """
 
     preprocessor: Preprocessor
+    slots: Path | None
 
-    def __call__(self, rows: Sequence[tuple[Any, Skipped]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[tuple[Any, Skipped]]) -> dict[str, Any] | SharedBatch:
         elements, skipped = zip(*rows, strict=True)
-        return {**self.preprocessor.collate(elements), "skipped": sum(skipped, ())}
+        batch = {**self.preprocessor.collate(elements), "skipped": sum(skipped, ())}
+        return batch if self.slots is None else slot_writer(self.slots).write(batch)

@@ -317,7 +317,7 @@ def test_an_error_of_a_worker_is_the_error_of_the_stream(jsonl_folder, open_stre
     ("end", "advice"),
     [
         (signal.SIGKILL, r"SIGKILL.; .*config.data.workers"),
-        (signal.SIGBUS, r"SIGBUS.; .*/dev/shm"),
+        (signal.SIGSEGV, r"SIGSEGV.; see its output"),
     ],
 )
 def test_a_worker_that_is_killed_is_no_riddle(source, open_stream, end, advice):
@@ -352,7 +352,8 @@ def test_workers_end_when_training_is_killed(source, demo_folder, tmp_path):
                 seed=0, batch_size=4, process_index=0, process_count=1,
             )
             next(stream)
-            print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+            (worker,) = multiprocessing.active_children()
+            print(worker.pid, stream._slots.folder, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
     """
     (tmp_path / "script.py").write_text(code)
@@ -364,12 +365,14 @@ def test_workers_end_when_training_is_killed(source, demo_folder, tmp_path):
         check=False,
     )
     assert result.returncode == -signal.SIGKILL
-    worker = Path("/proc") / result.stdout.strip()
+    worker, slots = map(Path, result.stdout.split())
+    worker = Path("/proc") / worker
     assert worker.name.isdigit()
     deadline = time.monotonic() + 100
     while worker.exists() and "zombie" not in (worker / "status").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    assert not slots.exists()
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
