@@ -80,8 +80,8 @@ def _upload(source: Path, folder: BucketPath, sizes: dict[Path, int]) -> None:
 class GrowingFiles:
     """The files of a run that grow row by row, such as metrics.jsonl, which no bucket can append to.
 
-    On a local disk they are written in place. For a bucket they are written on this machine and copied whole,
-    at most once a minute while they grow, and whenever the run asks for it.
+    On a local disk they are written in place. For a bucket they are written on this machine, and those that
+    have grown are copied whole, at most once a minute, and whenever the run asks for it.
 
     Attributes:
         folder: the local folder to write in.
@@ -133,7 +133,8 @@ class GrowingFiles:
 
     def _copy(self) -> None:
         assert self._bucket
-        sizes = {f: f.stat().st_size for f in self.folder.rglob("*") if f.is_file()}
+        # In order, because a reader of several files goes on to the next one for good.
+        sizes = {f: f.stat().st_size for f in sorted(self.folder.rglob("*")) if f.is_file()}
         changed = {file: size for file, size in sizes.items() if self._copied.get(file) != size}
         _upload(self.folder, self._bucket, changed)
         self._copied = sizes

@@ -1,6 +1,7 @@
 """The dashboards that show the metrics of a run: TensorBoard, Weights & Biases."""
 
 import io
+import math
 import os
 import tempfile
 import time
@@ -25,22 +26,30 @@ class Picture(NamedTuple):
     caption: str
 
 
-class TensorBoard:
-    """A TensorBoard events file of a run, in a local folder, to which each step is written at once.
+# In a bucket a file that grows is written whole again and again, so it may not grow for ever.
+_MOST_BYTES_IN_BUCKET = 1 << 22
 
+
+class TensorBoard:
+    """The TensorBoard events of a run, in a local folder, to which each step is written at once.
+
+    For a run in a bucket a new file follows one that has grown to a few MiB; TensorBoard reads them in turn.
     tensorboardX's own SummaryWriter writes in a thread. When a full disk ends that thread, training waits for
     ever.
     """
 
     def __init__(self, workdir: AnyPath, folder: Path, start: int):
-        self._workdir = workdir
+        self._workdir, self._folder = workdir, folder
+        self._most_bytes = math.inf if isinstance(workdir, Path) else _MOST_BYTES_IN_BUCKET
         # The import takes more than a second, so runs without TensorBoard skip it.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 
         folder.mkdir(exist_ok=True)
-        self._events = EventsWriter(str(folder / "events"))
+        self._open: Any = EventsWriter
         self._event: Any = event_pb2
+        self._files = 0
+        self._open_file()
         # A START event hides what an earlier file of the run has after `start`.
         self._write(step=start + 1, session_log={"status": self._event.SessionLog.START})
 
@@ -57,10 +66,21 @@ class TensorBoard:
         ]
         self._write(step=step, summary={"value": images})
 
+    def _open_file(self) -> None:
+        # The name begins with the second; the number keeps the files of one second apart, in order.
+        self._files += 1
+        self._events = self._open(str(self._folder / "events"), f".{self._files:04d}")
+        self._bytes = 0
+
     def _write(self, **fields: Any) -> None:
         with workdir_errors(self._workdir, Exception):
-            self._events.write_event(self._event.Event(wall_time=time.time(), **fields))
+            if self._bytes >= self._most_bytes:
+                self._events.close()
+                self._open_file()
+            event = self._event.Event(wall_time=time.time(), **fields)
+            self._events.write_event(event)
             self._events.flush()
+            self._bytes += event.ByteSize()
 
     def close(self) -> None:
         """Close the file."""

@@ -3,12 +3,15 @@
 import io
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import lit_jax
+from lit_jax.buckets import bucket_path
 from lit_jax.configs.vit_bert import DEMO, DIGITS
 from lit_jax.errors import Preempted
+from lit_jax.training.dashboards import Picture, TensorBoard
 from lit_jax.training.metrics import read_metrics
 from tests.training.conftest import stop_after
 
@@ -34,6 +37,29 @@ def test_tensorboard_shows_images_with_their_most_probable_classes(tiny, tmp_pat
     assert picture.format == "PNG"
     # One of the few classes in the data for each image.
     assert len(picture.convert("L").getcolors()) > 50
+
+
+def test_events_of_a_run_in_a_bucket_are_files_that_stay_small(tmp_path):
+    """A file that is complete is not sent again when the run copies its files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    noise = Picture(np.random.default_rng(0).bytes(1 << 20), "")
+    counts = []
+    for workdir in (tmp_path, bucket_path("--workdir", "gs://bucket/run")):
+        folder = tmp_path / str(len(counts))
+        board = TensorBoard(workdir, folder, start=0)
+        for step in range(1, 10):
+            board.write(step, {"loss": 1 / step})
+            board.show(step, {"noise": noise})
+        board.close()
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        assert [event.step for event in events.Scalars("loss")] == [*range(1, 10)]
+        assert events.Images("noise")[-1].encoded_image_string == noise.png
+        sizes = [file.stat().st_size for file in folder.iterdir()]
+        counts.append(len(sizes))
+    assert counts == [1, 3]
+    assert max(sizes) < 6 << 20
 
 
 def records(workdir):
