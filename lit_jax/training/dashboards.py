@@ -1,9 +1,9 @@
 """The dashboards that show the metrics of a run: TensorBoard, Weights & Biases."""
 
 import io
+import logging
 import math
 import os
-import tempfile
 import time
 import zlib
 from collections.abc import Mapping
@@ -15,8 +15,10 @@ from PIL import Image
 from lit_jax.buckets import AnyPath
 from lit_jax.display import printable
 from lit_jax.errors import UserError
-from lit_jax.files import parse_json
+from lit_jax.files import cache_folder, parse_json
 from lit_jax.training.workdir_errors import workdir_errors
+
+log = logging.getLogger(__name__)
 
 
 class Picture(NamedTuple):
@@ -109,8 +111,7 @@ class WeightsAndBiases:
         try:
             self._run = wandb.init(
                 project=project,
-                # W&B cannot write its own files into a bucket.
-                dir=str(workdir) if isinstance(workdir, Path) else tempfile.gettempdir(),
+                dir=str(workdir if isinstance(workdir, Path) else _local_folder(workdir, name)),
                 id=name,
                 name=name,
                 resume="allow",
@@ -140,3 +141,23 @@ class WeightsAndBiases:
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
+
+
+def _local_folder(workdir: AnyPath, name: str) -> Path:
+    """Make and return the folder on this machine for W&B's own files of a run in a bucket."""
+    folder = cache_folder() / "wandb" / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"W&B cannot write its files to {folder} ({error.strerror}); set XDG_CACHE_HOME to a folder that "
+            "can be written, or config.log.wandb_project to None."
+        ) from error
+    log.info(
+        "W&B cannot write into the bucket of %s, so its files are in %s. A run with WANDB_MODE=offline "
+        "is sent from there: wandb sync %s/wandb/offline-run-*",
+        workdir,
+        folder,
+        folder,
+    )
+    return folder

@@ -2,16 +2,19 @@
 
 import io
 import json
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import lit_jax
-from lit_jax.buckets import bucket_path
+from lit_jax.buckets import BucketPath, bucket_path
 from lit_jax.configs.vit_bert import DEMO, DIGITS
-from lit_jax.errors import Preempted
-from lit_jax.training.dashboards import Picture, TensorBoard
+from lit_jax.errors import Preempted, UserError
+from lit_jax.training.dashboards import Picture, TensorBoard, WeightsAndBiases
 from lit_jax.training.metrics import read_metrics
 from tests.training.conftest import stop_after
 
@@ -60,6 +63,32 @@ def test_events_of_a_run_in_a_bucket_are_files_that_stay_small(tmp_path):
         counts.append(len(sizes))
     assert counts == [1, 3]
     assert max(sizes) < 6 << 20
+
+
+def test_wandb_of_a_run_in_a_bucket_has_its_files_in_the_users_cache(monkeypatch, tmp_path, caplog):
+    folders = []
+    wandb = types.SimpleNamespace(
+        init=lambda **options: folders.append(Path(options["dir"])), Error=OSError
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(BucketPath, "read_bytes", lambda self: b"{}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    workdir = bucket_path("--workdir", "gs://bucket/run")
+    with caplog.at_level("INFO"):
+        WeightsAndBiases(workdir, "lit")
+    (folder,) = folders
+    assert folder.is_dir()
+    assert folder.is_relative_to(tmp_path / "lit_jax" / "wandb")
+    assert f"wandb sync {folder}/wandb/offline-run-" in caplog.text
+    assert str(workdir) in caplog.text
+    # The next start of the run, and no other run, gets the same folder.
+    WeightsAndBiases(workdir, "lit")
+    WeightsAndBiases(workdir / "other", "lit")
+    assert folders[1] == folder != folders[2]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"XDG_CACHE_HOME"):
+        WeightsAndBiases(workdir, "lit")
 
 
 def records(workdir):
