@@ -213,3 +213,47 @@ assert len(computed) == 2
 def test_embeddings_of_evaluations_are_kept_in_a_bucket(store):
     run(CACHE, "gs://bucket/cache", env=store.environment)
     assert (store.folder / "cache" / "name.npz").exists()
+
+
+WEIGHTS = """
+import sys
+from lit_jax.errors import UserError
+from lit_jax.weights.hub import local_folder
+
+for address in sys.argv[1:]:
+    try:
+        print(local_folder(address, config_key="config.model.image.model"))
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_the_needed_files_of_a_model_are_copied_from_a_bucket(store, tmp_path, scheme):
+    content = {
+        "config.json": b"{}",
+        "model.safetensors": b"12345",
+        "pytorch_model.bin": b"the same in another format",
+        "onnx/model.onnx": b"and in another",
+    }
+    folder = store.folder / f"{scheme}-vit"
+    for name, data in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    environment = store.environment | {"XDG_CACHE_HOME": str(tmp_path)}
+    names = f"bucket/{folder.name}", "bucket/none", "elsewhere/vit"
+    found, *errors = run(WEIGHTS, *(f"{scheme}://{name}" for name in names), env=environment)
+    copied = tmp_path / "lit_jax" / "copies" / scheme / names[0]
+    assert found == str(copied)
+    assert {file.name for file in copied.iterdir()} - {".lock"} == {
+        "config.json",
+        "model.safetensors",
+    }
+    assert (copied / "model.safetensors").read_bytes() == b"12345"
+    for name, error in zip(names[1:], errors, strict=True):
+        assert error.startswith("config.model.image.model")
+        assert f"{scheme}://{name}" in error
+    (folder / "model.safetensors").write_bytes(b"123456")
+    run(WEIGHTS, f"{scheme}://{names[0]}", env=environment)
+    assert (copied / "model.safetensors").read_bytes() == b"123456"

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import huggingface_hub
 from transformers import AutoConfig
 
+from lit_jax.buckets import is_bucket
 from lit_jax.config_schema import nearest
 from lit_jax.errors import UserError
 from lit_jax.files import expand_home, parse_json
 from lit_jax.models.dual_encoder import SYSTEMS, TOWERS, Side
 from lit_jax.models.families import TEXT, VISION, tower_config, tower_fields, unknown
+from lit_jax.weights.bucket import bucket_folder
 from lit_jax.weights.files import FORMATS, one_line
 from lit_jax.weights.other_libraries import explain_config, explain_folder
 
@@ -58,13 +61,15 @@ def local_folder(
 ) -> pathlib.Path:
     """Return the local folder that `model` names, or the folder of a copy of the Hub repository `model`.
 
-    Files in the cache of huggingface_hub are not downloaded again, and are used as they are if the Hub cannot
-    be reached. Raises UserError, which names `config_key`, if `model` is neither a folder nor available.
+    A folder in a bucket (gs://, s3://) is copied, too. Files in the cache of huggingface_hub are not
+    downloaded again, and are used as they are if the Hub cannot be reached. Raises UserError, which names
+    `config_key`, if `model` is neither a folder nor available.
     """
     if not model:
         raise UserError(f"{config_key} is empty; give a local folder or the id of a Hub model.")
-    folder = expand_home(model, f"{config_key}={model}")
-    if not folder.is_dir():
+    if is_bucket(model):
+        folder = bucket_folder(model, config_key, functools.partial(_needed, options))
+    elif not (folder := expand_home(model, f"{config_key}={model}")).is_dir():
         # The id of a Hub model has one slash at most. Its errors would hide that a path is mistyped.
         if folder.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
             raise UserError(
@@ -115,22 +120,25 @@ def _from_hub(model: str, config_key: str, options: HubOptions) -> pathlib.Path:
 
 
 def _download(model: str, options: HubOptions) -> pathlib.Path:
-    """Download the small files, and the weights in the first of `FORMATS` that the repository has."""
-    # A repository often has the same weights in several formats; downloading one saves gigabytes.
-    patterns = [*_SMALL_FILES]
+    """Download the files that are needed of a repository."""
     info = huggingface_hub.HfApi(token=options.token).model_info(
         model, revision=options.revision, timeout=_TIMEOUT_SECONDS
     )
-    files = {sibling.rfilename for sibling in info.siblings or ()}
-    above = f"{options.subfolder.strip('/')}/" if options.subfolder else ""
-    for format_ in FORMATS:
-        file, index = format_.file(options.variant), format_.index(options.variant)
-        if files & {above + file, above + index}:
-            patterns += [above + file, above + format_.shards(options.variant)]
-            break
+    patterns = _needed(options, {sibling.rfilename for sibling in info.siblings or ()})
     return pathlib.Path(
         huggingface_hub.snapshot_download(model, allow_patterns=patterns, **options.download)
     )
+
+
+def _needed(options: HubOptions, files: set[str]) -> list[str]:
+    """Return the patterns of the small files, and of the weights in the first of `FORMATS` among `files`."""
+    above = f"{options.subfolder.strip('/')}/" if options.subfolder else ""
+    # A repository often has the same weights in several formats; downloading one saves gigabytes.
+    for format_ in FORMATS:
+        file, index = format_.file(options.variant), format_.index(options.variant)
+        if files & {above + file, above + index}:
+            return [*_SMALL_FILES, above + file, above + format_.shards(options.variant)]
+    return [*_SMALL_FILES]
 
 
 def upload(folder: str | pathlib.Path, repo_id: str, **options: Any) -> str:
