@@ -38,7 +38,7 @@ from lit_jax.display import printable
 from lit_jax.distributed import process
 from lit_jax.distributed.mesh import make_mesh, replicated
 from lit_jax.errors import UserError
-from lit_jax.evals.class_files import classes_in
+from lit_jax.evals.classes import classes_in
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.evals.runner import Evaluation, check_tokens, flatten_metrics, open_evals, run, table
 from lit_jax.files import atomic_write, io_errors, parse_json, write_json

@@ -11,7 +11,7 @@ import pytest
 from lit_jax.config import EvalConfig, SourceConfig
 from lit_jax.data.sources import open_source, records
 from lit_jax.errors import UserError
-from lit_jax.evals.class_files import load_classes
+from lit_jax.evals.classes import load_classes
 from lit_jax.files import atomic_write, parse_json
 from lit_jax.precomputed.format import Embeddings
 from lit_jax.training.workdir import read_config

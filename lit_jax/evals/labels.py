@@ -2,7 +2,6 @@
 
 import collections
 import logging
-import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
@@ -13,14 +12,12 @@ from lit_jax.config_schema import nearest
 from lit_jax.data.example import BadSampleError, Source, usable_label
 from lit_jax.display import printable
 from lit_jax.errors import UserError
-from lit_jax.evals.classes import Classes
+from lit_jax.evals.classes import Classes, integer
 
 log = logging.getLogger(__name__)
 
 # The values of an evaluation's key `labels` for which the data's sorted labels are in the classes' order.
 SORTED, AS_TEXT, AS_NUMBERS = "sorted", "sorted_as_text", "sorted_as_numbers"
-# Matches "7", "007", "-1", and "7.0" as pandas writes 7. Python refuses numbers of more than 4300 digits.
-_INTEGER = re.compile(r"([+-]?[0-9]{1,4000})(\.0*)?")
 # The number of pairs of label and class in the log.
 _SHOWN = 3
 # The label that `datasets`, TFDS and others give to examples without a label.
@@ -126,12 +123,6 @@ class Labels:
             f"None of the {self._size} examples of an evaluation has a label, and classification needs one; "
             f"set {_KEY}."
         )
-
-
-def integer(label: str) -> int | None:
-    """Return the whole number that a label spells, with or without blanks around it, or None."""
-    match = _INTEGER.fullmatch(label.strip())
-    return int(match[1]) if match else None
 
 
 def without_minus_one(labels: Iterable[str]) -> list[str]:

@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 
 from lit_jax.data.example import Source
 from lit_jax.errors import UserError
+from lit_jax.evals.classes import integer
 from lit_jax.evals.encode import Encoder, Params
-from lit_jax.evals.labels import Labels, integer, one_spelling, without_minus_one
+from lit_jax.evals.labels import Labels, one_spelling, without_minus_one
 from lit_jax.evals.zero_shot import expected_hits, top_metrics
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,7 @@ from lit_jax.display import printable
 from lit_jax.errors import UserError
 from lit_jax.evals import probe
 from lit_jax.evals.cache import EmbeddingCache
-from lit_jax.evals.class_files import load_classes
-from lit_jax.evals.classes import Classes
+from lit_jax.evals.classes import Classes, load_classes
 from lit_jax.evals.encode import Encoder, Params
 from lit_jax.evals.labels import Labels, label_ids
 from lit_jax.evals.retrieval import RetrievalResult, captions_of, evaluate_retrieval

@@ -7,8 +7,13 @@ import pytest
 from lit_jax.config import EvalConfig, SourceConfig
 from lit_jax.configs.vit_bert import DIGITS
 from lit_jax.errors import UserError
-from lit_jax.evals.class_files import classes_in, load_classes
-from lit_jax.evals.classes import DEFAULT_TEMPLATES, PLACEHOLDER, Classes
+from lit_jax.evals.classes import (
+    DEFAULT_TEMPLATES,
+    PLACEHOLDER,
+    Classes,
+    classes_in,
+    load_classes,
+)
 from tests.object_store.served import BUCKET, serve
 
 THEIR_NAMES = {"imagenet1k": ["crane", "crane", "dog"], "vtab/pets": ["cat", "dog"]}
