@@ -42,7 +42,6 @@ def ranks(
 
     A device of the mesh holds about `chunk` / devices images, and about `chunk` texts.
     """
-    # A block larger than the data of a device would be mostly padding.
     block = min(block, _power_of_two(max(-(-len(image_embeds_NxE) // mesh.size), 8)))
     height = chunk_size(len(image_embeds_NxE), block * mesh.size, chunk)
     width = chunk_size(len(text_embeds_MxE), block, chunk)
@@ -74,7 +73,6 @@ def ranks(
             # Accumulated on the host in int64; the rest of a chunk is padding.
             ahead_of_image_N[rows] += of_images[: rows.stop - rows.start]
             ahead_of_text_M[columns] += of_texts[: columns.stop - columns.start]
-    # An image without a text is a candidate, but no query, so it has no rank.
     has_text_N = np.bincount(image_of_text_M, minlength=len(image_embeds_NxE)) > 0
     return Ranks(1 + ahead_of_image_N[has_text_N], 1 + ahead_of_text_M)
 
