@@ -68,7 +68,6 @@ class TfdsSource:
         self._label_path = config.label_key.split("/") if label else None
         self._caption_path = config.caption_key.split("/") if captions else None
         self._split = config.split
-        local_copies(folder, builder.info.splits[config.split].filenames)
         # Images stay encoded: `image.decode` treats all sources alike, and shrinks JPEGs while decoding.
         try:
             self._rows = builder.as_data_source(
@@ -79,6 +78,8 @@ class TfdsSource:
                 f"{folder} has no ArrayRecord files; prepare the data set again with "
                 "`tfds build --file_format=array_record`."
             ) from error
+        # The files are opened at the first row. A split without ArrayRecord files must not be copied first.
+        local_copies(folder, builder.info.splits[config.split].filenames)
 
     def __len__(self) -> int:
         return len(self._rows)
