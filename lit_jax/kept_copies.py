@@ -107,21 +107,21 @@ def _check_space(folder: str, home: Path, missing: Mapping[str, Version]) -> Non
     # An outdated copy goes only when the new one is whole, so its space does not count.
     if (free := shutil.disk_usage(home).free) < needed:
         raise UserError(
-            f"{folder} needs {_gigabytes(needed)} for its copies in {home}, where {_gigabytes(free)} are "
+            f"{folder} needs {_megabytes(needed)} for its copies in {home}, where {_megabytes(free)} are "
             f"free; {_ADVICE}."
         )
     log.info(
         "Copying %d files (%s) of %s to %s, where they stay for later commands; the folder may be removed "
         "when none runs.",
         len(missing),
-        _gigabytes(needed),
+        _megabytes(needed),
         folder,
         home,
     )
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.2f} MB"
 
 
 def _copy(folder: str, home: Path, missing: Mapping[str, Version], fetch: Fetch) -> None:

@@ -140,9 +140,9 @@ def test_a_name_outside_of_the_folder_is_refused(store, name, tmp_path):
 
 def test_too_small_a_disk_is_told_before_anything_is_copied(store, monkeypatch):
     monkeypatch.setattr(
-        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 20_000)
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 12_000)
     )
-    with pytest.raises(UserError, match=r"2\.02e-05 GB .* 2e-05 GB .*XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match=r"0\.02 MB .* 0\.01 MB .*XDG_CACHE_HOME"):
         local_copies(folder_in(store, STORES[0]), FILES)
     assert contents(copies_of(f"s3://{BUCKET}/data")) == {}
 
