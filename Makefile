@@ -39,10 +39,12 @@ check: .venv/dev.stamp
 	$(BIN)/lint-imports
 
 # Moves the locked versions to the newest that requirements*.txt admit; run the tests before committing them.
+# The CUDA libraries of PyTorch's build stay out: jax[cuda13] chooses its own.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet -r requirements-oracle.txt -r requirements-docs.txt
-	.venv-lock/bin/pip freeze --exclude lit_jax | sed 's/+cpu$$//' > requirements.lock
+	.venv-lock/bin/pip freeze --exclude lit_jax | sed 's/+cpu$$//' | \
+		grep -vE '^(nvidia-|cuda-|triton=)' > requirements.lock
 	rm -rf .venv-lock
 
 .venv-gpu/stamp: .venv-gpu/bin/pip requirements.txt requirements-dev.txt requirements-gpu.txt requirements.lock
