@@ -24,6 +24,7 @@ from lit_jax.models.families import build_tower
 from lit_jax.training import train_step, trainer
 from lit_jax.weights.save import save_tower
 from tests.digits import make_digits
+from tests.object_store.served import serve
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo"
@@ -173,6 +174,8 @@ def command(towers):
             "checkpoint.every": "10 steps",
             "log.every": "1 step",
             "report": "none",
+            # The demo's other evaluations read five times as many images.
+            "evals": {"unseen16": get_config("demo").evals.unseen16.to_dict()},
         }
         process = subprocess.Popen(
             [
@@ -195,3 +198,11 @@ def command(towers):
     for process in started:  # those that a failed test has left
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def store(tmp_path):
+    """An empty folder, served as a bucket."""
+    with serve(tmp_path / "bucket") as served:
+        served.folder.mkdir()
+        yield served

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from lit_jax.training.model_factory import first_parameters
 from lit_jax.training.workdir import load_run
 from lit_jax.trees import flatten
 from tests.object_store.served import BUCKET, serve
+from tests.training.commands import finish, wait_until
 from tests.training.conftest import stop_after
 
 ROOT = Path(__file__).parents[2]
@@ -456,12 +456,6 @@ def start(module, *flags, devices=1, env=None):
     )
 
 
-def finish(process, code=0):
-    output, errors = process.communicate(timeout=900)
-    assert process.returncode == code, output + errors
-    return output
-
-
 def start_two(output):
     address = f"localhost:{portpicker.pick_unused_port()}"
     together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
@@ -472,16 +466,14 @@ def start_two(output):
 
 
 def wait_for_shards(process, output, count):
-    while process.poll() is None and len(list(output.glob("shard*"))) < count:
-        time.sleep(0.01)
-    assert process.poll() is None, process.communicate()
+    wait_until(process, lambda: len(list(output.glob("shard*"))) >= count)
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The demo's images, embedded by one process that nothing interrupted."""
     output = tmp_path_factory.mktemp("demo") / "cache"
-    assert re.search(rf"\b10240 .*{output}", finish(start("embed", f"--output={output}")))
+    assert re.search(rf"\b10240 .*{output}", finish(start("embed", f"--output={output}"))[0])
     return output
 
 
