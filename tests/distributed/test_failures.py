@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import portpicker
@@ -75,9 +76,8 @@ def environments(count):
 def test_under_the_launcher_a_process_that_is_gone_is_one_last_sentence_and_76(how, who):
     result = start(2, "one_of_several_processes.py", how, who, SOON)
     assert result.returncode == GONE, result.stderr
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: ")
-    assert "run the same command again" in last
+    # 128 and the number of the signal.
+    assert re.match(r"error: .*\b1[34]\d\b", result.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize(
@@ -96,13 +96,16 @@ def test_under_the_launcher_a_failure_of_one_process_is_that_of_all(how, who, co
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("who", [0, 1])
-@pytest.mark.parametrize("how", ["kill", "stop"])
-def test_a_bare_command_ends_within_a_minute_after_its_peer(how, who):
-    codes, seconds = run_bare(how, who, process.HEARTBEAT_SECONDS, environments(2))
-    assert codes[who] == -signal.SIGKILL
-    assert codes[1 - who] == ABORTED
-    assert seconds < 60
+def test_a_bare_command_ends_within_a_minute_after_its_peer():
+    """All ways at the same time, because most of it is waiting."""
+    ways = [(how, who) for how in ("kill", "stop") for who in (0, 1)]
+    runs = [(*way, process.HEARTBEAT_SECONDS, environments(2)) for way in ways]
+    with ThreadPoolExecutor(len(runs)) as pool:
+        ended = list(pool.map(run_bare, *zip(*runs, strict=True)))
+    for (how, who), (codes, seconds) in zip(ways, ended, strict=True):
+        assert codes[who] == -signal.SIGKILL, how
+        assert codes[1 - who] == ABORTED, how
+        assert seconds < 60, (how, who)
 
 
 @pytest.mark.long
