@@ -1,8 +1,9 @@
 # `make train` and `make test` set up all they need in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# A file's tests stay in one process: they share its fixtures and what it has compiled.
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+# A file's tests stay in one process: they share its fixtures and what it has compiled. tests/conftest.py orders
+# the files.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # The arguments and results of every call of a function are checked against its annotations.
 CHECK_CALLS := --jaxtyping-packages=lit_jax,beartype.beartype
 
@@ -15,9 +16,10 @@ train: .venv/run.stamp
 test: .venv/dev.stamp
 	$(PYTEST) $(if $(CHECKED),$(CHECK_CALLS))
 
-# The long tests, and those that compare with a live PyTorch.
+# The long tests, and those that compare with a live PyTorch. Many wait for processes, so two cores have work for
+# three of them.
 test-all: .venv/oracle.stamp
-	$(PYTEST) $(CHECK_CALLS) -m "long or oracle"
+	$(PYTEST) --numprocesses=3 $(CHECK_CALLS) -m "long or oracle"
 
 # What the compiler makes for GPUs; no GPU is needed. In an environment of its own: where none is, the plugin
 # that brings this compiler lets every command begin with a traceback.

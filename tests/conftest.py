@@ -1,7 +1,9 @@
 """Strict JAX for every test: eight CPU devices, no silent promotion of dtype or rank."""
 
+import collections
 import gc
 import importlib
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -36,22 +38,45 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# For `make test CHECKED=1`: under the hook of jaxtyping, all that a module of lit_jax imports is compiled
-# from source. Imported here, before the hook sees them, these packages come from their bytecode: three
-# seconds less a process.
-for _name in (
+# The first example of a property compiles or imports something: its time says nothing.
+hypothesis.settings.register_profile("lit_jax", deadline=None)
+hypothesis.settings.load_profile("lit_jax")
+
+
+# Under the hook of jaxtyping, all that a module of lit_jax imports is compiled from source. Imported before
+# that, these packages come from their bytecode: three seconds less a process.
+_IMPORTED_BEFORE = (
     "beartype.door",
     "flax.linen",
     "grain",
     "optax",
     "orbax.checkpoint",
     "transformers.models.auto.tokenization_auto",
-):
-    importlib.import_module(_name)
+)
 
-# The first example of a property compiles or imports something: its time says nothing.
-hypothesis.settings.register_profile("lit_jax", deadline=None)
-hypothesis.settings.load_profile("lit_jax")
+
+def pytest_sessionstart(session):
+    """Import large packages, but not in the process that only distributes tests: all others wait for it."""
+    if session.config.getoption("dist") == "no":
+        for name in _IMPORTED_BEFORE:
+            importlib.import_module(name)
+
+
+@pytest.hookimpl(trylast=True)  # after the selection by marks
+def pytest_collection_modifyitems(items):
+    """Order the files by the time that they take, the longest first, so that all workers end together."""
+    seconds = collections.Counter()
+    for item in items:
+        seconds[item.path] += _typical_seconds(item)
+    items.sort(key=lambda item: -seconds[item.path])
+
+
+def _typical_seconds(item):
+    if "command" in item.fixturenames:
+        return 40
+    if item.get_closest_marker("long"):
+        return 10
+    return 2 if "train" in item.fixturenames else 0.2
 
 
 def pytest_collection_finish():
@@ -99,6 +124,7 @@ def small_heap():
 
 
 _MEMORY_MAPS = Path("/proc/self/maps")  # of Linux
+_TESTS = itertools.count()
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +133,9 @@ def few_memory_maps():
     when there are none left. The compilation cache on disk has what is dropped here.
     """
     yield
-    if _MEMORY_MAPS.exists() and _MEMORY_MAPS.read_bytes().count(b"\n") > 45_000:
+    # To count them takes some milliseconds.
+    if next(_TESTS) % 8 or not _MEMORY_MAPS.exists():
+        return
+    if _MEMORY_MAPS.read_bytes().count(b"\n") > 35_000:
         jax.clear_caches()
         gc.collect()
