@@ -13,6 +13,7 @@ import pytest
 from lit_jax.errors import BAD_INPUT
 from lit_jax.precomputed.format import MANIFEST
 from tests.object_store.served import BUCKET, READONLY, serve
+from tests.training.commands import finish
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
@@ -41,12 +42,6 @@ def start(store):
         )
 
     return start
-
-
-def finish(process, code=0):
-    output, errors = process.communicate(timeout=600)
-    assert process.returncode == code, output + errors
-    return errors
 
 
 def content(folder):
@@ -107,6 +102,6 @@ def test_two_processes_without_a_shared_disk_embed_together(start, store, whole)
 
 
 def test_a_bucket_that_cannot_be_written_is_told_before_the_tower_is_read(start):
-    errors = finish(start(f"gs://{READONLY}/cache"), BAD_INPUT)
+    _, errors = finish(start(f"gs://{READONLY}/cache"), BAD_INPUT)
     (sentence,) = errors.splitlines()
     assert sentence.startswith(f"error: gs://{READONLY}/cache")
