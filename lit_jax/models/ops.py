@@ -9,6 +9,7 @@ Dims: K size of a kernel, YxX and VxU positions of a feature map, C channels.
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -90,11 +91,41 @@ def gelu(x: Array) -> Array:
     """Return the exact GELU (1606.08415)."""
     if use_plain_ops():
         return jax.nn.gelu(x, approximate=False)
-    return _gelu(x)
+    return _bfloat16_gelu(x) if x.dtype == jnp.bfloat16 else _gelu(x)
 
 
 # erf is torch's choice as well. jax.nn.gelu uses erfc, which is three times slower on CPU.
 _gelu = save_slope(lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5)))
+
+# The normal distribution function of x is 1 / (1 + exp(x * q(x * x))) with this polynomial q, its constant
+# last. The coefficients minimise the largest relative error of GELU up to |x| = 6, where it matters in
+# bfloat16. An erf takes about twice as many operations, and the TPU compiler does not fuse it with the
+# products before and after it.
+_LOG_ODDS = (
+    *(-1.68747838e-09, 1.52091957e-07, -5.36342259e-06, 8.32907244e-05),
+    *(0.000203685151, -0.0729627907, -1.59558964),
+)
+
+
+@jax.custom_jvp
+def _bfloat16_gelu(x: Array) -> Array:
+    """Compute `gelu` of bfloat16: the nearest bfloat16 number, but for a few, and for values below 1e-5."""
+    return _gelu_and_slope(x)[0]
+
+
+@_bfloat16_gelu.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    value, slope = _gelu_and_slope(primals[0])
+    return value, slope * tangents[0]
+
+
+def _gelu_and_slope(x: Array) -> tuple[Array, Array]:
+    wide = x.astype(jnp.float32)
+    square = jnp.minimum(wide * wide, 36)
+    log_odds = functools.reduce(lambda total, c: total * square + c, _LOG_ODDS) * wide
+    divisor = 1 + jnp.exp(log_odds)
+    density = jnp.exp(-0.5 * wide * wide) * (2 * math.pi) ** -0.5
+    return (wide / divisor).astype(x.dtype), (1 / divisor + wide * density).astype(x.dtype)
 
 
 # ---- Random bits of dropout: half as many random numbers on CPU make dropout 2.3 times as fast.
