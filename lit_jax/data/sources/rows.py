@@ -220,7 +220,7 @@ def _real(folder: str) -> tuple[str, frozenset[str], Mapping[str, str]]:
 
     The last result leads from a name in a normal form of Unicode to the name of the file that `find` takes.
     """
-    real = os.path.realpath(find(Path(folder)))
+    real = os.path.realpath(str(find(Path(folder))))
     try:
         # One listing of the folder: asking for each of millions of images takes minutes on a network disk.
         with os.scandir(real) as entries:
