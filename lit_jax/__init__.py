@@ -2,11 +2,10 @@
 
 import importlib
 import logging
-import re
 import sys
 from typing import Any
 
-from lit_jax.errors import BAD_INPUT
+from lit_jax.errors import import_jax_or_exit
 
 __version__ = "0.2.0"
 
@@ -30,20 +29,6 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'lit_jax' has no attribute {name!r}")
-
-
-def import_jax_or_exit() -> None:
-    """Import JAX. End the process with one sentence if JAX refuses a variable of the environment."""
-    try:
-        importlib.import_module("jax")
-    except ValueError as error:
-        named = re.search("jax_[a-z0-9_]+", str(error), re.IGNORECASE)
-        variable = named[0].upper() if named else "a JAX variable"
-        print(
-            f"error: JAX refuses {variable} in the environment ({error}); correct or unset it.",
-            file=sys.stderr,
-        )
-        sys.exit(BAD_INPUT)
 
 
 # `python -m lit_jax.COMMAND` imports this package before the command's module, which would only show JAX's

@@ -8,7 +8,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from lit_jax import import_jax_or_exit
+from lit_jax.errors import import_jax_or_exit
 
 COMMANDS = {
     "train": "lit_jax.train",

@@ -1,5 +1,9 @@
 """The exit codes of the commands, and the exceptions that end a command on purpose."""
 
+import importlib
+import re
+import sys
+
 DONE = 0
 # Python's own code after a traceback.
 FAILED = 1
@@ -23,3 +27,17 @@ class Preempted(Exception):  # noqa: N818  nothing went wrong
 
 class GoneError(Exception):
     """The loss of another process of the run. The text is one sentence that names the process."""
+
+
+def import_jax_or_exit() -> None:
+    """Import JAX. End the process with one sentence if JAX refuses a variable of the environment."""
+    try:
+        importlib.import_module("jax")
+    except ValueError as error:
+        named = re.search("jax_[a-z0-9_]+", str(error), re.IGNORECASE)
+        variable = named[0].upper() if named else "a JAX variable"
+        print(
+            f"error: JAX refuses {variable} in the environment ({error}); correct or unset it.",
+            file=sys.stderr,
+        )
+        sys.exit(BAD_INPUT)
