@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from etils import epath
@@ -138,11 +139,14 @@ assert (folder / "a").is_dir() and not (folder / "text").is_dir() and folder.exi
 with written_locally(folder / "b") as local:
     (local / "c").mkdir()
     (local / "c" / "d.txt").write_text("deep")
+with written_locally(folder / "b") as local:
+    for name in ("z.txt", "config.json", "A.txt"):
+        (local / name).write_text(name)
 copy = local_copy(folder)
 assert sorted(str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file()) == [
-    "a/config.json", "b/c/d.txt", "text"
+    "a/config.json", "b/A.txt", "b/c/d.txt", "b/config.json", "b/z.txt", "text"
 ]
-assert sorted(p.name for p in folder.glob("*/config.json")) == ["config.json"]
+assert sorted(p.parent.name for p in folder.glob("*/config.json")) == ["a", "b"]
 growing = GrowingFiles(folder / "g")
 with (growing.folder / "rows").open("a", buffering=1) as rows:
     rows.write("1\n")
@@ -176,6 +180,9 @@ def test_a_folder_in_a_bucket_is_used_like_one_on_a_disk(store, scheme):
     run(USE, f"{scheme}://bucket/{scheme}/run", env=store.environment)
     assert (store.folder / scheme / "run" / "g" / "rows").read_text() == "1\n2\n"
     assert (store.folder / scheme / "run" / "b" / "c" / "d.txt").read_text() == "deep"
+    written = [Path(name) for entry in store.log() for name in entry["written"]]
+    # A reader takes a folder for a model as soon as its config is there.
+    assert [path.name for path in written if path.parent.name == "b"][-1] == "config.json"
 
 
 def test_a_small_file_is_one_request(store):

@@ -18,6 +18,8 @@ from tests.training.commands import (
 )
 
 pytestmark = pytest.mark.long
+# The reason that each store gives for credentials that have expired.
+REASONS = {"gs": "Invalid Credentials", "s3": "ExpiredToken"}
 EVALUATED = "--config.evals.unseen16.every=20 steps"
 
 
@@ -42,7 +44,8 @@ def writers(store):
 def test_killed_while_the_store_fails_it_ends_as_on_a_local_disk(command, store, whole, scheme):
     chance = random.Random(seed := time.time_ns())
     address, folder = f"{scheme}://bucket/runs/one", store.folder / "runs" / "one"
-    with store.faults(errors=0.01, lost=0.005, delay=0.02, seed=seed % 1000, where="runs"):
+    faults = {"errors": 0.01, "lost": 0.005, "cut": 0.05, "delay": 0.02}
+    with store.faults(**faults, seed=seed % 1000, where="runs"):
         for _ in range(2):
             process = command(address, EVALUATED, env=store.environment)
             begun = len(store.log())
@@ -53,6 +56,8 @@ def test_killed_while_the_store_fails_it_ends_as_on_a_local_disk(command, store,
             kill(process)
         output, _ = finish(command(address, EVALUATED, env=store.environment))
     assert f"{address}/results.json" in output
+    # Connections that ended in the middle of an upload.
+    assert any(entry["status"] == 0 for entry in store.log())
     assert_same_end(folder, whole)
     assert saved_steps(folder) == complete_steps(whole)
     assert evaluated(folder) == evaluated(whole)
@@ -68,6 +73,7 @@ def test_credentials_that_expire_end_a_run_in_one_sentence(command, store, schem
     assert "Traceback" not in errors
     (sentence,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert address in sentence
+    assert REASONS[scheme] in sentence
     # The run goes on from there.
     flags = f"--config.duration={saved_steps(folder)[-1] + 1} steps", "--allow_changes=duration"
     finish(command(address, *flags, env=store.environment))
@@ -83,6 +89,9 @@ def test_two_processes_share_a_bucket_and_no_disk(command, store, tmp_path):
     kill(process)
     first = writers(store)
     finish(command(address, prefix=two, env=store.environment))
+    # Only the first process has a lease to lose, and only its objects make a checkpoint complete.
+    others = {pid for name, pids in first.items() if "process_1" in name for pid in pids}
+    assert all("process_1" in name for name, pids in first.items() if pids & others)
     second = {name: pids - first.get(name, set()) for name, pids in writers(store).items()}
     # A single process of a start writes an object.
     assert [
