@@ -16,7 +16,7 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with output_errors(args.output):
         _enter(args.output, plan)
         there = {file.name for file in args.output.iterdir()}
-    # A shard gets its name only when it is complete, so an existing shard is not opened again.
-    todo = [n for n in range(plan.shards) if plan.shard_name(n) not in there]
+    todo = [n for n in range(plan.shards) if not _is_done(args.output / plan.shard_name(n), there)]
     if args.runner:
         _run_beam(plan, args.output, todo, args.runner, beam_flags)
     else:
@@ -150,6 +149,16 @@ def _enter(folder: AnyPath, plan: Plan) -> None:
         )
 
 
+def _is_done(shard: AnyPath, there: Collection[str]) -> bool:
+    """Return whether both a shard and its list of bad samples are among the names `there`.
+
+    A shard gets its name only when it is complete, so it is not opened again. A shard without its list, as a
+    copy by `cp out/* copy` leaves it, has an unknown number of records, and the reasons of its bad samples
+    are lost, so it is converted again.
+    """
+    return shard.name in there and _bad_file(shard).name in there
+
+
 def convert_shard(plan: Plan, folder: AnyPath, shard: int) -> int:
     """Write one shard, as a whole or not at all, and return the number of positions that it covers.
 
@@ -178,10 +187,10 @@ def convert_shard(plan: Plan, folder: AnyPath, shard: int) -> int:
                 f"{file} holds {found} of the {good} records that were written; check the disk of --output, "
                 "and run the same command again, which resumes."
             )
-        # An interrupted attempt may have left a list although the data have been repaired since.
-        _bad_file(file).unlink(missing_ok=True)
-        if bad:
-            atomic_write(_bad_file(file), "".join(f"{line}\n" for line in bad))
+        # Written even if it is empty, since an interrupted attempt may have left a list although the data
+        # have been repaired since. The list is replaced and never removed, since `_finish` of another process
+        # may read it now.
+        atomic_write(_bad_file(file), "".join(f"{line}\n" for line in bad))
     return len(plan.positions(shard))
 
 
@@ -258,13 +267,11 @@ def _run_beam(
 
 def _finish(plan: Plan, folder: AnyPath) -> str:
     """Write bad.jsonl and the manifest, remove temporary files, and return a summary for the user."""
-    there = {file.name for file in folder.iterdir()}
     files = [folder / plan.shard_name(shard) for shard in range(plan.shards)]
     # Each shard has a list of its own, since the shards are written by different processes. A bucket takes
     # long for one answer, but gives many at a time.
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        bad_files = (_bad_file(file) for file in files)
-        reports = [*pool.map(lambda file: _lines(file) if file.name in there else [], bad_files)]
+        reports = [*pool.map(_lines, map(_bad_file, files))]
     # All positions of a shard but the bad ones are in it, as `convert_shard` has checked.
     shards = [
         records.Shard(file.name, len(plan.positions(shard)) - len(report))

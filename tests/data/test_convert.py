@@ -20,6 +20,8 @@ from lit_jax.configs.vit_bert import DIGITS
 from lit_jax.data.convert import convert_shard, main, make_plan
 from lit_jax.data.example import Example
 from lit_jax.data.sources import open_source, records
+from lit_jax.errors import UserError
+from lit_jax.files import atomic_write
 from tests.object_store.served import BUCKET, serve
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +116,38 @@ def test_what_is_missing_is_made_again(folder, tmp_path):
     (output / f".{plan.shard_name(2)}.0.new").write_bytes(b"half a shard")
     assert convert(folder, output, "--shard_size=4") == 0
     assert contents(output) == contents(tmp_path / "whole")
+
+
+def test_a_shard_whose_list_of_bad_samples_was_not_copied_is_converted_again(folder, tmp_path):
+    output, copy = tmp_path / "out", tmp_path / "copy"
+    assert convert(folder, output, "--shard_size=10") == 0
+    copy.mkdir()
+    for file in output.glob("[!.]*"):
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert convert(folder, copy, "--shard_size=10") == 0
+    assert len(read(copy)) == 20
+    assert contents(copy) == contents(output)
+
+
+def test_the_manifest_is_right_while_another_attempt_replaces_a_list_of_bad_samples(
+    folder, tmp_path, monkeypatch
+):
+    output, counts = tmp_path / "out", []
+    assert convert(folder, output, "--shard_size=10") == 0
+
+    def finish_first(path, content):
+        # Once: the command that runs here writes files, too.
+        monkeypatch.setattr("lit_jax.data.convert.atomic_write", atomic_write)
+        assert convert(folder, output, "--shard_size=10") == 0
+        counts.extend(shard.count for shard in records.read_manifest(output))
+        atomic_write(path, content)
+
+    monkeypatch.setattr("lit_jax.data.convert.atomic_write", finish_first)
+    # The command removes the temporary file of the other attempt, which says so.
+    with pytest.raises(UserError, match="--output"):
+        convert_shard(make_plan(SourceConfig(path=str(folder)), 10), output, 0)
+    assert counts == [8, 9, 3]
+    assert len(read(output)) == 20
 
 
 def test_a_shard_without_a_good_sample_is_empty(folder, tmp_path):
@@ -231,16 +265,12 @@ def test_nothing_but_bad_samples_is_refused(jsonl_folder, tmp_path, capsys):
 
 
 def test_a_folder_that_cannot_be_written_is_refused(folder, tmp_path):
-    from lit_jax.errors import UserError
-
     plan = make_plan(SourceConfig(path=str(folder)), 10)
     with pytest.raises(UserError, match=r"no/such .*--output"):
         convert_shard(plan, tmp_path / "no/such", 0)
 
 
 def test_a_shard_that_is_short_of_records_is_named_with_both_numbers(folder, tmp_path, monkeypatch):
-    from lit_jax.errors import UserError
-
     class LosingWriter(ArrayRecordWriter):
         """Loses the records of one image, as a faulty disk might."""
 
