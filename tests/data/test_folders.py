@@ -315,3 +315,15 @@ def test_a_data_set_for_each_language_is_named_below_the_root(make, split):
     folder = make("de/test/0.tar", "en/test/0.tar", "en/train/0.tar")
     with pytest.raises(UserError, match=rf"\bde, en\b.* {folder}/de\."):
         labels(folder, split)
+
+
+def test_a_folder_whose_name_only_contains_the_split_is_not_offered_for_it(make):
+    folder = make("latest/data.parquet", "other/data.parquet")
+    with pytest.raises(UserError) as raised:
+        labels(folder, "test")
+    assert "'test'" in str(raised.value)
+    assert f"{folder}/latest" not in str(raised.value)
+    # A whole word of the name is the split.
+    folder = make("words/in/dev-test.parquet") / "words"
+    with pytest.raises(UserError, match=rf"{folder}/in\b"):
+        labels(folder, "test")

@@ -631,6 +631,8 @@ def test_tsv_keeps_quotes_that_quote_nothing(tmp_path):
         ("x.token", b"missing.jpg#0\ta", r"'missing\.jpg' .*x\.token"),
         ("records.json", b"{", r"\(.*Expecting"),
         ("state.json", b"{}", r"\("),
+        ("state.json", b'{"_data_files": [{"filename": 5}]}', "damaged"),
+        ("state.json", b'{"_data_files": [{"filename": null}]}', "damaged"),
         *(
             (f"a.{kind}", LFS_POINTER, "git lfs pull")
             for kind in ("csv", "tar", "parquet", "jsonl")
@@ -720,6 +722,9 @@ def test_a_saved_dict_of_data_sets_has_splits(tmp_path, images):
     assert [source[i]["captions"] for i in range(2)] == [(CAPTIONS[2],), (CAPTIONS[0],)]
     with pytest.raises(UserError, match=r"'valid'; .*test, train"):
         open_source(SourceConfig(path=str(tmp_path), split="valid"))
+    # Folders beside the splits are not entered: this link leads back to the data set.
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert len(open_source(SourceConfig(path=str(tmp_path), split="test"))) == 2
     for split in ("train", "test"):
         (tmp_path / split / "state.json").unlink()
     with pytest.raises(UserError, match=r"state\.json, .*dataset_dict\.json"):

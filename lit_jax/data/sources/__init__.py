@@ -308,7 +308,9 @@ def _open_folder(
     hints.check_versions(folder, paths)
     if not listed:
         # Folders of other names than the split's may be the other splits.
-        _refuse_data_deeper(folder, [path for path in paths if config.split in path])
+        _refuse_data_deeper(
+            folder, [path for path in paths if splits.is_named_in(path, config.split)]
+        )
     folders = {*top_folders(paths)} - {"annotations", *lists.IMAGE_FOLDERS}
     raise splits.not_found(folder, config.split, splits.in_names(listed) | folders)
 

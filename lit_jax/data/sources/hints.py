@@ -38,7 +38,7 @@ _HINTS = {
         "*.mdb",
         "*.db",
         "*.sqlite",
-    ): ("this kind of file is not read; save the table as Parquet, CSV or JSONL"),
+    ): ("lit_jax does not read this file type; save the table as Parquet, CSV or JSONL"),
     ("*.gz", "*.tgz", "*.bz2", "*.xz", "*.zst", "*.zip", "*.rar", "*.7z"): (
         "it is compressed, which allows no random access; unpack it"
     ),

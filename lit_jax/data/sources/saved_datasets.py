@@ -14,7 +14,7 @@ from lit_jax.config import SourceConfig
 from lit_jax.data.copies import local_copies
 from lit_jax.data.example import Example
 from lit_jax.data.files import File
-from lit_jax.data.listing import walk
+from lit_jax.data.listing import is_system, walk
 from lit_jax.data.sources import splits
 from lit_jax.data.sources.columns import Columns, contents_of
 from lit_jax.data.sources.rows import bad_sample
@@ -40,6 +40,8 @@ class HuggingFaceSource:
         state = (folder / "state.json").read_bytes()
         with _damage(folder):
             names = [row["filename"] for row in parse_json(state)["_data_files"]]
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError("a filename in its state.json is not text")
         # Arrow maps only files of this machine.
         local = local_copies(folder, names)
         self.files = [local / name for name in names]
@@ -134,11 +136,7 @@ def _check_utf8(schema: pa.Schema) -> None:
 
 def open_dict(folder: File, config: SourceConfig, *, text_only: bool = False) -> HuggingFaceSource:
     """Open the split of a saved DatasetDict that `config` names."""
-    found = [
-        path.removesuffix("/state.json") for path in walk(folder) if path.endswith("/state.json")
-    ]
-    # A split lies directly in the folder.
-    names = sorted(name for name in found if "/" not in name)
+    names = sorted(_splits(folder))
     if not names:
         raise UserError(
             f"No folder in {folder} has a state.json, so its dataset_dict.json has no splits; save the data "
@@ -147,3 +145,18 @@ def open_dict(folder: File, config: SourceConfig, *, text_only: bool = False) ->
     if config.split not in names:
         raise splits.not_found(folder, config.split, names)
     return HuggingFaceSource(folder / config.split, config, text_only=text_only)
+
+
+def _splits(folder: File) -> Iterator[str]:
+    """Yield the names of the folders in `folder` that have a state.json; hidden folders are left out."""
+    if isinstance(folder, Path):
+        # A folder beside the splits may be unreadable, or a link back to `folder`, so none is entered.
+        for name in os.listdir(folder):
+            if not is_system(name) and os.path.isfile(folder / name / "state.json"):
+                yield name
+        return
+    # Google's store does not list folders that exist only as prefixes, so the files at any depth are listed.
+    for path in walk(folder):
+        name, _, file = path.partition("/")
+        if file == "state.json" and not is_system(name):
+            yield name

@@ -26,6 +26,14 @@ def files_of(files: Sequence[File], split: str) -> list[File]:
     return []
 
 
+def is_named_in(path: str, split: str) -> bool:
+    """Return whether whole words of a path are the split: "test" in "data/dev-test.csv".
+
+    Words end at a slash, a hyphen, an underscore or a dot: "latest/a.csv" does not name the split "test".
+    """
+    return bool(re.fullmatch(rf"(.*[-_./])?{re.escape(split)}([-_./].*)?", path, re.DOTALL))
+
+
 def in_names(files: Iterable[File]) -> set[str]:
     """Return the splits in the names of files; without a known split, the names without their number."""
     files = [*files]
