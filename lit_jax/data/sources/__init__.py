@@ -24,7 +24,6 @@ from lit_jax.data.sources.checks import (
     HasRows,
     check_field_keys,
     check_first_rows,
-    check_sample_keys,
     refuse_field_keys,
 )
 from lit_jax.data.sources.delimited import DelimitedSource
@@ -238,10 +237,7 @@ def _open(
             metadata.tell_unread(found[0], files)
             named = metadata.with_names_of(found[0], config)
         source = kind.open(found, named, text_only)
-        if isinstance(source, HasRows):
-            check_field_keys(source, config)
-        elif kind.field_keys == _OF_SAMPLES:
-            check_sample_keys(source, config)
+        check_field_keys(source, config)
         return _look_through(source, named, text_only, labelled)
     if folder and kind and len(listed) == 1 and not (kind.several or kind.knows_splits):
         _check_above_split(folder, listed[0], kind, config, text_only)
@@ -289,7 +285,7 @@ def _open_folder(
         source = open_pairs(folder, paths, config, text_only=text_only)
         if source:
             refuse_field_keys(folder, config, _OF_SAMPLES)
-            check_sample_keys(source, config)
+            check_field_keys(source, config)
         elif source := lists.image_folder(folder, paths):
             refuse_field_keys(folder, config, ())
         if source is None:

@@ -39,6 +39,27 @@ class HasRows(Protocol):
         ...
 
 
+@runtime_checkable
+class HasColumns(Protocol):
+    """A table whose columns have the same names in all rows."""
+
+    @property
+    def column_names(self) -> Collection[str]:
+        """The names of the columns, of all files together."""
+        ...
+
+
+@runtime_checkable
+class HasJson(Protocol):
+    """Samples that may have a json with fields."""
+
+    def __len__(self) -> int: ...
+
+    def json_fields(self, index: int, /) -> Collection[str]:
+        """Return the names of the fields in a sample's json. Raise BadSampleError if it cannot be read."""
+        ...
+
+
 def first_rows(table: HasRows) -> list[Mapping[str, Any]]:
     """Return up to `LOOKED_AT` readable rows."""
     return list(itertools.islice(table.rows(), LOOKED_AT))
@@ -54,55 +75,57 @@ def refuse_field_keys(file: File, config: SourceConfig, known: Collection[str]) 
         if key not in known:
             what = key.removesuffix("_key")
             raise UserError(
-                f"{file} belongs to a format that has no field names to choose its {what} by, but {key} of "
-                f"this source is {name!r}; leave it at {getattr(SourceConfig, key)!r}."
+                f"{file} has no fields to choose its {what} from, so {key}={name!r} has no meaning; leave it "
+                f"at {getattr(SourceConfig, key)!r}."
             )
 
 
-def check_field_keys(table: HasRows, config: SourceConfig) -> None:
-    """Raise UserError if `caption_key` or `label_key` is set to a name that none of the first rows has.
+def check_field_keys(source: Source, config: SourceConfig) -> None:
+    """Raise UserError or warn if `caption_key` or `label_key` is set to a name that the data do not have.
 
     Without this check a mistyped name would only mean that the captions come from "captions", or that there
-    are labels alone. Every table needs its images, so its reader refuses a wrong `image_key`.
+    are labels alone. A table with a header has the name or not. JSON may have a field in a few rows alone,
+    which need not be among those that are looked at, so that there the check only warns. Every table needs
+    its images, so its reader refuses a wrong `image_key`.
     """
     # An empty name stands for none.
     chosen = {key: name for key, name in _set_keys(config).items() if name and key != "image_key"}
-    rows = first_rows(table) if chosen else []
-    known = {name for row in rows for name in row}
-    for key, name in chosen.items():
-        if rows and name not in known:
-            raise UserError(
-                f"{key} of this source is {name!r}, but none of the first {len(rows)} rows of {config.path} "
-                f"has this field; correct the name, or leave {key} at {getattr(SourceConfig, key)!r}."
-            )
-
-
-def check_sample_keys(source: Source, config: SourceConfig) -> None:
-    """Raise UserError if `caption_key` or `label_key` is set, and no sample that is looked at has its field.
-
-    Each of up to `SAMPLES` evenly spaced samples is read.
-    """
-    chosen = _set_keys(config)
     if not chosen:
         return
+    has_header = isinstance(source, HasColumns)
+    if has_header:
+        known, looked_at = {*source.column_names}, "the columns"
+    elif isinstance(source, HasRows):
+        rows = first_rows(source)
+        known, looked_at = {name for row in rows for name in row}, f"the first {len(rows)} rows"
+    elif isinstance(source, HasJson):
+        known, looked_at = _fields_of_samples(source)
+    else:
+        return
+    for key, name in chosen.items():
+        if name in known:
+            continue
+        default = getattr(SourceConfig, key)
+        if has_header:
+            raise UserError(
+                f"{key} of this source is {name!r}, but {config.path} has no such column; correct the name, "
+                f"or leave {key} at {default!r}."
+            )
+        log.warning(
+            "%s of this source is %r, but none of %s of %s has this field; if the name is mistyped, correct "
+            "it, or leave %s at %r.",
+            *(key, name, looked_at, config.path, key, default),
+        )
+
+
+def _fields_of_samples(source: HasJson) -> tuple[set[str], str]:
+    """Return the fields in the json of up to `SAMPLES` evenly spaced samples, and words for the samples."""
     count = min(len(source), SAMPLES)
-    examples = []
+    known = set()
     for position in np.linspace(0, len(source) - 1, count).astype(int).tolist():
         with contextlib.suppress(BadSampleError):
-            examples.append(source[position])
-    found = {
-        "caption_key": any(example["captions"] for example in examples),
-        "label_key": any(
-            example["label"] is not None or "label_problem" in example for example in examples
-        ),
-    }
-    for key, name in chosen.items():
-        if examples and name and not found.get(key, True):
-            raise UserError(
-                f"{key} of this source is {name!r}, but none of {len(examples)} samples of {config.path} has "
-                f"this field in its json; correct the name, or leave {key} at "
-                f"{getattr(SourceConfig, key)!r} to read the files beside the images."
-            )
+            known |= {*source.json_fields(position)}
+    return known, f"{count} samples"
 
 
 def _set_keys(config: SourceConfig) -> dict[str, str]:

@@ -169,9 +169,18 @@ class ParquetSource:
         self.files = list(files)
         with ThreadPoolExecutor(16) as pool:
             schemas, sizes = zip(*pool.map(_read_layout, self.files), strict=True)
-        found = zip(schemas, files, strict=True)
-        self._columns, *_ = [Columns.of(s, f, config, text_only) for s, f in found]
-        self._schema = schemas[0]
+        of_files = [
+            Columns.of(schema, file, config, text_only)
+            for schema, file in zip(schemas, files, strict=True)
+        ]
+        # A file may lack a column that others have: its rows have no value there.
+        self._schema = pa.schema(
+            [*{f.name: f for schema in schemas[::-1] for f in schema}.values()]
+        )
+        classes = (columns.classes for columns in of_files if config.label_key in columns.names)
+        self._columns = dataclasses.replace(
+            Columns.of(self._schema, files[0], config, text_only), classes=next(classes, None)
+        )
         groups = [
             (n, group, rows)
             for n, sizes_of_file in enumerate(sizes)
@@ -204,6 +213,11 @@ class ParquetSource:
         with bad_sample(place):
             values = {name: table[name][row].as_py() for name in table.column_names}
         return self._columns.example(values, file.parent, place)
+
+    @property
+    def column_names(self) -> list[str]:
+        """The names of the columns, of all files together."""
+        return self._schema.names
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
         """Yield all in order, up to the first that cannot be read, without the content of images."""

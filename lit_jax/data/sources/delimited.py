@@ -146,6 +146,11 @@ class DelimitedSource:
         """The file, in a list, as `grouping.Table` needs it."""
         return [self._lines.file]
 
+    @property
+    def column_names(self) -> Sequence[str]:
+        """The names in the header, or those of the config's keys without a header."""
+        return self._names
+
     def rows(self) -> Iterator[Mapping[str, str | None]]:
         """Yield the readable rows in order."""
         for line in itertools.chain.from_iterable(self._lines.blocks(self._first)):

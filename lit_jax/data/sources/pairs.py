@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +64,27 @@ class PairSource:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Example:
+        key, parts = self._read(index)
+        # The label is the folder's name. With a label from elsewhere, broken JSON is not an error.
+        if self._has_classes:
+            parts = parts._replace(cls=b"")
+        with bad_sample(key):
+            example = example_of_parts(
+                parts, self._config, self._folder, key=key, text_only=self._text_only
+            )
+        if not self._has_classes:
+            return example
+        label = key.split("/", 1)[0] if "/" in key else None
+        return {**example, "label": label, "label_is_folder": True}
+
+    def json_fields(self, index: int) -> Collection[str]:
+        """Return the names of the fields in a sample's json. Raise BadSampleError if it cannot be read."""
+        key, parts = self._read(index)
+        with bad_sample(key):
+            return samples.json_fields(parts)
+
+    def _read(self, index: int) -> tuple[str, Parts]:
+        """Return a sample's key, the path of its image and the contents of the files beside the image."""
         # A slash separates the endings of one field, since no file name contains a slash.
         key, flaw, *endings = (self._table[name][index].as_py() for name in _SCHEMA.names)
         names = {
@@ -80,21 +101,9 @@ class PairSource:
                 for field, found in names.items()
                 if field != "image"
             }
-            one = {field: found[0] if found else None for field, found in contents.items()}
-            # The label is the folder's name. With a label from elsewhere, broken JSON is not an error.
-            if self._has_classes:
-                one["cls"] = b""
-            example = example_of_parts(
-                Parts(next(iter(names["image"]), None), contents["text"], one["json"], one["cls"]),
-                self._config,
-                self._folder,
-                key=key,
-                text_only=self._text_only,
-            )
-        if not self._has_classes:
-            return example
-        label = key.split("/", 1)[0] if "/" in key else None
-        return {**example, "label": label, "label_is_folder": True}
+        one = {field: found[0] if found else None for field, found in contents.items()}
+        image = next(iter(names["image"]), None)
+        return key, Parts(image, contents["text"], one["json"], one["cls"])
 
 
 def open_pairs(

@@ -281,13 +281,21 @@ class Parts(NamedTuple):
     cls: bytes | None
 
 
+def json_fields(parts: Parts) -> Collection[str]:
+    """Return the names of the fields in a sample's json. Raise ValueError or TypeError if it is broken."""
+    return () if parts.json is None else _object(parts.json).keys()
+
+
 def example_of_parts(
     parts: Parts, config: SourceConfig, folder: File, *, key: str, text_only: bool
 ) -> Example:
-    """Return the example that the files of a sample describe. Raises the errors of `example_of`.
+    """Return the example that the files of a sample describe.
 
-    The captions come from the text files and the label from the cls file. Without the file, or if
-    `caption_key` or `label_key` is set to a field of the json, they come from the json.
+    The captions come from the text files and the label from the cls file. Captions come from the json if
+    there are no text files, or if `caption_key` is set to a field of the json; the same is true of the label,
+    the cls file and `label_key`.
+
+    Raises the errors of `example_of`.
     """
     takes_texts = bool(parts.texts) and config.caption_key == SourceConfig.caption_key
     cls = parts.cls if config.label_key == SourceConfig.label_key else None

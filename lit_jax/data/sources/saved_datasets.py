@@ -67,6 +67,11 @@ class HuggingFaceSource:
             values = {name: batch[name][row].as_py() for name in self._columns.names}
         return self._columns.example(values, self._folder, place)
 
+    @property
+    def column_names(self) -> list[str]:
+        """The names of the columns."""
+        return self._schema.names
+
     def rows(self) -> Iterator[Mapping[str, Any]]:
         """Yield all in order, up to the first that cannot be read, without the content of images."""
         names = self._columns.without_contents(self._schema)

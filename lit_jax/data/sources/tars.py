@@ -1,13 +1,13 @@
 """Tar files of img2dataset and WebDataset: a sample is a run of members that differ only in the ending."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.files import File, read
 from lit_jax.data.sources.rows import bad_sample
-from lit_jax.data.sources.samples import FLAWS, Parts, example_of_parts
+from lit_jax.data.sources.samples import FLAWS, Parts, example_of_parts, json_fields
 from lit_jax.data.sources.tar_index import Entry, open_index
 from lit_jax.errors import UserError
 
@@ -44,6 +44,18 @@ class TarSource:
         return len(self._index)
 
     def __getitem__(self, index: int) -> Example:
+        key, folder, parts = self._read(index)
+        with bad_sample(key):
+            return example_of_parts(parts, self._config, folder, key=key, text_only=self._text_only)
+
+    def json_fields(self, index: int) -> Collection[str]:
+        """Return the names of the fields in a sample's json. Raise BadSampleError if it cannot be read."""
+        key, _, parts = self._read(index)
+        with bad_sample(key):
+            return json_fields(parts)
+
+    def _read(self, index: int) -> tuple[str, File, Parts]:
+        """Return a sample's key, the folder of its tar, and the contents of its files."""
         entry = self._index[index]
         file = self._files[entry.shard]
         key = f"{file.name}/{entry.key}"
@@ -62,14 +74,9 @@ class TarSource:
                         f"{file} is cut off within this sample; download the file again"
                     )
                 parts.setdefault(field, []).append(content)
-            one = {field: found[0] for field, found in parts.items()}
-            return example_of_parts(
-                Parts(one.get("image"), parts.get("text", []), one.get("json"), one.get("cls")),
-                self._config,
-                file.parent,
-                key=key,
-                text_only=self._text_only,
-            )
+        one = {field: found[0] for field, found in parts.items()}
+        found = Parts(one.get("image"), parts.get("text", []), one.get("json"), one.get("cls"))
+        return key, file.parent, found
 
 
 def _contents(file: File, entry: Entry) -> list[bytes]:
