@@ -90,7 +90,7 @@ def _refuse_pipes(folder: pathlib.Path) -> None:
     for file in folder.iterdir():
         if file.exists() and not (file.is_file() or file.is_dir()):
             raise UserError(
-                f"{file} is a pipe or a device; remove it, a model's folder holds regular files alone."
+                f"{file} is a pipe or a device, but a model's folder holds regular files alone; remove it."
             )
 
 

@@ -30,7 +30,7 @@ from lit_jax.data.sources.delimited import DelimitedSource
 from lit_jax.data.sources.grouping import Table, group_rows
 from lit_jax.data.sources.json_list import is_list_of_rows
 from lit_jax.data.sources.jsonl import JsonlSource, open_json_list
-from lit_jax.data.sources.pairs import open_pairs
+from lit_jax.data.sources.pairs import is_img2dataset_log, open_pairs
 from lit_jax.data.sources.records import MANIFEST, RecordSource
 from lit_jax.data.sources.tars import TarSource
 from lit_jax.data.sources.tfds import TfdsSource
@@ -214,7 +214,7 @@ def _open(
         files = _listed(folder, config)
     listed, kind = _recognise(files, config)
     # img2dataset writes a Parquet log beside each folder of images; the data are the images.
-    if folder and listed and listed[0].suffix.lower() == ".parquet" and _is_record(listed[0]):
+    if folder and listed and _is_log(folder, listed[0].name):
         listed, kind = [], None
     found = listed
     # A format that lists its splits chooses the files itself.
@@ -350,12 +350,13 @@ def _listed(folder: File, config: SourceConfig) -> list[File]:
     return seen
 
 
-def _is_record(table: File) -> bool:
-    """Return whether a Parquet file is img2dataset's log about the images in a folder or TFRecord file."""
-    if not table.stem.isdecimal():
-        return False
-    tfrecord = table.parent / f"{table.stem}.tfrecord"
-    return (table.parent / table.stem).is_dir() or tfrecord.is_file()
+def _is_log(folder: File, name: str) -> bool:
+    """Return whether a file is img2dataset's log about a folder of images or a TFRecord file beside it."""
+
+    def holds_samples(number: str) -> bool:
+        return (folder / number).is_dir() or (folder / f"{number}.tfrecord").is_file()
+
+    return is_img2dataset_log(name, holds_samples)
 
 
 def _recognise(files: Sequence[File], config: SourceConfig) -> tuple[list[File], Format | None]:

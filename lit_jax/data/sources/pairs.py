@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -193,9 +193,13 @@ def _readings(names: Sequence[str]) -> Iterator[tuple[Reading, Reading]]:
     """Yield the two readings of each folder's files, see `samples.read_members`."""
     split = sorted(name.rpartition("/")[::2] for name in names)
     folders = {folder for folder, _ in split}
+
+    def is_log(inside: str, name: str) -> bool:
+        return is_img2dataset_log(name, lambda number: inside + number in folders)
+
     for folder, files in itertools.groupby(split, key=lambda parts: parts[0]):
         inside = f"{folder}/" if folder else ""
-        members = [Member(inside, name) for _, name in files if not _is_log(inside, name, folders)]
+        members = [Member(inside, name) for _, name in files if not is_log(inside, name)]
         # Sorted by the parts between dots, so that files of one sample are neighbours whether names end at
         # the first dot or at the last.
         members.sort(key=lambda member: ((parts := member.name.split("."))[:-1], parts[-1]))
@@ -204,10 +208,14 @@ def _readings(names: Sequence[str]) -> Iterator[tuple[Reading, Reading]]:
         yield samples.read_members(members, _pack, at_least=("image", "text")[: 1 + has_images])
 
 
-def _is_log(folder: str, name: str, folders: set[str]) -> bool:
-    """Return whether a file is img2dataset's log about the samples in the folder of the same number."""
+def is_img2dataset_log(name: str, holds_samples: Callable[[str], bool]) -> bool:
+    """Return whether a file is img2dataset's log about the samples of the same number.
+
+    Args:
+        holds_samples: whether the samples of a number, such as "00012", are beside the file.
+    """
     match = re.fullmatch(r"([0-9]+)(\.parquet|_stats\.json)", name)
-    return match is not None and folder + match[1] in folders
+    return match is not None and holds_samples(match[1])
 
 
 def _pack(found: Sequence[samples.Sample]) -> pa.RecordBatch:

@@ -208,8 +208,8 @@ def resolve(path: str, folder: File) -> str | None:
         return str(locate(path, folder) if "://" in path else folder / path)
     whole = path if path.startswith("/") else f"{folder!s}/{path}"
     parent, _, name = whole.rpartition("/")
-    real, links, others = _real(parent or "/")
-    name = name if name.isascii() else others.get(name, name)
+    real, links, normal_forms = _real(parent or "/")
+    name = name if name.isascii() else normal_forms.get(name, name)
     return os.path.realpath(f"{real}/{name}") if name in links else f"{real}/{name}"
 
 
@@ -228,14 +228,14 @@ def _real(folder: str) -> tuple[str, frozenset[str], Mapping[str, str]]:
     # The folder is missing or unreadable; reading its images then makes bad samples.
     except OSError:
         return real, frozenset(), {}
-    others = {
+    normal_forms = {
         other: name
         for name in is_link
         if not name.isascii()
         for form in ("NFC", "NFD")
         if (other := unicodedata.normalize(form, name)) not in is_link
     }
-    return real, frozenset(name for name, linked in is_link.items() if linked), others
+    return real, frozenset(name for name, linked in is_link.items() if linked), normal_forms
 
 
 def web_hint(names: Sequence[str]) -> str:
