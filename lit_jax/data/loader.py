@@ -30,7 +30,7 @@ from lit_jax.data.example import (
 )
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.mixture import part_of, training_order
-from lit_jax.data.shared_batches import SharedBatch, SlotReader, slot_writer
+from lit_jax.data.shared_batches import SlotReader, write_batch
 from lit_jax.data.text import tokenize
 from lit_jax.data.workers import start_worker, worker_errors
 from lit_jax.errors import UserError
@@ -273,24 +273,26 @@ class TrainStream:
             num_threads=self._config.threads, prefetch_buffer_size=self._config.threads
         )
         self._running = contextlib.ExitStack()
-        self._slots, slots = None, None
-        if self._config.workers:
-            self._slots = self._running.enter_context(contextlib.closing(SlotReader()))
-            slots = self._slots.folder
         batches = (
             # The data are endless and leave no remainder; but without this Grain overflows at batch size 1.
             self._rows.batch(
                 self._batch_rows,
                 drop_remainder=True,
-                batch_fn=_Collate(self._preprocessor, slots),
+                batch_fn=_Collate(self._preprocessor),
             )
             # To resume is to slice, because the order depends on the position alone.
             .slice(slice(start, None))
             .to_iter_dataset(threads)
         )
-        workers = grain.multiprocessing.MultiprocessingOptions(num_workers=self._config.workers)
-        prefetched = batches.mp_prefetch(workers, functools.partial(_start_worker, slots))
-        self._iterator: Any = iter(prefetched)
+        self._slots = None
+        if self._config.workers:
+            self._slots = self._running.enter_context(contextlib.closing(SlotReader()))
+            # After the threads, because only the few batches on their way to the main process need slots.
+            batches = batches.map(functools.partial(write_batch, self._slots.folder)).mp_prefetch(
+                grain.multiprocessing.MultiprocessingOptions(num_workers=self._config.workers),
+                functools.partial(_start_worker, self._slots.folder),
+            )
+        self._iterator: Any = iter(batches)
         self._running.callback(self._iterator.close)
         self._next_batch = start
 
@@ -318,7 +320,7 @@ class TrainStream:
             )
 
 
-def _start_worker(slots: Path | None, _index: int, _count: int) -> None:
+def _start_worker(slots: Path, _index: int, _count: int) -> None:
     start_worker(slots)
 
 
@@ -363,16 +365,10 @@ class _Read:
 
 @dataclasses.dataclass(frozen=True)
 class _Collate:
-    """The batch function of Grain, which passes the bad samples on to the main process.
-
-    Attributes:
-        slots: the folder of the main process's `SlotReader`; None in the main process itself.
-    """
+    """The batch function of Grain, which passes the bad samples on to the main process."""
 
     preprocessor: Preprocessor
-    slots: Path | None
 
-    def __call__(self, rows: Sequence[tuple[Any, Skipped]]) -> dict[str, Any] | SharedBatch:
+    def __call__(self, rows: Sequence[tuple[Any, Skipped]]) -> dict[str, Any]:
         elements, skipped = zip(*rows, strict=True)
-        batch = {**self.preprocessor.collate(elements), "skipped": sum(skipped, ())}
-        return batch if self.slots is None else slot_writer(self.slots).write(batch)
+        return {**self.preprocessor.collate(elements), "skipped": sum(skipped, ())}

@@ -6,11 +6,11 @@ slot again when the main process holds no array of it any more.
 """
 
 import dataclasses
+import errno
 import functools
 import mmap
 import os
 import tempfile
-import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +44,7 @@ class SharedBatch:
 
 
 class SlotWriter:
-    """The slots of a worker, for all of its threads.
+    """The slots of a worker, which one thread writes.
 
     Args:
         folder: the folder of the main process's `SlotReader`.
@@ -53,13 +53,14 @@ class SlotWriter:
     def __init__(self, folder: Path):
         self._folder = folder
         self._slots: dict[str, mmap.mmap] = {}
-        self._lock = threading.Lock()
 
     def write(self, batch: Mapping[str, Any]) -> SharedBatch:
         """Write a batch. Raise UserError if there is no memory for one more slot."""
         arrays, size = {}, _ALIGNMENT
         for name, value in batch.items():
-            if isinstance(value, np.ndarray):
+            # Objects are addresses, which mean nothing to another process. A subclass of an array has more
+            # than values.
+            if type(value) is np.ndarray and not value.dtype.hasobject:
                 arrays[name] = size, value.shape, value.dtype
                 size += -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT
         file, memory = self._take(size)
@@ -70,38 +71,49 @@ class SlotWriter:
 
     def _take(self, size: int) -> tuple[str, mmap.mmap]:
         """Return the name and the memory of a slot of at least `size` bytes, which is taken from now on."""
-        with self._lock:
-            free = [
-                file
-                for file, memory in self._slots.items()
-                if memory[0] == _FREE and len(memory) >= size
-            ]
-            file = free[0] if free else f"{os.getpid()}-{len(self._slots)}"
-            if not free:
-                self._slots[file] = self._add(self._folder / file, size)
-            memory = self._slots[file]
-            memory[0] = _TAKEN
-            return file, memory
-
-    def _add(self, path: Path, size: int) -> mmap.mmap:
-        try:
-            with path.open("x+b") as opened:
-                # Memory that is mapped before it is there would end the process where there is none left.
-                opened.write(np.zeros(size, np.uint8))
-                opened.flush()
-                return mmap.mmap(opened.fileno(), size)
-        except OSError as error:
-            raise UserError(
-                f"There is no room in {path.parent} for a batch of {size:,} bytes ({error.strerror}); "
-                f"enlarge {path.parent.parent}, through which batches come (docker run --shm-size=8g), or "
-                "lower config.data.workers."
-            ) from error
+        free = [
+            file
+            for file, memory in self._slots.items()
+            if memory[0] == _FREE and len(memory) >= size
+        ]
+        file = free[0] if free else f"{os.getpid()}-{len(self._slots)}"
+        if not free:
+            self._slots[file] = _new_memory(self._folder / file, size)
+        memory = self._slots[file]
+        memory[0] = _TAKEN
+        return file, memory
 
 
 @functools.cache
-def slot_writer(folder: Path) -> SlotWriter:
-    """Return the writer of this process."""
+def _slot_writer(folder: Path) -> SlotWriter:
     return SlotWriter(folder)
+
+
+def write_batch(folder: Path, batch: Mapping[str, Any]) -> SharedBatch:
+    """Write a batch into a slot of this process, whose slots in `folder` last as long as the process."""
+    return _slot_writer(folder).write(batch)
+
+
+def _new_memory(path: Path, size: int) -> mmap.mmap:
+    """Map `size` bytes of a new file. Raise UserError if they cannot be had."""
+    try:
+        with path.open("x+b") as opened:
+            # Memory that is mapped before it is there would end the process where there is none left.
+            opened.write(bytes(size))
+            opened.flush()
+            return mmap.mmap(opened.fileno(), size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        remedy = "run the same command again, or set config.data.workers=0"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            disk = path.parent.parent
+            larger = f"enlarge {disk}"
+            larger += " (docker run --shm-size=8g)" if disk == _MEMORY else ", or set TMPDIR"
+            remedy = f"{larger}, or lower config.data.workers"
+        raise UserError(
+            f"A batch of {size:,} bytes from a worker cannot be passed through {path.parent} "
+            f"({error.strerror}); {remedy}."
+        ) from error
 
 
 class SlotReader:
@@ -138,3 +150,5 @@ class SlotReader:
     def close(self) -> None:
         """Remove the folder, with the slots that were never read. The arrays that were read stay valid."""
         self._folder.cleanup()
+        # An array holds the memory of its own slot.
+        self._slots.clear()

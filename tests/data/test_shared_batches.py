@@ -1,8 +1,8 @@
 """Batches that are passed in shared memory arrive whole, and their memory is used again."""
 
 import gc
-import os
 import resource
+import weakref
 
 import jax
 import ml_dtypes
@@ -84,24 +84,44 @@ def test_a_larger_batch_gets_a_slot_of_its_own(reader):
     assert_same(reader.read(large), batch(2, rows=500))
 
 
-def test_arrays_outlive_the_reader():
+def test_arrays_outlive_the_reader_and_nothing_else_does():
     reader = SlotReader()
-    received = reader.read(SlotWriter(reader.folder).write(batch(1)))
-    unread = SlotWriter(reader.folder / os.devnull)
+    writer = SlotWriter(reader.folder)
+    received = reader.read(writer.write(batch(1)))
+    gone = weakref.ref(received["pixel_values"].base)
+    writer.write(batch(2))
+    assert len([*reader.folder.iterdir()]) == 1
     reader.close()
     assert not reader.folder.exists()
     assert_same(received, batch(1))
-    with pytest.raises(UserError):
-        unread.write(batch(2))
+    with pytest.raises(UserError, match="No such file"):
+        writer.write(batch(3))
+    del received
+    assert gone() is None
+
+
+def test_values_that_are_no_plain_arrays_arrive_too(reader):
+    others = {
+        "texts": np.array(["a", None], object),
+        "strings": np.array(["a", "b"], np.dtypes.StringDType()),
+        "masked": np.ma.masked_array([1, 2], [True, False]),
+        "number": 3,
+    }
+    sent = SlotWriter(reader.folder).write(others | {"ids": np.arange(2)})
+    assert sent.others == others
+    assert sent.arrays.keys() == {"ids"}
 
 
 def test_memory_that_is_full_is_one_sentence(reader):
+    writer = SlotWriter(reader.folder)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
     try:
         with pytest.raises(UserError) as caught:
-            SlotWriter(reader.folder).write({"pixel_values": np.zeros(1 << 17, np.uint8)})
+            writer.write({"pixel_values": np.zeros(1 << 17, np.uint8)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    # The part that there was room for is free again.
+    assert_same(reader.read(writer.write(batch(1))), batch(1))
     for part in (str(reader.folder), "131,136 bytes", "--shm-size", "config.data.workers"):
         assert part in str(caught.value)
