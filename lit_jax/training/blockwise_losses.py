@@ -113,6 +113,9 @@ class _Rows(NamedTuple):
     normaliser: Normaliser | None = None
 
 
+# The tiles of images, or of texts, in a turn of their loop; each array has an axis of turns in front.
+_Tiles = tuple[_Rows, ...]
+
 # The sums over the blocks that a row of images or texts has met so far: a tree of LogSum and arrays.
 _Carry = Any
 
@@ -143,6 +146,8 @@ def _softmax(
     def gradients_of(image: _Rows, text: _Rows) -> tuple[_Carry, _Carry]:
         logits_RxR = logits_of(image, text)
         by_image, by_text = image.normaliser, text.normaliser
+        assert by_image is not None
+        assert by_text is not None
         excess_RxR = by_image.probabilities(logits_RxR, 1) + by_text.probabilities(logits_RxR, 0)
         target_RxR = jnp.where(_is_pair(image, text), 1 - label_smoothing, 0.0)
         # Both cross entropies have the gradient probability - target; the loss is their mean.
@@ -247,14 +252,15 @@ def _ring_on_device(
 ) -> tuple[_Carry, _Carry]:
     """Compute `_ring` for this device's rows, whose texts visit all devices once with their carry."""
     rows = len(images.number)
-    images, texts = _tiles(images), _tiles(texts)
-    turns, tile = len(texts[0].number), jax.tree.map(lambda x: x[0], (images[0], texts[0]))
+    image_tiles, text_tiles = _tiles(images), _tiles(texts)
+    turns = len(text_tiles[0].number)
+    tile = jax.tree.map(lambda x: x[0], (image_tiles[0], text_tiles[0]))
     initial_image, initial_text = (
-        (_initial_carry(like),) * len(texts) for like in jax.eval_shape(block_fn, *tile)
+        (_initial_carry(like),) * len(text_tiles) for like in jax.eval_shape(block_fn, *tile)
     )
 
-    def text_turn(image_carry: _Carry, texts: tuple[_Rows, ...]) -> tuple[_Carry, _Carry]:
-        def image_turn(text_carry: _Carry, image: tuple[tuple[_Rows, ...], _Carry]) -> tuple:
+    def text_turn(image_carry: _Carry, texts: _Tiles) -> tuple[_Carry, _Carry]:
+        def image_turn(text_carry: _Carry, image: tuple[_Tiles, _Carry]) -> tuple:
             to_texts, to_images = list(text_carry), list(image[1])
             for (t, text), (i, tile) in itertools.product(enumerate(texts), enumerate(image[0])):
                 to_image, to_text = block_fn(tile, text)
@@ -264,10 +270,10 @@ def _ring_on_device(
                 to_images[i] = jax.lax.optimization_barrier(_add(to_images[i], to_image))
             return tuple(to_texts), tuple(to_images)
 
-        text_carry, image_carry = jax.lax.scan(image_turn, initial_text, (images, image_carry))
+        text_carry, image_carry = jax.lax.scan(image_turn, initial_text, (image_tiles, image_carry))
         return image_carry, text_carry
 
-    def local_step(image_carry: _Carry, texts: tuple[_Rows, ...]) -> tuple[_Carry, _Carry]:
+    def local_step(image_carry: _Carry, texts: _Tiles) -> tuple[_Carry, _Carry]:
         return jax.lax.scan(text_turn, image_carry, texts)
 
     # The barrier hides from the compiler that these are constants. It would otherwise select between them and
@@ -280,7 +286,7 @@ def _ring_on_device(
     between_slices = [(part - 1) % slices * ring + place for part, place in places]
     over_slice = _ring_of(local_step, initial_texts, in_ring, ring)
     over_slices = _ring_of(over_slice, initial_texts, between_slices, slices)
-    carries = over_slices(_stack(initial_image, turns), texts)
+    carries = over_slices(_stack(initial_image, turns), text_tiles)
     of_images, of_texts = (_whole(carry, rows) for carry in carries)
     return of_images, of_texts
 
@@ -292,7 +298,8 @@ def _tiles_in_a_turn() -> int:
     return 2 if device_kind().startswith("TPU") else 1
 
 
-_RingStep = Callable[[_Carry, _Rows], tuple[_Carry, _Carry]]
+# (carry of this device's images, tiles of texts) -> (that carry, carry of the texts).
+_RingStep = Callable[[_Carry, _Tiles], tuple[_Carry, _Carry]]
 
 
 def _ring_of(
@@ -310,7 +317,7 @@ def _ring_of(
     def pass_on(tree: Any) -> Any:
         return jax.lax.ppermute(tree, BATCH[0], steps)
 
-    def step(carry: tuple[_Rows, _Carry, _Carry], _: None) -> tuple[tuple, None]:
+    def step(carry: tuple[_Tiles, _Carry, _Carry], _: None) -> tuple[tuple, None]:
         texts, image_carry, text_carry = carry
         # The texts travel one step ahead of their carry, so that no transfer waits for tiles and no tile
         # waits for a transfer. The last transfer of texts and the first of the carry are superfluous; without
@@ -319,7 +326,7 @@ def _ring_of(
         image_carry, to_texts = step_fn(image_carry, texts)
         return (next_texts, image_carry, _add(text_carry, to_texts)), None
 
-    def ring(image_carry: _Carry, texts: _Rows) -> tuple[_Carry, _Carry]:
+    def ring(image_carry: _Carry, texts: _Tiles) -> tuple[_Carry, _Carry]:
         start = texts, image_carry, initial_texts
         (_, image_carry, text_carry), _ = jax.lax.scan(step, start, length=stops)
         # The carry of the texts is one stop away from the device that owns the texts.
@@ -328,7 +335,7 @@ def _ring_of(
     return ring
 
 
-def _tiles(tree: _Rows) -> tuple[_Rows, ...]:
+def _tiles(tree: _Rows) -> _Tiles:
     """Return arrays b... as TxR... for each tile in a turn, where zeros fill up the last tiles."""
     # Each tile in a turn has arrays of its own. In a common one, the TPU compiler would copy the sums of all
     # tiles into a third array in each step of the ring.
