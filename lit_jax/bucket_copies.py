@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 _COPY_SECONDS = 60.0
 
 
-def local_copy(folder: AnyPath) -> Path:
+def temporary_copy(folder: AnyPath) -> Path:
     """Return a folder on this machine with the files of `folder`: the folder itself, or a copy of a bucket's.
 
     A copy is removed when this process ends.

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from etils import epath
 from etils.epath.backend import Backend, fsspec_backend
@@ -39,6 +40,9 @@ _S3_VARIABLES = {
 COMMIT_FILE = "commit_success.txt"
 # The longest wait for an answer to TensorStore before a run starts.
 _CHECK_SECONDS = 30.0
+
+# The errors of a disk without space, or without space for this user.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 # Functions to call before each change below a folder; see `guarded`.
 _guards: dict["BucketPath", Callable[[], None]] = {}
@@ -168,6 +172,9 @@ def os_errors(path: BucketPath) -> Iterator[None]:
     except FileNotFoundError as error:
         raise FileNotFoundError(errno.ENOENT, "no such object or bucket", str(path)) from error
     except Exception as error:
+        # Only the disk of this machine gets full.
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            raise
         raise OSError(errno.EIO, _reason(error), str(path)) from error
 
 
@@ -202,6 +209,11 @@ def bucket_path(name: str, text: str) -> BucketPath:
     scheme, _, rest = text.partition("://")
     package, _ = _CLIENTS[scheme]
     bucket, _, inside = rest.partition("/")
+    if "?" in rest:
+        raise UserError(
+            f"{name}={hide_keys(text)} has options after a question mark, which this address cannot have; "
+            f"remove them, and {_CLIENTS[scheme][1]}. AWS_ENDPOINT_URL names another server of S3."
+        )
     if (
         not bucket
         or not inside.strip("/")
@@ -210,7 +222,7 @@ def bucket_path(name: str, text: str) -> BucketPath:
     ):
         raise UserError(
             f"{name}={hide_keys(text)} is not the address of a folder in a bucket; give "
-            f"{scheme}://BUCKET/PATH, without keys, #, @ and .. in it."
+            f"{scheme}://BUCKET/PATH, without keys, #, @ and .. in it. For keys, {_CLIENTS[scheme][1]}."
         )
     if not importlib.util.find_spec(package):
         raise UserError(
@@ -235,6 +247,13 @@ def _open_path(text: str) -> BucketPath:
 def client(path: BucketPath) -> Any:
     """Return fsspec's client for a path; it is the one that epath uses."""
     return _open_client(path.as_uri().partition("://")[0])
+
+
+def server(path: BucketPath) -> str:
+    """Return the URL of the server that the client of a path asks."""
+    found = client(path)
+    url = urlsplit(found.base if path.parts[1] == "gs" else found.s3.meta.endpoint_url)
+    return f"{url.scheme}://{url.netloc}"
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import transformers
 
-from lit_jax.bucket_copies import local_copy, written_locally
+from lit_jax.bucket_copies import temporary_copy, written_locally
 from lit_jax.buckets import BucketPath, check_access
 from lit_jax.cli import Parser, add_path, command
 from lit_jax.data.image import ImageTransform
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The run folder keeps locked parameters as they were read, so float32 exports them without rounding.
     run = load_run(args.workdir, step=args.step, dtype="float32")
     model_type = run.model.hf_config["model_type"]
-    folder = local_copy(model_folder(args.workdir))
+    folder = temporary_copy(model_folder(args.workdir))
     processor = Processor(folder, run.model.processors.tokenizer, model_type)
     params = jax.device_get(run.params)
     transform = run.model.processors.image_transform

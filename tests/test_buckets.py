@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from lit_jax import train
-from lit_jax.buckets import BucketPath
+from lit_jax.buckets import BucketPath, bucket_path
 from lit_jax.errors import BAD_INPUT, UserError
 from lit_jax.files import output_path
 from tests.object_store.served import serve
@@ -121,7 +121,7 @@ def test_a_second_client_without_credentials_is_found_before_it_is_needed(store)
 USE = r"""
 import sys
 from pathlib import Path
-from lit_jax.bucket_copies import GrowingFiles, local_copy, written_locally
+from lit_jax.bucket_copies import GrowingFiles, temporary_copy, written_locally
 from lit_jax.buckets import remove_folder, subfolders
 from lit_jax.files import atomic_write, output_path, write_json
 
@@ -142,7 +142,7 @@ with written_locally(folder / "b") as local:
 with written_locally(folder / "b") as local:
     for name in ("z.txt", "config.json", "A.txt"):
         (local / name).write_text(name)
-copy = local_copy(folder)
+copy = temporary_copy(folder)
 assert sorted(str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file()) == [
     "a/config.json", "b/A.txt", "b/c/d.txt", "b/config.json", "b/z.txt", "text"
 ]
@@ -251,9 +251,9 @@ def test_the_needed_files_of_a_model_are_copied_from_a_bucket(store, tmp_path, s
     environment = store.environment | {"XDG_CACHE_HOME": str(tmp_path)}
     names = f"bucket/{folder.name}", "bucket/none", "elsewhere/vit"
     found, *errors = run(WEIGHTS, *(f"{scheme}://{name}" for name in names), env=environment)
-    copied = tmp_path / "lit_jax" / "copies" / scheme / names[0]
-    assert found == str(copied)
-    assert {file.name for file in copied.iterdir()} - {".lock"} == {
+    copied = Path(found)
+    assert copied.parent == tmp_path / "lit_jax" / "copies" / scheme / names[0]
+    assert {file.name for file in copied.iterdir()} == {
         "config.json",
         "model.safetensors",
     }
@@ -261,6 +261,33 @@ def test_the_needed_files_of_a_model_are_copied_from_a_bucket(store, tmp_path, s
     for name, error in zip(names[1:], errors, strict=True):
         assert error.startswith("config.model.image.model")
         assert f"{scheme}://{name}" in error
-    (folder / "model.safetensors").write_bytes(b"123456")
-    run(WEIGHTS, f"{scheme}://{names[0]}", env=environment)
-    assert (copied / "model.safetensors").read_bytes() == b"123456"
+    # The model is saved again, in shards: the file that has left the bucket must not be read.
+    (folder / "model.safetensors").unlink()
+    index, shard = "model.safetensors.index.json", "model-00001-of-00001.safetensors"
+    for name in (index, shard):
+        (folder / name).write_bytes(b"new")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "config.json").write_bytes(b"of another model")
+    (store.folder / f"{scheme}-file").write_bytes(b"x")
+    (store.folder / f"{scheme}-above" / "vit").mkdir(parents=True)
+    (store.folder / f"{scheme}-above" / "vit" / "config.json").write_bytes(b"{}")
+    others = [f"{scheme}://bucket/{scheme}-{name}" for name in ("file", "above")]
+    newer, *errors = run(WEIGHTS, f"{scheme}://{names[0]}", *others, env=environment)
+    assert {file.name for file in Path(newer).iterdir()} == {"config.json", index, shard}
+    for address, error in zip(others, errors, strict=True):
+        assert address in error
+        assert "give the folder" in error
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+@pytest.mark.parametrize(
+    "rest",
+    ["bucket/vit?endpoint_override=h", "bucket/vit?secret_key=SECRET", "KEY:SECRET@bucket/vit"],
+)
+def test_an_address_with_options_or_keys_is_refused_without_showing_them(scheme, rest):
+    with pytest.raises(UserError) as raised:
+        bucket_path("config.model.image.model", f"{scheme}://{rest}")
+    assert "config.model.image.model=" in str(raised.value)
+    assert "AWS_ACCESS_KEY_ID" in str(raised.value) or "GOOGLE_APPLICATION" in str(raised.value)
+    assert "SECRET" not in str(raised.value).replace("AWS_SECRET", "")
+    assert ("question mark" in str(raised.value)) == ("?" in rest)

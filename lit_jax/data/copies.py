@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from lit_jax.data.files import File, ObjectPath
+from lit_jax.cached_copies import Version, cache_copies
+from lit_jax.data.files import File, ObjectPath, server
 from lit_jax.errors import UserError
-from lit_jax.kept_copies import Version, keep_copies
 
 # The bytes of one request.
 _BLOCK = 1 << 24
 
 
-def local_copies(folder: File, names: Iterable[str]) -> Path:
+def cached_copies(folder: File, names: Iterable[str]) -> Path:
     """Return a local folder with these files of `folder`: itself, or copies that stay on this machine.
 
     Raises UserError if a file in a store is missing or cannot be copied, and OSError if the store does not
@@ -36,12 +36,12 @@ def local_copies(folder: File, names: Iterable[str]) -> Path:
         raise UserError(
             f"There is no {folder}/{missing[0]}, which belongs to the data; write them again."
         )
-    return keep_copies(str(folder), found, functools.partial(_fetch, folder))
+    return cache_copies(str(folder), server(folder), found, functools.partial(_fetch, folder))
 
 
 def _version(file: ObjectPath) -> Version | None:
     info = file.info()
-    return Version(info.size, info.mtime_ns) if info.is_file else None
+    return Version(info.size, info.mtime_ns // 10**9) if info.is_file else None
 
 
 def _fetch(

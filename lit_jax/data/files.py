@@ -31,6 +31,12 @@ _HALVES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 # for anonymous access.
 _GOOGLE_DEFAULTS = {"retry_limit_seconds": "60", "scheme": "https"}
 
+# The variables by which Arrow's clients find another server.
+_SERVER_VARIABLES = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "gs": ("CLOUD_STORAGE_EMULATOR_ENDPOINT",),
+}
+
 # The size limit of an image file, or of the text file beside an image.
 MAX_FILE_BYTES = 1 << 30
 # The size limit of a quoted field: a longer field has most likely lost its closing quote.
@@ -213,6 +219,14 @@ def signature(file: File) -> tuple[int, int]:
         return status.st_size, status.st_mtime_ns
     info = file.info()
     return info.size, info.mtime_ns
+
+
+def server(file: ObjectPath) -> str:
+    """Return the URL of the server that an address or the environment names, "" for Amazon's or Google's."""
+    options = dict(parse_qsl(file.options))
+    if host := options.get("endpoint_override", ""):
+        return host if "://" in host else f"{options.get('scheme', 'https')}://{host}"
+    return next(filter(None, map(os.environ.get, _SERVER_VARIABLES[file.scheme])), "")
 
 
 def read_text(file: File) -> str:

@@ -16,6 +16,7 @@ import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -25,7 +26,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float
 
 from lit_jax.buckets import AnyPath, BucketPath
-from lit_jax.data.copies import local_copies
+from lit_jax.data.copies import cached_copies
 from lit_jax.data.example import BadSampleError, Example, sample_caption_index
 from lit_jax.data.files import File
 from lit_jax.data.loader import Batch
@@ -166,21 +167,57 @@ def total_counts(folder: AnyPath, header: Header) -> Counts:
     """Return the counts of all shards, which are complete. Raise UserError if a file of counts is damaged."""
     # A bucket takes long for one answer, but gives many at a time.
     with ThreadPoolExecutor(16) as pool:
-        shards = (folder / header.shard_name(n) for n in range(header.shards))
-        return sum(pool.map(_shard_counts, shards), Counts())
+        counts = pool.map(lambda n: _shard_counts(folder, header, n), range(header.shards))
+        return sum(counts, Counts())
 
 
-def _shard_counts(shard: AnyPath) -> Counts:
+def _shard_counts(folder: AnyPath, header: Header, number: int) -> Counts:
+    shard = folder / header.shard_name(number)
     file = _counts_file(shard)
+    # A copy without hidden files, or one by an older version, has no counts.
+    if isinstance(shard, Path) and not file.exists():
+        return _recount(shard, header, len(header.shard(number)))
     content = file.read_bytes()
     with reading(file):
         return Counts(**parse_json(content))
 
 
+def _recount(shard: Path, header: Header, examples: int) -> Counts:
+    """Return the counts of a local shard by reading its records."""
+    row = header.width * np.dtype(DTYPES[header.dtype]).itemsize
+    rows = bad = 0
+    with reading(shard):
+        # An older version wrote another record after those of the examples.
+        records = grain.sources.ArrayRecordDataSource([f"{shard}[0:{examples}]"])
+        for index in range(examples):
+            record = records[index]
+            is_bad = record[-1:] == BAD
+            bad += is_bad
+            rows += 0 if is_bad else len(record) // row
+    return Counts(rows=rows, bad=bad, bytes=shard.stat().st_size)
+
+
+def manifest_counts(folder: AnyPath, header: Header) -> Counts | None:
+    """Return the counts in the manifest of a finished folder, None if it has none with this header."""
+    try:
+        manifest = dict(parse_json((folder / MANIFEST).read_bytes()))
+        given = {name: manifest.pop(name) for name in dataclasses.asdict(header)}
+        return Counts(**manifest) if given == dataclasses.asdict(header) else None
+    # There is none, or it is damaged and is written again.
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+
+
 def complete_shards(folder: AnyPath, header: Header) -> list[bool]:
-    """Return whether each shard is complete: a shard appears after its counts, when all is written."""
+    """Return whether each shard is complete: a shard appears when all of it is written.
+
+    Counts that are missing can be had from a local shard, or from the manifest of a finished folder.
+    """
     there = {file.name for file in folder.iterdir()}
     shards = [folder / header.shard_name(n) for n in range(header.shards)]
+    found = [shard.name in there for shard in shards]
+    if isinstance(folder, Path) or (all(found) and manifest_counts(folder, header)):
+        return found
     return [{shard.name, _counts_file(shard).name} <= there for shard in shards]
 
 
@@ -207,7 +244,7 @@ class Embeddings:
             self.counts = Counts(**manifest)
             self._dtype = np.dtype(DTYPES[self.header.dtype])
         names = [self.header.shard_name(n) for n in range(self.header.shards)]
-        local = local_copies(folder, names)
+        local = cached_copies(folder, names)
         paths = [local / name for name in names]
         with reading(folder):
             # A truncated or replaced shard would fail only when a run reads it, hours later. Sizes are cheap
@@ -215,8 +252,8 @@ class Embeddings:
             found = sum(path.stat().st_size for path in paths)
             if found != self.counts.bytes:
                 raise ValueError(f"its shards have {found} bytes, not {self.counts.bytes}")
-            # The range in brackets leaves out the record of counts. Grain then need not open each file to
-            # learn its length.
+            # With the range in brackets Grain need not open each file to learn its length. It also leaves out
+            # the last record of a shard by an older version, which has the counts.
             self._records = grain.sources.ArrayRecordDataSource(
                 [f"{path}[0:{len(self.header.shard(n))}]" for n, path in enumerate(paths)]
             )

@@ -28,6 +28,7 @@ from lit_jax.precomputed.format import (
     Header,
     ShardWriter,
     complete_shards,
+    manifest_counts,
     remove_unfinished,
     total_counts,
 )
@@ -66,8 +67,10 @@ class FeatureWriter:
         after SIGTERM; unfinished shards are then lost.
         """
         _open_folder(folder, header)
-        _write_missing(self, folder, header)
-        return _close_folder(folder, header, max_bad_fraction)
+        was_complete = _write_missing(self, folder, header)
+        # A folder that was finished by an earlier command has its counts in the manifest.
+        known = manifest_counts(folder, header) if was_complete else None
+        return _close_folder(folder, header, max_bad_fraction, known)
 
     def records(self, examples: range) -> Iterator[np.ndarray | BadSampleError | None]:
         """Yield the features of each example, in order, or the reason why it has none; None after each batch.
@@ -179,14 +182,16 @@ def _open_folder(folder: AnyPath, header: Header) -> None:
             atomic_write(started, json.dumps(dataclasses.asdict(header), indent=2) + "\n")
 
 
-def _close_folder(folder: AnyPath, header: Header, max_bad_fraction: float) -> Counts:
-    """Write the manifest when all shards are complete; return the counts.
+def _close_folder(
+    folder: AnyPath, header: Header, max_bad_fraction: float, known: Counts | None = None
+) -> Counts:
+    """Write the manifest when all shards are complete; return the counts, which may be `known` already.
 
     Raises UserError if too many samples are bad.
     """
     # The counts come from the folder, because other processes and earlier commands wrote most of the shards.
     with output_errors(folder):
-        counts = total_counts(folder, header)
+        counts = known or total_counts(folder, header)
     if (fraction := counts.bad / header.examples) > max_bad_fraction:
         raise UserError(
             f"{counts.bad} of {header.examples} samples are bad ({fraction:.1%}); fix the data and choose "
@@ -212,12 +217,18 @@ def _together(*, stopped: bool = False, busy: bool = False) -> tuple[bool, bool]
     return bool(all_Nx2[:, 0].any()), bool(all_Nx2[:, 1].any())
 
 
-def _write_missing(writer: FeatureWriter, folder: AnyPath, header: Header) -> None:
-    """Write this process's share of the missing shards; return when no process has work left."""
-    with output_errors(folder):
-        done = np.array(complete_shards(folder, header))
+def _write_missing(writer: FeatureWriter, folder: AnyPath, header: Header) -> bool:
+    """Write this process's share of the missing shards; return when no process has work left.
+
+    The value is whether no shard was missing.
+    """
+    done = np.zeros(header.shards, bool)
+    # The view of the first process decides, because others may see an older listing of the folder, or none
+    # before the first process has made it.
+    if is_primary():
+        with output_errors(folder):
+            done = np.array(complete_shards(folder, header))
     if jax.process_count() > 1:
-        # The view of the first process decides, because others may see an older listing of the folder.
         done = multihost_utils.broadcast_one_to_all(done).astype(bool)
     missing = np.flatnonzero(~done)
     # Missing shards are dealt out in turn, so that all processes have about equally many.
@@ -244,6 +255,7 @@ def _write_missing(writer: FeatureWriter, folder: AnyPath, header: Header) -> No
         while busy:
             stopped, busy = _together(stopped=stop.received, busy=False)
             _raise_if(stopped)
+    return not len(missing)
 
 
 def _write_shard(

@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lit_jax import __version__
-from lit_jax.bucket_copies import local_copy, written_locally
+from lit_jax.bucket_copies import temporary_copy, written_locally
 from lit_jax.buckets import AnyPath, remove_folder
 from lit_jax.config import TEACHER, Config, MeshConfig, Side, parse
 from lit_jax.config_schema import RENAMED
@@ -122,7 +122,7 @@ def saved_towers(workdir: AnyPath) -> TowerPaths:
     Raises UserError if a file of the model's folder is not as the run has written it.
     """
     origin = model_folder(workdir)
-    folder = local_copy(origin)
+    folder = temporary_copy(origin)
     if not (folder / "config.json").is_file():
         raise UserError(f"{origin} has no config.json; restore it, or choose another --workdir.")
     _check_model_files(folder, origin)

@@ -5,12 +5,14 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from lit_jax.buckets import BucketPath, bucket_path, client, os_errors
+from fsspec.callbacks import Callback
+
+from lit_jax.buckets import BucketPath, bucket_path, client, os_errors, server
+from lit_jax.cached_copies import Version, cache_copies
 from lit_jax.errors import UserError
-from lit_jax.kept_copies import Version, keep_copies
 
 
-def bucket_folder(
+def cached_model(
     address: str, config_key: str, patterns_for: Callable[[set[str]], Iterable[str]]
 ) -> pathlib.Path:
     """Return the local folder with the copies of the files of a model in a bucket.
@@ -22,7 +24,7 @@ def bucket_folder(
     Raises UserError if there is no such folder, or if it cannot be read or copied.
     """
     folder = bucket_path(config_key, address)
-    start = f"{str(folder).partition('://')[2]}/"
+    start = f"{str(folder).partition('://')[2].rstrip('/')}/"
     try:
         with os_errors(folder):
             listed = client(folder).find(str(folder), detail=True)
@@ -32,6 +34,10 @@ def bucket_folder(
             "credentials."
         ) from error
     found = {path.removeprefix(start): _version(info) for path, info in listed.items()}
+    if f"{start.rstrip('/')}" in found:
+        raise UserError(
+            f"{config_key} is {address!r}, which is a file; give the folder of a model."
+        )
     if not found:
         raise UserError(
             f"{config_key} is {address!r}, and there is no such folder; give the folder of a model."
@@ -40,25 +46,44 @@ def bucket_folder(
     wanted = {
         name: version
         for name, version in found.items()
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        if any(_matches(name, pattern) for pattern in patterns)
     }
+    if not wanted:
+        raise UserError(
+            f"{config_key} is {address!r}, and none of the {len(found)} files there is of a model; give the "
+            "folder that has the model's config.json."
+        )
 
     def fetch(name: str, local: pathlib.Path, count: Callable[[int], object]) -> Version:
-        version = _fetch(folder / name, local)
-        count(version.size)
-        return version
+        return _fetch(folder / name, local, count)
 
-    return keep_copies(str(folder), wanted, fetch)
+    return cache_copies(str(folder), server(folder), wanted, fetch)
 
 
-def _fetch(file: BucketPath, local: pathlib.Path) -> Version:
+class _Counted(Callback):
+    """A progress of fsspec's, which is told to a function."""
+
+    def __init__(self, count: Callable[[int], object]):
+        super().__init__()
+        self._count = count
+
+    def relative_update(self, inc: int = 1) -> None:
+        """Count the bytes of a part."""
+        self._count(inc)
+
+
+def _fetch(file: BucketPath, local: pathlib.Path, count: Callable[[int], object]) -> Version:
     with os_errors(file):
-        client(file).get_file(str(file), str(local))
+        client(file).get_file(str(file), str(local), callback=_Counted(count))
         return _version(client(file).info(str(file)))
 
 
+def _matches(name: str, pattern: str) -> bool:
+    # An asterisk of fnmatch stands for slashes, too, and would match the files of every model below.
+    return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
+
+
 def _version(info: Mapping[str, Any]) -> Version:
-    # gcsfs and s3fs have a name of their own for the time. Some servers of S3 tell more than seconds in a
-    # listing, and seconds elsewhere.
+    # gcsfs and s3fs have a name of their own for the time.
     changed = info.get("mtime") or info["LastModified"]
-    return Version(info["size"], int(changed.timestamp()) * 10**9)
+    return Version(info["size"], int(changed.timestamp()))

@@ -16,7 +16,7 @@ from lit_jax.errors import UserError
 from lit_jax.files import expand_home, parse_json
 from lit_jax.models.dual_encoder import SYSTEMS, TOWERS, Side
 from lit_jax.models.families import TEXT, VISION, tower_config, tower_fields, unknown
-from lit_jax.weights.bucket import bucket_folder
+from lit_jax.weights.bucket import cached_model
 from lit_jax.weights.files import FORMATS, one_line
 from lit_jax.weights.other_libraries import explain_config, explain_folder
 
@@ -68,7 +68,7 @@ def local_folder(
     if not model:
         raise UserError(f"{config_key} is empty; give a local folder or the id of a Hub model.")
     if is_bucket(model):
-        folder = bucket_folder(model, config_key, functools.partial(_needed, options))
+        folder = cached_model(model, config_key, functools.partial(_needed, options))
     elif not (folder := expand_home(model, f"{config_key}={model}")).is_dir():
         # The id of a Hub model has one slash at most. Its errors would hide that a path is mistyped.
         if folder.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
@@ -133,12 +133,13 @@ def _download(model: str, options: HubOptions) -> pathlib.Path:
 def _needed(options: HubOptions, files: set[str]) -> list[str]:
     """Return the patterns of the small files, and of the weights in the first of `FORMATS` among `files`."""
     above = f"{options.subfolder.strip('/')}/" if options.subfolder else ""
+    small = [*_SMALL_FILES, *(above + pattern for pattern in _SMALL_FILES if above)]
     # A repository often has the same weights in several formats; downloading one saves gigabytes.
     for format_ in FORMATS:
         file, index = format_.file(options.variant), format_.index(options.variant)
         if files & {above + file, above + index}:
-            return [*_SMALL_FILES, above + file, above + format_.shards(options.variant)]
-    return [*_SMALL_FILES]
+            return [*small, above + file, above + format_.shards(options.variant)]
+    return small
 
 
 def upload(folder: str | pathlib.Path, repo_id: str, **options: Any) -> str:

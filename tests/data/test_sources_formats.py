@@ -742,7 +742,9 @@ def test_a_saved_dict_of_data_sets_is_read_from_an_object_store(
         config = SourceConfig(path=address(f"{store}@{BUCKET}"), split="test")
         source = open_source(config)
         assert [source[i]["captions"] for i in range(2)] == [(CAPTIONS[2],), (CAPTIONS[0],)]
-        assert [file.parent.name for file in (tmp_path / "cache").rglob("*.arrow")] == ["test"]
+        assert [file.parent.parent.name for file in (tmp_path / "cache").rglob("*.arrow")] == [
+            "test"
+        ]
         with pytest.raises(UserError, match=r"'valid'; .*test, train"):
             open_source(dataclasses.replace(config, split="valid"))
 

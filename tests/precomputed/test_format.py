@@ -6,6 +6,7 @@ import functools
 import json
 import pickle
 from pathlib import Path
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.loader import ImagePreprocessor, TextPreprocessor
 from lit_jax.errors import UserError
+from lit_jax.precomputed import write as writer
 from lit_jax.precomputed.fingerprint import (
     SAMPLED,
     WITH_IMAGES,
@@ -33,6 +35,8 @@ from lit_jax.precomputed.format import (
     PooledImages,
     PooledTexts,
     ShardWriter,
+    complete_shards,
+    manifest_counts,
     shard_size,
     total_counts,
 )
@@ -305,3 +309,33 @@ def test_a_bad_example_among_the_sampled_ones_is_part_of_the_fingerprint():
         data_fingerprint(s, sampled_examples(s), "text") for s in map(Source, (None, 1, 1, 2))
     }
     assert len(prints) == 3
+
+
+def test_a_folder_without_hidden_counts_is_complete_and_counted_again(tmp_path, records):
+    header = write(tmp_path, records)
+    counts = total_counts(tmp_path, header)
+    for file in tmp_path.glob(".shard-*"):
+        file.unlink()
+    assert complete_shards(tmp_path, header) == [True] * header.shards
+    assert total_counts(tmp_path, header) == counts
+    assert counts.bad == sum(isinstance(record, BadSampleError) for record in records)
+    assert manifest_counts(tmp_path, header) == counts
+    assert manifest_counts(tmp_path, dataclasses.replace(header, tower="another")) is None
+    (tmp_path / header.shard_name(1)).unlink()
+    assert complete_shards(tmp_path, header)[:2] == [True, False]
+
+
+def test_a_process_that_comes_before_the_first_has_made_the_folder_lists_nothing(
+    tmp_path, monkeypatch
+):
+    header = write(tmp_path, [rows(2)] * 4)
+    started = []
+    monkeypatch.setattr(writer, "is_primary", lambda: False)
+    monkeypatch.setattr(writer.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(writer.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(writer, "_together", lambda **_: (False, False))
+    monkeypatch.setattr(writer, "_write_shard", lambda _, path, *others: started.append(path.name))
+    # The first process finds no shard.
+    monkeypatch.setattr(writer.multihost_utils, "broadcast_one_to_all", np.zeros_like)
+    assert not writer._write_missing(mock.Mock(), tmp_path / "new", header)
+    assert started == [header.shard_name(1)]

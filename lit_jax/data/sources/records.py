@@ -13,7 +13,7 @@ import msgpack
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from lit_jax.buckets import AnyPath
-from lit_jax.data.copies import local_copies
+from lit_jax.data.copies import cached_copies
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.files import File
 from lit_jax.errors import UserError
@@ -124,7 +124,7 @@ class RecordSource:
 
     def __init__(self, folder: File):
         shards = [shard for shard in read_manifest(folder) if shard.count]
-        local = local_copies(folder, (shard.name for shard in shards))
+        local = cached_copies(folder, (shard.name for shard in shards))
         for shard in shards:
             file = local / shard.name
             if not file.is_file() or not file.stat().st_size:

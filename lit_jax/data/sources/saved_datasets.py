@@ -11,7 +11,7 @@ import pyarrow as pa
 from jaxtyping import Int
 
 from lit_jax.config import SourceConfig
-from lit_jax.data.copies import local_copies
+from lit_jax.data.copies import cached_copies
 from lit_jax.data.example import Example
 from lit_jax.data.files import File
 from lit_jax.data.listing import is_system, walk
@@ -43,7 +43,7 @@ class HuggingFaceSource:
             if not all(isinstance(name, str) for name in names):
                 raise TypeError("a filename in its state.json is not text")
         # Arrow maps only files of this machine.
-        local = local_copies(folder, names)
+        local = cached_copies(folder, names)
         self.files = [local / name for name in names]
         with _damage(folder):
             self._batches = _map_batches(self.files)

@@ -6,12 +6,13 @@ import operator
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lit_jax.config import SourceConfig
-from lit_jax.data.copies import local_copies
+from lit_jax.data.copies import cached_copies
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.files import File
 from lit_jax.data.listing import shown, walk
@@ -40,13 +41,9 @@ class TfdsSource:
         import tensorflow_datasets as tfds
 
         # Without the shards, which have their number in their names.
-        about = (path for path in walk(folder) if not _NUMBERED.search(path) and path[-1] != "/")
-        local = local_copies(folder, about)
-        try:
-            builder: Any = tfds.builder_from_directory(local)
-        # A broken file can raise any exception inside TFDS.
-        except Exception as error:
-            raise _damaged(folder, error) from error
+        about = [path for path in walk(folder) if not _NUMBERED.search(path) and path[-1] != "/"]
+        local = cached_copies(folder, about)
+        builder = _builder(folder, local)
         _check_split(builder.info.splits, config.split, folder)
         features = builder.info.features
         leaves = dict(_leaves(features))
@@ -69,17 +66,12 @@ class TfdsSource:
         self._caption_path = config.caption_key.split("/") if captions else None
         self._split = config.split
         # Images stay encoded: `image.decode` treats all sources alike, and shrinks JPEGs while decoding.
-        try:
-            self._rows = builder.as_data_source(
-                split=config.split, decoders={config.image_key: tfds.decode.SkipDecoding()}
-            )
-        except NotImplementedError as error:
-            raise UserError(
-                f"{folder} has no ArrayRecord files; prepare the data set again with "
-                "`tfds build --file_format=array_record`."
-            ) from error
-        # The files are opened at the first row. A split without ArrayRecord files must not be copied first.
-        local_copies(folder, builder.info.splits[config.split].filenames)
+        decoders = {config.image_key: tfds.decode.SkipDecoding()}
+        # A split without ArrayRecord files must not be copied before the error.
+        self._rows = _rows(folder, builder, config.split, decoders)
+        whole = cached_copies(folder, [*about, *builder.info.splits[config.split].filenames])
+        if whole != local:
+            self._rows = _rows(folder, _builder(folder, whole), config.split, decoders)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -213,6 +205,28 @@ def _chosen(leaves: Mapping[str, _Leaf], name: str, key: str, folder: File) -> _
         f"{folder}: {key} is {name!r}, which {problem}; set {key} of this source to a suitable feature "
         f"({shown(usable)}), or to '' for none."
     )
+
+
+def _builder(folder: File, local: Path) -> Any:
+    """Return TFDS's builder of a local folder. Raise UserError, which names `folder`, if it is damaged."""
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder_from_directory(local)
+    # A broken file can raise any exception inside TFDS.
+    except Exception as error:
+        raise _damaged(folder, error) from error
+
+
+def _rows(folder: File, builder: Any, split: str | None, decoders: Mapping[str, Any]) -> Any:
+    """Return the rows of a split, whose files are opened at the first row."""
+    try:
+        return builder.as_data_source(split=split, decoders=decoders)
+    except NotImplementedError as error:
+        raise UserError(
+            f"{folder} has no ArrayRecord files; prepare the data set again with "
+            "`tfds build --file_format=array_record`."
+        ) from error
 
 
 def _check_split(splits: Mapping[str, Any], split: str | None, folder: File) -> None:
