@@ -76,8 +76,9 @@ def environments(count):
 def test_under_the_launcher_a_process_that_is_gone_is_one_last_sentence_and_76(how, who):
     result = start(2, "one_of_several_processes.py", how, who, SOON)
     assert result.returncode == GONE, result.stderr
-    # 128 and the number of the signal.
-    assert re.match(r"error: .*\b1[34]\d\b", result.stderr.splitlines()[-1])
+    # A stopped process ends nothing itself: JAX aborts its peer.
+    ended_by = signal.SIGKILL if how == "kill" else signal.SIGABRT
+    assert re.match(rf"error: .*\b{128 + ended_by}\b", result.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize(
@@ -97,10 +98,11 @@ def test_under_the_launcher_a_failure_of_one_process_is_that_of_all(how, who, co
 
 @pytest.mark.long
 def test_a_bare_command_ends_within_a_minute_after_its_peer():
-    """All ways at the same time, because most of it is waiting."""
+    """Two ways at the same time, because most of it is waiting."""
     ways = [(how, who) for how in ("kill", "stop") for who in (0, 1)]
     runs = [(*way, process.HEARTBEAT_SECONDS, environments(2)) for way in ways]
-    with ThreadPoolExecutor(len(runs)) as pool:
+    # Not all four, because eight processes on two cores could miss the minute.
+    with ThreadPoolExecutor(2) as pool:
         ended = list(pool.map(run_bare, *zip(*runs, strict=True)))
     for (how, who), (codes, seconds) in zip(ways, ended, strict=True):
         assert codes[who] == -signal.SIGKILL, how

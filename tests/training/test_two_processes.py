@@ -128,8 +128,7 @@ def test_the_death_of_one_process_ends_the_other_and_they_go_on(command, tmp_pat
         _, errors = launcher.communicate(timeout=200)
         assert launcher.returncode == GONE, errors
         assert not Path(f"/proc/{survivor}").exists()
-        # 128 and the number of the signal.
-        assert re.match(r"error: .*\b1[34]\d\b", errors.splitlines()[-1])
+        assert re.match(rf"error: .*\b{128 + signal.SIGKILL}\b", errors.splitlines()[-1])
         assert complete_steps(workdir)[-1] > done
         done = last_step(workdir)
     finish(start_two(command, workdir, "--config.checkpoint.every=10 steps"))
@@ -138,7 +137,8 @@ def test_the_death_of_one_process_ends_the_other_and_they_go_on(command, tmp_pat
 
 def test_two_processes_save_by_one_clock_and_go_on(command, tmp_path):
     """What is saved when depends on the clock; what comes out does not."""
-    flags = ("--config.checkpoint.every=1 second", "--config.duration=200 steps")
+    # At least five seconds here, so that a machine three times as fast saves before the end, too.
+    flags = ("--config.checkpoint.every=1 second", "--config.duration=300 steps")
     finish(start_two(command, tmp_path / "whole", *flags))
     workdir = tmp_path / "run"
     launcher = start_two(command, workdir, *flags)
@@ -146,7 +146,7 @@ def test_two_processes_save_by_one_clock_and_go_on(command, tmp_path):
     os.kill(process_number(1, launcher), signal.SIGKILL)
     launcher.communicate(timeout=200)
     assert launcher.returncode == GONE
-    assert 1 < complete_steps(workdir)[-1] < 200
+    assert 1 < complete_steps(workdir)[-1] < 300
     finish(start_two(command, workdir, *flags))
     assert_same_end(workdir, tmp_path / "whole")
 
