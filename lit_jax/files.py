@@ -122,6 +122,8 @@ def output_errors(folder: AnyPath) -> contextlib.AbstractContextManager[None]:
     Nothing may run on a device in this context: JAX raises RuntimeError, like ArrayRecord.
     """
     remedy = "fix that and run the same command again, which resumes, or choose another --output"
+    if isinstance(folder, BucketPath):
+        remedy += "; if this machine is full, set TMPDIR to a folder on a larger disk"
     return io_errors(remedy, folder, RuntimeError)
 
 

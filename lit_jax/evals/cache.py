@@ -94,6 +94,9 @@ class EmbeddingCache:
                 return tuple(content[name] for name in content.files)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            log.warning("%s cannot be read (%s); it is computed again.", file, error)
+            return None
         except Exception as error:
             # NumPy raises exceptions of many types for a damaged file.
             log.warning("%s is damaged (%s); it is computed again.", file, error)

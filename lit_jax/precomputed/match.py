@@ -168,13 +168,15 @@ def _open(
     name: str,
 ) -> Embeddings:
     key = f"config.data.{side}_embeddings"
+    is_address = "://" in name
     try:
-        folder = locate(name) if "://" in name else local_path(key, name)
+        folder = locate(name) if is_address else local_path(key, name)
         embeddings = Embeddings(folder)
     # There is no permission, no network, no credentials, or the address is malformed.
     except (AddressError, OSError) as error:
+        to_check = "the address and the credentials" if is_address else "who may read the folder"
         raise UserError(
-            f"{key}: {hide_keys(name)} cannot be read ({error}); check the address and the credentials."
+            f"{key}: {hide_keys(name)} cannot be read ({error}); check {to_check}."
         ) from error
     found = embeddings.header
     if found.side != side:
