@@ -38,6 +38,8 @@ _S3_VARIABLES = {
 }
 # Orbax writes this file last, so that a checkpoint without the file is not complete.
 COMMIT_FILE = "commit_success.txt"
+# The beginning of the names of objects that `check_access` writes for a moment.
+PROBE = ".access-"
 # The longest wait for an answer to TensorStore before a run starts.
 _CHECK_SECONDS = 30.0
 
@@ -292,7 +294,7 @@ def check_access(folder: AnyPath | None) -> None:
     if not isinstance(folder, BucketPath):
         return
     scheme, bucket = folder.parts[1:3]
-    probe = folder / f".access-{uuid.uuid4().hex}"
+    probe = folder / f"{PROBE}{uuid.uuid4().hex}"
     for library, check in (("fsspec", _check_fsspec), ("TensorStore", _check_tensorstore)):
         try:
             check(probe)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from lit_jax.buckets import AnyPath
+from lit_jax.buckets import PROBE, AnyPath
 from lit_jax.data.example import BadSampleError, Source
 from lit_jax.data.loader import ImagePreprocessor, TextPreprocessor
 from lit_jax.distributed.preemption import StopSignal
@@ -151,7 +151,10 @@ class _ReadAll:
 def check_free(folder: AnyPath) -> None:
     """Raise UserError if a folder holds anything else than precomputed features."""
     with output_errors(folder):
-        if folder.exists() and any(folder.iterdir()) and not (folder / STARTED).exists():
+        # Another process of the same run may check its access to the bucket at this moment.
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+        others = [name for name in names if not name.startswith(PROBE)]
+        if others and not (folder / STARTED).exists():
             raise UserError(f"{folder} already holds other files; choose another --output.")
 
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lit_jax.buckets import PROBE
 from lit_jax.data.example import BadSampleError, Example
 from lit_jax.data.loader import ImagePreprocessor, TextPreprocessor
 from lit_jax.errors import UserError
@@ -339,3 +340,11 @@ def test_a_process_that_comes_before_the_first_has_made_the_folder_lists_nothing
     monkeypatch.setattr(writer.multihost_utils, "broadcast_one_to_all", np.zeros_like)
     assert not writer._write_missing(mock.Mock(), tmp_path / "new", header)
     assert started == [header.shard_name(1)]
+
+
+def test_a_folder_is_free_while_another_process_checks_its_access(tmp_path):
+    (tmp_path / f"{PROBE}1").write_bytes(b"lit_jax")
+    writer.check_free(tmp_path)
+    (tmp_path / "other").touch()
+    with pytest.raises(UserError, match="--output"):
+        writer.check_free(tmp_path)

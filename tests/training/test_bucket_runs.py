@@ -1,6 +1,7 @@
 """The train command with its run folder in a bucket: killed, with a store that fails and answers slowly."""
 
 import random
+import re
 import time
 
 import pytest
@@ -19,7 +20,8 @@ from tests.training.commands import (
 
 pytestmark = pytest.mark.long
 # The reason that each store gives for credentials that have expired.
-REASONS = {"gs": "Invalid Credentials", "s3": "ExpiredToken"}
+# S3 answers a request for the properties of an object without a text, so a client knows the status alone.
+REASONS = {"gs": "Invalid Credentials", "s3": "ExpiredToken|Forbidden"}
 EVALUATED = "--config.evals.unseen16.every=20 steps"
 
 
@@ -73,7 +75,7 @@ def test_credentials_that_expire_end_a_run_in_one_sentence(command, store, schem
     assert "Traceback" not in errors
     (sentence,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert address in sentence
-    assert REASONS[scheme] in sentence
+    assert re.search(REASONS[scheme], sentence)
     # The run goes on from there.
     flags = f"--config.duration={saved_steps(folder)[-1] + 1} steps", "--allow_changes=duration"
     finish(command(address, *flags, env=store.environment))
