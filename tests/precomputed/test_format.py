@@ -338,7 +338,7 @@ def test_a_process_that_comes_before_the_first_has_made_the_folder_lists_nothing
     monkeypatch.setattr(writer, "_write_shard", lambda _, path, *others: started.append(path.name))
     # The first process finds no shard.
     monkeypatch.setattr(writer.multihost_utils, "broadcast_one_to_all", np.zeros_like)
-    assert not writer._write_missing(mock.Mock(), tmp_path / "new", header)
+    assert not writer._write_missing(mock.Mock(spec=writer.FeatureWriter), tmp_path / "new", header)
     assert started == [header.shard_name(1)]
 
 
