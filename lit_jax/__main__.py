@@ -8,6 +8,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from lit_jax.display import shown_streams
 from lit_jax.errors import import_jax_or_exit
 
 COMMANDS = {
@@ -25,8 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     name, rest = (words[0], words[1:]) if words else ("--help", [])
     if name in ("-h", "--help"):
-        print(f"usage: lit-jax {{{','.join(COMMANDS)}}} ...\n\n{__doc__}")
-        print("`lit-jax COMMAND --help` lists the flags of a command.")
+        # The reader of a pipe may close it after the first line.
+        with shown_streams(lambda: None):
+            print(f"usage: lit-jax {{{','.join(COMMANDS)}}} ...\n\n{__doc__}")
+            print("`lit-jax COMMAND --help` lists the flags of a command.")
         return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)

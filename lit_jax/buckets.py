@@ -20,7 +20,7 @@ from etils import epath
 from etils.epath.backend import Backend, fsspec_backend
 from etils.epath.gpath import PosixGPath
 
-from lit_jax.credentials import hide_keys
+from lit_jax.credentials import had_keys, hide_keys
 from lit_jax.errors import UserError
 
 # scheme -> (package of the client, way to give credentials).
@@ -221,6 +221,7 @@ def bucket_path(name: str, text: str) -> BucketPath:
         or not inside.strip("/")
         or any(c in rest for c in "#@")
         or ".." in rest.split("/")
+        or had_keys(text)
     ):
         raise UserError(
             f"{name}={hide_keys(text)} is not the address of a folder in a bucket; give "

@@ -96,6 +96,11 @@ def get_keys(address: str) -> Keys:
     return Keys(*known.get(address, known.get(_bucket(address), ())))
 
 
+def had_keys(address: str) -> bool:
+    """Return whether `take_keys` has removed keys from this address."""
+    return address in _known()
+
+
 def _known() -> dict[str, list[str]]:
     return json.loads(os.environ.get(_VARIABLE, "{}"))
 

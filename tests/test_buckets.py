@@ -11,6 +11,7 @@ from etils import epath
 
 from lit_jax import train
 from lit_jax.buckets import BucketPath, bucket_path
+from lit_jax.credentials import take_keys
 from lit_jax.errors import BAD_INPUT, UserError
 from lit_jax.files import output_path
 from tests.object_store.served import serve
@@ -291,3 +292,14 @@ def test_an_address_with_options_or_keys_is_refused_without_showing_them(scheme,
     assert "AWS_ACCESS_KEY_ID" in str(raised.value) or "GOOGLE_APPLICATION" in str(raised.value)
     assert "SECRET" not in str(raised.value).replace("AWS_SECRET", "")
     assert ("question mark" in str(raised.value)) == ("?" in rest)
+
+
+def test_keys_that_the_start_of_a_command_has_taken_from_an_address_are_not_forgotten(monkeypatch):
+    monkeypatch.setenv("LIT_JAX_ADDRESS_KEYS", "{}")
+    address = take_keys("s3://KEY:SECRET@bucket/vit")
+    with pytest.raises(UserError) as raised:
+        bucket_path("config.model.text.model", address)
+    assert "config.model.text.model=s3://bucket/vit" in str(raised.value)
+    assert "AWS_ACCESS_KEY_ID" in str(raised.value)
+    # Another model may lie in a bucket whose data came with keys.
+    assert str(bucket_path("config.model.text.model", "s3://bucket/bert")) == "s3://bucket/bert"

@@ -56,6 +56,13 @@ def test_one_command_has_all_commands(capsys):
     assert "evaluate" in capsys.readouterr().out
 
 
+def test_the_reader_of_the_help_may_stop_after_a_line():
+    command = f"{sys.executable} -m lit_jax --help"
+    reader = f"set -o pipefail; {command} | sleep 0 && echo done"
+    result = subprocess.run(["bash", "-c", reader], capture_output=True, text=True, check=False)
+    assert (result.stdout, result.stderr) == ("done\n", "")
+
+
 def test_a_mistyped_command_is_answered_with_the_nearest(capsys):
     assert main(["evalute"]) == 2
     assert "'evaluate'" in capsys.readouterr().err

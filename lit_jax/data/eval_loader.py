@@ -15,6 +15,9 @@ from lit_jax.data.loader import Batch, local_rows
 
 log = logging.getLogger(__name__)
 
+# Threads suffice without worker processes: Pillow decodes and resizes outside the GIL.
+_THREADS = 8
+
 
 def eval_batches(
     source: Source,
@@ -24,7 +27,6 @@ def eval_batches(
     process_index: int,
     process_count: int,
     positions: Sequence[int] | None = None,
-    threads: int = 8,
 ) -> Iterator[Batch]:
     """Yield this process's share of the images at `positions` of the source (None: all), once and in order.
 
@@ -40,9 +42,8 @@ def eval_batches(
     rows = local_rows(batch_size, process_count)
     positions = range(len(source)) if positions is None else positions
     load = _LoadImages(source, positions, image_transform, rows, process_index, process_count)
-    # Threads suffice without worker processes: Pillow decodes and resizes outside the GIL.
     batches = grain.MapDataset.range(math.ceil(len(positions) / batch_size)).map(load)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
     bad = 0
     for batch in batches.to_iter_dataset(options):
         for key, _, reason in batch.pop("skipped"):

@@ -41,6 +41,7 @@ _SERVER_VARIABLES = {
 MAX_FILE_BYTES = 1 << 30
 # The size limit of a quoted field: a longer field has most likely lost its closing quote.
 MAX_FIELD_BYTES = 1 << 26
+_BLOCK_BYTES = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +261,9 @@ def find(file: File) -> File:
     return found
 
 
-def line_offsets(file: File, *, quoted: bool = False, block_bytes: int = 1 << 24) -> np.ndarray:
+def line_offsets(
+    file: File, *, quoted: bool = False, block_bytes: int = _BLOCK_BYTES
+) -> np.ndarray:
     """Return the int64 byte offsets of a text file's lines, and of the file's end as the last element.
 
     Blank lines and a byte order mark are skipped.
@@ -381,12 +384,12 @@ class Lines:
         start, stop = self._offsets[index : index + 2].tolist()
         return read(self.file, start, stop)
 
-    def blocks(self, start: int = 0, *, block_bytes: int = 1 << 24) -> Iterator[list[bytes]]:
-        """Yield all lines from `start` on, in order, in lists of about `block_bytes`; open the file once."""
+    def blocks(self, start: int = 0) -> Iterator[list[bytes]]:
+        """Yield all lines from `start` on, in order, in lists of about 16 MiB; open the file once."""
         with self.file.open("rb") as stream:
             stream.seek(int(self._offsets[start]))
             while start < len(self):
-                end = self._offsets[start] + block_bytes
+                end = self._offsets[start] + _BLOCK_BYTES
                 # At least one line, since a line may be longer than a block.
                 stop = max(start + 1, int(self._offsets.searchsorted(end, side="right")) - 1)
                 bounds = (self._offsets[start : stop + 1] - self._offsets[start]).tolist()

@@ -76,11 +76,12 @@ _RANK_ALONE = (
 _INSTEAD = f"start them by launch/local.sh or srun, or by {_ADDRESS}, {_COUNT}, {_INDEX} (launch/README.md)"
 
 
-def find_place(environment: Environment = os.environ) -> Place | None:
+def find_place() -> Place | None:
     """Return this process's place, None if it is the only one.
 
     Raises UserError for impossible values, and if an unsupported launcher has started several processes.
     """
+    environment = os.environ
     # The user's own variables win over any launcher. Open MPI comes before Slurm, as in JAX: under mpirun
     # inside a Slurm job, Slurm's variables describe the task of mpirun or of its daemon, not this process.
     if any(environment.get(name) for name in (_ADDRESS, _COUNT, _INDEX)):

@@ -29,10 +29,6 @@ def attend(
     bits, cuDNN computes attention in one kernel. On a mesh of TPUs and in bfloat16 a kernel of our own does,
     also with a mask of keys and, for short texts, with dropout (BERT's texts); see attention_kernels.py.
 
-    On CPU the implementation here is about three times as fast as jax.nn.dot_product_attention. This order of
-    axes makes both products plain batched matrix products, and the division by the sum touches Q x K numbers
-    instead of Q x S.
-
     Args:
         bias: added to the logits.
         draw_mask: draws a mask of a given shape for the dropout of the weights.
@@ -45,6 +41,23 @@ def attend(
     is_plain = record is None and bias is None and not drops
     if is_plain and kernels.has_cudnn_attention(q_BxHxQxK, k_BxHxSxK):
         return kernels.cudnn_attention(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK)
+    return _plain(q_BxHxQxK, k_BxHxSxK, v_BxHxSxK, bias, draw_mask, record)
+
+
+def _plain(
+    q_BxHxQxK: Array,
+    k_BxHxSxK: Array,
+    v_BxHxSxK: Array,
+    bias: Array | None,
+    draw_mask: Callable[[tuple[int, ...]], DropMask] | None,
+    record: Callable[[Array], object] | None,
+) -> Array:
+    """Return attention without a kernel.
+
+    On CPU this form is about three times as fast as jax.nn.dot_product_attention. This order of axes makes
+    both products plain batched matrix products, and the division by the sum touches Q x K numbers instead of
+    Q x S.
+    """
     # The logits are scaled, not the queries. Scaled queries are one more array that a TPU keeps for the
     # gradient.
     logits_BxHxQxS = q_BxHxQxK.shape[-1] ** -0.5 * jnp.einsum(

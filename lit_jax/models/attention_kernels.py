@@ -209,55 +209,65 @@ def _call_on_tpu(
 
     `products` is the number of products of LxK by KxL that the definition has for each head.
     """
-    heads, length, width = arrays_BxHxLxK[0].shape[1:]
+    heads, _, width = arrays_BxHxLxK[0].shape[1:]
     # Heads side by side in a row are the layout of the dense layers before and after. XLA cancels the
     # transposes here against those of the caller.
     inputs = [
         x_BxHxLxK.swapaxes(1, 2).reshape(len(x_BxHxLxK), -1, heads * width)
         for x_BxHxLxK in arrays_BxHxLxK
     ]
-
-    def call(masks: _Masks, *inputs: Array) -> list[Array]:
-        batch, _, depth = inputs[0].shape
-        # Short texts are packed into rows of up to a register, which their logits then fill.
-        packed = _largest_divisor(batch, _LANES // length) if length % 8 == 0 else 1
-        row = packed * length
-        # A few rows at once give the scheduler independent work.
-        size = _largest_divisor(batch // packed, min(1024 // row, 4))
-        tokens = pl.BlockSpec((size, row, _LANES), lambda i, j: (i, 0, j))
-        keys = pl.BlockSpec((size, 1, row), lambda i, j: (i, 0, 0))
-        lanes = _lanes_of_kept(width, length)
-        kept = pl.BlockSpec((size, row, _LANES), lambda i, j: (i, 0, j * lanes // _LANES))
-
-        def pack(x_BxLxN: Array) -> Array:
-            # Biases have one row for all the queries of a text.
-            axes = (1, row) if x_BxLxN.shape[1] == 1 else (row, x_BxLxN.shape[2])
-            return x_BxLxN.reshape(batch // packed, *axes)
-
-        outputs = pl.pallas_call(
-            functools.partial(kernel, width, length),
-            grid=(batch // packed // size, depth // _LANES),
-            in_specs=[
-                jax.tree.map(lambda x: keys if x.shape[1] == 1 else kept, masks),
-                *[tokens] * len(inputs),
-            ],
-            out_specs=[tokens] * results,
-            out_shape=[jax.ShapeDtypeStruct(pack(inputs[0]).shape, inputs[0].dtype)] * results,
-            cost_estimate=pl.CostEstimate(
-                flops=products * 2 * batch * length**2 * depth,
-                transcendentals=batch * heads * length**2,
-                bytes_accessed=(len(arrays_BxHxLxK) + results) * inputs[0].nbytes,
-            ),
-            compiler_params=parallel_axes(count=2),
-            interpret=not on_tpus(),
-            name=f"attention{kernel.func.__name__}",
-        )(*jax.tree.map(pack, (masks, *inputs)))
-        return [y.reshape(batch, length, depth) for y in outputs]
-
+    call = functools.partial(_call_on_device, kernel, width, results, products)
     return [
         y_BxLxD.reshape(*y_BxLxD.shape[:2], heads, width).swapaxes(1, 2)
         for y_BxLxD in on_rows(call, 1 + len(inputs))(masks, *inputs)
     ]
+
+
+def _call_on_device(
+    kernel: Callable[..., None],
+    width: int,
+    results: int,
+    products: int,
+    masks: _Masks,
+    *inputs_BxLxD: Array,
+) -> list[Array]:
+    """Call a kernel for the rows of one device; the heads, of this width, stand side by side."""
+    batch, length, depth = inputs_BxLxD[0].shape
+    # Short texts are packed into rows of up to a register, which their logits then fill.
+    packed = _largest_divisor(batch, _LANES // length) if length % 8 == 0 else 1
+    row = packed * length
+    # A few rows at once give the scheduler independent work.
+    size = _largest_divisor(batch // packed, min(1024 // row, 4))
+    tokens = pl.BlockSpec((size, row, _LANES), lambda i, j: (i, 0, j))
+    keys = pl.BlockSpec((size, 1, row), lambda i, j: (i, 0, 0))
+    lanes = _lanes_of_kept(width, length)
+    kept = pl.BlockSpec((size, row, _LANES), lambda i, j: (i, 0, j * lanes // _LANES))
+
+    def pack(x_BxLxN: Array) -> Array:
+        # Biases have one row for all the queries of a text.
+        axes = (1, row) if x_BxLxN.shape[1] == 1 else (row, x_BxLxN.shape[2])
+        return x_BxLxN.reshape(batch // packed, *axes)
+
+    first, *_ = packed_inputs = [pack(x_BxLxD) for x_BxLxD in inputs_BxLxD]
+    outputs = pl.pallas_call(
+        functools.partial(kernel, width, length),
+        grid=(batch // packed // size, depth // _LANES),
+        in_specs=[
+            jax.tree.map(lambda x: keys if x.shape[1] == 1 else kept, masks),
+            *[tokens] * len(packed_inputs),
+        ],
+        out_specs=[tokens] * results,
+        out_shape=[jax.ShapeDtypeStruct(first.shape, first.dtype)] * results,
+        cost_estimate=pl.CostEstimate(
+            flops=products * 2 * batch * length**2 * depth,
+            transcendentals=batch * depth // width * length**2,
+            bytes_accessed=(len(packed_inputs) + results) * first.nbytes,
+        ),
+        compiler_params=parallel_axes(count=2),
+        interpret=not on_tpus(),
+        name=f"attention{kernel.func.__name__}",
+    )(jax.tree.map(pack, masks), *packed_inputs)
+    return [y.reshape(batch, length, depth) for y in outputs]
 
 
 def _largest_divisor(number: int, limit: int) -> int:

@@ -170,7 +170,7 @@ def _open(
     key = f"config.data.{side}_embeddings"
     is_address = "://" in name
     try:
-        folder = locate(name) if is_address else local_path(key, name)
+        folder = _locate(key, name) if is_address else local_path(key, name)
         embeddings = Embeddings(folder)
     # There is no permission, no network, no credentials, or the address is malformed.
     except (AddressError, OSError) as error:
@@ -199,6 +199,13 @@ def _open(
         counts = f"{found.views} views of each image, fewer than {wanted.views}"
         raise _differs(side, folder, counts)
     return embeddings
+
+
+def _locate(key: str, address: str) -> File:
+    try:
+        return locate(address)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 # The message for each field of `Header` that must be equal.

@@ -294,7 +294,7 @@ def _ring_on_device(
 def _tiles_in_a_turn() -> int:
     """Return the number of tiles of images, and of texts, in a turn of their loops."""
     # With four tiles of logits in a program, the TPU compiler fuses the sums of one tile with the product of
-    # another: 12 % less for the softmax of a million pairs by its own estimate. CPUs have no such gain.
+    # another, and needs fewer cycles by its own estimate. CPUs have no such gain.
     return 2 if device_kind().startswith("TPU") else 1
 
 

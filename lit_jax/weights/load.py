@@ -45,15 +45,13 @@ def tower_side(module: Tower) -> Side:
     return "image" if module.config.model_type in VISION else "text"
 
 
-def load_tower(
-    folder: str | pathlib.Path, module: Tower, *, variant: str | None = None
-) -> tuple[Params, LoadReport]:
+def load_tower(folder: str | pathlib.Path, module: Tower) -> tuple[Params, LoadReport]:
     """Load the parameters of a tower in float32, and a report of the load.
 
     The folder holds a base model, a model with a head, or a dual encoder with such a tower. Raises UserError
     if the model is of another family, or if its weights cannot be read or do not fit `module` one to one.
     """
-    return _take_tower(_open_tower(folder, module, variant), module)
+    return _take_tower(_open_tower(folder, module), module)
 
 
 def load_tower_and_pooler(

@@ -59,11 +59,11 @@ class JsonItems:
             raise IndexError(index)
         return read(self.file, *self._bounds_Nx2[index].tolist())
 
-    def blocks(self, start: int = 0, *, count: int = 10_000) -> Iterator[list[bytes]]:
-        """Yield all items from `start` on, in order, in lists of at most `count`; read the file once."""
+    def blocks(self, start: int = 0) -> Iterator[list[bytes]]:
+        """Yield all items from `start` on, in order, in lists of at most 10,000; read the file once."""
         content = self.file.read_bytes()
         bounds = iter(self._bounds_Nx2[start:].tolist())
-        while block := [content[a:b] for a, b in itertools.islice(bounds, count)]:
+        while block := [content[a:b] for a, b in itertools.islice(bounds, 10_000)]:
             yield block
 
     def place(self, index: int) -> str:
