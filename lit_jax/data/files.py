@@ -41,7 +41,7 @@ _SERVER_VARIABLES = {
 MAX_FILE_BYTES = 1 << 30
 # The size limit of a quoted field: a longer field has most likely lost its closing quote.
 MAX_FIELD_BYTES = 1 << 26
-_BLOCK_BYTES = 1 << 24
+_BLOCK = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,9 +261,7 @@ def find(file: File) -> File:
     return found
 
 
-def line_offsets(
-    file: File, *, quoted: bool = False, block_bytes: int = _BLOCK_BYTES
-) -> np.ndarray:
+def line_offsets(file: File, *, quoted: bool = False, block_bytes: int = _BLOCK) -> np.ndarray:
     """Return the int64 byte offsets of a text file's lines, and of the file's end as the last element.
 
     Blank lines and a byte order mark are skipped.
@@ -389,7 +387,7 @@ class Lines:
         with self.file.open("rb") as stream:
             stream.seek(int(self._offsets[start]))
             while start < len(self):
-                end = self._offsets[start] + _BLOCK_BYTES
+                end = self._offsets[start] + _BLOCK
                 # At least one line, since a line may be longer than a block.
                 stop = max(start + 1, int(self._offsets.searchsorted(end, side="right")) - 1)
                 bounds = (self._offsets[start : stop + 1] - self._offsets[start]).tolist()
