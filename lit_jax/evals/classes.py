@@ -6,12 +6,12 @@ A class file has our own format, CLIP_benchmark's or another common format.
 import collections
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_jax.config import EvalConfig, SourceConfig
 from lit_jax.config_schema import nearest
-from lit_jax.data.files import AddressError, File, locate, read_whole
+from lit_jax.data.files import AddressError, File, check_text, locate, read_whole
 from lit_jax.data.listing import expand
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
@@ -36,6 +36,11 @@ DEFAULT_TEMPLATES: Mapping[str, tuple[str, ...]] = {
 BARE_NAME = ("{}",)
 # Matches "7", "007", "-1", and "7.0" as pandas writes 7. Python refuses numbers of more than 4300 digits.
 _INTEGER = re.compile(r"([+-]?[0-9]{1,4000})(\.0*)?")
+# Numbers, ids and marks in front of a name: "0 cat", "1. cat", "2,cat", "n02123045 tabby", "- cat", '"cat",'.
+_NUMBER = re.compile(r"([0-9]{1,9})(\s*[.:;,)=|-]\s*|\s+)\S")
+_PLACEHOLDER_NAME = re.compile(r"LABEL_[0-9]+")
+_WORDNET_ID = re.compile(r"n[0-9]{8}[\s,:]+\S")
+_MARK = re.compile(r"[-*]\s|([\"']).*\1,?$")
 # The files of CLIP_benchmark's WebDataset layout. They lie beside the tars, or beside the splits' folders.
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -174,13 +179,15 @@ def _file(path: str | None, language: str) -> File | None:
 def _lines(file: File) -> list[str]:
     """Return the stripped lines of a text file that are not blank. Raise UserError if it cannot be read."""
     try:
-        text = read_whole(file).decode("utf-8-sig")
+        content = read_whole(file)
+        check_text(file)
+        text = content.decode("utf-8-sig")
     except (OSError, AddressError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise UserError(f"The class file {file} cannot be read: {reason}.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"The class file {file} is not UTF-8: {error}.") from error
-    return [line for line in map(str.strip, text.split("\n")) if line]
+    return [line for line in map(str.strip, re.split("[\r\n]", text)) if line]
 
 
 def _read(file: File) -> Any:
@@ -194,7 +201,27 @@ def _read(file: File) -> Any:
         except ValueError as error:
             if is_json:
                 raise UserError(f"The class file {file} is not JSON: {error}.") from error
+    _require_bare(lines, file)
     return lines
+
+
+def _require_bare(lines: Sequence[str], file: File) -> None:
+    """Raise UserError if the lines have numbers, columns or marks beside the names or templates."""
+    numbers = [int(match[1]) for line in lines if (match := _NUMBER.match(line))]
+    if file.suffix.lower() in (".csv", ".tsv") or any("\t" in line for line in lines):
+        problem = "is a table"
+    elif len(numbers) > 1 and numbers in ([*range(len(lines))], [*range(1, len(lines) + 1)]):
+        problem = "has a number in front of each line"
+    elif lines and all(map(_WORDNET_ID.match, lines)):
+        problem = "has an id of WordNet in front of each name"
+    elif lines and (lines[0].startswith("# ") or all(map(_MARK.match, lines))):
+        problem = "has marks, such as quotes, in its lines"
+    else:
+        return
+    raise UserError(
+        f"The class file {file} {problem} ({lines[0]!r}), which would become a part of the texts; write the "
+        'bare names into a .txt file, one on each line, or JSON: a list, or {"0": "cat", "1": "dog", ...}.'
+    )
 
 
 def _class_file(content: Any, dataset: str, file: File) -> _ClassFile:
@@ -254,6 +281,11 @@ def _numbered(names: Mapping[str, str], file: File) -> _ClassFile:
     numbers = {number: key for key in names if (number := integer(key)) is not None}
     if not names or len(numbers) != len(names):
         raise UserError(_form(file))
+    if all(_PLACEHOLDER_NAME.fullmatch(name) for name in names.values()):
+        raise UserError(
+            f"The class file {file} has the names that transformers gives to classes without a name, such as "
+            f"{min(names.values())}; write the real names."
+        )
     keys = [numbers[number] for number in sorted(numbers)]
     # Numbers from 0 on are positions, which every data set without names of its own has as labels.
     from_zero = sorted(numbers) == list(range(len(numbers)))

@@ -1,6 +1,7 @@
 """Class and template files of all forms."""
 
 import json
+import re
 
 import pytest
 
@@ -242,3 +243,55 @@ def test_class_names_in_an_object_store(tmp_path, scheme):
             )
         file = address(f"{home}/classnames.txt")
         assert load_classes(EvalConfig(classes=file), "pets").names == ("crane", "crane", "dog")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "0 cat\n1 dog\n"),
+        ("a.txt", "1. cat\n2. dog\n"),
+        ("a.txt", "0,cat\n1,dog\n"),
+        ("a.txt", "cat\t0\ndog\t1\n"),
+        ("a.txt", "n02123045 tabby, tabby cat\nn02099601 golden retriever\n"),
+        ("a.txt", '"cat",\n"dog",\n'),
+        ("a.txt", "# pets\ncat\ndog\n"),
+        ("a.yaml", "- cat\n- dog\n"),
+        ("a.csv", "name\ncat\ndog\n"),
+    ],
+)
+def test_numbers_and_marks_do_not_become_part_of_the_names(tmp_path, name, content):
+    path = write(tmp_path, content, name)
+    with pytest.raises(
+        UserError, match=rf"{re.escape(name)} .*{re.escape(repr(content.split()[0]))[:-1]}"
+    ):
+        load_classes(EvalConfig(classes=path), "pets")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("0", "1", "2"), ("2 cats", "3 cats"), ("a, b", "c"), ("'t Gooi", "cat"), ("1 finger",)],
+)
+def test_names_may_have_numbers_and_commas(tmp_path, names):
+    path = write(tmp_path, "\n".join(names), "classes.txt")
+    assert load_classes(EvalConfig(classes=path), "pets").names == names
+
+
+def test_names_with_numbers_stand_in_json(tmp_path):
+    assert load(tmp_path, ["1 finger", "2 fingers"]).names == ("1 finger", "2 fingers")
+
+
+def test_the_placeholder_names_of_transformers_are_refused(tmp_path):
+    with pytest.raises(UserError, match="LABEL_0"):
+        load(tmp_path, {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}})
+
+
+def test_lines_of_names_may_end_with_carriage_returns_alone(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"cat\rdog\r")
+    assert load_classes(EvalConfig(classes=f"{tmp_path}/a.txt"), "pets").names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_a_class_file_in_another_encoding_is_named(tmp_path, encoding):
+    (tmp_path / "a.txt").write_text("cat\ndog\n", encoding=encoding)
+    with pytest.raises(UserError, match=r"a\.txt .*UTF-16"):
+        load_classes(EvalConfig(classes=f"{tmp_path}/a.txt"), "pets")
