@@ -126,13 +126,12 @@ def _filesystem(scheme: str, user: str, bucket: str, options: str) -> fs.FileSys
         options = urlencode(_GOOGLE_DEFAULTS | given)
     # A cached client keeps its connections; a new client for each image would reconnect each time.
     try:
-        found, _ = fs.FileSystem.from_uri(
-            f"{scheme}://{user}{'@' if user else ''}{bucket}?{options}"
-        )
+        return fs.FileSystem.from_uri(f"{scheme}://{user}{'@' if user else ''}{bucket}?{options}")[
+            0
+        ]
     except ValueError as error:
         reason = hide_keys(str(error).replace(f"{user}@", "") if user else str(error))
         raise AddressError(f"{scheme}://{bucket} cannot be opened ({reason}).") from None
-    return found
 
 
 def locate(path: str, beside: File | None = None) -> File:
@@ -352,6 +351,8 @@ def check_text(file: File) -> None:
 
 def encoding_problem(error: UnicodeDecodeError) -> str:
     """Return the reason of a decoding error, with the letter that the byte means in an older encoding."""
+    if mark := next((mark for mark in _OTHER_FILES if error.object.startswith(mark)), b""):
+        return f"it {_OTHER_FILES[mark]}"
     byte = error.object[error.start : error.start + 1]
     # Programs that claim to write Latin-1 write Windows-1252, in which five bytes have no letter.
     letter = byte.decode("cp1252", "replace")

@@ -11,7 +11,8 @@ import dataclasses
 import errno
 import io
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,9 @@ FORMATS = {
 }
 IMAGE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
+
+# The photos of a telephone, which Pillow does not know without a plugin.
+_HEIC = re.compile(rb"....ftyp(hei[cmsx]|hevc|mif1|msf1)", re.DOTALL)
 
 # EXIF orientations that swap width and height, and those that start from the right or the bottom of the file.
 TURNED = (5, 6, 7, 8)
@@ -316,12 +320,20 @@ def _other_file(content: bytes) -> str:
         return "a Git LFS pointer without the image; run `git lfs pull` where it lies"
     # Pillow registers most of its formats only in `init`.
     Image.init()
-    for name, (_, accepts) in Image.OPEN.items():
-        # A format's test may fail if the content is shorter than its magic number.
-        with contextlib.suppress(Exception):
-            if name not in FORMATS and accepts and accepts(content[:16]):
-                return f"an image in {name} format; only {', '.join(FORMATS)} are read"
-    return "not an image"
+    names = [name for name, (_, accepts) in Image.OPEN.items() if _begins_as(content, accepts)]
+    names = [name for name in names if name not in FORMATS] + ["HEIC"] * bool(_HEIC.match(content))
+    return (
+        f"an image in {names[0]} format; only {', '.join(FORMATS)} are read"
+        if names
+        else "not an image"
+    )
+
+
+def _begins_as(content: bytes, accepts: Callable[[bytes], bool | str] | None) -> bool:
+    # A format's test may fail if the content is shorter than its magic number.
+    with contextlib.suppress(Exception):
+        return bool(accepts and accepts(content[:16]))
+    return False
 
 
 def _check_size(picture: Image.Image) -> None:

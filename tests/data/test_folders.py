@@ -215,6 +215,18 @@ def test_folders_and_images_without_a_class_are_told(make, caplog):
     assert re.search(r" 1 .*: cover\.jpg", caplog.text)
 
 
+def test_files_that_are_no_images_are_told(make, caplog):
+    folder = make("cat/0.jpg", "cat/1.heic", "cat/2.HEIC", "dog/0.jpg", "dog/1", "README.md")
+    assert labels(folder) == ["cat", "dog"]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert re.search(r"^4 .* 2 \.heic.* 1 \.md.*cat/1\.heic", told)
+
+
+def test_a_list_above_the_folders_of_classes_is_no_lost_image(make, caplog):
+    assert labels(make("cat/0.jpg", "classes.txt", "README.md")) == ["cat"]
+    assert not caplog.text
+
+
 def test_braces_are_those_of_a_shell(tmp_path, monkeypatch):
     for path in (
         "s/{00009..00011}.tar",

@@ -272,6 +272,13 @@ def test_a_format_that_is_not_read_is_named(noise, encode, tmp_path, monkeypatch
     assert not (tmp_path / "started").exists()
 
 
+@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"hevc"])
+def test_the_photos_of_a_telephone_are_named(brand):
+    with pytest.raises(BadSampleError, match="HEIC") as error:
+        decode(b"\0\0\0\x18ftyp" + brand + bytes(40))
+    assert error.value.kind == "not_image"
+
+
 def test_a_pointer_of_git_lfs_in_the_place_of_an_image_is_named():
     with pytest.raises(BadSampleError, match="git lfs pull") as error:
         decode(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")

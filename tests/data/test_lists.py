@@ -447,3 +447,36 @@ def test_thousands_of_json_files_are_not_looked_into(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=rf"'{tmp_path}/pairs'.*captions\.jsonl"):
         opened(tmp_path / "pairs")
     assert not looked_into
+
+
+@pytest.mark.parametrize("name", ["nocaps_val_4500_captions.json", "val.json"])
+def test_cocos_form_is_read_under_any_name(coco, name):
+    folder = coco(IMAGES[:2], [{"image_id": n, "caption": f"caption {n}"} for n in (1, 0)])
+    (folder / "annotations/captions_val2017.json").rename(folder / name)
+    (folder / "val2017").rename(folder / "images")
+    for path in (folder, folder / name):
+        assert [example["captions"] for example in opened(path)] == [
+            ("caption 0",),
+            ("caption 1",),
+        ]
+
+
+def test_boxes_in_cocos_form_are_no_captions(tmp_path, encode, noise):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat/0.png").write_bytes(encode(noise(4, 7, 3)))
+    content = {"images": [{"id": 0, "file_name": "cat/0.png"}], "annotations": [{"image_id": 0}]}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    assert [example["label"] for example in opened(tmp_path)] == ["cat"]
+
+
+def test_an_id_of_coco_may_be_a_text_in_one_of_the_lists(coco, caplog):
+    folder = coco(IMAGES[:1], [{"image_id": "0", "caption": "a"}])
+    assert [example["captions"] for example in opened(folder)] == [("a",)]
+    assert not caplog.text
+
+
+def test_lines_of_flickr_may_end_with_carriage_returns_alone(tmp_path, encode, noise):
+    write(tmp_path, "Flickr8k.token.txt", encode, noise)
+    file = tmp_path / "Flickr8k.token.txt"
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r"))
+    assert [example["captions"] for example in opened(tmp_path)] == [TEXTS, TEXTS]

@@ -1,6 +1,7 @@
 """Samples made of several files: in tars as WebDataset, img2dataset and CLIP_benchmark write them."""
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -518,3 +519,39 @@ def test_numbered_folders_of_img2dataset_are_no_classes(tmp_path, image):
         source = open_at(tmp_path, templates=templates)
         assert {source[i]["label"] for i in range(len(source))} == {None}
         assert captions_by_key(source) == FILES
+
+
+@pytest.mark.parametrize("name", ["1.tar.gz", "1.TGZ", "1.tar.zst"])
+def test_compressed_tars_beside_others_are_told(tmp_path, image, caplog, name):
+    write_tar(tmp_path / "0.tar", {"a.png": image, "a.txt": "a"})
+    (tmp_path / name).write_bytes(b"")
+    assert len(open_at(tmp_path)) == 1
+    assert re.search(rf" 1 .*{re.escape(name)}", caplog.text)
+
+
+def test_compressed_tars_of_another_split_are_not_told(tmp_path, image, caplog):
+    write_tar(tmp_path / "train-0.tar", {"a.png": image, "a.txt": "a"})
+    (tmp_path / "test-0.tar.gz").write_bytes(b"")
+    assert len(open_at(tmp_path, split="train")) == 1
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(gzip.compress(b"a"), "gzip"), (b"version https://git-lfs.github.com/spec/v1\n", "lfs pull")],
+)
+@pytest.mark.parametrize("ending", ["tar", "parquet"])
+def test_the_cause_is_named_for_every_file_of_a_data_set(tmp_path, image, ending, content, told):
+    write_tar(tmp_path / "0.tar", {"a.png": image, "a.txt": "a"})
+    parquet.write_table(pa.table({"image": ["a"], "caption": ["a"]}), tmp_path / "0.parquet")
+    (tmp_path / f"1.{ending}").write_bytes(content)
+    with pytest.raises(UserError, match=rf"1\.{ending}.*{told}"):
+        open_source(SourceConfig(path=f"{tmp_path}/{{0..1}}.{ending}"))
+
+
+def test_a_text_in_another_encoding_is_named(tmp_path, image):
+    (tmp_path / "a.png").write_bytes(image)
+    (tmp_path / "a.txt").write_text("é", encoding="utf-16")
+    with pytest.raises(BadSampleError, match="UTF-16") as raised:
+        open_at(tmp_path)[0]
+    assert raised.value.kind == "not_utf8"

@@ -323,6 +323,13 @@ def test_what_is_no_data_set_is_named_with_what_to_do(tmp_path, name, hint):
             open_source(SourceConfig(path=str(path)))
 
 
+def test_the_cache_of_load_dataset_is_named_by_its_arrow_file(tmp_path):
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "json-train.arrow").write_bytes(b"")
+    with pytest.raises(UserError, match=r"json-train\.arrow: .*save_to_disk"):
+        open_source(SourceConfig(path=str(tmp_path)))
+
+
 def test_tfds_labels_and_captions_are_optional(tfds_config):
     named = open_source(dataclasses.replace(tfds_config, caption_key="", label_key="name"))
     assert (named[2]["captions"], named[2]["label"]) == ((), "number 2")

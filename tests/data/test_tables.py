@@ -261,12 +261,6 @@ def test_names_of_columns_may_have_marks_blanks_and_quotes(tmp_path, content):
     assert (example["key"], example["captions"]) == ("a.png", ("a dog",))
 
 
-def test_lines_that_end_with_carriage_returns_alone_are_named(tmp_path):
-    (tmp_path / "a.csv").write_bytes(b"image,caption\ra.png,a\r")
-    with pytest.raises(UserError, match="CSV"):
-        open_folder(tmp_path)
-
-
 def test_two_columns_of_one_name_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("image,caption,caption\na.png,a,b\n")
     table = pa.Table.from_arrays([pa.array(["a"])] * 3, ["image", "caption", "caption"])
@@ -408,3 +402,40 @@ def test_other_files_of_tables_say_what_to_write_instead(tmp_path, name, remedy)
         parquet.write_table(pa.table({"url": ["http://a"]}), tmp_path / "00000.parquet")
     with pytest.raises(UserError, match=rf"{re.escape(name)}\b.*{remedy}"):
         open_folder(tmp_path)
+
+
+def test_a_missing_text_may_be_nan_as_pandas_has_it(tmp_path):
+    rows = [
+        {"image": "a.png", "caption": math.nan, "captions": [math.nan, "a"]},
+        {"image": "b.png", "captions": {"en": math.nan, "de": [math.nan, "b"]}},
+        {"image": math.nan, "caption": "c"},
+    ]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_folder(tmp_path)
+    assert [source[i]["captions"] for i in (0, 1)] == [("a",), ("b",)]
+    with pytest.raises(BadSampleError) as raised:
+        source[2]
+    assert raised.value.kind == "missing"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", b"image,caption\ra.png,a\r"),
+        ("a.tsv", b"image\tcaption\ra.png\ta\r"),
+        ("a.tsv", b"a dog\ta.png\ra cat\tb.png\r"),
+    ],
+)
+def test_lines_that_end_with_carriage_returns_alone_are_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"carriage returns"):
+        open_folder(tmp_path)
+
+
+def test_images_beside_their_addresses_need_no_download(tmp_path):
+    """img2dataset writes such Parquet files."""
+    table = pa.table({"url": ["http://a"], "caption": ["a"], "jpg": [b"a"]})
+    parquet.write_table(table, tmp_path / "0.parquet")
+    with pytest.raises(UserError, match=r"jpg \(binary\)") as raised:
+        open_folder(tmp_path)
+    assert "img2dataset" not in str(raised.value)

@@ -150,6 +150,13 @@ FORMATS = (
         fits=is_list_of_rows,
         has_other_names=True,
     ),
+    # nocaps, VizWiz, STAIR and others have COCO's form under names of their own.
+    Format(
+        ("*.json",),
+        lambda files, config, _: lists.open_coco(files[0], config.split),
+        fits=lists.is_coco,
+        field_keys=(),
+    ),
 )
 
 
@@ -231,6 +238,9 @@ def _open(
                 f"{found[0].parent} has {', '.join(file.name for file in found)}; choose one of them with "
                 "the path or the split of the source."
             )
+        if kind.several and folder:
+            beside = splits.files_of(files, config.split) if config.split else files
+            hints.tell_compressed(found, beside, kind.matches)
         refuse_field_keys(found[0], config, kind.field_keys)
         named = config
         if kind.has_other_names:

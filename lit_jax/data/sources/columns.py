@@ -18,6 +18,7 @@ from pyarrow import parquet
 from lit_jax.config import SourceConfig
 from lit_jax.data.example import Example
 from lit_jax.data.files import File
+from lit_jax.data.sources import hints
 from lit_jax.data.sources.rows import bad_sample, check_names, example_of, identity, web_hint
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
@@ -52,10 +53,13 @@ class Columns:
         has_image = image in schema.names and _holds_images(schema.field(image).type)
         if not (has_image or text_only) or not {*texts, "captions"} & {*schema.names}:
             described = ", ".join(f"{field.name} ({field.type})" for field in schema)
+            contents = [f.name for f in schema if _holds_images(f.type) and not _is_text(f.type)]
+            # img2dataset's tables have the addresses beside the images.
+            hint = "" if has_image or contents else web_hint(schema.names)
             raise UserError(
                 f"{file} needs a column {image!r} of images, and {texts[0]!r} or {texts[1]!r}, but has "
                 f"{described}; set image_key, caption_key and label_key of this source to the names of its "
-                f"columns{web_hint(schema.names)}."
+                f"columns{hint}."
             )
         names = [name for name in dict.fromkeys(wanted) if name in schema.names]
         return cls(config, text_only, names, _class_names(schema, config.label_key))
@@ -269,6 +273,7 @@ def _open_parquet(file: File) -> parquet.ParquetFile:
             return parquet.ParquetFile(pa.memory_map(os.fsencode(file)))
         return parquet.ParquetFile(str(file.path), filesystem=file.filesystem, pre_buffer=True)
     except (pa.ArrowException, OSError) as error:
+        hints.check_content(file)
         raise UserError(
             f"{file} cannot be read as a Parquet file ({error}); download it again, or remove it."
         ) from error

@@ -67,6 +67,12 @@ class DelimitedSource:
 
     def _first_line(self) -> list[str]:
         """Return the fields of the first line, and set whether blanks around fields are stripped."""
+        # Classic Mac OS, and Excel's "CSV (Macintosh)", end lines with a carriage return alone.
+        if len(self._lines) == 1 and b"\r" in self._lines[0].strip():
+            raise UserError(
+                f"The lines of {self._lines.file} end with carriage returns only; save it with line feeds, "
+                "as CSV or TSV in UTF-8."
+            )
         try:
             first = self._fields(self._lines[0])
             # `_blanks` changes the way `_fields` splits a line, so the line is split again.
@@ -76,9 +82,7 @@ class DelimitedSource:
             reason = encoding_problem(error)
         except ValueError as error:
             self._refuse_separator([])
-            # Classic Mac OS, and Excel's "CSV (Macintosh)", end lines with a carriage return alone.
-            old = b"\r" in self._lines[0].rstrip(b"\r\n")
-            reason = "its lines end with carriage returns only" if old else str(error)
+            reason = str(error)
         raise UserError(
             f"The first line of {self._lines.file} is not a row of a table ({reason}); save it as CSV or TSV "
             "in UTF-8."

@@ -36,7 +36,8 @@ def open_flickr(file: File) -> ListedSource:
     listed, unread = collections.defaultdict(list), []
     with parsing(file):
         text = read_text(file).replace("\r\n", "\n")
-        for line, found in _rows(text):
+        # Classic Mac OS, and Excel's text "(Macintosh)", end lines with a carriage return alone.
+        for line, found in _rows(text if "\n" in text else text.replace("\r", "\n")):
             # A few broken lines are normal in distributed copies, so they are counted and not fatal.
             if found:
                 name, caption = found

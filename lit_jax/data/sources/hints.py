@@ -1,13 +1,16 @@
 """Hints about files that look like a data set but cannot be read as one."""
 
 import fnmatch
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from lit_jax.data.files import File
 from lit_jax.data.listing import shown
 from lit_jax.errors import UserError
 from lit_jax.files import refuse_lfs_pointer
+
+log = logging.getLogger(__name__)
 
 # Patterns of file names -> hint. The first entry with a matching file is used.
 _HINTS = {
@@ -19,13 +22,14 @@ _HINTS = {
         "it is a report of img2dataset, whose images are not there; write them with "
         "--output_format=webdataset, files or parquet"
     ),
-    ("dataset_info.json", "dataset_infos.json"): (
-        "it describes a data set of TFDS or of Hugging Face's `datasets` that is not there; give the folder "
-        "that `tfds build` or `save_to_disk` wrote"
-    ),
+    # The cache of `load_dataset` has both, and only this hint says what to do with it.
     ("*.arrow", "*.feather"): (
         "Arrow files are read where `save_to_disk` of `datasets` wrote them; save the data set with it, or "
         "the table as Parquet"
+    ),
+    ("dataset_info.json", "dataset_infos.json"): (
+        "it describes a data set of TFDS or of Hugging Face's `datasets` that is not there; give the folder "
+        "that `tfds build` or `save_to_disk` wrote"
     ),
     (
         "*.orc",
@@ -45,7 +49,8 @@ _HINTS = {
     ("*.xlsx", "*.xls", "*.ods"): "it is a spreadsheet; save it as CSV in UTF-8",
     ("*.json",): (
         'it must be a list, [{"image": "a.jpg", "caption": "a dog"}, ...], where image_key names the field '
-        "of the image; if it has one such object on each line, rename it to *.jsonl"
+        "of the image, or COCO's captions; if it has one such object on each line, rename it to *.jsonl, and "
+        "if it has Karpathy's splits, to dataset_*.json"
     ),
 }
 # The first bytes of a file -> the program that compressed it.
@@ -56,6 +61,8 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PK\x03\x04": "zip",
 }
+# The ending of a compressed file -> the ending that stands in its place after unpacking.
+_ENDINGS = {".tgz": ".tar", **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip"), "")}
 # Files that only describe the data of other formats.
 ABOUT = ("dataset_info.json", "dataset_infos.json")
 
@@ -107,6 +114,31 @@ def check_content(file: File) -> None:
     if kind := next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), ""):
         raise UserError(
             f"{file} is compressed ({kind}) in spite of its name, which allows no random access; unpack it."
+        )
+
+
+def tell_compressed(
+    found: Sequence[File], files: Iterable[File], matches: Callable[[str], bool]
+) -> None:
+    """Warn about compressed files beside the files of a data set that would belong to it if unpacked.
+
+    Args:
+        found: the files that are read.
+        files: the files that may be compressed.
+        matches: whether the name of a file is one of the data set's format.
+    """
+    left = [
+        file.name
+        for file in files
+        if file.suffix.lower() in _ENDINGS
+        and matches(file.name[: -len(file.suffix)] + _ENDINGS[file.suffix.lower()])
+    ]
+    if left:
+        log.warning(
+            "%d compressed files in %s are not read: %s; unpack them.",
+            len(left),
+            found[0].parent,
+            shown(left),
         )
 
 

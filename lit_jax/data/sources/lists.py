@@ -4,14 +4,26 @@ import collections
 import contextlib
 import itertools
 import logging
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 
 from lit_jax.data.example import BadSampleError, Example
-from lit_jax.data.files import File, check_text, encoding_problem, find, read_text, readable
+from lit_jax.data.files import (
+    File,
+    check_text,
+    encoding_problem,
+    find,
+    read,
+    read_text,
+    readable,
+    require_regular,
+    signature,
+)
 from lit_jax.data.image import IMAGE_SUFFIXES
 from lit_jax.data.listing import is_system, shown, system_part
 from lit_jax.data.sources import splits
@@ -28,6 +40,11 @@ IMAGE_FOLDERS = (
 )
 # The number of listed images that are tried to find their folder.
 _TRIED = 5
+# The most endings in a message.
+_KINDS = 12
+# The bytes at the start and the end of a JSON file by which COCO's form is recognised.
+_EDGE_BYTES = 1 << 16
+_COCO = re.compile(rb'(\xef\xbb\xbf)?\s*\{.*"(images|annotations)"\s*:\s*\[', re.DOTALL)
 
 
 class ListedSource:
@@ -133,6 +150,21 @@ def _tell_left_out(
             folder,
             shown(hidden),
         )
+    others = [name for name in found if not is_system(name) and name[-1] != "/"]
+    if others := sorted({*others} - {*images}):
+        endings = collections.Counter(PurePosixPath(name).suffix.lower() for name in others)
+        # A list or a readme above the folders is no lost picture.
+        log.log(
+            logging.WARNING if any("/" in name for name in others) else logging.INFO,
+            "%d files in %s are not read, because their endings are those of no image format that is read: "
+            "%s (for example %s).",
+            len(others),
+            folder,
+            ", ".join(
+                f"{n} {ending or 'without one'}" for ending, n in endings.most_common(_KINDS)
+            ),
+            shown(others, 3),
+        )
     if empty := folders - classes:
         log.warning(
             "%d of the %d folders in %s have no image and do not count as classes: %s.",
@@ -150,16 +182,29 @@ def _tell_left_out(
         )
 
 
+def is_coco(file: File, image_key: str) -> bool:
+    """Return whether a JSON file lists images and, apart from them, captions, whatever the file's name is."""
+    require_regular([file])
+    size, _ = signature(file)
+    head = read(file, 0, _EDGE_BYTES)
+    # COCO's files of boxes have the same lists, without captions. Captions are in the first or the last list.
+    tail = read(file, max(0, size - _EDGE_BYTES), size)
+    return _COCO.match(head) is not None and b'"caption"' in head + tail
+
+
 def open_coco(file: File, split: str | None) -> ListedSource:
     """Open COCO captions: "images" with id and file_name, "annotations" with image_id and caption."""
     with parsing(file):
         content = parse_json(read_text(file))
         captions = collections.defaultdict(list)
-        # COCO lists captions apart from the images, and joins them by the image's id.
+        # COCO lists captions apart from the images, and joins them by the image's id. Some tools write the id
+        # as a number in one of the lists and as text in the other.
         for annotation in content["annotations"]:
-            captions[annotation["image_id"]].append(annotation["caption"])
+            captions[str(annotation["image_id"])].append(annotation["caption"])
         # An image that is listed twice with one id has its captions once.
-        pairs = [*dict.fromkeys((image["file_name"], image["id"]) for image in content["images"])]
+        pairs = [
+            *dict.fromkeys((image["file_name"], str(image["id"])) for image in content["images"])
+        ]
         listed = _by_name((name, captions[number]) for name, number in pairs)
         unknown = captions.keys() - {number for _, number in pairs}
     if unknown:

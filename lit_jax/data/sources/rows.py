@@ -68,11 +68,19 @@ def example_of(
 
 
 def _field(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
-    """Return an optional field of a row; null counts as absent."""
+    """Return an optional field of a row; null and NaN count as absent."""
     value = row.get(name)
-    if value is not None and not isinstance(value, kind):
+    if _is_missing(value):
+        return None
+    if not isinstance(value, kind):
         raise TypeError(f'"{name}" is {value!r}')
     return value
+
+
+def _is_missing(value: Any) -> bool:
+    """Return whether a value is null, or NaN: pandas stores a missing text of a table as NaN."""
+    # Only NaN differs from itself.
+    return value is None or value != value
 
 
 def _teacher(row: Mapping[str, Any]) -> str | None:
@@ -128,14 +136,17 @@ def _texts(row: Mapping[str, Any], name: str) -> tuple[tuple[str, ...], tuple[st
         return (value,), None
     if isinstance(value, dict):
         # In Arrow every row has the languages of all rows, with null for those without captions.
-        groups = {k: [v] if isinstance(v, str | bytes) else v or [] for k, v in value.items()}
+        given = {k: None if _is_missing(v) else v for k, v in value.items()}
+        groups = {k: [v] if isinstance(v, str | bytes) else v or [] for k, v in given.items()}
         if not all(isinstance(group, list) for group in groups.values()):
             raise TypeError(f'"{name}" is {value!r}')
-        pairs = [(k, text) for k, group in groups.items() for text in group if text is not None]
+        pairs = [
+            (k, text) for k, group in groups.items() for text in group if not _is_missing(text)
+        ]
         languages, texts = tuple(k for k, _ in pairs), tuple(_text(text) for _, text in pairs)
     else:
         given = _field(row, name, list) or []
-        languages, texts = None, tuple(_text(text) for text in given if text is not None)
+        languages, texts = None, tuple(_text(text) for text in given if not _is_missing(text))
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f'"{name}" has an item that is not text')
     return texts, languages
@@ -157,8 +168,7 @@ def read_label(row: Mapping[str, Any], name: str) -> tuple[str | None, str | Non
     value = row.get(name)
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
-    # Only NaN differs from itself.
-    if value is None or value == "" or value != value:
+    if _is_missing(value) or value == "":
         return None, None
     if isinstance(value, str | bool):
         return str(value), None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from lit_jax.data.files import File, readable
-from lit_jax.data.sources import samples
+from lit_jax.data.sources import hints, samples
 from lit_jax.data.sources.index_cache import CachedTable, TableCache
 from lit_jax.data.sources.samples import FIELDS, Readings
 from lit_jax.data.sources.tar_members import tar_members
@@ -125,6 +125,7 @@ def _scan(shard: int, file: File) -> tuple[Readings, str]:
     try:
         members, end = tar_members(file)
     except (OSError, tarfile.TarError) as error:
+        hints.check_content(file)
         raise UserError(
             f"{file} cannot be read as a tar file ({error}); download it again, or remove it."
         ) from error
