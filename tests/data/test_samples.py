@@ -529,9 +529,12 @@ def test_compressed_tars_beside_others_are_told(tmp_path, image, caplog, name):
     assert re.search(rf" 1 .*{re.escape(name)}", caplog.text)
 
 
-def test_compressed_tars_of_another_split_are_not_told(tmp_path, image, caplog):
+def test_compressed_tars_of_another_split_or_that_are_unpacked_are_not_told(
+    tmp_path, image, caplog
+):
     write_tar(tmp_path / "train-0.tar", {"a.png": image, "a.txt": "a"})
-    (tmp_path / "test-0.tar.gz").write_bytes(b"")
+    for name in ("train-0.tar.gz", "test-0.tar.gz"):
+        (tmp_path / name).write_bytes(b"")
     assert len(open_at(tmp_path, split="train")) == 1
     assert not caplog.text
 
@@ -555,3 +558,11 @@ def test_a_text_in_another_encoding_is_named(tmp_path, image):
     with pytest.raises(BadSampleError, match="UTF-16") as raised:
         open_at(tmp_path)[0]
     assert raised.value.kind == "not_utf8"
+
+
+def test_the_logs_of_img2dataset_beside_its_tars_are_not_told(tmp_path, image, caplog):
+    write_tar(tmp_path / "00000.tar", {"a.png": image, "a.txt": "a"})
+    for name in ("00000.parquet", "00000_stats.json"):
+        (tmp_path / name).write_bytes(b"")
+    assert len(open_at(tmp_path)) == 1
+    assert not caplog.text

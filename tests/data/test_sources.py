@@ -422,3 +422,14 @@ def test_tfds_damaged_shards_make_bad_samples(tfds_folder, tmp_path):
         assert raised.value.kind == "damaged"
         with pytest.raises(IndexError):
             source[5]
+
+
+def test_tables_beside_the_one_that_is_read_are_told(tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_text('{"image": "a.jpg", "caption": "a"}')
+    (tmp_path / "b.csv").write_text("image,caption\na.jpg,b\n")
+    assert open_source(SourceConfig(path=str(tmp_path)))[0]["captions"] == ("a",)
+    assert re.search(r"a\.jsonl .*b\.csv", caplog.text)
+    caplog.clear()
+    (tmp_path / "a.jsonl").rename(tmp_path / "train.jsonl")
+    open_source(SourceConfig(path=str(tmp_path), split="train"))
+    assert not caplog.text

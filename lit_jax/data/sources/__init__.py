@@ -238,13 +238,13 @@ def _open(
                 f"{found[0].parent} has {', '.join(file.name for file in found)}; choose one of them with "
                 "the path or the split of the source."
             )
-        if kind.several and folder:
-            beside = splits.files_of(files, config.split) if config.split else files
-            hints.tell_compressed(found, beside, kind.matches)
+        if folder:
+            chosen = config.split and not kind.knows_splits
+            beside = splits.files_of(files, config.split or "") if chosen else files
+            hints.tell_unread(found[0], beside, kind.matches, _is_data)
         refuse_field_keys(found[0], config, kind.field_keys)
         named = config
         if kind.has_other_names:
-            metadata.tell_unread(found[0], files)
             named = metadata.with_names_of(found[0], config)
         source = kind.open(found, named, text_only)
         check_field_keys(source, config)

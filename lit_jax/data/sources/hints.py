@@ -2,11 +2,13 @@
 
 import fnmatch
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from lit_jax.data.files import File
 from lit_jax.data.listing import shown
+from lit_jax.data.sources.pairs import is_img2dataset_log
 from lit_jax.errors import UserError
 from lit_jax.files import refuse_lfs_pointer
 
@@ -61,8 +63,7 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PK\x03\x04": "zip",
 }
-# The ending of a compressed file -> the ending that stands in its place after unpacking.
-_ENDINGS = {".tgz": ".tar", **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip"), "")}
+_COMPRESSED_ENDING = re.compile(r"\.(tgz|gz|bz2|xz|zst|zip)$", re.IGNORECASE)
 # Files that only describe the data of other formats.
 ABOUT = ("dataset_info.json", "dataset_infos.json")
 
@@ -117,29 +118,46 @@ def check_content(file: File) -> None:
         )
 
 
-def tell_compressed(
-    found: Sequence[File], files: Iterable[File], matches: Callable[[str], bool]
+def tell_unread(
+    read: File,
+    files: Iterable[File],
+    matches: Callable[[str], bool],
+    is_data: Callable[[str], bool],
 ) -> None:
-    """Warn about compressed files beside the files of a data set that would belong to it if unpacked.
+    """Warn about files of a folder that look like data and are not read.
 
     Args:
-        found: the files that are read.
-        files: the files that may be compressed.
-        matches: whether the name of a file is one of the data set's format.
+        read: a file that is read.
+        files: the files of the folder, or of the chosen split.
+        matches: whether a file of this name has the format that is read.
+        is_data: whether a file of this name has any format that is read.
     """
-    left = [
-        file.name
-        for file in files
-        if file.suffix.lower() in _ENDINGS
-        and matches(file.name[: -len(file.suffix)] + _ENDINGS[file.suffix.lower()])
+    names = {file.name for file in files}
+    others = [
+        name
+        for name in names
+        if is_data(name)
+        and not matches(name)
+        # img2dataset writes a Parquet log beside each tar.
+        and not is_img2dataset_log(name, lambda number: f"{number}.tar" in names)
     ]
-    if left:
+    if others:
+        log.warning("%s is read, and %s beside it is not.", read, shown(others))
+    unpacked = {name: _COMPRESSED_ENDING.sub(_unpacked, name) for name in names}
+    compressed = [
+        name for name, inside in unpacked.items() if matches(inside) and inside not in names
+    ]
+    if compressed:
         log.warning(
             "%d compressed files in %s are not read: %s; unpack them.",
-            len(left),
-            found[0].parent,
-            shown(left),
+            len(compressed),
+            read.parent,
+            shown(compressed),
         )
+
+
+def _unpacked(ending: re.Match[str]) -> str:
+    return ".tar" if ending[0].lower() == ".tgz" else ""
 
 
 def check_versions(folder: File, paths: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from pyarrow import parquet
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 _OTHER_NAMES = {"image_key": ("file_name", "image_file_name"), "caption_key": ("captions", "text")}
 _HEAD_BYTES = 1 << 20
 _BETWEEN_ITEMS = re.compile(r"[\s\[,]*")
-_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def with_names_of(file: File, config: SourceConfig) -> SourceConfig:
@@ -77,13 +76,6 @@ def _rows_of_list(head: str) -> Iterator[Any]:
         while start := _BETWEEN_ITEMS.match(head, end):
             row, end = decoder.raw_decode(head, start.end())
             yield row
-
-
-def tell_unread(file: File, files: Sequence[File]) -> None:
-    """Warn about other metadata files in the folder, which are not read. `datasets` refuses such a folder."""
-    others = [other.name for other in files if other.name.lower() in _FILES and other != file]
-    if others:
-        log.warning("%s is read, and %s beside it is not.", file, shown(others))
 
 
 def require_in_split(table: HasRows, file: File, config: SourceConfig) -> None:
