@@ -193,7 +193,7 @@ def _find(config: SourceConfig, text_only: bool, labelled: bool) -> Source:
     if places and all(isinstance(place, Path) and not place.exists() for place in places):
         raise UserError(f"There is no file or folder {config.path!r}; give the path of a data set.")
     found = _listed(places[0], config) if len(places) == 1 and places[0].is_dir() else places
-    patterns = ", ".join(pattern for known in FORMATS for pattern in known.patterns)
+    patterns = ", ".join(dict.fromkeys(p for known in FORMATS for p in known.patterns))
     raise UserError(
         f"There is no data set in {config.path!r}.{hints.hint(found)} Set the path of the source "
         f"(config.data.train.path for training) to a file, to a folder that has one of {patterns}, or "
