@@ -157,6 +157,14 @@ def test_a_shard_without_a_good_sample_is_empty(folder, tmp_path):
     assert len(read(tmp_path / "out")) == 20
 
 
+def test_the_list_of_bad_samples_is_no_data_beside_the_records(folder, tmp_path, caplog):
+    assert convert(folder, tmp_path / "out") == 0
+    assert (tmp_path / "out/bad.jsonl").exists()
+    caplog.clear()
+    assert len(open_source(SourceConfig(path=str(tmp_path / "out")))) == 20
+    assert not caplog.text
+
+
 def command(folder: Path, output: Path, *flags: str) -> list[str]:
     module = ("-m", "lit_jax.data.convert")
     return [sys.executable, *module, f"--source.path={folder}", f"--output={output}", *flags]

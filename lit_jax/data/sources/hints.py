@@ -138,6 +138,8 @@ def tell_unread(
         for name in names
         if is_data(name)
         and not matches(name)
+        # The converter lists the samples that it leaves out beside its records.
+        and name != "bad.jsonl"
         # img2dataset writes a Parquet log beside each tar.
         and not is_img2dataset_log(name, lambda number: f"{number}.tar" in names)
     ]
