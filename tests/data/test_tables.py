@@ -1,5 +1,6 @@
 """Tables as programs write them: fields nobody asked for, other separators and encodings, damaged files."""
 
+import base64
 import decimal
 import json
 import math
@@ -439,3 +440,22 @@ def test_images_beside_their_addresses_need_no_download(tmp_path):
     with pytest.raises(UserError, match=r"jpg \(binary\)") as raised:
         open_folder(tmp_path)
     assert "img2dataset" not in str(raised.value)
+
+
+@pytest.mark.parametrize("before", ["", "data:image/png;base64,"])
+def test_images_that_are_written_as_text_are_named(tmp_path, noise, encode, before):
+    rows = [
+        {"image": before + base64.b64encode(encode(noise(9, 9, 3))).decode(), "caption": "a"}
+        for _ in range(2)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"base64") as raised:
+        open_folder(tmp_path)
+    assert len(str(raised.value)) < 400
+    assert len(open_source(SourceConfig(path=str(tmp_path)), text_only=True)) == 2
+
+
+def test_a_quote_that_is_escaped_by_a_backslash_is_explained(tmp_path):
+    (tmp_path / "a.csv").write_text('image,caption\na.png,"a \\"b\\" c"\n')
+    with pytest.raises(BadSampleError, match="twice"):
+        open_folder(tmp_path)[0]

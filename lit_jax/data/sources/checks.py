@@ -4,6 +4,7 @@ import ast
 import contextlib
 import itertools
 import logging
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -27,6 +28,8 @@ LOOKED_AT = 1000
 SAMPLES = 50
 # The length in characters above which a text is not parsed as a list.
 MAX_LENGTH = 10_000
+# The text form of the first bytes of a JPEG, PNG, GIF or WebP file, or of a data URI. Paths are shorter.
+_BASE64 = re.compile(r"data:image/|(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{200}")
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 
 
@@ -135,7 +138,10 @@ def _set_keys(config: SourceConfig) -> dict[str, str]:
 
 
 def check_first_rows(table: HasRows, config: SourceConfig, *, text_only: bool) -> None:
-    """Warn about captions that are lists written as text. Raise UserError if all images are on the web."""
+    """Warn about captions that are lists written as text.
+
+    Raises UserError if all images are on the web, or written as base64 text.
+    """
     rows = first_rows(table)
     images = [row.get(config.image_key) for row in rows]
     on_web = [isinstance(image, str) and image.startswith(WEB) for image in images]
@@ -143,6 +149,12 @@ def check_first_rows(table: HasRows, config: SourceConfig, *, text_only: bool) -
     if all(on_web) and on_web and not text_only:
         raise UserError(
             f"The images of {config.path} are web addresses ({images[0]}); {DOWNLOAD}, and give its output."
+        )
+    encoded = [isinstance(image, str) and _BASE64.match(image) is not None for image in images]
+    if all(encoded) and encoded and not text_only:
+        raise UserError(
+            f"The images of {config.path} are written as base64 text; write them to files and name the files "
+            "in the table, or write them to a Parquet column as bytes."
         )
     for name in dict.fromkeys((config.caption_key, "captions")):
         texts = [text for row in rows if isinstance(text := row.get(name), str)]

@@ -203,7 +203,7 @@ class DelimitedSource:
             try:
                 (fields,) = csv.reader([text], strict=True, skipinitialspace=self._blanks)
             except csv.Error as error:
-                raise ValueError(str(error)) from error
+                raise ValueError(f"{error}; write a quote in a quoted field twice") from error
         else:
             fields = text.split(",")
         return [field.strip() for field in fields] if self._blanks else fields
