@@ -44,6 +44,12 @@ def captions_of(source: Source, language: str = "") -> list[tuple[str, ...]]:
             problems.append(reason)
         captions.append(texts)
     if any(captions):
+        if len(source) == 1:
+            log.warning(
+                "The data have one image, %s, so that every recall is 1, whatever the model does; use data "
+                "with more images.",
+                printable(source[0]["key"]),
+            )
         if without:
             log.warning(
                 "%d of %d images have no caption%s; texts are compared with them, but they are no queries, "

@@ -190,6 +190,11 @@ def test_images_without_a_caption_are_counted_and_named(pictures, tmp_path, capl
     assert re.search(r"1 of 2 images .*'de'.* b\.jpg", caplog.text)
 
 
+def test_one_image_has_no_other_to_be_confused_with(pictures, caplog):
+    captions_of(type(pictures)(pictures[:1]))
+    assert re.search(rf"one image, {re.escape(pictures[0]['key'])},", caplog.text)
+
+
 def test_captions_are_needed(pictures):
     blank = type(pictures)({**example, "captions": (" ",)} for example in pictures)
     with pytest.raises(UserError, match=r"caption_key .*--classes"):
