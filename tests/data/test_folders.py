@@ -7,7 +7,9 @@ import re
 import subprocess
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from lit_jax.config import SourceConfig
 from lit_jax.data.listing import expand, is_system
@@ -339,3 +341,15 @@ def test_a_folder_whose_name_only_contains_the_split_is_not_offered_for_it(make)
     folder = make("words/in/dev-test.parquet") / "words"
     with pytest.raises(UserError, match=rf"{folder}/in\b"):
         labels(folder, "test")
+
+
+def test_files_of_a_split_beside_files_of_none_are_told(make, caplog):
+    row = pa.table({"image": ["a"], "caption": ["a"]})
+    folder = make()
+    for name in ("00000.parquet", "00001.parquet", "val-00000.parquet"):
+        parquet.write_table(row, folder / name)
+    assert len(open_source(SourceConfig(path=str(folder), group_captions=False))) == 3
+    assert re.search(r"^.*1 of the 3 .*\(val\)", caplog.text)
+    caplog.clear()
+    assert len(open_source(SourceConfig(path=str(folder), split="val"))) == 1
+    assert not caplog.text

@@ -1,11 +1,14 @@
 """Recognise the splits of a data set by the names of its folders or files."""
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Sequence
 
 from lit_jax.data.files import File
 from lit_jax.data.listing import shown
 from lit_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _TRAIN = "train(?:ing)?"
 _OTHER = "val|valid|validation|eval|evaluation|dev|test|testing"
@@ -44,12 +47,23 @@ def in_names(files: Iterable[File]) -> set[str]:
 def require_chosen(folder: File, files: Iterable[File]) -> None:
     """Raise UserError if the names of a folder's files tell several splits apart.
 
-    Together they would mix training and test data.
+    Together they would mix training and test data. If some files name a split and others none, a warning says
+    that all of them are read.
     """
-    of_files = {tuple(parts) for file in files if (parts := _parts(file))}
+    found = [tuple(_parts(file)) for file in files]
+    of_files = {parts for parts in found if parts}
     # "train0" and "train1" are parts of one split, and so are "train2014" and "train2017".
     if len({tuple(part.strip("0123456789") for part in parts) for parts in of_files}) > 1:
         raise not_found(folder, None, {part for parts in of_files for part in parts})
+    if of_files and () in found:
+        log.warning(
+            "%d of the %d files in %s have a split in their names (%s), and all files are read together; to "
+            "keep them apart, set the split of the source, or write braces such as {00000..00331}.tar.",
+            sum(map(bool, found)),
+            len(found),
+            folder,
+            shown({part for parts in of_files for part in parts}),
+        )
 
 
 def _parts(file: File) -> list[str]:
