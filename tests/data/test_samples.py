@@ -566,3 +566,28 @@ def test_the_logs_of_img2dataset_beside_its_tars_are_not_told(tmp_path, image, c
         (tmp_path / name).write_bytes(b"")
     assert len(open_at(tmp_path)) == 1
     assert not caplog.text
+
+
+def test_the_files_of_a_sample_may_stand_apart(tmp_path, image, caplog):
+    """A plain `tar` packs the files of a folder in no order."""
+    write_tar(
+        tmp_path / "0.tar",
+        {"b.txt": "b", "a.png": image, "c.txt": "c", "a.txt": "a", "b.png": image, "c.png": image},
+    )
+    assert describe(open_at(tmp_path)) == {"b": ("b",), "a": ("a",), "c": ("c",)}
+    assert not caplog.text
+
+
+def test_neighbours_are_a_sample_where_an_ending_repeats(tmp_path, image):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("a.png", "a.txt", "b.png", "b.txt", "a.png", "a.txt"):
+            content = image if name.endswith("png") else name.encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    source = open_at(tmp_path)
+    assert [source[i]["captions"] for i in range(len(source))] == [
+        ("a.txt",),
+        ("b.txt",),
+        ("a.txt",),
+    ]

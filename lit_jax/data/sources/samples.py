@@ -75,6 +75,9 @@ class Sample(NamedTuple):
     flaw: str
 
 
+# The members of a sample by field and ending, and the same with the sample's key.
+_ByField = Mapping[str, Mapping[str, Member]]
+_Group = tuple[str, _ByField]
 # Kind -> (number, a few examples).
 Counts = dict[str, tuple[int, list[str]]]
 
@@ -111,8 +114,8 @@ def read_members(
 ) -> Readings:
     """Return the samples of a sequence of members, as read by the first dot of the names and by the last.
 
-    Members of one sample are neighbours, as in WebDataset; a second member with the same ending begins a new
-    sample.
+    Members of one sample need not be neighbours; a second member with the same ending begins a new sample, as
+    in WebDataset.
 
     Args:
         pack: the function that turns samples into a table.
@@ -194,7 +197,7 @@ def _read(
 ) -> Reading:
     samples, problems, unread = [], set(), {}
     images = described = surplus = 0
-    for key, group in _groups(members, last_dot, place, unread):
+    for key, group in _joined(_groups(members, last_dot, place, unread)):
         chosen = {field: _choose(field, found) for field, found in group.items()}
         # Files without a required field are no sample; they are counted as unread.
         if not any(field in group for field in at_least):
@@ -228,9 +231,10 @@ def _read(
 
 def _groups(
     members: Iterable[Member], last_dot: bool, place: str, unread: Counts
-) -> Iterator[tuple[str, dict[str, dict[str, Member]]]]:
-    """Yield each sample's key and its members by field and ending; add the other members to `unread`."""
-    current, group = None, {}
+) -> Iterator[_Group]:
+    """Yield the key of neighbouring members with these members; add the other members to `unread`."""
+    current: str | None = None
+    group: dict[str, dict[str, Member]] = {}
     for member in members:
         field = _FIELD_OF.get(f".{_suffix(member)}")
         stem, dot, ending = (member.name.rpartition if last_dot else member.name.partition)(".")
@@ -249,6 +253,34 @@ def _groups(
         group.setdefault(field, {})[ending] = member
     if current is not None:
         yield current, group
+
+
+def _joined(groups: Iterable[_Group]) -> Iterator[_Group]:
+    """Yield the groups; those of one key whose endings all differ are one group, at the place of the first.
+
+    A plain `tar` packs the files of a folder in no order, so that a text may stand far from its image.
+    """
+    found, parts = [*groups], {}
+    for key, group in found:
+        parts.setdefault(key, []).append(group)
+    whole = {key: _union(of_key) for key, of_key in parts.items() if len(of_key) > 1}
+    for key, group in found:
+        if not (joined := whole.get(key)):
+            yield key, group
+        elif group is parts[key][0]:
+            yield key, joined
+
+
+def _union(parts: Sequence[_ByField]) -> _ByField | None:
+    """Return the members of all parts, or None if an ending repeats: then the parts are several samples."""
+    union: dict[str, dict[str, Member]] = {}
+    for part in parts:
+        for field, of_field in part.items():
+            known = union.setdefault(field, {})
+            if known.keys() & of_field.keys():
+                return None
+            known.update(of_field)
+    return union
 
 
 def _suffix(member: Member) -> str:

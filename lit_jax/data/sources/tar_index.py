@@ -22,7 +22,7 @@ from lit_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 # Part of the cache's key: raised when the same tar files would give another index.
-VERSION = 5
+VERSION = 6
 _FIELDS = (*FIELDS,)
 _REMARKS = b"remarks"
 _SCHEMA = pa.schema(

@@ -1,4 +1,4 @@
-"""Tar files of img2dataset and WebDataset: a sample is a run of members that differ only in the ending."""
+"""Tar files of img2dataset and WebDataset: a sample is the members that differ only in the ending."""
 
 import logging
 from collections.abc import Collection, Sequence
