@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from lit_jax.config import SourceConfig
@@ -321,6 +323,13 @@ def test_what_is_no_data_set_is_named_with_what_to_do(tmp_path, name, hint):
     for path in (tmp_path, tmp_path / name):
         with pytest.raises(UserError, match=rf"{re.escape(name)}: .*{hint}"):
             open_source(SourceConfig(path=str(path)))
+
+
+def test_a_table_in_partitions_is_refused_as_a_whole(tmp_path):
+    table = pa.table({"image": ["a", "b"], "caption": ["a", "b"], "label": [0, 1]})
+    parquet.write_to_dataset(table, tmp_path, partition_cols=["label"])
+    with pytest.raises(UserError, match=r"label=0, label=1\), .*partitions, as files in one"):
+        open_source(SourceConfig(path=str(tmp_path)))
 
 
 def test_the_cache_of_load_dataset_is_named_by_its_arrow_file(tmp_path):

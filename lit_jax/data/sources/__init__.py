@@ -326,6 +326,12 @@ def _refuse_data_deeper(folder: File, paths: Sequence[str]) -> None:
     found = [PurePosixPath(path) for path in paths if "/" in path and path[-1] != "/"]
     parents = {_above_splits(path.parent) for path in found if _is_data(path.name)}
     parents = {name for name in parents if name != "." and not is_system(name)}
+    # pandas and Spark write so; a single folder would be the rows of one value.
+    if parents and all("=" in name for name in parents):
+        raise UserError(
+            f"{folder} is a table in partitions ({shown(parents)}), which is not read, because a column is "
+            "in the names of its folders; write the table without partitions, as files in one folder."
+        )
     if parents:
         raise UserError(
             f"{folder} itself has no data set, but {shown(parents)} in it has; give its path, such as "
