@@ -124,11 +124,10 @@ def _filesystem(scheme: str, user: str, bucket: str, options: str) -> fs.FileSys
     if scheme == "gs":
         given = dict(parse_qsl(options, keep_blank_values=True))
         options = urlencode(_GOOGLE_DEFAULTS | given)
+    address = f"{scheme}://{user}{'@' if user else ''}{bucket}?{options}"
     # A cached client keeps its connections; a new client for each image would reconnect each time.
     try:
-        return fs.FileSystem.from_uri(f"{scheme}://{user}{'@' if user else ''}{bucket}?{options}")[
-            0
-        ]
+        return fs.FileSystem.from_uri(address)[0]
     except ValueError as error:
         reason = hide_keys(str(error).replace(f"{user}@", "") if user else str(error))
         raise AddressError(f"{scheme}://{bucket} cannot be opened ({reason}).") from None
