@@ -96,14 +96,31 @@ def load_run(
         )
     if dtype is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    # An earlier step may have been saved with another policy than that of config.json.
-    steps = complete_steps(workdir)
-    # A running training may add a checkpoint meanwhile, which may have yet another policy.
-    if steps and step is None:
-        step = steps[-1]
-    if step in steps:
-        config = with_saved_policy(config, workdir, step)
     own_towers: OwnTowers = {side: (tower, None) for side, tower in towers.items()}
+    while True:
+        steps = complete_steps(workdir)
+        chosen = steps[-1] if steps and step is None else step
+        try:
+            return _load_step(workdir, config, chosen, own_towers)
+        except UserError as error:
+            left = complete_steps(workdir)
+            # A running training saves newer checkpoints meanwhile, and removes older ones file by file.
+            if step is None and left[-1:] > steps[-1:]:
+                continue
+            if chosen in steps and chosen not in left:
+                raise UserError(
+                    f"The checkpoint of step {chosen} of {workdir} was removed while it was read, as a "
+                    f"running training does with old ones; there are {left}."
+                ) from error
+            raise
+
+
+def _load_step(
+    workdir: AnyPath, config: Config, step: int | None, own_towers: OwnTowers
+) -> TrainedModel:
+    # An earlier step may have been saved with another policy than that of config.json.
+    if step in complete_steps(workdir):
+        config = with_saved_policy(config, workdir, step)
     # The mesh of the training may not fit this machine, so its devices form a mesh of the default shape.
     model = build_model(config, make_mesh(MeshConfig()), saved_towers(workdir), own_towers)
     step, trainable = restore_params(workdir, model.abstract_trainable, step, model.uncut)

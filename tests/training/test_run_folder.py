@@ -15,9 +15,10 @@ from lit_jax.config import MeshConfig
 from lit_jax.distributed import checksums
 from lit_jax.distributed.mesh import BATCH, make_mesh, replicated
 from lit_jax.errors import UserError
-from lit_jax.training import checkpoints, trainer
+from lit_jax.training import checkpoints, trainer, workdir
 from lit_jax.training.checkpoints import Checkpoints, restore_frozen, restore_params, save_frozen
 from lit_jax.training.integrity import DamagedError, check_sums, start_sums
+from lit_jax.training.model_factory import build_model
 from lit_jax.training.train_step import State
 from lit_jax.training.workdir import FORMAT, load_run
 from lit_jax.training.workdir_errors import complete_steps, quiet_orbax
@@ -250,3 +251,35 @@ def test_odd_names_among_the_checkpoints_are_none(finished, train, tiny, tmp_pat
     assert load_run(workdir).step == 6
     with pytest.raises(UserError, match=rf"checkpoints/{name}"):
         train(tiny(), workdir)
+
+
+@pytest.mark.parametrize("removed", [".", "state"], ids=["whole", "in part"])
+def test_a_checkpoint_that_a_running_training_removes_gives_way_to_a_newer_one(
+    finished, tmp_path, monkeypatch, removed
+):
+    run = shutil.copytree(finished, tmp_path / "run")
+    saved = run / "checkpoints"
+    newest = shutil.move(saved / "6", tmp_path / "6")
+
+    def build_while_training_goes_on(*args):
+        if not (saved / "6").exists():
+            shutil.copytree(newest, saved / "6")
+            shutil.rmtree(saved / "4" / removed)
+        return build_model(*args)
+
+    monkeypatch.setattr(workdir, "build_model", build_while_training_goes_on)
+    assert load_run(run).step == 6
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_not_called_damaged(
+    finished, tmp_path, monkeypatch
+):
+    run = shutil.copytree(finished, tmp_path / "run")
+
+    def build_while_it_is_removed(*args):
+        shutil.rmtree(run / "checkpoints" / "4", ignore_errors=True)
+        return build_model(*args)
+
+    monkeypatch.setattr(workdir, "build_model", build_while_it_is_removed)
+    with pytest.raises(UserError, match=r"step 4 .*removed.* \[6\]"):
+        load_run(run, step=4)
