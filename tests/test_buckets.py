@@ -303,3 +303,11 @@ def test_keys_that_the_start_of_a_command_has_taken_from_an_address_are_not_forg
     assert "AWS_ACCESS_KEY_ID" in str(raised.value)
     # Another model may lie in a bucket whose data came with keys.
     assert str(bucket_path("config.model.text.model", "s3://bucket/bert")) == "s3://bucket/bert"
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_an_address_is_refused_that_leaves_no_room_for_the_names_below_it(scheme):
+    folder = "é" * 390
+    assert str(bucket_path("--workdir", f"{scheme}://bucket/{folder}/run")).endswith("/run")
+    with pytest.raises(UserError, match=rf"--workdir={scheme}://bucket/.* 1024 "):
+        bucket_path("--workdir", f"{scheme}://bucket/{folder}/{'x' * 20}/run")
