@@ -62,17 +62,19 @@ def complete_steps(workdir: AnyPath) -> list[int]:
 
 
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
+# What TensorStore appends to a message, such as " [tensorstore_spec='...']", which fills a page.
+_DETAILS = re.compile(r" \[[a-z_ ]+='")
 
 
 def reason(error: Exception) -> str:
     """Return the reason of an error, short enough for a sentence."""
-    # TensorStore's own message fills a page.
     code = _OS_ERROR.search(str(error))
     if code:
         return os.strerror(int(code[1]))
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).strip().partition("\n")[0][:300]
+    first_line = str(error).strip().partition("\n")[0]
+    return _DETAILS.split(first_line)[0][:500]
 
 
 # Log messages that repeat an error that is raised anyway: Orbax logs in each thread that the error of a write

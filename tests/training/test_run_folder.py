@@ -283,3 +283,12 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_not_called_damaged(
     monkeypatch.setattr(workdir, "build_model", build_while_it_is_removed)
     with pytest.raises(UserError, match=r"step 4 .*removed.* \[6\]"):
         load_run(run, step=4)
+
+
+def test_a_checkpoint_without_its_arrays_names_the_missing_file_alone(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "6" / "state" / "d")
+    with quiet_orbax(), pytest.raises(UserError, match="checkpoints/6 is damaged") as raised:
+        load_run(run)
+    assert f"{run}/checkpoints/6/state/d/" in str(raised.value)
+    assert "tensorstore" not in str(raised.value)
