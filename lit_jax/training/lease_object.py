@@ -33,7 +33,7 @@ class ObjectLease:
     POLL_SECONDS = 1.0
 
     def __init__(self, workdir: BucketPath):
-        self._store = _open(workdir)
+        self._store, self._address = _open(workdir), str(workdir)
         self._token = secrets.token_hex(8)
         self._beat = 0
         # TensorStore's name for what this process wrote last.
@@ -45,7 +45,7 @@ class ObjectLease:
         """Write the lease if no other process may have the folder; return whether this succeeded."""
         found = self._read()
         is_there = found.state == "value"
-        if is_there and not wait.is_over(_observe(found.value)):
+        if is_there and not wait.is_over(self._observe(found.value)):
             return False
         with contextlib.ExitStack() as stack:
             self._mark = stack.enter_context(_mark(self._token))
@@ -86,13 +86,26 @@ class ObjectLease:
         """Close the mark in a forked process, which would otherwise keep it after the parent ends."""
         self._mark.close()
 
+    def _locks(self) -> str | None:
+        """Return a name for the processes that see the mark of this folder's holder, None without marks."""
+        kernel = _kernel()
+        # The lease in a copy of the folder, made while the run goes on, has the address of the original.
+        return kernel and f"{kernel}/{self._address}"
+
+    def _observe(self, content: bytes) -> lease_wait.Observed:
+        """Return the state of a lease of another process."""
+        lease, locks = lease_wait.parse_lease(content), self._locks()
+        sees_marks = locks is not None and lease.get("locks") == locks
+        is_alive = _is_marked(f"{lease.get('token')}") if sees_marks else None
+        return lease_wait.Observed(content, is_alive)
+
     def _read(self) -> Any:
         return _answer(self._store.read(_NAME))
 
     def _write(self, generation: bytes) -> bool:
         """Write the lease over a generation of it; return False if another process has written it since."""
         self._beat += 1
-        locks = _kernel() if self._mark.getsockname() else None
+        locks = self._locks() if self._mark.getsockname() else None
         text = lease_wait.lease_text(self._token, self._beat, locks)
         stamp = _answer(self._store.write(_NAME, text, if_equal=generation))
         if not stamp.generation:
@@ -140,13 +153,6 @@ def _is_marked(token: str) -> bool | None:
         except OSError:
             return None
     return True
-
-
-def _observe(content: bytes) -> lease_wait.Observed:
-    """Return the state of a lease of another process."""
-    lease, kernel = lease_wait.parse_lease(content), _kernel()
-    sees_marks = kernel is not None and lease.get("locks") == kernel
-    return lease_wait.Observed(content, _is_marked(f"{lease.get('token')}") if sees_marks else None)
 
 
 def _open(workdir: BucketPath) -> Any:

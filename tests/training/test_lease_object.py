@@ -81,10 +81,20 @@ def test_a_silent_lease_is_taken_over_after_a_while(workdir, store, caplog):
 
 
 def test_a_lease_of_a_process_of_this_machine_that_has_ended_is_taken_over_at_once(workdir, store):
-    foreign(store, workdir, lease_object._kernel())
+    foreign(store, workdir, f"{lease_object._kernel()}/{workdir}")
     start = time.monotonic()
     with lease.holding(workdir):
         assert time.monotonic() - start < lease_wait.STALE_SECONDS
+
+
+def test_a_copy_of_a_folder_in_use_is_free_after_a_while(workdir, store):
+    with lease.holding(workdir):
+        copy = workdir.parent / f"{workdir.name}_copied"
+        stored(store, copy).parent.mkdir(exist_ok=True)
+        stored(store, copy).write_bytes(stored(store, workdir).read_bytes())
+        with lease.holding(copy):
+            lease.check_lease(copy)
+            lease.check_lease(workdir)
 
 
 def test_of_two_that_come_at_once_one_gets_the_folder(workdir, store):
