@@ -62,7 +62,7 @@ def complete_steps(workdir: AnyPath) -> list[int]:
 
 
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
-# What TensorStore appends to a message, such as " [tensorstore_spec='...']", which fills a page.
+# TensorStore appends to a message its details, such as " [tensorstore_spec='...']", which fills a page.
 _DETAILS = re.compile(r" \[[a-z_ ]+='")
 
 
