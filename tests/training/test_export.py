@@ -75,7 +75,8 @@ def test_a_run_that_cannot_be_read_is_one_sentence(tmp_path, command, monkeypatc
     monkeypatch.setattr(sys, "unraisablehook", printed.append)
     monkeypatch.setattr(command, "load_run", load)
     data = tmp_path / "captions.jsonl"
-    data.write_text('{"image": "a.jpg", "caption": "a dog"}\n')
+    rows = ('{"image": "a.jpg", "caption": "a dog"}', '{"image": "b.jpg", "caption": "a cat"}')
+    data.write_text("\n".join(rows))
     flags = [f"--data={data}"] if command is evaluate else [f"--output={tmp_path / 'exported'}"]
     assert command.main([f"--workdir={tmp_path}", *flags]) == BAD_INPUT
     assert capsys.readouterr().err == "error: The run is damaged.\n"
