@@ -541,7 +541,10 @@ def test_compressed_tars_of_another_split_or_that_are_unpacked_are_not_told(
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [(gzip.compress(b"a", mtime=0), "gzip"), (b"version https://git-lfs.github.com/spec/v1\n", "lfs pull")],
+    [
+        (gzip.compress(b"a", mtime=0), "gzip"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "lfs pull"),
+    ],
 )
 @pytest.mark.parametrize("ending", ["tar", "parquet"])
 def test_the_cause_is_named_for_every_file_of_a_data_set(tmp_path, image, ending, content, told):
