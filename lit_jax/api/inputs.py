@@ -28,11 +28,11 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def as_dtype(dtype: Any) -> Any:
-    """Return the dtype of a computation, given by its name or as JAX's dtype.
+    """Return the dtype of a computation, given by its name or as a dtype of JAX or PyTorch.
 
     Raises UserError if no tower computes in this dtype.
     """
-    name = getattr(dtype, "name", getattr(dtype, "__name__", dtype))
+    name = getattr(dtype, "name", getattr(dtype, "__name__", str(dtype).removeprefix("torch.")))
     if name not in _DTYPES:
         raise UserError(f"dtype is {name!r}; choose {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}.")
     return jnp.dtype(name)

@@ -79,6 +79,8 @@ class Model:
         self, call: Call, method: Callable[..., Any] | None, *inputs: Any
     ) -> tuple[Any, Mapping[str, Any]]:
         """Return the result of a method of the module (None: its __call__), and the blocks' records."""
+        if call.params is not None:
+            _check_params(call.params, self.params)
         # Blocks record with `sow`, which does nothing unless the collection is mutable.
         output, state = self.module.apply(
             {"params": self.params if call.params is None else call.params},

@@ -60,6 +60,9 @@ def load_tokenizer(
         **options,
     )
     _check(tokenizer, folder, max_length)
+    if not fixed_length and "attention_mask" not in tokenizer.model_input_names:
+        # A tower with a mask would attend to the padding, whose length depends on the other texts.
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
     is_siglip2 = fixed_length and _is_gemma(tokenizer)
     if is_siglip2 and lowercase is None:
         # The export of a run that keeps capitals has `do_lower_case` set to False.
@@ -261,10 +264,12 @@ def _whole(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
         return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     # Turning truncation off would change a setting that other threads use, so the parts that were cut off
     # are collected from `overflowing`.
+    # The part next to the kept one comes first.
+    direction = -1 if tokenizer.truncation_side == "left" else 1
     return [
         [
             token
-            for part in (encoding, *encoding.overflowing)
+            for part in (encoding, *encoding.overflowing)[::direction]
             for token, special in zip(part.ids, part.special_tokens_mask, strict=True)
             if not special
         ]

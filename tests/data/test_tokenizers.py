@@ -104,6 +104,23 @@ def test_all_token_ids_are_those_of_an_uncut_text(folders):
         assert len(ids) > 3 * LENGTH
 
 
+def test_all_token_ids_are_in_the_order_of_the_text_where_its_start_is_cut(folders):
+    tokenizer = load(folders["bert"], "bert")
+    expected = token_ids(tokenizer, [" ".join(TEXTS * 3)])
+    tokenizer.truncation_side = "left"
+    assert token_ids(tokenizer, [" ".join(TEXTS * 3)]) == expected
+
+
+def test_a_tower_with_a_mask_gets_one_whatever_the_tokenizer_names(folders, tmp_path):
+    shutil.copytree(folders["bert"], tmp_path / "bert")
+    file = tmp_path / "bert" / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(settings | {"model_input_names": ["input_ids"]}))
+    tokens = tokenize(load(tmp_path / "bert", "bert"), ["a dog", "a dog and a cat and a dog"])
+    assert tokens.keys() == {"input_ids", "attention_mask"}
+    assert tokens["attention_mask"][0].sum() < tokens["attention_mask"][1].sum()
+
+
 def siglip2_ids(folder, texts):
     tokenizer = Siglip2Tokenizer.from_pretrained(folder, padding_side="right")
     padded = {"padding": "max_length", "truncation": True, "max_length": LENGTH}
