@@ -128,9 +128,10 @@ def _array(name: str, x: Given) -> Array | np.ndarray:
             remedy = "give a NumPy array"
             if isinstance(x, list | tuple):
                 remedy = "give rows of equal length"
+            padding = "" if name == "pixel_values" else "padding=True and "
             raise UserError(
                 f"{name} cannot be converted to an array ({_shortened(error)}); {remedy}, as the processor "
-                "returns it with padding=True and return_tensors='np'."
+                f"returns it with {padding}return_tensors='np'."
             ) from error
     if array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number):
         return array
