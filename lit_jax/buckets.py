@@ -43,9 +43,9 @@ PROBE = ".access-"
 # The longest wait for an answer to TensorStore before a run starts.
 _CHECK_SECONDS = 30.0
 
-# The most bytes of an object's name, in both stores, and what a run adds to the name of its folder at most.
+# The most bytes of an object's name, in both stores, and of a name below the folder of a run.
 _LONGEST_NAME = 1024
-_RUN_NAMES = 224
+_LONGEST_BELOW = 224
 
 # The errors of a disk without space, or without space for this user.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -232,11 +232,11 @@ def bucket_path(name: str, text: str) -> BucketPath:
             f"{scheme}://BUCKET/PATH, without keys, #, @ and .. in it. For keys, {_CLIENTS[scheme][1]}."
         )
     # Otherwise the store would refuse the first long name in the middle of a run.
-    if len(os.fsencode(inside)) > _LONGEST_NAME - _RUN_NAMES:
+    if len(os.fsencode(inside)) > _LONGEST_NAME - _LONGEST_BELOW:
         raise UserError(
-            f"{name}={text} has more than {_LONGEST_NAME - _RUN_NAMES} bytes after the bucket, and no store "
-            f"accepts names of more than {_LONGEST_NAME} bytes, with those below the folder; give a shorter "
-            "one."
+            f"{name}={text} has more than {_LONGEST_NAME - _LONGEST_BELOW} bytes after the bucket, and no "
+            f"store accepts names of more than {_LONGEST_NAME} bytes, with those below the folder; give a "
+            "shorter one."
         )
     if not importlib.util.find_spec(package):
         raise UserError(

@@ -38,7 +38,6 @@ from lit_jax.files import atomic_path, atomic_write, output_errors, parse_json
 
 SOURCE = KeyFlags("source", SourceConfig)
 PLAN_FILE = "convert.json"
-BAD_FILE = "bad.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -279,10 +278,11 @@ def _finish(plan: Plan, folder: AnyPath) -> str:
     ]
     bad = [line for report in reports for line in report]
     good = sum(shard.count for shard in shards)
-    atomic_write(folder / BAD_FILE, "".join(f"{line}\n" for line in bad))
+    atomic_write(folder / records.BAD_FILE, "".join(f"{line}\n" for line in bad))
     if not good:
         raise UserError(
-            f"None of the {plan.examples} examples can be used; see {folder / BAD_FILE} for the reasons."
+            f"None of the {plan.examples} examples can be used; see {folder / records.BAD_FILE} for the "
+            "reasons."
         )
     # The manifest comes last among the outputs: a folder with a manifest is a complete source.
     records.write_manifest(folder, shards)
@@ -292,7 +292,9 @@ def _finish(plan: Plan, folder: AnyPath) -> str:
     kinds = collections.Counter(parse_json(line)["kind"] for line in bad)
     lines = [f"Wrote {good} examples in {len(shards)} shards to {folder}"]
     if bad:
-        lines.append(f"{len(bad)} bad samples were left out, listed in {folder / BAD_FILE}:")
+        lines.append(
+            f"{len(bad)} bad samples were left out, listed in {folder / records.BAD_FILE}:"
+        )
         lines += [f"{count:8}  {kind}" for kind, count in kinds.most_common()]
     return "\n".join(lines)
 

@@ -50,7 +50,6 @@ FORMATS = {
 }
 IMAGE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
-
 # The photos of a telephone, which Pillow does not know without a plugin.
 _HEIC = re.compile(rb"....ftyp(hei[cmsx]|hevc|mif1|msf1)", re.DOTALL)
 
@@ -320,13 +319,14 @@ def _other_file(content: bytes) -> str:
         return "a Git LFS pointer without the image; run `git lfs pull` where it lies"
     # Pillow registers most of its formats only in `init`.
     Image.init()
-    names = [name for name, (_, accepts) in Image.OPEN.items() if _begins_as(content, accepts)]
-    names = [name for name in names if name not in FORMATS] + ["HEIC"] * bool(_HEIC.match(content))
-    return (
-        f"an image in {names[0]} format; only {', '.join(FORMATS)} are read"
-        if names
-        else "not an image"
-    )
+    for name, (_, accepts) in Image.OPEN.items():
+        if name not in FORMATS and _begins_as(content, accepts):
+            return _other_format(name)
+    return _other_format("HEIC") if _HEIC.match(content) else "not an image"
+
+
+def _other_format(name: str) -> str:
+    return f"an image in {name} format; only {', '.join(FORMATS)} are read"
 
 
 def _begins_as(content: bytes, accepts: Callable[[bytes], bool | str] | None) -> bool:

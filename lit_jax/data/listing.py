@@ -32,6 +32,8 @@ SYSTEM_NAMES = frozenset(
         "desktop.ini",
     )
 )
+# The most kinds of files in a message.
+MOST_KINDS = 12
 # The most names that the braces of a path may expand to.
 MAX_NAMES = 1_000_000
 # The most braces in a path, which also bounds the recursion.

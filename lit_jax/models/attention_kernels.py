@@ -248,7 +248,8 @@ def _call_on_device(
         axes = (1, row) if x_BxLxN.shape[1] == 1 else (row, x_BxLxN.shape[2])
         return x_BxLxN.reshape(batch // packed, *axes)
 
-    first, *_ = packed_inputs = [pack(x_BxLxD) for x_BxLxD in inputs_BxLxD]
+    packed_inputs = [pack(x_BxLxD) for x_BxLxD in inputs_BxLxD]
+    like_input = jax.ShapeDtypeStruct(packed_inputs[0].shape, packed_inputs[0].dtype)
     outputs = pl.pallas_call(
         functools.partial(kernel, width, length),
         grid=(batch // packed // size, depth // _LANES),
@@ -257,11 +258,11 @@ def _call_on_device(
             *[tokens] * len(packed_inputs),
         ],
         out_specs=[tokens] * results,
-        out_shape=[jax.ShapeDtypeStruct(first.shape, first.dtype)] * results,
+        out_shape=[like_input] * results,
         cost_estimate=pl.CostEstimate(
             flops=products * 2 * batch * length**2 * depth,
             transcendentals=batch * depth // width * length**2,
-            bytes_accessed=(len(packed_inputs) + results) * first.nbytes,
+            bytes_accessed=(len(packed_inputs) + results) * packed_inputs[0].nbytes,
         ),
         compiler_params=parallel_axes(count=2),
         interpret=not on_tpus(),

@@ -101,7 +101,9 @@ def load_run(
         steps = complete_steps(workdir)
         chosen = steps[-1] if steps and step is None else step
         try:
-            return _load_step(workdir, config, chosen, own_towers)
+            # An earlier step may have been saved with another policy than that of config.json.
+            saved = with_saved_policy(config, workdir, chosen) if chosen in steps else config
+            return _load_step(workdir, saved, chosen, own_towers)
         except UserError as error:
             left = complete_steps(workdir)
             # A running training saves newer checkpoints meanwhile, and removes older ones file by file.
@@ -118,9 +120,6 @@ def load_run(
 def _load_step(
     workdir: AnyPath, config: Config, step: int | None, own_towers: OwnTowers
 ) -> TrainedModel:
-    # An earlier step may have been saved with another policy than that of config.json.
-    if step in complete_steps(workdir):
-        config = with_saved_policy(config, workdir, step)
     # The mesh of the training may not fit this machine, so its devices form a mesh of the default shape.
     model = build_model(config, make_mesh(MeshConfig()), saved_towers(workdir), own_towers)
     step, trainable = restore_params(workdir, model.abstract_trainable, step, model.uncut)

@@ -9,6 +9,7 @@ from pathlib import Path
 from lit_jax.data.files import File
 from lit_jax.data.listing import shown
 from lit_jax.data.sources.pairs import is_img2dataset_log
+from lit_jax.data.sources.records import BAD_FILE
 from lit_jax.errors import UserError
 from lit_jax.files import refuse_lfs_pointer
 
@@ -138,8 +139,7 @@ def tell_unread(
         for name in names
         if is_data(name)
         and not matches(name)
-        # The converter lists the samples that it leaves out beside its records.
-        and name != "bad.jsonl"
+        and name != BAD_FILE
         # img2dataset writes a Parquet log beside each tar.
         and not is_img2dataset_log(name, lambda number: f"{number}.tar" in names)
     ]

@@ -25,7 +25,7 @@ from lit_jax.data.files import (
     signature,
 )
 from lit_jax.data.image import IMAGE_SUFFIXES
-from lit_jax.data.listing import is_system, shown, system_part
+from lit_jax.data.listing import MOST_KINDS, is_system, shown, system_part
 from lit_jax.data.sources import splits
 from lit_jax.data.sources.rows import resolve
 from lit_jax.errors import UserError
@@ -40,8 +40,6 @@ IMAGE_FOLDERS = (
 )
 # The number of listed images that are tried to find their folder.
 _TRIED = 5
-# The most endings in a message.
-_KINDS = 12
 # The bytes at the start and the end of a JSON file by which COCO's form is recognised.
 _EDGE_BYTES = 1 << 16
 _COCO = re.compile(rb'(\xef\xbb\xbf)?\s*\{.*"(images|annotations)"\s*:\s*\[', re.DOTALL)
@@ -162,7 +160,7 @@ def _tell_left_out(
             len(others),
             folder,
             ", ".join(
-                f"{n} {ending or 'without one'}" for ending, n in endings.most_common(_KINDS)
+                f"{n} {ending or 'without one'}" for ending, n in endings.most_common(MOST_KINDS)
             ),
             shown(others, 3),
         )

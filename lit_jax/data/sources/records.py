@@ -20,6 +20,8 @@ from lit_jax.errors import UserError
 from lit_jax.files import parse_json, write_json
 
 MANIFEST = "records.json"
+# The converter lists the samples that it leaves out in this file, beside the records.
+BAD_FILE = "bad.jsonl"
 # The version of the format of manifest and records.
 VERSION = 1
 # The type of each field; an absent field counts as None.

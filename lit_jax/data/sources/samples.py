@@ -13,7 +13,7 @@ from lit_jax.config import SourceConfig
 from lit_jax.data.example import BadKind, Example
 from lit_jax.data.files import MAX_FILE_BYTES, File
 from lit_jax.data.image import IMAGE_SUFFIXES
-from lit_jax.data.listing import is_system
+from lit_jax.data.listing import MOST_KINDS, is_system
 from lit_jax.data.sources.rows import example_of
 from lit_jax.files import parse_json
 
@@ -41,9 +41,8 @@ _PROBLEMS = {
     "images": "have several images, and are bad samples",
     "texts": "have several caption files, which are all read",
 }
-# The most examples of each kind in a message, and the most kinds.
+# The most examples of each kind in a message.
 _EXAMPLES = 3
-_KINDS = 12
 
 
 class Member(NamedTuple):
@@ -181,7 +180,7 @@ def _listed(counts: Counts) -> str:
 
 def _count(counts: Counts, what: str, names: Sequence[str], number: int = 1) -> None:
     # Data with a different ending for each file would otherwise make an endless message.
-    if what not in counts and len(counts) >= _KINDS:
+    if what not in counts and len(counts) >= MOST_KINDS:
         what = "other"
     known, examples = counts.get(what, (0, []))
     counts[what] = known + number, [*examples, *names][:_EXAMPLES]
