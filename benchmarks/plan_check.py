@@ -58,7 +58,7 @@ CONFIGS: Mapping[str, tuple[str, str, bool, Mapping[str, Any]]] = {
     "LU g/14+L": ("g/14", "L", False, {}),
     "LU B/16+B, dropout": ("B/16", "B", False, _DROPOUT),
     "LU L/16+L, dropout": ("L/16", "L", False, _DROPOUT),
-    "LU B/16+B, sigmoid": ("B/16", "B", False, {"loss.name": "sigmoid"}),
+    "LU B/16+B, sigmoid": ("B/16", "B", False, {"loss": "sigmoid"}),
     "LU B/16+B, 64 tokens": ("B/16", "B", False, {"data.max_text_length": 64}),
     "LU B/16+B, remat none": ("B/16", "B", False, {"remat": "none"}),
     "LU B/16+B, fsdp 4": ("B/16", "B", False, {"mesh.fsdp": 4}),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import plan_check
+
 ROOT = Path(__file__).parents[1]
 # Script, options, and what a line of its table starts with.
 SCRIPTS = [
@@ -53,3 +55,10 @@ def test_a_session_on_a_gpu_goes_on_after_a_part_that_fails(tmp_path):
     assert result.returncode == (not is_gpu_compiler_there)
     assert rows == {"loss": "done", "resume": "done"}
     assert "equal: True" in file.read_text()
+
+
+@pytest.mark.parametrize("name", plan_check.CONFIGS)
+def test_the_configs_of_the_plan_check_are_configs(name):
+    config = plan_check.config(name, devices=4)
+    assert config.batch_size == 4 * plan_check.PAIRS
+    assert bool(config.data.image_embeddings) == name.startswith("precomputed")
