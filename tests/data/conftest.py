@@ -10,17 +10,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lit_jax.config import SourceConfig
+from lit_jax.data.example import Source
 from lit_jax.data.image import ImageTransform
 from lit_jax.data.image_processor import load_image_transform
+from lit_jax.data.sources import open_source
 from lit_jax.data.text import load_tokenizer
+from tests.data.formats import FORMATS, N
+from tests.object_store.served import serve
 
 DEMO = Path(__file__).parents[2] / "configs/demo"
 MAX_TEXT_LENGTH = 24
+# The number of examples of `source`, and the second word of their captions.
+EXAMPLES = 22
+WORDS = ("one", "two", "three")
 
 
 def train(transform: ImageTransform, image: Any, seed: int | np.random.Generator = 0) -> np.ndarray:
     """uint8 HxWx3."""
     return transform.train(image, np.random.default_rng(seed))
+
+
+def open_folder(folder: Path) -> Source:
+    return open_source(SourceConfig(path=str(folder)))
 
 
 @pytest.fixture(scope="session")
@@ -91,3 +103,51 @@ def jsonl_folder(tmp_path: Path, noise, encode) -> Callable[..., Path]:
         return tmp_path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def images(noise, encode) -> list[bytes]:
+    return [encode(noise(4, 7, 3, seed=i)) for i in range(N)]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory, images) -> Path:
+    root = tmp_path_factory.mktemp("formats")
+    for name, (write, *_) in FORMATS.items():
+        (root / name).mkdir()
+        write(root / name, images)
+    return root
+
+
+@pytest.fixture(scope="session")
+def served(data):
+    with serve(data) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def image(noise, encode) -> bytes:
+    return encode(noise(4, 7, 3))
+
+
+@pytest.fixture
+def source(jsonl_folder) -> Source:
+    """Example i has the captions "i one", "i two" and "i three"."""
+    return open_folder(
+        jsonl_folder(
+            {"image": f"{i}.png", "captions": [f"{i} {word}" for word in WORDS]}
+            for i in range(EXAMPLES)
+        )
+    )
+
+
+@pytest.fixture
+def spoilt(jsonl_folder) -> Source:
+    """24 examples, four of them bad: 0, 6, 12, 18."""
+    rows = [{"image": f"{i}.png", "caption": f"{i} one"} for i in range(24)]
+    rows[0] = {"image": "missing.png", "caption": "0 one"}
+    rows[6] = {"image": "6.png", "captions": ["", " \n"]}
+    rows[12] = {"image": "12.png"}
+    folder = jsonl_folder(rows)
+    (folder / "18.png").write_bytes(b"<html>404</html>")
+    return open_folder(folder)

@@ -1,5 +1,6 @@
+"""The stream of training batches: order, captions, bad samples, workers."""
+
 import dataclasses
-import logging
 import multiprocessing
 import os
 import signal
@@ -11,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_jax.config import DataConfig, SourceConfig
+from lit_jax.config import DataConfig
 from lit_jax.data import loader
 from lit_jax.data.eval_loader import eval_batches
-from lit_jax.data.example import BAD_KINDS, Example, Source
+from lit_jax.data.example import BAD_KINDS, Example
 from lit_jax.data.loader import (
     ImagePreprocessor,
     PairPreprocessor,
@@ -22,30 +23,15 @@ from lit_jax.data.loader import (
     TextPreprocessor,
     TrainStream,
 )
-from lit_jax.data.sources import open_source
 from lit_jax.data.text import load_tokenizer
 from lit_jax.errors import UserError
+from tests.data.conftest import EXAMPLES, WORDS, open_folder
 from tests.digits import open_digits
 
-EXAMPLES = 22
-WORDS = ("one", "two", "three")
 NONE_BAD = dict.fromkeys(BAD_KINDS, 0)
+
+
 CONFIG = DataConfig(threads=2)
-
-
-def open_folder(folder: Path) -> Source:
-    return open_source(SourceConfig(path=str(folder)))
-
-
-@pytest.fixture
-def source(jsonl_folder) -> Source:
-    """Example i has the captions "i one", "i two" and "i three"."""
-    return open_folder(
-        jsonl_folder(
-            {"image": f"{i}.png", "captions": [f"{i} {word}" for word in WORDS]}
-            for i in range(EXAMPLES)
-        )
-    )
 
 
 @pytest.fixture
@@ -215,18 +201,6 @@ def test_a_batch_that_does_not_divide_is_refused(source, image_transform, open_s
         next(batches)
 
 
-@pytest.fixture
-def spoilt(jsonl_folder) -> Source:
-    """24 examples, four of them bad: 0, 6, 12, 18."""
-    rows = [{"image": f"{i}.png", "caption": f"{i} one"} for i in range(24)]
-    rows[0] = {"image": "missing.png", "caption": "0 one"}
-    rows[6] = {"image": "6.png", "captions": ["", " \n"]}
-    rows[12] = {"image": "12.png"}
-    folder = jsonl_folder(rows)
-    (folder / "18.png").write_bytes(b"<html>404</html>")
-    return open_folder(folder)
-
-
 def test_bad_samples_are_replaced_counted_and_logged_once(spoilt, open_stream, captions, caplog):
     stream = open_stream(spoilt, max_bad_fraction=0.9)
     drawn = captions(*take(stream, 18))  # three epochs
@@ -373,45 +347,3 @@ def test_workers_end_when_training_is_killed(source, demo_folder, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert not slots.exists()
-
-
-@pytest.mark.parametrize("processes", [1, 2, 4])
-@pytest.mark.parametrize("batch_size", [4, 8, 40])
-def test_eval_batches_have_every_image_once(source, image_transform, processes, batch_size):
-    shares = [
-        list(
-            eval_batches(
-                source,
-                image_transform,
-                batch_size=batch_size,
-                process_index=p,
-                process_count=processes,
-            )
-        )
-        for p in range(processes)
-    ]
-    assert {len(share) for share in shares} == {-(-EXAMPLES // batch_size)}
-    index = np.concatenate([[b["index"] for b in share] for share in shares], axis=1)
-    assert index.dtype == np.int32
-    assert index.shape[1] == batch_size
-    assert index.ravel().tolist() == list(range(EXAMPLES)) + [-1] * (index.size - EXAMPLES)
-    for batch in (batch for share in shares for batch in share):
-        assert batch["pixel_values"].shape == (batch_size // processes, 6, 5, 3)
-        for pixels, i in zip(batch["pixel_values"], batch["index"], strict=True):
-            expected = image_transform.eval(source[int(i)]["image"]) if i >= 0 else 0
-            np.testing.assert_array_equal(pixels, expected)
-
-
-def test_eval_batches_mask_and_report_bad_images(spoilt, image_transform, caplog):
-    caplog.set_level(logging.WARNING)
-    batches = list(
-        eval_batches(spoilt, image_transform, batch_size=10, process_index=0, process_count=1)
-    )
-    index = np.concatenate([batch["index"] for batch in batches])
-    # Examples 6 and 12 lack no more than a caption, which an image's embedding does not need.
-    assert set(range(24)) - set(index.tolist()) == {0, 18}
-    missing, other, together = (record.args for record in caplog.records)
-    assert missing[0] == "missing.png"
-    assert "/missing.png" in missing[1]
-    assert other[0] == "18.png"
-    assert together == (2, 24)

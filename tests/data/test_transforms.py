@@ -1,7 +1,5 @@
 """Augmentations against formulas in NumPy, kinds of image files, and JPEG decoding at a reduced size."""
 
-import dataclasses
-import io
 import math
 
 import numpy as np
@@ -9,13 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from lit_jax.config import ColorJitterConfig, RandAugmentConfig
 from lit_jax.data.augment import JITTER, RAND_AUGMENT, color_jitter, rand_augment
-from lit_jax.data.image import ImageTransform, decode, reduce_jpeg
 from lit_jax.data.image_processor import load_image_transform
-from tests.data.conftest import train
 
 LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -133,6 +128,8 @@ ORACLES = {
     "saturation": (lambda p, f: blend(p, grey(p)[..., None], f), 1),
     "hue": (hue, 7),  # a hue of Pillow's HSV is 1/255 of the circle: six grey levels
 }
+
+
 OPERATIONS = {
     "identity": (lambda p, _: p, 0),
     "shear_x": (shear_x, 0),
@@ -202,6 +199,8 @@ def test_the_operations_and_their_strengths_are_torchvisions():
 
 
 STRENGTH = st.floats(0, 2)
+
+
 JITTERS = st.builds(
     ColorJitterConfig,
     brightness=STRENGTH,
@@ -209,6 +208,8 @@ JITTERS = st.builds(
     saturation=STRENGTH,
     hue=st.floats(0, 0.5),
 )
+
+
 AUGMENTS = st.builds(RandAugmentConfig, operations=st.integers(0, 3), magnitude=st.integers(0, 30))
 
 
@@ -275,245 +276,3 @@ def test_train_augments_and_eval_does_not(processor_folder, noise):
         assert results[0].shape == (8, 8, 3)
         np.testing.assert_array_equal(results[0], results[2])
         assert not np.array_equal(results[0], results[1])
-
-
-# ---- Kinds of files. Four colours, of which each kind of file keeps what it can.
-
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-QUARTERS = np.array([[RED, GREEN], [BLUE, WHITE]], np.uint8).repeat(16, 0).repeat(16, 1)
-
-
-def quarters(image: Image.Image) -> list[tuple[int, ...]]:
-    """The colours in the middle of the quarters, row by row."""
-    assert image.mode == "RGB"
-    w, h = image.size
-    return [image.getpixel((x, y)) for y in (h // 4, 3 * h // 4) for x in (w // 4, 3 * w // 4)]
-
-
-def assert_quarters(content: bytes, expected, most: int = 0, mode: str | None = None):
-    with Image.open(io.BytesIO(content)) as opened:
-        assert mode is None or opened.mode == mode
-    difference = np.subtract(quarters(decode(content)), expected)
-    assert np.abs(difference).max() <= most, quarters(decode(content))
-
-
-ORIENTATIONS = {
-    1: lambda p: p,
-    2: lambda p: p[:, ::-1],
-    3: lambda p: p[::-1, ::-1],
-    4: lambda p: p[::-1],
-    5: lambda p: p.transpose(1, 0, 2),
-    6: lambda p: np.rot90(p, 1),
-    7: lambda p: p[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda p: np.rot90(p, -1),
-}
-
-
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
-def test_every_exif_orientation_is_turned_upright(encode, orientation, kind):
-    """A camera writes the picture as `ORIENTATIONS` says, and the number."""
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    wide = QUARTERS[:20]
-    written = Image.fromarray(np.ascontiguousarray(ORIENTATIONS[orientation](wide)))
-    content = encode(written, kind, exif=exif, **({"quality": 95} if kind != "PNG" else {}))
-    decoded = decode(content)
-    assert decoded.size == (32, 20)
-    np.testing.assert_allclose(
-        np.asarray(decoded)[[4, 4, 18, 18], [8, 24, 8, 24]].astype(int),
-        [RED, GREEN, BLUE, WHITE],
-        atol=0 if kind in ("PNG", "TIFF") else 8,
-    )
-
-
-def test_grey_and_two_valued_images(encode):
-    greys = Image.fromarray(QUARTERS[..., 2])  # what is blue or white
-    black_and_white = [(0, 0, 0)] * 2 + [WHITE] * 2
-    assert_quarters(encode(greys), black_and_white, mode="L")
-    assert_quarters(encode(greys, "JPEG"), black_and_white, 2, mode="L")
-    assert_quarters(encode(greys.convert("1")), black_and_white, mode="1")
-    assert_quarters(encode(greys.convert("LA")), black_and_white, mode="LA")
-
-
-@pytest.mark.parametrize(("kind", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B")])
-def test_16_bit_grey(encode, kind, mode):
-    values = (QUARTERS[..., 0].astype(np.uint16) * 257 // 2).astype(">u2" if "B" in mode else "<u2")
-    image = Image.frombytes(mode, (32, 32), values.tobytes())
-    grey_127, black = (127,) * 3, (0,) * 3
-    assert_quarters(encode(image, kind), [grey_127, black, black, grey_127])
-
-
-def test_16_bit_rgb_and_grey_with_alpha(make_png):
-    rgb = np.zeros((2, 2, 3), ">u2")
-    rgb[0, 0], rgb[1, 1] = (65535, 32768, 255), (255, 256, 65535)
-    decoded = np.asarray(decode(make_png(rgb, colour_type=2)))
-    np.testing.assert_array_equal(decoded[0, 0], (255, 128, 0))
-    np.testing.assert_array_equal(decoded[1, 1], (0, 1, 255))
-    grey_alpha = np.array([[[0, 65535], [65535, 0]], [[32768, 65535], [0, 32768]]], ">u2")
-    decoded = np.asarray(decode(make_png(grey_alpha, colour_type=4)))
-    assert decoded[..., 0].tolist() == [[0, 255], [128, 127]]
-
-
-@pytest.fixture(scope="session")
-def make_png():
-    """A PNG file of 16 bits a channel, which Pillow does not write in colour."""
-    import struct
-    import zlib
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        body = name + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    def make_png(pixels: np.ndarray, *, colour_type: int) -> bytes:
-        height, width, _ = pixels.shape
-        header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-        rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-        return b"\x89PNG\r\n\x1a\n" + b"".join(
-            [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
-        )
-
-    return make_png
-
-
-def test_palettes_and_transparency(encode):
-    image = Image.fromarray(QUARTERS)
-    colours = [RED, GREEN, BLUE, WHITE]
-    palette = image.convert("P", palette=Image.Palette.ADAPTIVE, colors=4)
-    assert_quarters(encode(palette), colours, mode="P")
-    assert_quarters(encode(palette, "GIF"), colours)
-    clear = image.convert("RGBA")
-    clear.putalpha(Image.fromarray(np.where(QUARTERS[..., 1] == 0, 0, 255).astype(np.uint8)))
-    # Red and blue are transparent: what is behind them is white.
-    assert_quarters(encode(clear), [WHITE, GREEN, WHITE, WHITE], mode="RGBA")
-    assert_quarters(encode(clear, "WEBP", lossless=True), [WHITE, GREEN, WHITE, WHITE])
-    half = image.convert("RGBA")
-    half.putalpha(128)
-    assert_quarters(encode(half), [(255, 127, 127), (127, 255, 127), (127, 127, 255), WHITE], 1)
-    with_alpha = palette.convert("PA")
-    assert quarters(decode(encode(with_alpha, "TIFF"))) == colours
-
-
-def test_cmyk(encode):
-    image = Image.fromarray(QUARTERS).convert("CMYK")
-    colours = [RED, GREEN, BLUE, WHITE]
-    assert_quarters(encode(image, "TIFF"), colours, mode="CMYK")
-    # Adobe's JPEG files have the four inks inverted, and Pillow writes them so.
-    content = encode(image, "JPEG", quality=95)
-    assert b"Adobe" in content
-    assert_quarters(content, colours, 6, mode="CMYK")
-
-
-def test_ycck(encode):
-    """The first three inks as luma and chroma: the file says so in the last byte of Adobe's marker."""
-    inks = 255 - np.asarray(Image.fromarray(QUARTERS).convert("CMYK"))  # as Adobe inverts them
-    ycc = np.asarray(Image.fromarray(255 - inks[..., :3]).convert("YCbCr"))
-    ycck = Image.merge(
-        "CMYK", [Image.fromarray(255 - c) for c in (*np.moveaxis(ycc, -1, 0), inks[..., 3])]
-    )
-    content = bytearray(encode(ycck, "JPEG", quality=95, subsampling=0))
-    marker = content.index(b"Adobe")
-    assert content[marker + 11] == 0
-    content[marker + 11] = 2
-    assert_quarters(bytes(content), [RED, GREEN, BLUE, WHITE], 8, mode="CMYK")
-
-
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_the_first_of_several_frames_is_taken(encode, kind):
-    first, *others = (Image.fromarray(np.roll(QUARTERS, 16 * n, axis=n % 2)) for n in range(3))
-    options = {"lossless": True} if kind == "WEBP" else {}
-    content = encode(first, kind, save_all=True, append_images=others, **options)
-    with Image.open(io.BytesIO(content)) as opened:
-        assert opened.n_frames == 3
-    assert_quarters(content, [RED, GREEN, BLUE, WHITE])
-
-
-def test_progressive_jpeg(encode):
-    content = encode(Image.fromarray(QUARTERS), "JPEG", progressive=True, quality=95)
-    with Image.open(io.BytesIO(content)) as opened:
-        assert opened.info["progressive"]
-    assert_quarters(content, [RED, GREEN, BLUE, WHITE], 6)
-
-
-# ---- JPEG files decoded at a reduced size.
-
-
-@pytest.fixture(scope="module")
-def photos() -> list[Image.Image]:
-    """Two photographs, 1280 x 854."""
-    return [Image.fromarray(p).resize((1280, 854)) for p in load_sample_images().images]
-
-
-def transforms(folder, **settings) -> tuple[ImageTransform, ImageTransform]:
-    """With an augmentation: without any, training sees what evaluation sees."""
-    reduced = load_image_transform(folder, flip=True, **settings)
-    assert reduced.reduced_jpeg
-    return reduced, dataclasses.replace(reduced, reduced_jpeg=False)
-
-
-def distance(image: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return abs(np.subtract(image, other, dtype=int))
-
-
-PROCESSORS = {
-    "squeezed": {"image_processor_type": "ViTImageProcessor"},
-    "cropped": {"image_processor_type": "CLIPImageProcessor"},
-}
-
-
-@pytest.mark.parametrize("size", [64, 112, 224, 320])
-@pytest.mark.parametrize("processor", PROCESSORS)
-@pytest.mark.parametrize("settings", [{}, {"crop_min_area": 0.3}])
-def test_reduced_decoding_is_near_full_decoding(
-    processor_folder, photos, encode, size, processor, settings
-):
-    """In pixel values of 0 to 255: 1.5 on average of an image, 20 in any pixel (measured: 1.3 and 15)."""
-    folder = processor_folder(**PROCESSORS[processor])
-    reduced, full = transforms(folder, image_size=size, **settings)
-    for photo in photos:
-        content = encode(photo, "JPEG", quality=90)
-        for seed in range(3):
-            difference = distance(train(reduced, content, seed), train(full, content, seed))
-            assert difference.mean() <= 1.5
-            assert difference.max() <= 20
-
-
-@pytest.mark.parametrize(
-    ("size", "factor"), [(428, 1), (427, 2), (285, 2), (142, 4), (71, 8), (20, 8), (1, 8)]
-)
-def test_reduced_decoding_reduces_as_far_as_the_result_allows(photos, encode, size, factor):
-    with Image.open(io.BytesIO(encode(photos[0], "JPEG"))) as opened:
-        assert reduce_jpeg(opened, min(1.0, size / 854)) == factor
-        assert opened.size == (-(-1280 // factor), -(-854 // factor))
-        assert min(opened.size) >= size
-        opened.load()
-    with Image.open(io.BytesIO(encode(photos[0]))) as opened:
-        assert reduce_jpeg(opened, 0.1) == 1
-        assert opened.size == (1280, 854)
-
-
-def test_only_training_and_only_jpeg_is_reduced(processor_folder, photos, encode):
-    reduced, full = transforms(processor_folder(**PROCESSORS["squeezed"]), image_size=64)
-    jpeg, png = encode(photos[0], "JPEG"), encode(photos[0])
-    np.testing.assert_array_equal(reduced.eval(jpeg), full.eval(jpeg))
-
-    np.testing.assert_array_equal(train(reduced, png), train(full, png))
-    assert not np.array_equal(train(reduced, jpeg), train(full, jpeg))
-    plain = dataclasses.replace(reduced, flip=False)
-    np.testing.assert_array_equal(train(plain, jpeg), plain.eval(jpeg))
-
-
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_reduced_decoding_crops_the_same_place_of_a_turned_photo(
-    processor_folder, photos, encode, orientation
-):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    written = ORIENTATIONS[orientation](np.asarray(photos[1]))
-    content = encode(np.ascontiguousarray(written), "JPEG", quality=95, exif=exif)
-    folder = processor_folder(**PROCESSORS["squeezed"])
-    reduced, full = transforms(folder, image_size=80, crop_min_area=0.2)
-    for seed in range(4):
-        image = train(reduced, content, seed)
-        assert distance(image, train(full, content, seed)).mean() <= 1.5
-        assert distance(image, train(full, np.asarray(photos[1]), seed)).mean() <= 3
