@@ -27,6 +27,7 @@ from lit_jax.training.trainer import train
 from lit_jax.weights.save import save_dual_encoder
 from tests.digits import make_digits, open_digits
 from tests.gloo import after_gloo
+from tests.pytorch_evaluation import Embedder, ranks, read_rows, zero_shot
 
 pytestmark = pytest.mark.usefixtures("small_heap")
 
@@ -246,78 +247,32 @@ def pairs(tmp_path_factory) -> Path:
 
 @pytest.mark.oracle
 def test_the_numbers_are_those_of_pytorch(exported, pairs, tmp_path):
-    """Recomputed from the files with transformers' model and processors and a few lines of PyTorch."""
     import torch
-    from transformers import AutoImageProcessor, AutoTokenizer, VisionTextDualEncoderModel
 
-    model = VisionTextDualEncoderModel.from_pretrained(exported).eval()
-    processor = AutoImageProcessor.from_pretrained(exported)
-    tokenizer = AutoTokenizer.from_pretrained(exported)
-
-    def unit(embeds):
-        embeds = getattr(embeds, "pooler_output", embeds)
-        return torch.nn.functional.normalize(embeds.double(), dim=-1)
-
-    def embed(texts):
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=16, return_tensors="pt")
-        return unit(model.get_text_features(**tokens))
-
-    rows = [json.loads(line) for line in (pairs / "captions.jsonl").read_text().splitlines()]
+    embedder, rows = Embedder(exported), read_rows(pairs)
     content = json.loads((DEMO / "unseen16.json").read_text())
     with torch.no_grad():
-        files = [Image.open(pairs / row["image"]) for row in rows]
-        images = unit(model.get_image_features(**processor(files, return_tensors="pt")))
-        classes = torch.stack(
-            [
-                embed([t.replace("{}", name) for t in content["templates"]]).mean(dim=0)
-                for name in content["classnames"]
-            ]
-        )
-        captions = [text for row in rows for text in row["captions"]]
-        # Each text once: rounding must not break the ties of those that several images share. Cut to 16
-        # tokens, different captions are one text, too.
-        cut = [
-            tuple(tokenizer(text, truncation=True, max_length=16).input_ids) for text in captions
-        ]
-        first = [cut.index(tokens) for tokens in cut]
-        unique = sorted(set(first))
-        texts = embed([captions[i] for i in unique])[[unique.index(i) for i in first]]
-    labels = torch.tensor([content["classnames"].index(row["label"]) for row in rows])
-    top5 = (images @ unit(classes).T).topk(5).indices
-    right = top5[:, 0] == labels
-    # Not a matrix product: its kernels sum some columns in another order, which breaks ties.
-    scores, own = (images[:, None] * texts).sum(dim=-1), torch.arange(80) // 2
-    gaps = [scores[i, own != i] - scores[i, own == i].max() for i in range(40)]
-    # A tie counts as lost. Different texts closer than float32 can tell may be on either side: few are, but
-    # which and how many is up to the rounding of the two steps that made the model.
-    fewest = np.array([1 + int(((gap == 0) | (gap > 1e-7)).sum()) for gap in gaps])
-    most = np.array([1 + int((gap > -1e-7).sum()) for gap in gaps])
+        images = embedder.images([pairs / row["image"] for row in rows])
+        classes = embedder.classes(content["classnames"], content["templates"])
+        texts = embedder.texts([text for row in rows for text in row["captions"]])
+    labels = [content["classnames"].index(row["label"]) for row in rows]
+    fewest, most, of_texts = ranks(images, texts)
     assert (most - fewest).mean() <= 0.5  # of ranks up to 79
-    of_texts = [1 + int((scores[:, m] > scores[own[m], m]).sum()) for m in range(80)]
-    expected = {
-        "top1": right.double().mean(),
-        "top5": (top5 == labels[:, None]).any(dim=1).double().mean(),
-        "mean_per_class_recall": torch.stack(
-            [right[labels == c].double().mean() for c in labels.unique()]
-        ).mean(),
-        "text_to_image_mean_rank": sum(of_texts) / 80,
+    expected = zero_shot(images, classes, labels) | {
+        "text_to_image_mean_rank": of_texts.mean(),
         "text_to_image_median_rank": np.median(of_texts),
-        "text_to_image_recall_at_10": sum(rank <= 10 for rank in of_texts) / 80,
+        "text_to_image_recall_at_10": (of_texts <= 10).mean(),
     }
     actual = {}
     for flags in ([CLASSES], []):
-        assert (
-            main([f"--model={exported}", f"--data={pairs}", *flags, f"--output={tmp_path / 'o'}"])
-            == 0
-        )
+        output = f"--output={tmp_path / 'o'}"
+        assert main([f"--model={exported}", f"--data={pairs}", *flags, output]) == 0
         found = json.loads((tmp_path / "o").read_text())
         actual |= {name.rpartition("/")[2]: value for name, value in found.items()}
     assert fewest.mean() <= actual["image_to_text_mean_rank"] <= most.mean()
     recall_at_5 = actual["image_to_text_recall_at_5"]
     assert (most <= 5).mean() <= recall_at_5 <= (fewest <= 5).mean()
-    assert {name: actual[name] for name in expected} == pytest.approx(
-        {name: float(value) for name, value in expected.items()}, abs=1e-9
-    )
+    assert {name: actual[name] for name in expected} == pytest.approx(expected, abs=1e-9)
 
 
 def test_search_finds_a_picture_by_words(exported, tmp_path, capsys):

@@ -23,11 +23,7 @@ CAPTIONS = (
     "👩‍👧 and a dog",
     'a "quoted", tall\tdog',
 )
-
-
 N = len(CAPTIONS)
-
-
 CLASSES = ("cat", "犬")
 
 
@@ -168,11 +164,7 @@ def write_classes(folder: Path, images) -> None:
 
 
 NAMES, IDS = tuple(CLASSES[i % 2] for i in range(N)), tuple(str(i % 2) for i in range(N))
-
-
 NONE = (None,) * N
-
-
 FLAT = tuple(map(flat, CAPTIONS))
 
 

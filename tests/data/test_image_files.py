@@ -10,8 +10,6 @@ from lit_jax.data.image import decode
 
 # Four colours, of which each kind of file keeps what it can.
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
-
 QUARTERS = np.array([[RED, GREEN], [BLUE, WHITE]], np.uint8).repeat(16, 0).repeat(16, 1)
 
 

@@ -14,14 +14,8 @@ from lit_jax.data.image_processor import load_image_transform, load_processor
 from lit_jax.errors import UserError
 
 EDGE = st.integers(1, 40)
-
-
 THREE = st.lists(st.floats(0.1, 0.9), min_size=3, max_size=3)
-
-
 SQUARE_OR_NOT = st.fixed_dictionaries({"height": EDGE, "width": EDGE})
-
-
 PROCESSORS = st.fixed_dictionaries(
     {
         "image_processor_type": st.sampled_from(
@@ -44,8 +38,6 @@ PROCESSORS = st.fixed_dictionaries(
         "image_std": THREE,
     }
 ).filter(lambda p: p["do_center_crop"] or (p["do_resize"] and "height" in p["size"]))
-
-
 FAMILIES = {
     "vit": {"image_processor_type": "ViTImageProcessor"},
     "clip": {"image_processor_type": "CLIPImageProcessor"},

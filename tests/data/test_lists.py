@@ -18,8 +18,6 @@ HEADERS = {
     "Flickr8k.token.txt": "",
     "results_20130124.token": "",
 }
-
-
 TEXTS = ("A dog , wet , runs .", 'A "sign" says hi', "Ein Hund läuft", '"Hi" , said the man')
 
 

@@ -29,8 +29,6 @@ from tests.data.conftest import EXAMPLES, WORDS, open_folder
 from tests.digits import open_digits
 
 NONE_BAD = dict.fromkeys(BAD_KINDS, 0)
-
-
 CONFIG = DataConfig(threads=2)
 
 

@@ -23,8 +23,6 @@ LABELS = [
     ("", None),
     ("7.0", "7.0"),
 ]
-
-
 NO_LABELS = [0.5, math.inf, ["dog"], {"id": 3}, []]
 
 

@@ -128,8 +128,6 @@ ORACLES = {
     "saturation": (lambda p, f: blend(p, grey(p)[..., None], f), 1),
     "hue": (hue, 7),  # a hue of Pillow's HSV is 1/255 of the circle: six grey levels
 }
-
-
 OPERATIONS = {
     "identity": (lambda p, _: p, 0),
     "shear_x": (shear_x, 0),
@@ -199,8 +197,6 @@ def test_the_operations_and_their_strengths_are_torchvisions():
 
 
 STRENGTH = st.floats(0, 2)
-
-
 JITTERS = st.builds(
     ColorJitterConfig,
     brightness=STRENGTH,
@@ -208,8 +204,6 @@ JITTERS = st.builds(
     saturation=STRENGTH,
     hue=st.floats(0, 0.5),
 )
-
-
 AUGMENTS = st.builds(RandAugmentConfig, operations=st.integers(0, 3), magnitude=st.integers(0, 30))
 
 
