@@ -12,7 +12,7 @@ CHECK_CALLS := --jaxtyping-packages=lit_jax,beartype.beartype
 train: .venv/run.stamp
 	$(BIN)/python -m lit_jax.train --config=configs/vit_bert.py --workdir=runs/demo
 
-# `make test CHECKED=1` also checks the calls, which takes a third more time.
+# `make test CHECKED=1` also checks the calls, which takes a quarter more time.
 test: .venv/dev.stamp
 	$(PYTEST) $(if $(CHECKED),$(CHECK_CALLS))
 
