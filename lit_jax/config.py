@@ -120,7 +120,7 @@ class PolicyConfig:
 class ScheduleConfig:
     """The learning rate over the steps."""
 
-    # The form of the decay after the warm-up.
+    # The kind of decay after the warm-up.
     name: Literal["cosine", "rsqrt", "linear", "constant"] = "cosine"
     # The learning rate at the end of the warm-up, the highest of the run.
     learning_rate: NotNegative = 1e-3

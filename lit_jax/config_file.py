@@ -65,7 +65,10 @@ def _run(path: Path, arg: str) -> Any:
         # Not imported as a module, because two files of one name would then share an entry of sys.modules.
         get_config = runpy.run_path(str(path)).get("get_config")
         if get_config is None:
-            raise UserError(f"{path} has no function get_config(arg); give a config file.")
+            raise UserError(
+                f"{path} has no function get_config(arg); add one, as the files in configs/ have it, or give "
+                "another file."
+            )
         return get_config(arg)
     except UserError:
         raise
@@ -112,7 +115,7 @@ def parse_arg(
                 given[key] = options[key](text)
             except ValueError:
                 raise UserError(
-                    f"{part!r}: {key} must be of type {options[key].__name__}."
+                    f"{key} of a config is {text!r}; it must be of type {options[key].__name__}."
                 ) from None
         else:
             known = (*variants, *(f"{name}=..." for name in options))

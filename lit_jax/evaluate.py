@@ -208,7 +208,9 @@ def _name(config: EvalConfig) -> str:
 def _evals_of_run(workdir: AnyPath) -> dict[str, EvalConfig]:
     config = read_config(workdir)
     if config is None:
-        raise UserError(f"{workdir} is not a run folder: it has no config.json.")
+        raise UserError(
+            f"{workdir} is not a run folder, because it has no config.json; give the --workdir of a training."
+        )
     if not config.evals:
         raise UserError(f"The config of {workdir} has no evaluations; give --data to choose one.")
     return config.evals

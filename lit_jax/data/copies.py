@@ -34,7 +34,7 @@ def cached_copies(folder: File, names: Iterable[str]) -> Path:
     # An old copy of a file that has been removed must not take its place.
     if missing := [name for name in names if name not in found]:
         raise UserError(
-            f"There is no {folder}/{missing[0]}, which belongs to the data; write them again."
+            f"{folder}/{missing[0]}, which is a part of the data, is missing; write the data again."
         )
     return cache_copies(str(folder), server(folder), found, functools.partial(_fetch, folder))
 

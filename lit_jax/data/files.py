@@ -41,6 +41,7 @@ _SERVER_VARIABLES = {
 MAX_FILE_BYTES = 1 << 30
 # The size limit of a quoted field: a longer field has most likely lost its closing quote.
 MAX_FIELD_BYTES = 1 << 26
+# The bytes of a table that are read at once: few requests to an object store, and little memory.
 _BLOCK = 1 << 24
 
 

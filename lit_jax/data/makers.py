@@ -67,7 +67,9 @@ def _folder(script: str) -> Path:
         # A script that has changed may make other data, so its content is a part of the name.
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise UserError(f"The script {script} cannot be read ({error.strerror}).") from error
+        raise UserError(
+            f"The script {script} cannot be read ({error.strerror}); correct its path or its permissions."
+        ) from error
     return cache_folder() / f"{path.stem}-{digest[:16]}"
 
 

@@ -157,7 +157,10 @@ def classes_in(config: SourceConfig, language: str = "en") -> File | None:
                 return home / CLASS_NAMES if _task(home) != "retrieval" else None
     # There is no permission, no network, or no credentials.
     except (AddressError, OSError) as error:
-        raise UserError(f"The data of an evaluation cannot be read ({error}).") from error
+        raise UserError(
+            f"The data of an evaluation cannot be read ({error}); check the path, the permissions and the "
+            "network."
+        ) from error
     return None
 
 
@@ -184,9 +187,13 @@ def _lines(file: File) -> list[str]:
         text = content.decode("utf-8-sig")
     except (OSError, AddressError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
-        raise UserError(f"The class file {file} cannot be read: {reason}.") from error
+        raise UserError(
+            f"The class file {file} cannot be read ({reason}); check its path."
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"The class file {file} is not UTF-8: {error}.") from error
+        raise UserError(
+            f"The class file {file} is not UTF-8 ({error}); save it as text in UTF-8."
+        ) from error
     return [line for line in map(str.strip, re.split("[\r\n]", text)) if line]
 
 
@@ -200,7 +207,10 @@ def _read(file: File) -> Any:
             return parse_json("\n".join(lines))
         except ValueError as error:
             if is_json:
-                raise UserError(f"The class file {file} is not JSON: {error}.") from error
+                raise UserError(
+                    f"The class file {file} is not JSON ({error}); correct it, or rename it to *.txt if each "
+                    "line is a name."
+                ) from error
     _require_bare(lines, file)
     return lines
 

@@ -54,8 +54,8 @@ def _plain(
 ) -> Array:
     """Return attention without a kernel.
 
-    On CPU this form is about three times as fast as jax.nn.dot_product_attention. This order of axes makes
-    both products plain batched matrix products, and the division by the sum touches Q x K numbers instead of
+    On CPU this is about three times as fast as jax.nn.dot_product_attention. With this order of axes both
+    products are plain batched matrix products, and the division by the sum touches Q x K numbers instead of
     Q x S.
     """
     # The logits are scaled, not the queries. Scaled queries are one more array that a TPU keeps for the

@@ -1,6 +1,6 @@
-"""Attention by kernels for GPUs and TPUs. The plain form is the rest of `attention.attend`.
+"""Attention by kernels for GPUs and TPUs. `attention.attend` has the plain implementation.
 
-LIT_JAX_PLAIN_OPS=1 selects the plain form everywhere.
+LIT_JAX_PLAIN_OPS=1 selects the plain implementation everywhere.
 
 Dims: B batch, H heads, L tokens, K width of a head, D = H * K, W width of a register of a TPU.
 """
@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from lit_jax.distributed.mesh import device_kind, has_bfloat16_units, shard_batch
 from lit_jax.models.layers import DropMask
-from lit_jax.models.ops import on_rows, on_tpus, parallel_axes, use_plain_ops, use_tpu_forms
+from lit_jax.models.ops import on_rows, on_tpus, parallel_axes, use_plain_ops, use_tpu_ops
 
 # ---- cuDNN: one kernel on NVIDIA GPUs, as in FlashAttention (2205.14135). Training
 # ViT-B/16 on an H100 needs 18 GiB of temporaries instead of 27.
@@ -115,7 +115,7 @@ def has_tpu_attention(
     """
     batch, heads, length, width = q_BxHxQxK.shape
     return (
-        use_tpu_forms(batch)
+        use_tpu_ops(batch)
         and not device_kind().startswith(_TOO_OLD)
         and q_BxHxQxK.dtype == jnp.bfloat16
         and q_BxHxQxK.shape == k_BxHxSxK.shape

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from lit_jax.distributed.mesh import cut, join, mesh_size
 from lit_jax.distributed.sharding import fsdp_size
-from lit_jax.models.ops import use_tpu_forms
+from lit_jax.models.ops import use_tpu_ops
 
 # The images of a chunk on one TPU. With 64 images of a ViT-B/16 the compiler keeps the values of a block on
 # chip. With 128 it writes those inside the MLP to HBM and reads them back.
@@ -25,7 +25,7 @@ def chunk_count(batch: int) -> int:
     only chunks of less than half that size divide a device's rows, the batch stays whole.
     """
     # Matrices that are split over the mesh would be gathered again for each chunk.
-    if not use_tpu_forms(batch) or fsdp_size() > 1:
+    if not use_tpu_ops(batch) or fsdp_size() > 1:
         return 1
     rows = batch // mesh_size()
     count = next(n for n in range(-(-rows // IMAGES), rows + 1) if rows % n == 0)

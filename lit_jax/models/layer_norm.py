@@ -1,6 +1,6 @@
-"""Layer normalisation (1607.06450): the textbook formula, a form for CPUs and a kernel for TPUs.
+"""Layer normalisation (1607.06450): the textbook formula, an implementation for CPUs and a kernel for TPUs.
 
-The plain form stands first. LIT_JAX_PLAIN_OPS=1 selects it everywhere. benchmarks/layers.py measures the form
+LIT_JAX_PLAIN_OPS=1 selects the textbook formula everywhere. benchmarks/layers.py measures the implementation
 for CPUs, whose forward and backward pass are 1.7 times as fast.
 
 Dims: B batch, L tokens, D width, N devices.
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from lit_jax.models.ops import on_rows, on_tpus, parallel_axes, use_plain_ops, use_tpu_forms
+from lit_jax.models.ops import on_rows, on_tpus, parallel_axes, use_plain_ops, use_tpu_ops
 
 
 def layer_norm(
@@ -53,12 +53,13 @@ def _row_statistics(x_BxLxD: Array, epsilon: float) -> tuple[Array, Array]:
     return mean_BxLx1, jax.lax.rsqrt(variance_BxLx1 + epsilon)
 
 
-# ---- The form for CPUs: x stays in its dtype, and the gradient is written by hand.
+# ---- For CPUs: x stays in its dtype, and the gradient is written by hand.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _layer_norm(epsilon: float, x_BxLxD: Array, scale_D: Array) -> Array:
-    # On GPU, XLA compiles the plain form into one kernel that reads x once, and the CPU form into five.
+    # On GPU, XLA compiles the textbook formula into one kernel that reads x once, but the code for CPUs into
+    # five kernels.
     return jax.lax.platform_dependent(
         x_BxLxD,
         scale_D,
@@ -105,8 +106,8 @@ _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 # ---- The kernel for TPUs reads x once, where XLA's code reads x three times: by the compiler's schedule
-# the two of a block take 15k cycles of a v5e for 16 images of a ViT-B/16, where XLA's form takes 150k. Both
-# passes are exact: mean first, then the squared differences.
+# the two of a block take 15k cycles of a v5e for 16 images of a ViT-B/16, and XLA's code 150k. Both passes
+# are exact: mean first, then the squared differences.
 
 # The most rows of a block, and the most bytes of its values in the memory on chip, which has 16 MiB on a v5e.
 # More rows do not make the schedule shorter.
@@ -117,7 +118,7 @@ def has_tpu_layer_norm(x_BxLxD: Array) -> bool:
     """Return whether the kernel for TPUs is used: whole registers of 128 numbers, and not a single token."""
     batch, length, width = x_BxLxD.shape
     fits = _example_bytes(x_BxLxD) <= _BYTES
-    return use_tpu_forms(batch) and width % 128 == 0 and length >= 8 and fits
+    return use_tpu_ops(batch) and width % 128 == 0 and length >= 8 and fits
 
 
 def _example_bytes(x_BxLxD: Array) -> int:

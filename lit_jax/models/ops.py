@@ -1,9 +1,9 @@
-"""Operations that are written by hand, because the compiler's code for the plain form is slow somewhere.
+"""Operations that are written by hand, because the compiler's code for the usual formula is slow somewhere.
 
-Next to each operation stands its plain form: the textbook formula with the gradient that JAX derives. Both
+Each operation also has a plain implementation: the textbook formula with the gradient that JAX derives. Both
 give the same values and gradients up to rounding. LIT_JAX_PLAIN_OPS=1 in the environment selects the plain
-forms; benchmarks/layers.py measures the difference. Operations that have kernels for accelerators have files
-of their own: layer_norm.py and attention_kernels.py.
+ones; benchmarks/layers.py measures the difference. Operations with kernels for accelerators are in
+layer_norm.py and attention_kernels.py.
 
 Dims: K size of a kernel, YxX and VxU positions of a feature map, C channels.
 """
@@ -34,13 +34,13 @@ def use_plain_ops() -> bool:
 
 
 def on_tpus() -> bool:
-    """Return whether the mesh of `jax.set_mesh` has TPUs, and plain forms are not asked for."""
+    """Return whether the mesh of `jax.set_mesh` has TPUs, and LIT_JAX_PLAIN_OPS=1 is not set."""
     # Kernels need the axes of the mesh: XLA would gather the operands of a kernel on every device.
     return bool(mesh_shape()) and device_kind().startswith("TPU") and not use_plain_ops()
 
 
-def use_tpu_forms(rows: int) -> bool:
-    """Return whether to use the forms for TPUs on a batch of `rows`, which the devices must share out evenly.
+def use_tpu_ops(rows: int) -> bool:
+    """Return whether to use the operations for TPUs: the devices must share out the `rows` of a batch evenly.
 
     Parameters are initialised with a batch of a single row, on any number of devices.
     """
@@ -134,8 +134,8 @@ def _gelu_and_slope(x: Array) -> tuple[Array, Array]:
 def random_16_bits(key: jax.Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
     """Return uniform uint32 integers below 2^16.
 
-    The two forms draw different numbers. On TPU the plain form is faster, by 3% of a step of BERT-base with
-    32 tokens as libtpu estimates it. GPUs use the plain form, too; neither form was measured there.
+    The two implementations return different numbers. On TPU the plain one is faster, by 3% of a step of
+    BERT-base with 32 tokens as libtpu estimates it. GPUs use the plain one, too; neither was measured there.
     """
     plain = functools.partial(plain_random_16_bits, shape=shape)
     if use_plain_ops():
@@ -243,7 +243,7 @@ _depthwise_conv.defvjp(_depthwise_forward, _depthwise_backward)
 def _pad(
     x_BxYxXxC: Map, rows: tuple[int, int, int], columns: tuple[int, int, int]
 ) -> Float[Array, "B V U C"]:
-    """Pad with zeros, given as (before, after, between values), in float32; negative numbers cut off."""
+    """Return the map in float32 with zeros (before, after, between values); negative counts crop instead."""
     border = ((0, 0, 0), rows, columns, (0, 0, 0))
     return jax.lax.pad(x_BxYxXxC.astype(jnp.float32), jnp.float32(0), border)
 

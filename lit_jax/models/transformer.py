@@ -180,7 +180,7 @@ def _call_block(
     deterministic: bool,
     select: TokenSelector | None = None,
 ) -> tuple[Float[Array, "B Q D"], None]:
-    """Return the tokens after a block, in the form of a step of a scan.
+    """Return the tokens after a block, as the (carry, output) of a step of a scan.
 
     `of_block` has the probability of drop path, and the layer type or None.
     """
@@ -332,8 +332,8 @@ class Mlp(nn.Module):
     def __call__(self, x_BxLxD: Tokens, *, deterministic: bool = True) -> Tokens:
         cfg, act = self.config, activation(self.config.activation)
         wide = functools.partial(_dense, cfg, cfg.mlp_width, dtype=self.dtype)
-        # The two forms have different parameter names, because a family may have both, under two names in
-        # its files.
+        # A gated MLP has other parameter names, because a family may have both kinds, and its files name them
+        # differently.
         if cfg.gated_mlp:
             h_BxLxF = act(wide("gate")(x_BxLxD)) * wide("up")(x_BxLxD)
         else:

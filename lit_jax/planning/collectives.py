@@ -168,11 +168,10 @@ def runs(computations: dict[str, Computation], entry: str) -> dict[str, int]:
         counts[name] += times
         for instruction in computations[name].values():
             # A loop multiplies the runs of everything that it calls, also of loops inside.
-            turns = (
-                trip_count(instruction, computations, name) if instruction.opcode == "while" else 1
-            )
+            is_loop = instruction.opcode == "while"
+            trips = trip_count(instruction, computations, name) if is_loop else 1
             for called in _called(instruction, computations):
-                visit(called, times * turns)
+                visit(called, times * trips)
 
     visit(entry, 1)
     return counts
@@ -219,7 +218,7 @@ def trip_count(loop: Instruction, computations: dict[str, Computation], inside: 
     counter, limit = (condition[name] for name in compare.operands)
     index = re.search(r"index=(\d+)", counter.rest)
     if index is None or limit.opcode != "constant" or "direction=LT" not in compare.rest:
-        raise ValueError(f"The loop {loop.name} does not say how often it turns.")
+        raise ValueError(f"The loop {loop.name} does not say its number of iterations.")
     start = _constant(computations[inside], _element(computations[inside], loop, int(index[1])))
     root = next(reversed(body.values()))
     step = _constant(body, root.operands[int(index[1])])

@@ -1,8 +1,8 @@
 """Forecast the time of a compiled program from the cycles that the TPU compiler estimates, in its HLO text.
 
-The compiler writes `estimated_cycles` at most instructions. The forecast sums them, the body of a loop as
-often as it turns, and of a conditional the dearest branch. Two things have no estimate. A Pallas kernel
-counts by the cost that its author states, at the published peaks. Communication counts by its exposed bytes,
+The compiler writes `estimated_cycles` at most instructions. The forecast sums them: the body of a loop once
+for each iteration, and of a conditional only the most expensive branch. Two things have no estimate. A Pallas
+kernel counts by the cost that it declares, at the published peaks. Communication counts by its exposed bytes,
 as in the bound of `planner.py`.
 """
 

@@ -15,8 +15,8 @@ slices, and an all-gather inside each slice.
 The cost model: in a group over n slices a chip sends as much as in a group of n chips, by bandwidth-optimal
 algorithms (`collectives.SENT`): 2 (n - 1) / n of its operand in a sum, n - 1 times its operand in a gather. A
 permutation lists only the pairs between slices, and only their sources send. The chips of a host share its
-network cards, so the host that sends most determines the time. A test with the real compiler guards every
-form.
+network cards, so the host that sends most determines the time. A test with the real compiler covers every
+transfer type.
 """
 
 import itertools
@@ -68,7 +68,7 @@ def network_traffic(hlo: str, devices: Sequence[Any]) -> Traffic:
         devices: all devices of the program. Their `id` is the number in the program, and their
             `process_index` identifies the host.
 
-    Raises ValueError for a transfer in none of the forms above.
+    Raises ValueError for a transfer of a type that is not listed above.
     """
     hosts = {device.id: device.process_index for device in devices}
     chips = Counter(hosts.values())
@@ -105,7 +105,7 @@ def _transfer(send: Instruction) -> _Transfer:
         return _Transfer("collective-permute", frozenset(int(source) for source, _ in pairs), 2)
     groups = _groups(send.rest)
     if kind not in KINDS or not groups:
-        raise ValueError(f"{send.name} sends between slices in an unknown form: {send.rest}")
+        raise ValueError(f"{send.name} is a transfer between slices of unknown type: {send.rest}")
     # All groups span the same number of slices.
     slices = {device // _OF_SLICE for device in groups[0]}
     return _Transfer(kind, frozenset(itertools.chain(*groups)), len(slices))

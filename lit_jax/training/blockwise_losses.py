@@ -5,9 +5,9 @@ travel round a ring of the devices, together with a carry that sums the contribu
 of logits, of at most TILE x TILE, exists at a time. The gradient of the softmax recomputes the tiles instead
 of keeping them.
 
-With several slices, each slice has a ring of its own. Once a round, every device sends its texts to the
-device at the same place in the next slice. So all devices share the slower network between slices, and each
-transfer has a whole round of time. In a single ring, all traffic would pass one device of each slice.
+With several slices, each slice has its own ring. Once a round, every device sends its texts to the device at
+the same place in the next slice. So all devices share the slower network between slices, and each transfer
+has the time of a whole round. In a single ring, all traffic would pass one device of each slice.
 
 Dims: B global batch, D embedding, b rows of one device, T tiles of them, R rows of a tile.
 """
@@ -113,10 +113,10 @@ class _Rows(NamedTuple):
     normaliser: Normaliser | None = None
 
 
-# The tiles of images, or of texts, in a turn of their loop; each array has an axis of turns in front.
+# The tiles of images, or of texts, in one iteration of their loop. Arrays have a leading axis of iterations.
 _Tiles = tuple[_Rows, ...]
 
-# The sums over the blocks that a row of images or texts has met so far: a tree of LogSum and arrays.
+# The sums over the blocks that a row of images or texts has been part of so far: a tree of LogSum and arrays.
 _Carry = Any
 
 
@@ -253,14 +253,14 @@ def _ring_on_device(
     """Compute `_ring` for this device's rows, whose texts visit all devices once with their carry."""
     rows = len(images.number)
     image_tiles, text_tiles = _tiles(images), _tiles(texts)
-    turns = len(text_tiles[0].number)
+    iterations = len(text_tiles[0].number)
     tile = jax.tree.map(lambda x: x[0], (image_tiles[0], text_tiles[0]))
     initial_image, initial_text = (
         (_initial_carry(like),) * len(text_tiles) for like in jax.eval_shape(block_fn, *tile)
     )
 
-    def text_turn(image_carry: _Carry, texts: _Tiles) -> tuple[_Carry, _Carry]:
-        def image_turn(text_carry: _Carry, image: tuple[_Tiles, _Carry]) -> tuple:
+    def text_iteration(image_carry: _Carry, texts: _Tiles) -> tuple[_Carry, _Carry]:
+        def image_iteration(text_carry: _Carry, image: tuple[_Tiles, _Carry]) -> tuple:
             to_texts, to_images = list(text_carry), list(image[1])
             for (t, text), (i, tile) in itertools.product(enumerate(texts), enumerate(image[0])):
                 to_image, to_text = block_fn(tile, text)
@@ -270,15 +270,17 @@ def _ring_on_device(
                 to_images[i] = jax.lax.optimization_barrier(_add(to_images[i], to_image))
             return tuple(to_texts), tuple(to_images)
 
-        text_carry, image_carry = jax.lax.scan(image_turn, initial_text, (image_tiles, image_carry))
+        text_carry, image_carry = jax.lax.scan(
+            image_iteration, initial_text, (image_tiles, image_carry)
+        )
         return image_carry, text_carry
 
     def local_step(image_carry: _Carry, texts: _Tiles) -> tuple[_Carry, _Carry]:
-        return jax.lax.scan(text_turn, image_carry, texts)
+        return jax.lax.scan(text_iteration, image_carry, texts)
 
     # The barrier hides from the compiler that these are constants. It would otherwise select between them and
     # the carry in each step of the ring.
-    initial_texts = jax.lax.optimization_barrier(_stack(initial_text, turns))
+    initial_texts = jax.lax.optimization_barrier(_stack(initial_text, iterations))
     # Receivers are given for all devices of the mesh: in_ring stays in the slice, between_slices keeps the
     # place.
     places = [divmod(device, ring) for device in range(slices * ring)]
@@ -286,13 +288,13 @@ def _ring_on_device(
     between_slices = [(part - 1) % slices * ring + place for part, place in places]
     over_slice = _ring_of(local_step, initial_texts, in_ring, ring)
     over_slices = _ring_of(over_slice, initial_texts, between_slices, slices)
-    carries = over_slices(_stack(initial_image, turns), text_tiles)
+    carries = over_slices(_stack(initial_image, iterations), text_tiles)
     of_images, of_texts = (_whole(carry, rows) for carry in carries)
     return of_images, of_texts
 
 
-def _tiles_in_a_turn() -> int:
-    """Return the number of tiles of images, and of texts, in a turn of their loops."""
+def _tiles_per_iteration() -> int:
+    """Return the number of tiles of images, and of texts, in one iteration of their loops."""
     # With four tiles of logits in a program, the TPU compiler fuses the sums of one tile with the product of
     # another, and needs fewer cycles by its own estimate. CPUs have no such gain.
     return 2 if device_kind().startswith("TPU") else 1
@@ -336,22 +338,22 @@ def _ring_of(
 
 
 def _tiles(tree: _Rows) -> _Tiles:
-    """Return arrays b... as TxR... for each tile in a turn, where zeros fill up the last tiles."""
-    # Each tile in a turn has arrays of its own. In a common one, the TPU compiler would copy the sums of all
-    # tiles into a third array in each step of the ring.
-    rows, abreast = len(tree.number), _tiles_in_a_turn()
+    """Return arrays b... as TxR... for each tile of an iteration; zeros fill up the last tiles."""
+    # Each tile of an iteration has separate arrays. In a common array, the TPU compiler would copy the sums
+    # of all tiles into a third array in each step of the ring.
+    rows, per_iteration = len(tree.number), _tiles_per_iteration()
     # Tiles of equal size waste less than tiles of TILE rows: 2049 rows become two tiles of 1025.
-    turns = math.ceil(rows / (TILE * abreast))
-    size = math.ceil(rows / (turns * abreast))
-    padding = turns * abreast * size - rows
+    iterations = math.ceil(rows / (TILE * per_iteration))
+    size = math.ceil(rows / (iterations * per_iteration))
+    padding = iterations * per_iteration * size - rows
     if padding:
         tree = tree._replace(is_real=jnp.ones(rows, bool))
 
     def cut(x: Array, i: int) -> Array:
         padded = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(abreast, turns, size, *x.shape[1:])[i]
+        return padded.reshape(per_iteration, iterations, size, *x.shape[1:])[i]
 
-    return tuple(jax.tree.map(functools.partial(cut, i=i), tree) for i in range(abreast))
+    return tuple(jax.tree.map(functools.partial(cut, i=i), tree) for i in range(per_iteration))
 
 
 def _whole(tiles: _Carry, rows: int) -> _Carry:
@@ -368,7 +370,7 @@ def _is_sum(node: Any) -> bool:
 
 
 def _initial_carry(like: _Carry) -> _Carry:
-    """Return the carry of rows that have met no block yet, shaped like `like`."""
+    """Return the carry of rows before their first block, shaped like `like`."""
 
     def empty(node: Any) -> Any:
         if _is_sum(node):

@@ -84,8 +84,8 @@ def _open(config: Config, passed: Source | None) -> Source:
         return open_training_data(config.data, text_only=bool(config.model.teacher))
     if not len(passed):
         raise UserError(
-            f"The source that was passed to fit, a {type(passed).__name__}, has no examples; pass one that "
-            "has."
+            f"The source that was passed to fit, a {type(passed).__name__}, has no examples; pass one with "
+            "examples."
         )
     return passed
 

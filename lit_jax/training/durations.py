@@ -109,8 +109,8 @@ def _profile(steps: str | None, total: int) -> range:
     profile = step_range(steps)
     if not profile or profile[0] < 1 or profile[-1] > total:
         raise UserError(
-            f"config.log.profile={steps!r} is no range within the steps 1 to {total} of the run; write the "
-            "first and the last step, such as '100:110'."
+            f"config.log.profile={steps!r} is not a range within the steps 1 to {total} of the run; write "
+            "the first and the last step, such as '100:110'."
         )
     return profile
 

@@ -1,6 +1,6 @@
 """The wall time of a run over all of its starts, by what it was spent on; goodput is the share of the steps.
 
-The term is that of pod users: of the time that is paid for, the part that moves the model.
+The term is that of TPU pods: the part of the paid time in which the model is trained.
 """
 
 import contextlib

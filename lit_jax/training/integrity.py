@@ -52,8 +52,8 @@ def start_sums(tree: Any, *, with_rounded: bool = False) -> PendingSums:
     The next step may reuse the arrays at once, because devices run programs in the order of their dispatch.
 
     Args:
-        with_rounded: whether float32 arrays also get the checksum of their bfloat16 form, in which they may
-            be read back.
+        with_rounded: whether float32 arrays also get the checksum of their values in bfloat16, as which they
+            may be read back.
     """
     leaves = by_path(tree)
     floats = {path: leaf for path, leaf in leaves.items() if leaf.dtype == np.float32}

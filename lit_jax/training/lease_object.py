@@ -131,7 +131,7 @@ def _kernel() -> str | None:
 
 
 def _mark_name(token: str) -> str:
-    # The null character begins a name that is in no file system, as Linux has it.
+    # On Linux, the name of a socket that begins with a null character is in no file system.
     return f"\0lit_jax/{token}"
 
 

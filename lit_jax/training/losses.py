@@ -173,8 +173,8 @@ def make_objective(config: Config, slices: int = 1) -> Objective:
     # A value equal to the default cannot be told from no value, and does no harm.
     if config.losses and (config.loss != Config.loss or config.label_smoothing):
         raise UserError(
-            "config.losses takes the place of config.loss and config.label_smoothing; leave these two as by "
-            "default, and set the kind and the label_smoothing of each loss."
+            "config.losses takes the place of config.loss and config.label_smoothing; leave these two at "
+            "their defaults, and set the kind and the label_smoothing of each loss."
         )
     if not config.losses:
         return objective(make(config.loss, label_smoothing=config.label_smoothing))

@@ -137,7 +137,9 @@ def _read_rows(workdir: AnyPath) -> list[tuple[bytes, dict[str, Any]]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); move it away.") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); correct its permissions, or remove it."
+        ) from error
     rows: list[tuple[bytes, dict[str, Any]]] = []
     damaged: list[str] = []
     for number, line in enumerate(content.splitlines(keepends=True), start=1):

@@ -47,7 +47,7 @@ _NO_TOWERS: OwnTowers = MappingProxyType({})
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A dual encoder in the form that a run trains, without the values of its parameters.
+    """A dual encoder as a run trains it, without the values of its parameters.
 
     Attributes:
         config: the config of the run.

@@ -320,7 +320,7 @@ def _apply_rules(key: str, own: Rules, default: Rules, names: list[str]) -> dict
             matches = any(_matches(pattern, name) for name in names)
         except re.error as error:
             raise UserError(
-                f"config.policy.{key}: {pattern!r} is not a regular expression ({error})."
+                f"config.policy.{key}: {pattern!r} is not a regular expression ({error}); correct it."
             ) from None
         if not matches:
             raise UserError(

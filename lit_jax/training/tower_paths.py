@@ -84,8 +84,8 @@ def _find_dual_encoder(config: ModelConfig) -> TowerPaths:
     for side, tower in sides:
         if dataclasses.replace(tower, overrides={}) != TowerConfig():
             raise UserError(
-                f"config.model.dual_encoder names both towers and their projections; of config.model.{side}, "
-                "leave all but overrides at the defaults."
+                "config.model.dual_encoder names both towers and their projections; leave all keys of "
+                f"config.model.{side} but overrides at their defaults."
             )
         part = f"{TOWERS[side]}_config"
         hf_config[part] = _override(hf_config[part], tower, side)

@@ -85,7 +85,9 @@ def load_run(
     workdir = any_path("workdir", str(workdir))
     config = read_config(workdir)
     if config is None:
-        raise UserError(f"{workdir} is not a run folder: it has no config.json.")
+        raise UserError(
+            f"{workdir} is not a run folder, because it has no config.json; give the --workdir of a training."
+        )
     passed = (_read_config_file(workdir) or {}).get("passed", {})
     missing = {*passed.get("towers", ())} - {*towers}
     # config.json has only the description of a passed tower, from which no module can be built.
@@ -112,7 +114,7 @@ def load_run(
             if chosen in steps and chosen not in left:
                 raise UserError(
                     f"The checkpoint of step {chosen} of {workdir} was removed while it was read, as a "
-                    f"running training does with old ones; there are {left}."
+                    f"running training removes old ones; choose one of {left}."
                 ) from error
             raise
 
@@ -203,7 +205,7 @@ def _check_model_files(folder: Path, origin: AnyPath) -> None:
     try:
         stored, found = dict(parse_json((folder / MODEL_SUMS).read_bytes())), _file_sums(folder)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}); put it back, or remove it.") from error
+        raise UserError(f"{file} is damaged ({error}); restore it, or remove it.") from error
     # A file that was added changes nothing that the run has written.
     changed = [name for name, checksum in stored.items() if found.get(name) != checksum]
     if changed:

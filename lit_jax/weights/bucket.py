@@ -50,8 +50,8 @@ def cached_model(
     }
     if not wanted:
         raise UserError(
-            f"{config_key} is {address!r}, and none of the {len(found)} files there is of a model; give the "
-            "folder that has the model's config.json."
+            f"{config_key} is {address!r}, and none of the {len(found)} files there belongs to a model; give "
+            "the folder that has the model's config.json."
         )
 
     def fetch(name: str, local: pathlib.Path, count: Callable[[int], object]) -> Version:

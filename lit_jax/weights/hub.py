@@ -79,7 +79,7 @@ def local_folder(
         folder = _from_hub(model, config_key, options)
     if not (folder / options.subfolder).is_dir():
         raise UserError(
-            f"{config_key} is {model!r}, which has no folder {options.subfolder!r} in it."
+            f"{config_key} is {model!r}, which has no folder {options.subfolder!r} in it; correct subfolder."
         )
     _refuse_pipes(folder / options.subfolder)
     return folder / options.subfolder

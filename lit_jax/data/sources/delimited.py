@@ -67,7 +67,7 @@ class DelimitedSource:
 
     def _first_line(self) -> list[str]:
         """Return the fields of the first line, and set whether blanks around fields are stripped."""
-        # Classic Mac OS, and Excel's "CSV (Macintosh)", end lines with a carriage return alone.
+        # Classic Mac OS, and Excel's formats "(Macintosh)", end lines with a carriage return alone.
         if len(self._lines) == 1 and b"\r" in self._lines[0].strip():
             raise UserError(
                 f"The lines of {self._lines.file} end with carriage returns only; save it with line feeds, "

@@ -17,7 +17,7 @@ from lit_jax.data.sources.lists import ListedSource, captioned, parsing
 
 log = logging.getLogger(__name__)
 
-# The second bar is optional, because it is missing in one line of the distributed file.
+# The second vertical bar is optional, because it is missing in one line of the distributed file.
 _BARS = re.compile(r"(?P<name>[^|]+?)\s*\|\s*[0-9]+\s*\|?\s*(?P<caption>.*)")
 _TAB = re.compile(r"(?P<name>[^\t]+?)(?:#[0-9]+)?\t(?P<caption>.*)")
 
@@ -36,7 +36,7 @@ def open_flickr(file: File) -> ListedSource:
     listed, unread = collections.defaultdict(list), []
     with parsing(file):
         text = read_text(file).replace("\r\n", "\n")
-        # Classic Mac OS, and Excel's text "(Macintosh)", end lines with a carriage return alone.
+        # Lines may end with a carriage return alone; see `DelimitedSource`.
         for line, found in _rows(text if "\n" in text else text.replace("\r", "\n")):
             # A few broken lines are normal in distributed copies, so they are counted and not fatal.
             if found:
@@ -57,7 +57,7 @@ def open_flickr(file: File) -> ListedSource:
 
 
 def _rows(text: str) -> Iterator[tuple[str, tuple[str, str] | None]]:
-    """Yield each line with (image, caption), or None if the line has another form."""
+    """Yield each line with (image, caption), or with None if the line has no image and caption."""
     # Not `splitlines`, which would also split captions at separators such as U+2028.
     lines = [*filter(str.strip, text.split("\n"))]
     first = lines[0] if lines else ""

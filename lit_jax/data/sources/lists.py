@@ -256,7 +256,9 @@ def parsing(file: File) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 ({encoding_problem(error)}).") from error
+        raise UserError(
+            f"{file} is not UTF-8 ({encoding_problem(error)}); save it as text in UTF-8."
+        ) from error
     # UnicodeDecodeError, handled above, is a ValueError, too.
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)

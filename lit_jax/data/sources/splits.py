@@ -120,4 +120,4 @@ def not_found(where: object, split: str | None, known: Iterable[str]) -> UserErr
             f"The data set in {where} has no split {split!r}: no folder or file has this name{there}; leave "
             "the split out (None in a config), or choose another one."
         )
-    return UserError(f"{where} has no split {split!r}; its splits are {shown(known, 20)}.")
+    return UserError(f"{where} has no split {split!r}; choose one of {shown(known, 20)}.")
