@@ -31,7 +31,9 @@ from lit_jax.files import cache_folder
 
 log = logging.getLogger(__name__)
 
+# Downloads at the same time. One connection to a bucket does not fill the network of a machine.
 _THREADS = 16
+# A few servers have to differ in their digests, but ever new versions of the objects.
 _SERVER_DIGITS, _VERSIONS_DIGITS = 8, 16
 _MOUNT = "or mount the bucket and give that path"
 _LARGER_DISK = f"set XDG_CACHE_HOME to a folder on a larger disk, {_MOUNT}"

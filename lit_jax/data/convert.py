@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if source.weight is not None:
         raise UserError("source.weight has a meaning only in a mixture; leave it out.")
     make_missing([source])
+    # Checked before the source is opened, which may list millions of files.
     check_access(args.output)
     plan = make_plan(source, args.shard_size, text_only=args.text_only)
     with output_errors(args.output):

@@ -43,6 +43,7 @@ def load_image_transform(
     # A processor that does not resize may have null, but `crop_min_area` resizes in any case.
     resample = Image.Resampling.BILINEAR if processor.resample is None else processor.resample
     with _usable(folder):
+        # The processor itself maps all values of a byte, so that none of its fields is misunderstood.
         table_3x256 = _table(processor)
         transform = ImageTransform(
             **_geometry(processor, folder),

@@ -76,6 +76,7 @@ class SlotWriter:
             for file, memory in self._slots.items()
             if memory[0] == _FREE and len(memory) >= size
         ]
+        # The process id keeps the files of workers apart, which share the folder.
         file = free[0] if free else f"{os.getpid()}-{len(self._slots)}"
         if not free:
             self._slots[file] = _new_memory(self._folder / file, size)

@@ -23,6 +23,7 @@ def checksums(leaves: Arrays) -> dict[str, jax.Array | np.ndarray]:
 
     The checksums are the same on any mesh. Under `jax.set_mesh` every process holds all of them.
     """
+    # NumPy needs no compilation, which each new shape and dtype of array costs on a device.
     near = jax.device_get({path: leaf for path, leaf in leaves.items() if _is_for_host(leaf)})
     far = tuple(path for path in leaves if path not in near)
     seeds = _seeds(far) if far else {}

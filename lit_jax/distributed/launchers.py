@@ -200,7 +200,9 @@ def _from_slurm(environment: Environment) -> Place | None:
         return None
     count = _number(environment, size, 1, _MOST)
     index = _number(environment, "SLURM_PROCID", 0, count - 1, f" (below {size}={count})")
+    # All tasks of a job derive the same port, and two jobs on one node most likely different ones.
     port = _port(environment, _number(environment, "SLURM_JOB_ID", 0, 2**63))
+    # JAX expands Slurm's short lists of nodes, such as node[01-04]. Only the host of its answer is used.
     host = clusters.SlurmCluster.get_coordinator_address(None, "1").rpartition(":")[0]
     address = f"{host}:{port}"
     if count > 1:

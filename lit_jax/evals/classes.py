@@ -38,9 +38,10 @@ BARE_NAME = ("{}",)
 _INTEGER = re.compile(r"([+-]?[0-9]{1,4000})(\.0*)?")
 # Numbers, ids and marks in front of a name: "0 cat", "1. cat", "2,cat", "n02123045 tabby", "- cat", '"cat",'.
 _NUMBER = re.compile(r"([0-9]{1,9})(\s*[.:;,)=|-]\s*|\s+)\S")
-_PLACEHOLDER_NAME = re.compile(r"LABEL_[0-9]+")
 _WORDNET_ID = re.compile(r"n[0-9]{8}[\s,:]+\S")
 _MARK = re.compile(r"[-*]\s|([\"']).*\1,?$")
+# transformers names a class so if the user gives it no name.
+_PLACEHOLDER_NAME = re.compile(r"LABEL_[0-9]+")
 # The files of CLIP_benchmark's WebDataset layout. They lie beside the tars, or beside the splits' folders.
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"

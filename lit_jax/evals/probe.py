@@ -26,6 +26,7 @@ FINEST = 1 / 8
 VALIDATION = 5
 # Few images leave none to choose the penalty with, so it is fixed.
 FEW_SHOT_L2 = 1.0
+# The most steps of the solver, as in CLIP's example of a linear probe.
 MAX_ITERATIONS = 1000
 
 

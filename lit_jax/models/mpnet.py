@@ -60,7 +60,7 @@ class MPNet(Bert):
         if cfg.relative_attention_num_buckets < _BUCKETS:
             raise UserError(
                 "The model's config.json has relative_attention_num_buckets="
-                f"{cfg.relative_attention_num_buckets}, but MPNet needs {_BUCKETS}; correct it."
+                f"{cfg.relative_attention_num_buckets}, but MPNet needs at least {_BUCKETS}; correct it."
             )
         # The table is a parameter of the tower, because all blocks share it.
         table = nn.Embed(

@@ -24,6 +24,7 @@ KINDS = tuple(SENT)
 # The opcodes that keep the chip busy; others only move or rename data.
 _COMPUTES = ("convolution", "custom-call", "dot", "fusion", "while")
 
+# The syntax of HLO text, for which XLA has no reader in Python.
 _BITS = re.compile(r"[a-z]+(\d+)")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")

@@ -197,6 +197,7 @@ def _sigmoid(
     images, texts = _rows(zimg_BxD), _rows(ztxt_BxD)
     (gimg_BxD, losses_B, gbias_B), gtxt_BxD = _ring(gradients_of, images, texts, slices)
     gimg_BxD, gtxt_BxD = gimg_BxD * (scale / count), gtxt_BxD * (scale / count)
+    # The scale's gradient as in `_softmax`: a bias on the logits does not change their derivative by it.
     gradients = gimg_BxD, gtxt_BxD, (zimg_BxD * gimg_BxD).sum(), gbias_B.mean()
     return losses_B.mean(), gradients
 

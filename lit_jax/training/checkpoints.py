@@ -315,6 +315,7 @@ def save_frozen(folder: AnyPath, frozen: Mapping[str, Any], uncut: UncutStacks =
     if not frozen:
         return
     frozen = join_stacks(frozen, uncut)
+    # A run may read them back in bfloat16, so the checksums of the rounded values are stored, too.
     sums = start_sums(frozen, with_rounded=True)
     with workdir_errors(folder.parent, Exception), checkpointer(folder) as writer:
         writer.save(folder.resolve(), frozen, force=True)

@@ -40,8 +40,10 @@ def holding(workdir: AnyPath) -> Iterator[None]:
             if isinstance(workdir, Path):
                 stack.enter_context(_made(workdir))
             stack.enter_context(_Lease(workdir))
+            # In a bucket Orbax writes into the folder of the checkpoint itself, so each write is checked.
             if not isinstance(workdir, Path):
                 stack.enter_context(guarded(workdir, lambda: check_lease(workdir)))
+        # The other processes read the folder, which the former holder may still change until now.
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("the run folder is held")
         yield

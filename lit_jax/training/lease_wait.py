@@ -13,6 +13,7 @@ from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# Five renewals may fail before a lease counts as stale.
 RENEW_SECONDS = 10.0
 # The time without a change, measured by the waiting process, because the clocks of machines differ.
 STALE_SECONDS = 60.0

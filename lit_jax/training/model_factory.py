@@ -38,6 +38,7 @@ from lit_jax.weights.load import (
 
 log = logging.getLogger(__name__)
 
+# Most captions are shorter, and the cost of a text tower grows with the length.
 DEFAULT_TEXT_LENGTH = 32
 
 # The towers that a user passes, by side, each with its pretrained parameters or None.

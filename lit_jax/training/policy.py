@@ -137,6 +137,7 @@ def resolve_policy(config: PolicyConfig, params: Tree, *, has_teacher: bool = Fa
     trained = [name for name in every if trains[name]]
     if not trained:
         raise UserError("config.policy.trainable locks every parameter; leave something to train.")
+    # With a teacher the projections are those of its CLIP, and stay locked.
     for name in every:
         if "_projection/" in name and not trains[name] and not has_teacher:
             _check_projection_rule(name, config.trainable)

@@ -56,6 +56,7 @@ def cut_stacks(joined: Any, uncut: UncutStacks, like: Any) -> Any:
         for name, of in names.items():
             start = 0
             for part in of:
+                # Only renamed: the array may have no depth axis, as that of a block outside of a stack.
                 if len(of) == 1:
                     parts[part] = flat[name]
                     continue
@@ -106,6 +107,7 @@ def _parts(flat: Mapping[str, Any], uncut: UncutStacks) -> dict[str, list[str]]:
         paths = [path for _, path in sorted(of)]
         if len(paths) == 1 or _can_join([flat[path] for path in paths]):
             names[name] = paths
+        # A user's optimizer may have such leaves. They keep the names that depend on the cuts.
         else:
             names |= {path: [path] for path in paths}
     return names

@@ -182,6 +182,7 @@ class Trainer:
                 read_metrics(workdir),
                 last or 0,
                 total=durations.total,
+                # The start-up of a command includes its imports; that of a call from Python begins here.
                 begun=command_seconds() or time.monotonic() - entered,
             ),
         )

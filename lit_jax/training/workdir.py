@@ -140,6 +140,7 @@ def saved_towers(workdir: AnyPath) -> TowerPaths:
     Raises UserError if a file of the model's folder is not as the run has written it.
     """
     origin = model_folder(workdir)
+    # transformers reads its files only from a local folder.
     folder = temporary_copy(origin)
     if not (folder / "config.json").is_file():
         raise UserError(f"{origin} has no config.json; restore it, or choose another --workdir.")
@@ -299,6 +300,7 @@ def check_workdir(
             f"{workdir} holds a run with another config ({'; '.join(refused.values())}); choose another "
             f"--workdir, or continue with the change by --allow_changes={','.join(refused)}."
         )
+    # The user has permitted this change, but may expect more of it than it does.
     if complete_steps(workdir) and (moved := changes.keys() & TOWER_KEYS):
         log.warning(
             "%s holds a copy of the run's towers, and training continues with that copy; the new %s is only "

@@ -61,6 +61,7 @@ def complete_steps(workdir: AnyPath) -> list[int]:
     return sorted(int(name) for name in names if STEP.fullmatch(name))
 
 
+# TensorStore hides the error of the operating system, such as a full disk, in the text of its own error.
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 # TensorStore appends to a message its details, such as " [tensorstore_spec='...']", which fills a page.
 _DETAILS = re.compile(r" \[[a-z_ ]+='")

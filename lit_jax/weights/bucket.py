@@ -42,6 +42,7 @@ def cached_model(
         raise UserError(
             f"{config_key} is {address!r}, and there is no such folder; give the folder of a model."
         )
+    # A folder may hold the same weights in several formats, of which only one is worth the copy.
     patterns = [*patterns_for({*found})]
     wanted = {
         name: version

@@ -27,6 +27,7 @@ _FORMER_TYPES = {"hybrid-clip": "vision-text-dual-encoder"}
 _OWN_TYPES = {*VISION, *TEXT, *SYSTEMS, *_FORMER_TYPES}
 # Patterns of configs, tokenizers, image processors, and indices of sharded weights.
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.codes")
+# Without a network, a copy in the cache is used. The user should not wait for this longer than a moment.
 _TIMEOUT_SECONDS = 10
 
 

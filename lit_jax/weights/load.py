@@ -139,6 +139,7 @@ def _take_tower(file: _TowerFile, module: Tower) -> tuple[Params, LoadReport]:
             f"worse than none; set the {file.side} tower's pooling (config.model.{file.side}.pooling) to "
             f"{poolings}."
         )
+    # With a prefix, the file is that of a dual encoder, whose other parts are not wanted here.
     if file.prefix:
         matcher.ignore(matcher.remaining())
     report = matcher.close()

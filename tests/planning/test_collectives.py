@@ -122,9 +122,9 @@ def test_the_parts_of_a_split_collective_count_once():
     assert traffic(counted_twice, 8).communicated != once.communicated
 
 
-def test_a_loop_that_does_not_say_how_often_it_turns_is_refused():
+def test_a_loop_that_does_not_say_its_number_of_iterations_is_refused():
     text = LOOP.replace("direction=LT", "direction=NE").replace("GROUPS", "{}")
-    with pytest.raises(ValueError, match="does not say how often"):
+    with pytest.raises(ValueError, match=r"loop \S+ .*iterations"):
         traffic(text, 8)
 
 

@@ -253,6 +253,7 @@ class ParquetSource:
             n, group = self._groups_Gx2[found].tolist()
             start = int(self._starts[found])
             inside = rows[group_R == found] - start
+            # Rows of a damaged group have no content here, and become bad samples when they are read.
             with contextlib.suppress(pa.ArrowException, OSError):
                 for batch in self._batches(n, group, [f"{image}.bytes"]):
                     here = inside[inside < len(batch)]

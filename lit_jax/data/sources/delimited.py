@@ -165,6 +165,7 @@ class DelimitedSource:
         """Yield `rows.identity` of each row, in order and in batches."""
         folder = self._lines.file.parent
 
+        # As in `JsonlSource`, a line that cannot be read stays alone and becomes a bad sample on access.
         def name(line: bytes) -> str | None:
             try:
                 return identity(self._row(line), self._config, folder, by_label=by_label)

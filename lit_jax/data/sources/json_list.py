@@ -11,6 +11,7 @@ import numpy as np
 from lit_jax.data.files import File, read, read_text, require_regular
 from lit_jax.errors import UserError
 
+# The bytes at the start of a file that are searched for the key of an image.
 _HEAD_BYTES = 1 << 16
 _LIST = re.compile(rb'(\xef\xbb\xbf)?\s*\[\s*\{\s*"')
 # The usual keys of the image, besides the key that the config names.
@@ -42,6 +43,7 @@ class JsonItems:
     def __init__(self, file: File):
         self.file = file
         try:
+            # The text comes without the mark, but rows are read by their place in the file.
             mark = read(file, 0, len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
             self._bounds_Nx2 = _bounds(read_text(file)) + mark * len(codecs.BOM_UTF8)
         except ValueError as error:

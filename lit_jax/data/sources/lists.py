@@ -40,7 +40,7 @@ IMAGE_FOLDERS = (
 )
 # The number of listed images that are tried to find their folder.
 _TRIED = 5
-# The bytes at the start and the end of a JSON file by which COCO's form is recognised.
+# The bytes at the start and the end of a JSON file by which COCO's format is recognised.
 _EDGE_BYTES = 1 << 16
 _COCO = re.compile(rb'(\xef\xbb\xbf)?\s*\{.*"(images|annotations)"\s*:\s*\[', re.DOTALL)
 

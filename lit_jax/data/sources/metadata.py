@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 # Config key -> the column names of other tools, which are tried if no column has the key's default name.
 _OTHER_NAMES = {"image_key": ("file_name", "image_file_name"), "caption_key": ("captions", "text")}
+# The bytes at the start of a file whose rows are searched for the names of the fields.
 _HEAD_BYTES = 1 << 20
 _BETWEEN_ITEMS = re.compile(r"[\s\[,]*")
 

@@ -127,6 +127,7 @@ class RecordSource:
     def __init__(self, folder: File):
         shards = [shard for shard in read_manifest(folder) if shard.count]
         local = cached_copies(folder, (shard.name for shard in shards))
+        # ArrayRecord would report a missing shard only when a record in it is read.
         for shard in shards:
             file = local / shard.name
             if not file.is_file() or not file.stat().st_size:

@@ -221,6 +221,7 @@ def _read(
         ]
         for member in left:
             _count(unread, f".{_suffix(member)}", [place + member.folder + member.name])
+        # `decide` compares these counts for the two dots, and `pairs` tells samples from folders of classes.
         images += "image" in chosen
         described += "image" in chosen and len(chosen) > 1
         surplus += len(group.get("image", ())) - len(chosen.get("image", ()))

@@ -22,6 +22,7 @@ from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# The end of a shard's name, such as "-00000-of-00005".
 _NUMBERED = re.compile(r"-of-\d{5,}$")
 
 
