@@ -86,7 +86,7 @@ def base() -> ConfigDict:
     config.optimizer.weight_decay = 0.1
     config.schedule.learning_rate = 1e-3
     config.schedule.warmup = "10000 steps"
-    # As LiT has it. A pretrained SigLIP text tower needs None: it knows texts of its own length alone.
+    # As in LiT. A pretrained SigLIP text tower needs None, because it takes only texts of one length.
     config.data.max_text_length = 16
     config.data.crop_min_area = 0.5
     config.data.flip = True

@@ -73,11 +73,11 @@ class BucketPath(PosixGPath):
         return self
 
     def exists(self) -> bool:
-        """Return whether there is an object, or objects below this path. Raise OSError if nobody tells."""
+        """Return whether an object has this path, or lies below it. Raise OSError if the bucket fails."""
         return _kind(self) is not None
 
     def is_dir(self) -> bool:
-        """Return whether there are objects below this path. Raise OSError if nobody tells."""
+        """Return whether there are objects below this path. Raise OSError if the bucket fails."""
         return _kind(self) == "directory"
 
     def iterdir(self) -> Iterator["BucketPath"]:
@@ -89,13 +89,13 @@ class BucketPath(PosixGPath):
         yield from found
 
     def glob(self, pattern: str) -> Generator["BucketPath", None, None]:
-        """Yield the paths below this path that match a pattern. Raise OSError if nobody tells."""
+        """Yield the paths below this path that match a pattern. Raise OSError if the bucket fails."""
         with os_errors(self):
             found = [*super().glob(pattern)]
         yield from found
 
     def mkdir(self, mode: int | None = None, parents: bool = False, exist_ok: bool = False) -> None:
-        """Do nothing: a folder is there with its first object."""
+        """Do nothing: a folder exists as soon as it has an object."""
 
     def read_bytes(self) -> bytes:
         """Return the content of an object, by one request."""

@@ -221,7 +221,8 @@ def command(main: Callable[..., None]) -> Callable[..., int]:
         with shown_streams(process.number) as stdout:
             code = _exit_code(lambda: main(*args, **kwargs))
             stdout.flush()
-            # A closed pipe (EPIPE) or terminal (EIO) is no error: its reader has seen enough. A full disk is.
+            # A closed pipe (EPIPE) or terminal (EIO) is not an error, because its reader has seen enough; a
+            # full disk is one.
             lost = stdout.error
             if code == DONE and lost is not None and lost.errno not in (errno.EPIPE, errno.EIO):
                 _say(

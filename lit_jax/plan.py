@@ -6,8 +6,8 @@
 The table says whether the step fits, what bounds its speed, and how long it takes as the compiler estimates.
 With --book the table has a line for each --config on each --topology: fits, time, chip-hours. The flags
 --config and --config.KEY=VALUE are those of training; the keys apply to each config. The command reads no
-weights and no data: config.json, tokenizer and image processor of a model suffice. The
-compiler is in libtpu (requirements-tpu.txt), and needs no TPU.
+weights and no data: config.json, tokenizer and image processor of a model suffice. The compiler is in libtpu
+(requirements-tpu.txt), and needs no TPU.
 Exit codes: 0 with an answer, also if the step does not fit; 2 bad input.
 """
 

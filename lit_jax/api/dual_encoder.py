@@ -306,7 +306,7 @@ def _tower(
     if isinstance(given, kind):
         unused = [f"{side}_{option}" for option in options]
         unused += [] if name is None else [f"{side}_model_name_or_path"]
-        # An option that the object has already is no mistake.
+        # An option that the object has already is not a mistake.
         if form.get("pooling", given.module.pooling) != given.module.pooling:
             unused.append(f"{kind.side}_pooling={form['pooling']!r}")
         if as_dtype(form.get("dtype", given.module.dtype)) != given.module.dtype:

@@ -43,7 +43,7 @@ def read_pretrained(auto_class: Any, folder: Path, what: str, advice: str, **opt
         if vocabularies and absent:
             reason = ImportError(str(error), name=absent[0])
         elif vocabularies and missing_package(error) == "tiktoken":
-            reason = ValueError(f"{vocabularies[0].name} is no vocabulary of sentencepiece")
+            reason = ValueError(f"{vocabularies[0].name} is not a vocabulary of sentencepiece")
         raise unusable(reason, what, advice) from error
 
 

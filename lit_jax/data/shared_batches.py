@@ -35,7 +35,7 @@ class SharedBatch:
     Attributes:
         file: the name of the slot.
         arrays: name -> (first byte in the slot, shape, dtype).
-        others: the values of the batch that are no arrays.
+        others: the values of the batch that are not arrays.
     """
 
     file: str
@@ -96,7 +96,7 @@ def write_batch(folder: Path, batch: Mapping[str, Any]) -> SharedBatch:
 
 
 def _new_memory(path: Path, size: int) -> mmap.mmap:
-    """Map `size` bytes of a new file. Raise UserError if they cannot be had."""
+    """Map `size` bytes of a new file. Raise UserError if there is no space for them."""
     try:
         with path.open("x+b") as opened:
             # Memory that is mapped before it is there would end the process where there is none left.

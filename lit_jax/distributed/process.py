@@ -32,7 +32,7 @@ _VERDICT_SECONDS = 5
 # A shorter compilation leaves too little free memory behind to be worth a call of malloc_trim.
 COMPILE_SECONDS = 1.0
 
-# `leave` and `await_verdict` need the index when the backend may hang, so jax.process_index() is no option.
+# `leave` and `await_verdict` need the index when the backend may hang, so jax.process_index() cannot be used.
 _number: int | None = None
 
 # The time.monotonic() at which this process began, if it is a command's own.

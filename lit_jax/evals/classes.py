@@ -19,7 +19,7 @@ from lit_jax.files import parse_json
 # The place of the class name in a template; "{c}" is CLIP_benchmark's spelling.
 PLACEHOLDER = re.compile(r"\{c?\}")
 
-# The templates if neither file has any: photographs from near and far, and pictures that are no photographs.
+# The templates if neither file has any: photographs from near and far, and pictures that are not photographs.
 DEFAULT_TEMPLATES: Mapping[str, tuple[str, ...]] = {
     "en": (
         "{}",
@@ -337,7 +337,7 @@ def _form(file: File, key: str = "") -> str:
 
 
 def _strings(value: Any, key: str, file: File) -> tuple[str, ...]:
-    """Return the texts under `key` of a class or template file. Raise UserError if one is no text."""
+    """Return the texts under `key` of a class or template file. Raise UserError if one is not text."""
     if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
         raise UserError(_form(file, key))
     if any(not text.strip() for text in value):

@@ -52,7 +52,7 @@ def captions_of(source: Source, language: str = "") -> list[tuple[str, ...]]:
             )
         if without:
             log.warning(
-                "%d of %d images have no caption%s; texts are compared with them, but they are no queries, "
+                "%d of %d images have no caption%s; texts are compared with them, but they are not queries, "
                 "for example %s.",
                 len(without),
                 len(source),

@@ -361,7 +361,7 @@ SYSTEMS: Mapping[str, System] = {
 def build_system(hf_config: Mapping[str, Any], *, dtype: Any) -> DualEncoderModule:
     """Return the dual encoder that `hf_config`, the content of a config.json, describes.
 
-    Raises UserError if `model_type` is no dual encoder or a tower is not of a family for its side.
+    Raises UserError if `model_type` is not a dual encoder or a tower is not of a family for its side.
     """
     if hf_config["model_type"] not in SYSTEMS:
         raise UserError(

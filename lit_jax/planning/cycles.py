@@ -20,7 +20,7 @@ from lit_jax.planning.collectives import Instruction, estimated_cycles, parse, r
 
 _COST = re.compile(r'"cost_estimate":(\{[^}]*\})')
 _NAME = re.compile(r'\bop_name="((?:[^"\\]|\\.)*)"')
-# JAX's transformations and loops, and Flax's methods; they are no layers.
+# JAX's transformations and loops, and Flax's methods; they are not layers.
 _NO_LAYER = re.compile(
     r"\w*\(.*\)|while|body|cond|branch_\d+_fun|closed_call|checkpoint|rematted_computation|\w*\.[\w<>]+"
 )
@@ -162,6 +162,6 @@ def layer_name(op_name: str) -> str:
         return "unnamed"
     gradient = ", gradient" if "transpose(" in op_name else ""
     part = part_name(op_name)
-    # Loss and optimizer are no modules, so no word of the name says where the operation belongs.
+    # Loss and optimizer are not modules, so no word of the name says where the operation belongs.
     where = f"{part}: " if part in ("loss", "optimizer") else ""
     return f"{where}{'/'.join(words)}{gradient}"

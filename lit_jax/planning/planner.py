@@ -130,7 +130,7 @@ def make_plan(
     tried = _try_batches(step, first, resident, first.limit or hbm, compilations)
     fitting = [size for size, compiled in tried.items() if compiled.fits]
     too_large = [size for size, compiled in tried.items() if not compiled.fits]
-    # A single compilation is no search.
+    # A single compilation is not a search.
     largest = max(fitting, default=None) if compilations > 1 else None
     chips, flops = step.model.mesh.size, step_flops(step, batch)
     bound = _bound(first, flops, topology) if first.fits else None

@@ -211,7 +211,7 @@ def manifest_counts(folder: AnyPath, header: Header) -> Counts | None:
 def complete_shards(folder: AnyPath, header: Header) -> list[bool]:
     """Return whether each shard is complete: a shard appears when all of it is written.
 
-    Counts that are missing can be had from a local shard, or from the manifest of a finished folder.
+    Missing counts are no obstacle for a local shard, which can be counted, or in a finished folder.
     """
     there = {file.name for file in folder.iterdir()}
     shards = [folder / header.shard_name(n) for n in range(header.shards)]

@@ -74,7 +74,7 @@ def _start(
     for batch in batches:
         with jax.set_mesh(mesh):
             outputs = _outputs(params, global_batch(batch, mesh), module, side, output)
-        # Outside of the mesh, which would else stay set in the caller while the generator is suspended.
+        # Outside of the mesh, which would otherwise stay set in the caller while the generator is suspended.
         yield outputs
 
 

@@ -141,7 +141,7 @@ def _class_accuracies(names: list[str], accuracy_P: np.ndarray) -> Iterator[str]
 
 
 def _confusions(result: ZeroShotResult, names: tuple[str, ...], show: ShowImage) -> Iterator[str]:
-    # The first of several equally probable classes is no guess of the model.
+    # The first of several equally probable classes is not a guess of the model.
     decided = ~result.is_tied
     wrong = [row for row in result.confusion(decided).tolist() if row[0] != row[1]]
     yield "<h3>Worst confusions</h3>"

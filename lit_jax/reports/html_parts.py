@@ -135,7 +135,7 @@ def plain_table(columns: Sequence[str], rows: str, texts: int = 1) -> str:
 def picture(image: ImageFile, alt: str, kind: str = "") -> str:
     """Return an HTML thumbnail of an image. Raise BadSampleError if the image cannot be decoded."""
     thumbnail = decode(image)
-    # The size before it is reduced: a photograph's thumbnail is no pixel art.
+    # The size before it is reduced: a photograph's thumbnail is not pixel art.
     tiny = max(thumbnail.size) <= PIXEL_ART
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     # JPEG would blur the hard edges of a tiny image, which the browser enlarges pixel by pixel.

@@ -150,7 +150,7 @@ def check_negatives(config: Config, source: Source) -> None:
             "With config.batch_size=1 no pair has a negative, so all embeddings become the same; raise "
             "config.batch_size."
         )
-    # A batch larger than its source repeats images, and a copy of an image is no negative for it.
+    # A batch larger than its source repeats images, and a copy of an image is not a negative for it.
     for key, size, taken in _parts(config, source):
         if taken > size:
             log.warning(

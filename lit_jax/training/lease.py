@@ -111,8 +111,8 @@ class _Lease:
             if start - self._found >= self._kind.LOOK_SECONDS:
                 self._note(self._kind.why_lost(), start)
         except OSError as error:
-            # A short failure of the file system is no loss. The limit lies two renewals before STALE_SECONDS,
-            # so that this process stops before another process may take over.
+            # A short failure of the file system does not lose the lease. The limit lies two renewals before
+            # STALE_SECONDS, so that this process stops before another process may take over.
             silent = _now() - self._found
             if silent > lease_wait.STALE_SECONDS - 2 * lease_wait.RENEW_SECONDS:
                 raise UserError(

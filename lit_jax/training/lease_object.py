@@ -22,7 +22,8 @@ _NAME = ".lease"
 # The longest wait for an answer, in seconds. TensorStore repeats failed requests for almost as long.
 _ANSWER_SECONDS = 15.0
 _RETRIES = {"max_retries": 8, "initial_delay": "100ms", "max_delay": "2s"}
-# More often than this, no other process creates a lease and ends while this one waits for an answer.
+# The most failed writes of a new lease; after more, the bucket counts as missing. Other processes would not
+# so often create a lease and end while this one waits for an answer.
 _MISSES = 3
 
 
@@ -87,7 +88,7 @@ class ObjectLease:
         self._mark.close()
 
     def _locks(self) -> str | None:
-        """Return a name for the processes that see the mark of this folder's holder, None without marks."""
+        """Return a name shared by the processes that can see this folder's marks, None if there are no marks."""
         kernel = _kernel()
         # The lease in a copy of the folder, made while the run goes on, has the address of the original.
         return kernel and f"{kernel}/{self._address}"

@@ -13,7 +13,7 @@ from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Five renewals may fail before a lease counts as stale.
+# Several renewals may fail before a lease counts as stale.
 RENEW_SECONDS = 10.0
 # The time without a change, measured by the waiting process, because the clocks of machines differ.
 STALE_SECONDS = 60.0
@@ -97,7 +97,7 @@ def parse_lease(content: bytes | None) -> dict[str, Any]:
 
 
 def why_lost(content: bytes | None, token: str) -> str:
-    """Return why the holder with a token has lost its lease, "" if `content` is its own; None is no lease."""
+    """Return why the holder with a token has lost its lease, "" if `content` is its own; None: no lease."""
     if content is None:
         return "has no lease any more: another run had it and has ended, or someone removed it"
     if token.encode() in content:

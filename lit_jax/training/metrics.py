@@ -124,7 +124,7 @@ def _line(row: Mapping[str, Any]) -> str:
 def read_metrics(workdir: AnyPath) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl: the finite numbers of each row, including 'step'.
 
-    A last line that a kill has cut is left out. Any other line that is no row is left out with a warning.
+    A last line that a kill has cut is left out. Any other line that is not a row is left out with a warning.
     """
     return [row for _, row in _read_rows(workdir)]
 
@@ -161,7 +161,7 @@ def _read_rows(workdir: AnyPath) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _row(value: Any) -> dict[str, Any]:
-    """Return the finite numbers of a line. Raise ValueError if the line is no row of a step."""
+    """Return the finite numbers of a line. Raise ValueError if the line is not a row of a step."""
     if not isinstance(value, dict):
         raise ValueError(f"it is of type {type(value).__name__}")
     # Types are compared, because isinstance would accept True as a number.

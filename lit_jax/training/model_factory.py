@@ -118,7 +118,7 @@ class TrainedModel:
     def merged(cls, model: Model, trainable: Tree, frozen: Tree, step: int) -> "TrainedModel":
         """Return a trained model from trainable and locked parameters."""
         params = merge(trainable, frozen)
-        # The teacher is only needed for training and is no part of the result.
+        # The teacher is only needed for training and is not part of the result.
         params.pop(TEACHER, None)
         return cls(model=model, params=params, step=step)
 

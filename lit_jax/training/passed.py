@@ -97,7 +97,7 @@ def _describe(value: Any, inside: frozenset[int]) -> Any:
     if isinstance(value, np.dtype):
         return value.name
     if dataclasses.is_dataclass(value):
-        # The parent of a linen module says where the module is used; it is no part of the module.
+        # The parent of a linen module says where the module is used; it is not part of the module.
         names = [field.name for field in dataclasses.fields(value) if field.name != "parent"]
         fields = {name: getattr(value, name) for name in names}
     else:

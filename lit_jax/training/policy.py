@@ -128,8 +128,9 @@ def resolve_policy(config: PolicyConfig, params: Tree, *, has_teacher: bool = Fa
 
     With a teacher only the text tower trains.
 
-    Raises UserError for a rule that is no regular expression or matches nothing, and if nothing would train.
-    Raises it also if a rule that does not name the projections locks one, because projections start random.
+    Raises UserError for a rule that is not a regular expression or matches nothing, and if nothing would
+    train. Raises it also if a rule that does not name the projections locks one, because projections start
+    from random values.
     """
     names = _names(params)
     every = [name for of_path in names.values() for name in of_path]
@@ -340,6 +341,6 @@ def _check_projection_rule(name: str, rules: Rules) -> None:
     # A rule that names the projections is taken as deliberate.
     if "projection" not in pattern:
         raise UserError(
-            f"config.policy.trainable: the rule {pattern!r} would lock {name}, which starts random; add a "
-            "rule before this one that names it, with True to train it or False to lock it."
+            f"config.policy.trainable: the rule {pattern!r} would lock {name}, which starts from random "
+            "values; add a rule before this one that names it, with True to train it or False to lock it."
         )

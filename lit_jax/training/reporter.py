@@ -151,7 +151,7 @@ class Reporter:
         self._last_row = step, now
         steps = step - last_step
         passed = {kind: now[kind] - before[kind] for kind in now}
-        # Evaluations are no part of training, whatever else is.
+        # Evaluations are not part of training, whatever else is.
         training = sum(passed.values()) - passed["evaluation"]
         step_seconds = (passed["step"] + passed["data_wait"]) / steps
         columns = {

@@ -105,7 +105,7 @@ def _restore_latest(
 
 
 def _remove_frozen(workdir: AnyPath, step: int) -> None:
-    """Remove locked parameters of later steps, which a run left that was killed or whose steps are gone."""
+    """Remove the locked parameters of later steps, left by a run that was killed or lost its checkpoints."""
     if is_primary():
         with workdir_errors(workdir):
             for folder in later_frozen_folders(workdir, step):

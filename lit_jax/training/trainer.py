@@ -317,7 +317,7 @@ class Trainer:
         self, start: int, checkpoints: Checkpoints, locked: Tree, stop: StopSignal
     ) -> Iterator[Loop]:
         """Yield the loop, whose reporter is open."""
-        # A tower whose features come from disk is no input of the step.
+        # A tower whose features come from disk is not an input of the step.
         frozen = self.precomputed.needed(locked)
         with Reporter(
             self.workdir,

@@ -80,7 +80,7 @@ def load_run(
         dtype: the dtype of the computation and of the locked parameters; None is the run's own.
         towers: the towers that were passed to the training.
 
-    Raises UserError if `workdir` is no run, has no complete checkpoint, or needs towers to be passed.
+    Raises UserError if `workdir` is not a run, has no complete checkpoint, or needs towers to be passed.
     """
     workdir = any_path("workdir", str(workdir))
     config = read_config(workdir)

@@ -79,7 +79,7 @@ class StateDictMatcher:
         return [name for name in self._remaining if name.startswith(prefix)]
 
     def ignore(self, names_: Iterable[str]) -> None:
-        """Set tensors aside that no parameter needs."""
+        """Set aside tensors that no parameter needs."""
         self._ignored += names_
         self._remaining -= set(names_)
 

@@ -183,7 +183,7 @@ def is_list(text: str) -> bool:
     for read in readers:
         try:
             with warnings.catch_warnings():
-                # Python warns about unknown escape sequences in texts that are no lists.
+                # Python warns about unknown escape sequences in texts that are not lists.
                 warnings.simplefilter("ignore", SyntaxWarning)
                 value = read(text)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):

@@ -241,7 +241,7 @@ class ParquetSource:
                     folder, table = self.files[n].parent, pa.Table.from_batches([batch])
                     yield columns.identities(table, folder, by_label=by_label)
                     count -= len(batch)
-            # The rows behind damage, or all of them without keys: None is no identity.
+            # The rows behind damage, or all of them without keys: None stands for no identity.
             yield [None] * count
 
     def contents(self, rows: Int[np.ndarray, " R"]) -> Iterator[tuple[int, bytes]]:

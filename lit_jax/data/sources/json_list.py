@@ -37,7 +37,7 @@ def is_list_of_rows(file: File, image_key: str) -> bool:
 class JsonItems:
     """The items of a JSON list, with the interface of `Lines`. Only the offsets are kept in memory.
 
-    Raises UserError if the list is empty, or if the file is no JSON list.
+    Raises UserError if the list is empty, or if the file is not a JSON list.
     """
 
     def __init__(self, file: File):
@@ -76,7 +76,7 @@ class JsonItems:
 def _bounds(text: str) -> np.ndarray:
     """Return the bytes at which each item of a JSON list starts and stops, int64 Nx2.
 
-    Raises ValueError if the text is no JSON list.
+    Raises ValueError if the text is not a JSON list.
     """
     # The decoder parses one item at a time, whose value is thrown away: `json.loads` gives no offsets.
     decoder, ends = json.JSONDecoder(), []

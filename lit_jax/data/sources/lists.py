@@ -54,7 +54,7 @@ class ListedSource:
     Args:
         names: paths relative to `folder`.
         captions: the captions of each image, or None without captions. A null is skipped; an image with any
-            other caption that is no text is a bad sample.
+            other caption that is not text is a bad sample.
         labels: the class name of each image, which is the name of its folder, or None without labels.
     """
 
@@ -152,7 +152,7 @@ def _tell_left_out(
     others = [name for name in found if not name.lower().endswith((*IMAGE_SUFFIXES, "/"))]
     if others := [name for name in others if not is_system(name)]:
         endings = collections.Counter(PurePosixPath(name).suffix.lower() for name in others)
-        # A list or a readme above the folders is no lost picture.
+        # A list or a readme above the folders is not a lost picture.
         log.log(
             logging.WARNING if any("/" in name for name in others) else logging.INFO,
             "%d files in %s are not read, because their endings are those of no image format that is read: "
@@ -239,7 +239,7 @@ def open_karpathy(file: File, split: str | None) -> ListedSource:
 def _by_name(pairs: Iterable[tuple[Any, Iterable[Any]]]) -> dict[str, list[Any]]:
     """Return the captions of each file; a file that is listed twice gets the captions of both entries.
 
-    Raises TypeError if the name of a file is no text.
+    Raises TypeError if the name of a file is not text.
     """
     listed = collections.defaultdict(list)
     for name, captions in pairs:

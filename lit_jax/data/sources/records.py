@@ -58,7 +58,7 @@ def encode(example: Example) -> bytes:
 
 
 def decode(record: bytes) -> Example:
-    """Return the example in a record. Raise BadSampleError if the bytes are no valid record."""
+    """Return the example in a record. Raise BadSampleError if the bytes are not a valid record."""
     try:
         row: Any = msgpack.unpackb(record, unicode_errors="surrogatepass", use_list=False)
         # Fields that were None are not in the record.

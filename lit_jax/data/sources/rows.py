@@ -84,7 +84,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _teacher(row: Mapping[str, Any]) -> str | None:
-    """Return the teacher's caption, or None if it is no text, for a task that does not need it."""
+    """Return the teacher's caption, or None if it is not text, for a task that does not need it."""
     value = row.get("teacher_caption")
     return value if isinstance(value, str) else None
 
@@ -163,7 +163,7 @@ def _text(value: Any) -> Any:
 def read_label(row: Mapping[str, Any], name: str) -> tuple[str | None, str | None]:
     """Return (label, None), or (None, reason) if the value cannot be a label, or (None, None) without one.
 
-    NaN is no label, and 1.0 is the label 1: pandas stores whole numbers as floats if some are missing.
+    NaN means no label, and 1.0 is the label 1: pandas stores whole numbers as floats if some are missing.
     """
     value = row.get(name)
     if isinstance(value, bytes):
@@ -209,7 +209,7 @@ def identity(
 
 
 def resolve(path: str, folder: File) -> str | None:
-    """Return the same text for all spellings of a file's path, or None if the text is no path."""
+    """Return the same text for all spellings of a file's path, or None if the text is not a path."""
     is_local = isinstance(folder, Path)
     if path.startswith(WEB) or "\0" in path:
         return None
@@ -272,7 +272,7 @@ def bad_sample(place: str) -> Iterator[None]:
     try:
         yield
     except BadSampleError as error:
-        raise BadSampleError(f"{place} is no example ({error})", error.kind) from error
+        raise BadSampleError(f"{place} is not an example ({error})", error.kind) from error
     except UnicodeDecodeError as error:
         raise BadSampleError(
             f"{place} is not UTF-8 ({encoding_problem(error)}; save the file in UTF-8)", "not_utf8"
@@ -281,4 +281,4 @@ def bad_sample(place: str) -> Iterator[None]:
     except (OSError, pa.ArrowException) as error:
         raise BadSampleError(f"{place} cannot be read ({error})") from error
     except (ValueError, TypeError) as error:
-        raise BadSampleError(f"{place} is no example ({error})", "no_example") from error
+        raise BadSampleError(f"{place} is not an example ({error})", "no_example") from error

@@ -132,7 +132,7 @@ def decide(readings: Sequence[Readings]) -> list[Reading]:
 
     The last dot is chosen if the first dot leaves samples without an image, or with ambiguous images or
     captions, and the last dot causes no new such problem. A second image beside a plain one (a.mask.png
-    beside a.jpg) is no problem, unless the last dot gives the second image a description of its own.
+    beside a.jpg) is not a problem, unless the last dot gives the second image a description of its own.
     """
     by_first, by_last = zip(*readings, strict=True)
     pairs = [(first.problems, last.problems) for first, last in readings]
@@ -198,7 +198,7 @@ def _read(
     images = described = surplus = 0
     for key, group in _joined(_groups(members, last_dot, place, unread)):
         chosen = {field: _choose(field, found) for field, found in group.items()}
-        # Files without a required field are no sample; they are counted as unread.
+        # Files without a required field are not a sample; they are counted as unread.
         if not any(field in group for field in at_least):
             for member in [m for found in group.values() for m in found.values()]:
                 _count(unread, f".{_suffix(member)}", [place + member.folder + member.name])

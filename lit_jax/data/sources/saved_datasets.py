@@ -36,7 +36,7 @@ class HuggingFaceSource:
 
     def __init__(self, folder: File, config: SourceConfig, *, text_only: bool = False):
         self._folder = folder
-        # Read outside of `_damage`, because a store that does not answer is no damage.
+        # Read outside of `_damage`, because a store that does not answer is not damaged.
         state = (folder / "state.json").read_bytes()
         with _damage(folder):
             names = [row["filename"] for row in parse_json(state)["_data_files"]]
@@ -86,7 +86,7 @@ class HuggingFaceSource:
                 table = pa.Table.from_batches([self._batch(found)])
                 yield self._columns.identities(table, self._folder, by_label=by_label)
             except (pa.ArrowException, ValueError):
-                # None is no identity, so rows of a damaged batch are joined with no others.
+                # None stands for no identity, so rows of a damaged batch are joined with no others.
                 yield [None] * len(batch)
 
     def contents(self, rows: Int[np.ndarray, " R"]) -> Iterator[tuple[int, bytes]]:

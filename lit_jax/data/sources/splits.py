@@ -19,7 +19,7 @@ _NUMBER_AND_ENDING = r"(^[0-9]+|[-_.][0-9]+)*([-_.]of[-_.][0-9]+)?\.\w+$"
 
 
 def files_of(files: Sequence[File], split: str) -> list[File]:
-    """Return the files whose names contain the split, by the first of three patterns that a file matches."""
+    """Return the files whose names contain the split, by the strictest of three patterns with a match."""
     # From strict to loose, so that "train" chooses train-00000.tar and leaves out pre-train-00000.tar.
     name = re.escape(split)
     numbered = rf"{name}([-_.][0-9].*)?\.\w+"

@@ -110,7 +110,7 @@ class TfdsSource:
         if self._label_path is None:
             return None, None
         label, name = _inside(row, self._label_path), "/".join(self._label_path)
-        # A label that is no ClassLabel is a text, or a number without a name.
+        # A label that is not a ClassLabel is a text, or a number without a name.
         if not self._class_names:
             if isinstance(label, bytes):
                 return label.decode("utf-8", "replace"), None
