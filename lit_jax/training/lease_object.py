@@ -88,7 +88,7 @@ class ObjectLease:
         self._mark.close()
 
     def _locks(self) -> str | None:
-        """Return a name shared by the processes that can see this folder's marks, None if there are no marks."""
+        """Return a name that the processes share which see this folder's marks, None without marks."""
         kernel = _kernel()
         # The lease in a copy of the folder, made while the run goes on, has the address of the original.
         return kernel and f"{kernel}/{self._address}"
