@@ -73,6 +73,7 @@ def load_tower_and_pooler(
     pooler = {name: part for name, part in whole.items() if name not in params}
     matcher = StateDictMatcher(file.tensors)
     taken = matcher.take(pooler, file.family, prefix=file.prefix)
+    # Files of classifiers usually have no pooler.
     if matcher.used == 0:
         return params, {}
     # `close` still raises for a pooler that is incomplete or mismatched.
@@ -181,6 +182,7 @@ def load_dual_encoder(
     _warn_of_positions(module.text_model.config, tensors, hf_config, hf_config["text_config"])
     if "lit_jax" not in hf_config or hf_config["model_type"] == hub.OWN_TYPE:
         params, report = _take_dual_encoder(module, tensors, hf_config)
+    # An export for transformers has the weights of a plain VisionTextDualEncoder, so it is read as one first.
     else:
         plain = build_system(hf_config, dtype=dtype)
         as_written, report = _take_dual_encoder(plain, tensors, hf_config)

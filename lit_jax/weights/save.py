@@ -122,6 +122,7 @@ def save_dual_encoder(
     cannot be written or holds something else.
     """
     params, config = _float32(params), dict(hf_config)
+    # No class of transformers counts positions from 0, so the rows of the position table are moved instead.
     config["text_config"], params["text_model"] = _as_pytorch_counts(
         config["text_config"], module.text_model, params["text_model"]
     )
