@@ -76,6 +76,7 @@ class DualEncoder(Model):
         module, params, hf, _ = load.load_dual_encoder(
             folder, dtype=as_dtype(dtype), hf_config=hf, variant=which.variant
         )
+        # Onto the device once: NumPy arrays would be copied there by each call.
         return cls(config=as_config(hf), module=module, params=jax.tree.map(jnp.asarray, params))
 
     @classmethod

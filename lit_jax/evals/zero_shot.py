@@ -137,6 +137,7 @@ def _classify(
     for start in range(0, len(images_NxE), BLOCK):
         block = slice(start, start + BLOCK)
         logits_bxC = (scale * (images_NxE[block] @ classes_UxE.T))[:, place_C]
+        # Softmax does not depend on the subtracted maximum, which keeps the exponential from overflowing.
         highest_bx1 = logits_bxC.max(axis=1, keepdims=True)
         ties.append((logits_bxC == highest_bx1).sum(axis=1) > 1)
         exp_bxC = np.exp(logits_bxC - highest_bx1)

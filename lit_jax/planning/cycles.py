@@ -124,6 +124,7 @@ def operations(hlo: str, chip: Chip) -> Operations:
             cost = _COST.search(instruction.rest)
             (kernels if cost else without_cost).add(layer)
             seconds = times * _kernel_seconds(json.loads(cost[1]), chip) if cost else 0.0
+        # Communication has no estimate, and instructions that only rename data take no time.
         else:
             continue
         layers[layer] += seconds

@@ -105,7 +105,7 @@ def _traffic(
 ) -> Iterator[str]:
     if communicated is None or exposed is None:
         return
-    yield f"{f'MiB that each {sender}':42} in a step   exposed (beside no computation)"
+    yield f"{f'MiB that each {sender}':42} in a step   exposed (without computation)"
     for kind, size in communicated.items():
         if size:
             yield f"  {kind:24} {size / 2**20:26.1f} {exposed[kind] / 2**20:9.1f}"
