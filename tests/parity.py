@@ -38,20 +38,20 @@ RENAMED_SINCE_4 = (
 TEXT_OF_PAGE = """\
 # Parity with PyTorch
 
-How far lit_jax {lit_jax} (JAX {jax}) is from transformers {transformers} (PyTorch {torch}), on CPU, in \
-float32. Both compute the same tiny model of one layer to six, with random weights, on the same inputs. \
-`make parity` measures all of it anew and writes this page. A test of `make test-all` measures it, too, and \
-fails where a figure is above {bound}, or where the page lists something else than what there is.
+The differences between lit_jax {lit_jax} (JAX {jax}) and transformers {transformers} (PyTorch {torch}), on \
+CPU, in float32. Both compute the same tiny model of one layer to six, with random weights, on the same \
+inputs. `make parity` measures all of it again and writes this page. A test of `make test-all` measures it, \
+too. The test fails if a figure is above {bound}, or if the page does not list all families.
 
 - **forward** is the largest absolute difference of any output: the last hidden state and the pooled output \
 of a tower, embeddings and logits of a dual encoder.
 - **gradient** is the largest difference in the gradient of any parameter, and of the pixels, divided by \
 the largest gradient of the model. The gradient is that of all outputs, weighted at random and summed.
-- Each of the three pairs of columns is for weights read from one kind of file: model.safetensors of \
-transformers 4.57.6, that of transformers 5 (`save_original_format=False`), and flax_model.msgpack of \
-transformers 4.57.6. There is none (-) where transformers 4 had no Flax class. The installed transformers \
-is one of the two: files of 4.57.6 are made of PyTorch's tensors and of the names that it was seen to write, \
-tests/goldens/files/names.json.
+- The three pairs of columns are for weights from three kinds of files: model.safetensors of transformers \
+4.57.6, model.safetensors of transformers 5 (`save_original_format=False`), and flax_model.msgpack of \
+transformers 4.57.6. A dash means that transformers 4 had no Flax class.
+- Only one transformers can be installed. So the files of 4.57.6 are made from PyTorch's tensors, with the \
+names that 4.57.6 wrote (tests/goldens/files/names.json).
 
 {table}
 """
