@@ -144,7 +144,7 @@ def test_arguments_of_the_recipe():
     ("arg", "message"),
     [
         ("bas", r"demo, base, large, data="),
-        ("base,batch=many", "'batch=many': batch .*int"),
+        ("base,batch=many", "batch .*'many'.*int"),
         ("batch", r"'batch' .*demo"),
         ("base,size=3", r"'size=3' .*demo"),
         ("base,large", r"'base' .*'large'"),
