@@ -23,7 +23,6 @@ from lit_jax.files import expand_home
 # A quoted field of CSV, which runs to the end of the text if its closing quote is missing. The possessive
 # quantifiers rule out backtracking, which would be quadratic in the length of an unclosed field.
 _QUOTED = re.compile(rb'"(?:[^"]++|"")*+("?)')
-
 # Halves of surrogate pairs but for those that stand for a byte of a file's name (PEP 383).
 _HALVES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
