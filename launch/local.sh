@@ -32,7 +32,12 @@ done
 [[ $devices =~ ^([1-9][0-9]*)?$ ]] || usage "--devices='$devices' must be a whole number from 1"
 (($#)) || usage "there is no command after --"
 
+# A signal is passed on when all processes are there to hear it.
+asked='' interrupted=''
+trap 'asked=TERM' TERM
+trap 'asked=INT interrupted=1' INT
 free_port() {
+    trap '' INT # its traceback would tell nothing
     python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'
 }
 port=${dry_run:+PORT}
@@ -67,8 +72,6 @@ guard() {
 set -m # else Python would not listen to Ctrl-C: a shell makes what runs in its background deaf to it
 # shellcheck disable=SC2329  # the traps call it
 forward() { kill "-$1" "${pids[@]}" 2>/dev/null || true; }
-trap 'forward TERM' TERM
-trap 'forward INT' INT
 # In a group of its own, too, and with nothing of this script's that somebody waits to see closed.
 coproc GUARD { guard > /dev/null 2>&1; }
 tell=${GUARD[1]}
@@ -102,6 +105,10 @@ while ((${#pids[@]})); do
         told=$SECONDS
         forward TERM
     fi
+    if [[ $asked ]]; then
+        forward "$asked"
+        asked=''
+    fi
     # Without the one that is gone, no other can complete a checkpoint; a process that was stopped hears nothing.
     [[ ! $told ]] || ((SECONDS - told < 10)) || forward KILL
     sleep 0.2 &
@@ -113,4 +120,6 @@ for ((i = 0; i < 50; i++)); do
     kill -0 "${readers[@]}" 2>/dev/null || break
     sleep 0.1
 done
+# Some processes may have heard Ctrl-C so early that Python itself has failed, and not ended as it should.
+if [[ $interrupted && $worst != 0 && $worst != 75 ]]; then exit 130; fi
 settle "$worst" || exit "$?"

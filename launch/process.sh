@@ -13,10 +13,17 @@ set -euo pipefail
 (($#)) || fail "there is no command after --"
 
 set -m # else the command would not listen to Ctrl-C: a shell makes what runs in its background deaf to it
+# A signal may come before there is a process to pass it on to.
+asked='' pid=''
+forward() {
+    asked=$1
+    [[ ! $pid ]] || kill "-$1" "$pid" 2>/dev/null || true
+}
+trap 'forward TERM' TERM
+trap 'forward INT' INT
 "$@" &
 pid=$!
-trap 'kill -TERM "$pid" 2>/dev/null' TERM
-trap 'kill -INT "$pid" 2>/dev/null' INT
+[[ ! $asked ]] || forward "$asked"
 # A trap ends a wait, too: only the one after the command's end has its exit code.
 code=0
 wait "$pid" 2>/dev/null || code=$?

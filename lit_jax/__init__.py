@@ -5,6 +5,7 @@ import logging
 import sys
 from typing import Any
 
+from lit_jax import interrupts
 from lit_jax.errors import import_jax_or_exit
 
 __version__ = "0.2.0"
@@ -34,4 +35,5 @@ def __getattr__(name: str) -> Any:
 # `python -m lit_jax.COMMAND` imports this package before the command's module, which would only show JAX's
 # traceback. While Python looks for the module, sys.argv holds "-m".
 if sys.argv[:1] == ["-m"] and any(word.startswith("lit_jax.") for word in sys.orig_argv):
+    interrupts.end_at_once()
     import_jax_or_exit()

@@ -8,6 +8,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from lit_jax import interrupts
 from lit_jax.display import shown_streams
 from lit_jax.errors import import_jax_or_exit
 
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         remedy = f"did you mean {near[0]!r}?" if near else f"write one of {', '.join(COMMANDS)}."
         print(f"error: {name} is not a command; {remedy}", file=sys.stderr)
         return 2
+    if argv is None:
+        interrupts.end_at_once()
     # Imported only here, so that `lit-jax --help` does not wait for JAX.
     import_jax_or_exit()
     command = importlib.import_module(COMMANDS[name])

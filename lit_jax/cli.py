@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from lit_jax import interrupts
 from lit_jax.config import Config
 from lit_jax.config_schema import UnknownKeyError, key_type, namesakes
 from lit_jax.credentials import hide_keys
@@ -218,7 +219,7 @@ def command(main: Callable[..., None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
-        with shown_streams(process.number) as stdout:
+        with interrupts.raised(), shown_streams(process.number) as stdout:
             code = _exit_code(lambda: main(*args, **kwargs))
             stdout.flush()
             # A closed pipe (EPIPE) or terminal (EIO) is not an error, because its reader has seen enough; a
@@ -246,14 +247,14 @@ def _exit_code(main: Callable[[], None]) -> int:
         _say(str(error))
         return GONE
     except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr, flush=True)
-        process.leave(INTERRUPTED)
-        return INTERRUPTED
+        return _interrupted()
     # argparse raises SystemExit after --help.
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else DONE
     except Exception as error:
         sentence = _sentence(error)
+        if sentence is None and interrupts.caused(error):
+            return _interrupted()
         if sentence is None:
             # A single process shows Python's traceback of an unexpected error.
             if process.number() is None:
@@ -268,6 +269,12 @@ def _exit_code(main: Callable[[], None]) -> int:
         process.leave(BAD_INPUT)
         return BAD_INPUT
     return DONE
+
+
+def _interrupted() -> int:
+    print("Interrupted.", file=sys.stderr, flush=True)
+    process.leave(INTERRUPTED)
+    return INTERRUPTED
 
 
 def _fail_among_others(error: Exception) -> None:

@@ -430,6 +430,38 @@ def test_local_says_who_speaks_and_passes_signals_on():
         assert launcher.returncode == PREEMPTED
 
 
+@pytest.mark.usefixtures("interruptible")
+def test_local_passes_on_a_signal_that_came_before_there_were_processes(tmp_path):
+    """Its search for a free port takes two seconds here."""
+    python = f'touch {tmp_path}/searching; /bin/sleep 2; exec {sys.executable} "$@"'
+    (tmp_path / "python3").write_text(f"#!/usr/bin/env bash\n{python}\n")
+    (tmp_path / "python3").chmod(0o755)
+    launcher = subprocess.Popen(
+        [LAUNCH / "local.sh", "2", "--", "/bin/sleep", "600"],
+        env=with_tools(tmp_path),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until((tmp_path / "searching").exists)
+    os.killpg(launcher.pid, signal.SIGINT)
+    assert launcher.communicate(timeout=60)[1] == ""
+    assert launcher.returncode == INTERRUPTED
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_local_interrupted_is_interrupted_however_its_processes_end():
+    program = "trap 'exit $((JAX_PROCESS_ID + 1))' INT; echo ready; while true; do sleep 0.1; done"
+    launcher = subprocess.Popen(
+        [LAUNCH / "local.sh", "2", "--", "bash", "-c", program], stdout=subprocess.PIPE, text=True
+    )
+    for _ in range(2):
+        launcher.stdout.readline()
+    launcher.send_signal(signal.SIGINT)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == INTERRUPTED
+
+
 @pytest.mark.parametrize("whole_group", [False, True])
 def test_local_killed_leaves_nothing_behind(tmp_path, whole_group):
     """Neither its processes nor what they have started."""
