@@ -56,7 +56,12 @@ class Stopwatch:
 
 
 def resumed(
-    rows: Sequence[Mapping[str, Any]], start: int, *, total: int, begun: float
+    rows: Sequence[Mapping[str, Any]],
+    start: int,
+    *,
+    total: int,
+    begun: float,
+    first_begun: float | None = None,
 ) -> Stopwatch:
     """Return the stopwatch of a start that continues from step `start`.
 
@@ -67,10 +72,13 @@ def resumed(
         rows: the rows of metrics.jsonl.
         total: the last step of the run.
         begun: seconds of this start that have passed already.
+        first_begun: the time at which the first start began, None if that is this start or not known.
     """
     rows = [row for row in rows if "time" in row]
-    # Before a run's first row nothing has run either, as after the last row of a finished run.
-    last = {FINISHED: 1.0}
+    last: Mapping[str, Any] = {"time": first_begun}
+    if first_begun is None:
+        # Nothing has run before this start, as after the last row of a finished run.
+        last = {FINISHED: 1.0}
     for row in rows:
         if row["step"] <= start:
             last = row

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,14 +12,17 @@ from lit_jax.buckets import AnyPath
 from lit_jax.config import LogConfig
 from lit_jax.config_schema import LARGEST_FLOAT, MOST
 from lit_jax.display import printable
-from lit_jax.distributed.process import is_primary
+from lit_jax.distributed.process import command_seconds, is_primary
 from lit_jax.errors import Preempted, UserError
-from lit_jax.files import atomic_write, parse_json
+from lit_jax.files import atomic_write, parse_json, write_json
 from lit_jax.training.dashboards import Picture, TensorBoard, WeightsAndBiases
 from lit_jax.training.goodput import FINISHED, Stopwatch
 from lit_jax.training.workdir_errors import workdir_errors
 
 log = logging.getLogger(__name__)
+
+# The time at which the first start of a run began.
+_BEGUN_FILE = "begun.json"
 
 
 class MetricsWriter:
@@ -84,6 +88,37 @@ class MetricsWriter:
         with workdir_errors(self._workdir):
             # The stack closes all writers, even after an error of one.
             self._open.close()
+
+
+@contextlib.contextmanager
+def noted_start(workdir: AnyPath) -> Iterator[float | None]:
+    """Yield the time at which the run's first start began, None if the present one is the first.
+
+    The present time is written if it is the first. A start that is killed before its first row would leave no
+    trace of its time otherwise. A start that ends by an error before its first row does not count.
+    """
+    begun = _read_begun(workdir)
+    is_first = begun is None and is_primary() and not read_metrics(workdir)
+    if is_first:
+        with workdir_errors(workdir):
+            write_json(workdir / _BEGUN_FILE, {"time": time.time() - command_seconds()})
+    try:
+        yield begun
+    except BaseException:
+        # The error tells more than another one about this file would.
+        with contextlib.suppress(UserError), workdir_errors(workdir):
+            if is_first and not read_metrics(workdir):
+                (workdir / _BEGUN_FILE).unlink(missing_ok=True)
+        raise
+
+
+def _read_begun(workdir: AnyPath) -> float | None:
+    with workdir_errors(workdir):
+        try:
+            return float(parse_json((workdir / _BEGUN_FILE).read_bytes())["time"])
+        # A file that is damaged costs no more than the time of the starts before the first row.
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ from lit_jax.training.durations import Durations, steps_of
 from lit_jax.training.goodput import Stopwatch, resumed
 from lit_jax.training.lease import holding
 from lit_jax.training.loop import Evaluations, Loop
-from lit_jax.training.metrics import final_seconds, read_metrics
+from lit_jax.training.metrics import final_seconds, noted_start, read_metrics
 from lit_jax.training.model_factory import Model, TrainedModel, build_model
 from lit_jax.training.optimizers import make_schedule
 from lit_jax.training.passed import Passed
@@ -95,8 +95,14 @@ def train(
         # The lease comes first: two commands that prepare at once would both see an empty folder.
         with workdir_errors(workdir):
             stack.enter_context(holding(workdir))
+        first_begun = stack.enter_context(noted_start(workdir))
         trainer = Trainer.prepare(
-            config, workdir, evaluations, passed=passed, allowed_changes=allowed_changes
+            config,
+            workdir,
+            evaluations,
+            passed=passed,
+            allowed_changes=allowed_changes,
+            first_begun=first_begun,
         )
         # These checks tokenise captions, and still come before the first compilation.
         processors = trainer.model.processors
@@ -143,8 +149,13 @@ class Trainer:
         *,
         passed: Passed = _NOTHING_PASSED,
         allowed_changes: Collection[str] = (),
+        first_begun: float | None = None,
     ) -> "Trainer":
-        """Build the parts of a run. Raise UserError on all bad input that can be known before a write."""
+        """Build the parts of a run. Raise UserError on all bad input that can be known before a write.
+
+        Args:
+            first_begun: as in `goodput.resumed`.
+        """
         entered = time.monotonic()
         changes = check_workdir(workdir, config, allowed_changes)
         check_passed(workdir, passed.described(), allowed_changes)
@@ -178,13 +189,7 @@ class Trainer:
             durations=durations,
             evaluations=evaluations,
             passed=passed,
-            stopwatch=resumed(
-                read_metrics(workdir),
-                last or 0,
-                total=durations.total,
-                # The start-up of a command includes its imports; that of a call from Python begins here.
-                begun=command_seconds() or time.monotonic() - entered,
-            ),
+            stopwatch=_stopwatch(workdir, last, durations, entered, first_begun),
         )
 
     @property
@@ -345,6 +350,24 @@ class Trainer:
                 reporter=reporter,
                 stop=stop,
             )
+
+
+def _stopwatch(
+    workdir: AnyPath,
+    last: int | None,
+    durations: Durations,
+    entered: float,
+    first_begun: float | None,
+) -> Stopwatch:
+    """Return the stopwatch of a start from step `last`, None for the first, which was `entered` at a time."""
+    return resumed(
+        read_metrics(workdir),
+        last or 0,
+        total=durations.total,
+        # The start-up of a command includes its imports; that of a call from Python begins here.
+        begun=command_seconds() or time.monotonic() - entered,
+        first_begun=first_begun,
+    )
 
 
 def _schedule(config: Config, examples: int, total: int) -> optax.Schedule:

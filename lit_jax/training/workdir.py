@@ -6,6 +6,7 @@ model/                 config, tokenizer and image processor of the model
 parameters.txt         which parameters train, how fast, and how they are split over the mesh
 frozen/, checkpoints/  see checkpoints.py
 metrics.jsonl, tensorboard/  the metrics of steps and evaluations
+begun.json             the time at which the first start began
 profile/               see profiler.py
 results.json, evals/, report/  the final evaluations and their figures
 compilation_cache/     see distributed/compilation_cache.py

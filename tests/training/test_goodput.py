@@ -6,7 +6,7 @@ import time
 import pytest
 
 from lit_jax.training.goodput import Stopwatch, resumed
-from lit_jax.training.metrics import read_metrics
+from lit_jax.training.metrics import noted_start, read_metrics
 from lit_jax.training.passed import Passed
 
 
@@ -51,6 +51,45 @@ def test_a_start_continues_from_the_row_of_its_checkpoint_and_the_rest_is_lost()
     assert resumed(rows, 4, **resume).seconds()["lost"] == pytest.approx(57, abs=0.5)
     assert resumed(rows[:2], 4, **resume).seconds()["lost"] == 0
     assert total(resumed([{"step": 4, "loss": 1.0}], 4, **resume).seconds()) < 3.5
+
+
+def test_before_the_first_row_the_time_since_the_first_start_is_lost():
+    now = time.time()
+    resume = {"total": 8, "begun": 3.0}
+    assert resumed([], 0, **resume, first_begun=now - 40).seconds()["lost"] == pytest.approx(
+        37, abs=0.5
+    )
+    assert total(resumed([], 0, **resume).seconds()) == pytest.approx(3, abs=0.5)
+    # The rows were dropped, because there was no checkpoint, and the next start was killed, too.
+    later = [{"step": 2, "time": now - 20, "seconds/step": 5.0}]
+    seconds = resumed(later, 0, **resume, first_begun=now - 40).seconds()
+    assert seconds["lost"] == pytest.approx(37, abs=0.5)
+    assert seconds["step"] == 0
+
+
+def test_the_time_of_a_start_is_noted_until_an_error_comes_before_its_first_row(tmp_path):
+    began, row = time.time(), '{"step": 1}\n'
+    with pytest.raises(KeyError), noted_start(tmp_path):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with noted_start(tmp_path) as first:
+        assert first is None
+    # An error of the second start does not undo what the first one has noted.
+    with pytest.raises(KeyError), noted_start(tmp_path):
+        raise KeyError
+    with noted_start(tmp_path) as first:
+        assert first == pytest.approx(began, abs=5)
+    for text in ("", "{", "[]", '{"time": null}', row):
+        (tmp_path / "begun.json").write_text(text)
+        with noted_start(tmp_path) as first:
+            assert first is None
+        (tmp_path / "begun.json").write_text(text)
+    # A run that has rows began at another time.
+    (tmp_path / "begun.json").unlink()
+    (tmp_path / "metrics.jsonl").write_text(row)
+    with noted_start(tmp_path) as first:
+        assert first is None
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_run_that_broke_off_accounts_for_its_time(train, tiny, tmp_path):

@@ -93,7 +93,7 @@ def test_of_two_processes_one_writes_and_reports(whole_of_two):
     assert results(workdir)["zero_shot/unseen16/n"] == 800
     assert {path.name for path in workdir.iterdir()} == {
         *("config.json", "data.json", "parameters.txt", "model", "frozen", "checkpoints"),
-        *("metrics.jsonl", "tensorboard", "results.json", "evals"),
+        *("begun.json", "metrics.jsonl", "tensorboard", "results.json", "evals"),
     }
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     assert len(losses(workdir)) == 30  # two writers would have written each row twice
