@@ -34,7 +34,7 @@ def raised() -> Iterator[None]:
     ends_at_once = is_main and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
     def raise_again(dropped: Any) -> None:
-        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
             hook(dropped)
             return
         # An exception that is raised here would be dropped, too. A true signal also ends a sleep.

@@ -55,6 +55,9 @@ MODEL_SUMS = "sums.json"
 # The keys of config.json that do not belong to the config. "passed" describes objects passed to `fit`.
 _NOT_CONFIG = ("format", "version", "passed")
 
+# Keys that every version has written. Without them today's defaults would stand for another model.
+_ALWAYS = ("batch_size", "data", "duration", "model", "policy")
+
 # The fields of optimizers that config.json had once, though these optimizers did not use them.
 _UNUSED_FIELDS = {"lion": ("eps",), "adafactor": ("eps",)}
 
@@ -247,6 +250,11 @@ def read_config(workdir: AnyPath) -> Config | None:
         raise UserError(
             f"{workdir} is the folder of a model and not of a run; give it as the --model of evaluate, or "
             "choose another --workdir."
+        )
+    if missing := [key for key in _ALWAYS if key not in content]:
+        raise UserError(
+            f"{workdir / 'config.json'} is damaged (it lacks {', '.join(missing)}); restore it, or choose "
+            "another --workdir."
         )
     # Earlier versions have other names for some keys and values.
     config = {

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import lit_jax
-from lit_jax.config import parse
+from lit_jax.config import Config, parse
 from lit_jax.errors import Preempted, UserError
 from lit_jax.models.tower import ImageTower, TowerOutput
 from lit_jax.optimizer_config import Lion
@@ -264,7 +264,7 @@ def test_a_run_folder_of_before_optimizers_had_fields_of_their_own_is_read(tmp_p
     common = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "momentum_dtype": "float32", "clip_norm": 1.0}
     for name in ("adamw", "lion"):
         raw = {"optimizer": {"name": name, "weight_decay": 0.1, **common}}
-        (tmp_path / "config.json").write_text(json.dumps(raw))
+        (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(Config()) | raw))
         optimizer = read_config(tmp_path).optimizer
         assert dataclasses.asdict(optimizer).items() <= raw["optimizer"].items()
     # Lion never used the eps, and everything else is the default of today.
@@ -272,7 +272,9 @@ def test_a_run_folder_of_before_optimizers_had_fields_of_their_own_is_read(tmp_p
 
 
 def test_a_run_folder_of_before_the_renaming_is_read(tmp_path):
-    (tmp_path / "config.json").write_text('{"loss_form": "lean", "batch_size": 4}')
+    raw = dataclasses.asdict(Config(batch_size=4))
+    del raw["loss_implementation"]
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"loss_form": "lean"}))
     config = read_config(tmp_path)
     assert (config.loss_implementation, config.batch_size) == ("blockwise", 4)
     with pytest.raises(UserError, match=r"loss_form.*'loss_implementation'"):

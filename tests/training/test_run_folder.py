@@ -50,6 +50,24 @@ def test_a_run_of_another_format_is_read_but_not_continued(
     assert json.loads(file.read_text()) == header | content
 
 
+def test_a_config_that_has_lost_its_keys_is_not_one_of_defaults(finished, train, tiny, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    file = workdir / "config.json"
+    content = json.loads(file.read_text())
+    del content["model"]
+    header = {key: content[key] for key in ("format", "version")}
+    for damaged, named in (
+        (content, "lacks model"),
+        (header, "lacks batch_size, .*model"),
+        ({}, ""),
+    ):
+        file.write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=rf"config\.json .*{named}"):
+            load_run(workdir)
+        with pytest.raises(UserError, match=rf"config\.json .*{named}"):
+            train(tiny(), workdir)
+
+
 def save_once(workdir, state):
     with Checkpoints(workdir, keep_last=1) as checkpoints:
         checkpoints.save(1, state, {"next_batch": 1}, {})
