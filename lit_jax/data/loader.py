@@ -292,7 +292,8 @@ class TrainStream:
                 grain.multiprocessing.MultiprocessingOptions(num_workers=self._config.workers),
                 functools.partial(_start_worker, self._slots.folder),
             )
-        self._iterator: Any = iter(batches)
+        with worker_errors():
+            self._iterator: Any = iter(batches)
         self._running.callback(self._iterator.close)
         self._next_batch = start
 

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -41,9 +42,20 @@ def _exit_with_parent(shared: Path | None) -> None:
 
 @contextlib.contextmanager
 def worker_errors() -> Iterator[None]:
-    """Raise UserError if a worker was killed by a signal; leave other errors unchanged."""
+    """Raise UserError if a worker was killed by a signal, or if a source cannot be sent to the workers.
+
+    Other errors stay unchanged.
+    """
     try:
         yield
+    # Python has no one type of error for what cannot be pickled.
+    except (TypeError, pickle.PicklingError) as error:
+        if "pickle" not in str(error):
+            raise
+        raise UserError(
+            f"The source cannot be sent to the processes of config.data.workers ({error}); open files, locks "
+            "and connections in its __getitem__, or set config.data.workers=0."
+        ) from error
     # Grain reports the exit code only in the text of a RuntimeError.
     except RuntimeError as error:
         killed = re.search(r"terminated unexpectedly with exit code -(\d+)", str(error))

@@ -10,6 +10,7 @@ from lit_jax.buckets import AnyPath
 from lit_jax.config import Config
 from lit_jax.data.example import Source
 from lit_jax.data.mixture import open_training_data
+from lit_jax.data.own_source import open_passed
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json, write_json
@@ -82,12 +83,7 @@ def open_data(
 def _open(config: Config, passed: Source | None) -> Source:
     if passed is None:
         return open_training_data(config.data, text_only=bool(config.model.teacher))
-    if not len(passed):
-        raise UserError(
-            f"The source that was passed to fit, a {type(passed).__name__}, has no examples; pass one with "
-            "examples."
-        )
-    return passed
+    return open_passed(passed)
 
 
 def _identify(source: Source) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from lit_jax.training.durations import Durations
 from lit_jax.training.goodput import Stopwatch
 from lit_jax.training.model_factory import Model, TrainedModel
 from lit_jax.training.passed import Passed
+from lit_jax.training.passed_checks import callback_result
 from lit_jax.training.profiler import Profiler
 from lit_jax.training.reporter import Reporter
 from lit_jax.training.train_step import Batch, State
@@ -124,8 +125,10 @@ class Loop:
     def call_back(self, step: int, state: State) -> None:
         """Call the user's functions that are due, and report the metrics that they return."""
         every = self.durations.callback_every
-        for steps, (_, function) in zip(every, self.passed.callbacks, strict=True):
-            if step % steps == 0:
+        for number, (_, function) in enumerate(self.passed.callbacks):
+            if step % every[number] == 0:
                 with self.reporter.evaluating(step) as results, jax.transfer_guard("allow"):
                     model = TrainedModel.merged(self.model, state.params, self.locked, step)
-                    results |= self.reporter.callback_metrics(function(model) or {})
+                    results |= self.reporter.callback_metrics(
+                        callback_result(function(model), number)
+                    )

@@ -1,5 +1,6 @@
 """The objects that a user passes into a run instead of configuring them, and their descriptions."""
 
+import copyreg
 import dataclasses
 import functools
 import hashlib
@@ -8,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -69,16 +71,27 @@ def _describe(value: Any, inside: frozenset[int]) -> Any:
         return "itself"
     inside |= {id(value)}
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        array = np.asarray(value)
+        is_key = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+        array = np.asarray(jax.random.key_data(value) if is_key else value)
+        if array.dtype.hasobject:
+            return {"dtype": "object", "items": _describe(array.tolist(), inside)}
         # An array may be large, and config.json is read by people.
-        digest = hashlib.sha256(array.tobytes()).hexdigest()[:32]
-        return {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": digest}
+        shape, digest = list(array.shape), _digest(array.tobytes())
+        return {"dtype": array.dtype.name, "shape": shape, "sha256": digest}
     if isinstance(value, Mapping):
         return {str(key): _describe(part, inside) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_describe(part, inside) for part in value]
-    if isinstance(value, type):
+    if isinstance(value, bytes | bytearray | complex):
+        return _named(type(value)) | {"sha256": _digest(repr(value).encode())}
+    if isinstance(value, set | frozenset):
+        # The order of a set differs between processes.
+        return sorted((_describe(part, inside) for part in value), key=str)
+    if isinstance(value, type) or inspect.isbuiltin(value):
         return _named(value)
+    # Methods of two objects differ by their objects alone.
+    if inspect.ismethod(value):
+        return _named(value.__func__) | {"object": _describe(value.__self__, inside)}
     if isinstance(value, functools.partial):
         return _named(value.func) | {
             "function": _describe(value.func, inside),
@@ -100,9 +113,34 @@ def _describe(value: Any, inside: frozenset[int]) -> Any:
         # The parent of a linen module says where the module is used; it is not part of the module.
         names = [field.name for field in dataclasses.fields(value) if field.name != "parent"]
         fields = {name: getattr(value, name) for name in names}
+    elif hasattr(value, "__dict__"):
+        fields = value.__dict__
     else:
-        fields = getattr(value, "__dict__", {})
+        fields = _pickled_parts(value)
     return _named(type(value)) | {"fields": _describe(fields, inside)}
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _pickled_parts(value: Any) -> dict[str, Any]:
+    """Return the content of an object without fields in `__dict__`, such as a path, as pickle sees it."""
+    reduce = copyreg.dispatch_table.get(type(value))
+    try:
+        parts = value.__reduce_ex__(4) if reduce is None else reduce(value)
+    # Any type of error means that the object has no content that can be stored.
+    except Exception:
+        return {}
+    if isinstance(parts, str):
+        return {"name": parts}
+    # After the function that makes the object: its arguments, a state, and the items of a list and a dict.
+    names = ("arguments", "state", "items", "entries")
+    return {
+        name: part if name in ("arguments", "state") else [*part]
+        for name, part in zip(names, parts[1:], strict=False)
+        if part is not None
+    }
 
 
 def _named(value: Any) -> dict[str, str]:

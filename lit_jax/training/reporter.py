@@ -78,6 +78,7 @@ class Reporter:
         self._stopwatch = stopwatch
         self._last_row = start, stopwatch.seconds()
         self._told_of_names = False
+        self._step_columns: frozenset[str] = frozenset()
 
     def __enter__(self) -> "Reporter":
         return self
@@ -94,6 +95,7 @@ class Reporter:
             bad_samples: the number of bad samples by kind, since the start of the run.
         """
         self.flush()
+        self._step_columns = frozenset(metrics)
         kinds = {f"bad_samples/{kind}": count for kind, count in bad_samples.items() if count}
         self._pending = step, metrics, {"bad_samples": sum(bad_samples.values()), **kinds}
 
@@ -134,7 +136,7 @@ class Reporter:
 
     def callback_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics of a callback; a name that is one of our own columns becomes callback/NAME."""
-        taken = [name for name in metrics if _COLUMNS.fullmatch(name)]
+        taken = [name for name in metrics if _COLUMNS.fullmatch(name) or name in self._step_columns]
         if taken and not self._told_of_names:
             log.warning(
                 "A callback returns a metric %r, a name that lit_jax has for a column of its own; it is "

@@ -28,6 +28,7 @@ from lit_jax.training.losses import Objective, make_objective
 from lit_jax.training.model_factory import Model, named_key
 from lit_jax.training.optimizers import make_optimizer, scale_by_multipliers
 from lit_jax.training.passed import Passed
+from lit_jax.training.passed_checks import checked_loss
 from lit_jax.training.policy import merge
 from lit_jax.trees import Tree, flatten, unflatten
 
@@ -141,7 +142,7 @@ class TrainStep:
             check_locked(model, side, f"config.data.{side}_embeddings")
         # Only the devices know which of them share a fast network.
         slices = len(group_by_slice(list(model.mesh.devices.flat)))
-        loss = passed.loss or make_objective(config, slices)
+        loss = make_objective(config, slices) if passed.loss is None else checked_loss(passed.loss)
         if passed.optimizer is None:
             assert schedule is not None
             optimizer = make_optimizer(config.optimizer, schedule, model.policy)

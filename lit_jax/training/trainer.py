@@ -177,7 +177,9 @@ class Trainer:
         durations = Durations.of(config, data.examples, [every for every, _ in passed.callbacks])
         durations.check_steps_done(workdir, steps_done)
         # An optimizer that is passed has a schedule of its own.
-        schedule = None if passed.optimizer else _schedule(config, data.examples, durations.total)
+        schedule = None
+        if passed.optimizer is None:
+            schedule = _schedule(config, data.examples, durations.total)
         model = build_model(config, mesh, paths, passed.towers)
         warn_of_full_rate(config.policy, model.policy, model.abstract)
         warn_of_export(model)
@@ -334,7 +336,7 @@ class Trainer:
             total=self.durations.total,
             least_seconds=None if start >= self.durations.total else self._least_seconds(),
             # No scale is usual for a loss that is passed.
-            scale_limit=math.inf if self.passed.loss else usual_scale(self.config),
+            scale_limit=usual_scale(self.config) if self.passed.loss is None else math.inf,
             last_saved=lambda: checkpoints.latest,
             locked_not_finite=functools.partial(not_finite, frozen),
         ) as reporter:

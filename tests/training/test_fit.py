@@ -1,8 +1,11 @@
 """What a user passes into training: a source, a loss, an optimizer, callbacks; and losses by name."""
 
+import collections
 import dataclasses
 import functools
 import json
+import re
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -255,6 +258,24 @@ def test_a_description_tells_objects_apart_and_is_the_same_in_another_process():
     assert describe(Noise(1)) != describe(Noise(2))
     assert describe(np.arange(3)) != describe(np.arange(4))
     assert describe(jax.jit(outputs)) == describe(outputs)
+    for first, second in (
+        (Noise(1).__getitem__, Noise(2).__getitem__),
+        (Noise(1).__getitem__, Noise(1).__len__),
+        (functools.partial(Noise(1).__getitem__, 1), functools.partial(Noise(2).__getitem__, 1)),
+        (len, max),
+        ({"a"}, {"b"}),
+        (b"a", b"b"),
+        (Path("a"), Path("b")),
+        (range(2), range(3)),
+        (re.compile("a"), re.compile("b")),
+        (collections.deque([1]), collections.deque([2])),
+        (jax.random.key(0), jax.random.key(1)),
+        (np.array([1, "a"], object), np.array([1, "b"], object)),
+    ):
+        assert describe(first) != describe(second)
+        assert " at 0x" not in json.dumps(describe(first))
+    assert describe({"a", "b"}) == describe({"b", "a"})
+    assert describe(np.array(["ab"], object)) == describe(np.array(["".join(["a", "b"])], object))
     for value in (one, Noise(1), functools.partial(weighted, temperature=1.0), np.arange(3)):
         text = json.dumps(describe(value))
         assert " at 0x" not in text
