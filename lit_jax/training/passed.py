@@ -71,8 +71,9 @@ def _describe(value: Any, inside: frozenset[int]) -> Any:
         return "itself"
     inside |= {id(value)}
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        is_key = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-        array = np.asarray(jax.random.key_data(value) if is_key else value)
+        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            value = jax.random.key_data(value)
+        array = np.asarray(value)
         if array.dtype.hasobject:
             return {"dtype": "object", "items": _describe(array.tolist(), inside)}
         # An array may be large, and config.json is read by people.
