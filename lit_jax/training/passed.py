@@ -70,9 +70,9 @@ def _describe(value: Any, inside: frozenset[int]) -> Any:
     if id(value) in inside:
         return "itself"
     inside |= {id(value)}
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return {"key": _describe(jax.random.key_data(value), inside)}
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            value = jax.random.key_data(value)
         array = np.asarray(value)
         if array.dtype.hasobject:
             return {"dtype": "object", "items": _describe(array.tolist(), inside)}

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from lit_jax.buckets import BucketPath
@@ -159,6 +160,24 @@ def checked_loss(loss: Objective) -> Objective:
         return value, dict(metrics)
 
     return checked
+
+
+def checked_optimizer(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    """Return a passed optimizer that raises UserError, when traced, if it needs what no step has."""
+    own = optax.with_extra_args_support(optimizer)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        try:
+            return own.update(updates, state, params, **extra)
+        except TypeError as error:
+            if "required keyword-only argument" not in str(error):
+                raise
+            raise UserError(
+                f"The optimizer that was passed to fit needs more than a step has ({error}); pass one that "
+                "needs no more than gradient, parameters and value."
+            ) from error
+
+    return optax.GradientTransformationExtraArgs(own.init, update)
 
 
 def callback_result(result: Any, number: int) -> dict[str, float]:

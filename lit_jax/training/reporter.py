@@ -21,6 +21,9 @@ from lit_jax.training.train_step import Metrics
 
 log = logging.getLogger(__name__)
 
+# What helps against a loss that diverges, with the loss and the optimizer of the config.
+ADVICE = "lower config.schedule.learning_rate, lengthen config.schedule.warmup"
+
 
 def usual_scale(config: Config) -> float:
     """Return the largest scale of the logits that is usual; a larger one causes a warning."""
@@ -43,6 +46,7 @@ class Reporter:
         least_seconds: the seconds of a step at the peak of the devices; None if their peak is not known.
         last_saved: returns the step of the latest checkpoint.
         locked_not_finite: returns the names of locked parameters that are not finite.
+        advice: what to do about a metric that is not finite.
     """
 
     def __init__(
@@ -59,9 +63,10 @@ class Reporter:
         least_seconds: float | None = None,
         last_saved: Callable[[], int | None],
         locked_not_finite: Callable[[], str] = lambda: "",
+        advice: str = ADVICE,
     ):
         self._every, self._batch_size, self._total = every, batch_size, total
-        self._scale_limit, self._least_seconds = scale_limit, least_seconds
+        self._scale_limit, self._least_seconds, self._advice = scale_limit, least_seconds, advice
         self._last_saved, self._locked_not_finite = last_saved, locked_not_finite
         self._writer = MetricsWriter(workdir, config, start=start) if is_primary() else None
         # The step before the current one, whose metrics may still be on their way from the device.
@@ -179,7 +184,7 @@ class Reporter:
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         # A row with a value that is not finite is never written.
-        check_finite(values, step, self._last_saved(), self._locked_not_finite)
+        check_finite(values, step, self._last_saved(), self._locked_not_finite, advice=self._advice)
         self._check_scale(values.get("logit_scale", 0.0), step)
         self._bar.update(self._batch_size)
         # tqdm refreshes the bar at its own interval.
@@ -220,6 +225,7 @@ def check_finite(
     step: int,
     last_saved: int | None,
     locked_not_finite: Callable[[], str] = lambda: "",
+    advice: str = ADVICE,
 ) -> None:
     """Raise UserError if a value is NaN or infinite.
 
@@ -227,6 +233,7 @@ def check_finite(
         last_saved: the step of the latest checkpoint, None without one.
         locked_not_finite: returns the names of locked parameters that are NaN or infinite, '' if there are
             none; called only on an error.
+        advice: what to do, beside a check of the data.
     """
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if not bad:
@@ -240,6 +247,5 @@ def check_finite(
         )
     saved = "no checkpoint" if last_saved is None else f"the checkpoint of step {last_saved}"
     raise UserError(
-        f"{what} ({saved} is there to resume from); lower config.schedule.learning_rate, lengthen "
-        "config.schedule.warmup, or check the data around that step."
+        f"{what} ({saved} is there to resume from); {advice}, or check the data around that step."
     )

@@ -28,7 +28,7 @@ from lit_jax.training.losses import Objective, make_objective
 from lit_jax.training.model_factory import Model, named_key
 from lit_jax.training.optimizers import make_optimizer, scale_by_multipliers
 from lit_jax.training.passed import Passed
-from lit_jax.training.passed_checks import checked_loss
+from lit_jax.training.passed_checks import checked_loss, checked_optimizer
 from lit_jax.training.policy import merge
 from lit_jax.trees import Tree, flatten, unflatten
 
@@ -88,7 +88,10 @@ def train_step(
         return value, (metrics, updated.get("batch_stats", {}))
 
     grads, (metrics, statistics) = jax.grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    # Some optimizers, such as optax.polyak_sgd, also need the value; the others ignore it.
+    update = optax.with_extra_args_support(optimizer).update
+    extra = {"value": metrics["loss"], "grad": grads}
+    updates, opt_state = update(grads, state.opt_state, state.params, **extra)
     # Running statistics of BatchNorm get zero gradients. The forward pass has computed their new values.
     params = _replace(optax.apply_updates(state.params, updates), statistics)
     # CLIP clips the scale after the update as well (2103.00020, section 2.5).
@@ -148,7 +151,8 @@ class TrainStep:
             optimizer = make_optimizer(config.optimizer, schedule, model.policy)
             return cls(model=model, loss=loss, schedule=schedule, optimizer=optimizer)
         # The policy's multipliers of the learning rate still apply. The user's optimizer decides the rest.
-        optimizer = optax.chain(passed.optimizer, scale_by_multipliers(model.policy))
+        own = checked_optimizer(passed.optimizer)
+        optimizer = optax.chain(own, scale_by_multipliers(model.policy))
         return cls(model=model, loss=loss, schedule=None, optimizer=optimizer)
 
     def abstract_state(self) -> State:

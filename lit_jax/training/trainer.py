@@ -46,7 +46,7 @@ from lit_jax.training.optimizers import make_schedule
 from lit_jax.training.passed import Passed
 from lit_jax.training.policy import warn_of_full_rate
 from lit_jax.training.profiler import Profiler
-from lit_jax.training.reporter import Reporter, check_names, usual_scale
+from lit_jax.training.reporter import ADVICE, Reporter, check_names, usual_scale
 from lit_jax.training.restore import first_or_latest_state
 from lit_jax.training.tower_paths import find_towers
 from lit_jax.training.train_step import TrainStep
@@ -339,6 +339,7 @@ class Trainer:
             scale_limit=usual_scale(self.config) if self.passed.loss is None else math.inf,
             last_saved=lambda: checkpoints.latest,
             locked_not_finite=functools.partial(not_finite, frozen),
+            advice=_advice(self.passed),
         ) as reporter:
             yield Loop(
                 model=self.model,
@@ -370,6 +371,13 @@ def _stopwatch(
         begun=command_seconds() or time.monotonic() - entered,
         first_begun=first_begun,
     )
+
+
+def _advice(passed: Passed) -> str:
+    """Return what to do about a metric that is not finite: the config cannot change what was passed."""
+    names = [name for name in ("loss", "optimizer") if getattr(passed, name) is not None]
+    checks = [f"check the {name} that was passed to fit" for name in names]
+    return ", ".join(checks if passed.optimizer is not None else [*checks, ADVICE])
 
 
 def _schedule(config: Config, examples: int, total: int) -> optax.Schedule:

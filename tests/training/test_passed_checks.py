@@ -12,7 +12,12 @@ import pytest
 import lit_jax
 from lit_jax.configs import vit_bert
 from lit_jax.errors import UserError
-from lit_jax.training.passed_checks import callback_result, check_arguments, checked_loss
+from lit_jax.training.passed_checks import (
+    callback_result,
+    check_arguments,
+    checked_loss,
+    checked_optimizer,
+)
 
 
 def loss(output, batch):
@@ -112,6 +117,18 @@ def test_a_loss_is_called_with_output_and_batch():
     own = functools.partial(lambda output, batch, *, own: (own, {"half": own / 2, "n": 3}), own=ONE)
     value, metrics = jax.jit(lambda: checked_loss(own)(OUTPUT, {}))()
     assert (value, metrics["half"], metrics["n"]) == (1, 0.5, 3)
+
+
+def test_an_optimizer_gets_the_value_and_one_that_needs_more_is_refused():
+    params = {"kernel": jnp.ones(2)}
+    for own in (optax.sgd(1.0), optax.polyak_sgd(), optax.contrib.reduce_on_plateau()):
+        optimizer = checked_optimizer(own)
+        state, extra = optimizer.init(params), {"value": ONE, "grad": params}
+        updates, _ = jax.eval_shape(optimizer.update, params, state, params, **extra)
+        assert updates["kernel"].shape == (2,)
+    optimizer = checked_optimizer(optax.lbfgs())
+    with pytest.raises(UserError, match="value_fn"):
+        optimizer.update(params, optimizer.init(params), params, value=ONE, grad=params)
 
 
 def test_a_callback_returns_numbers_or_none(caplog):
