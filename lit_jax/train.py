@@ -35,7 +35,7 @@ from lit_jax.training.losses import Objective
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.model_factory import OwnTowers, TrainedModel
 from lit_jax.training.passed import Callback, Passed
-from lit_jax.training.passed_checks import check_arguments
+from lit_jax.training.passed_checks import check_arguments, check_objects
 from lit_jax.training.trainer import train
 from lit_jax.training.workdir_errors import quiet_orbax, workdir_errors
 from lit_jax.trees import Tree
@@ -100,18 +100,10 @@ def fit(
     Returns the trained model. Raises UserError for bad input, and Preempted after SIGTERM, when a checkpoint
     of the last step is on disk.
     """
-    check_arguments(
-        config=config,
-        workdir=workdir,
-        loss=loss,
-        optimizer=optimizer,
-        towers=towers,
-        callbacks=callbacks,
-        allowed_changes=allowed_changes,
-    )
+    check_arguments(config, workdir, allowed_changes)
+    check_objects(loss=loss, optimizer=optimizer, towers=towers, callbacks=callbacks)
     config = config if isinstance(config, Config) else parse(config)
-    if source is not None:
-        config = _without_training_data(config)
+    config = config if source is None else _without_training_data(config)
     make_missing(sources_of(config))
     folder = output_path("--workdir", str(workdir))
     # Opened before training, so that a mistake in an evaluation does not cost a run.

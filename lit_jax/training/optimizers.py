@@ -56,7 +56,7 @@ def make_schedule(config: ScheduleConfig, *, total: int, steps: Steps) -> optax.
 
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule, policy: Policy
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Chain clipping by the global norm, the optimizer's direction, decoupled weight decay, learning rate.
 
     A step subtracts rate * lr_multiplier * (direction + weight_decay * wd_multiplier * parameter), where

@@ -73,12 +73,7 @@ def _describe(value: Any, inside: frozenset[int]) -> Any:
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return {"key": _describe(jax.random.key_data(value), inside)}
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        array = np.asarray(value)
-        if array.dtype.hasobject:
-            return {"dtype": "object", "items": _describe(array.tolist(), inside)}
-        # An array may be large, and config.json is read by people.
-        shape, digest = list(array.shape), _digest(array.tobytes())
-        return {"dtype": array.dtype.name, "shape": shape, "sha256": digest}
+        return _describe_array(np.asarray(value), inside)
     if isinstance(value, Mapping):
         return {str(key): _describe(part, inside) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -110,15 +105,23 @@ def _describe(value: Any, inside: frozenset[int]) -> Any:
         }
     if isinstance(value, np.dtype):
         return value.name
+    return _named(type(value)) | {"fields": _describe(_fields(value), inside)}
+
+
+def _describe_array(array: np.ndarray, inside: frozenset[int]) -> dict[str, Any]:
+    if array.dtype.hasobject:
+        return {"dtype": "object", "items": _describe(array.tolist(), inside)}
+    # An array may be large, and config.json is read by people.
+    shape, digest = list(array.shape), _digest(array.tobytes())
+    return {"dtype": array.dtype.name, "shape": shape, "sha256": digest}
+
+
+def _fields(value: Any) -> Mapping[str, Any]:
     if dataclasses.is_dataclass(value):
         # The parent of a linen module says where the module is used; it is not part of the module.
         names = [field.name for field in dataclasses.fields(value) if field.name != "parent"]
-        fields = {name: getattr(value, name) for name in names}
-    elif hasattr(value, "__dict__"):
-        fields = value.__dict__
-    else:
-        fields = _pickled_parts(value)
-    return _named(type(value)) | {"fields": _describe(fields, inside)}
+        return {name: getattr(value, name) for name in names}
+    return value.__dict__ if hasattr(value, "__dict__") else _pickled_parts(value)
 
 
 def _digest(content: bytes) -> str:

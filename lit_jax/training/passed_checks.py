@@ -26,16 +26,7 @@ log = logging.getLogger(__name__)
 STEP_COLUMNS = ("loss", "grad_norm", "learning_rate")
 
 
-def check_arguments(
-    *,
-    config: Any,
-    workdir: Any,
-    loss: Any,
-    optimizer: Any,
-    towers: Any,
-    callbacks: Any,
-    allowed_changes: Any,
-) -> None:
+def check_arguments(config: Any, workdir: Any, allowed_changes: Any) -> None:
     """Raise UserError if an argument of fit is of another kind than fit takes."""
     if not isinstance(config, Config | ConfigDict | Mapping):
         raise UserError(
@@ -51,6 +42,10 @@ def check_arguments(
         raise UserError(
             f"The allowed_changes of fit are a string; pass a list such as [{allowed_changes!r}]."
         )
+
+
+def check_objects(*, loss: Any, optimizer: Any, towers: Any, callbacks: Any) -> None:
+    """Raise UserError if an object that is passed to fit is of another kind than fit takes."""
     if loss is not None:
         _check_function(loss, "The loss that was passed to fit", ("output", "batch"))
     _check_optimizer(optimizer)

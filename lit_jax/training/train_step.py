@@ -60,7 +60,7 @@ def train_step(
     *,
     forward: Callable[..., Any],
     loss: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule | None,
     seed: int,
     logit_scale_max: float | None = None,
@@ -89,9 +89,9 @@ def train_step(
 
     grads, (metrics, statistics) = jax.grad(loss_fn, has_aux=True)(state.params)
     # Some optimizers, such as optax.polyak_sgd, also need the value; the others ignore it.
-    update = optax.with_extra_args_support(optimizer).update
-    extra = {"value": metrics["loss"], "grad": grads}
-    updates, opt_state = update(grads, state.opt_state, state.params, **extra)
+    updates, opt_state = optimizer.update(
+        grads, state.opt_state, state.params, value=metrics["loss"], grad=grads
+    )
     # Running statistics of BatchNorm get zero gradients. The forward pass has computed their new values.
     params = _replace(optax.apply_updates(state.params, updates), statistics)
     # CLIP clips the scale after the update as well (2103.00020, section 2.5).
@@ -124,7 +124,7 @@ class TrainStep:
     model: Model
     loss: Objective
     schedule: optax.Schedule | None
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
 
     @classmethod
     def build(

@@ -153,8 +153,7 @@ class Trainer:
     ) -> "Trainer":
         """Build the parts of a run. Raise UserError on all bad input that can be known before a write.
 
-        Args:
-            first_begun: as in `goodput.resumed`.
+        `first_begun` is as in `goodput.resumed`.
         """
         entered = time.monotonic()
         changes = check_workdir(workdir, config, allowed_changes)
@@ -177,9 +176,8 @@ class Trainer:
         durations = Durations.of(config, data.examples, [every for every, _ in passed.callbacks])
         durations.check_steps_done(workdir, steps_done)
         # An optimizer that is passed has a schedule of its own.
-        schedule = None
-        if passed.optimizer is None:
-            schedule = _schedule(config, data.examples, durations.total)
+        own_schedule = passed.optimizer is not None
+        schedule = None if own_schedule else _schedule(config, data.examples, durations.total)
         model = build_model(config, mesh, paths, passed.towers)
         warn_of_full_rate(config.policy, model.policy, model.abstract)
         warn_of_export(model)

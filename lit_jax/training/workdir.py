@@ -92,14 +92,7 @@ def load_run(
         raise UserError(
             f"{workdir} is not a run folder, because it has no config.json; give the --workdir of a training."
         )
-    passed = (_read_config_file(workdir) or {}).get("passed", {})
-    missing = {*passed.get("towers", ())} - {*towers}
-    # config.json has only the description of a passed tower, from which no module can be built.
-    for side in sorted(missing):
-        raise UserError(
-            f"{workdir} was trained with a {side} tower that was passed to lit_jax.fit; load the run in "
-            "Python, with lit_jax.load_run(workdir, towers=...)."
-        )
+    _check_towers_passed(workdir, towers)
     if dtype is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     own_towers: OwnTowers = {side: (tower, None) for side, tower in towers.items()}
@@ -121,6 +114,18 @@ def load_run(
                     f"running training removes old ones; choose one of {left}."
                 ) from error
             raise
+
+
+def _check_towers_passed(workdir: AnyPath, towers: Collection[Side]) -> None:
+    """Raise UserError if the run was trained with a passed tower that is missing now."""
+    passed = (_read_config_file(workdir) or {}).get("passed", {})
+    missing = {*passed.get("towers", ())} - {*towers}
+    # config.json has only the description of a passed tower, from which no module can be built.
+    for side in sorted(missing):
+        raise UserError(
+            f"{workdir} was trained with a {side} tower that was passed to lit_jax.fit; load the run in "
+            "Python, with lit_jax.load_run(workdir, towers=...)."
+        )
 
 
 def _load_step(
