@@ -21,7 +21,7 @@ from lit_jax.training.train_step import Metrics
 
 log = logging.getLogger(__name__)
 
-# What helps against a loss that diverges, with the loss and the optimizer of the config.
+# The remedies for a loss that diverges, with the loss and the optimizer of the config.
 ADVICE = "lower config.schedule.learning_rate, lengthen config.schedule.warmup"
 
 
