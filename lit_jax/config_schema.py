@@ -282,3 +282,21 @@ def step_range(text: str) -> range:
     """Return the steps of a `StepRange`, from the first to the last; none if it is backwards."""
     first, last = map(int, text.split(":"))
     return range(first, last + 1)
+
+
+def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, str]:
+    """Return the differing keys that change the result, as dotted key -> "key: old -> new"."""
+    changes = {}
+    for field in dataclasses.fields(old):
+        # An optimizer of another name may lack the field; then the name says what differs.
+        if not hasattr(new, field.name):
+            continue
+        key, before, after = prefix + field.name, getattr(old, field.name), getattr(new, field.name)
+        # A resumed run may change keys that do not affect the result, such as those of the log.
+        if not field.metadata.get("changes_result", True) or before == after:
+            continue
+        if dataclasses.is_dataclass(before):
+            changes |= changed_keys(before, after, key + ".")
+        else:
+            changes[key] = f"{key}: {before!r} -> {after!r}"
+    return changes

@@ -86,10 +86,9 @@ def fit(
             which returns the value to minimise, a float32 scalar, and a dict of metrics.
         optimizer: an optax optimizer that replaces config.optimizer and config.schedule, and does its own
             clipping, weight decay and learning rate. config.policy.learning_rate still scales its updates.
-        towers: modules by side, "image" or "text", of a subclass of lit_jax.models.tower.Tower, which
-            replace the towers in the folders of config.model; the folders still provide the processors. A
-            pretrained tower is a pair (module, parameters). Such a model cannot be exported, and only
-            `lit_jax.load_run` with the same towers reads it.
+        towers: modules by side, "image" or "text", of a subclass of lit_jax.models.tower.Tower; the folders
+            of config.model still provide the processors. A pretrained tower is a pair (module, parameters).
+            Such a model cannot be exported, and only `lit_jax.load_run` with the same towers reads it.
         callbacks: pairs of a duration such as "1000 steps" and a function that is called with the
             `TrainedModel` after every such number of steps, on all processes. The result of a call, a dict of
             numbers or None, is reported with the metrics. If the run stops between a checkpoint and a call,

@@ -25,7 +25,7 @@ from lit_jax import __version__
 from lit_jax.bucket_copies import temporary_copy, written_locally
 from lit_jax.buckets import AnyPath, remove_folder
 from lit_jax.config import TEACHER, Config, MeshConfig, Side, parse
-from lit_jax.config_schema import RENAMED
+from lit_jax.config_schema import RENAMED, changed_keys
 from lit_jax.data.image_processor import load_processor
 from lit_jax.data.text import check_saved, save_tokenizer
 from lit_jax.distributed.mesh import make_mesh
@@ -384,21 +384,3 @@ def save_config(workdir: AnyPath, config: Config, passed: Mapping[str, Any]) -> 
         header = {"format": FORMAT, "version": __version__}
         header |= {"passed": passed} if passed else {}
         write_json(workdir / "config.json", header | dataclasses.asdict(config))
-
-
-def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, str]:
-    """Return the differing keys that change the result, as dotted key -> "key: old -> new"."""
-    changes = {}
-    for field in dataclasses.fields(old):
-        # An optimizer of another name may lack the field; then the name says what differs.
-        if not hasattr(new, field.name):
-            continue
-        key, before, after = prefix + field.name, getattr(old, field.name), getattr(new, field.name)
-        # A resumed run may change keys that do not affect the result, such as those of the log.
-        if not field.metadata.get("changes_result", True) or before == after:
-            continue
-        if dataclasses.is_dataclass(before):
-            changes |= changed_keys(before, after, key + ".")
-        else:
-            changes[key] = f"{key}: {before!r} -> {after!r}"
-    return changes
