@@ -31,6 +31,8 @@ _CLIENTS = {
     ),
     "s3": ("s3fs", "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION"),
 }
+# The error of S3 if the clock of a request is more than 15 minutes off.
+_CLOCK = "RequestTimeTooSkewed"
 # Fields of TensorStore's spec -> the environment variables of other clients of S3.
 _S3_VARIABLES = {
     "endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
@@ -317,9 +319,11 @@ def check_access(folder: AnyPath | None) -> None:
         # Each library has exceptions of its own.
         except Exception as error:
             reason = _reason(error)
+            remedy = f"{_CLIENTS[scheme][1]}, for an account that may do all three"
+            if _CLOCK in str(error):
+                remedy = "set the clock of this machine"
             raise UserError(
-                f"{folder}: {library} cannot write, read and remove objects there ({reason}); "
-                f"{_CLIENTS[scheme][1]}, for an account that may do all three."
+                f"{folder}: {library} cannot write, read and remove objects there ({reason}); {remedy}."
             ) from error
 
 

@@ -119,6 +119,14 @@ def test_a_second_client_without_credentials_is_found_before_it_is_needed(store)
     assert "TensorStore cannot write" in found
 
 
+def test_a_clock_that_the_store_refuses_is_not_a_matter_of_credentials(store):
+    with store.faults(errors=1.0, status=403, reason="RequestTimeTooSkewed"):
+        (found,) = run(CHECK, "s3://bucket/run", env=store.environment)
+    assert "RequestTimeTooSkewed" in found
+    assert "clock" in found
+    assert "AWS_" not in found
+
+
 USE = r"""
 import sys
 from pathlib import Path

@@ -80,10 +80,10 @@ def reason(error: Exception) -> str:
 
 # Log messages that repeat an error that is raised anyway: Orbax logs in each thread that the error of a write
 # passes through, asyncio logs for each write under way, gcsfs logs what it raises. Orbax also logs a SIGTERM
-# in every process.
+# in every process. A future that gathers writes does not have Orbax's name, but its error names OCDBT.
 _NO_NEWS = re.compile(
     r"_SignalingThread\.run\(\) raised|in background save thread|Save Finalize thread"
-    r"|(never retrieved|destroyed but it is pending).*orbax"
+    r"|(never retrieved|destroyed but it is pending).*(orbax|OCDBT)"
     r"|Reached preemption sync point"
     r"|out of retries on exception|non-retriable exception"
 )

@@ -23,6 +23,7 @@ _REASONS = {
     403: "AccessDenied",
     404: "NoSuchKey",
     412: "PreconditionFailed",
+    429: "TooManyRequests",
     501: "NotImplemented",
     503: "SlowDown",
 }

@@ -10,7 +10,13 @@ from urllib.parse import unquote
 from tests.object_store.objects import Object, Objects, PreconditionFailed, Reply, Request, send
 
 _PAGE = 1000
-_REASONS = {401: "authError", 403: "forbidden", 404: "notFound", 412: "conditionNotMet"}
+_REASONS = {
+    401: "authError",
+    403: "forbidden",
+    404: "notFound",
+    412: "conditionNotMet",
+    429: "rateLimitExceeded",
+}
 _MESSAGES = {401: "Invalid Credentials", 404: "No such object", 412: "A precondition did not hold."}
 
 

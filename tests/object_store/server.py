@@ -30,8 +30,10 @@ class Faults:
     """Faults of requests whose address contains `where`; shares lie between 0 and 1.
 
     Attributes:
-        errors: the share of requests that are answered 503 and change nothing.
-        lost: the share of requests that take effect and are answered 503.
+        errors: the share of requests that are answered `status` and change nothing.
+        lost: the share of requests that take effect and are answered `status`.
+        status: the status of errors.
+        reason: the code of errors of S3; '' is that of the status.
         cut: the share of uploads whose connection ends in the middle of the body.
         broken: the share of downloads whose connection ends in the middle of the content.
         delay: the longest time in seconds before an answer.
@@ -42,6 +44,8 @@ class Faults:
     where: str = ""
     errors: float = 0.0
     lost: float = 0.0
+    status: int = 503
+    reason: str = ""
     cut: float = 0.0
     broken: float = 0.0
     delay: float = 0.0
@@ -102,9 +106,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         refusal = self._refusal(address.path, is_faulty)
         reply = refusal or self._answer(request)
         if is_faulty and not refusal and state.happens(faults.lost):
-            reply = dataclasses.replace(
-                self._refused(503), written=reply.written, deleted=reply.deleted
-            )
+            refused = self._refused(faults.status, faults.reason)
+            reply = dataclasses.replace(refused, written=reply.written, deleted=reply.deleted)
         is_broken = is_faulty and not refusal and state.happens(faults.broken)
         self._note(address.path, reply)
         self._send(reply, is_broken=is_broken and reply.is_content)
@@ -115,10 +118,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _is_google(self) -> bool:
         return any(part in self.path[:20] for part in ("/storage/v1", "/upload/"))
 
-    def _refused(self, status: int) -> Reply:
+    def _refused(self, status: int, reason: str = "") -> Reply:
         if self._is_google:
             return google.refused(status)
-        return amazon.refused(403, "ExpiredToken") if status == 401 else amazon.refused(status)
+        return (
+            amazon.refused(403, "ExpiredToken") if status == 401 else amazon.refused(status, reason)
+        )
 
     def _refusal(self, path: str, is_faulty: bool) -> Reply | None:
         """Return the reply to a request that does not reach the objects."""
@@ -127,7 +132,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.state.faults.is_expired:
             return self._refused(401)
         if self.state.happens(self.state.faults.errors):
-            return self._refused(503)
+            return self._refused(self.state.faults.status, self.state.faults.reason)
         bucket = path.partition("/b/")[2] if self._is_google else path[1:]
         bucket = bucket.partition("/")[0]
         if bucket not in (BUCKET, READONLY):
