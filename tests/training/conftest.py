@@ -15,16 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 
 from lit_jax.config import parse
 from lit_jax.configs.vit_bert import get_config
 from lit_jax.distributed.mesh import make_mesh
 from lit_jax.distributed.preemption import StopSignal
 from lit_jax.models.families import build_tower
+from lit_jax.precomputed import format as data_embeddings
 from lit_jax.training import train_step, trainer
 from lit_jax.weights.save import save_tower
 from tests.digits import make_digits
 from tests.object_store.served import serve
+from tests.training.embedded_pairs import BAD, EXAMPLES, WITHOUT_CAPTION, on_devices
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo"
@@ -206,3 +209,31 @@ def store(tmp_path):
     with serve(tmp_path / "bucket") as served:
         served.folder.mkdir()
         yield served
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pairs: a bad image, an example whose captions are blank, and others with one to three."""
+    root = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(EXAMPLES):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(root / f"{i}.png")
+        captions = [f"the number {word}" for word in ("two", "three", "forty")[: 1 + i % 3]]
+        captions = [" "] if i == WITHOUT_CAPTION else [*captions, " "]
+        lines.append(json.dumps({"image": f"{i}.png", "captions": captions}) + "\n")
+    (root / f"{BAD}.png").write_bytes(b"no image")
+    (root / "captions.jsonl").write_text("".join(lines))
+    return root
+
+
+@pytest.fixture
+def make(tiny, folder, monkeypatch):
+    """A config of the pairs; everything runs on one device, and a shard has seven examples."""
+    monkeypatch.setattr(data_embeddings, "LEAST_SHARD", 7)
+    on_devices(monkeypatch, 1)
+    path = str(folder)
+    return lambda **changes: tiny(
+        **{"data.train.path": path, "data.train.split": None, "data.max_bad_fraction": 1.0}
+        | changes
+    )

@@ -25,8 +25,6 @@ LIES = {
     4: {FC1: P(None, None, "fsdp"), QUERY: P(None, "fsdp", None), WORDS: P(None, "fsdp")},
     8: {FC1: P(None, None, "fsdp"), QUERY: P(), WORDS: P()},
 }
-
-
 ADAFACTOR = {"optimizer.name": "adafactor", "optimizer.momentum_dtype": "float32"}
 
 

@@ -1,29 +1,16 @@
 """The tower's outputs on disk: whole, the same on any devices, and as good as the tower itself."""
 
-import functools
-import json
 import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
-import uuid
-from pathlib import Path
 
 import jax
 import numpy as np
-import portpicker
 import pytest
-from PIL import Image
 
-from lit_jax import embed as command
-from lit_jax.cli import BAD_INPUT, PREEMPTED
-from lit_jax.distributed.mesh import make_mesh
 from lit_jax.embed import embed
 from lit_jax.errors import Preempted, UserError
-from lit_jax.precomputed import format as data_embeddings
-from lit_jax.precomputed import tower, write
+from lit_jax.precomputed import write
 from lit_jax.precomputed.format import MANIFEST, Embeddings
 from lit_jax.training import train_step, trainer
 from lit_jax.training.metrics import read_metrics
@@ -31,61 +18,16 @@ from lit_jax.training.model_factory import first_parameters
 from lit_jax.training.workdir import load_run
 from lit_jax.trees import flatten
 from tests.object_store.served import BUCKET, serve
-from tests.training.commands import finish, wait_until
 from tests.training.conftest import stop_after
+from tests.training.embedded_pairs import BAD, EXAMPLES, WITHOUT_CAPTION, content, on_devices
 
-ROOT = Path(__file__).parents[2]
-EXAMPLES = 40
-BAD = 7  # its image is no image
-WITHOUT_CAPTION = 11
-SHARD = "shard-00001-of-00006.array_record"
 AUGMENTED = {"data.flip": True, "data.crop_min_area": 0.3}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Pairs: a bad image, an example whose captions are blank, and others with one to three."""
-    root = tmp_path_factory.mktemp("pairs")
-    rng = np.random.default_rng(0)
-    lines = []
-    for i in range(EXAMPLES):
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(root / f"{i}.png")
-        captions = [f"the number {word}" for word in ("two", "three", "forty")[: 1 + i % 3]]
-        captions = [" "] if i == WITHOUT_CAPTION else [*captions, " "]
-        lines.append(json.dumps({"image": f"{i}.png", "captions": captions}) + "\n")
-    (root / f"{BAD}.png").write_bytes(b"no image")
-    (root / "captions.jsonl").write_text("".join(lines))
-    return root
-
-
-@pytest.fixture
-def make(tiny, folder, monkeypatch):
-    """A config of the pairs; everything runs on one device, and a shard has seven examples."""
-    monkeypatch.setattr(data_embeddings, "LEAST_SHARD", 7)
-    on_devices(monkeypatch, 1)
-    path = str(folder)
-    return lambda **changes: tiny(
-        **{"data.train.path": path, "data.train.split": None, "data.max_bad_fraction": 1.0}
-        | changes
-    )
-
-
-def on_devices(monkeypatch, count):
-    monkeypatch.setattr(
-        command, "make_mesh", lambda config, devices: make_mesh(config, devices[:count])
-    )
-    some = functools.partial(make_mesh, devices=jax.devices()[:count])
-    monkeypatch.setattr(trainer, "make_mesh", some)
 
 
 def losses(config, workdir):
     """Of each step, with the norm of the gradient, which tells batches apart."""
     trainer.train(config, workdir)
     return [(row["loss"], row["grad_norm"]) for row in read_metrics(workdir)]
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_training_from_views_of_images_and_from_their_embeddings_is_the_same(
@@ -341,187 +283,3 @@ def test_a_run_goes_on_from_embeddings_and_from_images(make, cache, tmp_path, mo
             with pytest.raises(Preempted):
                 trainer.train(first, workdir)
         np.testing.assert_allclose(losses(second, workdir), expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--views=0"], "--views=0"),
-        (["--batch_size=0"], "--batch_size=0"),
-        (["--side=text", "--views=2"], "--views .*--side=text"),
-        (["--config.data.image_embedding=x"], "'image_embeddings'"),
-    ],
-)
-def test_bad_flags_are_refused_in_one_sentence(tmp_path, capsys, flags, message):
-    output = tmp_path / "cache"
-    code = command.main(["--config=configs/vit_bert.py", f"--output={output}", *flags])
-    assert code == BAD_INPUT
-    errors = capsys.readouterr().err
-    assert re.search(message, errors)
-    assert len(errors.splitlines()) == 1
-    assert not output.exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "side", "message"),
-    [
-        ({"data.views": 2}, "image", "config.data.views=2"),
-        ({"data.flip": True}, "image", r"--views=K"),
-        ({}, "text", "locked text tower"),
-        ({"policy.lock": "UU"}, "image", "config.policy.lock"),
-    ],
-)
-def test_a_config_that_cannot_be_embedded_is_refused(make, tmp_path, changes, side, message):
-    with pytest.raises(UserError, match=message):
-        embed(make(**changes), tmp_path / "cache", side)
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path, make):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=rf"{tmp_path} .*--output"):
-        embed(make(), tmp_path, "image")
-    assert content(tmp_path) == {"notes.txt": b"mine"}
-
-
-def test_a_damaged_note_of_what_was_started_is_named(make, tmp_path):
-    """The shards alone do not say of what they are."""
-    output = tmp_path / "cache"
-    embed(make(), output, "image", batch_size=8)
-    (output / "started.json").write_text('{"side": "ima')
-    whole = content(output)
-    with pytest.raises(UserError, match=r"started.json"):
-        embed(make(), output, "image", batch_size=8)
-    assert content(output) == whole
-
-
-ONE_NAME = uuid.UUID(int=0)
-
-
-@pytest.mark.parametrize(
-    "in_the_way", [MANIFEST, f".{SHARD}.{ONE_NAME.hex}.new"], ids=["manifest", "shard"]
-)
-def test_a_folder_that_cannot_be_written_is_named(make, tmp_path, monkeypatch, in_the_way):
-    """By another folder where a file should be; rights would not stop root."""
-    monkeypatch.setattr(uuid, "uuid4", lambda: ONE_NAME)
-    output = tmp_path / "cache"
-    embed(make(), output, "image", batch_size=8)
-    whole = content(output)
-    for name in (MANIFEST, SHARD):
-        (output / name).unlink()
-    (output / in_the_way).mkdir()
-    with pytest.raises(UserError) as raised:
-        embed(make(), output, "image", batch_size=8)
-    assert str(raised.value).startswith(f"{output} cannot be written (")
-    assert not (output / MANIFEST).is_file()
-    (output / in_the_way).rmdir()
-    embed(make(), output, "image", batch_size=8)
-    assert content(output) == whole
-
-
-def test_two_writers_of_one_shard_leave_one_whole(tmp_path):
-    """Of two commands, on two machines, perhaps of the same process number."""
-    with data_embeddings.ShardWriter(tmp_path / SHARD) as first:
-        first.add(np.ones((1, 4), np.float16))
-        with data_embeddings.ShardWriter(tmp_path / SHARD) as second:
-            second.add(np.ones((1, 4), np.float16))
-        whole = (tmp_path / SHARD).read_bytes()
-    assert content(tmp_path).keys() == {SHARD, f".{SHARD}.json"}
-    assert (tmp_path / SHARD).read_bytes() == whole
-
-
-def test_too_little_memory_on_the_device_is_not_the_folders_fault(make, tmp_path, monkeypatch):
-    def pool(*_):
-        return jax.numpy.zeros(1 << 46, np.uint8).block_until_ready()  # 64 TiB
-
-    output = tmp_path / "cache"
-    with monkeypatch.context() as patch:
-        patch.setattr(tower, "_outputs", pool)
-        with pytest.raises(UserError, match=r"8 .*--batch_size"):
-            embed(make(), output, "image", batch_size=8)
-    assert content(output).keys() == {"started.json"}
-    monkeypatch.setattr(tower, "_outputs", lambda *_: jax.numpy.zeros(3) + np.zeros(4))
-    with pytest.raises(TypeError, match="shapes"):  # other mistakes stay what they are
-        embed(make(), output, "image", batch_size=8)
-
-
-def start(module, *flags, devices=1, env=None):
-    return subprocess.Popen(
-        [sys.executable, "-m", f"lit_jax.{module}", "--config=configs/vit_bert.py", *flags],
-        cwd=ROOT,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def start_two(output):
-    address = f"localhost:{portpicker.pick_unused_port()}"
-    together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    return [
-        start("embed", f"--output={output}", devices=4, env=together | {"JAX_PROCESS_ID": index})
-        for index in ("0", "1")
-    ]
-
-
-def wait_for_shards(process, output, count):
-    wait_until(process, lambda: len(list(output.glob("shard*"))) >= count)
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """The demo's images, embedded by one process that nothing interrupted."""
-    output = tmp_path_factory.mktemp("demo") / "cache"
-    assert re.search(rf"\b10240 .*{output}", finish(start("embed", f"--output={output}"))[0])
-    return output
-
-
-@pytest.mark.long
-def test_killed_and_resumed_gives_the_same_bytes(demo, tmp_path):
-    output = tmp_path / "cache"
-    for signal_, code, shards in (
-        (signal.SIGKILL, -signal.SIGKILL, 1),
-        (signal.SIGTERM, PREEMPTED, 4),
-    ):
-        process = start("embed", f"--output={output}")
-        wait_for_shards(process, output, shards)
-        process.send_signal(signal_)
-        finish(process, code)
-        assert not (output / MANIFEST).exists()
-    finish(start("embed", f"--output={output}"))
-    assert content(output) == content(demo)
-
-
-@pytest.mark.long
-def test_two_processes_of_four_devices_embed_as_one_does(demo, tmp_path):
-    output = tmp_path / "cache"
-    processes = start_two(output)
-    wait_for_shards(processes[0], output, 1)
-    processes[1].send_signal(signal.SIGTERM)
-    for process in processes:
-        finish(process, PREEMPTED)
-    assert not (output / MANIFEST).exists()
-    for process in start_two(output):
-        finish(process)
-    ours, theirs = Embeddings(output), Embeddings(demo)
-    assert (ours.header, ours.counts) == (theirs.header, theirs.counts)
-    for index in range(len(ours)):
-        np.testing.assert_allclose(ours[index], theirs[index], atol=1e-6)
-
-
-@pytest.mark.long
-def test_the_demo_learns_the_same_from_embeddings(demo, tmp_path):
-    """Two hundred steps; the accuracies may differ by a few of 800 images whose margin is rounding."""
-    flags = ("--config.duration=200 steps", "--config.report=none")
-    results = {}
-    for name, more in (("images", ()), ("cache", (f"--config.data.image_embeddings={demo}",))):
-        workdir = tmp_path / name
-        finish(start("train", f"--workdir={workdir}", *flags, *more))
-        results[name] = json.loads((workdir / "results.json").read_text())
-        first = read_metrics(workdir)[0]["loss"]
-        results[name]["loss"] = first
-    assert results["cache"].keys() == results["images"].keys()
-    for name, value in results["images"].items():
-        assert abs(results["cache"][name] - value) < 0.02, name
-    assert results["cache"]["zero_shot/unseen16/top1"] > 0.5
