@@ -163,36 +163,23 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
 
     import jax
     import jax.numpy as jnp
-    import optax
 
-    from lit_jax.config import MeshConfig, ModelConfig, PolicyConfig, TowerConfig
+    from lit_jax.config import MeshConfig, PolicyConfig
     from lit_jax.distributed.mesh import make_mesh, replicated
-    from lit_jax.models.dual_encoder import FEATURES, build_dual_encoder
-    from lit_jax.optimizer_config import AdamW
     from lit_jax.training.losses import objective, softmax_loss
-    from lit_jax.training.optimizers import make_optimizer
     from lit_jax.training.policy import resolve_policy
     from lit_jax.training.train_step import State, jit_train_step, train_step
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     jax.set_mesh(mesh)
-    dtype: Any = settings.dtype
     lock: Any = settings.lock
-    config = ModelConfig(image=TowerConfig(pooling="cls"), projection_dim=PROJECTION, dtype=dtype)
-    vit, bert = (tower.to_dict() for tower in tower_configs(settings.size, settings.dropout))
-    module = build_dual_encoder(vit, bert, config).features_only()
-    batch = images_and_texts(settings)
-    if cached:
-        del batch["pixel_values"]
-        batch[FEATURES["image"]] = np.ones((settings.batch, vit["hidden_size"]), np.float32)
+    module, batch = _lit_jax_inputs(settings, cached=cached)
     batch = jax.device_put(batch, replicated(mesh))
     params = jax.jit(module.init)(jax.random.key(0), batch)["params"]
     policy = resolve_policy(PolicyConfig(lock=lock), params)
     trainable, frozen = policy.split(params)
-    frozen = jax.tree.map(lambda leaf: leaf.astype(dtype), frozen)
-    schedule = optax.constant_schedule(LEARNING_RATE)
-    optimizer_config = AdamW(clip_norm=CLIP_NORM, weight_decay=WEIGHT_DECAY)
-    optimizer = make_optimizer(optimizer_config, schedule, policy)
+    frozen = jax.tree.map(lambda leaf: leaf.astype(settings.dtype), frozen)
+    optimizer, schedule = _lit_jax_optimizer(policy)
     state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
     # Sharded as steps return it, or the second step compiles again.
     state = jax.device_put(state, replicated(mesh))
@@ -216,6 +203,33 @@ def lit_jax_step(settings: Settings, *, cached: bool = False) -> Step:
         jax.block_until_ready((state, metrics))
 
     return run
+
+
+def _lit_jax_inputs(settings: Settings, *, cached: bool) -> tuple[Any, dict[str, np.ndarray]]:
+    """Return our module and a batch, with the features of the image tower if `cached`."""
+    from lit_jax.config import ModelConfig, TowerConfig
+    from lit_jax.models.dual_encoder import FEATURES, build_dual_encoder
+
+    dtype: Any = settings.dtype
+    config = ModelConfig(image=TowerConfig(pooling="cls"), projection_dim=PROJECTION, dtype=dtype)
+    vit, bert = (tower.to_dict() for tower in tower_configs(settings.size, settings.dropout))
+    batch = images_and_texts(settings)
+    if cached:
+        del batch["pixel_values"]
+        batch[FEATURES["image"]] = np.ones((settings.batch, vit["hidden_size"]), np.float32)
+    return build_dual_encoder(vit, bert, config).features_only(), batch
+
+
+def _lit_jax_optimizer(policy: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Return our AdamW and its schedule."""
+    import optax
+
+    from lit_jax.optimizer_config import AdamW
+    from lit_jax.training.optimizers import make_optimizer
+
+    schedule = optax.constant_schedule(LEARNING_RATE)
+    config = AdamW(clip_norm=CLIP_NORM, weight_decay=WEIGHT_DECAY)
+    return make_optimizer(config, schedule, policy), schedule
 
 
 def torch_step(settings: Settings) -> Step:
@@ -259,21 +273,11 @@ def flax_step(settings: Settings) -> Step:
     """
     import jax
     import optax
-    import transformers
 
-    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
-        *tower_configs(settings.size, settings.dropout), projection_dim=PROJECTION
-    )
     batch = images_and_texts(settings)
-    ids, pixels = batch["input_ids"], batch["pixel_values"]
-    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    batch |= {"position_ids": positions, "token_type_ids": np.zeros_like(ids)}
-    model = transformers.FlaxVisionTextDualEncoderModel(
-        config, input_shape=((1, 1), (1, *pixels.shape[1:])), seed=0
-    )
-    module, trainable = model.module, dict(model.params)
-    # It would keep the first parameters in memory.
-    del model
+    positions = np.broadcast_to(np.arange(batch["input_ids"].shape[1]), batch["input_ids"].shape)
+    batch |= {"position_ids": positions, "token_type_ids": np.zeros_like(batch["input_ids"])}
+    module, trainable = _flax_model(settings, batch["pixel_values"].shape)
     frozen = {"vision_model": trainable.pop("vision_model")}
     optimizer = optax.chain(
         optax.clip_by_global_norm(CLIP_NORM),
@@ -305,6 +309,19 @@ def flax_step(settings: Settings) -> Step:
         trainable, opt_state, _ = jax.block_until_ready(step(trainable, opt_state, frozen, key))
 
     return run
+
+
+def _flax_model(settings: Settings, images: tuple[int, ...]) -> tuple[Any, dict[str, Any]]:
+    """Return the module and the parameters of the class in transformers; it would keep the first ones."""
+    import transformers
+
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+        *tower_configs(settings.size, settings.dropout), projection_dim=PROJECTION
+    )
+    model = transformers.FlaxVisionTextDualEncoderModel(
+        config, input_shape=((1, 1), (1, *images[1:])), seed=0
+    )
+    return model.module, dict(model.params)
 
 
 CONTENDERS: dict[str, Callable[[Settings], Step]] = {
