@@ -13,9 +13,8 @@ Dims: B global batch, D embedding, b rows of one device, T tiles of them, R rows
 """
 
 import functools
-import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lit_jax.distributed.mesh import BATCH, device_kind, has_bfloat16_units, mesh_shape, mesh_size
-from lit_jax.training.log_sums import LOWEST, LogSum, Normaliser
+from lit_jax.training.log_sums import LOWEST, LogSum, Normaliser, add_sums, initial_sums
 
 Embeddings = Float[Array, "B D"]
 Scalar = Float[Array, ""]
@@ -119,6 +118,23 @@ _Tiles = tuple[_Rows, ...]
 # The sums over the blocks that a row of images or texts has been part of so far: a tree of LogSum and arrays.
 _Carry = Any
 
+# The contributions of an iteration to the carry of each tile of images, and to that of each tile of texts.
+_Contributions = tuple[Sequence[Sequence[_Carry]], Sequence[Sequence[_Carry]]]
+_BlockFunction = Callable[[_Tiles, _Tiles], _Contributions]
+
+
+def _of_pairs(pair_fn: Callable[[_Rows, _Rows], tuple[_Carry, _Carry]]) -> _BlockFunction:
+    """Return the function of an iteration whose pairs of an image and a text tile contribute one by one."""
+
+    def block_fn(images: _Tiles, texts: _Tiles) -> _Contributions:
+        pairs = [[pair_fn(image, text) for text in texts] for image in images]
+        to_images = [[to_image for to_image, _ in row] for row in pairs]
+        return to_images, [
+            [to_text for _, to_text in column] for column in zip(*pairs, strict=True)
+        ]
+
+    return block_fn
+
 
 def _softmax(
     zimg_BxD: Embeddings,
@@ -136,12 +152,19 @@ def _softmax(
         # The exponential of LOWEST is 0, so padding adds nothing to a sum.
         return _where_real(image, text, logits_RxR, LOWEST)
 
-    def sums_of(image: _Rows, text: _Rows) -> tuple[_Carry, _Carry]:
-        logits_RxR = logits_of(image, text)
-        target_R = jnp.where(_is_pair(image, text), logits_RxR, 0.0).sum(1)
-        return (LogSum.over_axis(logits_RxR, axis=1), target_R), LogSum.over_axis(
-            logits_RxR, axis=0
+    def sums_of(images: _Tiles, texts: _Tiles) -> _Contributions:
+        logits = [[logits_of(image, text) for text in texts] for image in images]
+        targets = (
+            sum(
+                jnp.where(_is_pair(image, text), logits_RxR, 0.0).sum(1)
+                for text, logits_RxR in zip(texts, row, strict=True)
+            )
+            for image, row in zip(images, logits, strict=True)
         )
+        by_image = (LogSum.over_axis(row, axis=1) for row in logits)
+        by_text = (LogSum.over_axis(column, axis=0) for column in zip(*logits, strict=True))
+        to_images = [[contribution] for contribution in zip(by_image, targets, strict=True)]
+        return to_images, [[contribution] for contribution in by_text]
 
     def gradients_of(image: _Rows, text: _Rows) -> tuple[_Carry, _Carry]:
         logits_RxR = logits_of(image, text)
@@ -160,7 +183,7 @@ def _softmax(
     (image_sum, target_B), text_sum = _ring(sums_of, images, texts, slices)
     images = images._replace(normaliser=image_sum.normaliser())
     texts = texts._replace(normaliser=text_sum.normaliser())
-    gimg_BxD, gtxt_BxD = _ring(gradients_of, images, texts, slices)
+    gimg_BxD, gtxt_BxD = _ring(_of_pairs(gradients_of), images, texts, slices)
     losses_B = (image_sum.minus(target_B) + text_sum.minus(target_B)) / 2
     if label_smoothing:
         # The mean of all logits is the logit of the mean image and the mean text, by linearity.
@@ -195,7 +218,7 @@ def _sigmoid(
         return (gimg_RxD, losses_RxR.sum(1), gradient_RxR.sum(1)), gtxt_RxD
 
     images, texts = _rows(zimg_BxD), _rows(ztxt_BxD)
-    (gimg_BxD, losses_B, gbias_B), gtxt_BxD = _ring(gradients_of, images, texts, slices)
+    (gimg_BxD, losses_B, gbias_B), gtxt_BxD = _ring(_of_pairs(gradients_of), images, texts, slices)
     gimg_BxD, gtxt_BxD = gimg_BxD * (scale / count), gtxt_BxD * (scale / count)
     # The scale's gradient as in `_softmax`: a bias on the logits does not change their derivative by it.
     gradients = gimg_BxD, gtxt_BxD, (zimg_BxD * gimg_BxD).sum(), gbias_B.mean()
@@ -220,7 +243,7 @@ def _where_real(
 
 
 def _ring(
-    block_fn: Callable[[_Rows, _Rows], tuple[_Carry, _Carry]],
+    block_fn: _BlockFunction,
     images: _Rows,
     texts: _Rows,
     slices: int,
@@ -228,7 +251,7 @@ def _ring(
     """Return the carry of every image over all texts, and of every text over all images; leaves are B....
 
     Args:
-        block_fn: returns the contributions of a tile of images and a tile of texts to each other's carries.
+        block_fn: returns the contributions of the tiles of a turn to each other's carries.
         slices: the number of slices of the mesh. Slices are equally large and follow each other in the order
             of the devices.
     """
@@ -244,7 +267,7 @@ def _ring(
 
 
 def _ring_on_device(
-    block_fn: Callable[[_Rows, _Rows], tuple[_Carry, _Carry]],
+    block_fn: _BlockFunction,
     images: _Rows,
     texts: _Rows,
     *,
@@ -255,21 +278,20 @@ def _ring_on_device(
     rows = len(images.number)
     image_tiles, text_tiles = _tiles(images), _tiles(texts)
     iterations = len(text_tiles[0].number)
-    tile = jax.tree.map(lambda x: x[0], (image_tiles[0], text_tiles[0]))
+    first_tiles = jax.tree.map(lambda x: x[0], (image_tiles, text_tiles))
     initial_image, initial_text = (
-        (_initial_carry(like),) * len(text_tiles) for like in jax.eval_shape(block_fn, *tile)
+        tuple(initial_sums(of_tile[0]) for of_tile in contributions)
+        for contributions in jax.eval_shape(block_fn, *first_tiles)
     )
 
     def text_iteration(image_carry: _Carry, texts: _Tiles) -> tuple[_Carry, _Carry]:
         def image_iteration(text_carry: _Carry, image: tuple[_Tiles, _Carry]) -> tuple:
-            to_texts, to_images = list(text_carry), list(image[1])
-            for (t, text), (i, tile) in itertools.product(enumerate(texts), enumerate(image[0])):
-                to_image, to_text = block_fn(tile, text)
-                # Behind a barrier, each product is added to the sum as it is computed. The TPU compiler would
-                # otherwise add three arrays at once, which takes longer than the product.
-                to_texts[t] = _add(to_texts[t], to_text)
-                to_images[i] = jax.lax.optimization_barrier(_add(to_images[i], to_image))
-            return tuple(to_texts), tuple(to_images)
+            images, image_carry = image
+            to_images, to_texts = block_fn(images, texts)
+            return (
+                _add_each(add_sums, text_carry, to_texts),
+                _add_each(_add_in_order, image_carry, to_images),
+            )
 
         text_carry, image_carry = jax.lax.scan(
             image_iteration, initial_text, (image_tiles, image_carry)
@@ -292,6 +314,20 @@ def _ring_on_device(
     carries = over_slices(_stack(initial_image, iterations), text_tiles)
     of_images, of_texts = (_whole(carry, rows) for carry in carries)
     return of_images, of_texts
+
+
+def _add_each(
+    add: Callable[[_Carry, _Carry], _Carry], carries: _Carry, to_tiles: Sequence[Sequence[_Carry]]
+) -> _Carry:
+    """Return the carry of each tile of an iteration with its contributions added one after another."""
+    pairs = zip(carries, to_tiles, strict=True)
+    return tuple(functools.reduce(add, to_tile, carry) for carry, to_tile in pairs)
+
+
+def _add_in_order(a: _Carry, b: _Carry) -> _Carry:
+    # Behind a barrier, each product is added to the sum as it is computed. The TPU compiler would otherwise
+    # add three arrays at once, which takes longer than the product.
+    return jax.lax.optimization_barrier(add_sums(a, b))
 
 
 def _tiles_per_iteration() -> int:
@@ -327,7 +363,7 @@ def _ring_of(
         # them there would be three kinds of step to compile.
         text_carry, next_texts = pass_on(text_carry), pass_on(texts)
         image_carry, to_texts = step_fn(image_carry, texts)
-        return (next_texts, image_carry, _add(text_carry, to_texts)), None
+        return (next_texts, image_carry, add_sums(text_carry, to_texts)), None
 
     def ring(image_carry: _Carry, texts: _Tiles) -> tuple[_Carry, _Carry]:
         start = texts, image_carry, initial_texts
@@ -364,22 +400,3 @@ def _whole(tiles: _Carry, rows: int) -> _Carry:
 
 def _stack(tree: _Carry, count: int) -> _Carry:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), tree)
-
-
-def _is_sum(node: Any) -> bool:
-    return isinstance(node, LogSum)
-
-
-def _initial_carry(like: _Carry) -> _Carry:
-    """Return the carry of rows before their first block, shaped like `like`."""
-
-    def empty(node: Any) -> Any:
-        if _is_sum(node):
-            return LogSum(jnp.full_like(node.largest, LOWEST), jnp.zeros_like(node.relative))
-        return jnp.zeros_like(node)
-
-    return jax.tree.map(empty, like, is_leaf=_is_sum)
-
-
-def _add(a: _Carry, b: _Carry) -> _Carry:
-    return jax.tree.map(lambda x, y: x.plus(y) if _is_sum(x) else x + y, a, b, is_leaf=_is_sum)

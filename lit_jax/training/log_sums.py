@@ -3,8 +3,11 @@
 Dims: R rows of a tile.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -22,10 +25,13 @@ class LogSum(NamedTuple):
     relative: Float[Array, " R"]
 
     @classmethod
-    def over_axis(cls, logits_RxR: Float[Array, "R R"], axis: int) -> "LogSum":
-        """Return the log-sum of the logits along an axis."""
-        largest = logits_RxR.max(axis, keepdims=True)
-        return cls(largest.squeeze(axis), jnp.exp(logits_RxR - largest).sum(axis))
+    def over_axis(cls, tiles: Sequence[Float[Array, "R R"]], axis: int) -> "LogSum":
+        """Return the log-sum of the logits along an axis, over all tiles."""
+        # With one largest logit for several tiles, the TPU compiler reads all of them in one pass.
+        largest_R = functools.reduce(jnp.maximum, (tile.max(axis) for tile in tiles))
+        largest = jnp.expand_dims(largest_R, axis)
+        relative = (jnp.exp(tile - largest).sum(axis) for tile in tiles)
+        return cls(largest_R, functools.reduce(jnp.add, relative))
 
     def plus(self, other: "LogSum") -> "LogSum":
         """Return the log-sum of both sets of logits."""
@@ -54,3 +60,23 @@ class Normaliser(NamedTuple):
         """Return the softmax probabilities along `axis`."""
         largest, inverse = (jnp.expand_dims(x, axis) for x in self)
         return jnp.exp(logits_RxR - largest) * inverse
+
+
+def _is_sum(node: Any) -> bool:
+    return isinstance(node, LogSum)
+
+
+def initial_sums(like: Any) -> Any:
+    """Return the sums over no tile as a tree of LogSum and arrays, shaped like `like`."""
+
+    def empty(node: Any) -> Any:
+        if _is_sum(node):
+            return LogSum(jnp.full_like(node.largest, LOWEST), jnp.zeros_like(node.relative))
+        return jnp.zeros_like(node)
+
+    return jax.tree.map(empty, like, is_leaf=_is_sum)
+
+
+def add_sums(a: Any, b: Any) -> Any:
+    """Return the sums of both trees of LogSum and arrays."""
+    return jax.tree.map(lambda x, y: x.plus(y) if _is_sum(x) else x + y, a, b, is_leaf=_is_sum)

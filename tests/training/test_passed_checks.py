@@ -15,6 +15,7 @@ from lit_jax.errors import UserError
 from lit_jax.training.passed_checks import (
     callback_result,
     check_arguments,
+    check_objects,
     checked_loss,
     checked_optimizer,
 )
@@ -43,6 +44,11 @@ ARGUMENTS = {
 class Loss:
     def __call__(self, output, batch):
         return loss(output, batch)
+
+
+def check(*, config, workdir, allowed_changes, **objects):
+    check_arguments(config, workdir, allowed_changes)
+    check_objects(**objects)
 
 
 @pytest.mark.parametrize(
@@ -75,11 +81,11 @@ class Loss:
 )
 def test_an_object_of_another_kind_is_refused(passed, named):
     with pytest.raises(UserError, match=named):
-        check_arguments(**ARGUMENTS | passed)
+        check(**ARGUMENTS | passed)
 
 
 def test_fit_checks_its_arguments_before_it_writes(tmp_path):
-    check_arguments(**ARGUMENTS)
+    check(**ARGUMENTS)
     with pytest.raises(UserError, match=r"functools.partial"):
         lit_jax.fit(vit_bert.get_config(), tmp_path / "run", loss=of_one)
     assert not (tmp_path / "run").exists()
