@@ -243,15 +243,12 @@ def _where_real(
 
 
 def _ring(
-    block_fn: _BlockFunction,
-    images: _Rows,
-    texts: _Rows,
-    slices: int,
+    block_fn: _BlockFunction, images: _Rows, texts: _Rows, slices: int
 ) -> tuple[_Carry, _Carry]:
     """Return the carry of every image over all texts, and of every text over all images; leaves are B....
 
     Args:
-        block_fn: returns the contributions of the tiles of a turn to each other's carries.
+        block_fn: returns the contributions of the tiles of an iteration to each other's carries.
         slices: the number of slices of the mesh. Slices are equally large and follow each other in the order
             of the devices.
     """
