@@ -65,6 +65,32 @@ def test_killed_while_the_store_fails_it_ends_as_on_a_local_disk(command, store,
     assert evaluated(folder) == evaluated(whole)
 
 
+@pytest.mark.parametrize("status", [429, 500])
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_store_that_asks_for_patience_ends_no_run(command, store, whole, scheme, status):
+    address, folder = f"{scheme}://bucket/runs/one", store.folder / "runs" / "one"
+    with store.faults(errors=0.02, status=status, where="runs"):
+        finish(command(address, EVALUATED, env=store.environment))
+    assert any(entry["status"] == status for entry in store.log())
+    assert_same_end(folder, whole)
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_requests_that_are_refused_in_the_middle_leave_a_run_that_goes_on_bit_for_bit(
+    command, store, whole, scheme
+):
+    address, folder = f"{scheme}://bucket/runs/one", store.folder / "runs" / "one"
+    process = command(address, EVALUATED, env=store.environment)
+    wait_until(process, lambda: saved_steps(folder))
+    # As after a clock that is off, or of credentials that may no longer write.
+    with store.faults(errors=1.0, status=403, reason="RequestTimeTooSkewed"):
+        _, errors = finish(process, BAD_INPUT)
+    assert "Traceback" not in errors
+    assert len([line for line in errors.splitlines() if line.startswith("error: ")]) == 1
+    finish(command(address, EVALUATED, env=store.environment))
+    assert_same_end(folder, whole)
+
+
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_credentials_that_expire_end_a_run_in_one_sentence(command, store, scheme):
     address, folder = f"{scheme}://bucket/runs/one", store.folder / "runs" / "one"

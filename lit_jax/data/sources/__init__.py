@@ -189,9 +189,12 @@ def _find(config: SourceConfig, text_only: bool, labelled: bool) -> Source:
         raise UserError(str(error)) from error
     # There is no permission, no network, or no credentials.
     except OSError as error:
-        raise UserError(
-            f"{config.path!r} cannot be read ({error}); check the path, the permissions and the network."
-        ) from error
+        # Google's client appends all that it knows, which fills a page.
+        reason = str(error).partition(" error_info=")[0][:400]
+        remedy = (
+            "its address, credentials and network" if "://" in config.path else "its permissions"
+        )
+        raise UserError(f"{config.path!r} cannot be read ({reason}); check {remedy}.") from error
     if places and all(isinstance(place, Path) and not place.exists() for place in places):
         raise UserError(f"There is no file or folder {config.path!r}; give the path of a data set.")
     found = _listed(places[0], config) if len(places) == 1 and places[0].is_dir() else places
