@@ -13,6 +13,8 @@ import absl.logging
 from lit_jax.credentials import hide_keys
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# The most characters of an error in a message.
+_LONGEST_REASON = 400
 # The white space among the control characters, and Unicode's two separators that also end a line.
 _SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"
 # Control characters, and two code points that XML, and so SVG, does not allow, apart from surrogates.
@@ -37,6 +39,11 @@ def printable(text: str) -> str:
     change the direction of writing.
     """
     return valid_unicode(text).translate(_TABLE)
+
+
+def without_details(reason: object) -> str:
+    """Return the text of an error without the details that Google's client appends, which fill a page."""
+    return str(reason).partition(" error_info=")[0][:_LONGEST_REASON]
 
 
 class Stream:

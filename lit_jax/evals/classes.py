@@ -13,6 +13,7 @@ from lit_jax.config import EvalConfig, SourceConfig
 from lit_jax.config_schema import nearest
 from lit_jax.data.files import AddressError, File, check_text, locate, read_whole
 from lit_jax.data.listing import expand
+from lit_jax.display import without_details
 from lit_jax.errors import UserError
 from lit_jax.files import parse_json
 
@@ -189,7 +190,7 @@ def _lines(file: File) -> list[str]:
     except (OSError, AddressError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise UserError(
-            f"The class file {file} cannot be read ({reason}); check its path."
+            f"The class file {file} cannot be read ({without_details(reason)}); check its path."
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(

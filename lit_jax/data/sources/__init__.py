@@ -34,6 +34,7 @@ from lit_jax.data.sources.pairs import is_img2dataset_log, open_pairs
 from lit_jax.data.sources.records import MANIFEST, RecordSource
 from lit_jax.data.sources.tars import TarSource
 from lit_jax.data.sources.tfds import TfdsSource
+from lit_jax.display import without_details
 from lit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -189,8 +190,7 @@ def _find(config: SourceConfig, text_only: bool, labelled: bool) -> Source:
         raise UserError(str(error)) from error
     # There is no permission, no network, or no credentials.
     except OSError as error:
-        # Google's client appends all that it knows, which fills a page.
-        reason = str(error).partition(" error_info=")[0][:400]
+        reason = without_details(error)
         remedy = (
             "its address, credentials and network" if "://" in config.path else "its permissions"
         )
