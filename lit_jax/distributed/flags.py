@@ -47,6 +47,23 @@ def set_flags(environment: MutableMapping[str, str] = os.environ) -> None:
         environment[variable] = " ".join([*own.split(), *added])
 
 
+# Options of the compiled train step by kind of device, because `set_flags` runs before the devices are known.
+_STEP_OPTIONS = {
+    # In this part of the memory on chip, the compiler keeps the values of 32 images of a ViT-B/16 (see
+    # IMAGES_OF_KIND in models/chunks.py). On v5e the step would take longer.
+    "TPU v6 lite": {"xla_tpu_scoped_vmem_limit_kib": "65536"},
+}
+
+
+def step_options(
+    device_kind: str, environment: MutableMapping[str, str] = os.environ
+) -> dict[str, str]:
+    """Return the compiler options of the train step, without those that the user has set as flags."""
+    own = environment.get("LIBTPU_INIT_ARGS", "")
+    options = _STEP_OPTIONS.get(device_kind, {})
+    return {name: value for name, value in options.items() if name not in own}
+
+
 # (required value, reason) of each JAX setting that would otherwise change what a run computes. The config
 # does not record these settings, so a run with another value could not be repeated.
 _FIXED: dict[str, tuple[Any, str]] = {

@@ -16,6 +16,7 @@ import optax
 from lit_jax.config import Side
 from lit_jax.data.example import Example
 from lit_jax.data.loader import Preprocessor, make_preprocessor
+from lit_jax.distributed.flags import step_options
 from lit_jax.distributed.flops import matmul_flops
 from lit_jax.distributed.mesh import batch_sharding, group_by_slice, replicated
 from lit_jax.distributed.sharding import optimizer_shardings
@@ -241,18 +242,26 @@ class TrainStep:
             seed=config.seed,
             logit_scale_max=config.model.logit_scale_max,
         )
-        return jit_train_step(step, shardings_of(self.abstract_state()))
+        options = step_options(self.model.mesh.devices.flat[0].device_kind)
+        return jit_train_step(step, shardings_of(self.abstract_state()), options)
 
 
 def jit_train_step(
-    step: Callable[[State, Tree, Batch], tuple[State, Metrics]], state_shardings: State
+    step: Callable[[State, Tree, Batch], tuple[State, Metrics]],
+    state_shardings: State,
+    compiler_options: dict[str, str] | None = None,
 ) -> jax.stages.Wrapped:
     """Return the jitted step; this function is the only place that compiles the step.
 
     The new state reuses the buffers of the old state (donation) and keeps its shardings. The inputs carry
     their own shardings.
     """
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(state_shardings, None),
+        compiler_options=compiler_options,
+    )
 
 
 def shardings_of(tree: Any) -> Any:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lit_jax.distributed.flags import FLAGS, set_flags
+from lit_jax.distributed.flags import FLAGS, set_flags, step_options
 
 
 def test_the_users_own_settings_win_flag_by_flag():
@@ -40,6 +40,13 @@ def start(program, **environment):
     )
 
 
+def test_options_of_the_step_leave_a_flag_of_the_user_alone():
+    name = "xla_tpu_scoped_vmem_limit_kib"
+    assert step_options("TPU v5 lite", {}) == step_options("cpu", {}) == {}
+    assert step_options("TPU v6 lite", {"LIBTPU_INIT_ARGS": "--other=1"}).keys() == {name}
+    assert step_options("TPU v6 lite", {"LIBTPU_INIT_ARGS": f"--{name}=49152"}) == {}
+
+
 CPU = "import jax; jax.jit(lambda x: x)(1)"
 
 
@@ -54,10 +61,13 @@ def test_xla_knows_its_flags():
 TPU = """
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
-topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+topology = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x2")
+from lit_jax.distributed.flags import step_options
+options = step_options(topology.devices[0].device_kind, {})
+assert options
 sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
 x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=sharding)
-jax.jit(jnp.sin).lower(x).compile()
+jax.jit(jnp.sin, compiler_options=options).lower(x).compile()
 """
 
 

@@ -39,6 +39,14 @@ def test_chunks_are_equal_and_neither_large_nor_tiny(monkeypatch, rows, count):
         assert chunk_count(8 * rows) == 1
 
 
+def test_chunks_on_v6e_are_half_as_large(monkeypatch):
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        for kind, count in (("TPU v5 lite", 2), ("TPU v6 lite", 4)):
+            monkeypatch.setattr(ops, "device_kind", lambda kind=kind: kind)
+            monkeypatch.setattr(chunks, "device_kind", lambda kind=kind: kind)
+            assert chunk_count(8 * 128) == count
+
+
 @pytest.mark.parametrize("model_type", ["vit", "convnext"])
 def test_a_tower_computes_the_same_in_chunks(monkeypatch, random_variables, model_type):
     tower = build(model_type)
