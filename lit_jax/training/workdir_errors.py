@@ -85,6 +85,7 @@ _NO_NEWS = re.compile(
     r"_SignalingThread\.run\(\) raised|in background save thread|Save Finalize thread"
     r"|(never retrieved|destroyed but it is pending).*(orbax|OCDBT)"
     r"|Reached preemption sync point"
+    r"|Failed to (write|update) metadata="
     r"|out of retries on exception|non-retriable exception"
 )
 
