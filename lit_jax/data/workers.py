@@ -58,15 +58,19 @@ def worker_errors() -> Iterator[None]:
         ) from error
     # Grain reports the exit code only in the text of a RuntimeError.
     except RuntimeError as error:
-        killed = re.search(r"terminated unexpectedly with exit code -(\d+)", str(error))
-        if killed is None:
+        ended = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+        if ended is None:
             raise
-        name = signal.Signals(int(killed[1])).name
-        is_kill = name == "SIGKILL"
+        # A negative code is the number of a signal.
+        code = int(ended[1])
+        how = (
+            f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+        )
         advice = (
-            "lower config.data.workers if memory ran out" if is_kill else "see its output above"
+            "lower config.data.workers if memory ran out"
+            if code == -signal.SIGKILL
+            else "see its output above"
         )
         raise UserError(
-            f"A worker process of config.data.workers was killed ({name}); {advice}, and run the same "
-            "command again."
+            f"A worker process of config.data.workers {how}; {advice}, and run the same command again."
         ) from error

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import math
+import multiprocessing
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,17 @@ log = logging.getLogger(__name__)
 
 # The columns that the train step itself adds to those of the model's output.
 STEP_COLUMNS = ("loss", "grad_norm", "learning_rate")
+
+
+def check_not_importing() -> None:
+    """Raise UserError in a process of multiprocessing that is only importing the script that started it."""
+    # multiprocessing has this attribute while it imports, and refuses to start processes then. Without this
+    # check a worker would train in the run folder of its own run.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "fit is called while a data worker imports this script; put the call below `if __name__ == "
+            '"__main__":`, or set config.data.workers=0.'
+        )
 
 
 def check_arguments(config: Any, workdir: Any, allowed_changes: Any) -> None:

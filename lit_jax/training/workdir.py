@@ -123,8 +123,8 @@ def _check_towers_passed(workdir: AnyPath, towers: Collection[Side]) -> None:
     # config.json has only the description of a passed tower, from which no module can be built.
     for side in sorted(missing):
         raise UserError(
-            f"{workdir} was trained with a {side} tower that was passed to lit_jax.fit; load the run in "
-            "Python, with lit_jax.load_run(workdir, towers=...)."
+            f"The {side} tower of {workdir} was passed to lit_jax.fit; load the run in Python, with "
+            "lit_jax.load_run(workdir, towers=...)."
         )
 
 

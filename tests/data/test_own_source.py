@@ -93,3 +93,8 @@ def test_a_source_that_cannot_be_sent_to_workers_is_told():
 
     with pytest.raises(UserError, match=r"config.data.workers .*'_thread.lock'"):
         send()
+
+
+def test_a_worker_that_ends_by_itself_is_told():
+    with pytest.raises(UserError, match=r"config.data.workers .*\b3\b"), worker_errors():
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code 3. Search")

@@ -1,7 +1,12 @@
 """What a user passes to fit by mistake, and what passed functions return by mistake."""
 
 import functools
+import os
+import re
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +34,7 @@ def of_one(output):
     return jnp.float32(1), {}
 
 
+ROOT = Path(__file__).parents[2]
 # All that fit takes, in order.
 ARGUMENTS = {
     "config": vit_bert.get_config(),
@@ -154,3 +160,32 @@ def test_a_callback_returns_numbers_or_none(caplog):
     assert callback_result({"a": float("nan"), "b": jnp.float32(jnp.inf), "c": 1}, 2) == {"c": 1}
     assert "nan for 'a'" in caplog.text
     assert "inf for 'b'" in caplog.text
+
+
+# As a script without the guard calls it when a data worker imports the script.
+UNGUARDED = """
+import multiprocessing
+import sys
+
+import lit_jax
+
+if __name__ == "__main__":
+    worker = multiprocessing.get_context("spawn").Process(target=print)
+    worker.start()
+    worker.join()
+    sys.exit(worker.exitcode)
+lit_jax.fit({}, "run")
+"""
+
+
+@pytest.mark.long
+def test_a_worker_that_imports_the_script_does_not_train(tmp_path):
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    command = [sys.executable, tmp_path / "script.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert re.search(r"UserError: .*__main__.*config.data.workers=0", result.stderr)
+    assert not (tmp_path / "run").exists()
