@@ -35,7 +35,7 @@ from lit_jax.training.losses import Objective
 from lit_jax.training.metrics import read_metrics
 from lit_jax.training.model_factory import OwnTowers, TrainedModel
 from lit_jax.training.passed import Callback, Passed
-from lit_jax.training.passed_checks import check_arguments, check_not_importing, check_objects
+from lit_jax.training.passed_checks import check_arguments, check_objects
 from lit_jax.training.trainer import train
 from lit_jax.training.workdir_errors import quiet_orbax, workdir_errors
 from lit_jax.trees import Tree
@@ -99,7 +99,6 @@ def fit(
     Returns the trained model. Raises UserError for bad input, and Preempted after SIGTERM, when a checkpoint
     of the last step is on disk.
     """
-    check_not_importing()
     check_arguments(config, workdir, allowed_changes)
     check_objects(loss=loss, optimizer=optimizer, towers=towers, callbacks=callbacks)
     config = config if isinstance(config, Config) else parse(config)

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 STEP_COLUMNS = ("loss", "grad_norm", "learning_rate")
 
 
-def check_not_importing() -> None:
+def _check_not_importing() -> None:
     """Raise UserError in a process of multiprocessing that is only importing the script that started it."""
     # multiprocessing has this attribute while it imports, and refuses to start processes then. Without this
     # check a worker would train in the run folder of its own run.
@@ -39,7 +39,8 @@ def check_not_importing() -> None:
 
 
 def check_arguments(config: Any, workdir: Any, allowed_changes: Any) -> None:
-    """Raise UserError if an argument of fit is of another kind than fit takes."""
+    """Raise UserError if an argument of fit is of another kind than fit takes, or if a data worker calls fit."""
+    _check_not_importing()
     if not isinstance(config, Config | ConfigDict | Mapping):
         raise UserError(
             f"The config that was passed to fit is {config!r:.80}; pass the config of a recipe, such as "
