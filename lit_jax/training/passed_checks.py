@@ -39,7 +39,7 @@ def _check_not_importing() -> None:
 
 
 def check_arguments(config: Any, workdir: Any, allowed_changes: Any) -> None:
-    """Raise UserError if an argument of fit is of another kind than fit takes, or if a data worker calls fit."""
+    """Raise UserError if an argument of fit is of another kind than fit takes, or a data worker calls fit."""
     _check_not_importing()
     if not isinstance(config, Config | ConfigDict | Mapping):
         raise UserError(
