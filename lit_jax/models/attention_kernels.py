@@ -236,8 +236,9 @@ def _call_on_device(
     # Short texts are packed into rows of up to a register, which their logits then fill.
     packed = _largest_divisor(batch, _LANES // length) if length % 8 == 0 else 1
     row = packed * length
-    # A few rows at once give the scheduler independent work.
-    size = _largest_divisor(batch // packed, min(1024 // row, 4))
+    # Several rows at once give the scheduler independent work: on v6e, 8 images of 197 tokens at once take a
+    # sixth fewer cycles than 4. With more rows of 512 or 577 tokens v5e takes longer.
+    size = _largest_divisor(batch // packed, 8 if row < 256 else 1024 // row)
     tokens = pl.BlockSpec((size, row, _LANES), lambda i, j: (i, 0, j))
     keys = pl.BlockSpec((size, 1, row), lambda i, j: (i, 0, 0))
     lanes = _lanes_of_kept(width, length)
