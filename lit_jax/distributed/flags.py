@@ -47,7 +47,7 @@ def set_flags(environment: MutableMapping[str, str] = os.environ) -> None:
         environment[variable] = " ".join([*own.split(), *added])
 
 
-# Options of the compiled train step by kind of device, because `set_flags` runs before the devices are known.
+# Compiler options of a step with a locked image tower, by kind of device, which `set_flags` cannot know.
 _STEP_OPTIONS = {
     # In this part of the memory on chip, the compiler keeps the values of 32 images of a ViT-B/16 (see
     # IMAGES_OF_KIND in models/chunks.py). On v5e the step would take longer.
@@ -58,7 +58,7 @@ _STEP_OPTIONS = {
 def step_options(
     device_kind: str, environment: MutableMapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """Return the compiler options of the train step, without those that the user has set as flags."""
+    """Return the options of a step with a locked image tower, but for those that the user has set."""
     own = environment.get("LIBTPU_INIT_ARGS", "")
     options = _STEP_OPTIONS.get(device_kind, {})
     return {name: value for name, value in options.items() if name not in own}

@@ -242,8 +242,12 @@ class TrainStep:
             seed=config.seed,
             logit_scale_max=config.model.logit_scale_max,
         )
-        options = step_options(self.model.mesh.devices.flat[0].device_kind)
-        return jit_train_step(step, shardings_of(self.abstract_state()), options)
+        state = self.abstract_state()
+        # Only a locked image tower, which runs in chunks, gains by the options. Other steps would compile for
+        # minutes longer.
+        has_chunks = "vision_model" not in state.params and not config.data.image_embeddings
+        options = step_options(self.model.mesh.devices.flat[0].device_kind) if has_chunks else {}
+        return jit_train_step(step, shardings_of(state), options)
 
 
 def jit_train_step(
