@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import logging
 import os
 import sys
@@ -39,6 +40,15 @@ def printable(text: str) -> str:
     change the direction of writing.
     """
     return valid_unicode(text).translate(_TABLE)
+
+
+def kind_of(value: object) -> str:
+    """Return what a value is, for messages: a class or function by its name, any other value by its type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__} and not an object of it"
+    if inspect.isroutine(value):
+        return f"the function {getattr(value, '__name__', value)}"
+    return f"of type {type(value).__name__}"
 
 
 def without_details(reason: object) -> str:

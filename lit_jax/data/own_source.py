@@ -10,6 +10,7 @@ import numpy as np
 from lit_jax.data.example import BadSampleError, Example, Source
 from lit_jax.data.files import ObjectPath
 from lit_jax.data.mixture import Mixture
+from lit_jax.display import kind_of
 from lit_jax.errors import UserError
 
 
@@ -18,7 +19,7 @@ class CheckedSource:
     """A source whose examples are checked when they are read.
 
     An example of another kind would fail far from its cause, or train without an error: each letter of a
-    caption that is no tuple counts as a caption.
+    caption that is not in a tuple counts as a caption.
     """
 
     source: Source
@@ -44,11 +45,11 @@ class CheckedSource:
 
 
 def open_passed(source: Any) -> Source:
-    """Return a source that was passed, which is checked. Raise UserError if it is empty or no source."""
+    """Return a source that was passed, which is checked. Raise UserError if it is empty or not a source."""
     kind = type(source).__name__
     if isinstance(source, type | str | bytes | Mapping) or not isinstance(source, Source):
         raise UserError(
-            f"The source that was passed to fit is {_article(source)}; pass an object with len(source) and "
+            f"The source that was passed to fit is {kind_of(source)}; pass an object with len(source) and "
             "source[i], which returns an Example (lit_jax.data.example)."
         )
     try:
@@ -66,17 +67,10 @@ def open_passed(source: Any) -> Source:
     return source if isinstance(source, Mixture) else CheckedSource(source)
 
 
-def _article(value: Any) -> str:
-    """Return what a value is, for messages: a class by its own name, any other value by its type's."""
-    if isinstance(value, type):
-        return f"the class {value.__name__} and not an object of it"
-    return f"of type {type(value).__name__}"
-
-
 def _problem(example: Any) -> str:
     """Return what is wrong with an example and what to do, '' for a good one."""
     if not isinstance(example, Mapping):
-        return f"is {_article(example)}; return an Example, a dict with key, image, captions, label"
+        return f"is {kind_of(example)}; return an Example, a dict with key, image, captions, label"
     if missing := [key for key in ("key", "image", "captions") if key not in example]:
         return f"lacks {' and '.join(missing)}; return all keys of an Example"
     key, image, captions = example["key"], example["image"], example["captions"]
@@ -94,7 +88,7 @@ def _problem(example: Any) -> str:
             )
     elif image is not None and not isinstance(image, bytes | Path | ObjectPath):
         return (
-            f"has an image {_article(image)}; make it the bytes of a file, a pathlib.Path, or a uint8 NumPy "
+            f"has an image {kind_of(image)}; make it the bytes of a file, a pathlib.Path, or a uint8 NumPy "
             "array of the shape (height, width, 3)"
         )
     return ""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,6 +21,12 @@ from lit_jax.training.goodput import FINISHED, Stopwatch
 from lit_jax.training.workdir_errors import workdir_errors
 
 log = logging.getLogger(__name__)
+
+# The names of columns that a row may have beside the metrics of its step.
+ROW_COLUMNS = re.compile(
+    r"step|time|examples|pairs_per_second|step_seconds|data_wait_seconds|mfu|peak_memory_gib"
+    rf"|{FINISHED}|goodput|seconds/.*|bad_samples(/.*)?"
+)
 
 # The time at which the first start of a run began.
 _BEGUN_FILE = "begun.json"

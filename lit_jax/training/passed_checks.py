@@ -16,15 +16,17 @@ from ml_collections import ConfigDict
 
 from lit_jax.buckets import BucketPath
 from lit_jax.config import Config
+from lit_jax.display import kind_of
 from lit_jax.errors import UserError
 from lit_jax.models.dual_encoder import TOWERS
 from lit_jax.models.tower import Tower
 from lit_jax.training.losses import Objective
+from lit_jax.training.metrics import ROW_COLUMNS
 
 log = logging.getLogger(__name__)
 
 # The columns that the train step itself adds to those of the model's output.
-STEP_COLUMNS = ("loss", "grad_norm", "learning_rate")
+_STEP_COLUMNS = ("loss", "grad_norm", "learning_rate")
 
 
 def _check_not_importing() -> None:
@@ -48,7 +50,7 @@ def check_arguments(config: Any, workdir: Any, allowed_changes: Any) -> None:
         )
     if not isinstance(workdir, str | os.PathLike | BucketPath):
         raise UserError(
-            f"The workdir that was passed to fit is {_kind(workdir)}; pass the path of the run folder."
+            f"The workdir that was passed to fit is {kind_of(workdir)}; pass the path of the run folder."
         )
     # A string is a collection of its parts, so "data" would be in "data.train.path".
     if isinstance(allowed_changes, str):
@@ -67,51 +69,51 @@ def check_objects(*, loss: Any, optimizer: Any, towers: Any, callbacks: Any) -> 
 
 
 def _check_optimizer(optimizer: Any) -> None:
-    """Raise UserError if a passed optimizer is no transformation of optax."""
+    """Raise UserError if a passed optimizer is not a transformation of optax."""
     if optimizer is not None and not all(
         callable(getattr(optimizer, name, None)) for name in ("init", "update")
     ):
         raise UserError(
-            f"The optimizer that was passed to fit is {_kind(optimizer)}, which has no init and update; pass "
-            "a transformation of optax, such as optax.adam(1e-3)."
+            f"The optimizer that was passed to fit is {kind_of(optimizer)}, which has no init and update; "
+            "pass a transformation of optax, such as optax.adam(1e-3)."
         )
 
 
 def _check_towers(towers: Any) -> None:
-    """Raise UserError if passed towers are no mapping of sides to modules, with parameters or without."""
+    """Raise UserError if passed towers are not a mapping of sides to modules, with parameters or without."""
     if not isinstance(towers, Mapping) or not {*towers} <= {*TOWERS}:
         given = (
             f"with the keys {', '.join(map(repr, towers))}" if isinstance(towers, Mapping) else ""
         )
         raise UserError(
-            f"The towers that were passed to fit are {_kind(towers)} {given}".rstrip()
+            f"The towers that were passed to fit are {kind_of(towers)} {given}".rstrip()
             + '; pass a dict of modules by side, such as {"image": module}.'
         )
     for side, tower in towers.items():
         module, *params = tower if isinstance(tower, tuple) else (tower,)
         if not isinstance(module, Tower):
             raise UserError(
-                f"The {side} tower that was passed to fit is {_kind(module)}; pass an object of a subclass "
+                f"The {side} tower that was passed to fit is {kind_of(module)}; pass an object of a subclass "
                 "of lit_jax.models.tower.Tower, or a pair of it and its parameters."
             )
         if len(params) > 1 or not all(isinstance(tree, Mapping) for tree in params):
             raise UserError(
-                f"The {side} tower that was passed to fit has {', '.join(map(_kind, params)) or 'nothing'} "
+                f"The {side} tower that was passed to fit has {', '.join(map(kind_of, params)) or 'nothing'} "
                 "beside its module; pass (module, params), where params is a nested dict of arrays."
             )
 
 
 def _check_callbacks(callbacks: Any) -> None:
-    """Raise UserError if callbacks are no sequence of pairs of a duration and a function."""
+    """Raise UserError if callbacks are not a sequence of pairs of a duration and a function."""
     if not isinstance(callbacks, list | tuple):
         raise UserError(
-            f"The callbacks that were passed to fit are {_kind(callbacks)}; pass a list of pairs such as "
+            f"The callbacks that were passed to fit are {kind_of(callbacks)}; pass a list of pairs such as "
             '("1000 steps", function).'
         )
     for number, pair in enumerate(callbacks):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):
             raise UserError(
-                f"callbacks[{number}] of fit is {_kind(pair)}; pass a pair of a duration and a function, "
+                f"callbacks[{number}] of fit is {kind_of(pair)}; pass a pair of a duration and a function, "
                 'such as ("1000 steps", function).'
             )
         _check_function(pair[1], f"The function of callbacks[{number}] of fit", ("trained",))
@@ -121,7 +123,7 @@ def _check_function(function: Any, name: str, arguments: tuple[str, ...]) -> Non
     call = f"{name.split()[1]}({', '.join(arguments)})"
     # A class can be called, too, but makes an object of the arguments.
     if isinstance(function, type) or not callable(function):
-        raise UserError(f"{name} is {_kind(function)}; pass a function that is called as {call}.")
+        raise UserError(f"{name} is {kind_of(function)}; pass a function that is called as {call}.")
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError as error:
@@ -132,14 +134,6 @@ def _check_function(function: Any, name: str, arguments: tuple[str, ...]) -> Non
     # Some functions written in C have no signature.
     except ValueError:
         return
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, type):
-        return f"the class {value.__name__} and not an object of it"
-    if inspect.isroutine(value):
-        return f"the function {getattr(value, '__name__', value)}"
-    return f"of type {type(value).__name__}"
 
 
 def checked_loss(loss: Objective) -> Objective:
@@ -158,9 +152,9 @@ def checked_loss(loss: Objective) -> Objective:
                 f"The loss returns a value {_shape(value)}; return a float32 scalar, such as a mean."
             )
         _check_scalars(metrics, "The loss")
-        taken = {*STEP_COLUMNS, *output.metrics}
+        taken = {*_STEP_COLUMNS, *output.metrics}
         for name in metrics:
-            if name in taken:
+            if name in taken or ROW_COLUMNS.fullmatch(name):
                 raise UserError(
                     f"The loss returns a metric {name!r}, a name that lit_jax has for a column of its own; "
                     "rename the metric."

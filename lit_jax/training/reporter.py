@@ -3,8 +3,7 @@
 import contextlib
 import logging
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,8 +14,8 @@ from lit_jax.config import Config, LogConfig, loss_kinds
 from lit_jax.distributed.process import is_primary
 from lit_jax.errors import UserError
 from lit_jax.training.dashboards import Picture
-from lit_jax.training.goodput import FINISHED, Stopwatch
-from lit_jax.training.metrics import MetricsWriter
+from lit_jax.training.goodput import Stopwatch
+from lit_jax.training.metrics import ROW_COLUMNS, MetricsWriter
 from lit_jax.training.train_step import Metrics
 
 log = logging.getLogger(__name__)
@@ -141,7 +140,9 @@ class Reporter:
 
     def callback_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics of a callback; a name that is one of our own columns becomes callback/NAME."""
-        taken = [name for name in metrics if _COLUMNS.fullmatch(name) or name in self._step_columns]
+        taken = [
+            name for name in metrics if ROW_COLUMNS.fullmatch(name) or name in self._step_columns
+        ]
         if taken and not self._told_of_names:
             log.warning(
                 "A callback returns a metric %r, a name that lit_jax has for a column of its own; it is "
@@ -202,22 +203,6 @@ def peak_memory() -> int | None:
     """Return the most bytes that a device of this process has had in use so far; None on CPUs."""
     found = [device.memory_stats() or {} for device in jax.local_devices()]
     return max((stats["peak_bytes_in_use"] for stats in found if stats), default=None)
-
-
-# The names of columns that the reporter adds to the metrics of a step.
-_COLUMNS = re.compile(
-    r"step|time|examples|pairs_per_second|step_seconds|data_wait_seconds|mfu|peak_memory_gib"
-    rf"|{FINISHED}|goodput|seconds/.*|bad_samples(/.*)?"
-)
-
-
-def check_names(metrics: Iterable[str]) -> None:
-    """Raise UserError if a metric of the loss has the name of a column that the reporter adds."""
-    for name in filter(_COLUMNS.fullmatch, metrics):
-        raise UserError(
-            f"The loss returns a metric {name!r}, a name that lit_jax has for a column of its own; rename "
-            "the metric."
-        )
 
 
 def check_finite(

@@ -91,7 +91,7 @@ def train_step(
     grads, (metrics, statistics) = jax.grad(loss_fn, has_aux=True)(state.params)
     # Some optimizers, such as optax.polyak_sgd, also need the value; the others ignore it.
     updates, opt_state = optimizer.update(
-        grads, state.opt_state, state.params, value=metrics["loss"], grad=grads
+        grads, state.opt_state, state.params, value=metrics["loss"]
     )
     # Running statistics of BatchNorm get zero gradients. The forward pass has computed their new values.
     params = _replace(optax.apply_updates(state.params, updates), statistics)

@@ -46,7 +46,7 @@ from lit_jax.training.optimizers import make_schedule
 from lit_jax.training.passed import Passed
 from lit_jax.training.policy import warn_of_full_rate
 from lit_jax.training.profiler import Profiler
-from lit_jax.training.reporter import ADVICE, Reporter, check_names, usual_scale
+from lit_jax.training.reporter import ADVICE, Reporter, usual_scale
 from lit_jax.training.restore import first_or_latest_state
 from lit_jax.training.tower_paths import find_towers
 from lit_jax.training.train_step import TrainStep
@@ -270,8 +270,6 @@ class Trainer:
         # Only the compilation has a thread of its own: tracing depends on settings of the caller's thread.
         with self.stopwatch.timing("compile"):
             traced = self.step.trace(self.step.abstract_batch(self.config.batch_size))
-            _, metrics = traced.out_info
-            check_names(metrics)
             lowered = traced.lower()
         with ThreadPoolExecutor(1) as pool:
             yield pool.submit(lowered.compile)

@@ -117,6 +117,7 @@ ONE = jnp.float32(1)
         ((ONE, {"loss": ONE}), "'loss'"),
         ((ONE, {"grad_norm": ONE}), "'grad_norm'"),
         ((ONE, {"logit_scale": ONE}), "'logit_scale'"),
+        ((ONE, {"mfu": ONE}), "'mfu'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -135,12 +136,12 @@ def test_an_optimizer_gets_the_value_and_one_that_needs_more_is_refused():
     params = {"kernel": jnp.ones(2)}
     for own in (optax.sgd(1.0), optax.polyak_sgd(), optax.contrib.reduce_on_plateau()):
         optimizer = checked_optimizer(own)
-        state, extra = optimizer.init(params), {"value": ONE, "grad": params}
+        state, extra = optimizer.init(params), {"value": ONE}
         updates, _ = jax.eval_shape(optimizer.update, params, state, params, **extra)
         assert updates["kernel"].shape == (2,)
     optimizer = checked_optimizer(optax.lbfgs())
     with pytest.raises(UserError, match="value_fn"):
-        optimizer.update(params, optimizer.init(params), params, value=ONE, grad=params)
+        optimizer.update(params, optimizer.init(params), params, value=ONE)
 
 
 def test_a_callback_returns_numbers_or_none(caplog):
